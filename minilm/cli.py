@@ -1,0 +1,100 @@
+"""The `minilm` command, and `run_recipe`, the command line of every recipe."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from minilm.config import Config, parse
+
+
+def run_recipe(config: Config, description: str = "") -> None:
+    """Apply the command line to a recipe's configuration and train.
+
+    What the user got wrong ends the process with one line on stderr and status 2; `--debug` shows the traceback.
+    """
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+
+    def work() -> None:
+        resolved = parse(config, description, arguments)
+        _show_log()
+        from minilm.train import train  # after the flags are known to be right: torch takes seconds to import
+
+        train(resolved, name=Path(sys.argv[0]).stem)
+
+    guarded(work, debug="--debug" in sys.argv)
+
+
+def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
+    """Run `work`; a ValueError becomes one line on the main process's stderr and status 2, ctrl-C status 130."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        work()
+    except ValueError as error:
+        if debug:
+            raise
+        if main_process:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if main_process:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _show_log() -> None:
+    """minilm's messages on the main process's stderr."""
+    logger = logging.getLogger("minilm")
+    logger.propagate = False
+    logger.handlers = [logging.StreamHandler()]
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `minilm` command."""
+    parser = argparse.ArgumentParser(prog="minilm", description="Use models trained with minilm, or any like them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fill = commands.add_parser(
+        "fill-mask",
+        help="the likeliest words for a mask",
+        description='Show the likeliest tokens for each mask of each text: minilm fill-mask out/run "The [MASK] barks."',
+    )
+    fill.add_argument("model", metavar="DIR", help="folder or hub id of a masked LM")
+    fill.add_argument(
+        "texts", metavar="TEXT", nargs="+", help="text with a mask token; - reads standard input"
+    )
+    fill.add_argument("--top-k", type=_positive, default=5, metavar="K", help="candidates for a mask (default: 5)")
+    fill.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    fill.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+    guarded(lambda: _fill_mask(options), debug=options.debug)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _fill_mask(options: argparse.Namespace) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from minilm.infer import fill_mask, load_masked_lm
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    texts = [line for text in options.texts for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
+    model, tokenizer = load_masked_lm(options.model)
+    for text in texts:
+        for fills in fill_mask(model, tokenizer, [text], top_k=options.top_k)[0]:
+            if options.json:
+                print(json.dumps({"input": text, "fills": [asdict(fill) for fill in fills]}, ensure_ascii=False))
+            else:
+                for fill in fills:
+                    print(f"{fill.probability:6.1%}  {fill.token:<16}  {fill.text}")

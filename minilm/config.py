@@ -1,0 +1,251 @@
+"""One run, described by a tree of frozen dataclasses: `Config(data=…, model=…, …)`.
+
+Every default lives here, every value is checked on construction, and every field is a command-line flag of the same
+name (`--batch.examples 64`). This file imports neither torch nor transformers, so that `--help` and a mistyped flag
+are answered at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Value = bool | int | float | str | list[str]
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    """`'wrod': did you mean 'word'? There are: …`, the end of an error message about an unknown name."""
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    listed = ", ".join(sorted(known)[:20]) + (", …" if len(known) > 20 else "")
+    return f"{word!r}{hint} There are: {listed or 'none'}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the documents come from."""
+
+    source: str = "pydocs"
+    """pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .parquet), or a hub dataset id."""
+    config: str | None = None
+    """Configuration of a hub dataset, such as wikitext-2-raw-v1."""
+    split: str = "train"
+    """Part to train on; slices such as train[:5000] work."""
+    column: str = "text"
+    """Column that holds the text; a dotted path such as answers.text reaches into nested columns."""
+    document: Literal["line", "paragraph"] = "line"
+    """What one document is in a .txt file: each line, or each paragraph between blank lines."""
+    eval_source: str | None = None
+    """Evaluation documents, given like source. Default: eval_split, or else eval_fraction of the source."""
+    eval_split: str | None = None
+    """Part of the source to evaluate on, such as validation."""
+    eval_fraction: float = 0.05
+    """Share of the documents held out by seed for evaluation (of pydocs: share of the bytes, in whole modules)."""
+
+    def __post_init__(self) -> None:
+        _check(self.source != "", "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
+        _check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokenizer: the model's own, another one by name, or one trained on the documents."""
+
+    name: str | None = None
+    """Hub id or folder of a tokenizer. Default: the model's; where the model is built from scratch, one is trained."""
+    kind: Literal["bpe", "wordpiece"] = "bpe"
+    """Algorithm of a trained tokenizer: byte-level BPE, or WordPiece (lower-cased, as BERT's)."""
+    vocab_size: int = 8192
+    """Size of a trained tokenizer's vocabulary, special tokens included."""
+    overflow: Literal["split", "truncate"] = "split"
+    """A document longer than batch.max_length becomes several examples (no token is dropped), or is cut off."""
+
+    def __post_init__(self) -> None:
+        _check(self.vocab_size >= 300, f"tokens.vocab_size must be at least 300, not {self.vocab_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model: a checkpoint by name, or one built from a Hugging Face configuration with random weights."""
+
+    name: str | None = None
+    """Hub id or folder of a checkpoint to start from. Default: build from type and config."""
+    type: str = "modernbert"
+    """Hugging Face model type to build (bert, roberta, modernbert, …) when no name is given."""
+    config: dict[str, Value] = field(default_factory=dict)
+    """Fields of the Hugging Face configuration to set, such as hidden_dropout_prob 0.0; with a name: to override."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM:
+    """Masked LM (BERT, Devlin et al. 2019, section 3.1): 80% of the chosen tokens are masked, 10% replaced, 10% kept."""
+
+    rate: float = 0.15
+    """Share of the tokens that a training step predicts."""
+    eval_rate: float = 0.15
+    """Share of the tokens that evaluation predicts; its choice of tokens never changes."""
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "eval_rate"):
+            value = getattr(self, name)
+            _check(0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one optimizer step sees, and how it is cut to fit the device."""
+
+    examples: int = 32
+    """Examples in a step, all processes and micro-batches together."""
+    max_length: int = 128
+    """Longest example in tokens, special tokens included."""
+    micro_tokens: int = 4096
+    """Most tokens, padding included, in a device's forward pass. Changes speed and memory, not the result."""
+    layout: Literal["documents", "blocks"] = "documents"
+    """An example is a document (or a piece of a long one), or a full block cut from all documents joined together."""
+    group: Literal["step", "epoch"] = "step"
+    """Group examples by length inside each random step, or over the epoch (faster, but a step then sees one length)."""
+    workers: int = 0
+    """Processes that prepare batches ahead of the training process. Changes speed, not the result."""
+
+    def __post_init__(self) -> None:
+        _check(self.examples >= 1, f"batch.examples must be at least 1, not {self.examples}")
+        _check(self.max_length >= 8, f"batch.max_length must be at least 8 tokens, not {self.max_length}")
+        _check(self.micro_tokens >= 1, f"batch.micro_tokens must be at least 1, not {self.micro_tokens}")
+        _check(self.workers >= 0, f"batch.workers must be 0 or more, not {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW (Loshchilov and Hutter 2019); the learning rate is a function of the step."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay from the peak to zero at the last step, or none."""
+    warmup: float = 0.06
+    """Linear warm-up: a share of all steps if below 1, else a number of steps."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm when it is larger; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
+        _check(self.warmup >= 0, f"optim.warmup must be 0 or more, not {self.warmup}")
+        _check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
+        _check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+        _check(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
+        _check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long, how precise, and where to."""
+
+    epochs: float = 3.0
+    """Passes over the training documents."""
+    max_steps: int | None = None
+    """Stop after this many steps instead; the schedule then ends there."""
+    seed: int = 0
+    """Decides initial weights, order, masks and dropout."""
+    output_dir: str | None = None
+    """Folder for the model, its card and the logs. Default: out/<recipe>, or out/<recipe>-2, … where that exists."""
+    overwrite: bool = False
+    """Write into an output_dir that is not empty: minilm's own files are replaced, all others are left alone."""
+    eval_every: int | None = None
+    """Steps between evaluations. Default: after each epoch. The end of the run is always evaluated."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
+    samples: tuple[str, ...] = ()
+    """Texts with a mask token that are filled in at the end and shown in the model card."""
+
+    def __post_init__(self) -> None:
+        _check(self.epochs > 0, f"run.epochs must be positive, not {self.epochs}")
+        for name in ("max_steps", "eval_every"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
+        _check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run. `train(config)` needs nothing else."""
+
+    data: Data = field(default_factory=Data)
+    tokens: Tokens = field(default_factory=Tokens)
+    model: Model = field(default_factory=Model)
+    objective: MaskedLM = field(default_factory=MaskedLM)
+    batch: Batch = field(default_factory=Batch)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON types; `from_dict` is its inverse."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return tree
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` wrote; a group or field that does not exist raises ValueError."""
+    groups = typing.get_type_hints(Config)
+    for name in set(tree) - set(groups):
+        raise ValueError(f"unknown group of settings {closest(name, list(groups))}")
+    built = {}
+    for name, kind in groups.items():
+        values = tree.get(name, {})
+        known = [f.name for f in dataclasses.fields(kind)]
+        for unknown in set(values) - set(known):
+            raise ValueError(f"unknown setting {name}.{closest(unknown, known)}")
+        built[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Config(**built)
+
+
+def read_run(path: str) -> Config:
+    """The configuration stored in a run's `run.json`."""
+    try:
+        return from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
+
+
+def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
+    """`default` with the command line's `--group.field value` flags applied. A bad flag ends the process with status 2.
+
+    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults.
+    """
+    import tyro  # imports slowly, and only a command line needs it
+
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    if "--from-run" in rest:
+        at = rest.index("--from-run")
+        _check(at + 1 < len(rest), "--from-run needs the path of a run.json")
+        default = read_run(rest[at + 1])
+        del rest[at : at + 2]
+    description += "\n\n--from-run FILE repeats the run that wrote this run.json; --debug shows tracebacks."
+    quiet = os.environ.get("RANK", "0") != "0"  # one message for a job, not one from each process
+    stderr = sys.stderr
+    try:
+        with open(os.devnull, "w") as nowhere:
+            sys.stderr = nowhere if quiet else stderr
+            plain = (tyro.conf.AvoidSubcommands,)
+            config: Config = tyro.cli(Config, default=default, args=rest, config=plain, description=description)
+    finally:
+        sys.stderr = stderr
+    return config

@@ -1,0 +1,139 @@
+"""From a name to documents: `load_documents` returns training and evaluation texts, one document a row."""
+
+import glob
+import os
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+
+from minilm.config import Data, closest
+from minilm.pydocs import pydocs
+
+# The file endings that are read, and the builder of the datasets library that reads each.
+_BUILDERS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+
+
+def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
+    """(training, evaluation) documents as datasets with the single string column `text`, memory-mapped where large.
+
+    Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of the source drawn by `seed`, in
+    this order. Raises ValueError in one line that names the file, the column or the split at fault.
+    """
+    if data.source == "pydocs" and not (data.eval_source or data.eval_split):
+        train_texts, eval_texts = pydocs(data.eval_fraction)
+        return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
+    train = _read(data.source, data.config, data.split, data.column, data.document)
+    if data.eval_source is not None:
+        held_out = _read(data.eval_source, data.config, data.eval_split or "train", data.column, data.document)
+    elif data.eval_split is not None:
+        held_out = _read(data.source, data.config, data.eval_split, data.column, data.document)
+    else:
+        count = round(len(train) * data.eval_fraction)
+        if not 0 < count < len(train):
+            part = "training" if count else "evaluation"
+            raise ValueError(
+                f"{data.source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
+                f"{len(train)} documents is held out; change data.eval_fraction or give data.eval_source"
+            )
+        parts = train.train_test_split(test_size=count, seed=seed)
+        train, held_out = parts["train"], parts["test"]
+    return train, held_out
+
+
+def _read(source: str, config: str | None, split: str, column: str, document: str) -> Dataset:
+    """One source as a dataset with the column `text`, documents without any visible character left out."""
+    if source == "pydocs":
+        rows = Dataset.from_dict({"text": pydocs()[0]})
+    elif files := _local_files(source):
+        builder = _BUILDERS[_ending(files[0])]
+        options: dict[str, str] = {}
+        if builder == "text":
+            options = {"sample_by": document}
+        elif _ending(files[0]) == ".tsv":
+            options = {"sep": "\t"}
+        rows = _load(source, builder, split=split, data_files=files, **options)
+    else:
+        rows = _load(source, source, name=config, split=split)
+    rows = _text_column(rows, column, source)
+    rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
+    if len(rows) == 0:
+        raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
+    return rows
+
+
+def _ending(path: str) -> str:
+    return Path(path.removesuffix(".gz")).suffix.lower()
+
+
+def _local_files(source: str) -> list[str]:
+    """The files that a path, folder or glob stands for; none where it can only be a hub id or a saved dataset."""
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+    else:
+        found = sorted(glob.glob(path, recursive=True))
+    files = [name for name in found if _ending(name) in _BUILDERS]
+    if any(_ending(name) == ".arrow" for name in found):
+        return []  # written by Dataset.save_to_disk
+    endings = sorted({_ending(name) for name in files})
+    if len({_BUILDERS[ending] for ending in endings}) > 1:
+        raise ValueError(
+            f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
+        )
+    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or _ending(path) in _BUILDERS
+    if not files and (found or looks_like_a_path or path.startswith(("/", ".", "~"))):
+        what = "no such file" if not found and not os.path.isdir(path) else f"no file ending in {' '.join(_BUILDERS)}"
+        raise ValueError(f"data source {source}: {what}")
+    return files
+
+
+def _load(source: str, builder: str, **options: object) -> Dataset:
+    try:
+        if os.path.isdir(builder):
+            return _split_of(datasets.load_from_disk(builder), str(options["split"]), source)
+        return datasets.load_dataset(builder, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"data source {source}: {' '.join(str(cause).split())}") from error
+
+
+def _split_of(saved: Dataset | datasets.DatasetDict, split: str, source: str) -> Dataset:
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"{source}: no split {closest(split, list(saved))}")
+    return saved[split]
+
+
+def _text_column(rows: Dataset, column: str, source: str) -> Dataset:
+    """`rows` reduced to one string column `text`, read from a dotted path; a list of strings is joined with a space."""
+    name, *path = column.split(".")
+    if name not in rows.column_names:
+        raise ValueError(f"{source}: no column {closest(name, rows.column_names)} Pass --data.column")
+    if not path and column == "text" and rows.features["text"].dtype == "string" and rows.column_names == ["text"]:
+        return rows
+
+    def extract(values: list[object], indices: list[int]) -> dict[str, list[str]]:
+        texts = []
+        for value, index in zip(values, indices, strict=True):
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, list) and path:
+                value = " ".join(str(item) for item in value)
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                raise ValueError(f"{source}: row {index} of column {column!r} holds {kind} where text is expected")
+            texts.append(value)
+        return {"text": texts}
+
+    return rows.map(
+        extract, input_columns=name, batched=True, with_indices=True, remove_columns=rows.column_names, desc="text"
+    )

@@ -1,0 +1,181 @@
+"""What the machine can do, and what a step costs it: precision, matrix-product rate, FLOPs, launch checks."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilm.model import SparseHead
+from minilm.plan import Step
+
+# Dense peaks in TFLOP/s from the makers' datasheets: (substring of the device's name, bf16 and fp16, fp32).
+# The fp32 column is that of plain fp32, since torch keeps TF32 off unless it is asked for.
+_PEAKS = (
+    ("H200", 989.0, 67.0),
+    ("H100", 989.0, 67.0),
+    ("A100", 312.0, 19.5),
+    ("L40S", 362.0, 91.6),
+    ("L4", 121.0, 30.3),
+    ("A10", 125.0, 31.2),
+    ("V100", 125.0, 15.7),
+    ("T4", 65.0, 8.1),
+    ("4090", 165.2, 82.6),
+    ("3090", 71.0, 35.6),
+)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.05) -> float:
+    """FLOP/s of a square CPU matrix product, the best of the repetitions that fit into `seconds` (at least one)."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    torch.mm(a[:64, :64], b[:64, :64])  # loads the kernel
+    best, end = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The arithmetic of the matrix products, and why it was chosen."""
+
+    name: str
+    """`fp32`, `bf16` or `fp16`."""
+    reason: str
+
+
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """`auto` takes the fastest that this device does; what was asked is obeyed.
+
+    On a CPU it measures: bf16 runs nine times faster than fp32 with AMX and a hundred times slower with AVX2 alone.
+    Raises ValueError for fp16 on a CPU, whose small gradients it would lose without a gain in speed.
+    """
+    reason = "asked for"
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked == "auto" and launcher in ("bf16", "fp16"):
+        asked, reason = launcher, "asked for at launch"
+    if device.type == "cpu" and asked == "fp16":
+        raise ValueError("run.precision fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
+    if device.type == "cpu" and asked != "fp32":
+        ratio = gemm_rate(torch.bfloat16, 256) / gemm_rate(torch.float32, 256)
+        measured = f"a bf16 matrix product here runs at {ratio:.2g} times the rate of fp32"
+        if asked == "auto":
+            return Precision(name="bf16" if ratio > 1.5 else "fp32", reason=measured)
+        return Precision(name="bf16", reason=f"{reason}; {'WARNING: ' if ratio < 1 else ''}{measured}")
+    if asked != "auto":
+        return Precision(name=asked, reason=reason)
+    if device.type == "cuda":
+        # The hardware's own bf16, not the emulation that torch also reports as support.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(name="bf16", reason="this GPU computes bf16")
+        return Precision(name="fp16", reason="this GPU has no bf16")
+    return Precision(name="fp32", reason=f"nothing faster is known to be safe on {device.type}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The rate that MFU is measured against, for one device."""
+
+    flops: float
+    """FLOP/s."""
+    source: str
+    """`datasheet` or `measured`."""
+
+
+def device_peak(device: torch.device, precision: str) -> Peak:
+    """The device's datasheet peak at this precision; where none is known, its measured matrix-product rate."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, half, full in _PEAKS:
+            if part in name:
+                return Peak(flops=1e12 * (full if precision == "fp32" else half), source="datasheet")
+    if device.type == "cpu":
+        return Peak(flops=gemm_rate(_DTYPES[precision], 1024, 0.2), source="measured")
+    return Peak(flops=float("nan"), source="unknown")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs of training on one step: forward and backward (twice the forward), recomputation not counted.
+
+    A forward costs `per_token` for each real token, `per_square` for the square of each example's length (attention),
+    and `per_target` for each target (the head).
+    """
+
+    per_token: float
+    per_square: float
+    per_target: float
+
+    def step(self, step: Step, rate: float) -> float:
+        """Model FLOPs of a step over all its processes, of whose tokens a share of `rate` are targets.
+
+        Padding costs nothing here, so that it counts as waste in MFU.
+        """
+        per_token = self.per_token + self.per_target * rate
+        forward = per_token * step.tokens + self.per_square * step.square_lengths
+        return 3 * forward
+
+
+def count_flops(model: SparseHead, max_length: int) -> Cost:
+    """Count a forward's matrix products at two lengths and two numbers of targets, and solve for the three costs."""
+    device, training = next(model.parameters()).device, model.training
+
+    def forward(length: int, targets: int) -> int:
+        ids_1xL = torch.full((1, length), model.model.config.vocab_size - 1, device=device)
+        with FlopCounterMode(display=False) as counter:
+            model(ids_1xL, None, torch.zeros(targets, dtype=torch.int64, device=device))
+        return int(counter.get_total_flops())
+
+    model.eval()
+    with torch.no_grad():
+        short, long = max(2, max_length // 2), max_length
+        per_target = forward(short, 2) - forward(short, 1)
+        at_short, at_long = (forward(n, 1) - per_target for n in (short, long))
+    model.train(training)
+    per_square = (at_long / long - at_short / short) / (long - short)
+    return Cost(per_token=at_short / short - per_square * short, per_square=per_square, per_target=per_target)
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """What the run ran on, for run.json and the model card."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads_per_process": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} processors"
+    except (OSError, IndexError):
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors"
+
+
+_RIGHT_LAUNCH = (
+    "start N processes on CPUs with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …, "
+    "on GPUs with: accelerate launch --multi_gpu --num_processes N …"
+)
+
+
+def check_launch(processes: int, environment: Mapping[str, str]) -> None:
+    """Refuse launches that look like several processes and are not, before any of them does work.
+
+    `processes` is what accelerate made of the environment. Raises ValueError with the command that works.
+    """
+    wanted = int(environment.get("WORLD_SIZE", "1"))
+    if wanted != processes:
+        raise ValueError(f"the launcher started {wanted} processes but each of them runs alone; {_RIGHT_LAUNCH}")
+    # `accelerate launch --cpu --num_processes 2` sets a rendezvous address for the one process that it starts.
+    alone = "WORLD_SIZE" not in environment and "ACCELERATE_MIXED_PRECISION" in environment
+    if alone and "MASTER_ADDR" in environment:
+        raise ValueError(f"accelerate was asked for several processes and started only one; {_RIGHT_LAUNCH}")

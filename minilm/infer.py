@@ -1,0 +1,70 @@
+"""Use a trained model: fill in masks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """One candidate for a mask."""
+
+    token: str
+    """The token as text, without surrounding spaces."""
+    probability: float
+    text: str
+    """The input with this candidate in place of the mask."""
+
+
+def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no masked LM can be loaded from {str(name)!r}: {' '.join(str(error).split())}") from error
+    return model.eval(), tokenizer
+
+
+def fill_mask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, top_k: int = 5
+) -> list[list[list[Fill]]]:
+    """The `top_k` most probable tokens for each mask of each text: `result[text][mask][rank]`.
+
+    Raises ValueError for a text without a mask token or one longer than the model's input.
+    """
+    results = []
+    for text in texts:
+        encoded = tokenizer(text, return_tensors="pt").to(model.device)
+        input_ids_L = encoded["input_ids"][0]
+        masks_M = (input_ids_L == tokenizer.mask_token_id).nonzero()[:, 0]
+        if len(masks_M) == 0:
+            raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
+        inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            probabilities_MxV = model(**inputs).logits[0, masks_M].float().softmax(-1)
+        best = probabilities_MxV.topk(min(top_k, probabilities_MxV.shape[-1]))
+        results.append(
+            [
+                [
+                    Fill(
+                        token=tokenizer.decode([index]).strip(),
+                        probability=probability,
+                        text=_filled(tokenizer, input_ids_L, int(at), index),
+                    )
+                    for probability, index in zip(*row, strict=True)
+                ]
+                for at, *row in zip(masks_M, best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        )
+    return results
+
+
+def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: int, index: int) -> str:
+    ids = input_ids_L.tolist()
+    ids[at] = index
+    keep = [i for i in ids if i == tokenizer.mask_token_id or i not in tokenizer.all_special_ids]
+    text: str = tokenizer.decode(keep)
+    return text.strip()

@@ -1,0 +1,145 @@
+"""The plan of batches: which examples make up each step, and how a step is cut into micro-batches. numpy only.
+
+A step is a random global batch and knows nothing of processes; its micro-batches are the same examples sorted by
+length. The gradient is a sum over the step's targets, so the cut changes padding, never the update.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One global batch. `micro_batches[rank][i]` are the example ids that process `rank` takes in its i-th forward."""
+
+    epoch: int
+    micro_batches: list[list[Ids]]
+    tokens: int
+    """Real tokens of the step over all processes."""
+    square_lengths: int
+    """Sum of the squared lengths, for counting attention's FLOPs."""
+    padded_tokens: int
+    """Tokens that the devices see, padding included."""
+
+
+class Plan:
+    """All steps of a run as a pure function of (lengths, seed, step): any step costs the same, whichever came before.
+
+    lengths: int64[N], tokens of each example. examples: size of a step. micro_tokens: most padded tokens of a
+    micro-batch. processes: how many share a step. group: `step` or `epoch`, what is sorted by length. multiple: padded
+    lengths are rounded up to it.
+    """
+
+    def __init__(
+        self,
+        lengths: Ids,
+        *,
+        examples: int,
+        micro_tokens: int,
+        processes: int = 1,
+        seed: int = 0,
+        group: str = "step",
+        multiple: int = 1,
+    ) -> None:
+        if examples < processes:
+            raise ValueError(f"batch.examples={examples} is less than the {processes} processes that share a step")
+        self.lengths = lengths
+        self.examples = examples
+        self.micro_tokens = micro_tokens
+        self.processes = processes
+        self.seed = seed
+        self.group = group
+        self.multiple = multiple
+        self.steps_per_epoch = math.ceil(len(lengths) / examples)
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def step(self, index: int) -> Step:
+        """Step `index` of the run, counted from 0 over all epochs. The last step of an epoch holds what is left."""
+        epoch, at = divmod(index, self.steps_per_epoch)
+        order, steps = self._order(epoch)
+        at = int(steps[at])
+        ids = order[at * self.examples : (at + 1) * self.examples]
+        lengths = self.lengths[ids]
+        micro_batches = cut(ids, lengths, self.micro_tokens, self.processes, self.multiple)
+        return Step(
+            epoch=epoch,
+            micro_batches=micro_batches,
+            tokens=int(lengths.sum()),
+            square_lengths=int((lengths * lengths).sum()),
+            padded_tokens=sum(self._padded(part) for parts in micro_batches for part in parts),
+        )
+
+    def padding_share(self, steps: int = 20) -> float:
+        """Share of padding among the tokens of the first `steps` steps."""
+        seen = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
+        return 1 - sum(step.tokens for step in seen) / sum(step.padded_tokens for step in seen)
+
+    def _padded(self, ids: Ids) -> int:
+        return len(ids) * _round_up(int(self.lengths[ids].max()), self.multiple) if len(ids) else 1
+
+    def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
+        """The epoch's examples in the order in which steps take them, and the order of the steps."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.lengths))
+        steps = np.arange(self.steps_per_epoch)
+        if self.group == "epoch":
+            order = order[np.argsort(self.lengths[order], kind="stable")]
+            steps = rng.permutation(self.steps_per_epoch)
+        return order, steps
+
+
+def cut(ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, multiple: int = 1) -> list[list[Ids]]:
+    """Sort `ids` by length and cut them into `processes x k` micro-batches; returns `[process][k]` arrays of ids.
+
+    k is the smallest number under which no micro-batch holds more than `micro_tokens` padded tokens (a single longer
+    example is one by itself); the cut then makes the largest micro-batch as small as it can be. Every process gets k; a
+    micro-batch is empty only when there are fewer examples than micro-batches.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ids = ids[order]
+    widths = [_round_up(int(length), multiple) for length in lengths[order]]
+    count = processes * math.ceil(len(_greedy(widths, micro_tokens)) / processes)
+    low, high = widths[0], max(micro_tokens, widths[0])  # the smallest capacity that needs no more than `count` parts
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_greedy(widths, middle)) <= count else (middle + 1, high)
+    stops = _split_to(_greedy(widths, low), widths, count)
+    parts = [ids[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+    parts += [ids[:0]] * (count - len(parts))
+    rounds = [parts[at : at + processes] for at in range(0, count, processes)]
+    # Parts come longest first; every other round is dealt in reverse, so that no process always gets the larger one.
+    rounds = [part[::-1] if number % 2 else part for number, part in enumerate(rounds)]
+    return [[part[rank] for part in rounds] for rank in range(processes)]
+
+
+def _greedy(widths: list[int], capacity: int) -> list[int]:
+    """Where each part stops when every part takes as many examples as fit; `widths` is descending."""
+    stops, at = [], 0
+    while at < len(widths):
+        at = min(len(widths), at + max(1, capacity // widths[at]))
+        stops.append(at)
+    return stops
+
+
+def _split_to(stops: list[int], widths: list[int], count: int) -> list[int]:
+    """Halve the largest parts until there are `count`, or every part is a single example."""
+    while len(stops) < count:
+        starts = [0, *stops[:-1]]
+        costs = [
+            (stop - start) * widths[start] if stop - start > 1 else 0 for start, stop in zip(starts, stops, strict=True)
+        ]
+        largest = int(np.argmax(costs))
+        if costs[largest] == 0:
+            break
+        stops = sorted([*stops, (starts[largest] + stops[largest]) // 2])
+    return stops
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

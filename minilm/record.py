@@ -1,0 +1,227 @@
+"""What a run leaves behind: the progress bar, log.jsonl, run.json, all_results.json and the model card."""
+
+import json
+import logging
+import math
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from minilm.cache import publish
+from minilm.config import Config, to_dict
+from minilm.hardware import Peak, Precision, describe
+from minilm.model import SparseHead
+from minilm.plan import Plan
+from minilm.tokens import Examples
+
+log = logging.getLogger("minilm")
+
+
+class Recorder:
+    """Shows and logs the steps of one process, usually the main one; on the others (`enabled=False`) it does nothing.
+
+    The figures of a step stay on the device until the next step is recorded, so that logging never waits for one.
+    peak_flops: FLOP/s of all processes' devices together, for MFU.
+    """
+
+    def __init__(self, folder: Path, *, total_steps: int, peak_flops: float, enabled: bool) -> None:
+        self.folder, self.peak_flops, self.enabled = folder, peak_flops, enabled
+        self.steps = self.tokens = 0
+        self.seconds = self.flops = 0.0
+        self._rate = self._mfu = math.nan
+        self._pending: dict[str, Any] | None = None
+        self._mark = time.perf_counter()
+        self._log = (folder / "log.jsonl").open("w", encoding="utf-8") if enabled else None
+        self._bar = tqdm(total=total_steps, unit="step", disable=not enabled, dynamic_ncols=True, smoothing=0.05)
+
+    def step(self, *, epoch: float, lr: float, loss: Tensor, grad_norm: Tensor, tokens: int, flops: float) -> None:
+        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` real tokens of all processes."""
+        if not self.enabled:
+            return
+        self._flush()
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.flops += flops
+        rate, mfu = tokens / seconds, flops / seconds / self.peak_flops
+        self._rate = rate if math.isnan(self._rate) else 0.95 * self._rate + 0.05 * rate
+        self._mfu = mfu if math.isnan(self._mfu) else 0.95 * self._mfu + 0.05 * mfu
+        self._pending = {
+            "step": self.steps,
+            "epoch": round(epoch, 6),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_second": round(rate, 1),
+            "mfu": None if math.isnan(mfu) else round(mfu, 4),
+            "seconds": round(self.seconds, 4),
+        }
+        self._bar.update()
+
+    def evaluation(self, epoch: float, figures: dict[str, float]) -> None:
+        """Record an evaluation after the steps recorded so far; its time is not training time."""
+        if not self.enabled:
+            return
+        self._flush()
+        self._write({"step": self.steps, "epoch": round(epoch, 6), **figures})
+        self._bar.write(
+            f"step {self.steps}, epoch {epoch:.2f}: evaluation loss {figures['eval_loss']:.3f}, perplexity "
+            f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.3f} bits per byte "
+            f"(unigram {figures['unigram_bits_per_byte']:.3f})"
+        )
+        self._mark = time.perf_counter()
+
+    def totals(self) -> dict[str, float]:
+        """Steps, real tokens, training seconds, tokens per second and MFU of the run so far."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "train_seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "mfu": round(self.flops / seconds / self.peak_flops, 4),
+        }
+
+    def close(self) -> None:
+        """Write what is pending and leave the terminal clean."""
+        self._bar.close()
+        if self._log is not None:
+            self._flush()
+            self._log.close()
+            self._log = None
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            line, self._pending = self._pending, None
+            line["loss"], line["grad_norm"] = float(line["loss"]), float(line["grad_norm"])
+            self._write(line)
+            self._bar.set_postfix_str(
+                f"loss {line['loss']:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
+            )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._log is not None
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
+    return {name: version(name) for name in ("minilm", "torch", "transformers", "tokenizers", "datasets", "accelerate")}
+
+
+def run_facts(
+    accelerator: Accelerator,
+    head: SparseHead,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_examples: Examples,
+    total_steps: int,
+    precision: Precision,
+    peak: Peak,
+) -> dict[str, Any]:
+    """What the configuration left open and the run found out, as JSON types."""
+    return {
+        "model": type(head.model).__name__,
+        "parameters": head.model.num_parameters(),
+        "head": "sparse" if head.sparse else f"full ({head.reason})",
+        "vocabulary": len(tokenizer),
+        "train": {"examples": len(plan.lengths), "tokens": int(plan.lengths.sum())},
+        "eval": {"examples": len(eval_examples), "tokens": int(eval_examples.lengths.sum())},
+        "steps": total_steps,
+        "padding_share": round(plan.padding_share(), 4),
+        "processes": accelerator.num_processes,
+        "precision": precision.name,
+        "precision_reason": precision.reason,
+        "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a device, {peak.source}",
+        "hardware": describe(accelerator.device),
+    }
+
+
+def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Say what is about to run, and write it to `run.json`, from which `--from-run` repeats it."""
+    content = {"config": to_dict(config), **facts, "versions": versions()}
+    publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
+    for part in ("train", "eval"):
+        log.info(f"{part}: {facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens")
+    log.info(
+        f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
+        f"{facts['head']} head"
+    )
+    hardware = facts["hardware"]
+    log.info(
+        f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} threads each, "
+        f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
+    )
+    log.info(f"{facts['steps']:,} steps of {config.batch.examples} examples, {facts['padding_share']:.1%} padding")
+
+
+def write_results(folder: Path, results: dict[str, float]) -> None:
+    """`all_results.json`."""
+    publish(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
+
+
+def write_card(
+    folder: Path, config: Config, facts: dict[str, Any], results: dict[str, float], filled: dict[str, str]
+) -> None:
+    """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and filled samples."""
+    title = folder.resolve().name
+    rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in results.items())
+    settings = "\n".join(
+        f"| {group}.{name} | {json.dumps(value)} |"
+        for group, values in to_dict(config).items()
+        for name, value in values.items()
+        if value not in (None, [], {})
+    )
+    samples = "\n".join(f"- {text} → {words}" for text, words in filled.items())
+    base = f"base_model: {json.dumps(config.model.name)}\n" if config.model.name else ""
+    card = f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+{base}tags:
+- minilm
+- fill-mask
+---
+
+# {title}
+
+A masked language model trained with minilm on `{config.data.source}`
+({facts["model"]}, {facts["parameters"]:,} parameters).
+
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model="{title}")
+```
+
+## Results
+
+| figure | value |
+|---|---|
+{rows}
+
+The evaluation predicts {config.objective.eval_rate:.0%} of the tokens of documents that training did not see.
+`bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model is that of the training tokens.
+
+## Samples
+
+{samples or "None were asked for."}
+
+## Training
+
+{facts["hardware"]["device"]}, {facts["processes"]} process(es), {facts["precision"]}.
+
+| setting | value |
+|---|---|
+{settings}
+"""
+    publish(folder / "README.md", card)

@@ -1,0 +1,243 @@
+"""From documents to token ids: load or train a tokenizer, encode once into a memory-mapped corpus, view it as examples.
+
+A corpus is every document's ids one after the other, without special tokens, in one flat file. Layout and maximum
+length are views of it, so changing them encodes nothing again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from minilm.cache import building, cache_folder
+from minilm.config import Tokens
+
+_VERSION = 1  # of the files below in the cache
+_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_BATCH = 2000  # documents encoded at a time; the tokenizers library spreads them over all cores
+
+
+def load_tokenizer(tokens: Tokens, model_name: str | None, documents: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tokens.name`, else of the model, else one trained on the column `text` of `documents`.
+
+    Raises ValueError when it cannot be loaded, or has no padding token.
+    """
+    name = tokens.name or model_name
+    if name is None:
+        return _trained(tokens, documents)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no padding token; pass another one with --tokens.name")
+    return tokenizer
+
+
+def _trained(tokens: Tokens, documents: Dataset) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the documents, cached by their content."""
+    folder = cache_folder() / f"tokenizer-{_fingerprint(documents, tokens.kind, tokens.vocab_size)}"
+    if not folder.exists():
+        with building(folder) as temporary:
+            train_tokenizer(documents, tokens.kind, tokens.vocab_size).save_pretrained(temporary)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def train_tokenizer(documents: Dataset, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE (Radford et al. 2019, section 2.2) or WordPiece (as BERT's, lower-cased) on `text`.
+
+    The result adds `[CLS]` and `[SEP]` around one text, and between and after two.
+    """
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(_SPECIAL.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(_SPECIAL.values()))
+    tokenizer.train_from_iterator(_texts(documents), trainer, length=len(documents))
+    cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)],
+    )
+    special = {**_SPECIAL, "mask_token": AddedToken("[MASK]", lstrip=kind == "bpe")}  # " [MASK]" stands for " word"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Token ids by example: row i is `prefix + ids[start[i]:stop[i]] + suffix`.
+
+    `ids` is a flat array in the order of the documents, memory-mapped; `start` and `stop` are int64 arrays.
+    """
+
+    ids: NDArray[np.integer]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    prefix: NDArray[np.int64]
+    suffix: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        middle = self.ids[self.start[index] : self.stop[index]]
+        return np.concatenate((self.prefix, middle, self.suffix), dtype=np.int64, casting="same_kind")
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, special tokens included."""
+        return self.stop - self.start + (len(self.prefix) + len(self.suffix))
+
+    def counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each id occurs in the documents, special tokens not counted; int64[vocab_size]."""
+        total = np.zeros(vocab_size, np.int64)
+        for at in range(0, len(self.ids), 2**22):
+            total += np.bincount(self.ids[at : at + 2**22], minlength=vocab_size)
+        return total
+
+
+def encode(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    layout: str = "documents",
+    overflow: str = "split",
+    name: str = "documents",
+) -> Examples:
+    """Encode the column `text` and cut it into examples of at most `max_length` tokens, special tokens included.
+
+    `documents`: one example a document; a longer one is split into pieces of nearly equal length, or truncated.
+    `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
+    The ids are cached by content, so that a second run starts at once.
+    """
+    prefix, suffix = _special_around(tokenizer)
+    room = max_length - len(prefix) - len(suffix)
+    separator = suffix[:1] if layout == "blocks" else suffix[:0]
+    key = _fingerprint(documents, tokenizer.backend_tokenizer.to_str(), separator.tolist())
+    folder = cache_folder() / f"ids-{key}"
+    if not folder.exists():
+        with building(folder) as temporary:
+            _write_ids(temporary, documents, tokenizer, separator, name)
+    ids = np.load(folder / "ids.npy", mmap_mode="r")
+    offsets = np.load(folder / "offsets.npy")
+    if layout == "blocks":
+        start = np.arange(0, len(ids), room)
+        stop = np.minimum(start + room, len(ids))
+    elif overflow == "truncate":
+        start, stop = offsets[:-1], np.minimum(offsets[1:], offsets[:-1] + room)
+    else:
+        start, stop = _pieces(offsets, room)
+    keep = stop > start
+    if not keep.any():
+        raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
+    return Examples(ids=ids, start=start[keep], stop=stop[keep], prefix=prefix, suffix=suffix)
+
+
+def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut each document into the fewest pieces of at most `room` ids, as equal in length as they can be."""
+    sizes = np.diff(offsets)
+    pieces = -(-sizes // room)
+    document = np.repeat(np.arange(len(sizes)), pieces)
+    order = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, … inside each document
+    cut = offsets[document] + order * sizes[document] // pieces[document]
+    return cut, offsets[document] + (order + 1) * sizes[document] // pieces[document]
+
+
+def _write_ids(
+    folder: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, separator: NDArray[np.int64], name: str
+) -> None:
+    """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64."""
+    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    sizes, raw = [0], folder / "ids.raw"
+    with raw.open("wb") as file, tqdm(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
+        for texts in _batches(documents):
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            for ids in encoded:
+                row = np.concatenate((np.asarray(ids, kind), separator.astype(kind)))
+                row.tofile(file)
+                sizes.append(len(row))
+            bar.update(len(texts))
+    total = sum(sizes)
+    target = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=kind, shape=(total,))
+    if total:
+        target[:] = np.memmap(raw, dtype=kind, mode="r")
+    target.flush()
+    raw.unlink()
+    np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
+
+
+def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The special ids that the tokenizer puts before and after a single text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+    return np.array(full[:at], np.int64), np.array(full[at + len(plain) :], np.int64)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """UTF-8 bytes of the text that each id stands for, int64[vocabulary]; 0 for special and unknown tokens.
+
+    Knows the notations of byte-level BPE (a character a byte), WordPiece (`##`) and SentencePiece (a space as U+2581,
+    bytes as <0x0A>).
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps([backend["pre_tokenizer"], backend["decoder"]])
+    special = set(tokenizer.all_special_ids)
+    sizes = np.zeros(len(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if index in special:
+            continue
+        if byte_level:
+            sizes[index] = len(token)
+        elif token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+            sizes[index] = 1
+        else:
+            sizes[index] = len(token.removeprefix("##").replace("\u2581", " ").encode())
+    return sizes
+
+
+def _batches(documents: Dataset) -> Iterator[list[str]]:
+    for batch in documents.iter(batch_size=_BATCH):
+        yield batch["text"]
+
+
+def _texts(documents: Dataset) -> Iterator[str]:
+    for texts in _batches(documents):
+        yield from texts
+
+
+def _fingerprint(documents: Dataset, *rest: object) -> str:
+    """A hash of every text and of whatever else decides the result, as 24 hex digits."""
+    digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
+    for text in _texts(documents):
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()

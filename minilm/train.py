@@ -1,0 +1,251 @@
+"""The loop: `train(config)` from documents to a saved model, `train_step` for one update. There is no other loop.
+
+A step's update is a function of the configuration, the seed and the step number. The micro-batches, the processes and
+the loader's workers decide only where and when the same sums are taken.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.checkpoint import claim_output_dir, export
+from minilm.config import Config, Run
+from minilm.data import load_documents
+from minilm.evaluate import Evaluator, unigram_nats
+from minilm.hardware import Precision, check_launch, choose_precision, count_flops, device_peak
+from minilm.infer import fill_mask
+from minilm.model import SparseHead, load_model
+from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator
+from minilm.optim import build_optimizer, learning_rate
+from minilm.plan import Plan, Step
+from minilm.record import Recorder, announce, run_facts, write_card, write_results
+from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
+
+log = logging.getLogger("minilm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Figures of one update, as scalars on the device: reading one waits for it."""
+
+    loss: Tensor
+    """Mean cross entropy of the step's targets over all processes, nats."""
+    grad_norm: Tensor
+    """Euclidean norm of the gradient before clipping."""
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    *,
+    lr: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """One update from this process's share of a global batch.
+
+    The gradient is that of the mean over the targets of all micro-batches and processes. Their number is known
+    before the first forward, so that every micro-batch contributes its sum over that number; the factor
+    `num_processes` undoes the mean that DDP takes over processes.
+    """
+    device = accelerator.device
+    targets = accelerator.reduce(torch.full((), float(sum(batch.targets for batch in micro_batches)), device=device))
+    scale = accelerator.num_processes / targets.clamp(min=1)
+    loss = torch.zeros((), device=device)
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)  # gradients are exchanged once, in its backward
+        with nullcontext() if last else accelerator.no_sync(model):
+            nats = loss_sum(model, batch.to(device))
+            accelerator.backward(nats * scale)
+        loss += nats.detach()
+    loss = accelerator.reduce(loss) / targets.clamp(min=1)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss=loss, grad_norm=grad_norm)
+
+
+def train(config: Config, name: str = "run") -> dict[str, float]:
+    """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
+
+    `name` names the default output folder, out/NAME. Everything that can be checked is checked before the first step: a
+    ValueError then says in one line what to change.
+    """
+    accelerator, precision = start(config.run)
+    config, folder = claim(accelerator, config, name)
+    with accelerator.local_main_process_first():  # the others then find its results in the cache
+        tokenizer, train_examples, eval_examples = prepare_examples(config)
+    network = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+    head = SparseHead(network).to(accelerator.device)
+    cost = count_flops(head, config.batch.max_length)
+    model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
+
+    multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
+    plan = Plan(
+        train_examples.lengths,
+        examples=config.batch.examples,
+        micro_tokens=config.batch.micro_tokens,
+        processes=accelerator.num_processes,
+        seed=config.run.seed,
+        group=config.batch.group,
+        multiple=multiple,
+    )
+    total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
+    collator = masked_collator(config.objective, tokenizer, seed=config.run.seed, multiple=multiple)
+    evaluator = Evaluator(
+        examples=eval_examples,
+        collator=masked_collator(config.objective, tokenizer, seed=None, multiple=multiple),
+        micro_tokens=config.batch.micro_tokens,
+        bytes_per_token=token_bytes(tokenizer),
+        unigram=unigram_nats(train_examples.counts(len(tokenizer))),
+    )
+    peak = device_peak(accelerator.device, precision.name)
+    facts = run_facts(accelerator, head, plan, tokenizer, eval_examples, total, precision, peak)
+    if accelerator.is_main_process:
+        announce(folder, config, facts)
+
+    recorder = Recorder(
+        folder,
+        total_steps=total,
+        peak_flops=peak.flops * accelerator.num_processes,
+        enabled=accelerator.is_main_process,
+    )
+    model.train()
+    steps = load_steps(plan, train_examples, collator, accelerator, range(total), config.batch.workers)
+    try:
+        for done, (step, micro_batches) in enumerate(steps, start=1):
+            seed_dropout(config.run.seed, done - 1, accelerator.process_index)
+            result = train_step(
+                accelerator,
+                model,
+                optimizer,
+                micro_batches,
+                lr=(lr := learning_rate(config.optim, done - 1, total)),
+                max_grad_norm=config.optim.max_grad_norm,
+            )
+            epoch = done / plan.steps_per_epoch
+            recorder.step(epoch=epoch, lr=lr, tokens=step.tokens, flops=cost.step(step, collator.rate), **vars(result))
+            if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
+                figures = evaluator(accelerator, model).figures()
+                recorder.evaluation(epoch, figures)
+    finally:
+        recorder.close()
+    export(accelerator, model, network, tokenizer, folder)
+    results = {**figures, **recorder.totals()}
+    if accelerator.is_main_process:
+        conclude(folder, config, facts, results, network, tokenizer)
+    accelerator.end_training()
+    return results
+
+
+def start(run: Run) -> tuple[Accelerator, Precision]:
+    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
+    cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    check_launch(state.num_processes, os.environ)
+    precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
+    mode = "no" if precision.name == "fp32" else precision.name
+    # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Accelerator(mixed_precision=mode, cpu=cpu, kwargs_handlers=[ddp]), precision
+
+
+def claim(accelerator: Accelerator, config: Config, name: str) -> tuple[Config, Path]:
+    """The configuration with its output folder resolved, and that folder, created by the main process."""
+    folder = None
+    if accelerator.is_main_process:
+        folder = claim_output_dir(config.run.output_dir, config.run.overwrite, name)
+    (folder,) = broadcast_object_list([folder])
+    assert isinstance(folder, Path)
+    return replace(config, run=replace(config.run, output_dir=str(folder))), folder
+
+
+def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples, Examples]:
+    """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
+    train_documents, eval_documents = load_documents(config.data, config.run.seed)
+    tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents)
+    layout, overflow = config.batch.layout, config.tokens.overflow
+    train_examples, eval_examples = (
+        encode(
+            documents,
+            tokenizer,
+            max_length=config.batch.max_length,
+            layout=layout,
+            overflow=overflow,
+            name=f"{part} documents",
+        )
+        for part, documents in (("training", train_documents), ("evaluation", eval_documents))
+    )
+    return tokenizer, train_examples, eval_examples
+
+
+class _Steps(Dataset[tuple[Step, list[Batch]]]):
+    """Item i: the plan of step i and this process's micro-batches of it."""
+
+    def __init__(self, plan: Plan, examples: Examples, collator: MaskedCollator, rank: int) -> None:
+        self.plan, self.examples, self.collator, self.rank = plan, examples, collator, rank
+
+    def __getitem__(self, index: int) -> tuple[Step, list[Batch]]:
+        step = self.plan.step(index)
+        parts = step.micro_batches[self.rank]
+        return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch) for ids in parts]
+
+
+def load_steps(
+    plan: Plan, examples: Examples, collator: MaskedCollator, accelerator: Accelerator, steps: range, workers: int
+) -> DataLoader[tuple[Step, list[Batch]]]:
+    """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them."""
+    dataset = _Steps(plan, examples, collator, accelerator.process_index)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _unchanged(item: tuple[Step, list[Batch]]) -> tuple[Step, list[Batch]]:
+    return item
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators by (seed, step, rank), so that dropout depends on nothing that came before."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def conclude(
+    folder: Path,
+    config: Config,
+    facts: dict[str, Any],
+    results: dict[str, float],
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the results and the model card, and show the samples filled in."""
+    filled = {}
+    network.eval()
+    for text in config.run.samples:
+        best = fill_mask(network, tokenizer, [text], top_k=3)[0][0]
+        filled[text] = ", ".join(f"{fill.token} ({fill.probability:.0%})" for fill in best)
+        log.info(f"{text} -> {filled[text]}")
+    write_results(folder, results)
+    write_card(folder, config, facts, results, filled)
+    log.info(f'saved to {folder}; try: minilm fill-mask {folder} "… {tokenizer.mask_token} …"')

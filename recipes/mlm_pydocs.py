@@ -1,0 +1,39 @@
+"""Pretrain a small ModernBERT on the documentation inside Python itself: offline, from scratch, in minutes.
+
+accelerate launch recipes/mlm_pydocs.py
+"""
+
+from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.cli import run_recipe
+
+CONFIG = Config(
+    data=Data(source="pydocs"),
+    tokens=Tokens(vocab_size=2048),
+    model=Model(
+        type="modernbert",
+        config={
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "local_attention": 16,
+            "max_position_embeddings": 512,
+        },
+    ),
+    objective=MaskedLM(rate=0.3, eval_rate=0.15),
+    batch=Batch(examples=16, max_length=128, micro_tokens=1024),
+    optim=Optim(lr=4e-3, betas=(0.9, 0.98), warmup=0.05, weight_decay=0.01),
+    run=Run(
+        max_steps=2500,
+        eval_every=500,
+        samples=(
+            "Return a [MASK] containing the names of the files in the directory.",
+            "If the file does not exist, an exception is [MASK].",
+            "The optional second [MASK] specifies the maximum number of bytes to read.",
+        ),
+    ),
+)
+
+if __name__ == "__main__":
+    run_recipe(CONFIG, __doc__)

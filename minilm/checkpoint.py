@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minilm.model import quiet_transformers
+
 
 def claim_output_dir(asked: str | None, overwrite: bool, name: str) -> Path:
     """Create and return the output folder: `asked`, or the first of out/NAME, out/NAME-2, … that does not exist.
@@ -52,8 +54,9 @@ def export(
         return
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
     try:
-        network.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
+        with quiet_transformers():
+            network.save_pretrained(temporary, state_dict=state)
+            tokenizer.save_pretrained(temporary)
         for path in sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -63,12 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fill = commands.add_parser(
         "fill-mask",
         help="the likeliest words for a mask",
-        description='Show the likeliest tokens for each mask of each text: minilm fill-mask out/run "The [MASK] barks."',
+        description='Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."',
     )
     fill.add_argument("model", metavar="DIR", help="folder or hub id of a masked LM")
-    fill.add_argument(
-        "texts", metavar="TEXT", nargs="+", help="text with a mask token; - reads standard input"
-    )
+    fill.add_argument("texts", metavar="TEXT", nargs="+", help="text with a mask token; - reads standard input")
     fill.add_argument("--top-k", type=_positive, default=5, metavar="K", help="candidates for a mask (default: 5)")
     fill.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
     fill.add_argument("--debug", action="store_true", help="show tracebacks")

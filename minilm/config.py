@@ -89,7 +89,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM:
-    """Masked LM (BERT, Devlin et al. 2019, section 3.1): 80% of the chosen tokens are masked, 10% replaced, 10% kept."""
+    """Masked LM (BERT, Devlin et al. 2019, section 3.1): 80% of the targets masked, 10% replaced, 10% kept."""
 
     rate: float = 0.15
     """Share of the tokens that a training step predicts."""
@@ -218,17 +218,19 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def read_run(path: str) -> Config:
-    """The configuration stored in a run's `run.json`."""
+    """The configuration stored in a run's `run.json`, without its output folder, which is taken."""
     try:
-        return from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+        config = from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None))
 
 
 def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
-    """`default` with the command line's `--group.field value` flags applied. A bad flag ends the process with status 2.
+    """`default` with the command line's `--group.field value` flags applied; a bad flag ends the process with status 2.
 
-    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults.
+    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults, except for its output
+    folder.
     """
     import tyro  # imports slowly, and only a command line needs it
 
@@ -238,7 +240,12 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         _check(at + 1 < len(rest), "--from-run needs the path of a run.json")
         default = read_run(rest[at + 1])
         del rest[at : at + 2]
-    description += "\n\n--from-run FILE repeats the run that wrote this run.json; --debug shows tracebacks."
+    if any(word.split("=")[0] == "--data.source" for word in rest):
+        default = dataclasses.replace(default, data=Data())  # columns and slices of another source mean nothing here
+    description += (
+        "\n\n--data.source sets the other --data flags back to their defaults. --from-run FILE repeats the run that "
+        "wrote this run.json. --debug shows tracebacks."
+    )
     quiet = os.environ.get("RANK", "0") != "0"  # one message for a job, not one from each process
     stderr = sys.stderr
     try:

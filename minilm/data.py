@@ -56,7 +56,7 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
         builder = _BUILDERS[_ending(files[0])]
         options: dict[str, str] = {}
         if builder == "text":
-            options = {"sample_by": document}
+            options, column = {"sample_by": document}, "text"  # a .txt file has no other
         elif _ending(files[0]) == ".tsv":
             options = {"sep": "\t"}
         rows = _load(source, builder, split=split, data_files=files, **options)

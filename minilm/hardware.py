@@ -162,8 +162,8 @@ def _cpu_name() -> str:
 
 
 _RIGHT_LAUNCH = (
-    "start N processes on CPUs with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …, "
-    "on GPUs with: accelerate launch --multi_gpu --num_processes N …"
+    "on CPUs type: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N …, "
+    "on GPUs: accelerate launch --multi_gpu --num_processes N …"
 )
 
 
@@ -179,3 +179,15 @@ def check_launch(processes: int, environment: Mapping[str, str]) -> None:
     alone = "WORLD_SIZE" not in environment and "ACCELERATE_MIXED_PRECISION" in environment
     if alone and "MASTER_ADDR" in environment:
         raise ValueError(f"accelerate was asked for several processes and started only one; {_RIGHT_LAUNCH}")
+
+
+def fair_threads(environment: Mapping[str, str]) -> int | None:
+    """CPU threads that a process should use: its share of the machine's, where a launcher cut it down to one.
+
+    Launchers set OMP_NUM_THREADS=1 for want of a better guess; None where the variable says anything else.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in environment or "LOCAL_WORLD_SIZE" in environment
+    if not launched or environment.get("OMP_NUM_THREADS") != "1":
+        return None
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(environment.get("LOCAL_WORLD_SIZE", "1")))

@@ -50,7 +50,7 @@ def fill_mask(
             [
                 [
                     Fill(
-                        token=tokenizer.decode([index]).strip(),
+                        token=str(tokenizer.decode([index])).strip(),
                         probability=probability,
                         text=_filled(tokenizer, input_ids_L, int(at), index),
                     )
@@ -66,5 +66,4 @@ def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: i
     ids = input_ids_L.tolist()
     ids[at] = index
     keep = [i for i in ids if i == tokenizer.mask_token_id or i not in tokenizer.all_special_ids]
-    text: str = tokenizer.decode(keep)
-    return text.strip()
+    return str(tokenizer.decode(keep)).strip()

@@ -83,14 +83,14 @@ def _difference(head: SparseHead) -> str:
 
 
 def load_model(model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> PreTrainedModel:
-    """The model in float32, from `model.name` or built from `model.type` and `model.config` with weights drawn by `seed`.
+    """The model in float32: `model.name`, or built from `model.type` and `model.config` with weights drawn by `seed`.
 
     Raises ValueError when the name cannot be loaded, a configuration field does not exist, the vocabulary is larger
     than the embedding, or the model has fewer positions than `max_length`.
     """
     torch.manual_seed(seed)  # new heads are random too
     network = _build(model, tokenizer) if model.name is None else _load(model, model.name)
-    rows = network.get_input_embeddings().weight.shape[0]
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index, union-attr]
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they do not belong "
@@ -108,7 +108,9 @@ def _build(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     except ValueError:
         raise ValueError(f"model.type {closest(model.type, _masked_lm_types())}") from None
     _check_fields(model.type, model.config, default)
-    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep")}
+    special = {
+        f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep")
+    }
     # A tokenizer with [CLS] and [SEP] begins and ends its texts with them.
     special["bos_token_id"] = special["bos_token_id"] or special["cls_token_id"]
     special["eos_token_id"] = special["eos_token_id"] or special["sep_token_id"]
@@ -134,7 +136,7 @@ def _masked_lm_types() -> list[str]:
 def _load(model: Model, name: str) -> PreTrainedModel:
     try:
         _check_fields(name, model.config, AutoConfig.from_pretrained(name))
-        with _quiet_transformers():
+        with quiet_transformers():
             # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
             network, report = AutoModelForMaskedLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **model.config
@@ -148,8 +150,8 @@ def _load(model: Model, name: str) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bar and its table of missing weights: what matters of it is said in one line of our own."""
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its progress bars and tables: what matters of them is said in a line of our own."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

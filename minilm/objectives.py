@@ -3,8 +3,8 @@
 Axes: B rows of the micro-batch, L padded length, N targets of the micro-batch, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,13 +38,20 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy from pinned memory does not block."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory (called by DataLoader)."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else v.pin_memory() for k, v in tensors.items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        mask_BxL = self.attention_mask_BxL
+        return Batch(
+            input_ids_BxL=change(self.input_ids_BxL),
+            attention_mask_BxL=None if mask_BxL is None else change(mask_BxL),
+            target_index_N=change(self.target_index_N),
+            target_ids_N=change(self.target_ids_N),
+        )
 
 
 class MaskedCollator:
@@ -66,7 +73,7 @@ class MaskedCollator:
         self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
         self.rate, self.seed, self.multiple = rate, seed, multiple
 
-    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: Sequence[int], epoch: int) -> Batch:
+    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch:
         """`rows[i]`: the ids of example `examples[i]`. No rows give one row of padding without a target, so that a
         process that has nothing to do in a step can still join its collectives."""
         sizes = np.array([len(row) for row in rows] or [1], np.int64)
@@ -75,7 +82,7 @@ class MaskedCollator:
         real_BxL = np.arange(width) < sizes[:, None]
         if rows:
             ids_BxL[real_BxL] = np.concatenate(rows)
-            index_N, new_N = self._choose(ids_BxL, real_BxL, np.asarray(examples, np.uint64), epoch)
+            index_N, new_N = self._choose(ids_BxL, real_BxL, examples.astype(np.uint64), epoch)
         else:
             index_N = new_N = np.zeros(0, np.int64)
         flat = ids_BxL.reshape(-1)
@@ -94,7 +101,8 @@ class MaskedCollator:
         """Flat positions of the targets, and the ids that take their place in the input."""
         key = _mix(_mix(np.array([self.seed], np.uint64)) + np.uint64(epoch))
         row_B = _mix(_mix(key + examples_B) ^ key)
-        hash_BxL = _mix(row_B[:, None] + np.arange(ids_BxL.shape[1], dtype=np.uint64))
+        position_L = np.arange(ids_BxL.shape[1], dtype=np.uint64)
+        hash_BxL = _mix(row_B[:, None] + position_L)
         chosen_BxL = (_uniform(hash_BxL) < self.rate) & real_BxL & self.ordinary[ids_BxL]
         index_N = np.flatnonzero(chosen_BxL)
         fate_N = _mix(hash_BxL.reshape(-1)[index_N])
@@ -115,7 +123,7 @@ def _mix(x: _Hashes) -> _Hashes:
 
 def _uniform(x: _Hashes) -> NDArray[np.float64]:
     """The top 53 bits as a float64 in [0, 1)."""
-    return (x >> np.uint64(11)) * 2.0**-53
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def masked_collator(

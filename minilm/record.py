@@ -210,7 +210,8 @@ fill = pipeline("fill-mask", model="{title}")
 {rows}
 
 The evaluation predicts {config.objective.eval_rate:.0%} of the tokens of documents that training did not see.
-`bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model is that of the training tokens.
+`bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model has the frequencies of the
+training tokens.
 
 ## Samples
 

@@ -66,7 +66,7 @@ def train_tokenizer(documents: Dataset, kind: str, vocab_size: int) -> PreTraine
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        trainer: trainers.Trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(_SPECIAL.values()),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -25,7 +25,7 @@ from minilm.checkpoint import claim_output_dir, export
 from minilm.config import Config, Run
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
-from minilm.hardware import Precision, check_launch, choose_precision, count_flops, device_peak
+from minilm.hardware import Precision, check_launch, choose_precision, count_flops, device_peak, fair_threads
 from minilm.infer import fill_mask
 from minilm.model import SparseHead, load_model
 from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator
@@ -159,6 +159,8 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     cpu = not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)
     check_launch(state.num_processes, os.environ)
+    if threads := fair_threads(os.environ):
+        torch.set_num_threads(threads)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
     mode = "no" if precision.name == "fp32" else precision.name
     # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.
@@ -195,13 +197,16 @@ def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples,
     return tokenizer, train_examples, eval_examples
 
 
-class _Steps(Dataset[tuple[Step, list[Batch]]]):
+Item = tuple[Step, list[Batch]]
+
+
+class _Steps(Dataset[Item]):
     """Item i: the plan of step i and this process's micro-batches of it."""
 
     def __init__(self, plan: Plan, examples: Examples, collator: MaskedCollator, rank: int) -> None:
         self.plan, self.examples, self.collator, self.rank = plan, examples, collator, rank
 
-    def __getitem__(self, index: int) -> tuple[Step, list[Batch]]:
+    def __getitem__(self, index: int) -> Item:
         step = self.plan.step(index)
         parts = step.micro_batches[self.rank]
         return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch) for ids in parts]
@@ -209,7 +214,7 @@ class _Steps(Dataset[tuple[Step, list[Batch]]]):
 
 def load_steps(
     plan: Plan, examples: Examples, collator: MaskedCollator, accelerator: Accelerator, steps: range, workers: int
-) -> DataLoader[tuple[Step, list[Batch]]]:
+) -> DataLoader[Item]:
     """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them."""
     dataset = _Steps(plan, examples, collator, accelerator.process_index)
     return DataLoader(
@@ -217,12 +222,12 @@ def load_steps(
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=_unchanged,  # in place of a default that would look for arrays to convert
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def _unchanged(item: tuple[Step, list[Batch]]) -> tuple[Step, list[Batch]]:
+def _unchanged(item: Any) -> Any:
     return item
 
 

@@ -90,7 +90,7 @@ def load_model(model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: 
     """
     torch.manual_seed(seed)  # new heads are random too
     network = _build(model, tokenizer) if model.name is None else _load(model, model.name)
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index, union-attr]
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they do not belong "

@@ -1,0 +1,41 @@
+"""What several test files share: tiny tokenizers, documents and models, and a cache of their own."""
+
+import os
+import tempfile
+
+# Before any import of the Hugging Face libraries: no test reaches the network or the user's caches.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="minilm-tests-")
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from minilm.tokens import train_tokenizer
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Return a list of the names in the directory.",
+    "If the file does not exist, an exception is raised.",
+    "A short one.",
+    "Training on two processes gives the same update as training on one process with twice the batch.",
+]
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def documents() -> Dataset:
+    """Sixty documents of very different lengths."""
+    texts = [" ".join(SENTENCES[(i + j) % 5] for j in range(1 + i * i % 7)) + f" Number {i}." for i in range(60)]
+    return Dataset.from_dict({"text": texts})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents: Dataset) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on the documents."""
+    return train_tokenizer(documents, "bpe", 400)

@@ -229,8 +229,7 @@ def read_run(path: str) -> Config:
 def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
     """`default` with the flags of the command line applied; a bad flag ends the process with status 2.
 
-    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults, except for its output
-    folder.
+    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults.
     """
     import tyro  # imports slowly, and only a command line needs it
 

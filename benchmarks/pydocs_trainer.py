@@ -1,0 +1,115 @@
+"""What HF Trainer reaches in the time that minilm took for the main job: same model, weights, examples and evaluation.
+
+    accelerate launch recipes/mlm_pydocs.py
+    python benchmarks/pydocs_trainer.py out/mlm_pydocs
+
+Trainer gets the run's learning rate, schedule, warm-up, betas, weight decay, clipping, batch size and masking rate, its
+own collator (dynamic masks, padding to the longest) and fused AdamW. Its number of steps is what fits into the seconds
+that minilm trained for, by a first measurement of 40 steps. Both are evaluated by minilm's exact evaluation.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from minilm.config import Config, read_run
+from minilm.evaluate import Evaluator, unigram_nats
+from minilm.hardware import describe
+from minilm.model import SparseHead, load_model
+from minilm.objectives import masked_collator
+from minilm.tokens import Examples, token_bytes
+from minilm.train import prepare_examples, start
+
+
+class Rows(Dataset[dict[str, list[int]]]):
+    """minilm's examples as Trainer's rows."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.examples[index].tolist()}
+
+
+def run_trainer(
+    config: Config, tokenizer: PreTrainedTokenizerBase, examples: Examples, steps: int
+) -> tuple[Any, float]:
+    """(the trained model, seconds that Trainer trained for)."""
+    optim = config.optim
+    warmup = optim.warmup if optim.warmup >= 1 else round(optim.warmup * steps)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=config.batch.examples,
+            learning_rate=optim.lr,
+            lr_scheduler_type=optim.schedule,
+            warmup_steps=int(warmup),
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_epsilon=optim.eps,
+            weight_decay=optim.weight_decay,
+            max_grad_norm=optim.max_grad_norm,
+            seed=config.run.seed,
+            optim="adamw_torch_fused",
+            save_strategy="no",
+            logging_steps=100,
+            report_to="none",
+        )
+        model = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Rows(examples),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.objective.rate),
+        )
+        begin = time.perf_counter()
+        trainer.train()
+        return model, time.perf_counter() - begin
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", metavar="DIR", type=Path, help="output folder of the main job")
+    folder = parser.parse_args().run
+    transformers_logging.set_verbosity_error()
+    config = read_run(str(folder / "run.json"))
+    ours = json.loads((folder / "all_results.json").read_text())
+    accelerator, _ = start(config.run)
+    tokenizer, train_examples, eval_examples = prepare_examples(config)
+    _, trial = run_trainer(config, tokenizer, train_examples, 40)
+    steps = round(ours["train_seconds"] / trial * 40)
+    model, seconds = run_trainer(config, tokenizer, train_examples, steps)
+    evaluator = Evaluator(
+        examples=eval_examples,
+        collator=masked_collator(config.objective, tokenizer, seed=None),
+        micro_tokens=config.batch.micro_tokens,
+        bytes_per_token=token_bytes(tokenizer),
+        unigram=unigram_nats(train_examples.counts(len(tokenizer))),
+    )
+    theirs = evaluator(accelerator, SparseHead(model)).figures()
+    print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
+    print("            seconds   steps  loss   bits per byte  of the unigram model's")
+    for name, figures, time_taken, count in (
+        ("minilm", ours, ours["train_seconds"], ours["steps"]),
+        ("HF Trainer", theirs, seconds, steps),
+    ):
+        share = figures["bits_per_byte"] / figures["unigram_bits_per_byte"]
+        row = f"{figures['eval_loss']:.3f}  {figures['bits_per_byte']:13.3f}  {share:.3f}"
+        print(f"{name:<11} {time_taken:7.0f} {count:7d}  {row}")
+
+
+if __name__ == "__main__":
+    main()

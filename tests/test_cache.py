@@ -1,0 +1,107 @@
+"""The cache: a file or a folder is there whole, or not at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from minilm.cache import building, cache_folder, publish
+
+
+def test_the_cache_lies_where_the_hugging_face_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert cache_folder() == tmp_path / "hf" / "minilm"
+    monkeypatch.delenv("HF_HOME")
+    assert cache_folder() == tmp_path / "xdg" / "huggingface" / "minilm"
+    assert cache_folder().is_dir()
+
+
+@pytest.mark.parametrize("text", ["", "naïve\n😀\r\n", "x" * 100_000])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_publish_replaces_the_file_whole_and_readable_by_all(tmp_path: Path, old: str | None, text: str) -> None:
+    path = tmp_path / "a.json"
+    if old is not None:
+        path.write_text(old)
+    publish(path, text)
+    assert path.read_bytes() == text.encode()
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["write", "fsync", "replace"])
+def test_publish_that_fails_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, old: str | None
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path, opened = tmp_path / "a.json", os.fdopen
+    if old is not None:
+        path.write_text(old)
+    if place == "write":
+
+        def unwritable(*arguments: object, **options: object) -> object:
+            file = opened(*arguments, **options)  # type: ignore[call-overload]
+            file.write = fail
+            return file
+
+        monkeypatch.setattr(os, "fdopen", unwritable)
+    else:
+        monkeypatch.setattr(os, place, fail)
+    with pytest.raises(type(error)):
+        publish(path, "new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({} if old is None else {"a.json": old})
+
+
+def test_publish_renames_only_what_has_reached_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append((os.fstat(file).st_ino, os.fstat(file).st_size)), fsync(file))
+    )
+    renamed = []
+    monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append((os.stat(a).st_ino, len("new"))), replace(a, b)))
+    publish(tmp_path / "a.json", "new")
+    assert renamed == synced != []
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
+def test_building_that_fails_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
+    def build() -> None:
+        with building(tmp_path / "made") as temporary:
+            (temporary / "half").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        build()
+    assert os.listdir(tmp_path) == []
+
+
+def test_building_shows_the_folder_only_when_it_is_done(tmp_path: Path) -> None:
+    with building(tmp_path / "made") as temporary:
+        (temporary / "file").write_text("whole")
+        assert not (tmp_path / "made").exists()
+    assert os.listdir(tmp_path) == ["made"]
+    assert (tmp_path / "made" / "file").read_text() == "whole"
+
+
+def test_two_builders_at_once_both_succeed_and_the_first_to_finish_wins(tmp_path: Path) -> None:
+    with building(tmp_path / "made") as slow:
+        (slow / "file").write_text("slow")
+        with building(tmp_path / "made") as fast:
+            (fast / "file").write_text("fast")
+    assert os.listdir(tmp_path) == ["made"]
+    assert (tmp_path / "made" / "file").read_text() == "fast"
+
+
+def test_building_that_cannot_be_renamed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(PermissionError), building(tmp_path / "made"):
+        pass
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,133 @@
+"""The command: what it prints, what it reads, and one line with status 2 for what the user got wrong."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from minilm.cli import guarded, main
+from minilm.infer import fill_mask, load_masked_lm
+
+TEXT, TWO_MASKS = "The quick [MASK] fox.", "If [MASK] file [MASK]."
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, initializer_range=0.5, **size)
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Run the command on these words and return its status and the lines of its standard output and error."""
+
+    def run(*words: str, stdin: str = "") -> tuple[object, list[str], list[str]]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = None
+        try:
+            main(words)
+        except SystemExit as end:
+            status = end.code
+        output, error = capfd.readouterr()
+        return status, output.splitlines(), error.splitlines()
+
+    return run
+
+
+def test_fill_mask_prints_the_likeliest_first(run, folder):
+    status, output, error = run("fill-mask", folder, TEXT, "--top-k", "3")
+    fills = fill_mask(*load_masked_lm(folder), [TEXT], top_k=3)[0][0]
+    assert (status, error) == (None, [])
+    assert [line.split() for line in output] == [
+        [f"{fill.probability:.1%}", *fill.token.split(), *fill.text.split()] for fill in fills
+    ]
+
+
+def test_json_is_one_object_for_each_mask_of_each_text(run, folder):
+    _, output, _ = run("fill-mask", folder, TEXT, TWO_MASKS, "--json")
+    fills = [mask for text in fill_mask(*load_masked_lm(folder), [TEXT, TWO_MASKS]) for mask in text]
+    inputs = [TEXT, TWO_MASKS, TWO_MASKS]
+    assert [json.loads(line) for line in output] == [
+        {"input": text, "fills": [asdict(fill) for fill in mask]} for text, mask in zip(inputs, fills, strict=True)
+    ]
+
+
+def test_a_dash_reads_a_text_from_each_line_of_standard_input(run, folder):
+    _, piped, _ = run("fill-mask", folder, "-", "--json", stdin=f"{TEXT}\n{TWO_MASKS}\n")
+    _, given, _ = run("fill-mask", folder, TEXT, TWO_MASKS, "--json")
+    assert piped == given
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fill-mask", "nowhere/at-all", TEXT], "nowhere/at-all"),
+        (["fill-mask", "FOLDER", "No gap here."], "no [MASK]"),
+        (["fill-mask", "EMPTY", TEXT], "no masked LM"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_status_2(words, message, run, folder, tmp_path):
+    status, output, error = run(*[{"FOLDER": folder, "EMPTY": str(tmp_path)}.get(word, word) for word in words])
+    assert (status, output, len(error)) == (2, [], 1), error
+    assert error[0].startswith("error: ")
+    assert message in error[0]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_bad_flag_is_refused_before_anything_is_loaded(value, run):
+    status, output, error = run("fill-mask", "nowhere", TEXT, "--top-k", value)
+    assert (status, output) == (2, [])
+    assert f"'{value}' is not a positive whole number" in error[-1]
+
+
+def test_debug_shows_the_traceback(run):
+    with pytest.raises(ValueError, match="nowhere"):
+        run("fill-mask", "nowhere/at-all", TEXT, "--debug")
+
+
+def fail(error: BaseException):
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(("rank", "seen"), [(None, True), ("0", True), ("1", False)])
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [(ValueError("column 'x'"), 2, "error: column 'x'"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_errors_end_with_their_status_and_are_told_once_in_a_job(error, status, line, rank, seen, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as caught:
+        guarded(fail(error))
+    assert caught.value.code == status
+    assert capsys.readouterr().err.strip() == (line if seen else "")
+
+
+def test_only_what_the_user_got_wrong_is_caught_and_nothing_under_debug(capsys):
+    with pytest.raises(RuntimeError):
+        guarded(fail(RuntimeError("a bug")))
+    for error in (ValueError("wrong"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            guarded(fail(error), debug=True)
+    guarded(lambda: None)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_command_is_importable_without_torch():
+    program = "import sys, minilm.cli; print(*{'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""

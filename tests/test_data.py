@@ -1,0 +1,172 @@
+"""Documents: every source gives the same texts, every split is exact, and what is wrong is named in one line."""
+
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from minilm.config import Data
+from minilm.data import load_documents
+
+TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
+TEXTS_SORTED = sorted(TEXTS)
+ROWS = [{"text": text, "number": number} for number, text in enumerate(TEXTS)]
+NESTED = [{"id": str(i), "answers": {"text": text.split(" "), "score": [1]}} for i, text in enumerate(TEXTS)]
+
+
+def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _table(separator: str) -> bytes:
+    rows = (separator.join((str(number), f'"{text}"')) for number, text in enumerate(TEXTS))
+    return "\n".join((separator.join(("number", "text")), *rows)).encode()
+
+
+def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    Dataset.from_list(list(rows)).to_parquet(file)
+    return file.getvalue()
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _all(data: Data) -> list[str]:
+    """Training and evaluation texts together, sorted."""
+    return sorted(text for part in load_documents(data, seed=0) for text in part["text"])
+
+
+LINES = "\n".join(TEXTS).encode()
+SOURCES = {
+    "a.txt": LINES,
+    "windows.txt": "\r\n".join(TEXTS).encode(),
+    "blank-lines.txt": "\n \n".join(TEXTS).encode(),
+    "a.txt.gz": gzip.compress(LINES),
+    "a.jsonl": _jsonl(ROWS),
+    "only-text.jsonl": _jsonl([{"text": text} for text in TEXTS]),
+    "a.jsonl.gz": gzip.compress(_jsonl(ROWS)),
+    "a.json": json.dumps(ROWS).encode(),
+    "a.csv": _table(","),
+    "a.tsv": _table("\t"),
+    "a.tsv.gz": gzip.compress(_table("\t")),
+    "a.parquet": _parquet(ROWS),
+    "odd [1] name*.txt": LINES,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    source = _write(tmp_path, {name: SOURCES[name]}) / name
+    assert _all(Data(source=str(source))) == TEXTS_SORTED
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.jsonl", _jsonl), ("a.parquet", _parquet)])
+def test_a_dotted_column_reaches_into_a_column_and_joins_its_list(tmp_path: Path, name: str, write: Any) -> None:
+    source = _write(tmp_path, {name: write(NESTED)}) / name
+    assert _all(Data(source=str(source), column="answers.text")) == TEXTS_SORTED
+
+
+def test_a_paragraph_ends_at_a_blank_line(tmp_path: Path) -> None:
+    source = _write(tmp_path, {"a.txt": "\n\n".join(f"{text}\nand more" for text in TEXTS).encode()}) / "a.txt"
+    found = _all(Data(source=str(source), document="paragraph"))
+    assert [text.strip() for text in found] == [f"{text}\nand more" for text in TEXTS_SORTED]
+
+
+@pytest.mark.parametrize("source", ["", "*.txt", "**/*.txt", "?.txt"])
+def test_a_folder_and_a_glob_stand_for_all_their_files(tmp_path: Path, source: str) -> None:
+    halves = {"a.txt": "\n".join(TEXTS[:7]).encode(), "b.txt": "\n".join(TEXTS[7:]).encode()}
+    _write(tmp_path, {**halves, ".hidden.txt": b"never read", "README.md": b"never read", "c.TXT.bak": b"never read"})
+    assert _all(Data(source=str(tmp_path / source))) == TEXTS_SORTED
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_dataset_saved_to_disk_is_read_by_split(tmp_path: Path, split: str) -> None:
+    DatasetDict({split: Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    assert _all(Data(source=str(tmp_path / "saved"), split=split)) == TEXTS_SORTED
+    with pytest.raises(ValueError, match=rf"no split '{split}x': did you mean '{split}'\?"):
+        load_documents(Data(source=str(tmp_path / "saved"), split=f"{split}x"), seed=0)
+
+
+def test_evaluation_documents_come_from_eval_source_whole(tmp_path: Path) -> None:
+    _write(tmp_path, {"a.jsonl": _jsonl(ROWS), "b.jsonl": _jsonl(ROWS[:3])})
+    data = Data(source=str(tmp_path / "a.jsonl"), eval_source=str(tmp_path / "b.jsonl"), eval_fraction=0.5)
+    train, held_out = load_documents(data, seed=0)
+    assert (train["text"][:], held_out["text"][:]) == (TEXTS, TEXTS[:3])
+
+
+def test_eval_split_takes_a_part_of_the_source(tmp_path: Path) -> None:
+    source = _write(tmp_path, {"a.txt": LINES}) / "a.txt"
+    train, held_out = load_documents(Data(source=str(source), split="train[:75%]", eval_split="train[75%:]"), seed=0)
+    assert (train["text"][:], held_out["text"][:]) == (TEXTS[:15], TEXTS[15:])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.95])
+def test_the_held_out_fraction_is_exact_disjoint_and_decided_by_the_seed(tmp_path: Path, fraction: float) -> None:
+    data = Data(source=str(_write(tmp_path, {"a.txt": LINES}) / "a.txt"), eval_fraction=fraction)
+    train, held_out = ([*part["text"]] for part in load_documents(data, seed=1))
+    assert sorted(train + held_out) == TEXTS_SORTED
+    assert len(held_out) == round(len(TEXTS) * fraction)
+    assert [[*part["text"]] for part in load_documents(data, seed=1)] == [train, held_out]
+    others = [set(load_documents(data, seed=seed)[1]["text"]) for seed in (2, 3, 4)]
+    assert any(other != set(held_out) for other in others)
+
+
+NOT_TEXT = [None, 3, 1.5, True, ["a"], {"a": "b"}]
+REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
+    "missing file": ({}, "a.txt", {}, "no such file"),
+    "missing folder": ({}, "folder", {}, "no such file"),
+    "glob without a match": ({}, "*.jsonl", {}, "no such file"),
+    "file of another kind": ({"a.pdf": b"x"}, "a.pdf", {}, "no file ending in .txt"),
+    "folder without files": ({"in/a.pdf": b"x"}, "in", {}, "no file ending in .txt"),
+    "folder of two kinds": ({"in/a.txt": LINES, "in/b.csv": b"x"}, "in", {}, r"several kinds \(.csv, .txt\)"),
+    "unknown column": ({"a.jsonl": _jsonl(ROWS)}, "a.jsonl", {"column": "txet"}, "'txet': did you mean 'text'"),
+    "unknown column, listed": ({"a.csv": _table(",")}, "a.csv", {"column": "zzz"}, "There are: number, text"),
+    "no such split": ({"a.txt": LINES}, "a.txt", {"split": "test"}, '"test"'),
+    "no such eval_split": ({"a.txt": LINES}, "a.txt", {"eval_split": "validation"}, '"validation"'),
+    "nothing held out": ({"a.txt": b"a\nb\nc"}, "a.txt", {}, "evaluation part is empty .* 3 documents"),
+    "all held out": ({"a.txt": b"a\nb\nc"}, "a.txt", {"eval_fraction": 0.9}, "training part is empty"),
+    "empty text": ({"a.txt": b""}, "a.txt", {}, ""),
+    "blank text": ({"a.txt": b"\n \n\t\n"}, "a.txt", {}, "no document with text in it"),
+    "empty jsonl": ({"a.jsonl": b""}, "a.jsonl", {}, ""),
+    "only a header": ({"a.csv": b"text\n"}, "a.csv", {}, ""),
+    "truncated jsonl": ({"a.jsonl": _jsonl(ROWS)[:-9]}, "a.jsonl", {}, "JSON parse error"),
+    "truncated parquet": ({"a.parquet": _parquet(ROWS)[:-9]}, "a.parquet", {}, "[Pp]arquet"),
+    "not UTF-8": ({"a.txt": b"ok\n\xff\xfe\n"}, "a.txt", {}, "utf-8"),
+    **{
+        f"{value!r} {where}": (
+            {"a.jsonl": _jsonl([{**more, "text": text} for text in ("fine" if like is None else like, value)])},
+            "a.jsonl",
+            {},
+            f"row {1 if like is None else 0}.* of column 'text' holds {type(value).__name__}",
+        )
+        for value in NOT_TEXT
+        for where, more in (("alone", {}), ("beside another column", {"x": 1}))
+        for like in ((None,) if value is None else (value,))
+    },
+    "None inside a joined list": (
+        {"a.jsonl": _jsonl([{"a": {"text": ["fine"]}}, {"a": {"text": ["fine", None]}}])},
+        "a.jsonl",
+        {"column": "a.text"},
+        "row 1 of column 'a.text' holds",
+    ),
+    "unknown nested column": ({"a.jsonl": _jsonl(NESTED)}, "a.jsonl", {"column": "answers.txt"}, "did you mean 'text'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_refused_in_one_line_that_names_the_source(tmp_path: Path, case: str) -> None:
+    files, name, options, said = REFUSED[case]
+    source = str(_write(tmp_path, files) / name)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{said}[^\n]*\Z") as refusal:
+        load_documents(Data(source=source, **options), seed=0)
+    assert source in str(refusal.value)

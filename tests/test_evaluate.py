@@ -1,0 +1,170 @@
+"""Exact evaluation against a loop over single examples. Run as a program, this file evaluates in several processes."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from minilm.evaluate import Evaluation, Evaluator, unigram_nats
+from minilm.model import SparseHead
+from minilm.objectives import MaskedCollator
+from minilm.tokens import Examples
+
+EXAMPLES = 23
+
+
+def tiny_head(tokenizer) -> SparseHead:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, **size)
+    return SparseHead(BertForMaskedLM(config))
+
+
+class Recording(MaskedCollator):
+    """A collator that remembers which examples it was given."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__(tokenizer, rate=0.2, seed=3)
+        self.seen = []
+
+    def __call__(self, rows, examples, epoch):
+        self.seen.extend(examples.tolist())
+        return super().__call__(rows, examples, epoch)
+
+
+def evaluator_of(tokenizer, micro_tokens: int = 256) -> Evaluator:
+    """Over examples of random ordinary ids, 3 to 40 long, with bytes and frequencies of no special form."""
+    rng = np.random.default_rng(0)
+    ends = np.cumsum(rng.integers(1, 39, EXAMPLES + 1))
+    examples = Examples(
+        ids=rng.integers(5, len(tokenizer), ends[-1]),
+        start=ends[:-1],
+        stop=ends[1:],
+        prefix=np.array([tokenizer.cls_token_id]),
+        suffix=np.array([tokenizer.sep_token_id]),
+    )
+    return Evaluator(
+        examples=examples,
+        collator=Recording(tokenizer),
+        micro_tokens=micro_tokens,
+        bytes_per_token=rng.integers(0, 9, len(tokenizer)),
+        unigram=unigram_nats(rng.integers(0, 50, len(tokenizer))),
+    )
+
+
+def one_by_one(evaluator: Evaluator, head: SparseHead) -> Evaluation:
+    """The same totals from one example, and one target, at a time, through the full head."""
+    nats = unigram = 0.0
+    targets = utf8_bytes = 0
+    head.model.eval()
+    for index in range(len(evaluator.examples)):
+        batch = evaluator.collator([evaluator.examples[index]], np.array([index]), epoch=0)
+        with torch.no_grad():
+            log_p_LxV = head.model(batch.input_ids_BxL).logits[0].double().log_softmax(-1)
+        for position, target in zip(batch.target_index_N.tolist(), batch.target_ids_N.tolist(), strict=True):
+            nats -= float(log_p_LxV[position, target])
+            targets += 1
+            utf8_bytes += int(evaluator.bytes_per_token[target])
+            unigram += float(evaluator.unigram[target])
+    return Evaluation(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
+
+
+def assert_same(ours: Evaluation, theirs: Evaluation, nats: float) -> None:
+    """`nats`: relative tolerance of the model's nats; all else is exact."""
+    assert (ours.targets, ours.utf8_bytes) == (theirs.targets, theirs.utf8_bytes)
+    assert ours.unigram_nats == pytest.approx(theirs.unigram_nats, rel=1e-12)
+    assert ours.nats == pytest.approx(theirs.nats, rel=nats)
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    torch.set_num_threads(1)  # on tensors as small as these a second thread only waits
+    AcceleratorState._reset_state(reset_partial_state=True)  # whatever precision another test asked for
+    return Accelerator(cpu=True)
+
+
+def test_totals_are_those_of_one_example_at_a_time(tokenizer, accelerator):
+    evaluator, head = evaluator_of(tokenizer), tiny_head(tokenizer)
+    ours = evaluator(accelerator, head)
+    assert ours.targets > 50
+    assert_same(ours, one_by_one(evaluator, head), nats=1e-6)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 64, 10**6])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
+def test_totals_do_not_depend_on_the_micro_batches(micro_tokens, dtype, tolerance, tokenizer, accelerator):
+    head = tiny_head(tokenizer).to(dtype)
+    cut_otherwise = evaluator_of(tokenizer, micro_tokens)(accelerator, head)
+    assert_same(cut_otherwise, evaluator_of(tokenizer)(accelerator, head), nats=tolerance)
+
+
+def test_figures_follow_from_the_totals():
+    figures = Evaluation(nats=60.0, targets=20, utf8_bytes=50, unigram_nats=100.0).figures()
+    assert figures == pytest.approx(
+        {
+            "eval_loss": 3.0,
+            "perplexity": math.e**3,
+            "bits_per_byte": 60 / math.log(2) / 50,
+            "unigram_bits_per_byte": 100 / math.log(2) / 50,
+        }
+    )
+
+
+def test_a_hopeless_model_and_targets_without_bytes_still_have_figures():
+    figures = Evaluation(nats=1e6, targets=1, utf8_bytes=0, unigram_nats=1.0).figures()
+    assert all(math.isfinite(figure) for figure in figures.values())
+
+
+def test_unigram_model_is_the_smoothed_frequencies():
+    counts = np.array([0, 1, 6, 0])
+    assert unigram_nats(counts) == pytest.approx(-np.log(np.array([1, 2, 7, 1]) / 11))
+    assert np.exp(-unigram_nats(np.arange(10**4))).sum() == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_the_models_mode_is_put_back(training, tokenizer, accelerator):
+    evaluator, head = evaluator_of(tokenizer), tiny_head(tokenizer).train(training)
+    assert evaluator(accelerator, head) == evaluator(accelerator, head)
+    assert {module.training for module in head.modules()} == {training}
+
+
+def test_examples_without_a_target_are_refused(tokenizer, accelerator):
+    evaluator = evaluator_of(tokenizer)
+    special = replace(evaluator.examples, ids=np.full_like(evaluator.examples.ids, tokenizer.pad_token_id))
+    with pytest.raises(ValueError, match="hold no target"):
+        replace(evaluator, examples=special)(accelerator, tiny_head(tokenizer))
+
+
+def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, accelerator, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=120)
+    alone = evaluator_of(tokenizer)(accelerator, tiny_head(tokenizer))
+    for processes in (2, 3):
+        ranks = [json.loads((tmp_path / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
+        assert all(rank["totals"] == ranks[0]["totals"] for rank in ranks)
+        assert_same(Evaluation(**ranks[0]["totals"]), alone, nats=1e-6)
+        assert sorted(index for rank in ranks for index in rank["seen"]) == list(range(EXAMPLES))
+
+
+def evaluate_in_this_process(folder: Path) -> None:
+    """Write the totals that this process returns and the examples that it evaluated to PROCESSES-RANK.json."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    accelerator, evaluator = Accelerator(cpu=True), evaluator_of(tokenizer)
+    evaluation = evaluator(accelerator, accelerator.prepare(tiny_head(tokenizer)))
+    name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
+    (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))
+
+
+if __name__ == "__main__":
+    for processes in (2, 3):
+        debug_launcher(evaluate_in_this_process, (Path(sys.argv[1]),), num_processes=processes)

@@ -1,0 +1,205 @@
+"""Precision by measurement, FLOPs against a count by hand, and launches that are not what they look like."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from minilm import hardware
+from minilm.hardware import (
+    Cost,
+    check_launch,
+    choose_precision,
+    count_flops,
+    describe,
+    device_peak,
+    fair_threads,
+    gemm_rate,
+)
+from minilm.model import SparseHead
+from minilm.plan import Step
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LAYERS, HIDDEN, INNER, VOCABULARY = 2, 32, 48, 90
+
+
+@pytest.fixture
+def cpu_of_ratio(monkeypatch):
+    """A CPU whose bf16 products run at the given multiple of the rate of fp32, and a launch without a precision."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def pretend(ratio):
+        monkeypatch.setattr(hardware, "gemm_rate", lambda dtype, *_: ratio if dtype is torch.bfloat16 else 1.0)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("asked", "launcher", "ratio", "name", "reason"),
+    [
+        ("auto", "no", 9.0, "bf16", "here runs at 9 times"),
+        ("auto", "no", 0.01, "fp32", "here runs at 0.01 times"),
+        ("auto", "bf16", 9.0, "bf16", "asked for at launch; a bf16"),
+        ("auto", "bf16", 0.01, "bf16", "asked for at launch; WARNING: .* at 0.01 times"),
+        ("bf16", "no", 9.0, "bf16", "asked for; a bf16"),
+        ("bf16", "no", 0.01, "bf16", "asked for; WARNING: .* at 0.01 times"),
+        ("fp32", "bf16", 9.0, "fp32", "asked for"),
+    ],
+)
+def test_precision_on_a_cpu_is_measured_and_what_is_asked_is_obeyed(
+    asked, launcher, ratio, name, reason, cpu_of_ratio, monkeypatch
+):
+    cpu_of_ratio(ratio)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    precision = choose_precision(asked, CPU)
+    assert precision.name == name
+    assert re.search(reason, precision.reason)
+
+
+@pytest.mark.parametrize(("asked", "launcher"), [("fp16", "no"), ("auto", "fp16")])
+def test_fp16_on_a_cpu_is_refused(asked, launcher, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        choose_precision(asked, CPU)
+
+
+@pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu_takes_bf16_only_where_the_hardware_has_it(native, name, cpu_of_ratio, monkeypatch):
+    cpu_of_ratio(9.0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert choose_precision("auto", CUDA).name == name
+    assert choose_precision("fp32", CUDA).name == "fp32"
+
+
+def test_the_rate_of_a_matrix_product_is_measured():
+    peak = device_peak(CPU, "fp32")
+    assert peak.source == "measured"
+    assert peak.flops > 1e8
+    assert gemm_rate(torch.float32, 128, 0.0) > 1e7
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "tera"),
+    [
+        ("NVIDIA H200", "bf16", 989),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67),
+        ("NVIDIA A100-SXM4-40GB", "fp16", 312),
+        ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA L4", "bf16", 121),
+        ("Tesla T4", "fp16", 65),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA RTX A1000", "bf16", None),
+        ("NVIDIA T400 4GB", "fp16", None),
+    ],
+)
+def test_the_datasheet_peak_is_that_of_this_card_or_unknown(card, precision, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    peak = device_peak(CUDA, precision)
+    assert peak.source == ("datasheet" if tera else "unknown")
+    assert peak.flops == pytest.approx(1e12 * tera if tera else np.nan, nan_ok=True)
+
+
+def tiny_head(kind: str = "bert", attention: str | None = None, **fields) -> SparseHead:
+    size = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": INNER}
+    config = AutoConfig.for_model(kind, **size, **fields, vocab_size=VOCABULARY, pad_token_id=0)
+    return SparseHead(AutoModelForMaskedLM.from_config(config, attn_implementation=attention))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_flops_of_bert_are_those_counted_by_hand(attention):
+    cost = count_flops(tiny_head(attention=attention), 32)
+    matrices = 4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER  # query, key, value, output; the two of the MLP
+    assert cost.per_token == pytest.approx(LAYERS * 2 * matrices)
+    assert cost.per_square == pytest.approx(LAYERS * 2 * 2 * HIDDEN)  # queries with keys, weights with values
+    assert cost.per_target == pytest.approx(2 * HIDDEN * (HIDDEN + VOCABULARY))
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "mpnet", "distilbert"])
+def test_flops_at_another_length_and_number_of_targets_are_predicted(kind):
+    head = tiny_head(kind).train()
+    cost = count_flops(head, 32)
+    assert head.training
+    head.eval()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # CPU kernels are not counted
+        head(torch.full((1, 23), 7), None, torch.arange(5))
+    assert 23 * cost.per_token + 23**2 * cost.per_square + 5 * cost.per_target == counter.get_total_flops()
+
+
+def test_a_model_that_shares_relative_positions_can_be_counted():
+    head = tiny_head("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False)
+    assert count_flops(head, 32).per_token > 0
+
+
+def test_a_step_costs_three_forwards_of_its_real_tokens():
+    step = Step(epoch=0, micro_batches=[[np.arange(2)]], tokens=30, square_lengths=500, padded_tokens=40)
+    assert Cost(per_token=7.0, per_square=2.0, per_target=10.0).step(step, 0.1) == 3 * (30 * 7 + 500 * 2 + 3 * 10)
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "environment"),
+    [
+        (1, {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}),  # --cpu --num_processes 2
+        (1, {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),  # --multi_gpu --num_processes 2, no GPU
+        (2, {}),
+    ],
+)
+def test_launches_that_do_not_do_what_they_say_are_refused_with_the_command_that_does(processes, environment):
+    with pytest.raises(ValueError, match="accelerate launch --multi_gpu --num_processes N") as caught:
+        check_launch(processes, environment)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("processes", "environment"),
+    [
+        (1, {}),
+        (1, {**LAUNCHED, "ACCELERATE_USE_CPU": "True"}),
+        (2, {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
+        (2, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),  # torchrun
+        (1, {"MASTER_ADDR": "127.0.0.1"}),  # left over in a shell
+    ],
+)
+def test_right_launches_pass(processes, environment):
+    check_launch(processes, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "3"}, None),
+        (LAUNCHED, None),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "1"}, 8),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 4),
+        ({"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),
+        ({"LOCAL_WORLD_SIZE": "20", "OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_a_process_gets_its_share_of_the_cores_where_a_launcher_took_them(environment, threads, monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert fair_threads(environment) == threads
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_description_of_the_machine_holds_three_plain_facts(readable, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError
+
+    if not readable:
+        monkeypatch.setattr(hardware, "open", refuse, raising=False)
+    facts = describe(CPU)
+    assert set(facts) == {"device", "cpu_capability", "threads_per_process"}
+    assert json.loads(json.dumps(facts)) == facts
+    assert str(facts["device"]).endswith(" processors")
+    assert facts["threads_per_process"] == torch.get_num_threads()

@@ -1,0 +1,95 @@
+"""Filling masks: the same answers as transformers' pipeline."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, pipeline
+
+from minilm.infer import fill_mask, load_masked_lm
+from minilm.tokens import train_tokenizer
+
+
+@pytest.fixture(scope="module", params=["bpe", "wordpiece"])
+def folder(request, documents, tmp_path_factory) -> Path:
+    """A tiny BERT with decided opinions, whose tokenizer is the one that minilm trains."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = train_tokenizer(documents, request.param, 400)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, initializer_range=0.5, **size)
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The quick [MASK] fox.",
+        "[MASK] list of names, and a long way to go",
+        "If [MASK] file does [MASK] [MASK].",
+        "[MASK]",
+    ],
+)
+def test_fills_are_those_of_the_pipeline(text, folder):
+    ours = fill_mask(*load_masked_lm(folder), [text], top_k=4)[0]
+    theirs = pipeline("fill-mask", model=str(folder))(text, top_k=4)
+    single = text.count("[MASK]") == 1
+    theirs = [theirs] if single else theirs
+    assert len(ours) == text.count("[MASK]")
+    for fills, expected in zip(ours, theirs, strict=True):
+        assert [fill.token for fill in fills] == [one["token_str"].strip() for one in expected]
+        assert [fill.probability for fill in fills] == pytest.approx([one["score"] for one in expected], rel=1e-5)
+        if single:
+            assert [fill.text for fill in fills] == [one["sequence"].strip() for one in expected]
+
+
+def test_each_mask_is_filled_alone_and_the_others_stay_in_the_text(folder):
+    first, second = fill_mask(*load_masked_lm(folder), ["The [MASK] fox [MASK]."], top_k=1)[0]
+    assert first[0].text.count("[MASK]") == second[0].text.count("[MASK]") == 1
+    assert first[0].text.index("[MASK]") > second[0].text.index("[MASK]")
+
+
+def test_several_texts_are_filled_as_each_alone_and_all_the_vocabulary_adds_up_to_one(folder):
+    model, tokenizer = load_masked_lm(folder)
+    texts = ["The [MASK] fox.", "A [MASK] one, which is longer than the other."]
+    assert not model.training
+    assert fill_mask(model, tokenizer, texts) == [fill_mask(model, tokenizer, [text])[0] for text in texts]
+    every = fill_mask(model, tokenizer, texts[:1], top_k=10**6)[0][0]
+    assert len(every) == model.config.vocab_size
+    assert sum(fill.probability for fill in every) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("No gap here.", r"no \[MASK\] in the text"), ("word " * 40 + "[MASK]", "longer than")]
+)
+def test_a_text_that_cannot_be_filled_is_refused_in_one_line(text, message, folder):
+    with pytest.raises(ValueError, match=message) as caught:
+        fill_mask(*load_masked_lm(folder), [text])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", ["nothing", "no weights", "garbled weights", "garbled configuration"])
+def test_what_is_no_model_is_refused_in_one_line(broken, folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if broken == "no weights":
+        (tmp_path / "model.safetensors").unlink()
+    elif broken == "garbled weights":
+        (tmp_path / "model.safetensors").write_bytes(b"not a header" * 99)
+    elif broken == "garbled configuration":
+        (tmp_path / "config.json").write_text("{")
+    name = tmp_path / "nothing" if broken == "nothing" else tmp_path
+    with pytest.raises(ValueError, match="no masked LM can be loaded") as caught:
+        load_masked_lm(name)
+    assert str(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_without_a_masked_lm_head_is_refused_rather_than_given_a_random_one(folder, tmp_path):
+    model, tokenizer = load_masked_lm(folder)
+    model.bert.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no masked LM can be loaded"):
+        load_masked_lm(tmp_path)

@@ -1,0 +1,223 @@
+"""Masked LM: the statistics of the masks, what they depend on and what not, and the loss against transformers' own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from minilm.config import MaskedLM
+from minilm.model import SparseHead
+from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator, target_nats
+
+Rows = list[NDArray[np.int64]]
+RATE = 0.15
+
+
+def _within(count: float, trials: int, probability: float, sigmas: float = 4) -> bool:
+    """Whether a binomial count lies within so many standard deviations of what is expected."""
+    return abs(count - trials * probability) < sigmas * math.sqrt(trials * probability * (1 - probability))
+
+
+def _uniform(counts: NDArray[np.int64], sigmas: float = 4) -> bool:
+    """Whether Pearson's chi-square of counts that should be equal lies within so many of its standard deviations."""
+    freedom = len(counts) - 1
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    return bool(abs(chi_square - freedom) < sigmas * math.sqrt(2 * freedom))
+
+
+def _collator(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, rate: float = RATE, multiple: int = 1
+) -> MaskedCollator:
+    return masked_collator(MaskedLM(rate=rate), tokenizer, seed=seed, multiple=multiple)
+
+
+def _chosen(batch: Batch) -> NDArray[np.bool_]:
+    chosen_BxL = np.zeros(tuple(batch.input_ids_BxL.shape), bool)
+    chosen_BxL.reshape(-1)[batch.target_index_N.numpy()] = True
+    return chosen_BxL
+
+
+@pytest.fixture(scope="module")
+def special(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return sorted(tokenizer.all_special_ids)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: PreTrainedTokenizerBase, special: list[int]) -> Rows:
+    """2,200 rows of 500 tokens, 1,100,000 in all: a tenth special, the others uniform over the ordinary ids."""
+    rng = np.random.default_rng(0)
+    ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
+    ids_BxL = rng.choice(ordinary, (2200, 500))
+    return list(np.where(rng.random(ids_BxL.shape) < 0.1, rng.choice(special, ids_BxL.shape), ids_BxL))
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Batch:
+    return _collator(tokenizer)(rows, np.arange(len(rows)), 0)
+
+
+def test_the_rate_is_kept_and_no_special_token_is_chosen(batch: Batch, rows: Rows, special: list[int]) -> None:
+    ordinary_BxL = ~np.isin(rows, special)
+    chosen_BxL = _chosen(batch)
+    assert not (chosen_BxL & ~ordinary_BxL).any()
+    assert _within(chosen_BxL.sum(), ordinary_BxL.sum(), RATE)
+    assert ordinary_BxL.sum() > 950_000
+
+
+def test_80_10_10(batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int]) -> None:
+    new_N = batch.input_ids_BxL.flatten()[batch.target_index_N]
+    masked, same = int((new_N == tokenizer.mask_token_id).sum()), int((new_N == batch.target_ids_N).sum())
+    by_chance = 0.1 / (len(tokenizer) - len(special))  # a replacement that happens to be the same token
+    assert _within(masked, batch.targets, 0.8)
+    assert _within(same, batch.targets, 0.1 + by_chance)
+    assert _within(batch.targets - masked - same, batch.targets, 0.1 - by_chance)
+
+
+def test_replacements_are_uniform_over_the_ordinary_tokens(
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int]
+) -> None:
+    new_N = batch.input_ids_BxL.flatten()[batch.target_index_N].numpy()
+    drawn = new_N[(new_N != batch.target_ids_N.numpy()) & (new_N != tokenizer.mask_token_id)]
+    counts = np.bincount(drawn, minlength=len(tokenizer))
+    assert counts[special].sum() == 0
+    assert _uniform(np.delete(counts, special))
+
+
+def test_every_position_and_example_is_chosen_alike(batch: Batch, rows: Rows, special: list[int]) -> None:
+    chosen_BxL, ordinary_BxL = _chosen(batch), ~np.isin(rows, special)
+    for axis in (0, 1):
+        hits, trials = chosen_BxL.sum(axis), ordinary_BxL.sum(axis)
+        z_score = (hits - trials * RATE) / np.sqrt(trials * RATE * (1 - RATE))
+        assert abs((z_score**2).sum() - len(hits)) < 4 * math.sqrt(2 * len(hits))
+
+
+def test_targets_are_the_original_ids_and_everything_else_is_left_alone(batch: Batch, rows: Rows) -> None:
+    restored = batch.input_ids_BxL.clone().flatten()
+    restored[batch.target_index_N] = batch.target_ids_N
+    assert np.array_equal(restored.reshape(len(rows), -1), rows)
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "example", "position"),
+    [
+        (1, 0, 0, 0),
+        (2**63 - 1, 0, 0, 0),
+        (None, 0, 0, 0),
+        (0, 1, 0, 0),
+        (1, -1, 0, 0),
+        (0, 0, 1, 0),
+        (0, 1, -1, 0),
+        (0, 0, 0, 1),
+        (0, 0, 1, -1),
+    ],
+    ids=str,
+)
+def test_masks_of_another_seed_epoch_example_or_position_are_independent(
+    tokenizer: PreTrainedTokenizerBase, seed: int | None, epoch: int, example: int, position: int
+) -> None:
+    rows, examples = list(np.full((1000, 512), len(tokenizer) - 1)), np.arange(1000) + 1
+    first = _chosen(_collator(tokenizer)(rows, examples, 1))
+    other = masked_collator(MaskedLM(rate=RATE), tokenizer, seed=seed)
+    second = np.roll(_chosen(other(rows, examples + example, 1 + epoch)), position, axis=1)
+    assert _within(second.sum(), second.size, RATE)
+    assert _within((first & second).sum(), first.size, RATE**2)
+
+
+def test_a_mask_does_not_depend_on_the_rest_of_its_batch(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
+    lengths = np.random.default_rng(1).integers(3, 90, 64)
+    short = [row[:length] for row, length in zip(rows, lengths, strict=False)]
+    examples = np.arange(64) + 10**9
+
+    def fates(order: NDArray[np.int64], micro_batch: int, multiple: int) -> dict[int, tuple[list[int], ...]]:
+        found: dict[int, tuple[list[int], ...]] = {}
+        for ids in np.split(order, range(micro_batch, len(order), micro_batch)):
+            batch = _collator(tokenizer, multiple=multiple)([short[i] for i in ids], examples[ids], 3)
+            at_N, width = batch.target_index_N.numpy(), batch.input_ids_BxL.shape[1]
+            for row, i in enumerate(ids):
+                own = at_N // width == row
+                inputs = batch.input_ids_BxL[row, : lengths[i]].tolist()
+                found[int(i)] = (inputs, (at_N[own] % width).tolist(), batch.target_ids_N.numpy()[own].tolist())
+        return found
+
+    alone = fates(np.arange(64), 1, 1)
+    for micro_batch, multiple in ((64, 1), (64, 8), (7, 1), (5, 64)):
+        assert fates(np.random.default_rng(micro_batch).permutation(64), micro_batch, multiple) == alone
+
+
+def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, examples = list(np.full((100, 512), len(tokenizer) - 1)), np.arange(100)
+
+    def evaluation(objective: MaskedLM) -> Batch:
+        return masked_collator(objective, tokenizer, seed=None)(rows, examples, 0)
+
+    first, second = evaluation(MaskedLM(eval_rate=0.3)), evaluation(MaskedLM(rate=0.5, eval_rate=0.3))
+    assert torch.equal(first.input_ids_BxL, second.input_ids_BxL)
+    assert torch.equal(first.target_index_N, second.target_index_N)
+    assert _within(first.targets, 100 * 512, 0.3)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("lengths", [(16, 16), (16, 3), (5, 11, 2)])
+def test_rows_are_padded_to_the_longest_and_the_mask_says_where(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...], multiple: int
+) -> None:
+    own = [row[:length] for row, length in zip(rows, lengths, strict=False)]
+    batch = _collator(tokenizer, multiple=multiple)(own, np.arange(len(own)), 0)
+    width = math.ceil(max(lengths) / multiple) * multiple
+    real_BxL = torch.arange(width) < torch.tensor(lengths)[:, None]
+    assert batch.input_ids_BxL.shape == (len(lengths), width)
+    assert (batch.input_ids_BxL[~real_BxL] == tokenizer.pad_token_id).all()
+    if real_BxL.all():
+        assert batch.attention_mask_BxL is None
+    else:
+        assert batch.attention_mask_BxL is not None
+        assert torch.equal(batch.attention_mask_BxL, real_BxL.long())
+    moved = batch.to(torch.device("meta"))
+    assert {value.device.type for value in vars(moved).values() if value is not None} == {"meta"}
+    assert (moved.attention_mask_BxL is None) == (batch.attention_mask_BxL is None)
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1}))
+    maskless = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+    with pytest.raises(ValueError, match=r"^the tokenizer [^\n]* has no mask token[^\n]*--tokens.name\Z"):
+        _collator(maskless)
+
+
+@pytest.fixture(scope="module")
+def bert(tokenizer: PreTrainedTokenizerBase) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)).eval()
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (100, 7, 33)])
+def test_the_loss_is_that_of_transformers_times_the_number_of_targets(
+    bert: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...]
+) -> None:
+    own = [row[:length] for row, length in zip(rows, lengths, strict=False)]
+    batch = _collator(tokenizer, rate=0.4)(own, np.arange(len(own)), 0)
+    labels_BxL = torch.full_like(batch.input_ids_BxL, -100)
+    labels_BxL.view(-1)[batch.target_index_N] = batch.target_ids_N
+    reference = bert(input_ids=batch.input_ids_BxL, attention_mask=batch.attention_mask_BxL, labels=labels_BxL).loss
+    head = SparseHead(bert)
+    assert batch.targets > 10
+    assert target_nats(head, batch).shape == (batch.targets,)
+    torch.testing.assert_close(loss_sum(head, batch), reference * batch.targets, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_batch_without_rows_has_no_loss_and_a_gradient_of_zero(
+    bert: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, multiple: int
+) -> None:
+    batch = _collator(tokenizer, multiple=multiple)([], np.zeros(0, np.int64), 0)
+    assert batch.input_ids_BxL.shape == (1, multiple)
+    assert batch.targets == 0
+    loss = loss_sum(SparseHead(bert), batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(weight.grad is not None and not weight.grad.any() for weight in bert.parameters())

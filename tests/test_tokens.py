@@ -1,0 +1,253 @@
+"""Tokenizers and corpora: text comes back from ids, no token is lost, and nothing is encoded twice."""
+
+import itertools
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from minilm.config import Tokens
+from minilm.tokens import Examples, encode, load_tokenizer, token_bytes, train_tokenizer
+
+ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+thorough = settings(deadline=None, max_examples=100)
+
+
+@pytest.fixture(scope="session")
+def wordpiece(documents: Dataset) -> PreTrainedTokenizerBase:
+    """A lower-cased WordPiece tokenizer trained on the documents."""
+    return train_tokenizer(documents, "wordpiece", 150)
+
+
+@pytest.fixture(params=["tokenizer", "wordpiece"])
+def either(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """The one, then the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf" / "minilm"
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, documents: Dataset) -> list[list[int]]:
+    return tokenizer([*documents["text"]], add_special_tokens=False)["input_ids"]
+
+
+def _joined(parts: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
+
+
+def _middles(examples: Examples) -> list[list[int]]:
+    """The examples without the special token at either end."""
+    return [examples[i][1:-1].tolist() for i in range(len(examples))]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 300), ("bpe", 400), ("wordpiece", 100), ("wordpiece", 150)])
+def test_a_trained_tokenizer_has_the_size_and_the_special_tokens_asked_for(
+    documents: Dataset, kind: str, size: int
+) -> None:
+    tokenizer = train_tokenizer(documents, kind, size)
+    assert len(tokenizer) == size
+    assert {role: getattr(tokenizer, f"{role}_token") for role in ROLES} == ROLES
+    assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3, 4]
+
+
+def test_special_tokens_stand_around_one_text_and_between_two(either: PreTrainedTokenizerBase) -> None:
+    cls, sep = [either.cls_token_id], [either.sep_token_id]
+    a, b = (either(text, add_special_tokens=False)["input_ids"] for text in ("the list", "a file"))
+    assert either("the list")["input_ids"] == cls + a + sep
+    pair = either("the list", "a file", return_token_type_ids=True)
+    assert pair["input_ids"] == cls + a + sep + b + sep
+    assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+
+
+def test_the_mask_of_a_bpe_tokenizer_takes_the_space_before_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    around, mask = tokenizer("the list", add_special_tokens=False)["input_ids"], tokenizer.mask_token_id
+    assert tokenizer("the list [MASK]", add_special_tokens=False)["input_ids"] == [*around, mask]
+
+
+@thorough
+@given(text=st.text())
+def test_bpe_gives_back_any_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    spaced = text if text.startswith(" ") or not text else f" {text}"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == spaced
+    assert token_bytes(tokenizer)[ids].sum() == len(spaced.encode())
+
+
+def test_wordpiece_gives_back_known_text_in_lower_case(wordpiece: PreTrainedTokenizerBase) -> None:
+    ids = wordpiece("The Quick brown fox.", add_special_tokens=False)["input_ids"]
+    assert wordpiece.decode(ids) == "the quick brown fox."
+
+
+@thorough
+@given(text=st.text(alphabet="aefiotx .\t"))
+def test_wordpiece_tokens_have_the_bytes_of_the_text_without_its_spaces(
+    wordpiece: PreTrainedTokenizerBase, text: str
+) -> None:
+    ids = wordpiece(text, add_special_tokens=False)["input_ids"]
+    assert wordpiece.unk_token_id not in ids
+    assert token_bytes(wordpiece)[ids].sum() == len("".join(text.split()))
+
+
+@thorough
+@given(text=st.text(alphabet="abcé 😀\n"))
+def test_sentencepiece_tokens_have_the_bytes_of_the_text(text: str) -> None:
+    single = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<unk>", *single, "\u2581", "\u2581a", "a", "b", "c", "bc", "é", "\u2581é"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+def test_special_tokens_have_no_bytes(either: PreTrainedTokenizerBase) -> None:
+    sizes = token_bytes(either)
+    assert sizes.shape == (len(either),)
+    assert np.flatnonzero(sizes == 0).tolist() == sorted(either.all_special_ids)
+
+
+@pytest.mark.parametrize("max_length", [8, 17, 512])
+def test_split_drops_no_token_and_cuts_into_the_fewest_nearly_equal_pieces(
+    documents: Dataset, either: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    examples = encode(documents, either, max_length=max_length)
+    rows = [examples[i].tolist() for i in range(len(examples))]
+    assert examples.lengths.tolist() == [len(row) for row in rows]
+    assert all((row[0], row[-1]) == (either.cls_token_id, either.sep_token_id) for row in rows)
+    pieces = iter(_middles(examples))
+    for ids in _plain(either, documents):
+        own = [next(pieces) for _ in range(-(-len(ids) // (max_length - 2)))]
+        sizes = [len(piece) for piece in own]
+        assert _joined(own) == ids
+        assert max(sizes) <= max_length - 2
+        assert max(sizes) - min(sizes) <= 1
+    assert next(pieces, None) is None
+
+
+@pytest.mark.parametrize("max_length", [8, 17, 512])
+def test_truncation_is_that_of_transformers(
+    documents: Dataset, either: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    examples = encode(documents, either, max_length=max_length, overflow="truncate")
+    reference = either([*documents["text"]], truncation=True, max_length=max_length)["input_ids"]
+    assert [examples[i].tolist() for i in range(len(examples))] == reference
+
+
+@pytest.mark.parametrize("max_length", [8, 17, 512])
+def test_blocks_are_the_joined_documents_cut_into_full_rows(
+    documents: Dataset, either: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    examples = encode(documents, either, max_length=max_length, layout="blocks")
+    joined = _joined([*ids, either.sep_token_id] for ids in _plain(either, documents))
+    assert _joined(_middles(examples)) == joined
+    assert set(examples.lengths[:-1]) == {max_length}
+    assert 2 < examples.lengths[-1] <= max_length
+
+
+@pytest.mark.parametrize("layout", ["documents", "blocks"])
+def test_counts_are_those_of_the_ordinary_tokens(
+    documents: Dataset, either: PreTrainedTokenizerBase, layout: str
+) -> None:
+    counts = encode(documents, either, max_length=17, layout=layout).counts(len(either))
+    assert counts.tolist() == np.bincount(_joined(_plain(either, documents)), minlength=len(either)).tolist()
+
+
+@pytest.mark.parametrize("layout", ["documents", "blocks"])
+def test_ids_are_encoded_once_for_each_content(
+    layout: str, tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, call = [], PreTrainedTokenizerBase.__call__
+
+    def spy(self: PreTrainedTokenizerBase, text: str | list[str], **options: bool) -> object:
+        encoded.extend(text if isinstance(text, list) else [])
+        return call(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", spy)
+
+    def rows(texts: list[str], max_length: int) -> list[list[int]]:
+        encoded.clear()
+        return _middles(encode(Dataset.from_dict({"text": texts}), tokenizer, max_length=max_length, layout=layout))
+
+    texts = ["one document", "an other"]
+    first = rows(texts, 64)
+    assert encoded == texts
+    assert rows(texts, 64) == first
+    rows(texts, 32)
+    assert encoded == []
+    for changed in (["one document", "an othex"], ["one documentan", " other"], ["an other", "one document"]):
+        assert rows(changed, 64) != first
+        assert encoded == changed
+    assert all(not file.name.startswith(".") for file in cache.iterdir())
+
+
+def test_the_cache_knows_the_tokenizer(documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
+    for other in (tokenizer, train_tokenizer(documents, "bpe", 300)):
+        assert _joined(_middles(encode(documents, other, max_length=512))) == _joined(_plain(other, documents))
+
+
+@pytest.mark.parametrize(("size", "kind"), [(65_536, np.uint16), (65_537, np.uint32)])
+def test_ids_are_mapped_from_disk_in_the_smallest_type_that_holds_them(size: int, kind: type, cache: Path) -> None:
+    backend = Tokenizer(models.WordLevel({str(number): number for number in range(size - 1)} | {"a": size - 1}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    examples = encode(Dataset.from_dict({"text": ["5 a 65534", "7"]}), tokenizer, max_length=8)
+    assert isinstance(examples.ids, np.memmap)
+    assert examples.ids.dtype == kind
+    assert [examples[i].tolist() for i in range(2)] == [[5, size - 1, 65534], [7]]
+    assert examples[0].dtype == np.int64
+
+
+def test_empty_documents_are_passed_over_and_nothing_but_them_is_refused(wordpiece: PreTrainedTokenizerBase) -> None:
+    examples = encode(Dataset.from_dict({"text": ["\x01", "a file", "\x02"]}), wordpiece, max_length=8)
+    assert len(examples) == 1
+    with pytest.raises(ValueError, match=r"^the training documents hold no token [^\n]*\Z"):
+        encode(Dataset.from_dict({"text": ["\x01", "\x02"]}), wordpiece, max_length=8, name="training documents")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_tokenizer_is_trained_once_for_each_content(
+    documents: Dataset, kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(documents: Dataset, size: int = 300) -> PreTrainedTokenizerBase:
+        return load_tokenizer(Tokens(kind=kind, vocab_size=size), None, documents)
+
+    first = load(documents)
+    assert first.get_vocab() == train_tokenizer(documents, kind, 300).get_vocab()
+    assert first("the [MASK]")["input_ids"] == train_tokenizer(documents, kind, 300)("the [MASK]")["input_ids"]
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr("minilm.tokens.train_tokenizer", None)
+        assert load(documents).get_vocab() == first.get_vocab()
+        for changed in (lambda: load(documents, 310), lambda: load(documents.select(range(59)))):
+            with pytest.raises(TypeError):
+                changed()
+
+
+def test_a_tokenizer_is_loaded_by_its_own_name_before_the_models(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, wordpiece: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "own")
+    wordpiece.save_pretrained(tmp_path / "model")
+    own, model = str(tmp_path / "own"), str(tmp_path / "model")
+    assert load_tokenizer(Tokens(name=own), model, documents).get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(Tokens(), model, documents).get_vocab() == wordpiece.get_vocab()
+
+
+def test_a_tokenizer_that_is_missing_or_cannot_pad_is_refused(documents: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^tokenizer 'no-such/name' cannot be loaded[^\n]*\Z"):
+        load_tokenizer(Tokens(name="no-such/name"), None, documents)
+    letters = {letter: number for number, letter in enumerate(string.ascii_lowercase)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^tokenizer [^\n]* has no padding token[^\n]*--tokens\.name\Z"):
+        load_tokenizer(Tokens(name=str(tmp_path)), None, documents)

@@ -87,7 +87,9 @@ def _fill_mask(options: argparse.Namespace) -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    texts = [line for text in options.texts for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
+    texts = [
+        line for text in options.texts for line in (sys.stdin.read().splitlines() if text == "-" else [text]) if line
+    ]
     model, tokenizer = load_masked_lm(options.model)
     for text in texts:
         for fills in fill_mask(model, tokenizer, [text], top_k=options.top_k)[0]:

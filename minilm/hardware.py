@@ -2,11 +2,13 @@
 
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilm.model import SparseHead
@@ -16,6 +18,8 @@ from minilm.plan import Step
 # The fp32 column is that of plain fp32, since torch keeps TF32 off unless it is asked for.
 _PEAKS = (
     ("H200", 989.0, 67.0),
+    ("H100 PCIe", 756.0, 51.0),
+    ("H100 NVL", 835.0, 60.0),
     ("H100", 989.0, 67.0),
     ("A100", 312.0, 19.5),
     ("L40S", 362.0, 91.6),
@@ -93,7 +97,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, half, full in _PEAKS:
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return Peak(flops=1e12 * (full if precision == "fp32" else half), source="datasheet")
     if device.type == "cpu":
         return Peak(flops=gemm_rate(_DTYPES[precision], 1024, 0.2), source="measured")
@@ -128,15 +132,15 @@ def count_flops(model: SparseHead, max_length: int) -> Cost:
 
     def forward(length: int, targets: int) -> int:
         ids_1xL = torch.full((1, length), model.model.config.vocab_size - 1, device=device)
-        with FlopCounterMode(display=False) as counter:
+        # The counter does not know the fused CPU kernel of attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(ids_1xL, None, torch.zeros(targets, dtype=torch.int64, device=device))
         return int(counter.get_total_flops())
 
     model.eval()
-    with torch.no_grad():
-        short, long = max(2, max_length // 2), max_length
-        per_target = forward(short, 2) - forward(short, 1)
-        at_short, at_long = (forward(n, 1) - per_target for n in (short, long))
+    short, long = max(2, max_length // 2), max_length
+    per_target = forward(short, 2) - forward(short, 1)
+    at_short, at_long = (forward(n, 1) - per_target for n in (short, long))
     model.train(training)
     per_square = (at_long / long - at_short / short) / (long - short)
     return Cost(per_token=at_short / short - per_square * short, per_square=per_square, per_target=per_target)

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.model import longest_input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,12 @@ def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it has no weights for {', '.join(missing)}")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"no masked LM can be loaded from {str(name)!r}: {' '.join(str(error).split())}") from error
     return model.eval(), tokenizer
 
@@ -42,6 +49,11 @@ def fill_mask(
         masks_M = (input_ids_L == tokenizer.mask_token_id).nonzero()[:, 0]
         if len(masks_M) == 0:
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
+        longest = longest_input(model)
+        if longest is not None and len(input_ids_L) > longest:
+            raise ValueError(
+                f"the text {text[:40]!r}… has {len(input_ids_L)} tokens, longer than the model's {longest}"
+            )
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             probabilities_MxV = model(**inputs).logits[0, masks_M].float().softmax(-1)

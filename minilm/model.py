@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -112,10 +114,14 @@ def _build(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep")
     }
     # A tokenizer with [CLS] and [SEP] begins and ends its texts with them.
-    special["bos_token_id"] = special["bos_token_id"] or special["cls_token_id"]
-    special["eos_token_id"] = special["eos_token_id"] or special["sep_token_id"]
+    for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
+        if special[name] is None:
+            special[name] = special[stand_in]
     fields = {name: index for name, index in special.items() if name in default.to_dict()}
-    config = AutoConfig.for_model(model.type, **fields, **{"vocab_size": len(tokenizer), **model.config})
+    try:
+        config = AutoConfig.for_model(model.type, **{"vocab_size": len(tokenizer), **fields, **model.config})
+    except StrictDataclassError as error:
+        raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
     if type(config) not in AutoModelForMaskedLM._model_mapping:
         raise ValueError(f"model.type {model.type} has no masked-LM head; these have: {', '.join(_masked_lm_types())}")
     network: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
@@ -135,13 +141,16 @@ def _masked_lm_types() -> list[str]:
 
 def _load(model: Model, name: str) -> PreTrainedModel:
     try:
-        _check_fields(name, model.config, AutoConfig.from_pretrained(name))
+        config = AutoConfig.from_pretrained(name)
+        _check_fields(name, model.config, config)
+        for field, value in model.config.items():
+            setattr(config, field, value)
         with quiet_transformers():
             # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
             network, report = AutoModelForMaskedLM.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **model.config
+                name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True
             )
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if missing := sorted(report["missing_keys"]):
         log.warning(f"{name} has no weights for {', '.join(missing)}: they start at random")
@@ -152,14 +161,15 @@ def _load(model: Model, name: str) -> PreTrainedModel:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """transformers without its progress bars and tables: what matters of them is said in a line of our own."""
-    level = transformers_logging.get_verbosity()
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def longest_input(network: PreTrainedModel) -> int | None:

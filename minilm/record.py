@@ -88,7 +88,7 @@ class Recorder:
             "tokens": self.tokens,
             "train_seconds": round(self.seconds, 2),
             "tokens_per_second": round(self.tokens / seconds, 1),
-            "mfu": round(self.flops / seconds / self.peak_flops, 4),
+            **({} if math.isnan(self.peak_flops) else {"mfu": round(self.flops / seconds / self.peak_flops, 4)}),
         }
 
     def close(self) -> None:
@@ -183,7 +183,8 @@ def write_card(
         if value not in (None, [], {})
     )
     samples = "\n".join(f"- {text} → {words}" for text, words in filled.items())
-    base = f"base_model: {json.dumps(config.model.name)}\n" if config.model.name else ""
+    name = config.model.name
+    base = f"base_model: {json.dumps(name)}\n" if name and not Path(name).exists() else ""  # the hub knows no folders
     card = f"""---
 library_name: transformers
 pipeline_tag: fill-mask

@@ -44,7 +44,9 @@ def reference(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("out") / "reference", text)
 
 
-def run(folder: Path, text: str, batch: dict[str, object] | None = None, model: dict[str, object] | None = None) -> Path:
+def run(
+    folder: Path, text: str, batch: dict[str, object] | None = None, model: dict[str, object] | None = None
+) -> Path:
     train(
         replace(
             CONFIG,

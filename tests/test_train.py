@@ -1,0 +1,175 @@
+"""train_step against a loop written out in plain torch, and what a whole run leaves behind."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+from transformers import pipeline as hf_pipeline
+
+from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
+from minilm.infer import fill_mask
+from minilm.model import SparseHead
+from minilm.objectives import MaskedCollator
+from minilm.optim import build_optimizer
+from minilm.plan import Plan
+from minilm.tokens import Examples, encode
+from minilm.train import load_steps, train, train_step
+from tests.launch import read_log
+
+TINY_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.fixture
+def examples(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    return encode(documents, tokenizer, max_length=48)
+
+
+@pytest.fixture
+def network(tokenizer: PreTrainedTokenizerBase) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **TINY_BERT))
+
+
+def config(documents: Dataset, folder: Path, **run: Any) -> Config:
+    text = folder / "documents.txt"
+    text.write_text("\n".join(documents["text"]))
+    return Config(
+        data=Data(source=str(text), eval_fraction=0.2),
+        tokens=Tokens(vocab_size=400),
+        model=Model(type="bert", config=TINY_BERT),
+        batch=Batch(examples=8, max_length=48, micro_tokens=128),
+        optim=Optim(lr=3e-3),
+        run=replace(Run(max_steps=4, precision="fp32", output_dir=str(folder / "out")), **run),
+    )
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0], ids=["clipped", "not clipped"])
+def test_steps_equal_plain_torch(
+    examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, max_grad_norm: float
+) -> None:
+    collator = MaskedCollator(tokenizer, rate=0.15, seed=0)
+    plain = copy.deepcopy(network)
+    decayed = [p for p in plain.parameters() if p.ndim >= 2]
+    others = [p for p in plain.parameters() if p.ndim < 2]
+    plain_optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+    )
+    accelerator = Accelerator(cpu=True)
+    head = SparseHead(network)
+    model, optimizer = accelerator.prepare(head, build_optimizer(head, Optim(weight_decay=0.1)))
+    plan = Plan(examples.lengths, examples=12, micro_tokens=100)
+    for index, (step, micro_batches) in enumerate(load_steps(plan, examples, collator, accelerator, range(5), 0)):
+        assert len(micro_batches) > 1
+        lr = 1e-3 * (index + 1)
+        result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
+
+        ids = np.concatenate(step.micro_batches[0])
+        batch = collator(
+            [examples[int(i)] for i in ids], ids, step.epoch
+        )  # one padded batch, masked logits picked late
+        logits = plain(input_ids=batch.input_ids_BxL, attention_mask=batch.attention_mask_BxL).logits.flatten(0, 1)
+        loss = F.cross_entropy(logits[batch.target_index_N], batch.target_ids_N)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm or torch.inf)
+        for group in plain_optimizer.param_groups:
+            group["lr"] = lr
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+        assert float(result.loss) == pytest.approx(loss.item(), rel=1e-5)
+        assert float(result.grad_norm) == pytest.approx(norm.item(), rel=1e-4)
+    for ours, expected in zip(network.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, expected, atol=1e-4)
+
+
+def test_overfits_one_batch(examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    accelerator = Accelerator(cpu=True)
+    collator = MaskedCollator(tokenizer, rate=0.15, seed=0)
+    head = SparseHead(network)
+    model, optimizer = accelerator.prepare(head, build_optimizer(head, Optim()))
+    plan = Plan(examples.lengths, examples=8, micro_tokens=400)
+    ((_, micro_batches),) = load_steps(plan, examples, collator, accelerator, range(1), 0)
+    for _ in range(150):
+        result = train_step(accelerator, model, optimizer, micro_batches, lr=3e-3, max_grad_norm=1.0)
+    assert float(result.loss) < 0.05
+
+
+def test_the_model_loads_in_plain_transformers_with_the_same_answers(documents: Dataset, tmp_path: Path) -> None:
+    text = "Return a [MASK] of the names."
+    train(config(documents, tmp_path, samples=(text,)))
+    out = str(tmp_path / "out")
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    assert next(model.parameters()).dtype == torch.float32
+    ours = fill_mask(model, tokenizer, [text], top_k=5)[0][0]
+    theirs = hf_pipeline("fill-mask", model=out, device="cpu")(text, top_k=5)
+    assert [fill.probability for fill in ours] == pytest.approx([answer["score"] for answer in theirs], abs=1e-6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert text in card
+    assert ours[0].token in card
+
+
+def test_a_run_leaves_its_records(documents: Dataset, tmp_path: Path) -> None:
+    results = train(config(documents, tmp_path, eval_every=3))
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("README.md", "all_results.json", "config.json", "log.jsonl"),
+        *("model.safetensors", "run.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert json.loads((out / "all_results.json").read_text()) == results
+    assert results.keys() == {
+        *("eval_loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte"),
+        *("steps", "tokens", "train_seconds", "tokens_per_second", "mfu"),
+    }
+    steps, evaluations = read_log(out)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["step"] for line in evaluations] == [3, 4]
+    assert steps[-1]["tokens"] == results["tokens"]
+
+
+def test_learns_and_counts_epochs(documents: Dataset, tmp_path: Path) -> None:
+    results = train(config(documents, tmp_path, max_steps=None, epochs=2.5))
+    steps, evaluations = read_log(tmp_path / "out")
+    assert steps[-1]["epoch"] == pytest.approx(2.5, abs=1 / 6)
+    assert [line["epoch"] for line in evaluations] == [1, 2, steps[-1]["epoch"]]
+    assert results["eval_loss"] < evaluations[0]["eval_loss"] < 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": Batch(max_length=65)}, "64 positions"),
+        ({"model": Model(type="bertt")}, "did you mean 'bert'"),
+        ({"run": Run(output_dir="{full}")}, "is not empty"),
+        ({"run": Run(precision="fp16")}, "needs a GPU"),
+        ({"data": Data(source="missing.txt")}, "no such file"),
+    ],
+)
+def test_bad_input_ends_before_the_first_step(
+    change: dict[str, Any], message: str, documents: Dataset, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("kept")
+    if "run" in change and change["run"].output_dir:
+        change = {"run": Run(output_dir=str(full))}
+    with pytest.raises(ValueError, match=message) as error:
+        train(replace(config(documents, tmp_path), **change))
+    assert "\n" not in str(error.value)
+    assert (full / "mine.txt").read_text() == "kept"
+    assert not (tmp_path / "out" / "log.jsonl").exists()

@@ -24,6 +24,14 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_choices(group: str, settings: Any) -> None:
+    """Refuse a value that is not among those of its Literal type."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        if typing.get_origin(kind) is Literal:
+            value, choices = getattr(settings, name), typing.get_args(kind)
+            _check(value in choices, f"{group}.{name} must be one of {', '.join(choices)}, not {value}")
+
+
 def closest(word: str, known: Sequence[str]) -> str:
     """`'wrod': did you mean 'word'? There are: …`, the end of an error message about an unknown name."""
     near = difflib.get_close_matches(word, known, n=1)
@@ -54,6 +62,7 @@ class Data:
     """Share of the documents held out by seed for evaluation (of pydocs: share of the bytes, in whole modules)."""
 
     def __post_init__(self) -> None:
+        _check_choices("data", self)
         _check(self.source != "", "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
         _check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
 
@@ -72,6 +81,7 @@ class Tokens:
     """A document longer than batch.max_length becomes several examples (no token is dropped), or is cut off."""
 
     def __post_init__(self) -> None:
+        _check_choices("tokens", self)
         _check(self.vocab_size >= 300, f"tokens.vocab_size must be at least 300, not {self.vocab_size}")
 
 
@@ -120,6 +130,7 @@ class Batch:
     """Processes that prepare batches ahead of the training process. Changes speed, not the result."""
 
     def __post_init__(self) -> None:
+        _check_choices("batch", self)
         _check(self.examples >= 1, f"batch.examples must be at least 1, not {self.examples}")
         _check(self.max_length >= 8, f"batch.max_length must be at least 8 tokens, not {self.max_length}")
         _check(self.micro_tokens >= 1, f"batch.micro_tokens must be at least 1, not {self.micro_tokens}")
@@ -146,7 +157,8 @@ class Optim:
     """The gradient is scaled down to this norm when it is larger; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
+        _check_choices("optim", self)
+        _check(0 < self.lr < float("inf"), f"optim.lr must be positive, not {self.lr}")
         _check(self.warmup >= 0, f"optim.warmup must be 0 or more, not {self.warmup}")
         _check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
         _check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
@@ -176,7 +188,8 @@ class Run:
     """Texts with a mask token that are filled in at the end and shown in the model card."""
 
     def __post_init__(self) -> None:
-        _check(self.epochs > 0, f"run.epochs must be positive, not {self.epochs}")
+        _check_choices("run", self)
+        _check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")
         for name in ("max_steps", "eval_every"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
@@ -226,6 +239,10 @@ def read_run(path: str) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None))
 
 
+def _split_from_run(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--from-run=") else [word]
+
+
 def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
     """`default` with the flags of the command line applied; a bad flag ends the process with status 2.
 
@@ -233,7 +250,7 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
     """
     import tyro  # imports slowly, and only a command line needs it
 
-    rest = list(sys.argv[1:] if arguments is None else arguments)
+    rest = [part for word in (sys.argv[1:] if arguments is None else arguments) for part in _split_from_run(word)]
     if "--from-run" in rest:
         at = rest.index("--from-run")
         _check(at + 1 < len(rest), "--from-run needs the path of a run.json")

@@ -59,7 +59,7 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
             options, column = {"sample_by": document}, "text"  # a .txt file has no other
         elif _ending(files[0]) == ".tsv":
             options = {"sep": "\t"}
-        rows = _load(source, builder, split=split, data_files=files, **options)
+        rows = _load(source, builder, split=split, data_files=[glob.escape(file) for file in files], **options)
     else:
         rows = _load(source, source, name=config, split=split)
     rows = _text_column(rows, column, source)
@@ -79,7 +79,7 @@ def _local_files(source: str) -> list[str]:
     if os.path.isdir(path):
         found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
     else:
-        found = sorted(glob.glob(path, recursive=True))
+        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     files = [name for name in found if _ending(name) in _BUILDERS]
     if any(_ending(name) == ".arrow" for name in found):
         return []  # written by Dataset.save_to_disk
@@ -100,6 +100,8 @@ def _load(source: str, builder: str, **options: object) -> Dataset:
         if os.path.isdir(builder):
             return _split_of(datasets.load_from_disk(builder), str(options["split"]), source)
         return datasets.load_dataset(builder, **options)
+    except StopIteration:  # the reader of JSON met no line
+        raise ValueError(f"data source {source}: is empty") from None
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"data source {source}: {' '.join(str(cause).split())}") from error
@@ -118,16 +120,17 @@ def _text_column(rows: Dataset, column: str, source: str) -> Dataset:
     name, *path = column.split(".")
     if name not in rows.column_names:
         raise ValueError(f"{source}: no column {closest(name, rows.column_names)} Pass --data.column")
-    if not path and column == "text" and rows.features["text"].dtype == "string" and rows.column_names == ["text"]:
-        return rows
 
     def extract(values: list[object], indices: list[int]) -> dict[str, list[str]]:
         texts = []
         for value, index in zip(values, indices, strict=True):
             for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            if isinstance(value, list) and path:
-                value = " ".join(str(item) for item in value)
+                if isinstance(value, dict) and key not in value:
+                    known = closest(key, list(value))
+                    raise ValueError(f"{source}: column {column!r} has no field {known} Pass --data.column")
+                value = value[key] if isinstance(value, dict) else None
+            if isinstance(value, list) and path and all(isinstance(item, str) for item in value):
+                value = " ".join(value)
             if not isinstance(value, str):
                 kind = type(value).__name__
                 raise ValueError(f"{source}: row {index} of column {column!r} holds {kind} where text is expected")

@@ -48,7 +48,10 @@ def unigram_nats(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """The evaluation of a masked LM on held-out examples; call it with the accelerator and the prepared model."""
+    """The evaluation of a masked LM on held-out examples; call it with the accelerator and the prepared model.
+
+    Raises ValueError when the examples hold no target.
+    """
 
     examples: Examples
     collator: MaskedCollator
@@ -59,11 +62,15 @@ class Evaluator:
     unigram: NDArray[np.float64]
     """-ln p of each id under the unigram model, float64[vocabulary]."""
 
+    def __post_init__(self) -> None:
+        ids = np.arange(len(self.examples))
+        if not any(self.collator([self.examples[int(i)]], ids[i : i + 1], epoch=0).targets for i in ids):
+            raise ValueError("the evaluation documents hold no target: give more of them, or raise objective.eval_rate")
+
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Evaluation:
         """Evaluate every example once, shared among the processes, all of which return the same totals.
 
-        The masks are those of the collator's epoch 0, whatever the number of processes. Raises ValueError when the
-        examples hold no target.
+        The masks are those of the collator's epoch 0, whatever the number of processes.
         """
         lengths, multiple = self.examples.lengths, self.collator.multiple
         parts = cut(np.arange(len(lengths)), lengths, self.micro_tokens, accelerator.num_processes, multiple)
@@ -80,8 +87,6 @@ class Evaluator:
         total = sum(float(part.cpu().double().sum()) for part in nats)  # on the host: not every device has float64
         ours = [total, targets_V.sum(), (targets_V * self.bytes_per_token).sum(), (targets_V * self.unigram).sum()]
         totals = _sum_over_processes(accelerator, np.array(ours, np.float64))
-        if totals[1] == 0:
-            raise ValueError("the evaluation documents hold no target: give more of them, or raise objective.eval_rate")
         return Evaluation(nats=totals[0], targets=round(totals[1]), utf8_bytes=round(totals[2]), unigram_nats=totals[3])
 
 

@@ -4,7 +4,6 @@ A step is a random global batch and knows nothing of processes; its micro-batche
 length. The gradient is a sum over the step's targets, so the cut changes padding, never the update.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -57,12 +56,12 @@ class Plan:
         self.group = group
         self.multiple = multiple
         self.steps_per_epoch = math.ceil(len(lengths) / examples)
-        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+        self._latest: tuple[int, Ids, Ids] | None = None  # the epoch that was asked for last
 
     def step(self, index: int) -> Step:
         """Step `index` of the run, counted from 0 over all epochs. The last step of an epoch holds what is left."""
         epoch, at = divmod(index, self.steps_per_epoch)
-        order, steps = self._order(epoch)
+        order, steps = self._epoch_order(epoch)
         at = int(steps[at])
         ids = order[at * self.examples : (at + 1) * self.examples]
         lengths = self.lengths[ids]
@@ -81,16 +80,19 @@ class Plan:
         return 1 - sum(step.tokens for step in seen) / sum(step.padded_tokens for step in seen)
 
     def _padded(self, ids: Ids) -> int:
-        return len(ids) * _round_up(int(self.lengths[ids].max()), self.multiple) if len(ids) else 1
+        return len(ids) * _round_up(int(self.lengths[ids].max()), self.multiple) if len(ids) else self.multiple
 
     def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
         """The epoch's examples in the order in which steps take them, and the order of the steps."""
+        if self._latest is not None and self._latest[0] == epoch:
+            return self._latest[1:]
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
         steps = np.arange(self.steps_per_epoch)
         if self.group == "epoch":
             order = order[np.argsort(self.lengths[order], kind="stable")]
             steps = rng.permutation(self.steps_per_epoch)
+        self._latest = (epoch, order, steps)
         return order, steps
 
 
@@ -105,7 +107,8 @@ def cut(ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, multiple:
     ids = ids[order]
     widths = [_round_up(int(length), multiple) for length in lengths[order]]
     count = processes * math.ceil(len(_greedy(widths, micro_tokens)) / processes)
-    low, high = widths[0], max(micro_tokens, widths[0])  # the smallest capacity that needs no more than `count` parts
+    # The smallest capacity that needs no more than `count` parts; what is longer than micro_tokens is a part by itself.
+    low, high = max((width for width in widths if width <= micro_tokens), default=1), micro_tokens
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_greedy(widths, middle)) <= count else (middle + 1, high)

@@ -6,7 +6,6 @@ reference in `pydoc_data/topics.py`. About 2 MB of English, with the duplicates 
 
 import ast
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from minilm.cache import cache_folder, publish
 
 # Bumped whenever the extraction below changes, so that no stale corpus is read from the cache.
-_VERSION = 1
+_VERSION = 2
 # Vendored packages, and tests of the library that speak of nothing but themselves.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_vendor", "lib2to3"}
 _SHINGLE_WORDS = 8
@@ -65,7 +64,7 @@ def _documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
         owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         texts = [ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, owners)]
     for text in texts:
-        text = inspect.cleandoc(text).strip()
+        text = text.strip()
         if len(text.split()) >= 3:
             yield module, text
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from minilm.cache import building, cache_folder
 from minilm.config import Tokens
 
-_VERSION = 1  # of the files below in the cache
+_VERSION = 2  # of the files below in the cache
 _SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -62,30 +62,49 @@ def train_tokenizer(documents: Dataset, kind: str, vocab_size: int) -> PreTraine
 
     The result adds `[CLS]` and `[SEP]` around one text, and between and after two.
     """
-    if kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer: trainers.Trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(_SPECIAL.values()),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )
-    else:
-        tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(_SPECIAL.values()))
-    tokenizer.train_from_iterator(_texts(documents), trainer, length=len(documents))
-    cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    # In BPE " [MASK]" stands for " word": the mask takes the space before it.
+    special = [AddedToken(t, special=True, lstrip=t == "[MASK]" and kind == "bpe") for t in _SPECIAL.values()]
+    tokenizer = (
+        _train_bpe(documents, vocab_size, special)
+        if kind == "bpe"
+        else _train_wordpiece(documents, vocab_size, special)
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
-    special = {**_SPECIAL, "mask_token": AddedToken("[MASK]", lstrip=kind == "bpe")}  # " [MASK]" stands for " word"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIAL)
+
+
+def _train_bpe(documents: Dataset, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(_texts(documents), trainer, length=len(documents))
+    return tokenizer
+
+
+def _train_wordpiece(documents: Dataset, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    def empty(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=_SPECIAL["unk_token"]))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    # The trainer numbers the ## letters, which decide ties, in an order that differs from run to run. So learn them
+    # first, hand them over sorted as if they were special, and build the tokenizer anew from the vocabulary.
+    tokenizer = empty()
+    tokenizer.train_from_iterator(_texts(documents), trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
+    letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
+    tokenizer.train_from_iterator(_texts(documents), trainer, length=len(documents))
+    tokenizer = empty(tokenizer.get_vocab())
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +137,7 @@ class Examples:
         total = np.zeros(vocab_size, np.int64)
         for at in range(0, len(self.ids), 2**22):
             total += np.bincount(self.ids[at : at + 2**22], minlength=vocab_size)
+        total[np.concatenate((self.prefix, self.suffix))] = 0  # blocks are joined by a separator
         return total
 
 

@@ -150,6 +150,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     results = {**figures, **recorder.totals()}
     if accelerator.is_main_process:
         conclude(folder, config, facts, results, network, tokenizer)
+    # DDP must not be the last to let go of the process group: its destructor waits, holding Python's global lock, for
+    # threads of gloo that need the lock.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
     return results
 

@@ -160,6 +160,7 @@ def evaluate_in_this_process(folder: Path) -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     accelerator, evaluator = Accelerator(cpu=True), evaluator_of(tokenizer)
+    evaluator.collator.seen.clear()  # of what construction looked at
     evaluation = evaluator(accelerator, accelerator.prepare(tiny_head(tokenizer)))
     name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
     (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))

@@ -21,7 +21,7 @@ def text(documents: Dataset, tmp_path: Path) -> str:
 def test_mlm_pydocs_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = (*TINY, "--run.max-steps", "3", "--run.output-dir", str(out))
-    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = launch("mlm_pydocs.py", *flags, launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert len(read_log(out)[0]) == 3
@@ -41,14 +41,11 @@ def test_mlm_finetune_from_a_real_checkpoint(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "environment", "message"),
-    [
-        (("accelerate.commands.launch", "--cpu", "--num_processes", "2"), {}, "started only one"),
-        (("accelerate.commands.launch",), {"WORLD_SIZE": "2", "RANK": "0"}, "each of them runs alone"),
-    ],
+    ("launcher", "message"),
+    [(("accelerate.commands.launch", "--cpu", "--num_processes", "2"), "started only one")],
 )
-def test_wrong_launches_are_refused(launcher: tuple[str, ...], environment: dict[str, str], message: str) -> None:
-    done = launch("mlm_pydocs.py", "--run.max-steps", "1", launcher=launcher, **environment)
+def test_wrong_launches_are_refused(launcher: tuple[str, ...], message: str) -> None:
+    done = launch("mlm_pydocs.py", "--run.max-steps", "1", launcher=launcher)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert message in errors[0]
@@ -64,4 +61,4 @@ def test_a_mistyped_flag_ends_with_the_nearest_one() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.name)
 def test_recipes_begin_with_their_command(recipe: Path) -> None:
-    assert re.search(rf'^""".*\n\n    accelerate launch recipes/{recipe.name}$', recipe.read_text(), re.MULTILINE)
+    assert re.search(rf"accelerate launch recipes/{recipe.name}$", recipe.read_text(), re.MULTILINE)

@@ -25,7 +25,15 @@ from minilm.checkpoint import claim_output_dir, export
 from minilm.config import Config, Run
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
-from minilm.hardware import Precision, check_launch, choose_precision, count_flops, device_peak, fair_threads
+from minilm.hardware import (
+    Precision,
+    check_launch,
+    choose_precision,
+    count_flops,
+    device_peak,
+    fair_threads,
+    keep_freed_memory,
+)
 from minilm.infer import fill_mask
 from minilm.model import SparseHead, load_model
 from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator
@@ -164,6 +172,7 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     check_launch(state.num_processes, os.environ)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
+    keep_freed_memory(state.device)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
     mode = "no" if precision.name == "fp32" else precision.name
     # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.

@@ -1,7 +1,9 @@
 """Precision by measurement, FLOPs against a count by hand, and launches that are not what they look like."""
 
 import json
+import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,3 +205,28 @@ def test_the_description_of_the_machine_holds_three_plain_facts(readable, monkey
     assert json.loads(json.dumps(facts)) == facts
     assert str(facts["device"]).endswith(" processors")
     assert facts["threads_per_process"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("device", "c_library", "environment", "told"),
+    [
+        ("cpu", "glibc", {}, [(-4, 0), (-1, 2**31 - 1)]),
+        ("cpu", "musl", {}, []),
+        ("cpu", "glibc", {"MALLOC_ARENA_MAX": "1"}, []),
+        ("cuda", "glibc", {}, []),
+    ],
+)
+def test_the_c_library_is_told_to_keep_memory_only_where_that_is_known_to_help(
+    device, c_library, environment, told, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: (c_library, "2.36"))
+    monkeypatch.setattr(
+        hardware.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *words: calls.append(words))
+    )
+    for key in [key for key in os.environ if key.startswith("MALLOC_")]:
+        monkeypatch.delenv(key)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    hardware.keep_freed_memory(torch.device(device))
+    assert calls == told

@@ -162,7 +162,7 @@ def keep_freed_memory(device: torch.device) -> None:
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_max = -1, -4  # names of mallopt's parameters in malloc.h
     libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(trim_threshold, -1)  # never
 
 
 def describe(device: torch.device) -> dict[str, object]:

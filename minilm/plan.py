@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+_EXACT_WORK = 2**20  # examples squared times micro-batches up to which the best cut of a step is worth its milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,25 +101,52 @@ def cut(ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, multiple:
     """Sort `ids` by length and cut them into `processes x k` micro-batches; returns `[process][k]` arrays of ids.
 
     k is the smallest number under which no micro-batch holds more than `micro_tokens` padded tokens (a single longer
-    example is one by itself); the cut then makes the largest micro-batch as small as it can be. Every process gets k; a
+    example is one by itself). Among the cuts into that many the one with the least padding is taken; where processes
+    wait for each other, only among those whose largest micro-batch is as small as it can be. Every process gets k; a
     micro-batch is empty only when there are fewer examples than micro-batches.
     """
     order = np.argsort(-lengths, kind="stable")
     ids = ids[order]
     widths = [_round_up(int(length), multiple) for length in lengths[order]]
     count = processes * math.ceil(len(_greedy(widths, micro_tokens)) / processes)
-    # The smallest capacity that needs no more than `count` parts; what is longer than micro_tokens is a part by itself.
-    low, high = max((width for width in widths if width <= micro_tokens), default=1), micro_tokens
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_greedy(widths, middle)) <= count else (middle + 1, high)
-    stops = _split_to(_greedy(widths, low), widths, count)
+    exact = len(widths) ** 2 * count <= _EXACT_WORK
+    capacity = micro_tokens if exact and processes == 1 else _least_capacity(widths, micro_tokens, count)
+    if exact:
+        stops = _least_padding(np.array(widths), capacity, min(count, len(widths)))
+    else:
+        stops = _split_to(_greedy(widths, capacity), widths, count)
     parts = [ids[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
     parts += [ids[:0]] * (count - len(parts))
     rounds = [parts[at : at + processes] for at in range(0, count, processes)]
     # Parts come longest first; every other round is dealt in reverse, so that no process always gets the larger one.
     rounds = [part[::-1] if number % 2 else part for number, part in enumerate(rounds)]
     return [[part[rank] for part in rounds] for rank in range(processes)]
+
+
+def _least_capacity(widths: list[int], micro_tokens: int, count: int) -> int:
+    """The smallest capacity that needs no more than `count` parts; what exceeds micro_tokens is a part by itself."""
+    low, high = max((width for width in widths if width <= micro_tokens), default=1), micro_tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_greedy(widths, middle)) <= count else (middle + 1, high)
+    return low
+
+
+def _least_padding(widths: Ids, capacity: int, count: int) -> list[int]:
+    """Where each of `count` parts stops when the padded tokens of all are fewest, by dynamic programming over stops."""
+    at = np.arange(len(widths) + 1)
+    size = at - at[:-1, None]  # [start, stop]
+    cost = np.where((size == 1) | ((size > 1) & (size * widths[:, None] <= capacity)), size * widths[:, None], np.inf)
+    best = np.where(at == 0, 0.0, np.inf)  # fewest padded tokens of the parts so far, by where the last one stops
+    starts = []
+    for _ in range(count):
+        total = best[:-1, None] + cost
+        starts.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+    stops = [len(widths)]
+    for start in reversed(starts[1:]):
+        stops.append(int(start[stops[-1]]))
+    return stops[::-1]
 
 
 def _greedy(widths: list[int], capacity: int) -> list[int]:

@@ -25,7 +25,7 @@ CONFIG = Config(
     batch=Batch(examples=16, max_length=128, layout="blocks", micro_tokens=2048),
     optim=Optim(lr=5e-3, betas=(0.9, 0.98), warmup=0.05, weight_decay=0.01),
     run=Run(
-        max_steps=2500,
+        max_steps=2100,
         eval_every=500,
         samples=(
             "Return a [MASK] containing the names of the files in the directory.",

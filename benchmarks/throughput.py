@@ -23,12 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.hardware import describe
+from minilm.launch import start
 from minilm.model import SparseHead, load_model
 from minilm.objectives import MaskedCollator, masked_collator
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan
 from minilm.tokens import Examples
-from minilm.train import load_steps, prepare_examples, start, train_step
+from minilm.train import load_steps, prepare_examples, train_step
 
 CONFIG = Config(
     data=Data(source="pydocs"),

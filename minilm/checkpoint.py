@@ -43,10 +43,10 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Save in the Hugging Face format; called on every process, since a sharded model is gathered from all of them.
+    """Save in the Hugging Face format; called on every process, and done by the main one.
 
     `model` is the prepared wrapper around `network`. The files are written and synced in a temporary folder inside
-    `folder`, then renamed into place, the weights last: an old model stays whole until the new one is.
+    `folder`, then renamed into place, the weights last: each file is whole at any time.
     """
     prefix = "model."
     state = {name.removeprefix(prefix): tensor for name, tensor in accelerator.get_state_dict(model).items()}
@@ -57,10 +57,13 @@ def export(
         with quiet_transformers():
             network.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
-        for path in sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+        new = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in sorted(new, key=lambda path: (path.suffix == ".safetensors", path.name)):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             os.chmod(path, 0o644)
-            os.replace(path, folder / path.name)
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -27,7 +27,9 @@ def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of the source drawn by `seed`, in
     this order. Raises ValueError in one line that names the file, the column or the split at fault.
     """
-    if data.source == "pydocs" and not (data.eval_source or data.eval_split):
+    if data.source == "pydocs" and data.eval_split:
+        raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
+    if data.source == "pydocs" and not data.eval_source:
         train_texts, eval_texts = pydocs(data.eval_fraction)
         return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
     train = _read(data.source, data.config, data.split, data.column, data.document)
@@ -108,11 +110,13 @@ def _load(source: str, builder: str, **options: object) -> Dataset:
 
 
 def _split_of(saved: Dataset | datasets.DatasetDict, split: str, source: str) -> Dataset:
-    if isinstance(saved, Dataset):
-        return saved
-    if split not in saved:
-        raise ValueError(f"{source}: no split {closest(split, list(saved))}")
-    return saved[split]
+    parts = {"train": saved} if isinstance(saved, Dataset) else saved
+    name, bracket, _ = split.partition("[")
+    if name not in parts:
+        raise ValueError(f"{source}: no split {closest(name, list(parts))}")
+    if bracket:
+        raise ValueError(f"{source}: a saved dataset takes no slice such as {split}; give {name}")
+    return parts[name]
 
 
 def _text_column(rows: Dataset, column: str, source: str) -> Dataset:

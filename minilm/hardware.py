@@ -34,14 +34,16 @@ _PEAKS = (
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.05) -> float:
-    """FLOP/s of a square CPU matrix product, the best of the repetitions that fit into `seconds` (at least one)."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.05, device: str = "cpu") -> float:
+    """FLOP/s of a square matrix product, the best of the repetitions that fit into `seconds` (at least one)."""
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(a[:64, :64], b[:64, :64])  # loads the kernel
     best, end = 0.0, time.perf_counter() + seconds
     while best == 0.0 or time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
+        if device != "cpu":
+            torch.accelerator.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
@@ -90,7 +92,7 @@ class Peak:
     flops: float
     """FLOP/s."""
     source: str
-    """`datasheet` or `measured`."""
+    """`datasheet`, or `measured` by a matrix product."""
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
@@ -100,9 +102,8 @@ def device_peak(device: torch.device, precision: str) -> Peak:
         for part, half, full in _PEAKS:
             if re.search(rf"\b{part}\b", name):
                 return Peak(flops=1e12 * (full if precision == "fp32" else half), source="datasheet")
-    if device.type == "cpu":
-        return Peak(flops=gemm_rate(_DTYPES[precision], 1024, 0.2), source="measured")
-    return Peak(flops=float("nan"), source="unknown")
+    size = 1024 if device.type == "cpu" else 8192
+    return Peak(flops=gemm_rate(_DTYPES[precision], size, 0.2, device.type), source="measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ def check_launch(processes: int, environment: Mapping[str, str]) -> None:
         raise ValueError(f"the launcher started {wanted} processes but each of them runs alone; {_RIGHT_LAUNCH}")
     # `accelerate launch --cpu --num_processes 2` sets a rendezvous address for the one process that it starts.
     alone = "WORLD_SIZE" not in environment and "ACCELERATE_MIXED_PRECISION" in environment
-    if alone and "MASTER_ADDR" in environment:
+    if alone and environment.get("MASTER_ADDR") == "127.0.0.1":
         raise ValueError(f"accelerate was asked for several processes and started only one; {_RIGHT_LAUNCH}")
 
 

@@ -1,5 +1,6 @@
 """Use a trained model: fill in masks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model.eval(), tokenizer
 
 
+def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Raise ValueError for a text without a mask token, or one that is longer than the model's input."""
+    longest = longest_input(model)
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if tokenizer.mask_token_id not in ids:
+            raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
+        if longest is not None and len(ids) > longest:
+            raise ValueError(f"the text {text[:40]!r}… has {len(ids)} tokens, longer than the model's {longest}")
+
+
 def fill_mask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, top_k: int = 5
 ) -> list[list[list[Fill]]]:
@@ -42,18 +54,12 @@ def fill_mask(
 
     Raises ValueError for a text without a mask token or one longer than the model's input.
     """
+    check_masks(model, tokenizer, texts)
     results = []
     for text in texts:
         encoded = tokenizer(text, return_tensors="pt").to(model.device)
         input_ids_L = encoded["input_ids"][0]
         masks_M = (input_ids_L == tokenizer.mask_token_id).nonzero()[:, 0]
-        if len(masks_M) == 0:
-            raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
-        longest = longest_input(model)
-        if longest is not None and len(input_ids_L) > longest:
-            raise ValueError(
-                f"the text {text[:40]!r}… has {len(input_ids_L)} tokens, longer than the model's {longest}"
-            )
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             probabilities_MxV = model(**inputs).logits[0, masks_M].float().softmax(-1)

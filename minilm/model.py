@@ -84,6 +84,17 @@ def _difference(head: SparseHead) -> str:
     return ""
 
 
+def freeze_unused(head: SparseHead) -> None:
+    """Freeze the parameters that the logits do not depend on (poolers, for one): DDP would wait for their gradients."""
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    ids_1xL = torch.full((1, 8), head.model.config.vocab_size - 1, device=device)
+    total = head(ids_1xL, None, torch.zeros(1, dtype=torch.int64, device=device)).sum()
+    gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    for parameter in [p for p, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+        parameter.requires_grad_(False)
+
+
 def load_model(model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> PreTrainedModel:
     """The model in float32: `model.name`, or built from `model.type` and `model.config` with weights drawn by `seed`.
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,6 +38,7 @@ class Recorder:
         self._rate = self._mfu = math.nan
         self._pending: dict[str, Any] | None = None
         self._mark = time.perf_counter()
+        self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
         self._log = (folder / "log.jsonl").open("w", encoding="utf-8") if enabled else None
         self._bar = tqdm(total=total_steps, unit="step", disable=not enabled, dynamic_ncols=True, smoothing=0.05)
 
@@ -45,24 +47,25 @@ class Recorder:
         if not self.enabled:
             return
         self._flush()
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
+        seconds = self._lap()
         self.steps += 1
         self.tokens += tokens
-        self.seconds += seconds
         self.flops += flops
         rate, mfu = tokens / seconds, flops / seconds / self.peak_flops
         self._rate = rate if math.isnan(self._rate) else 0.95 * self._rate + 0.05 * rate
         self._mfu = mfu if math.isnan(self._mfu) else 0.95 * self._mfu + 0.05 * mfu
+        figures = torch.stack((loss, grad_norm)).to("cpu", non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         self._pending = {
             "step": self.steps,
             "epoch": round(epoch, 6),
-            "loss": loss,
+            "loss": figures[0],
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": figures[1],
             "tokens": self.tokens,
             "tokens_per_second": round(rate, 1),
-            "mfu": None if math.isnan(mfu) else round(mfu, 4),
+            "mfu": round(mfu, 4),
             "seconds": round(self.seconds, 4),
         }
         self._bar.update()
@@ -71,7 +74,6 @@ class Recorder:
         """Record an evaluation after the steps recorded so far; its time is not training time."""
         if not self.enabled:
             return
-        self._flush()
         self._write({"step": self.steps, "epoch": round(epoch, 6), **figures})
         self._bar.write(
             f"step {self.steps}, epoch {epoch:.2f}: evaluation loss {figures['eval_loss']:.3f}, perplexity "
@@ -79,6 +81,18 @@ class Recorder:
             f"(unigram {figures['unigram_bits_per_byte']:.3f})"
         )
         self._mark = time.perf_counter()
+
+    def settle(self) -> None:
+        """Wait for the last step and write it, so that what follows is not taken for training time."""
+        if self.enabled:
+            self._flush()
+            self._lap()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.seconds += seconds
+        return seconds
 
     def totals(self) -> dict[str, float]:
         """Steps, real tokens, training seconds, tokens per second and MFU of the run so far."""
@@ -88,7 +102,7 @@ class Recorder:
             "tokens": self.tokens,
             "train_seconds": round(self.seconds, 2),
             "tokens_per_second": round(self.tokens / seconds, 1),
-            **({} if math.isnan(self.peak_flops) else {"mfu": round(self.flops / seconds / self.peak_flops, 4)}),
+            "mfu": round(self.flops / seconds / self.peak_flops, 4),
         }
 
     def close(self) -> None:
@@ -102,10 +116,14 @@ class Recorder:
     def _flush(self) -> None:
         if self._pending is not None:
             line, self._pending = self._pending, None
-            line["loss"], line["grad_norm"] = float(line["loss"]), float(line["grad_norm"])
+            if self._copied is not None:
+                self._copied.synchronize()  # with the end of that copy, not with what was queued since
+            loss, grad_norm = float(line["loss"]), float(line["grad_norm"])
+            line["loss"] = loss if math.isfinite(loss) else None  # JSON knows no infinity
+            line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             self._write(line)
             self._bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
+                f"loss {loss:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
             )
 
     def _write(self, line: dict[str, Any]) -> None:

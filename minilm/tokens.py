@@ -43,6 +43,8 @@ def load_tokenizer(tokens: Tokens, model_name: str | None, documents: Dataset) -
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name!r} has no fast form, only one in Python; pass another with --tokens.name")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no padding token; pass another one with --tokens.name")
     return tokenizer
@@ -226,7 +228,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """UTF-8 bytes of the text that each id stands for, int64[vocabulary]; 0 for special and unknown tokens.
 
     Knows the notations of byte-level BPE (a character a byte), WordPiece (`##`) and SentencePiece (a space as U+2581,
-    bytes as <0x0A>).
+    bytes as <0x0A>). WordPiece does not count spaces and the others do: bits per byte compare within a kind only.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = "ByteLevel" in json.dumps([backend["pre_tokenizer"], backend["decoder"]])

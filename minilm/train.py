@@ -6,7 +6,6 @@ the loader's workers decide only where and when the same sums are taken.
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,27 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.checkpoint import claim_output_dir, export
-from minilm.config import Config, Run
+from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
-from minilm.hardware import (
-    Precision,
-    check_launch,
-    choose_precision,
-    count_flops,
-    device_peak,
-    fair_threads,
-    keep_freed_memory,
-)
-from minilm.infer import fill_mask
-from minilm.model import SparseHead, load_model
+from minilm.hardware import count_flops, device_peak
+from minilm.infer import check_masks, fill_mask
+from minilm.launch import attempt, finish, start, together
+from minilm.model import SparseHead, freeze_unused, load_model
 from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
@@ -96,12 +87,17 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     ValueError then says in one line what to change.
     """
     accelerator, precision = start(config.run)
-    config, folder = claim(accelerator, config, name)
+    folder = together(lambda: claim_output_dir(config.run.output_dir, config.run.overwrite, name), main_only=True)
+    config = replace(config, run=replace(config.run, output_dir=str(folder)))
     with accelerator.local_main_process_first():  # the others then find its results in the cache
-        tokenizer, train_examples, eval_examples = prepare_examples(config)
-    network = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+        prepared = attempt(lambda: prepare_examples(config))
+    tokenizer, train_examples, eval_examples = together(prepared)
+    length = config.batch.max_length
+    network = together(lambda: load_model(config.model, tokenizer, max_length=length, seed=config.run.seed))
+    together(lambda: check_masks(network, tokenizer, config.run.samples))
     head = SparseHead(network).to(accelerator.device)
-    cost = count_flops(head, config.batch.max_length)
+    freeze_unused(head)
+    cost = count_flops(head, length)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
 
     multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
@@ -150,6 +146,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             epoch = done / plan.steps_per_epoch
             recorder.step(epoch=epoch, lr=lr, tokens=step.tokens, flops=cost.step(step, collator.rate), **vars(result))
             if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
+                recorder.settle()
                 figures = evaluator(accelerator, model).figures()
                 recorder.evaluation(epoch, figures)
     finally:
@@ -158,36 +155,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     results = {**figures, **recorder.totals()}
     if accelerator.is_main_process:
         conclude(folder, config, facts, results, network, tokenizer)
-    # DDP must not be the last to let go of the process group: its destructor waits, holding Python's global lock, for
-    # threads of gloo that need the lock.
-    model, optimizer = accelerator.free_memory(model, optimizer)
-    accelerator.end_training()
+    model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
+    finish(accelerator)
     return results
-
-
-def start(run: Run) -> tuple[Accelerator, Precision]:
-    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
-    cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
-    check_launch(state.num_processes, os.environ)
-    if threads := fair_threads(os.environ):
-        torch.set_num_threads(threads)
-    keep_freed_memory(state.device)
-    precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
-    mode = "no" if precision.name == "fp32" else precision.name
-    # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision=mode, cpu=cpu, kwargs_handlers=[ddp]), precision
-
-
-def claim(accelerator: Accelerator, config: Config, name: str) -> tuple[Config, Path]:
-    """The configuration with its output folder resolved, and that folder, created by the main process."""
-    folder = None
-    if accelerator.is_main_process:
-        folder = claim_output_dir(config.run.output_dir, config.run.overwrite, name)
-    (folder,) = broadcast_object_list([folder])
-    assert isinstance(folder, Path)
-    return replace(config, run=replace(config.run, output_dir=str(folder))), folder
 
 
 def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples, Examples]:
@@ -257,12 +227,12 @@ def conclude(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write the results and the model card, and show the samples filled in."""
+    write_results(folder, results)
     filled = {}
     network.eval()
     for text in config.run.samples:
         best = fill_mask(network, tokenizer, [text], top_k=3)[0][0]
         filled[text] = ", ".join(f"{fill.token} ({fill.probability:.0%})" for fill in best)
         log.info(f"{text} -> {filled[text]}")
-    write_results(folder, results)
     write_card(folder, config, facts, results, filled)
     log.info(f'saved to {folder}; try: minilm fill-mask {folder} "… {tokenizer.mask_token} …"')

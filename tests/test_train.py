@@ -158,6 +158,8 @@ def test_learns_and_counts_epochs(documents: Dataset, tmp_path: Path) -> None:
         ({"run": Run(output_dir="{full}")}, "is not empty"),
         ({"run": Run(precision="fp16")}, "needs a GPU"),
         ({"data": Data(source="missing.txt")}, "no such file"),
+        ({"data": Data(source="pydocs", eval_split="validation")}, "pydocs has no splits"),
+        ({"run": Run(samples=("one <mask> two",))}, r"no \[MASK\] in the text"),
     ],
 )
 def test_bad_input_ends_before_the_first_step(
@@ -166,8 +168,9 @@ def test_bad_input_ends_before_the_first_step(
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("kept")
-    if "run" in change and change["run"].output_dir:
-        change = {"run": Run(output_dir=str(full))}
+    if "run" in change:
+        folder = full if change["run"].output_dir else tmp_path / "out"
+        change = {"run": replace(change["run"], output_dir=str(folder))}
     with pytest.raises(ValueError, match=message) as error:
         train(replace(config(documents, tmp_path), **change))
     assert "\n" not in str(error.value)

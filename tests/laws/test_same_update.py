@@ -26,7 +26,7 @@ CONFIG = Config(
     ),
     objective=MaskedLM(rate=0.3),
     batch=Batch(examples=12, max_length=48, micro_tokens=4096),
-    optim=Optim(lr=3e-3),
+    optim=Optim(lr=1e-3),
     run=Run(max_steps=60, precision="fp32"),
 )
 

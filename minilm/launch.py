@@ -1,0 +1,87 @@
+"""The beginning and the end of a process of a run: the accelerator, agreement with the others, and letting go."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from minilm.config import Run
+from minilm.hardware import Precision, check_launch, choose_precision, fair_threads, keep_freed_memory
+
+T = TypeVar("T")
+
+
+def start(run: Run) -> tuple[Accelerator, Precision]:
+    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    check_launch(state.num_processes, os.environ)
+    if threads := fair_threads(os.environ):
+        torch.set_num_threads(threads)
+    keep_freed_memory(state.device)
+    precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
+    mode = "no" if precision.name == "fp32" else precision.name
+    # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # What the loop does by itself must not be done again because the environment asks for it.
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(mixed_precision=mode, cpu=cpu, kwargs_handlers=[ddp], gradient_accumulation_plugin=once)
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"{kind.value} was asked for at launch and has not been tried with minilm: use --multi_gpu")
+    return accelerator, precision
+
+
+def attempt(work: Callable[[], T]) -> Callable[[], T]:
+    """Run `work` now and return a function that gives its result, or raises its ValueError, later."""
+    try:
+        result = work()
+    except ValueError as error:
+        message = str(error)
+
+        def fail() -> T:
+            raise ValueError(message)
+
+        return fail
+    return lambda: result
+
+
+def together(work: Callable[[], T], *, main_only: bool = False) -> T:
+    """The result of `work` on each process, or with `main_only` the main one's; a ValueError on one is one on all.
+
+    Without this, the others would wait for a process that has given up.
+    """
+    outcome: list[Any] = [None, None]
+    if not main_only or PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = str(error)
+    if main_only:
+        outcome = broadcast_object_list(outcome)
+    errors = [outcome[1]] if main_only else gather_object([outcome[1]])
+    for message in errors:
+        if message is not None:
+            raise ValueError(message)
+    result: T = outcome[0]
+    return result
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Leave the process group, so that `train` can be called again.
+
+    DDP must be gone by then. Were it the last to let go of the group, its destructor would wait for threads of gloo
+    that wait for Python's global lock, which it holds.
+    """
+    accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)

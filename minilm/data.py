@@ -1,6 +1,8 @@
 """From a name to documents: `load_documents` returns training and evaluation texts, one document a row."""
 
 import glob
+import gzip
+import logging
 import os
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from datasets import Dataset
 
 from minilm.config import Data, closest
 from minilm.pydocs import pydocs
+
+log = logging.getLogger("minilm")
 
 # The file endings that are read, and the builder of the datasets library that reads each.
 _BUILDERS = {
@@ -58,7 +62,8 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
         builder = _BUILDERS[_ending(files[0])]
         options: dict[str, str] = {}
         if builder == "text":
-            options, column = {"sample_by": document}, "text"  # a .txt file has no other
+            column = "text"  # a .txt file has no other
+            options = {"sample_by": document, "encoding": _encoding(files)}
         elif _ending(files[0]) == ".tsv":
             options = {"sep": "\t"}
         rows = _load(source, builder, split=split, data_files=[glob.escape(file) for file in files], **options)
@@ -95,6 +100,32 @@ def _local_files(source: str) -> list[str]:
         what = "no such file" if not found and not os.path.isdir(path) else f"no file ending in {' '.join(_BUILDERS)}"
         raise ValueError(f"data source {source}: {what}")
     return files
+
+
+def _encoding(files: list[str]) -> str:
+    """`utf-8`; or, with a warning, `cp1252` (Windows-1252, Latin-1's letters) where that is what the files are in."""
+    others = {name: line for name in files if (line := _line_that_is_not(name, "utf-8"))}
+    for name, line in others.items():
+        if len(others) < len(files) or _line_that_is_not(name, "cp1252"):
+            raise ValueError(f"{name}, line {line}: not UTF-8; convert the file, for example with iconv")
+        log.warning(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
+    return "cp1252" if others else "utf-8"
+
+
+def _line_that_is_not(name: str, encoding: str) -> int:
+    """The number of the first line, from 1, that cannot be decoded or holds a NUL; 0 when there is none."""
+    number = 0
+    try:
+        with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+            for line in file:
+                number += 1
+                if "\0" in line.decode(encoding):
+                    return number
+    except UnicodeDecodeError:
+        return number
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{name}, after line {number}: cannot be read ({error})") from error
+    return 0
 
 
 def _load(source: str, builder: str, **options: object) -> Dataset:

@@ -141,7 +141,9 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
     "only a header": ({"a.csv": b"text\n"}, "a.csv", {}, ""),
     "truncated jsonl": ({"a.jsonl": _jsonl(ROWS)[:-9]}, "a.jsonl", {}, "JSON parse error"),
     "truncated parquet": ({"a.parquet": _parquet(ROWS)[:-9]}, "a.parquet", {}, "[Pp]arquet"),
-    "not UTF-8": ({"a.txt": b"ok\n\xff\xfe\n"}, "a.txt", {}, "utf-8"),
+    "not text": ({"a.txt": b"ok\n\x81\n"}, "a.txt", {}, "line 2: not UTF-8"),
+    "two encodings": ({"a.txt": b"ok\n\xe9\n", "b.txt": b"ok\n\xc3\xa9\n"}, ".", {}, "line 2: not UTF-8"),
+    "a NUL": ({"a.txt": b"ok\n\0\n"}, "a.txt", {}, "line 2: not UTF-8"),
     **{
         f"{value!r} {where}": (
             {"a.jsonl": _jsonl([{**more, "text": text} for text in ("fine" if like is None else like, value)])},
@@ -170,3 +172,11 @@ def test_what_is_wrong_is_refused_in_one_line_that_names_the_source(tmp_path: Pa
     with pytest.raises(ValueError, match=rf"^[^\n]*{said}[^\n]*\Z") as refusal:
         load_documents(Data(source=source, **options), seed=0)
     assert source in str(refusal.value)
+
+
+def test_a_text_in_windows_1252_is_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"Citroën number {number}" for number in range(40)]
+    (tmp_path / "a.txt").write_bytes("\n".join(["ascii", *lines]).encode("cp1252"))
+    train, held_out = load_documents(Data(source=str(tmp_path / "a.txt")), seed=0)
+    assert sorted([*train["text"], *held_out["text"]]) == sorted(["ascii", *lines])
+    assert "a.txt, line 2: not UTF-8, so the file is read as Windows-1252" in caplog.text

@@ -5,6 +5,7 @@
 Masked LM on documents of at most 128 tokens, 32 of them a step (RoBERTa, 6 layers, 384 wide, vocabulary 16,384, fp32,
 dropout 0). Trainer runs with its defaults and is handed batches that are already masked and padded to the longest
 document; minilm plans, masks and pads inside the time that is taken. A step's ratio compares the same 32 documents.
+Both share one process and the C library's own memory settings, as a user of Trainer has them; minilm's are not used.
 """
 
 import argparse
@@ -21,9 +22,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from minilm.config import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.config import Batch, Config, Data, MaskedLM, Model, Optim, Tokens
 from minilm.hardware import describe
-from minilm.launch import start
 from minilm.model import SparseHead, load_model
 from minilm.objectives import MaskedCollator, masked_collator
 from minilm.optim import build_optimizer, learning_rate
@@ -49,7 +49,6 @@ CONFIG = Config(
     objective=MaskedLM(rate=0.15),
     batch=Batch(examples=32, max_length=128, micro_tokens=512),
     optim=Optim(lr=1e-4, warmup=0, schedule="linear", weight_decay=0.01, max_grad_norm=1.0),
-    run=Run(precision="fp32"),
 )
 WARM_UP = 2  # steps that are not counted
 
@@ -155,7 +154,7 @@ def minilm_steps(
 def compare(config: Config, steps: int) -> Timing:
     """Run `steps` steps of both, alternating, from the same weights on the same documents."""
     transformers_logging.set_verbosity_error()
-    accelerator, _ = start(config.run)
+    accelerator = Accelerator(cpu=True)
     tokenizer, examples, _ = prepare_examples(config)
     networks = [load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=0) for _ in range(2)]
     collator = masked_collator(config.objective, tokenizer, seed=0)

@@ -180,6 +180,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
         f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} threads each, "
         f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
     )
+    log.info(f"output folder: {folder}")
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} examples, {facts['padding_share']:.1%} padding")
 
 

@@ -47,7 +47,7 @@ CONFIG = Config(
         },
     ),
     objective=MaskedLM(rate=0.15),
-    batch=Batch(examples=32, max_length=128, micro_tokens=512),
+    batch=Batch(examples=32, max_length=128),
     optim=Optim(lr=1e-4, warmup=0, schedule="linear", weight_decay=0.01, max_grad_norm=1.0),
 )
 WARM_UP = 2  # steps that are not counted
@@ -80,13 +80,14 @@ class WholeSteps(Dataset[dict[str, Tensor]]):
         step = plan.step(index)
         (ids,) = step.micro_batches[0]
         batch = collator([examples[int(i)] for i in ids], ids, step.epoch)
-        labels_BxL = torch.full_like(batch.input_ids_BxL, -100)
-        labels_BxL.view(-1)[batch.target_index_N] = batch.target_ids_N
-        mask_BxL = batch.attention_mask_BxL
+        (group,) = batch.packing.groups
+        labels_T = torch.full_like(batch.input_ids_T, -100)
+        labels_T[batch.target_index_N] = batch.target_ids_N
+        real_RxL = group.real(labels_T.device)
         return {
-            "input_ids": batch.input_ids_BxL,
-            "attention_mask": torch.ones_like(labels_BxL) if mask_BxL is None else mask_BxL,
-            "labels": labels_BxL,
+            "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, collator.pad_id),
+            "attention_mask": real_RxL.long(),
+            "labels": group.pad(labels_T).masked_fill(~real_RxL, -100),
         }
 
 
@@ -157,10 +158,10 @@ def compare(config: Config, steps: int) -> Timing:
     accelerator = Accelerator(cpu=True)
     tokenizer, examples, _ = prepare_examples(config)
     networks = [load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=0) for _ in range(2)]
-    collator = masked_collator(config.objective, tokenizer, seed=0)
+    collators = [masked_collator(config.objective, tokenizer, seed=0, padded=padded) for padded in (True, False)]
     lengths, count = examples.lengths, config.batch.examples
     plan = Plan(lengths, examples=count, micro_tokens=config.batch.micro_tokens)
-    whole = Plan(lengths, examples=count, micro_tokens=count * config.batch.max_length)
+    whole = Plan(lengths, examples=count, micro_tokens=count * config.batch.max_length, padded=True)
     timing = Timing()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -180,10 +181,10 @@ def compare(config: Config, steps: int) -> Timing:
             timing,
             model=networks[0],
             args=arguments,
-            train_dataset=WholeSteps(whole, examples, collator, steps),
+            train_dataset=WholeSteps(whole, examples, collators[0], steps),
             data_collator=_only,
         )
-        step = minilm_steps(config, accelerator, networks[1], plan, examples, steps, collator)
+        step = minilm_steps(config, accelerator, networks[1], plan, examples, steps, collators[1])
         trainer.add_callback(Alternate(timing, step))
         trainer.train()
     return timing

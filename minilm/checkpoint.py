@@ -13,14 +13,14 @@ from minilm.model import quiet_transformers
 
 
 def claim_output_dir(asked: str | None, overwrite: bool, name: str) -> Path:
-    """Create and return the output folder: `asked`, or the first of out/NAME, out/NAME-2, … that does not exist.
+    """Create and return the output folder: `asked`, or the first of out/NAME, out/NAME-2, … that is not there or empty.
 
     Raises ValueError when the folder cannot be written, or is not empty and `overwrite` is not set. Nothing in it is
     touched.
     """
     if asked is None:
         folder, number = Path("out", name), 1
-        while folder.exists():
+        while folder.exists() and any(folder.iterdir()):
             number += 1
             folder = Path("out", f"{name}-{number}")
     else:

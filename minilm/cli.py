@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description='Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."',
     )
     fill.add_argument("model", metavar="DIR", help="folder or hub id of a masked LM")
-    fill.add_argument("texts", metavar="TEXT", nargs="+", help="text with a mask token; - reads standard input")
+    fill.add_argument(
+        "texts", metavar="TEXT", nargs="*", default=["-"], help="text with a mask token; none or - reads lines"
+    )
     fill.add_argument("--top-k", type=_positive, default=5, metavar="K", help="candidates for a mask (default: 5)")
     fill.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
     fill.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -83,7 +85,7 @@ def _positive(text: str) -> int:
 def _fill_mask(options: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from minilm.infer import fill_mask, load_masked_lm
+    from minilm.infer import check_masks, fill_mask, load_masked_lm
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -91,10 +93,14 @@ def _fill_mask(options: argparse.Namespace) -> None:
         line for text in options.texts for line in (sys.stdin.read().splitlines() if text == "-" else [text]) if line
     ]
     model, tokenizer = load_masked_lm(options.model)
-    for text in texts:
-        for fills in fill_mask(model, tokenizer, [text], top_k=options.top_k)[0]:
+    check_masks(model, tokenizer, texts)
+    for number, text in enumerate(texts):
+        if number and not options.json:
+            print()
+        for mask, fills in enumerate(fill_mask(model, tokenizer, [text], top_k=options.top_k)[0]):
             if options.json:
-                print(json.dumps({"input": text, "fills": [asdict(fill) for fill in fills]}, ensure_ascii=False))
+                line = {"input": text, "mask": mask, "fills": [asdict(fill) for fill in fills]}
+                print(json.dumps(line, ensure_ascii=False))
             else:
                 for fill in fills:
                     print(f"{fill.probability:6.1%}  {fill.token:<16}  {fill.text}")

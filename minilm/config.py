@@ -257,10 +257,11 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         default = read_run(rest[at + 1])
         del rest[at : at + 2]
     if any(word.split("=")[0] == "--data.source" for word in rest):
-        default = dataclasses.replace(default, data=Data())  # columns and slices of another source mean nothing here
+        # Columns and slices of another source mean nothing here.
+        default = dataclasses.replace(default, data=Data(eval_fraction=default.data.eval_fraction))
     description += (
-        "\n\n--data.source sets the other --data flags back to their defaults. --from-run FILE repeats the run that "
-        "wrote this run.json. --debug shows tracebacks."
+        "\n\n--data.source sets the other --data flags (except --data.eval-fraction) back to their defaults. "
+        "--from-run FILE repeats the run that wrote this run.json. --debug shows tracebacks."
     )
     quiet = os.environ.get("RANK", "0") != "0"  # one message for a job, not one from each process
     stderr = sys.stderr

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 
 from minilm.objectives import MaskedCollator, target_nats
 from minilm.plan import cut
+from minilm.progress import progress_bar
 from minilm.tokens import Examples
 
 
@@ -56,7 +56,7 @@ class Evaluator:
     examples: Examples
     collator: MaskedCollator
     micro_tokens: int
-    """Most padded tokens of a forward pass; the figures do not depend on it."""
+    """Most tokens of a forward pass, padding included; the figures do not depend on it."""
     bytes_per_token: NDArray[np.int64]
     """UTF-8 bytes of each id, int64[vocabulary]."""
     unigram: NDArray[np.float64]
@@ -72,14 +72,15 @@ class Evaluator:
 
         The masks are those of the collator's epoch 0, whatever the number of processes.
         """
-        lengths, multiple = self.examples.lengths, self.collator.multiple
-        parts = cut(np.arange(len(lengths)), lengths, self.micro_tokens, accelerator.num_processes, multiple)
+        lengths, padded, multiple = self.examples.lengths, self.collator.padded, self.collator.multiple
+        ids, processes = np.arange(len(lengths)), accelerator.num_processes
+        parts = cut(ids, lengths, self.micro_tokens, processes, padded=padded, multiple=multiple)
         mine = parts[accelerator.process_index]
         nats, targets_V = [], np.zeros(len(self.unigram), np.int64)
         training = model.training
         model.eval()
         with torch.inference_mode():
-            for ids in tqdm(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
+            for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
                 batch = self.collator([self.examples[int(i)] for i in ids], ids, epoch=0)
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))
                 nats.append(target_nats(model, batch.to(accelerator.device)))

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilm.model import SparseHead
+from minilm.packing import pack
 from minilm.plan import Step
 
 # Dense peaks in TFLOP/s from the makers' datasheets: (substring of the device's name, bf16 and fp16, fp32).
@@ -133,10 +134,11 @@ def count_flops(model: SparseHead, max_length: int) -> Cost:
     device, training = next(model.parameters()).device, model.training
 
     def forward(length: int, targets: int) -> int:
-        ids_1xL = torch.full((1, length), model.model.config.vocab_size - 1, device=device)
+        ids_T = torch.full((length,), model.model.config.vocab_size - 1, device=device)
+        packing = pack([length]).map(lambda tensor: tensor.to(device))
         # The counter does not know the fused CPU kernel of attention.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(ids_1xL, None, torch.zeros(targets, dtype=torch.int64, device=device))
+            model(ids_T, packing, torch.zeros(targets, dtype=torch.int64, device=device))
         return int(counter.get_total_flops())
 
     model.eval()

@@ -24,6 +24,13 @@ class Fill:
 
 def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"no masked LM can be loaded from {str(name)!r}: there is no config.json (did its run finish?)"
+        )
+    if not folder.exists() and (folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith(".")):
+        raise ValueError(f"no masked LM can be loaded from {str(name)!r}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForMaskedLM.from_pretrained(

@@ -4,6 +4,7 @@ A step is a random global batch and knows nothing of processes; its micro-batche
 length. The gradient is a sum over the step's targets, so the cut changes padding, never the update.
 """
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -31,9 +32,9 @@ class Step:
 class Plan:
     """All steps of a run as a pure function of (lengths, seed, step): any step costs the same, whichever came before.
 
-    lengths: int64[N], tokens of each example. examples: size of a step. micro_tokens: most padded tokens of a
-    micro-batch. processes: how many share a step. group: `step` or `epoch`, what is sorted by length. multiple: padded
-    lengths are rounded up to it.
+    lengths: int64[N], tokens of each example. examples: size of a step. micro_tokens: most tokens of a micro-batch,
+    padding included. processes: how many share a step. group: `step` or `epoch`, what is sorted by length. padded: the
+    model cannot do without padding; its lengths are then rounded up to `multiple`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Plan:
         processes: int = 1,
         seed: int = 0,
         group: str = "step",
+        padded: bool = False,
         multiple: int = 1,
     ) -> None:
         if examples < processes:
@@ -55,6 +57,7 @@ class Plan:
         self.processes = processes
         self.seed = seed
         self.group = group
+        self.padded = padded
         self.multiple = multiple
         self.steps_per_epoch = math.ceil(len(lengths) / examples)
         self._latest: tuple[int, Ids, Ids] | None = None  # the epoch that was asked for last
@@ -66,13 +69,13 @@ class Plan:
         at = int(steps[at])
         ids = order[at * self.examples : (at + 1) * self.examples]
         lengths = self.lengths[ids]
-        micro_batches = cut(ids, lengths, self.micro_tokens, self.processes, self.multiple)
+        micro_batches = cut(ids, lengths, self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple)
         return Step(
             epoch=epoch,
             micro_batches=micro_batches,
             tokens=int(lengths.sum()),
             square_lengths=int((lengths * lengths).sum()),
-            padded_tokens=sum(self._padded(part) for parts in micro_batches for part in parts),
+            padded_tokens=sum(self._seen(part) for parts in micro_batches for part in parts),
         )
 
     def padding_share(self, steps: int = 20) -> float:
@@ -80,8 +83,11 @@ class Plan:
         seen = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
         return 1 - sum(step.tokens for step in seen) / sum(step.padded_tokens for step in seen)
 
-    def _padded(self, ids: Ids) -> int:
-        return len(ids) * _round_up(int(self.lengths[ids].max()), self.multiple) if len(ids) else self.multiple
+    def _seen(self, ids: Ids) -> int:
+        """Tokens of a micro-batch that the device sees; an empty one holds a single padding token."""
+        if not self.padded:
+            return max(1, int(self.lengths[ids].sum()))
+        return max(1, len(ids)) * _round_up(int(self.lengths[ids].max(initial=1)), self.multiple)
 
     def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
         """The epoch's examples in the order in which steps take them, and the order of the steps."""
@@ -97,16 +103,22 @@ class Plan:
         return order, steps
 
 
-def cut(ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, multiple: int = 1) -> list[list[Ids]]:
-    """Sort `ids` by length and cut them into `processes x k` micro-batches; returns `[process][k]` arrays of ids.
+def cut(
+    ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, *, padded: bool = False, multiple: int = 1
+) -> list[list[Ids]]:
+    """Cut `ids` into `processes x k` micro-batches sorted by length, longest first; returns `[process][k]` arrays.
 
-    k is the smallest number under which no micro-batch holds more than `micro_tokens` padded tokens (a single longer
-    example is one by itself). Among the cuts into that many the one with the least padding is taken; where processes
-    wait for each other, only among those whose largest micro-batch is as small as it can be. Every process gets k; a
-    micro-batch is empty only when there are fewer examples than micro-batches.
+    k is the smallest number found under which no micro-batch holds more than `micro_tokens` tokens (a single longer
+    example is one by itself). Without padding they are balanced in tokens. With it, among the cuts of the sorted
+    examples into that many, the one with the least padding is taken; where processes wait for each other, only among
+    those whose largest micro-batch is as small as it can be. Every process gets k; a micro-batch is empty only when
+    there are fewer examples than micro-batches.
     """
     order = np.argsort(-lengths, kind="stable")
     ids = ids[order]
+    if not padded:
+        parts = [ids[part] for part in _deal(lengths[order].tolist(), micro_tokens, processes)]
+        return [parts[rank::processes] for rank in range(processes)]
     widths = [_round_up(int(length), multiple) for length in lengths[order]]
     count = processes * math.ceil(len(_greedy(widths, micro_tokens)) / processes)
     exact = len(widths) ** 2 * count <= _EXACT_WORK
@@ -121,6 +133,24 @@ def cut(ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, multiple:
     # Parts come longest first; every other round is dealt in reverse, so that no process always gets the larger one.
     rounds = [part[::-1] if number % 2 else part for number, part in enumerate(rounds)]
     return [[part[rank] for part in rounds] for rank in range(processes)]
+
+
+def _deal(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]]:
+    """Give each size, longest first, to the part that has the least so far (Graham 1969); returns indices by part."""
+    # At most j sizes of more than micro_tokens / (j + 1) fit into a part.
+    crowds = [sum(size * (j + 1) > micro_tokens for size in sizes) / j for j in range(1, 8)]
+    least = max(sum(min(size, micro_tokens) for size in sizes) / micro_tokens, *crowds)
+    count = processes * max(1, math.ceil(least / processes))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, part) for part in range(count)]
+        for at, size in enumerate(sizes):
+            load, part = loads[0]
+            heapq.heapreplace(loads, (load + size, part))
+            parts[part].append(at)
+        if all(load <= micro_tokens or len(parts[part]) == 1 for load, part in loads):
+            return parts
+        count += processes * math.ceil(count / (50 * processes))
 
 
 def _least_capacity(widths: list[int], micro_tokens: int, count: int) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from minilm.cache import publish
@@ -19,6 +18,7 @@ from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
 from minilm.model import SparseHead
 from minilm.plan import Plan
+from minilm.progress import progress_bar
 from minilm.tokens import Examples
 
 log = logging.getLogger("minilm")
@@ -40,7 +40,7 @@ class Recorder:
         self._mark = time.perf_counter()
         self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
         self._log = (folder / "log.jsonl").open("w", encoding="utf-8") if enabled else None
-        self._bar = tqdm(total=total_steps, unit="step", disable=not enabled, dynamic_ncols=True, smoothing=0.05)
+        self._bar = progress_bar(total=total_steps, unit="step", disable=not enabled, smoothing=0.05)
 
     def step(self, *, epoch: float, lr: float, loss: Tensor, grad_norm: Tensor, tokens: int, flops: float) -> None:
         """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` real tokens of all processes."""
@@ -194,7 +194,10 @@ def write_card(
 ) -> None:
     """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and filled samples."""
     title = folder.resolve().name
-    rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in results.items())
+    rows = "\n".join(
+        f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:.5g} |"
+        for name, value in results.items()
+    )
     settings = "\n".join(
         f"| {group}.{name} | {json.dumps(value)} |"
         for group, values in to_dict(config).items()

@@ -14,13 +14,13 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.cache import building, cache_folder
 from minilm.config import Tokens
+from minilm.progress import progress_bar
 
-_VERSION = 2  # of the files below in the cache
+_VERSION = 3  # of the files below in the cache
 _SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -64,7 +64,7 @@ def train_tokenizer(documents: Dataset, kind: str, vocab_size: int) -> PreTraine
 
     The result adds `[CLS]` and `[SEP]` around one text, and between and after two.
     """
-    # In BPE " [MASK]" stands for " word": the mask takes the space before it.
+    # In BPE, as in RoBERTa's, " [MASK]" stands for " word": the mask takes the space before it.
     special = [AddedToken(t, special=True, lstrip=t == "[MASK]" and kind == "bpe") for t in _SPECIAL.values()]
     tokenizer = (
         _train_bpe(documents, vocab_size, special)
@@ -81,7 +81,7 @@ def train_tokenizer(documents: Dataset, kind: str, vocab_size: int) -> PreTraine
 
 def _train_bpe(documents: Dataset, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
@@ -197,7 +197,10 @@ def _write_ids(
     """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64."""
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     sizes, raw = [0], folder / "ids.raw"
-    with raw.open("wb") as file, tqdm(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
+    with (
+        raw.open("wb") as file,
+        progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+    ):
         for texts in _batches(documents):
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
                 "input_ids"

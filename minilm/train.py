@@ -100,6 +100,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     cost = count_flops(head, length)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
 
+    padded = not head.padding_free
     multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
     plan = Plan(
         train_examples.lengths,
@@ -108,13 +109,14 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         processes=accelerator.num_processes,
         seed=config.run.seed,
         group=config.batch.group,
+        padded=padded,
         multiple=multiple,
     )
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
-    collator = masked_collator(config.objective, tokenizer, seed=config.run.seed, multiple=multiple)
+    collator = masked_collator(config.objective, tokenizer, seed=config.run.seed, padded=padded, multiple=multiple)
     evaluator = Evaluator(
         examples=eval_examples,
-        collator=masked_collator(config.objective, tokenizer, seed=None, multiple=multiple),
+        collator=masked_collator(config.objective, tokenizer, seed=None, padded=padded, multiple=multiple),
         micro_tokens=config.batch.micro_tokens,
         bytes_per_token=token_bytes(tokenizer),
         unigram=unigram_nats(train_examples.counts(len(tokenizer))),

@@ -13,7 +13,7 @@ CONFIG = Config(
     data=Data(source="dany0407/eli5_category", split="train[:5000]", column="answers.text", eval_fraction=0.2),
     model=Model(name="distilbert/distilroberta-base"),
     objective=MaskedLM(rate=0.15),
-    batch=Batch(examples=8, max_length=128, layout="blocks", micro_tokens=2048),
+    batch=Batch(examples=8, max_length=128, layout="blocks"),
     optim=Optim(lr=2e-5, weight_decay=0.01, warmup=0, schedule="linear"),
     run=Run(epochs=3),
 )

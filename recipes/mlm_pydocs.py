@@ -25,10 +25,10 @@ CONFIG = Config(
         },
     ),
     objective=MaskedLM(rate=0.3, eval_rate=0.15),
-    batch=Batch(examples=16, max_length=128, layout="blocks", micro_tokens=2048),
-    optim=Optim(lr=5e-3, betas=(0.9, 0.98), warmup=105, weight_decay=0.01),
+    batch=Batch(examples=16, max_length=128, layout="blocks"),
+    optim=Optim(lr=5e-3, betas=(0.9, 0.98), warmup=115, weight_decay=0.01),
     run=Run(
-        max_steps=2100,
+        max_steps=2300,
         eval_every=500,
         samples=(
             "Return a [MASK] of all the keys in the dictionary.",

@@ -40,11 +40,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_default_folders_are_numbered(tmp_path, monkeypatch):
+def test_default_folders_are_numbered_and_one_that_is_empty_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    claimed = [claim_output_dir(None, False, "mlm") for _ in range(3)]
-    assert claimed == [Path("out/mlm"), Path("out/mlm-2"), Path("out/mlm-3")]
-    assert all(folder.is_dir() for folder in claimed)
+    for folder in (Path("out/mlm"), Path("out/mlm-2"), Path("out/mlm-3")):
+        assert [claim_output_dir(None, False, "mlm") for _ in range(2)] == [folder, folder]
+        assert contents(folder) == {}
+        (folder / "run.json").write_text("mine")
 
 
 def test_an_asked_folder_is_created_with_its_parents_and_an_empty_one_is_taken(tmp_path, monkeypatch):

@@ -57,16 +57,25 @@ def test_fill_mask_prints_the_likeliest_first(run, folder):
 def test_json_is_one_object_for_each_mask_of_each_text(run, folder):
     _, output, _ = run("fill-mask", folder, TEXT, TWO_MASKS, "--json")
     fills = [mask for text in fill_mask(*load_masked_lm(folder), [TEXT, TWO_MASKS]) for mask in text]
-    inputs = [TEXT, TWO_MASKS, TWO_MASKS]
+    masks = [(TEXT, 0), (TWO_MASKS, 0), (TWO_MASKS, 1)]
     assert [json.loads(line) for line in output] == [
-        {"input": text, "fills": [asdict(fill) for fill in mask]} for text, mask in zip(inputs, fills, strict=True)
+        {"input": text, "mask": mask, "fills": [asdict(fill) for fill in best]}
+        for (text, mask), best in zip(masks, fills, strict=True)
     ]
 
 
 def test_a_dash_reads_a_text_from_each_line_of_standard_input(run, folder):
-    _, piped, _ = run("fill-mask", folder, "-", "--json", stdin=f"{TEXT}\n{TWO_MASKS}\n")
+    lines = f"{TEXT}\n{TWO_MASKS}\n"
     _, given, _ = run("fill-mask", folder, TEXT, TWO_MASKS, "--json")
-    assert piped == given
+    for words in (["-"], []):
+        _, piped, _ = run("fill-mask", folder, *words, "--json", stdin=lines)
+        assert piped == given
+
+
+def test_a_text_without_a_mask_is_refused_before_anything_is_printed(run, folder):
+    status, output, _ = run("fill-mask", folder, TEXT, "No gap here.")
+    assert status == 2
+    assert output == []
 
 
 @pytest.mark.parametrize(

@@ -160,12 +160,17 @@ def _change(config: Config, group: str, /, **fields: object) -> Config:
             ),
         ),
         ("--data.column body", _change(RECIPE, "data", column="body")),
-        ("--data.source a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt"))),
-        ("--data.source=a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt"))),
-        ("--data.column b --data.source a", dataclasses.replace(RECIPE, data=Data(source="a", column="b"))),
+        ("--data.source a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt", eval_fraction=0.2))),
+        ("--data.source=a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt", eval_fraction=0.2))),
+        (
+            "--data.column b --data.source a",
+            dataclasses.replace(RECIPE, data=Data(source="a", column="b", eval_fraction=0.2)),
+        ),
     ],
 )
-def test_flags_change_what_they_name_and_data_source_resets_its_group(flags: str, expected: Config) -> None:
+def test_flags_change_what_they_name_and_data_source_resets_its_group_but_for_the_share_held_out(
+    flags: str, expected: Config
+) -> None:
     assert parse(RECIPE, arguments=flags.split()) == expected
 
 

@@ -32,8 +32,8 @@ def tiny_head(tokenizer) -> SparseHead:
 class Recording(MaskedCollator):
     """A collator that remembers which examples it was given."""
 
-    def __init__(self, tokenizer) -> None:
-        super().__init__(tokenizer, rate=0.2, seed=3)
+    def __init__(self, tokenizer, padded: bool = False) -> None:
+        super().__init__(tokenizer, rate=0.2, seed=3, padded=padded)
         self.seen = []
 
     def __call__(self, rows, examples, epoch):
@@ -41,7 +41,7 @@ class Recording(MaskedCollator):
         return super().__call__(rows, examples, epoch)
 
 
-def evaluator_of(tokenizer, micro_tokens: int = 256) -> Evaluator:
+def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> Evaluator:
     """Over examples of random ordinary ids, 3 to 40 long, with bytes and frequencies of no special form."""
     rng = np.random.default_rng(0)
     ends = np.cumsum(rng.integers(1, 39, EXAMPLES + 1))
@@ -54,7 +54,7 @@ def evaluator_of(tokenizer, micro_tokens: int = 256) -> Evaluator:
     )
     return Evaluator(
         examples=examples,
-        collator=Recording(tokenizer),
+        collator=Recording(tokenizer, padded),
         micro_tokens=micro_tokens,
         bytes_per_token=rng.integers(0, 9, len(tokenizer)),
         unigram=unigram_nats(rng.integers(0, 50, len(tokenizer))),
@@ -69,7 +69,7 @@ def one_by_one(evaluator: Evaluator, head: SparseHead) -> Evaluation:
     for index in range(len(evaluator.examples)):
         batch = evaluator.collator([evaluator.examples[index]], np.array([index]), epoch=0)
         with torch.no_grad():
-            log_p_LxV = head.model(batch.input_ids_BxL).logits[0].double().log_softmax(-1)
+            log_p_LxV = head.model(batch.input_ids_T[None]).logits[0].double().log_softmax(-1)
         for position, target in zip(batch.target_index_N.tolist(), batch.target_ids_N.tolist(), strict=True):
             nats -= float(log_p_LxV[position, target])
             targets += 1
@@ -92,8 +92,9 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def test_totals_are_those_of_one_example_at_a_time(tokenizer, accelerator):
-    evaluator, head = evaluator_of(tokenizer), tiny_head(tokenizer)
+@pytest.mark.parametrize("padded", [False, True])
+def test_totals_are_those_of_one_example_at_a_time(padded, tokenizer, accelerator):
+    evaluator, head = evaluator_of(tokenizer, padded=padded), tiny_head(tokenizer)
     ours = evaluator(accelerator, head)
     assert ours.targets > 50
     assert_same(ours, one_by_one(evaluator, head), nats=1e-6)

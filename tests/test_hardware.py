@@ -24,6 +24,7 @@ from minilm.hardware import (
     gemm_rate,
 )
 from minilm.model import SparseHead
+from minilm.packing import pack
 from minilm.plan import Step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -118,21 +119,30 @@ def tiny_head(kind: str = "bert", attention: str | None = None, **fields) -> Spa
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_flops_of_bert_are_those_counted_by_hand(attention):
     cost = count_flops(tiny_head(attention=attention), 32)
-    matrices = 4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER  # query, key, value, output; the two of the MLP
-    assert cost.per_token == pytest.approx(LAYERS * 2 * matrices)
+    attention, mlp = 4 * HIDDEN * HIDDEN, 2 * HIDDEN * INNER  # query, key, value, output; the two of the MLP
+    last = HIDDEN * HIDDEN + mlp  # what follows attention in the last layer: a target's cost, and no other token's
+    assert cost.per_token == pytest.approx(2 * (LAYERS * (attention + mlp) - last))
     assert cost.per_square == pytest.approx(LAYERS * 2 * 2 * HIDDEN)  # queries with keys, weights with values
-    assert cost.per_target == pytest.approx(2 * HIDDEN * (HIDDEN + VOCABULARY))
+    assert cost.per_target == pytest.approx(2 * (last + HIDDEN * (HIDDEN + VOCABULARY)))
 
 
-@pytest.mark.parametrize("kind", ["bert", "modernbert", "mpnet", "distilbert"])
-def test_flops_at_another_length_and_number_of_targets_are_predicted(kind):
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        *[(kind, (23,)) for kind in ("bert", "modernbert", "mpnet", "distilbert", "albert")],
+        *[(kind, (23, 10, 10, 1)) for kind in ("bert", "modernbert", "distilbert", "albert")],
+    ],
+)
+def test_flops_at_other_lengths_and_numbers_of_targets_are_predicted(kind, lengths):
     head = tiny_head(kind).train()
     cost = count_flops(head, 32)
     assert head.training
     head.eval()
+    tokens = sum(lengths)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # CPU kernels are not counted
-        head(torch.full((1, 23), 7), None, torch.arange(5))
-    assert 23 * cost.per_token + 23**2 * cost.per_square + 5 * cost.per_target == counter.get_total_flops()
+        head(torch.full((tokens,), 7), pack(lengths), torch.arange(5))
+    predicted = tokens * cost.per_token + sum(n**2 for n in lengths) * cost.per_square + 5 * cost.per_target
+    assert predicted == counter.get_total_flops()
 
 
 def test_a_model_that_shares_relative_positions_can_be_counted():

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, P
 from minilm.config import MaskedLM
 from minilm.model import SparseHead
 from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator, target_nats
+from tests.reference import pad_rows
 
 Rows = list[NDArray[np.int64]]
 RATE = 0.15
@@ -30,15 +31,16 @@ def _uniform(counts: NDArray[np.int64], sigmas: float = 4) -> bool:
 
 
 def _collator(
-    tokenizer: PreTrainedTokenizerBase, seed: int = 0, rate: float = RATE, multiple: int = 1
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, rate: float = RATE, padded: bool = False, multiple: int = 1
 ) -> MaskedCollator:
-    return masked_collator(MaskedLM(rate=rate), tokenizer, seed=seed, multiple=multiple)
+    return masked_collator(MaskedLM(rate=rate), tokenizer, seed=seed, padded=padded, multiple=multiple)
 
 
-def _chosen(batch: Batch) -> NDArray[np.bool_]:
-    chosen_BxL = np.zeros(tuple(batch.input_ids_BxL.shape), bool)
-    chosen_BxL.reshape(-1)[batch.target_index_N.numpy()] = True
-    return chosen_BxL
+def _chosen(batch: Batch, rows: int) -> NDArray[np.bool_]:
+    """Which tokens are targets, B x L, of so many rows of one length."""
+    chosen_T = np.zeros(len(batch.input_ids_T), bool)
+    chosen_T[batch.target_index_N.numpy()] = True
+    return chosen_T.reshape(rows, -1)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +64,14 @@ def batch(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Batch:
 
 def test_the_rate_is_kept_and_no_special_token_is_chosen(batch: Batch, rows: Rows, special: list[int]) -> None:
     ordinary_BxL = ~np.isin(rows, special)
-    chosen_BxL = _chosen(batch)
+    chosen_BxL = _chosen(batch, len(rows))
     assert not (chosen_BxL & ~ordinary_BxL).any()
     assert _within(chosen_BxL.sum(), ordinary_BxL.sum(), RATE)
     assert ordinary_BxL.sum() > 950_000
 
 
 def test_80_10_10(batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int]) -> None:
-    new_N = batch.input_ids_BxL.flatten()[batch.target_index_N]
+    new_N = batch.input_ids_T[batch.target_index_N]
     masked, same = int((new_N == tokenizer.mask_token_id).sum()), int((new_N == batch.target_ids_N).sum())
     by_chance = 0.1 / (len(tokenizer) - len(special))  # a replacement that happens to be the same token
     assert _within(masked, batch.targets, 0.8)
@@ -80,7 +82,7 @@ def test_80_10_10(batch: Batch, tokenizer: PreTrainedTokenizerBase, special: lis
 def test_replacements_are_uniform_over_the_ordinary_tokens(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int]
 ) -> None:
-    new_N = batch.input_ids_BxL.flatten()[batch.target_index_N].numpy()
+    new_N = batch.input_ids_T[batch.target_index_N].numpy()
     drawn = new_N[(new_N != batch.target_ids_N.numpy()) & (new_N != tokenizer.mask_token_id)]
     counts = np.bincount(drawn, minlength=len(tokenizer))
     assert counts[special].sum() == 0
@@ -89,7 +91,7 @@ def test_replacements_are_uniform_over_the_ordinary_tokens(
 
 
 def test_every_position_and_example_is_chosen_alike(batch: Batch, rows: Rows, special: list[int]) -> None:
-    chosen_BxL, ordinary_BxL = _chosen(batch), ~np.isin(rows, special)
+    chosen_BxL, ordinary_BxL = _chosen(batch, len(rows)), ~np.isin(rows, special)
     for axis in (0, 1):
         hits, trials = chosen_BxL.sum(axis), ordinary_BxL.sum(axis)
         z_score = (hits - trials * RATE) / np.sqrt(trials * RATE * (1 - RATE))
@@ -97,7 +99,7 @@ def test_every_position_and_example_is_chosen_alike(batch: Batch, rows: Rows, sp
 
 
 def test_targets_are_the_original_ids_and_everything_else_is_left_alone(batch: Batch, rows: Rows) -> None:
-    restored = batch.input_ids_BxL.clone().flatten()
+    restored = batch.input_ids_T.clone()
     restored[batch.target_index_N] = batch.target_ids_N
     assert np.array_equal(restored.reshape(len(rows), -1), rows)
 
@@ -121,9 +123,9 @@ def test_masks_of_another_seed_epoch_example_or_position_are_independent(
     tokenizer: PreTrainedTokenizerBase, seed: int | None, epoch: int, example: int, position: int
 ) -> None:
     rows, examples = list(np.full((1000, 512), len(tokenizer) - 1)), np.arange(1000) + 1
-    first = _chosen(_collator(tokenizer)(rows, examples, 1))
+    first = _chosen(_collator(tokenizer)(rows, examples, 1), 1000)
     other = masked_collator(MaskedLM(rate=RATE), tokenizer, seed=seed)
-    second = np.roll(_chosen(other(rows, examples + example, 1 + epoch)), position, axis=1)
+    second = np.roll(_chosen(other(rows, examples + example, 1 + epoch), 1000), position, axis=1)
     assert _within(second.sum(), second.size, RATE)
     assert _within((first & second).sum(), first.size, RATE**2)
 
@@ -133,20 +135,25 @@ def test_a_mask_does_not_depend_on_the_rest_of_its_batch(tokenizer: PreTrainedTo
     short = [row[:length] for row, length in zip(rows, lengths, strict=False)]
     examples = np.arange(64) + 10**9
 
-    def fates(order: NDArray[np.int64], micro_batch: int, multiple: int) -> dict[int, tuple[list[int], ...]]:
+    def fates(
+        order: NDArray[np.int64], micro_batch: int, padded: bool, multiple: int
+    ) -> dict[int, tuple[list[int], ...]]:
         found: dict[int, tuple[list[int], ...]] = {}
+        collator = _collator(tokenizer, padded=padded, multiple=multiple)
         for ids in np.split(order, range(micro_batch, len(order), micro_batch)):
-            batch = _collator(tokenizer, multiple=multiple)([short[i] for i in ids], examples[ids], 3)
-            at_N, width = batch.target_index_N.numpy(), batch.input_ids_BxL.shape[1]
-            for row, i in enumerate(ids):
-                own = at_N // width == row
-                inputs = batch.input_ids_BxL[row, : lengths[i]].tolist()
-                found[int(i)] = (inputs, (at_N[own] % width).tolist(), batch.target_ids_N.numpy()[own].tolist())
+            batch = collator([short[i] for i in ids], examples[ids], 3)
+            at_N, stop = batch.target_index_N.numpy(), 0
+            for i in ids:
+                start, stop = stop, stop + lengths[i]
+                own = (start <= at_N) & (at_N < stop)
+                inputs = batch.input_ids_T[start:stop].tolist()
+                found[int(i)] = (inputs, (at_N[own] - start).tolist(), batch.target_ids_N.numpy()[own].tolist())
+            assert stop == len(batch.input_ids_T)
         return found
 
-    alone = fates(np.arange(64), 1, 1)
-    for micro_batch, multiple in ((64, 1), (64, 8), (7, 1), (5, 64)):
-        assert fates(np.random.default_rng(micro_batch).permutation(64), micro_batch, multiple) == alone
+    alone = fates(np.arange(64), 1, False, 1)
+    for micro_batch, padded, multiple in ((64, False, 1), (64, True, 8), (7, True, 1), (7, False, 1), (5, False, 64)):
+        assert fates(np.random.default_rng(micro_batch).permutation(64), micro_batch, padded, multiple) == alone
 
 
 def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -156,30 +163,41 @@ def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer
         return masked_collator(objective, tokenizer, seed=None)(rows, examples, 0)
 
     first, second = evaluation(MaskedLM(eval_rate=0.3)), evaluation(MaskedLM(rate=0.5, eval_rate=0.3))
-    assert torch.equal(first.input_ids_BxL, second.input_ids_BxL)
+    assert torch.equal(first.input_ids_T, second.input_ids_T)
     assert torch.equal(first.target_index_N, second.target_index_N)
     assert _within(first.targets, 100 * 512, 0.3)
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize(("padded", "multiple"), [(False, 1), (False, 8), (True, 1), (True, 8)])
 @pytest.mark.parametrize("lengths", [(16, 16), (16, 3), (5, 11, 2)])
-def test_rows_are_padded_to_the_longest_and_the_mask_says_where(
-    tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...], multiple: int
+def test_rows_follow_each_other_and_are_padded_to_the_longest_where_asked(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...], padded: bool, multiple: int
 ) -> None:
     own = [row[:length] for row, length in zip(rows, lengths, strict=False)]
-    batch = _collator(tokenizer, multiple=multiple)(own, np.arange(len(own)), 0)
-    width = math.ceil(max(lengths) / multiple) * multiple
-    real_BxL = torch.arange(width) < torch.tensor(lengths)[:, None]
-    assert batch.input_ids_BxL.shape == (len(lengths), width)
-    assert (batch.input_ids_BxL[~real_BxL] == tokenizer.pad_token_id).all()
-    if real_BxL.all():
-        assert batch.attention_mask_BxL is None
-    else:
-        assert batch.attention_mask_BxL is not None
-        assert torch.equal(batch.attention_mask_BxL, real_BxL.long())
-    moved = batch.to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values() if value is not None} == {"meta"}
-    assert (moved.attention_mask_BxL is None) == (batch.attention_mask_BxL is None)
+    batch = _collator(tokenizer, padded=padded, multiple=multiple)(own, np.arange(len(own)), 0)
+    restored = batch.input_ids_T.index_copy(0, batch.target_index_N, batch.target_ids_N)
+    assert restored.tolist() == np.concatenate(own).tolist()
+    assert batch.packing.position_T.tolist() == [position for length in lengths for position in range(length)]
+    groups = batch.packing.groups
+    assert [group.start for group in groups] == [0, *(group.stop for group in groups)][:-1]
+    assert groups[-1].stop == sum(lengths)
+    if padded:
+        (group,) = groups
+        width = math.ceil(max(lengths) / multiple) * multiple
+        assert (group.rows, group.length) == (len(lengths), width)
+        assert torch.equal(group.real(torch.device("cpu")), torch.arange(width) < torch.tensor(lengths)[:, None])
+        assert (group.place_T is None) == ({*lengths} == {width})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_batch_moves_with_all_that_it_holds(tokenizer: PreTrainedTokenizerBase, rows: Rows, padded: bool) -> None:
+    own = [row[:length] for row, length in zip(rows, (20, 19, 3), strict=False)]
+    moved = _collator(tokenizer, padded=padded)(own, np.arange(3), 0).to(torch.device("meta"))
+    values = [*vars(moved).values(), *vars(moved.packing).values()]
+    values += [value for group in moved.packing.groups for value in vars(group).values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4 + 2 * 1
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused() -> None:
@@ -196,28 +214,33 @@ def bert(tokenizer: PreTrainedTokenizerBase) -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)).eval()
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("lengths", [(40, 40), (100, 7, 33)])
 def test_the_loss_is_that_of_transformers_times_the_number_of_targets(
-    bert: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...]
+    bert: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...], padded: bool
 ) -> None:
     own = [row[:length] for row, length in zip(rows, lengths, strict=False)]
-    batch = _collator(tokenizer, rate=0.4)(own, np.arange(len(own)), 0)
-    labels_BxL = torch.full_like(batch.input_ids_BxL, -100)
-    labels_BxL.view(-1)[batch.target_index_N] = batch.target_ids_N
-    reference = bert(input_ids=batch.input_ids_BxL, attention_mask=batch.attention_mask_BxL, labels=labels_BxL).loss
+    batch = _collator(tokenizer, rate=0.4, padded=padded)(own, np.arange(len(own)), 0)
+    labels_T = torch.full_like(batch.input_ids_T, -100)
+    labels_T[batch.target_index_N] = batch.target_ids_N
+    labels_RxL, mask_RxL = pad_rows(labels_T, lengths, -100)
+    ids_RxL, _ = pad_rows(batch.input_ids_T, lengths, tokenizer.pad_token_id)
+    reference = bert(input_ids=ids_RxL, attention_mask=mask_RxL, labels=labels_RxL).loss
     head = SparseHead(bert)
     assert batch.targets > 10
     assert target_nats(head, batch).shape == (batch.targets,)
     torch.testing.assert_close(loss_sum(head, batch), reference * batch.targets, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize(("padded", "multiple"), [(False, 1), (False, 8), (True, 1), (True, 8)])
 def test_a_batch_without_rows_has_no_loss_and_a_gradient_of_zero(
-    bert: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, multiple: int
+    bert: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, padded: bool, multiple: int
 ) -> None:
-    batch = _collator(tokenizer, multiple=multiple)([], np.zeros(0, np.int64), 0)
-    assert batch.input_ids_BxL.shape == (1, multiple)
+    batch = _collator(tokenizer, padded=padded, multiple=multiple)([], np.zeros(0, np.int64), 0)
+    assert batch.input_ids_T.tolist() == [tokenizer.pad_token_id]
+    assert [(group.rows, group.length) for group in batch.packing.groups] == [(1, multiple)]
     assert batch.targets == 0
+    bert.zero_grad()
     loss = loss_sum(SparseHead(bert), batch)
     loss.backward()
     assert loss.item() == 0

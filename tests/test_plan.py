@@ -1,7 +1,8 @@
-"""The plan: every step is a pure function of its number, every example comes once, and little is padded."""
+"""The plan: each step is a pure function of its number, each example comes once, little is padded or waited for."""
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -35,10 +36,12 @@ def _padded(lengths: Ids, micro_batches: list[list[Ids]], multiple: int = 1) -> 
 
 
 @thorough
-@given(sizes, st.integers(0, 2**63 - 1), groups, st.lists(st.integers(0, 200), min_size=1, max_size=6))
-def test_any_step_in_any_order_is_the_same(lengths: Ids, seed: int, group: str, indices: list[int]) -> None:
+@given(sizes, st.integers(0, 2**63 - 1), groups, st.booleans(), st.lists(st.integers(0, 200), min_size=1, max_size=6))
+def test_any_step_in_any_order_is_the_same(
+    lengths: Ids, seed: int, group: str, padded: bool, indices: list[int]
+) -> None:
     def plan() -> Plan:
-        return Plan(lengths, examples=7, micro_tokens=64, seed=seed, group=group)
+        return Plan(lengths, examples=7, micro_tokens=64, seed=seed, group=group, padded=padded)
 
     once = plan()
     forward = [once.step(index) for index in indices]
@@ -48,11 +51,11 @@ def test_any_step_in_any_order_is_the_same(lengths: Ids, seed: int, group: str, 
 
 
 @thorough
-@given(sizes, st.integers(3, 20), st.integers(1, 3), st.integers(1, 200), groups, st.integers(0, 2))
+@given(sizes, st.integers(3, 20), st.integers(1, 3), st.integers(1, 200), groups, st.booleans(), st.integers(0, 2))
 def test_each_example_comes_exactly_once_an_epoch(
-    lengths: Ids, examples: int, processes: int, micro_tokens: int, group: str, epoch: int
+    lengths: Ids, examples: int, processes: int, micro_tokens: int, group: str, padded: bool, epoch: int
 ) -> None:
-    plan = Plan(lengths, examples=examples, micro_tokens=micro_tokens, processes=processes, group=group)
+    plan = Plan(lengths, examples=examples, micro_tokens=micro_tokens, processes=processes, group=group, padded=padded)
     steps = [plan.step(epoch * plan.steps_per_epoch + at) for at in range(plan.steps_per_epoch)]
     assert np.array_equal(np.sort(np.concatenate([_flat(step) for step in steps])), np.arange(len(lengths)))
     assert {step.epoch for step in steps} == {epoch}
@@ -68,7 +71,13 @@ def test_what_a_step_holds_depends_on_neither_processes_nor_micro_tokens(
     held = {
         tuple(np.sort(_flat(plan.step(index))))
         for processes in (1, 2, 3)
-        for micro_tokens, multiple in ((1, 1), (50, 8), (10**6, 1))
+        for micro_tokens, padded, multiple in (
+            (1, True, 1),
+            (50, True, 8),
+            (10**6, True, 1),
+            (1, False, 1),
+            (50, False, 8),
+        )
         for plan in [
             Plan(
                 lengths,
@@ -76,6 +85,7 @@ def test_what_a_step_holds_depends_on_neither_processes_nor_micro_tokens(
                 micro_tokens=micro_tokens,
                 processes=processes,
                 group=group,
+                padded=padded,
                 multiple=multiple,
             )
         ]
@@ -86,11 +96,11 @@ def test_what_a_step_holds_depends_on_neither_processes_nor_micro_tokens(
 @thorough
 @given(sizes, st.integers(1, 300), st.integers(1, 4), st.sampled_from([1, 8]))
 @example(np.array([100, *[30] * 6]), 60, 1, 1)  # one that is too long must not make room for others
-def test_micro_batches_fit_are_equal_in_number_and_lose_nothing(
+def test_padded_micro_batches_fit_are_equal_in_number_and_lose_nothing(
     lengths: Ids, micro_tokens: int, processes: int, multiple: int
 ) -> None:
     ids = np.arange(len(lengths)) * 3  # ids are not positions
-    parts = cut(ids, lengths, micro_tokens, processes, multiple)
+    parts = cut(ids, lengths, micro_tokens, processes, padded=True, multiple=multiple)
     assert len(parts) == processes
     assert len({len(mine) for mine in parts}) == 1
     flat = [part // 3 for mine in parts for part in mine]
@@ -99,7 +109,29 @@ def test_micro_batches_fit_are_equal_in_number_and_lose_nothing(
     assert all(len(part) for part in flat) or max(map(len, flat)) <= 1
 
 
-def _fewest_parts(widths: tuple[int, ...], micro_tokens: int) -> int:
+@thorough
+@given(sizes, st.integers(1, 300), st.integers(1, 4))
+@example(np.array([100, *[30] * 6]), 60, 1)
+@example(np.array([5, 6]), 100, 4)
+def test_micro_batches_without_padding_fit_are_balanced_and_lose_nothing(
+    lengths: Ids, micro_tokens: int, processes: int
+) -> None:
+    ids = np.arange(len(lengths)) * 3  # ids are not positions
+    parts = cut(ids, lengths, micro_tokens, processes)
+    assert len(parts) == processes
+    assert len({len(mine) for mine in parts}) == 1
+    flat = [part // 3 for mine in parts for part in mine]
+    assert np.array_equal(np.sort(np.concatenate(flat)), np.arange(len(lengths)))
+    assert all((np.diff(lengths[part]) <= 0).all() for part in flat)
+    tokens = [int(lengths[part].sum()) for part in flat]
+    assert all(len(part) <= 1 or held <= micro_tokens for part, held in zip(flat, tokens, strict=True))
+    assert max(tokens) - min(tokens) <= lengths.max()
+    assert all(len(part) for part in flat) or max(map(len, flat)) <= 1
+    again = [part // 3 for mine in cut(ids, lengths, micro_tokens, processes) for part in mine]
+    assert all(np.array_equal(a, b) for a, b in zip(flat, again, strict=True))
+
+
+def _fewest_parts(widths: tuple[int, ...], micro_tokens: int, padded: bool) -> int:
     """The smallest number of micro-batches that fit, over every way of dividing the examples."""
     if not widths:
         return 0
@@ -107,35 +139,70 @@ def _fewest_parts(widths: tuple[int, ...], micro_tokens: int) -> int:
     best = len(widths)
     for others in itertools.chain.from_iterable(itertools.combinations(rest, size) for size in range(len(widths))):
         group = [first, *(widths[i] for i in others)]
-        if len(group) == 1 or len(group) * max(group) <= micro_tokens:
+        if len(group) == 1 or (len(group) * max(group) if padded else sum(group)) <= micro_tokens:
             left = tuple(widths[i] for i in rest if i not in others)
-            best = min(best, 1 + _fewest_parts(left, micro_tokens))
+            best = min(best, 1 + _fewest_parts(left, micro_tokens, padded))
     return best
 
 
 @thorough
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 3))
-def test_no_way_of_cutting_needs_fewer_micro_batches(widths: list[int], micro_tokens: int, processes: int) -> None:
-    parts = cut(np.arange(len(widths)), np.array(widths), micro_tokens, processes)
-    assert len(parts[0]) == math.ceil(_fewest_parts(tuple(widths), micro_tokens) / processes)
+def test_no_way_of_cutting_with_padding_needs_fewer_micro_batches(
+    widths: list[int], micro_tokens: int, processes: int
+) -> None:
+    parts = cut(np.arange(len(widths)), np.array(widths), micro_tokens, processes, padded=True)
+    assert len(parts[0]) == math.ceil(_fewest_parts(tuple(widths), micro_tokens, True) / processes)
 
 
 @thorough
-@given(sizes, st.integers(1, 20), st.integers(1, 3), st.sampled_from([1, 8]))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 3))
+def test_a_cut_without_padding_is_at_most_one_micro_batch_from_the_best(
+    widths: list[int], micro_tokens: int, processes: int
+) -> None:
+    parts = cut(np.arange(len(widths)), np.array(widths), micro_tokens, processes)
+    fewest = _fewest_parts(tuple(widths), micro_tokens, False)
+    assert math.ceil(fewest / processes) <= len(parts[0]) <= math.ceil((fewest + 1) / processes)
+
+
+@pytest.mark.parametrize("micro_tokens", [1024, 4096, 16384])
+def test_micro_batches_without_padding_are_full(micro_tokens: int) -> None:
+    (parts,) = cut(np.arange(len(SKEWED)), SKEWED, micro_tokens)
+    assert SKEWED.sum() / len(parts) > 0.95 * micro_tokens
+
+
+@pytest.mark.parametrize(("micro_tokens", "processes", "count"), [(199, 1, 10_000), (299, 3, 1667), (99, 4, 2500)])
+def test_a_large_cut_of_equal_lengths_is_found_at_once(micro_tokens: int, processes: int, count: int) -> None:
+    start = time.perf_counter()
+    parts = cut(np.arange(10_000), np.full(10_000, 100), micro_tokens, processes)
+    assert time.perf_counter() - start < 2
+    assert [len(mine) for mine in parts] == [count] * processes
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_example_that_is_too_long_is_one_micro_batch_more(padded: bool) -> None:
+    (parts,) = cut(np.arange(7), np.array([30, 30, 30, 400, 30, 30, 30]), 60, padded=padded)
+    assert sorted(map(len, parts)) == [1, 2, 2, 2]
+    assert [part.tolist() for part in parts if 3 in part] == [[3]]
+
+
+@thorough
+@given(sizes, st.integers(1, 20), st.integers(1, 3), st.booleans(), st.sampled_from([1, 8]))
 def test_the_figures_of_a_step_are_those_of_its_tensors(
-    lengths: Ids, examples: int, processes: int, multiple: int
+    lengths: Ids, examples: int, processes: int, padded: bool, multiple: int
 ) -> None:
     examples = max(examples, processes)
-    plan = Plan(lengths, examples=examples, micro_tokens=60, processes=processes, multiple=multiple)
+    plan = Plan(lengths, examples=examples, micro_tokens=60, processes=processes, padded=padded, multiple=multiple)
     for index in range(plan.steps_per_epoch):
         step = plan.step(index)
         own = lengths[_flat(step)]
         assert (step.tokens, step.square_lengths) == (own.sum(), (own**2).sum())
-        assert step.padded_tokens == _padded(lengths, step.micro_batches, multiple)
+        empty = sum(len(part) == 0 for parts in step.micro_batches for part in parts)
+        seen = _padded(lengths, step.micro_batches, multiple) if padded else step.tokens + empty
+        assert step.padded_tokens == seen
 
 
 def test_sorting_inside_a_step_saves_most_of_the_padding() -> None:
-    plan = Plan(SKEWED, examples=64, micro_tokens=1024)
+    plan = Plan(SKEWED, examples=64, micro_tokens=1024, padded=True)
     steps = [plan.step(index) for index in range(20)]
     real = sum(step.tokens for step in steps)
     as_drawn = 0  # the same steps in the same number of micro-batches, in random order
@@ -145,21 +212,24 @@ def test_sorting_inside_a_step_saves_most_of_the_padding() -> None:
     assert plan.padding_share() == pytest.approx(1 - real / sum(step.padded_tokens for step in steps))
     assert 1 - real / as_drawn > 0.5
     assert plan.padding_share() < 0.25
+    assert Plan(SKEWED, examples=64, micro_tokens=1024).padding_share() == 0
 
 
 def test_grouping_over_the_epoch_pads_almost_nothing_and_still_shuffles_the_steps() -> None:
-    plan = Plan(SKEWED, examples=64, micro_tokens=4096, group="epoch")
+    plan = Plan(SKEWED, examples=64, micro_tokens=4096, group="epoch", padded=True)
     assert plan.padding_share(plan.steps_per_epoch) < 0.05
     means = np.array([SKEWED[_flat(plan.step(index))].mean() for index in range(plan.steps_per_epoch)])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 4 / math.sqrt(len(means))
 
 
-def test_no_process_gets_more_work_than_another() -> None:
-    plan = Plan(SKEWED, examples=256, micro_tokens=1024, processes=2)
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_process_gets_more_work_than_another(padded: bool) -> None:
+    plan = Plan(SKEWED, examples=256, micro_tokens=1024, processes=2, padded=padded)
     steps = [plan.step(index).micro_batches for index in range(19)]
-    padded = np.array([[_padded(SKEWED, [mine]) for mine in step] for step in steps])
+    count = _padded if padded else lambda lengths, step: lengths[np.concatenate(step[0])].sum()
+    tokens = np.array([[count(SKEWED, [mine]) for mine in step] for step in steps])
     attention = np.array([[(SKEWED[np.concatenate(mine)] ** 2).sum() for mine in step] for step in steps])
-    assert (padded.max(1) / padded.mean(1)).max() < 1.08
+    assert (tokens.max(1) / tokens.mean(1)).max() < (1.08 if padded else 1.02)
     assert (attention.max(1) / attention.mean(1)).mean() < 1.08  # the longest do not always fall to the same one
 
 
@@ -188,6 +258,7 @@ def test_fewer_examples_than_processes_are_refused() -> None:
         Plan(SKEWED, examples=2, micro_tokens=100, processes=3)
 
 
-def test_the_last_step_gives_a_process_without_examples_an_empty_micro_batch() -> None:
-    plan = Plan(np.array([5, 6, 7, 8]), examples=3, micro_tokens=100, processes=3)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_step_gives_a_process_without_examples_an_empty_micro_batch(padded: bool) -> None:
+    plan = Plan(np.array([5, 6, 7, 8]), examples=3, micro_tokens=100, processes=3, padded=padded)
     assert [[len(part) for part in mine] for mine in plan.step(1).micro_batches] == [[1], [0], [0]]

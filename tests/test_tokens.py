@@ -79,10 +79,19 @@ def test_the_mask_of_a_bpe_tokenizer_takes_the_space_before_it(tokenizer: PreTra
 @thorough
 @given(text=st.text().filter(lambda text: not any(token in text for token in ROLES.values())))
 def test_bpe_gives_back_any_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    spaced = text if text.startswith(" ") or not text else f" {text}"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == spaced
-    assert token_bytes(tokenizer)[ids].sum() == len(spaced.encode())
+    assert tokenizer.decode(ids) == text
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("rest", [".", " of names", ", and", ""])
+def test_a_mask_in_the_text_leaves_the_tokens_after_it_as_they_are(
+    tokenizer: PreTrainedTokenizerBase, rest: str
+) -> None:
+    mask, list_ids = tokenizer.mask_token_id, tokenizer(" list", add_special_tokens=False)["input_ids"]
+    masked, plain = (tokenizer(f"the {w}{rest}", add_special_tokens=False)["input_ids"] for w in ("[MASK]", "list"))
+    at = masked.index(mask)
+    assert plain == [*masked[:at], *list_ids, *masked[at + 1 :]]
 
 
 def test_wordpiece_gives_back_known_text_in_lower_case(wordpiece: PreTrainedTokenizerBase) -> None:

@@ -24,6 +24,7 @@ from minilm.plan import Plan
 from minilm.tokens import Examples, encode
 from minilm.train import load_steps, train, train_step
 from tests.launch import read_log
+from tests.reference import full_logits
 
 TINY_BERT = {
     "hidden_size": 32,
@@ -81,11 +82,10 @@ def test_steps_equal_plain_torch(
         result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
 
         ids = np.concatenate(step.micro_batches[0])
-        batch = collator(
-            [examples[int(i)] for i in ids], ids, step.epoch
-        )  # one padded batch, masked logits picked late
-        logits = plain(input_ids=batch.input_ids_BxL, attention_mask=batch.attention_mask_BxL).logits.flatten(0, 1)
-        loss = F.cross_entropy(logits[batch.target_index_N], batch.target_ids_N)
+        # One padded batch, masked logits picked late.
+        batch = collator([examples[int(i)] for i in ids], ids, step.epoch)
+        logits_TxV = full_logits(plain, batch.input_ids_T, examples.lengths[ids].tolist())
+        loss = F.cross_entropy(logits_TxV[batch.target_index_N], batch.target_ids_N)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm or torch.inf)
         for group in plain_optimizer.param_groups:

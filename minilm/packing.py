@@ -1,0 +1,215 @@
+"""Rows of different lengths without padding: one flat row of tokens, and attention that keeps to each row of it.
+
+Every layer of a transformer but attention works on each token alone, so it can take the tokens of a batch as one row,
+concatenated. Attention looks at small groups of rows of similar length at a time, padded inside the group.
+
+Axes: T tokens of the batch, R rows and L padded length of a group, A heads, D size of a head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
+_SIMILAR, _SLACK = 0.75, 4  # rows of one group are no shorter than this share of the longest, less some tokens
+_SHORT = 128  # up to this length plain matrix products beat the fused kernel on a CPU, backward above all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows that follow each other in the batch, seen as R x L."""
+
+    start: int
+    """Where its tokens begin in the batch."""
+    stop: int
+    """Where they end."""
+    rows: int
+    length: int
+    """L: the longest row."""
+    source_RL: Tensor | None
+    """int64, which of the group's tokens each place holds (padding repeats a token); None where no row is padded."""
+    place_T: Tensor | None
+    """int64, the place of each of the group's tokens; None where no row is padded."""
+    _bias: dict[int | None, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def pad(self, x_TxH: Tensor) -> Tensor:
+        """The group's tokens, one row each, as R x L x H. No gradient flows from padding: let nothing depend on it."""
+        x_RLxH = x_TxH if self.source_RL is None else _Pad.apply(x_TxH, self.source_RL, self.place_T)  # type: ignore[no-untyped-call]
+        return x_RLxH.view(self.rows, self.length, *x_TxH.shape[1:])
+
+    def unpad(self, x_RxLxH: Tensor) -> Tensor:
+        """The inverse of `pad`."""
+        x_RLxH = x_RxLxH.flatten(0, 1)
+        return x_RLxH if self.place_T is None else _Unpad.apply(x_RLxH, self.place_T)  # type: ignore[no-untyped-call]
+
+    def real(self, device: torch.device) -> Tensor:
+        """bool, R x L: where there is a token and no padding."""
+        real_RL = torch.ones(self.rows * self.length, dtype=torch.bool, device=device)
+        if self.place_T is not None:
+            real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
+        return real_RL.view(self.rows, self.length)
+
+    def bias(self, window: int | None, device: torch.device) -> Tensor | None:
+        """What to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for nothing.
+
+        A token sees the tokens of its row that are fewer than `window` away. Padding sees itself at least, so that its
+        softmax, which nothing reads, is a number.
+        """
+        if window is not None and window >= self.length:
+            window = None
+        if window not in self._bias:
+            seen: Tensor | None = None
+            if self.place_T is not None:
+                seen = self.real(device)[:, None, None, :]
+            if window is not None:
+                at_L = torch.arange(self.length, device=device)
+                distance_LxL = (at_L[:, None] - at_L).abs()
+                near_LxL = distance_LxL < window
+                seen = near_LxL if seen is None else (seen & near_LxL) | (distance_LxL == 0)
+            bias = None if seen is None else torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
+            self._bias[window] = bias
+        return self._bias[window]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
+        """The group with its tensors changed: moved, pinned."""
+        source_RL, place_T = (None if index is None else change(index) for index in (self.source_RL, self.place_T))
+        return replace(self, source_RL=source_RL, place_T=place_T, _bias={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a batch's rows lie in its flat row of T tokens."""
+
+    position_T: Tensor
+    """int64, the place of each token in its own row, from 0."""
+    groups: tuple[Group, ...]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
+        """The packing with its tensors changed: moved, pinned."""
+        return Packing(position_T=change(self.position_T), groups=tuple(group.map(change) for group in self.groups))
+
+
+def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
+    """The packing of rows of these lengths in this order, best sorted by length.
+
+    `grouped=False` makes one group of all of them, for a model that must see its batch padded. `multiple`: padded
+    lengths are rounded up to it.
+    """
+    groups: list[Group] = []
+    first = start = 0
+    while first < len(lengths):
+        last, low, high = first, lengths[first], lengths[first]
+        while last < len(lengths) and (not grouped or low >= _SIMILAR * high - _SLACK):
+            last += 1
+            if last < len(lengths):
+                low, high = min(low, lengths[last]), max(high, lengths[last])
+        groups.append(_group(np.array(lengths[first:last]), start, multiple))
+        first, start = last, groups[-1].stop
+    position_T = np.concatenate([np.arange(length) for length in lengths])
+    return Packing(position_T=torch.from_numpy(position_T), groups=tuple(groups))
+
+
+def _group(lengths_R: Any, start: int, multiple: int) -> Group:
+    longest = -(-int(lengths_R.max()) // multiple) * multiple
+    stop = start + int(lengths_R.sum())
+    source_RL = place_T = None
+    if (lengths_R < longest).any():
+        real_RxL = np.arange(longest) < lengths_R[:, None]
+        place = np.flatnonzero(real_RxL)
+        source = np.zeros(real_RxL.size, np.int64)
+        source[place] = np.arange(len(place))
+        source_RL, place_T = torch.from_numpy(source), torch.from_numpy(place)
+    return Group(start=start, stop=stop, rows=len(lengths_R), length=longest, source_RL=source_RL, place_T=place_T)
+
+
+class _Pad(torch.autograd.Function):
+    """Rows of `x` by `source`; the gradient comes back by `place`, which leaves out padding. Both only gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return gradient.index_select(0, place), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Rows of `x` by `place`, of which no two are the same, so that the gradient is copied instead of added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, place, gradient), None
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1xAxTxD: Tensor,
+    key_1xAxTxD: Tensor,
+    value_1xAxTxD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Bidirectional attention inside each row of a packed batch, as an attention function of transformers.
+
+    Returns 1 x T x A x D. Without a `packing` it is transformers' own scaled dot product attention.
+    """
+    if packing is None:
+        return sdpa_attention_forward(
+            module,
+            query_1xAxTxD,
+            key_1xAxTxD,
+            value_1xAxTxD,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+    states = [x[0].transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
+    parts = []
+    for group in packing.groups:
+        query, key, value = (group.pad(x_TxAxD[group.start : group.stop]).transpose(1, 2) for x_TxAxD in states)
+        bias = group.bias(sliding_window, query.device)
+        attended_RxAxLxD = _attend(query, key, value, bias, scaling, dropout)
+        parts.append(group.unpad(attended_RxAxLxD.transpose(1, 2)))
+    return torch.cat(parts)[None], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float | None, dropout: float
+) -> Tensor:
+    """softmax(query key^T scaling + bias) value, each R x A x L x D."""
+    if query.device.type != "cpu" or query.shape[-2] > _SHORT:
+        bias = bias if bias is None else bias.to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    return weights.to(value.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,244 @@
+"""Packing: rows without padding against the same rows padded by hand, and attention against one row at a time."""
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from minilm.model import SparseHead
+from minilm.packing import Group, Packing, pack, packed_attention
+
+CPU = torch.device("cpu")
+MIXED = (40, 33, 12, 9, 9, 1, 1)
+LAYOUTS = [
+    pytest.param((7,), id="one row"),
+    pytest.param((1,), id="one token"),
+    pytest.param((1, 1, 1), id="single tokens"),
+    pytest.param((16, 16, 16), id="equal"),
+    pytest.param(MIXED, id="sorted"),
+    pytest.param((9, 1, 40, 12, 33, 9, 1), id="unsorted"),
+    pytest.param((128, 127, 3), id="up to the fused kernel"),
+    pytest.param((150, 141, 129, 128, 20, 1), id="with the fused kernel"),
+]
+lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+def starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)][:-1]
+
+
+def rows_of(packing: Packing, lengths: Sequence[int]) -> list[list[int]]:
+    """The lengths of the rows of each group."""
+    left = iter(lengths)
+    return [list(itertools.islice(left, group.rows)) for group in packing.groups]
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.booleans(), st.sampled_from([1, 8]))
+def test_pad_puts_each_row_in_its_place_and_unpad_takes_it_back(
+    lengths: list[int], grouped: bool, multiple: int
+) -> None:
+    x_TxH = torch.randn(sum(lengths), 2, dtype=torch.float64)
+    packing = pack(lengths, grouped=grouped, multiple=multiple)
+    rows, back = iter(x_TxH.split(lengths)), []
+    for group in packing.groups:
+        own_TxH = x_TxH[group.start : group.stop]
+        padded_RxLxH, real_RxL = group.pad(own_TxH), group.real(CPU)
+        assert padded_RxLxH.shape == (group.rows, group.length, 2)
+        for row_LxH, real_L in zip(padded_RxLxH, real_RxL, strict=True):
+            expected = next(rows)
+            assert torch.equal(row_LxH[: len(expected)], expected)
+            assert real_L.tolist() == [True] * len(expected) + [False] * (group.length - len(expected))
+        back.append(group.unpad(padded_RxLxH))
+    assert next(rows, None) is None
+    assert torch.equal(torch.cat(back), x_TxH)
+    assert packing.position_T.tolist() == [at for length in lengths for at in range(length)]
+
+
+@pytest.mark.parametrize("lengths", [(4, 2, 3), (3, 3), (1, 5)], ids=str)
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_gradients_pass_pad_and_unpad_as_they_pass_plain_indexing(lengths: tuple[int, ...], multiple: int) -> None:
+    (group,) = pack(lengths, grouped=False, multiple=multiple).groups
+    real_RxLx1 = group.real(CPU)[..., None]
+    x_TxH = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
+    y_RxLxH = torch.randn(group.rows, group.length, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: group.pad(x) * real_RxLx1, x_TxH)
+    assert torch.autograd.gradcheck(group.unpad, y_RxLxH)
+
+    weight_TxH = torch.randn_like(x_TxH)
+    weight_RxLxH = torch.zeros_like(y_RxLxH)
+    for row, (start, length) in enumerate(zip(starts(lengths), lengths, strict=True)):
+        weight_RxLxH[row, :length] = weight_TxH[start : start + length]
+    (pads,) = torch.autograd.grad((group.pad(x_TxH) * weight_RxLxH).sum(), x_TxH)
+    (unpads,) = torch.autograd.grad((group.unpad(y_RxLxH) * weight_TxH).sum(), y_RxLxH)
+    assert torch.equal(pads, weight_TxH)
+    assert torch.equal(unpads, weight_RxLxH)
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.booleans())
+def test_groups_hold_rows_of_similar_length_and_are_as_large_as_they_can_be(lengths: list[int], sort: bool) -> None:
+    def similar(some: Sequence[int]) -> bool:
+        return min(some) >= 0.75 * max(some) - 4
+
+    lengths = sorted(lengths, reverse=True) if sort else lengths
+    packing = pack(lengths)
+    groups = rows_of(packing, lengths)
+    assert list(itertools.chain(*groups)) == lengths
+    assert [group.length for group in packing.groups] == [max(group) for group in groups]
+    assert [(group.start, group.stop - group.start) for group in packing.groups] == [
+        (start, sum(group)) for start, group in zip(starts([sum(g) for g in groups]), groups, strict=True)
+    ]
+    assert all(similar(group) for group in groups)
+    assert not any(similar([*group, after[0]]) for group, after in itertools.pairwise(groups))
+
+
+def test_rows_of_equal_length_are_one_group_that_needs_no_padding() -> None:
+    (group,) = pack([20] * 9).groups
+    assert (group.rows, group.length, group.source_RL, group.place_T) == (9, 20, None, None)
+    assert group.bias(None, CPU) is None
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_without_groups_all_rows_are_one(multiple: int) -> None:
+    (group,) = pack(MIXED, grouped=False, multiple=multiple).groups
+    assert (group.start, group.stop, group.rows, group.length) == (0, sum(MIXED), len(MIXED), 40)
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_lengths_are_rounded_up_to_the_multiple(multiple: int) -> None:
+    packing = pack(MIXED, multiple=multiple)
+    assert rows_of(packing, MIXED) == rows_of(pack(MIXED), MIXED)
+    for group, rows in zip(packing.groups, rows_of(packing, MIXED), strict=True):
+        assert group.length % multiple == 0
+        assert 0 <= group.length - max(rows) < multiple
+
+
+@pytest.mark.parametrize("window", [None, 4, 10**6])
+@pytest.mark.parametrize("lengths", [(20, 20), (20, 18)], ids=["equal", "padded"])
+def test_what_is_kept_for_one_device_is_not_used_on_another(lengths: tuple[int, ...], window: int | None) -> None:
+    (group,) = pack(lengths).groups
+    before = group.bias(window, CPU)
+    moved: Group = group.map(lambda tensor: tensor.to("meta"))
+    bias = moved.bias(window, torch.device("meta"))
+    assert (bias is None) == (before is None)
+    assert bias is None or bias.device.type == "meta"
+
+
+def states(tokens: int, dtype: torch.dtype = torch.float32, rows: int = 1) -> list[Tensor]:
+    """Queries, keys and values of three heads of size 8, of the scale of a trained model's."""
+    generator = torch.Generator().manual_seed(tokens)
+    shape = (rows, 3, tokens, 8)
+    return [(2 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def attention_by_row(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, window: int | None
+) -> Tensor:
+    """1 x T x A x D: each row by itself, softmax written out."""
+    attended = []
+    for start, length in zip(starts(lengths), lengths, strict=True):
+        q, k, v = (x[0, :, start : start + length] for x in (query, key, value))
+        scores = torch.einsum("aid,ajd->aij", q, k) * scaling
+        if window is not None:
+            at = torch.arange(length)
+            scores[:, (at[:, None] - at).abs() >= window] = -torch.inf
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        attended.append(torch.einsum("aij,ajd->iad", weights / weights.sum(-1, keepdim=True), v))
+    return torch.cat(attended)[None]
+
+
+@pytest.mark.parametrize("scaling", [None, 0.2])
+@pytest.mark.parametrize("window", [None, 1, 5, 64, 1000])
+@pytest.mark.parametrize("lengths", LAYOUTS)
+@pytest.mark.parametrize(
+    ("grouped", "multiple"), [(True, 1), (True, 8), (False, 1)], ids=["groups", "groups of 8", "one group"]
+)
+def test_attention_is_that_of_each_row_by_itself(
+    lengths: tuple[int, ...], grouped: bool, multiple: int, window: int | None, scaling: float | None
+) -> None:
+    ours, theirs = states(sum(lengths)), states(sum(lengths), torch.float64)
+    packing = pack(lengths, grouped=grouped, multiple=multiple)
+    attended, weights = packed_attention(
+        nn.Module(), *ours, torch.empty(1, 1, 1, 1), packing=packing, scaling=scaling, sliding_window=window
+    )
+    expected = attention_by_row(*theirs, lengths, 8**-0.5 if scaling is None else scaling, window)
+    assert weights is None
+    assert attended.shape == (1, sum(lengths), 3, 8)
+    weight = torch.randn(attended.shape, generator=torch.Generator().manual_seed(0))
+    pairs = [
+        (attended, expected),
+        *zip(
+            torch.autograd.grad((attended * weight).sum(), ours),
+            torch.autograd.grad((expected * weight).sum(), theirs),
+            strict=True,
+        ),
+    ]
+    for x, reference in pairs:
+        assert x.isfinite().all()
+        assert (x - reference).abs().max() <= 1e-5 * max(1, reference.abs().max())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [(5, 4, 1), (131, 130)], ids=str)
+def test_attention_in_bfloat16_is_near_and_finite(lengths: tuple[int, ...], window: int | None) -> None:
+    ours = states(sum(lengths), torch.bfloat16)
+    attended, _ = packed_attention(nn.Module(), *ours, None, packing=pack(lengths), sliding_window=window)
+    expected = attention_by_row(*(x.detach().double() for x in ours), lengths, 8**-0.5, window)
+    assert attended.dtype == torch.bfloat16
+    assert (attended - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(attended.sum(), ours))
+
+
+@pytest.mark.parametrize("length", [40, 150])
+def test_dropout_leaves_out_weights_and_keeps_their_mean(length: int) -> None:
+    query, key = (x.detach() for x in states(length)[:2])
+    value = torch.ones_like(key)  # so that what comes out is the sum of the weights that are left
+    attended, _ = packed_attention(nn.Module(), query, key, value, None, packing=pack([length]), dropout=0.5)
+    exact, _ = packed_attention(nn.Module(), query, key, value, None, packing=pack([length]))
+    torch.testing.assert_close(exact, torch.ones_like(exact))
+    assert attended.std() > 0.1
+    assert abs(float(attended.mean()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_a_packing_attention_is_that_of_transformers(masked: bool) -> None:
+    query, key, value = states(20, rows=2)
+    module = nn.Module()
+    module.is_causal = False
+    mask = (torch.arange(20) < torch.tensor([20, 11])[:, None])[:, None, None] if masked else None
+    words = {"scaling": 0.3, "dropout": 0.0}
+    ours, _ = packed_attention(module, query, key, value, mask, sliding_window=4, **words)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, **words)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("lengths", [(60, 58, 31, 20, 20, 1), (150, 20, 140)], ids=str)
+def test_no_token_sees_another_row(kind: str, lengths: tuple[int, ...]) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    local = {"local_attention": 16} if kind == "modernbert" else {}
+    special = {f"{role}_token_id": 0 for role in ("pad", "bos", "eos", "cls", "sep")}
+    config = AutoConfig.for_model(
+        kind, **size, **local, **special, vocab_size=90, max_position_embeddings=200, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    head = SparseHead(AutoModelForMaskedLM.from_config(config)).eval()
+    assert head.padding_free
+    ids_T = torch.tensor(random.Random(0).choices(range(5, 90), k=sum(lengths)))
+    packing, everywhere = pack(lengths), torch.arange(sum(lengths))
+    with torch.no_grad():
+        before = head(ids_T, packing, everywhere)
+        assert before.isfinite().all()
+        for start, length in zip(starts(lengths), lengths, strict=True):
+            own = (start <= everywhere) & (everywhere < start + length)
+            after = head(torch.where(own, 5 + (ids_T - 4) % 85, ids_T), packing, everywhere)
+            assert (after - before)[~own].abs().max() <= 1e-6
+            assert (after - before)[own].abs().amax(1).min() > 1e-3

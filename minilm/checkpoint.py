@@ -1,69 +1,311 @@
-"""The output folder: claimed before any work is done, and filled so that a kill leaves no half-written file."""
+"""Checkpoints: written so that a kill at any moment leaves the last one whole, checked before they are believed.
 
+A checkpoint is a folder `checkpoint-<step>` in the output folder: the model and its tokenizer as Hugging Face saves
+them (it loads with `from_pretrained`), the optimizer's moments, where the run stood, a manifest of sizes and SHA-256.
+Order, masks, learning rate and dropout follow from the configuration and the step, so that nothing else is state.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
 import os
+import re
 import shutil
-import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
-from torch import nn
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minilm.config import Config, to_dict
 from minilm.model import quiet_transformers
 
+RESULTS = "all_results.json"  # there when the run is finished
+WEIGHTS = "model.safetensors"
+_MANIFEST, _STATE, OPTIMIZER = "manifest.json", "training.json", "optimizer.safetensors"
 
-def claim_output_dir(asked: str | None, overwrite: bool, name: str) -> Path:
-    """Create and return the output folder: `asked`, or the first of out/NAME, out/NAME-2, … that is not there or empty.
 
-    Raises ValueError when the folder cannot be written, or is not empty and `overwrite` is not set. Nothing in it is
-    touched.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands, beside its weights and moments."""
+
+    step: int = 0
+    """Updates made."""
+    tokens: int = 0
+    """Real tokens seen, all processes together."""
+    seconds: float = 0.0
+    """Training time."""
+    flops: float = 0.0
+    """Model FLOPs."""
+    log_bytes: int = 0
+    """Length of log.jsonl."""
+    eval_loss: float | None = None
+    """Of an evaluation after this very step, if there was one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    progress: Progress
+    config: dict[str, Any]
+    """The configuration of the run that wrote it, as `minilm.config.to_dict` gives it."""
+    data: dict[str, Any]
+    """What the run knew about its training examples."""
+
+
+class Saver:
+    """Writes checkpoints of a run beside it: the run waits for the copy in memory, a thread writes that to disk.
+
+    At most one checkpoint is being written at a time. Only when it is complete are older ones removed, but for the
+    newest `keep_last` and the one with the lowest `eval_loss`. One process of a job does it (`enabled`). Raises
+    ValueError when there is no room for a checkpoint, and OSError from the call after a write that failed; the
+    checkpoints before it are then untouched.
     """
-    if asked is None:
-        folder, number = Path("out", name), 1
-        while folder.exists() and any(folder.iterdir()):
-            number += 1
-            folder = Path("out", f"{name}-{number}")
-    else:
-        folder = Path(asked).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not overwrite:
-            raise ValueError(f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
-    return folder
+
+    def __init__(
+        self,
+        folder: Path,
+        network: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        data: dict[str, Any],
+        *,
+        enabled: bool,
+    ) -> None:
+        self.folder, self.network, self.optimizer, self.tokenizer = folder, network, optimizer, tokenizer
+        self.config, self.data = config, data
+        self.enabled = enabled and config.run.save_every > 0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        if self.enabled:
+            self._check_space()
+            for leftover in _leftovers(folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether there is a checkpoint after this step: every `run.save_every` steps, and where a run ends."""
+        every = self.config.run.save_every
+        return every > 0 and (last or step % every == 0)
+
+    def _check_space(self) -> None:
+        weights = sum(p.numel() * p.element_size() for p in self.network.parameters())
+        free = shutil.disk_usage(self.folder).free
+        needed = 4 * weights  # with two moments, and the model at the end of the run
+        if free < needed:
+            raise ValueError(
+                f"{self.folder} has {free / 1e6:,.0f} MB free and a checkpoint takes {needed / 1e6:,.0f} MB: free some "
+                "or choose another run.output_dir"
+            )
+
+    def save(self, progress: Progress) -> None:
+        """Write `checkpoint-<step>`; returns once the state is copied."""
+        self.wait()
+        if not self.enabled:
+            return
+        weights = self.network.state_dict()
+        tensors = {**{f"w/{k}": v for k, v in weights.items()}, **_moments(self.optimizer, self.network)}
+        copies: dict[int, Tensor] = {}  # tied weights stay one tensor
+        for tensor in tensors.values():
+            if tensor.data_ptr() not in copies:
+                copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+        copied = {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(progress, copied), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk; raises OSError when it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
+        target = self.folder / f"checkpoint-{progress.step}"
+        try:
+            with _replacing(target) as temporary:
+                weights = {name.removeprefix("w/"): t for name, t in tensors.items() if name.startswith("w/")}
+                with quiet_transformers():
+                    self.network.save_pretrained(temporary, state_dict=weights)
+                    self.tokenizer.save_pretrained(temporary)
+                save_file({k: t for k, t in tensors.items() if not k.startswith("w/")}, temporary / OPTIMIZER)
+                state = {
+                    "progress": dataclasses.asdict(progress),
+                    "config": to_dict(self.config),
+                    "data": self.data,
+                }
+                (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                files = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
+                (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+            _rotate(self.folder, self.config.run.keep_last)
+        except Exception as error:  # raised again by the thread that trains
+            reason = getattr(error, "strerror", None) or error
+            self._error = OSError(f"{target} could not be written: {reason}; older checkpoints are untouched")
 
 
-def export(
-    accelerator: Accelerator,
-    model: nn.Module,
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> None:
-    """Save in the Hugging Face format; called on every process, and done by the main one.
+def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
+    """The checkpoint that `run.resume` means: a path, or the newest complete one of the output folder.
 
-    `model` is the prepared wrapper around `network`. The files are written and synced in a temporary folder inside
-    `folder`, then renamed into place, the weights last: each file is whole at any time.
+    Raises ValueError when there is none, or when it is damaged: then it names the file.
     """
-    prefix = "model."
-    state = {name.removeprefix(prefix): tensor for name, tensor in accelerator.get_state_dict(model).items()}
-    if not accelerator.is_main_process:
-        return
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
+    if resume != "latest":
+        return read_checkpoint(Path(resume).expanduser().resolve())
+    complete = [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
+    if not complete:
+        raise ValueError(f"run.resume latest: there is no complete checkpoint in {folder}; leave it out to start anew")
+    return read_checkpoint(complete[-1])
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check every file of the checkpoint against its manifest, then read where the run stood.
+
+    Raises ValueError that names what is missing, damaged or out of place. Nothing in it is ever executed.
+    """
     try:
-        with quiet_transformers():
-            network.save_pretrained(temporary, state_dict=state)
-            tokenizer.save_pretrained(temporary)
-        new = [path for path in temporary.rglob("*") if path.is_file()]
-        for path in sorted(new, key=lambda path: (path.suffix == ".safetensors", path.name)):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(path, 0o644)
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
+        manifest = _read_json(folder / _MANIFEST)
+        for name in (WEIGHTS, OPTIMIZER, _STATE):
+            _hold(name in manifest, f"{name} is not in its {_MANIFEST}")
+        for name, facts in manifest.items():
+            path = folder / name
+            _hold(Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name} is no file of its own")
+            _hold(_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
+        state = _read_json(folder / _STATE)
+        whole = state.keys() == {"progress", "config", "data"} and all(isinstance(v, dict) for v in state.values())
+        _hold(whole, f"{_STATE} does not have the parts that it should")
+        return Checkpoint(
+            folder=folder, progress=_progress(state["progress"]), config=state["config"], data=state["data"]
+        )
+    except (OSError, ValueError) as error:
+        others = [path.name for path in _checkpoints(folder.parent) if path != folder and (path / _MANIFEST).is_file()]
+        hint = f"; there is also {', '.join(others)}: give its path to go on from there" if others else ""
+        raise ValueError(f"{folder} is no usable checkpoint: {error}{hint}") from error
+
+
+def _hold(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _hold(path.is_file() and not path.is_symlink(), f"{path.name} is no file of its own")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON") from error
+    _hold(isinstance(tree, dict), f"{path.name} holds no names")
+    result: dict[str, Any] = tree
+    return result
+
+
+def _progress(values: dict[str, Any]) -> Progress:
+    kinds = {"step": int, "tokens": int, "seconds": float, "flops": float, "log_bytes": int, "eval_loss": float | None}
+    right = values.keys() == kinds.keys() and all(
+        isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
+        for name, kind in kinds.items()
+    )
+    _hold(right, f"{_STATE} does not say where the run stood")
+    return Progress(**values)
+
+
+def parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in network.named_parameters()}
+
+
+def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
+    """The optimizer's tensors by `<slot>/<name of the parameter>`."""
+    names = parameter_names(network)
+    return {
+        f"{slot}/{names[parameter]}": tensor
+        for parameter, slots in optimizer.state.items()
+        for slot, tensor in slots.items()
+    }
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of an earlier run, and what killed ones left."""
+    for path in (*_checkpoints(folder), *_leftovers(folder)):
+        shutil.rmtree(path)
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Folders on their way to become checkpoints, or to be removed, when their run was killed."""
+    named = re.compile(r"\.checkpoint-\d+\.(writing|replaced|discarded)")
+    return [path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_dir()]
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders named checkpoint-<step>, by step."""
+    if not folder.is_dir():
+        return []
+    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return [steps[step] for step in sorted((s for s in steps if s.isdecimal()), key=int)]
+
+
+def _rotate(folder: Path, keep_last: int) -> None:
+    complete = [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
+    losses: dict[Path, float] = {}
+    for path in complete:
+        with contextlib.suppress(OSError, ValueError):
+            loss = _progress(_read_json(path / _STATE)["progress"]).eval_loss
+            if loss is not None and math.isfinite(loss):
+                losses[path] = loss
+    best = min(losses, key=lambda path: losses[path], default=None)
+    for path in complete[:-keep_last]:
+        if path != best:
+            discarded = path.with_name(f".{path.name}.discarded")
+            shutil.rmtree(discarded, ignore_errors=True)
+            os.rename(path, discarded)  # so that half a folder never looks like a checkpoint
+            shutil.rmtree(discarded)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target`, which takes its place once it is whole and on disk."""
+    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("writing", "replaced"))
+    for leftover in (temporary, old):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        sync(target.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder on disk before anything else is done."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,22 +30,24 @@ def run_recipe(config: Config, description: str = "") -> None:
 
 
 def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
-    """Run `work`; a ValueError becomes one line on the main process's stderr and status 2, ctrl-C status 130."""
-    main_process = os.environ.get("RANK", "0") == "0"
+    """Run `work`; what ends it becomes one line on the main process's stderr, and an exit status.
+
+    That is 2 for a ValueError (what the user got wrong), 1 for an OSError (a full disk), 130 for ctrl-C, and its own
+    for what stops a run in good order. Anything else is a bug and shows its traceback, as everything does with `debug`.
+    """
     try:
         work()
-    except ValueError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        kinds = ((ValueError, 2), (OSError, 1), (KeyboardInterrupt, 130))
+        # TrainingStopped carries its status; its class is not named here, so that torch need not be imported.
+        status = getattr(error, "status", next((status for kind, status in kinds if isinstance(error, kind)), None))
+        if debug or status is None:
             raise
-        if main_process:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        if main_process:
-            print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        if os.environ.get("RANK", "0") == "0":
+            kind = "stopped" if hasattr(error, "status") else "error"
+            said = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}: {error}"
+            print(said, file=sys.stderr, flush=True)
+        sys.exit(status)
 
 
 def _show_log() -> None:

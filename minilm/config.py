@@ -180,8 +180,16 @@ class Run:
     """Folder for the model, its card and the logs. Default: out/<recipe>, or out/<recipe>-2, … where that exists."""
     overwrite: bool = False
     """Write into an output_dir that is not empty: minilm's own files are replaced, all others are left alone."""
+    resume: str | None = None
+    """Go on from a checkpoint of this very run, to the bit: latest (of output_dir), or the path of one."""
     eval_every: int | None = None
     """Steps between evaluations. Default: after each epoch. The end of the run is always evaluated."""
+    save_every: int = 1000
+    """Steps between checkpoints; a run that is told to stop (SIGTERM, ctrl-C) saves one too. 0: none at all."""
+    keep_last: int = 2
+    """Checkpoints to keep: the newest ones, and besides them the one with the lowest evaluation loss."""
+    max_bad_steps: int = 10
+    """Give up after this many steps in a row without a finite gradient; such steps change nothing."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
     samples: tuple[str, ...] = ()
@@ -190,9 +198,11 @@ class Run:
     def __post_init__(self) -> None:
         _check_choices("run", self)
         _check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")
-        for name in ("max_steps", "eval_every"):
+        for name in ("max_steps", "eval_every", "keep_last", "max_bad_steps"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
+        _check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
+        _check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
         _check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
 
 
@@ -236,7 +246,7 @@ def read_run(path: str) -> Config:
         config = from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None, resume=None))
 
 
 def _split_from_run(word: str) -> list[str]:

@@ -95,7 +95,10 @@ class SparseHead(nn.Module):
         longest = min(_PROBE, longest_input(model) or _PROBE)
         lengths = [longest, longest - longest // 8, 6]
         generator = torch.Generator().manual_seed(0)
-        input_ids_T = torch.randint(5, model.config.vocab_size, (sum(lengths),), generator=generator).to(device)
+        vocabulary, padding = model.config.vocab_size, model.config.pad_token_id
+        input_ids_T = torch.randint(0, vocabulary, (sum(lengths),), generator=generator)
+        input_ids_T[input_ids_T == padding] = 0 if padding else 1
+        input_ids_T = input_ids_T.to(device)
         packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
         target_index_N = torch.tensor([1, longest - 1, longest, sum(lengths) - 8, sum(lengths) - 2], device=device)
         logits_NxV: Tensor = self(input_ids_T, packing, target_index_N)

@@ -1,9 +1,11 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from minilm.config import Optim
 
@@ -16,6 +18,16 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+    """Let the next `optimizer.step()` change nothing when the gradient's norm is infinite or not a number.
+
+    The fused kernel looks at the flag on its device, so that nobody waits. Under fp16 the scaler does the same.
+    """
+    if accelerator.scaler is None:
+        fused: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+        fused.found_inf = (~grad_norm.isfinite()).float()
 
 
 def learning_rate(optim: Optim, step: int, total: int) -> float:

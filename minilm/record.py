@@ -6,7 +6,7 @@ import math
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minilm.cache import publish
+from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
 from minilm.model import SparseHead
@@ -31,21 +32,22 @@ class Recorder:
     peak_flops: FLOP/s of all processes' devices together, for MFU.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, peak_flops: float, enabled: bool) -> None:
+    def __init__(self, folder: Path, *, total_steps: int, peak_flops: float, progress: Progress, enabled: bool) -> None:
         self.folder, self.peak_flops, self.enabled = folder, peak_flops, enabled
-        self.steps = self.tokens = 0
-        self.seconds = self.flops = 0.0
+        self.steps, self.tokens = progress.step, progress.tokens
+        self.seconds, self.flops = progress.seconds, progress.flops
+        self.bad_steps = 0  # in a row, without a finite gradient, up to the one before the last recorded
         self._rate = self._mfu = math.nan
         self._pending: dict[str, Any] | None = None
         self._mark = time.perf_counter()
         self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
-        self._log = (folder / "log.jsonl").open("w", encoding="utf-8") if enabled else None
-        self._bar = progress_bar(total=total_steps, unit="step", disable=not enabled, smoothing=0.05)
+        self._log = _open_log(folder / "log.jsonl", progress.log_bytes) if enabled else None
+        self._bar = progress_bar(
+            total=total_steps, initial=progress.step, unit="step", disable=not enabled, smoothing=0.05
+        )
 
     def step(self, *, epoch: float, lr: float, loss: Tensor, grad_norm: Tensor, tokens: int, flops: float) -> None:
         """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` real tokens of all processes."""
-        if not self.enabled:
-            return
         self._flush()
         seconds = self._lap()
         self.steps += 1
@@ -84,15 +86,33 @@ class Recorder:
 
     def settle(self) -> None:
         """Wait for the last step and write it, so that what follows is not taken for training time."""
-        if self.enabled:
-            self._flush()
-            self._lap()
+        self._flush()
+        self._lap()
 
     def _lap(self) -> float:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self.seconds += seconds
         return seconds
+
+    def progress(self, figures: dict[str, float] | None = None) -> Progress:
+        """Where the run stands after the steps recorded so far, all of them written to the log.
+
+        `figures` are those of an evaluation after the last of them, if there was one.
+        """
+        self.settle()
+        return Progress(
+            step=self.steps,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            flops=self.flops,
+            log_bytes=0 if self._log is None else self._log.tell(),
+            eval_loss=None if figures is None else figures["eval_loss"],
+        )
+
+    def bad_since(self) -> int:
+        """The first of the steps in a row without a finite gradient, counted from 0."""
+        return self.steps - (self._pending is not None) - self.bad_steps
 
     def totals(self) -> dict[str, float]:
         """Steps, real tokens, training seconds, tokens per second and MFU of the run so far."""
@@ -119,6 +139,7 @@ class Recorder:
             if self._copied is not None:
                 self._copied.synchronize()  # with the end of that copy, not with what was queued since
             loss, grad_norm = float(line["loss"]), float(line["grad_norm"])
+            self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
             line["loss"] = loss if math.isfinite(loss) else None  # JSON knows no infinity
             line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             self._write(line)
@@ -127,9 +148,18 @@ class Recorder:
             )
 
     def _write(self, line: dict[str, Any]) -> None:
-        assert self._log is not None
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        if self._log is not None:
+            self._log.write((json.dumps(line) + "\n").encode())
+            self._log.flush()
+
+
+def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
+    """The log, open for appending, after its first `keep_bytes`: what a killed run wrote later is written again."""
+    path.touch()
+    log_file = path.open("r+b")
+    log_file.truncate(min(keep_bytes, path.stat().st_size))
+    log_file.seek(0, 2)
+    return log_file
 
 
 def versions() -> dict[str, str]:
@@ -142,6 +172,7 @@ def run_facts(
     head: SparseHead,
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
+    train_examples: Examples,
     eval_examples: Examples,
     total_steps: int,
     precision: Precision,
@@ -153,8 +184,8 @@ def run_facts(
         "parameters": head.model.num_parameters(),
         "head": "sparse" if head.sparse else f"full ({head.reason})",
         "vocabulary": len(tokenizer),
-        "train": {"examples": len(plan.lengths), "tokens": int(plan.lengths.sum())},
-        "eval": {"examples": len(eval_examples), "tokens": int(eval_examples.lengths.sum())},
+        "train": train_examples.facts(),
+        "eval": eval_examples.facts(),
         "steps": total_steps,
         "padding_share": round(plan.padding_share(), 4),
         "processes": accelerator.num_processes,
@@ -167,6 +198,7 @@ def run_facts(
 
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Say what is about to run, and write it to `run.json`, from which `--from-run` repeats it."""
+    (folder / RESULTS).unlink(missing_ok=True)  # of an earlier run, or of an earlier end of this one
     content = {"config": to_dict(config), **facts, "versions": versions()}
     publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
@@ -186,7 +218,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
 
 def write_results(folder: Path, results: dict[str, float]) -> None:
     """`all_results.json`."""
-    publish(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
+    publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def write_card(

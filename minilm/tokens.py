@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -121,6 +122,8 @@ class Examples:
     stop: NDArray[np.int64]
     prefix: NDArray[np.int64]
     suffix: NDArray[np.int64]
+    fingerprint: str = ""
+    """A hash of the documents and the tokenizer that they were encoded by."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -133,6 +136,10 @@ class Examples:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, special tokens included."""
         return self.stop - self.start + (len(self.prefix) + len(self.suffix))
+
+    def facts(self) -> dict[str, Any]:
+        """What tells these examples from others, as JSON types."""
+        return {"examples": len(self), "tokens": int(self.lengths.sum()), "fingerprint": self.fingerprint}
 
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
         """How often each id occurs in the documents, special tokens not counted; int64[vocab_size]."""
@@ -178,7 +185,7 @@ def encode(
     keep = stop > start
     if not keep.any():
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
-    return Examples(ids=ids, start=start[keep], stop=stop[keep], prefix=prefix, suffix=suffix)
+    return Examples(ids=ids, start=start[keep], stop=stop[keep], prefix=prefix, suffix=suffix, fingerprint=key)
 
 
 def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

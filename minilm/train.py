@@ -7,7 +7,7 @@ the loader's workers decide only where and when the same sums are taken.
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.checkpoint import claim_output_dir, export
+from minilm.checkpoint import Saver
 from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
@@ -28,9 +28,12 @@ from minilm.infer import check_masks, fill_mask
 from minilm.launch import attempt, finish, start, together
 from minilm.model import SparseHead, freeze_unused, load_model
 from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator
-from minilm.optim import build_optimizer, learning_rate
+from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
+from minilm.output import claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
+from minilm.resume import resume
+from minilm.stop import StopRequest, TrainingStopped
 from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
 
 log = logging.getLogger("minilm")
@@ -75,6 +78,7 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    skip_unless_finite(accelerator, optimizer, grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return StepResult(loss=loss, grad_norm=grad_norm)
@@ -84,10 +88,11 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
     `name` names the default output folder, out/NAME. Everything that can be checked is checked before the first step: a
-    ValueError then says in one line what to change.
+    ValueError then says in one line what to change. TrainingStopped ends a run early: after a signal and a checkpoint,
+    or for want of finite gradients.
     """
     accelerator, precision = start(config.run)
-    folder = together(lambda: claim_output_dir(config.run.output_dir, config.run.overwrite, name), main_only=True)
+    folder, checkpoint = together(lambda: claim_output_dir(config.run, name), main_only=True)
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
     with accelerator.local_main_process_first():  # the others then find its results in the cache
         prepared = attempt(lambda: prepare_examples(config))
@@ -95,47 +100,33 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     length = config.batch.max_length
     network = together(lambda: load_model(config.model, tokenizer, max_length=length, seed=config.run.seed))
     together(lambda: check_masks(network, tokenizer, config.run.samples))
-    head = SparseHead(network).to(accelerator.device)
+    head = SparseHead(network.to(accelerator.device))
     freeze_unused(head)
     cost = count_flops(head, length)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
-
-    padded = not head.padding_free
-    multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
-    plan = Plan(
-        train_examples.lengths,
-        examples=config.batch.examples,
-        micro_tokens=config.batch.micro_tokens,
-        processes=accelerator.num_processes,
-        seed=config.run.seed,
-        group=config.batch.group,
-        padded=padded,
-        multiple=multiple,
-    )
+    plan, collator, evaluator = lay_out(config, accelerator, head, tokenizer, train_examples, eval_examples)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
-    collator = masked_collator(config.objective, tokenizer, seed=config.run.seed, padded=padded, multiple=multiple)
-    evaluator = Evaluator(
-        examples=eval_examples,
-        collator=masked_collator(config.objective, tokenizer, seed=None, padded=padded, multiple=multiple),
-        micro_tokens=config.batch.micro_tokens,
-        bytes_per_token=token_bytes(tokenizer),
-        unigram=unigram_nats(train_examples.counts(len(tokenizer))),
-    )
-    peak = device_peak(accelerator.device, precision.name)
-    facts = run_facts(accelerator, head, plan, tokenizer, eval_examples, total, precision, peak)
-    if accelerator.is_main_process:
-        announce(folder, config, facts)
 
+    data = train_examples.facts()
+    progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer))
+    peak = device_peak(accelerator.device, precision.name)
+    facts = run_facts(accelerator, head, plan, tokenizer, train_examples, eval_examples, total, precision, peak)
+    main = accelerator.is_main_process
+    if main:
+        announce(folder, config, facts)
     recorder = Recorder(
         folder,
         total_steps=total,
         peak_flops=peak.flops * accelerator.num_processes,
-        enabled=accelerator.is_main_process,
+        progress=progress,
+        enabled=main,
     )
+    saver = together(lambda: Saver(folder, network, optimizer, tokenizer, config, data, enabled=main))
     model.train()
-    steps = load_steps(plan, train_examples, collator, accelerator, range(total), config.batch.workers)
-    try:
-        for done, (step, micro_batches) in enumerate(steps, start=1):
+    steps = load_steps(plan, train_examples, collator, accelerator, range(progress.step, total), config.batch.workers)
+    figures = early = None
+    with closing(recorder), StopRequest(accelerator) as request:
+        for done, (step, micro_batches) in enumerate(steps, start=progress.step + 1):
             seed_dropout(config.run.seed, done - 1, accelerator.process_index)
             result = train_step(
                 accelerator,
@@ -145,20 +136,27 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 lr=(lr := learning_rate(config.optim, done - 1, total)),
                 max_grad_norm=config.optim.max_grad_norm,
             )
-            epoch = done / plan.steps_per_epoch
+            epoch, figures = done / plan.steps_per_epoch, None
             recorder.step(epoch=epoch, lr=lr, tokens=step.tokens, flops=cost.step(step, collator.rate), **vars(result))
             if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
                 recorder.settle()
                 figures = evaluator(accelerator, model).figures()
                 recorder.evaluation(epoch, figures)
-    finally:
-        recorder.close()
-    export(accelerator, model, network, tokenizer, folder)
-    results = {**figures, **recorder.totals()}
-    if accelerator.is_main_process:
-        conclude(folder, config, facts, results, network, tokenizer)
+            early = bad_gradients(recorder, plan, config.run.max_bad_steps) or request.agreed(done)
+            if saver.due(done, last=done == total or early is not None):
+                saver.save(recorder.progress(figures))
+            if early is not None:
+                break
+        saver.wait()
+    if early is None:
+        figures = figures or evaluator(accelerator, model).figures()
+        results = {**figures, **recorder.totals()}
+        if main:
+            conclude(folder, config, facts, results, network, tokenizer)
     model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
     finish(accelerator)
+    if early is not None:
+        raise early
     return results
 
 
@@ -179,6 +177,52 @@ def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples,
         for part, documents in (("training", train_documents), ("evaluation", eval_documents))
     )
     return tokenizer, train_examples, eval_examples
+
+
+def bad_gradients(recorder: Recorder, plan: Plan, most: int) -> TrainingStopped | None:
+    """Why to give up, after `most` steps in a row without a finite gradient: since when, and what they saw."""
+    if recorder.bad_steps < most:
+        return None
+    first = recorder.bad_since()
+    ids = sorted(int(i) for parts in plan.step(first).micro_batches for part in parts for i in part)
+    listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+    return TrainingStopped(
+        f"no finite gradient in {recorder.bad_steps} steps in a row, since step {first + 1} (examples {listed}); these "
+        "steps changed nothing: lower optim.lr, or resume from a checkpoint before",
+        1,
+    )
+
+
+def lay_out(
+    config: Config,
+    accelerator: Accelerator,
+    head: SparseHead,
+    tokenizer: PreTrainedTokenizerBase,
+    train_examples: Examples,
+    eval_examples: Examples,
+) -> tuple[Plan, MaskedCollator, Evaluator]:
+    """The plan of the steps, the collator that fills them, and the evaluation."""
+    padded = not head.padding_free
+    multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
+    plan = Plan(
+        train_examples.lengths,
+        examples=config.batch.examples,
+        micro_tokens=config.batch.micro_tokens,
+        processes=accelerator.num_processes,
+        seed=config.run.seed,
+        group=config.batch.group,
+        padded=padded,
+        multiple=multiple,
+    )
+    collator = masked_collator(config.objective, tokenizer, seed=config.run.seed, padded=padded, multiple=multiple)
+    evaluator = Evaluator(
+        examples=eval_examples,
+        collator=masked_collator(config.objective, tokenizer, seed=None, padded=padded, multiple=multiple),
+        micro_tokens=config.batch.micro_tokens,
+        bytes_per_token=token_bytes(tokenizer),
+        unigram=unigram_nats(train_examples.counts(len(tokenizer))),
+    )
+    return plan, collator, evaluator
 
 
 Item = tuple[Step, list[Batch]]
@@ -228,8 +272,8 @@ def conclude(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write the results and the model card, and show the samples filled in."""
-    write_results(folder, results)
+    """Save the model, its card and the results, and show the samples filled in."""
+    export(network, tokenizer, folder)
     filled = {}
     network.eval()
     for text in config.run.samples:
@@ -237,4 +281,5 @@ def conclude(
         filled[text] = ", ".join(f"{fill.token} ({fill.probability:.0%})" for fill in best)
         log.info(f"{text} -> {filled[text]}")
     write_card(folder, config, facts, results, filled)
+    write_results(folder, results)
     log.info(f'saved to {folder}; try: minilm fill-mask {folder} "… {tokenizer.mask_token} …"')

@@ -113,6 +113,7 @@ def test_padded_micro_batches_fit_are_equal_in_number_and_lose_nothing(
 @given(sizes, st.integers(1, 300), st.integers(1, 4))
 @example(np.array([100, *[30] * 6]), 60, 1)
 @example(np.array([5, 6]), 100, 4)
+@example(np.array([3, 3, 2]), 4, 1)  # their sum fits into two, but no two of them into one
 def test_micro_batches_without_padding_fit_are_balanced_and_lose_nothing(
     lengths: Ids, micro_tokens: int, processes: int
 ) -> None:

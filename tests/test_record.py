@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from minilm import record
+from minilm.checkpoint import Progress
 from minilm.config import Config, MaskedLM, Model, Run, read_run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
@@ -29,20 +31,22 @@ def clock(monkeypatch):
     return clock
 
 
-def recorder_in(folder, *, enabled: bool = True, peak: float = 1000.0) -> Recorder:
-    return Recorder(folder, total_steps=3, peak_flops=peak, enabled=enabled)
+def recorder_in(
+    folder: Path, *, enabled: bool = True, peak: float = 1000.0, progress: Progress | None = None
+) -> Recorder:
+    return Recorder(folder, total_steps=3, peak_flops=peak, progress=progress or Progress(), enabled=enabled)
 
 
-def steps(recorder: Recorder, clock, count: int) -> None:
-    """`count` steps of 2 seconds, 50 tokens and 600 FLOPs each, with losses 1, 2, …"""
-    for number in range(1, count + 1):
+def steps(recorder: Recorder, clock: SimpleNamespace, count: int, *, done: int = 0, norm: float = 0.5) -> None:
+    """`count` steps of 2 seconds, 50 tokens and 600 FLOPs each, with losses 1, 2, …, after `done` of them."""
+    for number in range(done + 1, done + count + 1):
         clock.now += 2.0
-        loss, norm = torch.tensor(float(number)), torch.tensor(0.5)
-        recorder.step(epoch=number / 4, lr=1e-3 / number, loss=loss, grad_norm=norm, tokens=50, flops=600.0)
+        loss, grad_norm = torch.tensor(float(number)), torch.tensor(norm)
+        recorder.step(epoch=number / 4, lr=1e-3 / number, loss=loss, grad_norm=grad_norm, tokens=50, flops=600.0)
 
 
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_step_is_logged_when_the_next_one_is_done_and_the_last_on_close(tmp_path, clock):
@@ -86,6 +90,89 @@ def test_totals_are_the_sums_of_the_steps(tmp_path, clock):
     recorder.close()
 
 
+def test_a_new_run_does_not_keep_the_log_of_an_earlier_one(tmp_path, clock):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    recorder = recorder_in(tmp_path)
+    steps(recorder, clock, 1)
+    recorder.close()
+    assert [list(line) for line in lines(tmp_path)] == [STEP_KEYS]
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 3, "epo', b'{"step": 3, "epo\xff\n{}\n'], ids=["whole", "torn", "bytes"]
+)
+def test_a_resumed_log_and_its_counters_are_those_of_a_run_never_interrupted(torn, tmp_path, clock):
+    for folder in ("once", "twice"):
+        (tmp_path / folder).mkdir()
+    once = recorder_in(tmp_path / "once")
+    steps(once, clock, 4)
+    expected = once.progress()
+    once.close()
+
+    first = recorder_in(tmp_path / "twice")
+    steps(first, clock, 2)
+    progress = first.progress()
+    assert progress == Progress(
+        step=2, tokens=100, seconds=4.0, flops=1200.0, log_bytes=(tmp_path / "twice" / "log.jsonl").stat().st_size
+    )
+    steps(first, clock, 1, done=2)
+    first.close()
+    with (tmp_path / "twice" / "log.jsonl").open("ab") as file:
+        file.write(torn)
+
+    clock.now += 1000.0
+    second = recorder_in(tmp_path / "twice", progress=progress)
+    assert [line["step"] for line in lines(tmp_path / "twice")] == [1, 2]
+    steps(second, clock, 2, done=2)
+    assert second.progress() == expected
+    assert (expected.step, expected.tokens, expected.seconds, expected.flops) == (4, 200, 8.0, 2400.0)
+    assert second.totals() == once.totals()
+    second.close()
+    assert (tmp_path / "twice" / "log.jsonl").read_bytes() == (tmp_path / "once" / "log.jsonl").read_bytes()
+
+
+def test_a_log_shorter_than_the_checkpoint_remembers_is_not_filled_up_with_zeros(tmp_path, clock):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    recorder = recorder_in(tmp_path, progress=Progress(step=5, log_bytes=1000))
+    steps(recorder, clock, 1, done=5)
+    recorder.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 6]
+
+
+def test_progress_holds_every_step_in_the_log_and_the_loss_of_an_evaluation_after_the_last(tmp_path, clock):
+    recorder = recorder_in(tmp_path)
+    steps(recorder, clock, 3)
+    assert recorder.progress().eval_loss is None
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    recorder.evaluation(0.75, FIGURES)
+    progress = recorder.progress(FIGURES)
+    assert (progress.eval_loss, progress.log_bytes) == (3.0, (tmp_path / "log.jsonl").stat().st_size)
+    recorder.close()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("done", [0, 40])
+def test_steps_without_a_finite_gradient_are_counted_in_a_row_since_the_first(enabled, done, tmp_path, clock):
+    recorder = recorder_in(tmp_path, enabled=enabled, progress=Progress(step=done))
+    counted = []
+    for norm in (math.nan, 1.0, math.inf, math.nan, -math.inf, 1.0):
+        steps(recorder, clock, 1, done=recorder.steps, norm=norm)
+        counted.append((recorder.bad_steps, recorder.bad_since() - done if recorder.bad_steps else None))
+    recorder.settle()
+    assert counted == [(0, None), (1, 0), (0, None), (1, 2), (2, 2), (3, 2)]  # known one step later
+    assert recorder.bad_steps == 0
+    recorder.close()
+
+
+def test_the_first_step_without_a_finite_gradient_is_the_same_one_after_an_evaluation_settled_the_last(tmp_path, clock):
+    recorder = recorder_in(tmp_path)
+    steps(recorder, clock, 3, norm=math.nan)
+    assert (recorder.bad_steps, recorder.bad_since()) == (2, 0)
+    recorder.settle()
+    assert (recorder.bad_steps, recorder.bad_since()) == (3, 0)
+    recorder.close()
+
+
 def test_figures_that_are_not_numbers_are_strict_json(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     clock.now += 1.0
@@ -112,14 +199,19 @@ def facts(tokenizer, monkeypatch) -> dict:
     monkeypatch.setattr(record, "describe", lambda device: {"device": "a machine", "threads_per_process": 2})
     network = type("SomeForMaskedLM", (), {"num_parameters": lambda self: 1234})()
     lengths = np.array([4, 6, 5])
-    start = np.array([0, 2])
     none = np.zeros(0, np.int64)
+
+    def examples(starts: list[int], stops: list[int], fingerprint: str) -> Examples:
+        start, stop = np.array(starts), np.array(stops)
+        return Examples(ids=np.arange(15), start=start, stop=stop, prefix=none, suffix=none, fingerprint=fingerprint)
+
     return run_facts(
         SimpleNamespace(num_processes=2, device=torch.device("cpu")),
         SimpleNamespace(model=network, sparse=False, reason="it mixes"),
         Plan(lengths, examples=2, micro_tokens=64),
         tokenizer,
-        Examples(ids=np.arange(5), start=start, stop=np.array([2, 5]), prefix=none, suffix=none),
+        examples([0, 4, 10], [4, 10, 15], "abc"),
+        examples([0, 2], [2, 5], "def"),
         total_steps=7,
         precision=Precision(name="fp32", reason="asked for"),
         peak=Peak(flops=2e12, source="measured"),
@@ -131,9 +223,16 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     announce(tmp_path, config, facts)
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["head"] == "full (it mixes)"
-    assert (content["train"], content["eval"]) == ({"examples": 3, "tokens": 15}, {"examples": 2, "tokens": 5})
+    assert content["train"] == {"examples": 3, "tokens": 15, "fingerprint": "abc"}
+    assert content["eval"] == {"examples": 2, "tokens": 5, "fingerprint": "def"}
     assert {"minilm", "torch", "transformers"} <= set(content["versions"])
     assert read_run(str(tmp_path / "run.json")) == replace(config, run=replace(config.run, output_dir=None))
+
+
+def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):
+    write_results(tmp_path, FIGURES)
+    announce(tmp_path, Config(), facts)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize("base", [None, "org/base-model", 'odd: "name" # ü'])

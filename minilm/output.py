@@ -1,0 +1,83 @@
+"""The output folder: claimed before any work is done, and filled so that a kill leaves no half-written file."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint, sync
+from minilm.config import Run
+from minilm.model import quiet_transformers
+
+
+def claim_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
+    """The output folder, created, and the checkpoint to go on from if that was asked for.
+
+    A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that is not there or empty. A resumed one
+    gets the folder of its checkpoint. Raises ValueError when the folder cannot be written, when it is not empty and
+    neither `resume` nor `overwrite` is set, or when there is no checkpoint; nothing in it is then touched.
+    """
+    if run.resume is not None:
+        folder, checkpoint = _resumed(run.resume, run.output_dir, name)
+    else:
+        folder, checkpoint = _new(run.output_dir, name), None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None and any(folder.iterdir()) and not run.overwrite:
+            raise ValueError(
+                f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
+                "--run.resume latest to go on with the run in it"
+            )
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if checkpoint is None:
+            discard_checkpoints(folder)
+    except OSError as error:
+        raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
+    return folder, checkpoint
+
+
+def _new(asked: str | None, name: str) -> Path:
+    if asked is not None:
+        return Path(asked).expanduser()
+    folder, number = Path("out", name), 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = Path("out", f"{name}-{number}")
+    return folder
+
+
+def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoint]:
+    if resume == "latest":
+        folder = Path(asked or Path("out", name)).expanduser()
+        return folder, find_checkpoint(resume, folder)
+    checkpoint = find_checkpoint(resume, Path())
+    folder = checkpoint.folder.parent
+    if asked is not None and Path(asked).expanduser().resolve() != folder.resolve():
+        raise ValueError(f"run.output_dir {asked} is not the folder of {resume}; leave it out to go on in {folder}")
+    return folder, checkpoint
+
+
+def export(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save in the Hugging Face format.
+
+    The files are written and synced in a temporary folder inside `folder`, then renamed into place, the weights last:
+    each file is whole at any time.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
+    try:
+        with quiet_transformers():
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        new = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in sorted(new, key=lambda path: (path.suffix == ".safetensors", path.name)):
+            sync(path)
+            os.chmod(path, 0o644)
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

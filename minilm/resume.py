@@ -1,0 +1,117 @@
+"""Going on from a checkpoint: only with what computes the same steps, and then to the bit."""
+
+import json
+import logging
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minilm.checkpoint import OPTIMIZER, RESULTS, WEIGHTS, Checkpoint, Progress, parameter_names
+from minilm.config import Config, to_dict
+from minilm.stop import TrainingStopped
+
+log = logging.getLogger("minilm")
+
+# Settings that may change when a run goes on: they decide how it runs and how long, not what a step computes.
+_MAY_CHANGE = (
+    *(f"run.{name}" for name in ("output_dir", "overwrite", "resume", "epochs", "max_steps", "eval_every")),
+    *(f"run.{name}" for name in ("save_every", "keep_last", "samples")),
+    *("batch.micro_tokens", "batch.workers"),
+)
+
+
+def resume(
+    checkpoint: Checkpoint | None,
+    config: Config,
+    data: dict[str, Any],
+    total: int,
+    network: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Put the model and the optimizer where the checkpoint was, and return how far that is; without one, the start.
+
+    Raises ValueError when the checkpoint is of another run, TrainingStopped when its run is finished.
+    """
+    if checkpoint is None:
+        return Progress()
+    changed = check_resumable(checkpoint, config, data)
+    step, folder = checkpoint.progress.step, checkpoint.folder.parent
+    if step > total:
+        raise ValueError(f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for")
+    if step == total and (folder / RESULTS).exists():
+        raise TrainingStopped(f"the run in {folder} is finished; a larger --run.max-steps goes on from step {step}", 0)
+    log.info(f"resuming from {checkpoint.folder}")
+    for line in changed:
+        log.info(f"changed since: {line}")
+    restore(checkpoint, network, optimizer)
+    return checkpoint.progress
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, data: dict[str, Any]) -> list[str]:
+    """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
+    before, now = _flat(checkpoint.config), _flat(to_dict(config))
+    changed = [
+        f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in _MAY_CHANGE
+    ]
+    if checkpoint.data != data:
+        changed.append(f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}")
+    if changed:
+        raise ValueError(f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(changed)}")
+    hidden = ("run.output_dir", "run.overwrite", "run.resume")
+    return [
+        f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
+        for name in _MAY_CHANGE
+        if name not in hidden and before.get(name) != now.get(name)
+    ]
+
+
+def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and moments back, bit for bit. Raises ValueError when they are not those of this model."""
+    _load_weights(checkpoint, network)
+    _load_moments(checkpoint, optimizer, network)
+
+
+def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
+    try:
+        weights = load_file(checkpoint.folder / WEIGHTS)
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint.folder}: its weights do not fit the model: {' '.join(str(error).split())}"
+        ) from error
+    loaded = {network.state_dict()[name].data_ptr() for name in weights if name not in unexpected}
+    lost = [name for name in missing if network.state_dict()[name].data_ptr() not in loaded]  # tied ones are there
+    if lost or unexpected:
+        raise ValueError(
+            f"{checkpoint.folder}: its weights do not fit the model: {', '.join([*lost, *unexpected][:3])}"
+        )
+
+
+def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> None:
+    try:
+        stored = load_file(checkpoint.folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
+    names = parameter_names(network)
+    state: dict[int, dict[str, Tensor]] = {}
+    index = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            end = "/" + names[parameter]
+            slots = {key.removesuffix(end): tensor for key, tensor in stored.items() if key.endswith(end)}
+            if slots:
+                state[index] = slots
+            index += 1
+    if sum(map(len, state.values())) != len(stored):
+        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}

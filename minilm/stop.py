@@ -1,0 +1,78 @@
+"""Ends before the end: signals, and numbers that are no numbers."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class TrainingStopped(Exception):  # noqa: N818 - it is no error
+    """The run ended early and in good order. `status` is the exit status that says why."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
+    """Inside it, SIGTERM and SIGINT ask for an end after the step that is running; a second SIGINT ends at once.
+
+    The processes of a job hear of a signal at different moments and agree on a step by `agreed`.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signal = 0
+        self._asked: Tensor | None = None
+        self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            _die_with_parent()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, step: int) -> TrainingStopped | None:
+        """The end after `step` that all processes agree on; every process calls it after each of its steps.
+
+        With several processes a signal counts one step later, so that no step waits for the answer.
+        """
+        number = self.signal
+        if self.accelerator.num_processes > 1:
+            if self._copied is not None:
+                self._copied.synchronize()
+            number = 0 if self._asked is None else int(self._asked.max())
+            mine = torch.tensor([self.signal], device=self.accelerator.device)
+            self._asked = self.accelerator.gather(mine).to("cpu", non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+        if not number:
+            return None
+        name = signal.Signals(number).name
+        return TrainingStopped(f"{name} after step {step}; --run.resume latest goes on", 128 + number)
+
+
+def _die_with_parent() -> None:
+    """Get SIGTERM when the launcher dies: a launcher of one process does not hand signals on (Linux only)."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        pdeathsig = 1  # PR_SET_PDEATHSIG in sys/prctl.h
+        ctypes.CDLL(None).prctl(pdeathsig, signal.SIGTERM)

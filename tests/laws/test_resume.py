@@ -1,0 +1,121 @@
+"""Laws 1 and 2 under interruption: a checkpoint is all there is, and what goes on is the run that never stopped."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minilm import Config, Data
+from minilm.stop import TrainingStopped
+from minilm.train import train
+from tests.launch import ROOT, read_log
+from tests.laws.resume_everywhere import CONFIG, STEPS, end_of, stopped_after, write_text
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    return replace(CONFIG, data=Data(source=text, eval_fraction=0.1))
+
+
+@pytest.fixture(scope="module")
+def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("out") / "reference"
+    train(changed(config, run={"output_dir": str(folder)}))
+    return folder
+
+
+@pytest.fixture
+def stopped(reference: Path, tmp_path: Path) -> Callable[[int], Path]:
+    return lambda step: stopped_after(step, reference, tmp_path / f"stopped-{step}")
+
+
+def changed(config: Config, **groups: dict[str, object]) -> Config:
+    return replace(config, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
+
+
+@pytest.mark.parametrize(("processes", "every", "tried"), [(1, 1, 20), (2, 9, 3)])
+def test_resumed_after_any_step_a_run_ends_the_same_to_the_bit(
+    processes: int, every: int, tried: int, tmp_path: Path
+) -> None:
+    flags = ("--processes", str(processes), "--every", str(every))
+    command = [sys.executable, "-m", "tests.laws.resume_everywhere", str(tmp_path), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert f"{tried}/{tried} resumed runs bitwise equal, {processes} process(es)" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("changes", [{"micro_tokens": 4096}, {"micro_tokens": 24}, {"workers": 1}])
+def test_what_does_not_change_the_mathematics_may_change_when_a_run_goes_on(
+    changes: dict[str, object], config: Config, reference: Path, stopped: Callable[[int], Path]
+) -> None:
+    config = changed(config, model={"config": {**config.model.config, "hidden_dropout_prob": 0.0}})
+    config = changed(config, model={"config": {**config.model.config, "attention_probs_dropout_prob": 0.0}})
+    folder = stopped(9)
+    plain = folder.with_name("plain")
+    train(changed(config, run={"output_dir": str(plain)}))
+    half = stopped_after(9, plain, folder.with_name("half"))
+    train(changed(config, batch=changes, run={"output_dir": str(half), "resume": "latest"}))
+    for line, expected in zip(*(read_log(path)[0] for path in (half, plain)), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optim": {"lr": 1e-3}}, "optim.lr was 0.003, is 0.001"),
+        ({"run": {"seed": 1}, "batch": {"examples": 9}}, "batch.examples was 8, is 9; run.seed was 0, is 1"),
+        ({"objective": {"rate": 0.2}}, "objective.rate was 0.3, is 0.2"),
+        ({"model": {"config": {**CONFIG.model.config, "intermediate_size": 32}}}, "model.config was"),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused_by_name_and_nothing_is_touched(
+    changes: dict[str, dict[str, object]], named: str, config: Config, stopped: Callable[[int], Path]
+) -> None:
+    folder = stopped(5)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    resumed = changed(config, run={"output_dir": str(folder), "resume": "latest"})
+    with pytest.raises(ValueError, match="other settings") as caught:
+        train(changed(resumed, **changes))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_other_text_is_refused(config: Config, stopped: Callable[[int], Path]) -> None:
+    text = Path(config.data.source)
+    before = text.read_text()
+    try:
+        text.write_text(before.replace("quick", "slow"))
+        with pytest.raises(ValueError, match="the training examples were"):
+            train(changed(config, run={"output_dir": str(stopped(5)), "resume": "latest"}))
+    finally:
+        text.write_text(before)
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(
+    config: Config, reference: Path, stopped: Callable[[int], Path]
+) -> None:
+    folder = stopped(STEPS)
+    (folder / "all_results.json").write_bytes((reference / "all_results.json").read_bytes())
+    resumed = changed(config, run={"output_dir": str(folder), "resume": "latest"})
+    with pytest.raises(TrainingStopped, match="is finished") as caught:
+        train(resumed)
+    assert caught.value.status == 0
+    assert train(changed(resumed, run={"max_steps": STEPS + 3}))["steps"] == STEPS + 3
+    assert len(read_log(folder)[0]) == STEPS + 3
+    assert json.loads((folder / "all_results.json").read_text())["steps"] == STEPS + 3
+
+
+def test_killed_between_the_last_checkpoint_and_the_export_a_run_is_finished_by_resuming(
+    config: Config, reference: Path, stopped: Callable[[int], Path]
+) -> None:
+    folder = stopped(STEPS)
+    (folder / "model.safetensors").unlink()
+    train(changed(config, run={"output_dir": str(folder), "resume": "latest"}))
+    assert end_of(folder) == end_of(reference)

@@ -1,0 +1,266 @@
+"""The output folder is claimed without harm, and an exported model is whole, plain and equal to the bit."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    pipeline,
+)
+
+from minilm.checkpoint import Checkpoint, Progress, Saver
+from minilm.config import Config, Run
+from minilm.output import claim_output_dir, export
+
+IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
+LEFTOVERS = (".checkpoint-11.writing", ".checkpoint-1.discarded", ".checkpoint-10.replaced")
+
+
+def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size)).eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS_BxL).logits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder; an empty folder counts as a file without content."""
+    paths = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+def claim(asked: Path | str | None, *, overwrite: bool = False, resume: str | None = None) -> tuple[Path, Checkpoint]:
+    run = Run(output_dir=None if asked is None else str(asked), overwrite=overwrite, resume=resume)
+    return claim_output_dir(run, "mlm")
+
+
+@pytest.fixture(scope="session")
+def earlier(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an earlier run: checkpoints of the steps 2 and 10."""
+    folder = tmp_path_factory.mktemp("earlier")
+    model = network(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = Saver(folder, model, optimizer, tokenizer, Config(run=Run(save_every=1)), {}, enabled=True)
+    for step in (2, 10):
+        saver.save(Progress(step=step, tokens=100 * step))
+    saver.wait()
+    return folder
+
+
+@pytest.fixture
+def folder(earlier: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, with files that a killed checkpoint left and a file of the user's."""
+    copy = tmp_path / "out" / "mlm"
+    shutil.copytree(earlier, copy)
+    (copy / "notes.txt").write_text("mine")
+    for name in LEFTOVERS:
+        (copy / name).mkdir()
+        (copy / name / "config.json").write_text("half")
+    return copy
+
+
+def test_default_folders_are_numbered_and_one_that_is_empty_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("out/mlm"), Path("out/mlm-2"), Path("out/mlm-3")):
+        assert [claim(None) for _ in range(2)] == [(folder, None)] * 2
+        assert contents(folder) == {}
+        (folder / "run.json").write_text("mine")
+
+
+def test_an_asked_folder_is_created_with_its_parents_and_an_empty_one_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(2):
+        assert claim("~/a/b") == (tmp_path / "a" / "b", None)
+    assert contents(tmp_path / "a" / "b") == {}
+
+
+def test_a_folder_that_is_not_empty_is_refused_untouched_or_overwritten_when_asked(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty: .* --run\.overwrite.* --run\.resume latest"):
+        claim(tmp_path)
+    assert claim(tmp_path, overwrite=True) == (tmp_path, None)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_folder_that_cannot_be_is_refused_in_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="cannot be written") as caught:
+        claim(tmp_path / place, overwrite=True)
+    assert str(tmp_path / place) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_folder_without_room_or_permission_is_refused(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="cannot be written: No space left on device"):
+        claim(tmp_path)
+
+
+def test_resume_latest_takes_the_newest_checkpoint_of_the_output_folder(folder, monkeypatch):
+    before = contents(folder)
+    monkeypatch.chdir(folder.parent.parent)
+    for asked, expected in ((folder, folder), (None, Path("out/mlm"))):
+        claimed, checkpoint = claim(asked, resume="latest")
+        assert claimed == expected
+        assert checkpoint.folder == expected / "checkpoint-10"
+        assert checkpoint.progress == Progress(step=10, tokens=1000)
+    assert contents(folder) == before
+
+
+def test_resume_from_a_path_goes_on_in_the_folder_that_holds_it(folder, monkeypatch):
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for path in (str(folder / "checkpoint-2"), "checkpoint-2", "../mlm/checkpoint-2/", "~/mlm/checkpoint-2"):
+        for asked in (None, folder):
+            claimed, checkpoint = claim(asked, resume=path)
+            assert claimed.resolve() == folder
+            assert checkpoint.progress == Progress(step=2, tokens=200)
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_that_is_the_working_directory_still_belongs_to_the_folder_above(folder, monkeypatch):
+    monkeypatch.chdir(folder / "checkpoint-2")
+    claimed, checkpoint = claim(None, resume=".")
+    assert (claimed.resolve(), checkpoint.progress.step) == (folder, 2)
+
+
+@pytest.mark.parametrize("place", ["nothing", "empty", "unfinished"])
+def test_latest_without_a_complete_checkpoint_is_refused_and_creates_nothing(place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("checkpoint-3", ".checkpoint-5.writing"):
+        (tmp_path / "unfinished" / name).mkdir(parents=True)
+        (tmp_path / "unfinished" / name / "config.json").write_text("half")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint") as caught:
+        claim(tmp_path / place, resume="latest")
+    assert str(tmp_path / place) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-7", "notes.txt", ".checkpoint-11.writing"])
+def test_a_path_that_is_no_checkpoint_is_refused_untouched(name, folder):
+    before = contents(folder)
+    with pytest.raises(ValueError, match="no usable checkpoint") as caught:
+        claim(None, resume=str(folder / name))
+    assert str(folder / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_a_path_in_another_folder_than_the_output_folder_is_refused_untouched(folder, tmp_path):
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"run\.output_dir .* is not the folder of") as caught:
+        claim(tmp_path / "other", resume=str(folder / "checkpoint-2"))
+    assert str(tmp_path / "other") in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_refused_folder_of_an_earlier_run_is_untouched(folder):
+    before = contents(folder)
+    with pytest.raises(ValueError, match="is not empty"):
+        claim(folder)
+    assert contents(folder) == before
+
+
+def test_overwriting_removes_the_checkpoints_of_the_earlier_run_and_no_other_file(folder):
+    for name in ("checkpoint-best", "checkpoints"):  # folders of the user's
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_text("mine")
+    (folder / "checkpoint-3").write_text("a file of the user's")
+    (folder / ".checkpoint-list").write_text("a file of the user's")
+    removed = {"checkpoint-2", "checkpoint-10", *LEFTOVERS}
+    kept = {name: data for name, data in contents(folder).items() if Path(name).parts[0] not in removed}
+    assert claim(folder, overwrite=True) == (folder, None)
+    assert contents(folder) == kept
+    assert set(kept) == {
+        "notes.txt",
+        "checkpoint-best/model.safetensors",
+        "checkpoints/model.safetensors",
+        "checkpoint-3",
+        ".checkpoint-list",
+    }
+
+
+def test_overwriting_a_folder_that_cannot_be_written_removes_nothing(folder, monkeypatch):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    before = contents(folder)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
+        claim(folder, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_an_exported_model_loads_plainly_with_the_same_logits_bit_for_bit(tokenizer, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    model = network(tokenizer)
+    expected = logits(model)
+    export(model, tokenizer, tmp_path)
+    assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(tmp_path)), expected)
+    assert AutoTokenizer.from_pretrained(tmp_path)("A short one.") == tokenizer("A short one.")
+    assert len(pipeline("fill-mask", model=str(tmp_path))("The [MASK] fox.")) == 5
+    needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt"}
+    assert set(contents(tmp_path)) == needed
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.name != "notes.txt"} == {0o644}
+
+
+def test_an_export_takes_the_place_of_an_older_one(tokenizer, tmp_path):
+    for seed in (0, 1):
+        export(network(tokenizer, seed), tokenizer, tmp_path)
+    assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(tmp_path)), logits(network(tokenizer, 1)))
+
+
+@pytest.mark.parametrize("fails", ["model", "tokenizer", "sync"])
+def test_an_old_model_survives_a_failed_export(fails, tokenizer, tmp_path, monkeypatch):
+    export(network(tokenizer), tokenizer, tmp_path)
+    before = contents(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def write_half(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        fail()
+
+    target, name = {
+        "model": (BertForMaskedLM, "save_pretrained"),
+        "tokenizer": (type(tokenizer), "save_pretrained"),
+        "sync": (os, "fsync"),
+    }[fails]
+    monkeypatch.setattr(target, name, write_half if fails == "model" else fail)
+    with pytest.raises(OSError, match="No space left"):
+        export(network(tokenizer, seed=1), tokenizer, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_the_weights_are_renamed_last(tokenizer, tmp_path, monkeypatch):
+    replace, renamed = os.replace, []
+
+    def record(source, target):
+        renamed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    export(network(tokenizer), tokenizer, tmp_path)
+    assert renamed[-1] == "model.safetensors"
+    assert sorted(renamed) == sorted(contents(tmp_path))

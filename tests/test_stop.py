@@ -1,0 +1,142 @@
+"""A run that is told to stop finishes its step, saves and says so; numbers that are no numbers change nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import minilm.train
+from minilm import Config, Data
+from minilm.optim import build_optimizer, skip_unless_finite
+from minilm.stop import StopRequest, TrainingStopped
+from minilm.train import train
+from tests.launch import ROOT, read_log
+from tests.laws.resume_everywhere import CONFIG, write_text
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    text = write_text(tmp_path / "text.txt")
+    run = replace(CONFIG.run, output_dir=str(tmp_path / "out"), save_every=5)
+    return replace(CONFIG, data=Data(source=text, eval_fraction=0.1), run=run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest(Accelerator(cpu=True)) as request:
+        assert request.agreed(7) is None
+        os.kill(os.getpid(), number)
+        stopped = request.agreed(8)
+    assert stopped is not None
+    assert stopped.status == 128 + number
+    assert f"{number.name} after step 8" in str(stopped)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    with StopRequest(Accelerator(cpu=True)):
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch",)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [(ACCELERATE, signal.SIGTERM), (TORCHRUN, signal.SIGTERM)],
+    ids=["accelerate, 1 process", "torchrun, 2 processes"],
+)
+def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
+    launcher: tuple[str, ...], number: signal.Signals, config: Config, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.py"
+    imports = "from minilm import *\nfrom minilm.cli import run_recipe\n"
+    recipe.write_text(f"{imports}if __name__ == '__main__':\n    run_recipe({config!r})\n")
+    settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, str(recipe)]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+
+    def start(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+        flags = ("--run.max-steps", "120", "--run.output-dir", str(folder), *flags)
+        return subprocess.Popen([*command, *flags], env=settings, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    job = start(stopped)
+    log = stopped / "log.jsonl"
+    end = time.monotonic() + 60
+    while time.monotonic() < end and (not log.exists() or log.stat().st_size < 1000):
+        time.sleep(0.05)
+    job.send_signal(number)
+    _, said = job.communicate(timeout=40)
+    assert job.returncode != 0
+    deadline = time.monotonic() + 30  # the worker of a killed launcher may outlive it by a moment
+    while not (saved := list(stopped.glob("checkpoint-*/manifest.json"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    steps = len(read_log(stopped)[0])
+    assert saved, said.decode()[-2000:]
+    assert 0 < steps < 120
+    assert not (stopped / "all_results.json").exists()
+    for folder, flags in ((stopped, ("--run.resume", "latest")), (whole, ())):
+        job = start(folder, *flags)
+        _, said = job.communicate(timeout=240)
+        assert job.returncode == 0, said.decode()[-2000:]
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_without_a_finite_gradient_changes_nothing(bad: float) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, CONFIG.optim)
+    accelerator = Accelerator(cpu=True)
+
+    def step(factor: float) -> dict[str, Tensor]:
+        (model(torch.ones(1, 3)).sum() * factor).backward()
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        skip_unless_finite(accelerator, optimizer, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        moments = {f"{i}{k}": v.clone() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+        return {**{name: p.detach().clone() for name, p in model.named_parameters()}, **moments}
+
+    before = step(1.0)
+    after = step(bad)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in step(1.0).items())
+
+
+def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_and_examples(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = minilm.train.train_step
+
+    def failing(*args: object, **kwargs: object) -> object:
+        seen.append(1)
+        if len(seen) <= 6:
+            return original(*args, **kwargs)
+        monkeypatch.setattr(minilm.train, "loss_sum", lambda model, batch: model(*inputs(batch)).sum() * float("nan"))
+        return original(*args, **kwargs)
+
+    def inputs(batch: minilm.train.Batch) -> tuple[object, ...]:
+        return batch.input_ids_T, batch.packing, batch.target_index_N
+
+    monkeypatch.setattr(minilm.train, "train_step", failing)
+    run = replace(config.run, max_bad_steps=3)
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row, since step 7 \(examples \d+") as caught:
+        train(replace(config, run=run))
+    assert caught.value.status == 1
+    folder = Path(run.output_dir or "")
+    assert (folder / "checkpoint-10" / "manifest.json").exists()
+    assert [line["loss"] for line in read_log(folder)[0]][6:] == [None] * 4

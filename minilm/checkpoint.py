@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config, to_dict
 from minilm.model import quiet_transformers
+
+log = logging.getLogger("minilm")
 
 RESULTS = "all_results.json"  # there when the run is finished
 WEIGHTS = "model.safetensors"
@@ -114,11 +117,13 @@ class Saver:
             return
         weights = self.network.state_dict()
         tensors = {**{f"w/{k}": v for k, v in weights.items()}, **_moments(self.optimizer, self.network)}
-        copies: dict[int, Tensor] = {}  # tied weights stay one tensor
-        for tensor in tensors.values():
-            if tensor.data_ptr() not in copies:
-                copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
-        copied = {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+        copies: dict[object, Tensor] = {}  # tied weights stay one tensor
+        copied = {}
+        for name, tensor in tensors.items():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if place not in copies:
+                copies[place] = tensor.detach().to("cpu", copy=True)
+            copied[name] = copies[place]
         self._thread = threading.Thread(target=self._write, args=(progress, copied), name="checkpoint")
         self._thread.start()
 
@@ -148,10 +153,14 @@ class Saver:
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
                 files = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-            _rotate(self.folder, self.config.run.keep_last)
         except Exception as error:  # raised again by the thread that trains
             reason = getattr(error, "strerror", None) or error
             self._error = OSError(f"{target} could not be written: {reason}; older checkpoints are untouched")
+            return
+        try:
+            _rotate(self.folder, progress.step, self.config.run.keep_last)
+        except OSError as error:
+            log.warning(f"{target} is saved, but an older checkpoint could not be removed: {error}")
 
 
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
@@ -178,7 +187,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             _hold(name in manifest, f"{name} is not in its {_MANIFEST}")
         for name, facts in manifest.items():
             path = folder / name
-            _hold(Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name} is no file of its own")
+            _hold(
+                Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name!r} is no file of its own"
+            )
             _hold(_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
         state = _read_json(folder / _STATE)
         whole = state.keys() == {"progress", "config", "data"} and all(isinstance(v, dict) for v in state.values())
@@ -260,16 +271,22 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted((s for s in steps if s.isdecimal()), key=int)]
 
 
-def _rotate(folder: Path, keep_last: int) -> None:
+def _rotate(folder: Path, step: int, keep_last: int) -> None:
+    """Remove what is not to be kept now that `step` is saved.
+
+    That is older checkpoints, and those ahead of it: the run went on from an earlier one than they are.
+    """
     complete = [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
+    ahead = [path for path in complete if int(path.name.removeprefix("checkpoint-")) > step]
+    complete = complete[: len(complete) - len(ahead)]
     losses: dict[Path, float] = {}
     for path in complete:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
             loss = _progress(_read_json(path / _STATE)["progress"]).eval_loss
             if loss is not None and math.isfinite(loss):
                 losses[path] = loss
     best = min(losses, key=lambda path: losses[path], default=None)
-    for path in complete[:-keep_last]:
+    for path in (*complete[:-keep_last], *ahead):
         if path != best:
             discarded = path.with_name(f".{path.name}.discarded")
             shutil.rmtree(discarded, ignore_errors=True)

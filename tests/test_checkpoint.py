@@ -525,3 +525,29 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tokenizer, tmp_
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * taken))
     saver_in(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [4]), (2, [2, 4]), (3, [1, 2, 4])])
+def test_a_run_that_went_on_from_an_earlier_checkpoint_leaves_none_ahead_of_it(keep_last, kept, tokenizer, tmp_path):
+    for step in (1, 2, 5, 6):
+        save(saver_in(tmp_path, tokenizer, keep_last=9), step)
+    save(saver_in(tmp_path, tokenizer, keep_last=keep_last), 4)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
+    assert find_checkpoint("latest", tmp_path).progress.step == 4
+
+
+@pytest.mark.parametrize("state", ["{}", '{"progress": 3}', "[", "[]"])
+def test_an_older_checkpoint_that_cannot_be_read_does_not_end_the_run(state, tokenizer, tmp_path):
+    saver = saver_in(tmp_path, tokenizer, keep_last=1)
+    save(saver, 1)
+    (tmp_path / "checkpoint-1" / STATE).write_text(state)
+    save(saver, 2)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_name_with_a_line_break_in_a_manifest_is_refused_in_one_line(folder):
+    rewritten = json.loads((folder / "checkpoint-1" / MANIFEST).read_text())
+    (folder / "checkpoint-2" / MANIFEST).write_text(json.dumps({"a\nb": {}, **rewritten}))
+    with pytest.raises(ValueError, match="no usable checkpoint") as caught:
+        find_checkpoint("latest", folder)
+    assert "\n" not in str(caught.value)

@@ -116,14 +116,15 @@ def main() -> None:
     _, trial = run_trainer(config, tokenizer, train_examples, precision, WARM_UP + 40)
     steps = round(ours["train_seconds"] / trial * 40)
     model, seconds = run_trainer(config, tokenizer, train_examples, precision, steps)
+    head = SparseHead(model)
     evaluator = Evaluator(
         examples=eval_examples,
-        collator=masked_collator(config.objective, tokenizer, seed=None),
+        collator=masked_collator(config.objective, tokenizer, seed=None, padded=not head.padding_free),
         micro_tokens=config.batch.micro_tokens,
         bytes_per_token=token_bytes(tokenizer),
         unigram=unigram_nats(train_examples.counts(len(tokenizer))),
     )
-    theirs = evaluator(accelerator, SparseHead(model)).figures()
+    theirs = evaluator(accelerator, head).figures()
     print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
     print("            seconds   steps  loss   bits per byte  of the unigram model's")
     for name, figures, time_taken, count in (

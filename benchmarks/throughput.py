@@ -18,32 +18,18 @@ import argparse
 import json
 import multiprocessing
 import re
-import resource
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
+from sides import Contender, Taken, serve
 
 from minilm.config import Batch, Config, Data, MaskedLM, Model, Optim, Tokens
-from minilm.hardware import choose_precision, count_flops, describe, device_peak, keep_freed_memory
-from minilm.model import SparseHead, freeze_unused, load_model
-from minilm.objectives import MaskedCollator, masked_collator
-from minilm.optim import build_optimizer, learning_rate
-from minilm.plan import Plan, Step
-from minilm.tokens import Examples
-from minilm.train import load_steps, prepare_examples, train_step
+from minilm.hardware import choose_precision, describe, device_peak
 
 CONFIG = Config(
     data=Data(source="pydocs"),
@@ -68,17 +54,6 @@ WARM_UP = 2  # rounds that are not counted
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One row of the table."""
-
-    name: str
-    layout: Literal["documents", "blocks"]
-    minilm: bool
-    grouping: str = ""
-    """minilm: `step` or `epoch`. Trainer: its sampling strategy, or nothing for ready batches in their order."""
-
-
 CONTENDERS = (
     Contender(name="HF Trainer", layout="documents", minilm=False),
     Contender(name="HF Trainer, group_by_length", layout="documents", minilm=False, grouping="group_by_length"),
@@ -87,225 +62,6 @@ CONTENDERS = (
     Contender(name="HF Trainer", layout="blocks", minilm=False),
     Contender(name="minilm", layout="blocks", minilm=True, grouping="step"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Taken:
-    """What one side did in one step."""
-
-    seconds: float
-    tokens: int
-    padded_tokens: int
-    flops: float
-    """What the step's tokens cost without padding and with a sparse head: the same for the same documents."""
-    loss: float
-    memory: int
-    """Most resident memory of the process so far, bytes."""
-
-
-class Rows(Dataset[dict[str, list[int]]]):
-    """minilm's examples as Trainer's rows."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.examples[index].tolist()}
-
-
-class ReadySteps(Dataset[dict[str, Tensor]]):
-    """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
-
-    def __init__(self, plan: Plan, examples: Examples, collator: MaskedCollator, steps: int) -> None:
-        self.items = [self._item(plan.step(index), examples, collator) for index in range(steps)]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.items[index]
-
-    def _item(self, step: Step, examples: Examples, collator: MaskedCollator) -> dict[str, Tensor]:
-        (ids,) = step.micro_batches[0]
-        batch = collator([examples[int(i)] for i in ids], ids, step.epoch)
-        (group,) = batch.packing.groups
-        labels_T = torch.full_like(batch.input_ids_T, -100)
-        labels_T[batch.target_index_N] = batch.target_ids_N
-        real_RxL = group.real(labels_T.device)
-        return {
-            "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, collator.pad_id),
-            "attention_mask": real_RxL.long(),
-            "labels": group.pad(labels_T).masked_fill(~real_RxL, -100),
-        }
-
-
-class Turns(TrainerCallback):
-    """Let Trainer take one step each time that the other end of the connection asks for it."""
-
-    def __init__(self, connection: Connection, cost: Any, rate: float) -> None:
-        self.connection, self.cost, self.rate = connection, cost, rate
-        self.lengths: list[int] = []
-        self.padded, self.loss = 0, 0.0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the first turn."""
-        self.connection.send(None)
-        self._wait()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's time is all that passed since its turn began, loading its batch included."""
-        seconds = time.perf_counter() - self.mark
-        tokens, squares = sum(self.lengths), sum(length**2 for length in self.lengths)
-        flops = model_flops(self.cost, tokens, squares, self.rate)
-        self.connection.send(
-            Taken(
-                seconds=seconds,
-                tokens=tokens,
-                padded_tokens=self.padded,
-                flops=flops,
-                loss=float(self.loss),
-                memory=peak_memory(),
-            )
-        )
-        self._wait()
-
-    def _wait(self) -> None:
-        if not self.connection.recv():
-            sys.exit()
-        self.mark = time.perf_counter()
-
-
-class TurnTrainer(Trainer):
-    """Trainer that notes what each step saw; with ready batches, it takes them in their order."""
-
-    def __init__(self, turns: Turns, ready: bool, **settings: Any) -> None:
-        super().__init__(callbacks=[turns], **settings)
-        self.turns, self.ready = turns, ready
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset) if self.ready else super()._get_train_sampler(train_dataset)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own loss, noted."""
-        mask_RxL = inputs["attention_mask"]
-        self.turns.lengths, self.turns.padded = mask_RxL.sum(-1).tolist(), mask_RxL.numel()
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        self.turns.loss = loss.detach()
-        return loss
-
-
-def peak_memory() -> int:
-    """The most resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def model_flops(cost: Any, tokens: int, squares: int, rate: float) -> float:
-    """FLOPs of a step over examples of so many tokens, without padding."""
-    flops: float = cost.step(
-        Step(epoch=0, micro_batches=[], tokens=tokens, square_lengths=squares, padded_tokens=tokens), rate
-    )
-    return flops
-
-
-def serve(connection: Connection, contender: Contender, config: Config, precision: str, steps: int) -> None:
-    """One side, in its own process: build everything, then take a step at each message that is true."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    tokenizer, examples, _ = prepare_examples(config)
-    networks = [load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=0) for _ in range(2)]
-    cost = count_flops(SparseHead(networks[1]), config.batch.max_length)
-    rate = config.objective.rate
-    if contender.minilm:
-        connection.send(None)
-        for taken in minilm_steps(
-            config, contender, networks[0], tokenizer, examples, cost, precision, steps, connection
-        ):
-            connection.send(taken)
-        return
-    size = config.batch.examples
-    ready = not contender.grouping
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=1 if ready else size,  # a ready item is a whole batch
-            learning_rate=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            max_grad_norm=config.optim.max_grad_norm,
-            bf16=precision == "bf16",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            train_sampling_strategy=contender.grouping or "random",
-            optim="adamw_torch_fused",  # its default
-        )
-        whole = Plan(examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, padded=True)
-        collator = masked_collator(config.objective, tokenizer, seed=0, padded=True)
-        trainer = TurnTrainer(
-            Turns(connection, cost, rate),
-            ready,
-            model=networks[0],
-            args=arguments,
-            train_dataset=ReadySteps(whole, examples, collator, steps) if ready else Rows(examples),
-            data_collator=_only if ready else DataCollatorForLanguageModeling(tokenizer, mlm_probability=rate),
-        )
-        trainer.train()
-
-
-def _only(items: list[Any]) -> Any:
-    (item,) = items
-    return item
-
-
-def minilm_steps(
-    config: Config,
-    contender: Contender,
-    network: Any,
-    tokenizer: Any,
-    examples: Examples,
-    cost: Any,
-    precision: str,
-    steps: int,
-    connection: Connection,
-) -> Iterator[Taken]:
-    """minilm's steps, one at a turn; planning, masking and packing are in the time that is taken."""
-    accelerator = Accelerator(cpu=True, mixed_precision="no" if precision == "fp32" else precision)
-    keep_freed_memory(accelerator.device)  # as train() does
-    head = SparseHead(network)
-    freeze_unused(head)
-    model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
-    model.train()
-    plan = Plan(
-        examples.lengths,
-        examples=config.batch.examples,
-        micro_tokens=config.batch.micro_tokens,
-        group=contender.grouping,
-        padded=not head.padding_free,
-    )
-    collator = masked_collator(config.objective, tokenizer, seed=0, padded=not head.padding_free)
-    loader = enumerate(load_steps(plan, examples, collator, accelerator, range(steps), workers=0))
-    while connection.recv():
-        mark = time.perf_counter()
-        index, (step, micro_batches) = next(loader)
-        lr = learning_rate(config.optim, index, steps)
-        result = train_step(
-            accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=config.optim.max_grad_norm
-        )
-        seconds = time.perf_counter() - mark
-        yield Taken(
-            seconds=seconds,
-            tokens=step.tokens,
-            padded_tokens=step.padded_tokens,
-            flops=cost.step(step, collator.rate),
-            loss=float(result.loss),
-            memory=peak_memory(),
-        )
 
 
 def compare(config: Config, contenders: list[Contender], precision: str, rounds: int) -> dict[Contender, list[Taken]]:

@@ -1,10 +1,49 @@
 """What packed batches are compared with: rows padded one by one, and a plain forward of the whole model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from minilm.config import Model
+from minilm.model import load_model
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+TYPES = {
+    "bert": {},
+    "roberta": {},
+    "distilbert": {"hidden_dim": 48},
+    "albert": {"embedding_size": 16},
+    "electra": {"embedding_size": 16},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "mpnet": {},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+}
+
+
+def fields(kind: str) -> dict[str, Any]:
+    """The configuration of a tiny model of this type without dropout."""
+    default = AutoConfig.for_model(kind)
+    asked = {**SMALL, **TYPES[kind]}
+    asked = {name: value for name, value in asked.items() if name in default.to_dict() or name in default.attribute_map}
+    return {**asked, **{name: 0.0 for name in default.to_dict() if "dropout" in name}}
+
+
+def build(tokenizer: PreTrainedTokenizerBase, kind: str = "bert", seed: int = 0, **changed: Any) -> PreTrainedModel:
+    model = Model(type=kind, config={**fields(kind), **changed})
+    return load_model(model, tokenizer, max_length=32, seed=seed)
 
 
 def pad_rows(x_T: Tensor, lengths: Sequence[int], value: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""Small checkpoints for the tests that write and read them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from minilm.checkpoint import Progress, Saver
+from minilm.config import Config, Run
+
+IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
+WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "training.json", "manifest.json"
+LISTED = ["config.json", WEIGHTS, MOMENTS, "tokenizer.json", "tokenizer_config.json", STATE]
+DATA = {"examples": 3, "tokens": 15, "fingerprint": "abc"}
+
+
+def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **size)).eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS_BxL).logits
+
+
+def trained(model: PreTrainedModel) -> torch.optim.Optimizer:
+    """An optimizer after one update, so that it has moments."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model(IDS_BxL, labels=IDS_BxL).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def saver_in(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, enabled: bool = True, keep_last: int = 2, save_every: int = 1
+) -> Saver:
+    model = network(tokenizer)
+    config = Config(run=Run(save_every=save_every, keep_last=keep_last))
+    return Saver(folder, model, trained(model), tokenizer, config, DATA, enabled=enabled)
+
+
+def save(saver: Saver, step: int, eval_loss: float | None = None) -> None:
+    saver.save(Progress(step=step, eval_loss=eval_loss))
+    saver.wait()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def rewrite_manifest(folder: Path, listed: list[str] = LISTED) -> None:
+    (folder / MANIFEST).write_text(json.dumps({name: facts(folder / name) for name in listed}))

@@ -7,7 +7,6 @@ Every flag of the recipe works. The trace opens in chrome://tracing or https://u
 """
 
 import argparse
-import resource
 import runpy
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sides import peak_memory
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilm.config import Config, parse
@@ -89,7 +89,7 @@ def main() -> None:
             if cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - mark)
-            memory.append(torch.cuda.max_memory_allocated() if cuda else _resident())
+            memory.append(torch.cuda.max_memory_allocated() if cuda else peak_memory())
     if not accelerator.is_main_process:
         return
     events = {event.key: event for event in seen.key_averages()}
@@ -109,11 +109,6 @@ def main() -> None:
     print("memory after each step, MB: " + ", ".join(f"{size / 1e6:,.0f}" for size in memory))
     seen.export_chrome_trace(str(options.trace))
     print(f"trace: {options.trace}")
-
-
-def _resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

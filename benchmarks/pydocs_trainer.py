@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset
+from sides import Rows
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
@@ -47,19 +47,6 @@ class Clock(TrainerCallback):
         if state.global_step == WARM_UP:
             self.begin = time.perf_counter()
         self.end = time.perf_counter()
-
-
-class Rows(Dataset[dict[str, list[int]]]):
-    """minilm's examples as Trainer's rows."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.examples[index].tolist()}
 
 
 def run_trainer(

@@ -115,16 +115,8 @@ class Saver:
         self.wait()
         if not self.enabled:
             return
-        weights = self.network.state_dict()
-        tensors = {**{f"w/{k}": v for k, v in weights.items()}, **_moments(self.optimizer, self.network)}
-        copies: dict[object, Tensor] = {}  # tied weights stay one tensor
-        copied = {}
-        for name, tensor in tensors.items():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if place not in copies:
-                copies[place] = tensor.detach().to("cpu", copy=True)
-            copied[name] = copies[place]
-        self._thread = threading.Thread(target=self._write, args=(progress, copied), name="checkpoint")
+        weights, moments = _copied(self.network.state_dict()), _copied(_moments(self.optimizer, self.network))
+        self._thread = threading.Thread(target=self._write, args=(progress, weights, moments), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -136,20 +128,15 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
+    def _write(self, progress: Progress, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         target = self.folder / f"checkpoint-{progress.step}"
         try:
             with _replacing(target) as temporary:
-                weights = {name.removeprefix("w/"): t for name, t in tensors.items() if name.startswith("w/")}
                 with quiet_transformers():
                     self.network.save_pretrained(temporary, state_dict=weights)
                     self.tokenizer.save_pretrained(temporary)
-                save_file({k: t for k, t in tensors.items() if not k.startswith("w/")}, temporary / OPTIMIZER)
-                state = {
-                    "progress": dataclasses.asdict(progress),
-                    "config": to_dict(self.config),
-                    "data": self.data,
-                }
+                save_file(moments, temporary / OPTIMIZER)
+                state = {"progress": dataclasses.asdict(progress), "config": to_dict(self.config), "data": self.data}
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
                 files = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
@@ -170,7 +157,7 @@ def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
     """
     if resume != "latest":
         return read_checkpoint(Path(resume).expanduser().resolve())
-    complete = [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
+    complete = _complete(folder)
     if not complete:
         raise ValueError(f"run.resume latest: there is no complete checkpoint in {folder}; leave it out to start anew")
     return read_checkpoint(complete[-1])
@@ -198,7 +185,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             folder=folder, progress=_progress(state["progress"]), config=state["config"], data=state["data"]
         )
     except (OSError, ValueError) as error:
-        others = [path.name for path in _checkpoints(folder.parent) if path != folder and (path / _MANIFEST).is_file()]
+        others = [path.name for path in _complete(folder.parent) if path != folder]
         hint = f"; there is also {', '.join(others)}: give its path to go on from there" if others else ""
         raise ValueError(f"{folder} is no usable checkpoint: {error}{hint}") from error
 
@@ -230,6 +217,7 @@ def _progress(values: dict[str, Any]) -> Progress:
 
 
 def parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
+    """The name of each parameter, under which a checkpoint keeps its moments; a tied one has a single name."""
     return {parameter: name for name, parameter in network.named_parameters()}
 
 
@@ -241,6 +229,18 @@ def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict
         for parameter, slots in optimizer.state.items()
         for slot, tensor in slots.items()
     }
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of each tensor on the CPU; tied weights, which are one tensor under two names, stay one."""
+    copies: dict[object, Tensor] = {}
+    copied = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        copied[name] = copies[place]
+    return copied
 
 
 def discard_checkpoints(folder: Path) -> None:
@@ -271,12 +271,17 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted((s for s in steps if s.isdecimal()), key=int)]
 
 
+def _complete(folder: Path) -> list[Path]:
+    """Those of them that were written to the end."""
+    return [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
+
+
 def _rotate(folder: Path, step: int, keep_last: int) -> None:
     """Remove what is not to be kept now that `step` is saved.
 
     That is older checkpoints, and those ahead of it: the run went on from an earlier one than they are.
     """
-    complete = [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
+    complete = _complete(folder)
     ahead = [path for path in complete if int(path.name.removeprefix("checkpoint-")) > step]
     complete = complete[: len(complete) - len(ahead)]
     losses: dict[Path, float] = {}

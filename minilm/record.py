@@ -26,7 +26,7 @@ log = logging.getLogger("minilm")
 
 
 class Recorder:
-    """Shows and logs the steps of one process, usually the main one; on the others (`enabled=False`) it does nothing.
+    """Shows and logs the steps; on all processes but the main one (`enabled=False`) it only keeps count of them.
 
     The figures of a step stay on the device until the next step is recorded, so that logging never waits for one.
     peak_flops: FLOP/s of all processes' devices together, for MFU.

@@ -16,11 +16,13 @@ from minilm.stop import TrainingStopped
 
 log = logging.getLogger("minilm")
 
-# Settings that may change when a run goes on: they decide how it runs and how long, not what a step computes.
+# Settings that may change when a run goes on: they decide how it runs and how long, not what a step computes. Those of
+# the first line are about where it is, and no news.
+_WHERE = ("run.output_dir", "run.overwrite", "run.resume")
 _MAY_CHANGE = (
-    *(f"run.{name}" for name in ("output_dir", "overwrite", "resume", "epochs", "max_steps", "eval_every")),
-    *(f"run.{name}" for name in ("save_every", "keep_last", "samples")),
-    *("batch.micro_tokens", "batch.workers"),
+    *_WHERE,
+    *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
+    *("run.samples", "batch.micro_tokens", "batch.workers"),
 )
 
 
@@ -54,21 +56,17 @@ def resume(
 def check_resumable(checkpoint: Checkpoint, config: Config, data: dict[str, Any]) -> list[str]:
     """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
     before, now = _flat(checkpoint.config), _flat(to_dict(config))
-    changed = [
-        f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
+    changes = {
+        name: f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in _MAY_CHANGE
-    ]
+        if before.get(name) != now.get(name)
+    }
+    refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
     if checkpoint.data != data:
-        changed.append(f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}")
-    if changed:
-        raise ValueError(f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(changed)}")
-    hidden = ("run.output_dir", "run.overwrite", "run.resume")
-    return [
-        f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
-        for name in _MAY_CHANGE
-        if name not in hidden and before.get(name) != now.get(name)
-    ]
+        refused.append(f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}")
+    if refused:
+        raise ValueError(f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(refused)}")
+    return [change for name, change in changes.items() if name not in _WHERE]
 
 
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

@@ -4,7 +4,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -166,16 +165,23 @@ def serve(connection: Connection, contender: Contender, config: Config, precisio
     tokenizer, examples, _ = prepare_examples(config)
     networks = [load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=0) for _ in range(2)]
     cost = count_flops(SparseHead(networks[1]), config.batch.max_length)
-    rate = config.objective.rate
-    if contender.minilm:
-        connection.send(None)
-        for taken in minilm_steps(
-            config, contender, networks[0], tokenizer, examples, cost, precision, steps, connection
-        ):
-            connection.send(taken)
-        return
-    size = config.batch.examples
-    ready = not contender.grouping
+    side = minilm_steps if contender.minilm else trainer_steps
+    side(connection, contender, config, precision, steps, networks[0], tokenizer, examples, cost)
+
+
+def trainer_steps(
+    connection: Connection,
+    contender: Contender,
+    config: Config,
+    precision: str,
+    steps: int,
+    network: Any,
+    tokenizer: Any,
+    examples: Examples,
+    cost: Any,
+) -> None:
+    """Trainer's steps, one at a turn; loading, and with its own sampler masking and padding, are in the time."""
+    size, rate, ready = config.batch.examples, config.objective.rate, not contender.grouping
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -195,15 +201,14 @@ def serve(connection: Connection, contender: Contender, config: Config, precisio
         )
         whole = Plan(examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, padded=True)
         collator = masked_collator(config.objective, tokenizer, seed=0, padded=True)
-        trainer = TurnTrainer(
+        TurnTrainer(
             Turns(connection, cost, rate),
             ready,
-            model=networks[0],
+            model=network,
             args=arguments,
             train_dataset=ReadySteps(whole, examples, collator, steps) if ready else Rows(examples),
             data_collator=_only if ready else DataCollatorForLanguageModeling(tokenizer, mlm_probability=rate),
-        )
-        trainer.train()
+        ).train()
 
 
 def _only(items: list[Any]) -> Any:
@@ -212,16 +217,16 @@ def _only(items: list[Any]) -> Any:
 
 
 def minilm_steps(
-    config: Config,
+    connection: Connection,
     contender: Contender,
+    config: Config,
+    precision: str,
+    steps: int,
     network: Any,
     tokenizer: Any,
     examples: Examples,
     cost: Any,
-    precision: str,
-    steps: int,
-    connection: Connection,
-) -> Iterator[Taken]:
+) -> None:
     """minilm's steps, one at a turn; planning, masking and packing are in the time that is taken."""
     accelerator = Accelerator(cpu=True, mixed_precision="no" if precision == "fp32" else precision)
     keep_freed_memory(accelerator.device)  # as train() does
@@ -238,6 +243,7 @@ def minilm_steps(
     )
     collator = masked_collator(config.objective, tokenizer, seed=0, padded=not head.padding_free)
     loader = enumerate(load_steps(plan, examples, collator, accelerator, range(steps), workers=0))
+    connection.send(None)
     while connection.recv():
         mark = time.perf_counter()
         index, (step, micro_batches) = next(loader)
@@ -246,11 +252,13 @@ def minilm_steps(
             accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=config.optim.max_grad_norm
         )
         seconds = time.perf_counter() - mark
-        yield Taken(
-            seconds=seconds,
-            tokens=step.tokens,
-            padded_tokens=step.padded_tokens,
-            flops=cost.step(step, collator.rate),
-            loss=float(result.loss),
-            memory=peak_memory(),
+        connection.send(
+            Taken(
+                seconds=seconds,
+                tokens=step.tokens,
+                padded_tokens=step.padded_tokens,
+                flops=cost.step(step, collator.rate),
+                loss=float(result.loss),
+                memory=peak_memory(),
+            )
         )

@@ -11,7 +11,7 @@ in fp32 (bf16 for both where this CPU is faster at it), RoBERTa with 6 layers, 3
 - blocks: 32 full blocks of 128 tokens a step, where there is no padding to save.
 
 A ratio is that of the tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
-(`pip install matplotlib`).
+(`pip install -e ".[bench]"`).
 """
 
 import argparse
@@ -165,7 +165,7 @@ def main() -> None:
         plot(path.with_suffix(".png"), rows, title)
         print(f" and {path.with_suffix('.png').name}")
     except ImportError:
-        print("; for a plot, pip install matplotlib")
+        print('; for a plot, pip install -e ".[bench]"')
 
 
 if __name__ == "__main__":

@@ -221,25 +221,7 @@ def write_results(folder: Path, results: dict[str, float]) -> None:
     publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def write_card(
-    folder: Path, config: Config, facts: dict[str, Any], results: dict[str, float], filled: dict[str, str]
-) -> None:
-    """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and filled samples."""
-    title = folder.resolve().name
-    rows = "\n".join(
-        f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:.5g} |"
-        for name, value in results.items()
-    )
-    settings = "\n".join(
-        f"| {group}.{name} | {json.dumps(value)} |"
-        for group, values in to_dict(config).items()
-        for name, value in values.items()
-        if value not in (None, [], {})
-    )
-    samples = "\n".join(f"- {text} → {words}" for text, words in filled.items())
-    name = config.model.name
-    base = f"base_model: {json.dumps(name)}\n" if name and not Path(name).exists() else ""  # the hub knows no folders
-    card = f"""---
+_CARD = """---
 library_name: transformers
 pipeline_tag: fill-mask
 {base}tags:
@@ -249,8 +231,8 @@ pipeline_tag: fill-mask
 
 # {title}
 
-A masked language model trained with minilm on `{config.data.source}`
-({facts["model"]}, {facts["parameters"]:,} parameters).
+A masked language model trained with minilm on `{source}`
+({model}, {parameters:,} parameters).
 
 ```python
 from transformers import pipeline
@@ -264,20 +246,50 @@ fill = pipeline("fill-mask", model="{title}")
 |---|---|
 {rows}
 
-The evaluation predicts {config.objective.eval_rate:.0%} of the tokens of documents that training did not see.
+The evaluation predicts {eval_rate:.0%} of the tokens of documents that training did not see.
 `bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model has the frequencies of the
 training tokens.
 
 ## Samples
 
-{samples or "None were asked for."}
+{samples}
 
 ## Training
 
-{facts["hardware"]["device"]}, {facts["processes"]} process(es), {facts["precision"]}.
+{device}, {processes} process(es), {precision}.
 
 | setting | value |
 |---|---|
 {settings}
 """
+
+
+def write_card(
+    folder: Path, config: Config, facts: dict[str, Any], results: dict[str, float], filled: dict[str, str]
+) -> None:
+    """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and filled samples."""
+    rows = [
+        f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:.5g} |"
+        for name, value in results.items()
+    ]
+    settings = [
+        f"| {group}.{name} | {json.dumps(value)} |"
+        for group, values in to_dict(config).items()
+        for name, value in values.items()
+        if value not in (None, [], {})
+    ]
+    samples = [f"- {text} → {words}" for text, words in filled.items()]
+    name = config.model.name
+    base = f"base_model: {json.dumps(name)}\n" if name and not Path(name).exists() else ""  # the hub knows no folders
+    card = _CARD.format(
+        base=base,
+        title=folder.resolve().name,
+        source=config.data.source,
+        rows="\n".join(rows),
+        eval_rate=config.objective.eval_rate,
+        samples="\n".join(samples) or "None were asked for.",
+        device=facts["hardware"]["device"],
+        settings="\n".join(settings),
+        **{key: facts[key] for key in ("model", "parameters", "processes", "precision")},
+    )
     publish(folder / "README.md", card)

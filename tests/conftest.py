@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 
 # Before any import of the Hugging Face libraries: no test reaches the network or the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from minilm.tokens import train_tokenizer
+from tests.scorecard import Scorecard
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -37,3 +39,32 @@ def documents() -> Dataset:
 def tokenizer(documents: Dataset) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the documents."""
     return train_tokenizer(documents, "bpe", 400)
+
+
+SCORECARD = Scorecard()
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Say what this test found, for the scorecard."""
+    return lambda text: request.node.user_properties.append(("figure", text))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("scorecard"):
+        item.user_properties.append(("row", marker.args[0]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.failed:
+        for name, row in report.user_properties:
+            if name == "row":
+                found = [str(value) for kind, value in report.user_properties if kind == "figure"]
+                SCORECARD.add(int(str(row)), report.passed, found)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.option.markexpr == "scorecard":
+        terminalreporter.section("scorecard")
+        for line in SCORECARD.lines():
+            terminalreporter.line(line)

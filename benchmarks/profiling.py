@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minilm.config import Config, parse
 from minilm.launch import start
 from minilm.model import SparseHead, freeze_unused, load_model
+from minilm.objectives import objective_of
 from minilm.optim import build_optimizer, learning_rate
 from minilm.train import lay_out, load_steps, prepare_examples, seed_dropout, train_step
 
@@ -42,7 +43,8 @@ def steps_of(config: Config, count: int) -> tuple[Any, Iterator[int]]:
     """(the accelerator, an iterator that takes a step each time and gives its real tokens)."""
     accelerator, precision = start(config.run)
     tokenizer, train_examples, eval_examples = prepare_examples(config)
-    network = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+    length, auto = config.batch.max_length, objective_of(config.objective).auto
+    network = load_model(config.model, tokenizer, max_length=length, seed=config.run.seed, auto=auto)
     head = SparseHead(network.to(accelerator.device))
     freeze_unused(head)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))

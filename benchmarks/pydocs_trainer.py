@@ -32,7 +32,7 @@ from minilm.config import Config, read_run
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import choose_precision, describe
 from minilm.model import SparseHead, load_model
-from minilm.objectives import masked_collator
+from minilm.objectives import objective_of
 from minilm.tokens import Examples, token_bytes
 from minilm.train import prepare_examples
 
@@ -76,12 +76,13 @@ def run_trainer(
             logging_steps=100,
             report_to="none",
         )
+        collator = objective_of(config.objective).collator(tokenizer, seed=config.run.seed)
         model = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=Rows(examples),
-            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.objective.rate),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=collator.rate),
         )
         clock = Clock()
         trainer.add_callback(clock)
@@ -106,7 +107,7 @@ def main() -> None:
     head = SparseHead(model)
     evaluator = Evaluator(
         examples=eval_examples,
-        collator=masked_collator(config.objective, tokenizer, seed=None, padded=not head.padding_free),
+        collator=objective_of(config.objective).collator(tokenizer, seed=None, padded=not head.padding_free),
         micro_tokens=config.batch.micro_tokens,
         bytes_per_token=token_bytes(tokenizer),
         unigram=unigram_nats(train_examples.counts(len(tokenizer))),

@@ -12,13 +12,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
 from minilm.hardware import count_flops, keep_freed_memory
 from minilm.model import SparseHead, freeze_unused, load_model
-from minilm.objectives import MaskedCollator, masked_collator
+from minilm.objectives import Objective, objective_of
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
 from minilm.tokens import Examples
@@ -66,8 +72,13 @@ class Rows(Dataset[dict[str, list[int]]]):
 class ReadySteps(Dataset[dict[str, Tensor]]):
     """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
 
-    def __init__(self, plan: Plan, examples: Examples, collator: MaskedCollator, steps: int) -> None:
-        self.items = [self._item(plan.step(index), examples, collator) for index in range(steps)]
+    def __init__(
+        self, plan: Plan, examples: Examples, objective: Objective, tokenizer: PreTrainedTokenizerBase, steps: int
+    ) -> None:
+        self.collator = objective.collator(tokenizer, seed=0, padded=True)
+        self.shift = int(objective.causal)  # Trainer wants the label where the token is, not where it is predicted
+        self.padding = tokenizer.pad_token_id
+        self.items = [self._item(plan.step(index), examples) for index in range(steps)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -75,15 +86,15 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.items[index]
 
-    def _item(self, step: Step, examples: Examples, collator: MaskedCollator) -> dict[str, Tensor]:
+    def _item(self, step: Step, examples: Examples) -> dict[str, Tensor]:
         (ids,) = step.micro_batches[0]
-        batch = collator([examples[int(i)] for i in ids], ids, step.epoch)
+        batch = self.collator([examples[int(i)] for i in ids], ids, step.epoch)
         (group,) = batch.packing.groups
         labels_T = torch.full_like(batch.input_ids_T, -100)
-        labels_T[batch.target_index_N] = batch.target_ids_N
+        labels_T[batch.target_index_N + self.shift] = batch.target_ids_N
         real_RxL = group.real(labels_T.device)
         return {
-            "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, collator.pad_id),
+            "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, self.padding),
             "attention_mask": real_RxL.long(),
             "labels": group.pad(labels_T).masked_fill(~real_RxL, -100),
         }
@@ -163,7 +174,8 @@ def serve(connection: Connection, contender: Contender, config: Config, precisio
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tokenizer, examples, _ = prepare_examples(config)
-    networks = [load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=0) for _ in range(2)]
+    auto, length = objective_of(config.objective).auto, config.batch.max_length
+    networks = [load_model(config.model, tokenizer, max_length=length, seed=0, auto=auto) for _ in range(2)]
     cost = count_flops(SparseHead(networks[1]), config.batch.max_length)
     side = minilm_steps if contender.minilm else trainer_steps
     side(connection, contender, config, precision, steps, networks[0], tokenizer, examples, cost)
@@ -181,7 +193,9 @@ def trainer_steps(
     cost: Any,
 ) -> None:
     """Trainer's steps, one at a turn; loading, and with its own sampler masking and padding, are in the time."""
-    size, rate, ready = config.batch.examples, config.objective.rate, not contender.grouping
+    size, ready, objective = config.batch.examples, not contender.grouping, objective_of(config.objective)
+    rate = objective.collator(tokenizer, seed=0).rate
+    own = DataCollatorForLanguageModeling(tokenizer, mlm=not objective.causal, mlm_probability=rate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -200,14 +214,13 @@ def trainer_steps(
             optim="adamw_torch_fused",  # its default
         )
         whole = Plan(examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, padded=True)
-        collator = masked_collator(config.objective, tokenizer, seed=0, padded=True)
         TurnTrainer(
             Turns(connection, cost, rate),
             ready,
             model=network,
             args=arguments,
-            train_dataset=ReadySteps(whole, examples, collator, steps) if ready else Rows(examples),
-            data_collator=_only if ready else DataCollatorForLanguageModeling(tokenizer, mlm_probability=rate),
+            train_dataset=ReadySteps(whole, examples, objective, tokenizer, steps) if ready else Rows(examples),
+            data_collator=_only if ready else own,
         ).train()
 
 
@@ -241,7 +254,7 @@ def minilm_steps(
         group=contender.grouping,
         padded=not head.padding_free,
     )
-    collator = masked_collator(config.objective, tokenizer, seed=0, padded=not head.padding_free)
+    collator = objective_of(config.objective).collator(tokenizer, seed=0, padded=not head.padding_free)
     loader = enumerate(load_steps(plan, examples, collator, accelerator, range(steps), workers=0))
     connection.send(None)
     while connection.recv():

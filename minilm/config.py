@@ -52,14 +52,15 @@ class Data:
     """Part to train on; slices such as train[:5000] work."""
     column: str = "text"
     """Column that holds the text; a dotted path such as answers.text reaches into nested columns."""
-    document: Literal["line", "paragraph"] = "line"
-    """What one document is in a .txt file: each line, or each paragraph between blank lines."""
+    document: Literal["line", "paragraph", "file"] = "line"
+    """What one document is in a .txt file: each line, each paragraph between blank lines, or all of it."""
     eval_source: str | None = None
     """Evaluation documents, given like source. Default: eval_split, or else eval_fraction of the source."""
     eval_split: str | None = None
     """Part of the source to evaluate on, such as validation."""
     eval_fraction: float = 0.05
-    """Share of the documents held out by seed for evaluation (of pydocs: share of the bytes, in whole modules)."""
+    """Share of the documents held out by seed for evaluation (of pydocs: of the bytes, in whole modules; where a
+    document is a file: the end of each)."""
 
     def __post_init__(self) -> None:
         _check_choices("data", self)
@@ -73,10 +74,10 @@ class Tokens:
 
     name: str | None = None
     """Hub id or folder of a tokenizer. Default: the model's; where the model is built from scratch, one is trained."""
-    kind: Literal["bpe", "wordpiece"] = "bpe"
-    """Algorithm of a trained tokenizer: byte-level BPE, or WordPiece (lower-cased, as BERT's)."""
+    kind: Literal["bpe", "wordpiece", "characters"] = "bpe"
+    """A trained tokenizer's algorithm: byte-level BPE, WordPiece (lower-cased, as BERT's), or a token a character."""
     vocab_size: int = 8192
-    """Size of a trained tokenizer's vocabulary, special tokens included."""
+    """Size of a trained tokenizer's vocabulary, special tokens included; of characters there are as many as occur."""
     overflow: Literal["split", "truncate"] = "split"
     """A document longer than batch.max_length becomes several examples (no token is dropped), or is cut off."""
 
@@ -110,6 +111,11 @@ class MaskedLM:
         for name in ("rate", "eval_rate"):
             value = getattr(self, name)
             _check(0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """Causal LM (Radford et al. 2019): each token of a document but the first is predicted from those before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +199,7 @@ class Run:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
     samples: tuple[str, ...] = ()
-    """Texts with a mask token that are filled in at the end and shown in the model card."""
+    """Texts with a mask token to fill in, or beginnings to go on from, at the end and for the model card."""
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
@@ -213,15 +219,16 @@ class Config:
     data: Data = field(default_factory=Data)
     tokens: Tokens = field(default_factory=Tokens)
     model: Model = field(default_factory=Model)
-    objective: MaskedLM = field(default_factory=MaskedLM)
+    objective: MaskedLM | CausalLM = field(default_factory=MaskedLM)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON types; `from_dict` is its inverse."""
+    """The configuration as plain JSON types, the objective by the name of its class; `from_dict` is its inverse."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    tree["objective"]["name"] = type(config.objective).__name__
     return tree
 
 
@@ -232,7 +239,11 @@ def from_dict(tree: dict[str, Any]) -> Config:
         raise ValueError(f"unknown group of settings {closest(name, list(groups))}")
     built = {}
     for name, kind in groups.items():
-        values = tree.get(name, {})
+        values = dict(tree.get(name, {}))
+        if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
+            chosen = values.pop("name", MaskedLM.__name__)
+            _check(chosen in choices, f"unknown {name} {closest(str(chosen), list(choices))}")
+            kind = choices[chosen]
         known = [f.name for f in dataclasses.fields(kind)]
         for unknown in set(values) - set(known):
             raise ValueError(f"unknown setting {name}.{closest(unknown, known)}")
@@ -268,9 +279,11 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         del rest[at : at + 2]
     if any(word.split("=")[0] == "--data.source" for word in rest):
         # Columns and slices of another source mean nothing here.
-        default = dataclasses.replace(default, data=Data(eval_fraction=default.data.eval_fraction))
+        kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
+        default = dataclasses.replace(default, data=kept)
     description += (
-        "\n\n--data.source sets the other --data flags (except --data.eval-fraction) back to their defaults. "
+        "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
+        "defaults. "
         "--from-run FILE repeats the run that wrote this run.json. --debug shows tracebacks."
     )
     quiet = os.environ.get("RANK", "0") != "0"  # one message for a job, not one from each process

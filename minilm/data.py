@@ -41,6 +41,8 @@ def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
         held_out = _read(data.eval_source, data.config, data.eval_split or "train", data.column, data.document)
     elif data.eval_split is not None:
         held_out = _read(data.source, data.config, data.eval_split, data.column, data.document)
+    elif data.document == "file" and _is_text(data.source):
+        train, held_out = _cut_ends(train, data.eval_fraction)
     else:
         count = round(len(train) * data.eval_fraction)
         if not 0 < count < len(train):
@@ -54,6 +56,19 @@ def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
+def _is_text(source: str) -> bool:
+    files = _local_files(source)
+    return bool(files) and _ending(files[0]) == ".txt"
+
+
+def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """Each document without its end, and the ends, which are `fraction` of its characters."""
+    texts = documents["text"]
+    cuts = [int(len(text) * (1 - fraction)) for text in texts]
+    train = Dataset.from_dict({"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]})
+    return train, Dataset.from_dict({"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]})
+
+
 def _read(source: str, config: str | None, split: str, column: str, document: str) -> Dataset:
     """One source as a dataset with the column `text`, documents without any visible character left out."""
     if source == "pydocs":
@@ -63,7 +78,7 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
         options: dict[str, str] = {}
         if builder == "text":
             column = "text"  # a .txt file has no other
-            options = {"sample_by": document, "encoding": _encoding(files)}
+            options = {"sample_by": "document" if document == "file" else document, "encoding": _encoding(files)}
         elif _ending(files[0]) == ".tsv":
             options = {"sep": "\t"}
         rows = _load(source, builder, split=split, data_files=[glob.escape(file) for file in files], **options)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from minilm.objectives import MaskedCollator, target_nats
+from minilm.objectives import Collator, target_nats
 from minilm.plan import cut
 from minilm.progress import progress_bar
 from minilm.tokens import Examples
@@ -48,13 +48,13 @@ def unigram_nats(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """The evaluation of a masked LM on held-out examples; call it with the accelerator and the prepared model.
+    """The evaluation of a language model on held-out examples; call it with the accelerator and the prepared model.
 
     Raises ValueError when the examples hold no target.
     """
 
     examples: Examples
-    collator: MaskedCollator
+    collator: Collator
     micro_tokens: int
     """Most tokens of a forward pass, padding included; the figures do not depend on it."""
     bytes_per_token: NDArray[np.int64]
@@ -65,7 +65,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         ids = np.arange(len(self.examples))
         if not any(self.collator([self.examples[int(i)]], ids[i : i + 1], epoch=0).targets for i in ids):
-            raise ValueError("the evaluation documents hold no target: give more of them, or raise objective.eval_rate")
+            raise ValueError("the evaluation documents hold no target: give more of them, or longer ones")
 
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Evaluation:
         """Evaluate every example once, shared among the processes, all of which return the same totals.

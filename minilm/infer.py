@@ -1,14 +1,22 @@
-"""Use a trained model: fill in masks."""
+"""Use a trained model: fill in masks, generate text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
-from minilm.model import longest_input
+from minilm.model import check_causal, longest_input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +32,29 @@ class Fill:
 
 def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    return _load(name, AutoModelForMaskedLM, "masked LM")
+
+
+def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    model, tokenizer = _load(name, AutoModelForCausalLM, "causal LM")
+    check_causal(model)
+    return model, tokenizer
+
+
+def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no masked LM can be loaded from {str(name)!r}: there is no config.json (did its run finish?)"
-        )
+        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no config.json (did its run finish?)")
     if not folder.exists() and (folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith(".")):
-        raise ValueError(f"no masked LM can be loaded from {str(name)!r}: there is no such folder")
+        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        model, report = auto.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it has no weights for {', '.join(missing)}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"no masked LM can be loaded from {str(name)!r}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: {' '.join(str(error).split())}") from error
     return model.eval(), tokenizer
 
 
@@ -92,3 +107,60 @@ def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: i
     ids[at] = index
     keep = [i for i in ids if i == tokenizer.mask_token_id or i not in tokenizer.all_special_ids]
     return str(tokenizer.decode(keep)).strip()
+
+
+def check_beginnings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int
+) -> None:
+    """Raise ValueError for a text that leaves the model no room for as many new tokens."""
+    longest = longest_input(model)
+    for text in texts:
+        length = len(tokenizer(text, verbose=False)["input_ids"])
+        if longest is not None and length + max_new_tokens > longest:
+            raise ValueError(
+                f"the text {text[:40]!r}… has {length} tokens, which with {max_new_tokens} new ones is more than the "
+                f"model's {longest}"
+            )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> list[str]:
+    """Each text, gone on with by at most `max_new_tokens` tokens that `model.generate` draws after `manual_seed(seed)`.
+
+    They come from the `top_k` likeliest tokens (Fan et al. 2018, section 5.4; 0: from all), of which the likeliest that
+    make up `top_p` are kept (Holtzman et al. 2020, section 3.1), at `temperature`; with temperature 0 the likeliest is
+    taken. An empty text is begun by the token that begins documents. `stream` prints the tokens as they come. Raises
+    ValueError when a text is too long for the model.
+    """
+    check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    choice: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    draw: Any = model.generate
+    results = []
+    for text in texts:
+        ids_L = tokenizer(text)["input_ids"] or [first]
+        inputs_1xL = torch.tensor([ids_L], device=model.device)
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            output_1xL = draw(
+                input_ids=inputs_1xL,
+                attention_mask=torch.ones_like(inputs_1xL),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+                streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+                **choice,
+            )
+        results.append(str(tokenizer.decode(output_1xL[0], skip_special_tokens=True)))
+    return results

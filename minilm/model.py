@@ -1,4 +1,4 @@
-"""The model: any Hugging Face masked LM, loaded or built, made to compute only what the loss needs.
+"""The model: any Hugging Face language model, loaded or built, made to compute only what the loss needs.
 
 Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V vocabulary.
 """
@@ -52,7 +52,9 @@ class SparseHead(nn.Module):
         self._target_index: Tensor | None = None
         self._shape: torch.Size | None = None
         self._offset = _position_offset(model)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         with _evaluating(model):
             expected_NxV = self._probe()
             self.reason = self._try_sparse(expected_NxV)
@@ -83,7 +85,7 @@ class SparseHead(nn.Module):
                 target_index_N = group.place_T[target_index_N]
         self._target_index = target_index_N if self.sparse else None
         try:
-            logits_RxLxV: Tensor = self.model(**inputs).logits
+            logits_RxLxV: Tensor = self.model(**inputs, **self._always).logits
         finally:
             self._target_index = self._shape = None
         return logits_RxLxV[0] if self.sparse else logits_RxLxV.flatten(0, 1)[target_index_N]
@@ -198,14 +200,17 @@ def freeze_unused(head: SparseHead) -> None:
         parameter.requires_grad_(False)
 
 
-def load_model(model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int) -> PreTrainedModel:
+def load_model(
+    model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int, auto: Any = AutoModelForMaskedLM
+) -> PreTrainedModel:
     """The model in float32: `model.name`, or built from `model.type` and `model.config` with weights drawn by `seed`.
 
-    Raises ValueError when the name cannot be loaded, a configuration field does not exist, the vocabulary is larger
-    than the embedding, or the model has fewer positions than `max_length`.
+    `auto` is the class of transformers that knows the models with the head wanted. Raises ValueError when the name
+    cannot be loaded, a configuration field does not exist, the vocabulary is larger than the embedding, or the model
+    has fewer positions than `max_length`.
     """
     torch.manual_seed(seed)  # new heads are random too
-    network = _build(model, tokenizer) if model.name is None else _load(model, model.name)
+    network = _build(model, tokenizer, auto) if model.name is None else _load(model, model.name, auto)
     rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if len(tokenizer) > rows:
         raise ValueError(
@@ -218,11 +223,11 @@ def load_model(model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: 
     return network
 
 
-def _build(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
     try:
         default = AutoConfig.for_model(model.type)
     except ValueError:
-        raise ValueError(f"model.type {closest(model.type, _masked_lm_types())}") from None
+        raise ValueError(f"model.type {closest(model.type, _types(auto))}") from None
     _check_fields(model.type, model.config, default)
     special = {
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep")
@@ -236,9 +241,9 @@ def _build(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         config = AutoConfig.for_model(model.type, **{"vocab_size": len(tokenizer), **fields, **model.config})
     except StrictDataclassError as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
-    if type(config) not in AutoModelForMaskedLM._model_mapping:
-        raise ValueError(f"model.type {model.type} has no masked-LM head; these have: {', '.join(_masked_lm_types())}")
-    network: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"model.type {model.type} has no {_head(auto)} head; these have: {', '.join(_types(auto))}")
+    network: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     return network
 
 
@@ -249,11 +254,16 @@ def _check_fields(name: str, asked: Iterable[str], config: PretrainedConfig) -> 
             raise ValueError(f"model.config: {name} has no field {closest(field, list(known))}")
 
 
-def _masked_lm_types() -> list[str]:
-    return sorted({config.model_type for config in AutoModelForMaskedLM._model_mapping})
+def _types(auto: Any) -> list[str]:
+    return sorted({config.model_type for config in auto._model_mapping})
 
 
-def _load(model: Model, name: str) -> PreTrainedModel:
+def _head(auto: Any) -> str:
+    """MaskedLM, CausalLM, …"""
+    return str(auto.__name__).removeprefix("AutoModelFor")
+
+
+def _load(model: Model, name: str, auto: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
         _check_fields(name, model.config, config)
@@ -261,18 +271,32 @@ def _load(model: Model, name: str) -> PreTrainedModel:
             setattr(config, field, value)
         with quiet_transformers():
             # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
-            network, report = AutoModelForMaskedLM.from_pretrained(
+            network, report = auto.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True
             )
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if missing := sorted(report["missing_keys"]):
         log.warning(
-            f"{name} comes without {len(missing)} weights that a masked LM needs, such as {missing[0]}: they start at "
-            "random. This is usual for a checkpoint that was not trained as a masked LM."
+            f"{name} comes without {len(missing)} weights that a {_head(auto)} model has, such as {missing[0]}: they "
+            f"start at random. This is usual for a checkpoint that was not trained for {_head(auto)}."
         )
     loaded: PreTrainedModel = network
     return loaded
+
+
+def check_causal(network: PreTrainedModel) -> None:
+    """Raise ValueError when the logits of a token depend on the tokens after it, as BERT's do under a causal head."""
+    ids_2xL = torch.ones(2, 6, dtype=torch.int64, device=next(network.parameters()).device)
+    ids_2xL[1, -1] = 2
+    with _evaluating(network):
+        logits_2xLxV = network(input_ids=ids_2xL).logits.float()
+    first, second = logits_2xLxV[:, :-1]
+    if (first - second).abs().max() > 1e-4 * logits_2xLxV.abs().max():
+        raise ValueError(
+            f"{type(network).__name__} sees the tokens after the one that it predicts, so that it is no causal LM; "
+            "where the model can be made one, pass --model.config.is-decoder True"
+        )
 
 
 @contextmanager

@@ -21,6 +21,11 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
 _SIMILAR, _SLACK = 0.75, 4  # rows of one group are no shorter than this share of the longest, less some tokens
 _SHORT = 128  # up to this length plain matrix products beat the fused kernel on a CPU, backward above all
+# What models hand to attention that does not change its result; whatever else they hand over, it must know about.
+_HARMLESS = {
+    *("position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "return_dict"),
+    *("output_attentions", "output_hidden_states", "token_type_ids"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class Group:
     """int64, which of the group's tokens each place holds (padding repeats a token); None where no row is padded."""
     place_T: Tensor | None
     """int64, the place of each of the group's tokens; None where no row is padded."""
-    _bias: dict[int | None, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+    _bias: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     def pad(self, x_TxH: Tensor) -> Tensor:
         """The group's tokens, one row each, as R x L x H. No gradient flows from padding: let nothing depend on it."""
@@ -57,26 +62,29 @@ class Group:
             real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
         return real_RL.view(self.rows, self.length)
 
-    def bias(self, window: int | None, device: torch.device) -> Tensor | None:
+    def bias(self, window: int | None, device: torch.device, *, causal: bool = False) -> Tensor | None:
         """What to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for nothing.
 
-        A token sees the tokens of its row that are fewer than `window` away. Padding sees itself at least, so that its
-        softmax, which nothing reads, is a number.
+        A token sees the tokens of its row that are fewer than `window` away, and with `causal` none that come after it,
+        so that it never sees padding, which comes last. Padding sees itself at least, so that its softmax, which
+        nothing reads, is a number.
         """
         if window is not None and window >= self.length:
             window = None
-        if window not in self._bias:
+        if (window, causal) not in self._bias:
             seen: Tensor | None = None
-            if self.place_T is not None:
+            if self.place_T is not None and not causal:
                 seen = self.real(device)[:, None, None, :]
-            if window is not None:
+            if window is not None or causal:
                 at_L = torch.arange(self.length, device=device)
-                distance_LxL = (at_L[:, None] - at_L).abs()
-                near_LxL = distance_LxL < window
-                seen = near_LxL if seen is None else (seen & near_LxL) | (distance_LxL == 0)
+                before_LxL = at_L[:, None] - at_L
+                near_LxL = (before_LxL >= 0) if causal else torch.ones_like(before_LxL, dtype=torch.bool)
+                if window is not None:
+                    near_LxL &= before_LxL.abs() < window
+                seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
             bias = None if seen is None else torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
-            self._bias[window] = bias
-        return self._bias[window]
+            self._bias[window, causal] = bias
+        return self._bias[window, causal]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
         """The group with its tensors changed: moved, pinned."""
@@ -170,11 +178,14 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Bidirectional attention inside each row of a packed batch, as an attention function of transformers.
+    """Attention inside each row of a packed batch, as an attention function of transformers.
 
-    Returns 1 x T x A x D. Without a `packing` it is transformers' own scaled dot product attention.
+    It is causal where `is_causal` says so, or else the module. Several heads may share one key and value (grouped query
+    attention, Ainslie et al. 2023). Returns 1 x T x A x D. Without a `packing` it is transformers' own scaled dot
+    product attention. Raises ValueError for what it does not know, such as sinks or a cap on the scores.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -185,25 +196,42 @@ def packed_attention(
             attention_mask,
             scaling=scaling,
             dropout=dropout,
+            is_causal=is_causal,
             **kwargs,
         )
+    if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
+        raise ValueError(f"attention with {', '.join(unknown)} is not known to minilm")
     states = [x[0].transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    shared = states[0].shape[1] // states[1].shape[1]
+    states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
     parts = []
     for group in packing.groups:
         query, key, value = (group.pad(x_TxAxD[group.start : group.stop]).transpose(1, 2) for x_TxAxD in states)
-        bias = group.bias(sliding_window, query.device)
-        attended_RxAxLxD = _attend(query, key, value, bias, scaling, dropout)
+        attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
         parts.append(group.unpad(attended_RxAxLxD.transpose(1, 2)))
     return torch.cat(parts)[None], None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float | None, dropout: float
+    group: Group,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
 ) -> Tensor:
-    """softmax(query key^T scaling + bias) value, each R x A x L x D."""
-    if query.device.type != "cpu" or query.shape[-2] > _SHORT:
+    """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
+    if query.device.type != "cpu" or group.length > _SHORT:
+        plain = causal and (window is None or window >= group.length)  # the kernel then skips what is not seen
+        bias = None if plain else group.bias(window, query.device, causal=causal)
         bias = bias if bias is None else bias.to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
+        )
+    bias = group.bias(window, query.device, causal=causal)
     scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias

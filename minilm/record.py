@@ -18,6 +18,7 @@ from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
 from minilm.model import SparseHead
+from minilm.objectives import objective_of
 from minilm.plan import Plan
 from minilm.progress import progress_bar
 from minilm.tokens import Examples
@@ -223,21 +224,21 @@ def write_results(folder: Path, results: dict[str, float]) -> None:
 
 _CARD = """---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {pipeline}
 {base}tags:
 - minilm
-- fill-mask
+- {pipeline}
 ---
 
 # {title}
 
-A masked language model trained with minilm on `{source}`
+A {kind} trained with minilm on `{source}`
 ({model}, {parameters:,} parameters).
 
 ```python
 from transformers import pipeline
 
-fill = pipeline("fill-mask", model="{title}")
+model = pipeline("{pipeline}", model="{title}")
 ```
 
 ## Results
@@ -246,7 +247,7 @@ fill = pipeline("fill-mask", model="{title}")
 |---|---|
 {rows}
 
-The evaluation predicts {eval_rate:.0%} of the tokens of documents that training did not see.
+The evaluation predicts {predicted} of documents that training did not see.
 `bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model has the frequencies of the
 training tokens.
 
@@ -265,9 +266,13 @@ training tokens.
 
 
 def write_card(
-    folder: Path, config: Config, facts: dict[str, Any], results: dict[str, float], filled: dict[str, str]
+    folder: Path,
+    config: Config,
+    facts: dict[str, Any],
+    results: dict[str, float],
+    samples: dict[str, str],
 ) -> None:
-    """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and filled samples."""
+    """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and samples."""
     rows = [
         f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:.5g} |"
         for name, value in results.items()
@@ -278,16 +283,19 @@ def write_card(
         for name, value in values.items()
         if value not in (None, [], {})
     ]
-    samples = [f"- {text} → {words}" for text, words in filled.items()]
+    listed = [f"- {text} → {more}" for text, more in samples.items()]
     name = config.model.name
     base = f"base_model: {json.dumps(name)}\n" if name and not Path(name).exists() else ""  # the hub knows no folders
+    objective = objective_of(config.objective)
     card = _CARD.format(
         base=base,
         title=folder.resolve().name,
         source=config.data.source,
         rows="\n".join(rows),
-        eval_rate=config.objective.eval_rate,
-        samples="\n".join(samples) or "None were asked for.",
+        pipeline=objective.pipeline,
+        kind=objective.title,
+        predicted=objective.predicted,
+        samples="\n".join(listed) or "None were asked for.",
         device=facts["hardware"]["device"],
         settings="\n".join(settings),
         **{key: facts[key] for key in ("model", "parameters", "processes", "precision")},

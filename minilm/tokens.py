@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.cache import building, cache_folder
@@ -29,55 +29,80 @@ _SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+_CAUSAL_SPECIAL = {
+    "bos_token": "<|endoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<|unknown|>",
+}
 _BATCH = 2000  # documents encoded at a time; the tokenizers library spreads them over all cores
 
 
-def load_tokenizer(tokens: Tokens, model_name: str | None, documents: Dataset) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    tokens: Tokens, model_name: str | None, documents: Dataset, *, causal: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of `tokens.name`, else of the model, else one trained on the column `text` of `documents`.
 
-    Raises ValueError when it cannot be loaded, or has no padding token.
+    Raises ValueError when it cannot be loaded, or lacks a token that masked or `causal` LM needs.
     """
     name = tokens.name or model_name
     if name is None:
-        return _trained(tokens, documents)
+        return _trained(tokens, documents, causal)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast form, only one in Python; pass another with --tokens.name")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"tokenizer {name!r} has no padding token; pass another one with --tokens.name")
+    role = "end-of-text" if causal else "padding"
+    if (tokenizer.eos_token_id if causal else tokenizer.pad_token_id) is None:
+        raise ValueError(f"tokenizer {name!r} has no {role} token; pass another one with --tokens.name")
     return tokenizer
 
 
-def _trained(tokens: Tokens, documents: Dataset) -> PreTrainedTokenizerBase:
+def _trained(tokens: Tokens, documents: Dataset, causal: bool) -> PreTrainedTokenizerBase:
     """A tokenizer trained on the documents, cached by their content."""
-    folder = cache_folder() / f"tokenizer-{_fingerprint(documents, tokens.kind, tokens.vocab_size)}"
+    folder = cache_folder() / f"tokenizer-{_fingerprint(documents, tokens.kind, tokens.vocab_size, causal)}"
     if not folder.exists():
         with building(folder) as temporary:
-            train_tokenizer(documents, tokens.kind, tokens.vocab_size).save_pretrained(temporary)
+            train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal).save_pretrained(temporary)
     return AutoTokenizer.from_pretrained(folder)
 
 
-def train_tokenizer(documents: Dataset, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE (Radford et al. 2019, section 2.2) or WordPiece (as BERT's, lower-cased) on `text`.
+def train_tokenizer(documents: Dataset, kind: str, vocab_size: int, *, causal: bool = False) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE (Radford et al. 2019, section 2.2) or WordPiece (as BERT's, lower-cased) on `text`, or take
+    every character of it for a token.
 
-    The result adds `[CLS]` and `[SEP]` around one text, and between and after two.
+    For masked LM it adds `[CLS]` and `[SEP]` around one text, and between and after two. A `causal` one adds nothing:
+    it has one special token, which ends a document.
     """
+    roles = _CAUSAL_SPECIAL if causal else _SPECIAL
     # In BPE, as in RoBERTa's, " [MASK]" stands for " word": the mask takes the space before it.
-    special = [AddedToken(t, special=True, lstrip=t == "[MASK]" and kind == "bpe") for t in _SPECIAL.values()]
-    tokenizer = (
-        _train_bpe(documents, vocab_size, special)
-        if kind == "bpe"
-        else _train_wordpiece(documents, vocab_size, special)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIAL)
+    names = dict.fromkeys(roles.values())
+    special = [AddedToken(name, special=True, lstrip=name == "[MASK]" and kind == "bpe") for name in names]
+    if kind == "bpe":
+        tokenizer = _train_bpe(documents, vocab_size, special)
+    elif kind == "wordpiece":
+        tokenizer = _train_wordpiece(documents, vocab_size, special, roles["unk_token"])
+    else:
+        tokenizer = _collect_characters(documents, special, roles["unk_token"])
+    if not causal:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
+
+
+def _collect_characters(documents: Dataset, special: list[AddedToken], unknown: str) -> Tokenizer:
+    characters = sorted({character for text in _texts(documents) for character in set(text)})
+    vocabulary = {token: index for index, token in enumerate([*(t.content for t in special), *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 def _train_bpe(documents: Dataset, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
@@ -90,9 +115,9 @@ def _train_bpe(documents: Dataset, vocab_size: int, special: list[AddedToken]) -
     return tokenizer
 
 
-def _train_wordpiece(documents: Dataset, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+def _train_wordpiece(documents: Dataset, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
     def empty(vocabulary: dict[str, int] | None = None) -> Tokenizer:
-        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=_SPECIAL["unk_token"]))
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
@@ -142,11 +167,10 @@ class Examples:
         return {"examples": len(self), "tokens": int(self.lengths.sum()), "fingerprint": self.fingerprint}
 
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """How often each id occurs in the documents, special tokens not counted; int64[vocab_size]."""
+        """How often each id occurs in the documents and between them; int64[vocab_size]."""
         total = np.zeros(vocab_size, np.int64)
         for at in range(0, len(self.ids), 2**22):
             total += np.bincount(self.ids[at : at + 2**22], minlength=vocab_size)
-        total[np.concatenate((self.prefix, self.suffix))] = 0  # blocks are joined by a separator
         return total
 
 
@@ -157,22 +181,27 @@ def encode(
     max_length: int,
     layout: str = "documents",
     overflow: str = "split",
+    causal: bool = False,
     name: str = "documents",
 ) -> Examples:
     """Encode the column `text` and cut it into examples of at most `max_length` tokens, special tokens included.
 
     `documents`: one example a document; a longer one is split into pieces of nearly equal length, or truncated.
     `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
+    Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
     The ids are cached by content, so that a second run starts at once.
     """
     prefix, suffix = _special_around(tokenizer)
+    before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
+    if causal:
+        before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
+        prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
-    separator = suffix[:1] if layout == "blocks" else suffix[:0]
-    key = _fingerprint(documents, tokenizer.backend_tokenizer.to_str(), separator.tolist())
+    key = _fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist())
     folder = cache_folder() / f"ids-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, separator, name)
+            _write_ids(temporary, documents, tokenizer, before, after, name)
     ids = np.load(folder / "ids.npy", mmap_mode="r")
     offsets = np.load(folder / "offsets.npy")
     if layout == "blocks":
@@ -199,9 +228,17 @@ def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], N
 
 
 def _write_ids(
-    folder: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, separator: NDArray[np.int64], name: str
+    folder: Path,
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    before: NDArray[np.int64],
+    after: NDArray[np.int64],
+    name: str,
 ) -> None:
-    """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64."""
+    """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
+
+    `before` and `after` go around each document.
+    """
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     sizes, raw = [0], folder / "ids.raw"
     with (
@@ -213,7 +250,7 @@ def _write_ids(
                 "input_ids"
             ]
             for ids in encoded:
-                row = np.concatenate((np.asarray(ids, kind), separator.astype(kind)))
+                row = np.concatenate((before, ids, after)).astype(kind)
                 row.tofile(file)
                 sizes.append(len(row))
             bar.update(len(texts))

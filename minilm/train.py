@@ -24,10 +24,9 @@ from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import count_flops, device_peak
-from minilm.infer import check_masks, fill_mask
 from minilm.launch import attempt, finish, start, together
 from minilm.model import SparseHead, freeze_unused, load_model
-from minilm.objectives import Batch, MaskedCollator, loss_sum, masked_collator
+from minilm.objectives import Batch, Collator, loss_sum, objective_of
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import claim_output_dir, export
 from minilm.plan import Plan, Step
@@ -98,8 +97,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         prepared = attempt(lambda: prepare_examples(config))
     tokenizer, train_examples, eval_examples = together(prepared)
     length = config.batch.max_length
-    network = together(lambda: load_model(config.model, tokenizer, max_length=length, seed=config.run.seed))
-    together(lambda: check_masks(network, tokenizer, config.run.samples))
+    seed, objective = config.run.seed, objective_of(config.objective)
+    network = together(lambda: load_model(config.model, tokenizer, max_length=length, seed=seed, auto=objective.auto))
+    together(lambda: objective.check(network, tokenizer, config.run.samples))
     head = SparseHead(network.to(accelerator.device))
     freeze_unused(head)
     cost = count_flops(head, length)
@@ -127,7 +127,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     figures = early = None
     with closing(recorder), StopRequest(accelerator) as request:
         for done, (step, micro_batches) in enumerate(steps, start=progress.step + 1):
-            seed_dropout(config.run.seed, done - 1, accelerator.process_index)
+            seed_dropout(seed, done - 1, accelerator.process_index)
             result = train_step(
                 accelerator,
                 model,
@@ -163,15 +163,16 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples, Examples]:
     """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
     train_documents, eval_documents = load_documents(config.data, config.run.seed)
-    tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents)
-    layout, overflow = config.batch.layout, config.tokens.overflow
+    causal = objective_of(config.objective).causal
+    tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents, causal=causal)
     train_examples, eval_examples = (
         encode(
             documents,
             tokenizer,
             max_length=config.batch.max_length,
-            layout=layout,
-            overflow=overflow,
+            layout=config.batch.layout,
+            overflow=config.tokens.overflow,
+            causal=causal,
             name=f"{part} documents",
         )
         for part, documents in (("training", train_documents), ("evaluation", eval_documents))
@@ -200,9 +201,9 @@ def lay_out(
     tokenizer: PreTrainedTokenizerBase,
     train_examples: Examples,
     eval_examples: Examples,
-) -> tuple[Plan, MaskedCollator, Evaluator]:
+) -> tuple[Plan, Collator, Evaluator]:
     """The plan of the steps, the collator that fills them, and the evaluation."""
-    padded = not head.padding_free
+    objective, padded = objective_of(config.objective), not head.padding_free
     multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
     plan = Plan(
         train_examples.lengths,
@@ -214,13 +215,13 @@ def lay_out(
         padded=padded,
         multiple=multiple,
     )
-    collator = masked_collator(config.objective, tokenizer, seed=config.run.seed, padded=padded, multiple=multiple)
+    collator = objective.collator(tokenizer, seed=config.run.seed, padded=padded, multiple=multiple)
     evaluator = Evaluator(
         examples=eval_examples,
-        collator=masked_collator(config.objective, tokenizer, seed=None, padded=padded, multiple=multiple),
+        collator=objective.collator(tokenizer, seed=None, padded=padded, multiple=multiple),
         micro_tokens=config.batch.micro_tokens,
         bytes_per_token=token_bytes(tokenizer),
-        unigram=unigram_nats(train_examples.counts(len(tokenizer))),
+        unigram=unigram_nats(train_examples.counts(len(tokenizer)) * collator.possible),
     )
     return plan, collator, evaluator
 
@@ -231,7 +232,7 @@ Item = tuple[Step, list[Batch]]
 class _Steps(Dataset[Item]):
     """Item i: the plan of step i and this process's micro-batches of it."""
 
-    def __init__(self, plan: Plan, examples: Examples, collator: MaskedCollator, rank: int) -> None:
+    def __init__(self, plan: Plan, examples: Examples, collator: Collator, rank: int) -> None:
         self.plan, self.examples, self.collator, self.rank = plan, examples, collator, rank
 
     def __getitem__(self, index: int) -> Item:
@@ -241,7 +242,7 @@ class _Steps(Dataset[Item]):
 
 
 def load_steps(
-    plan: Plan, examples: Examples, collator: MaskedCollator, accelerator: Accelerator, steps: range, workers: int
+    plan: Plan, examples: Examples, collator: Collator, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
     """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them."""
     dataset = _Steps(plan, examples, collator, accelerator.process_index)
@@ -272,14 +273,13 @@ def conclude(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Save the model, its card and the results, and show the samples filled in."""
+    """Save the model, its card and the results, and show what it makes of the samples."""
     export(network, tokenizer, folder)
-    filled = {}
+    objective, samples = objective_of(config.objective), {}
     network.eval()
     for text in config.run.samples:
-        best = fill_mask(network, tokenizer, [text], top_k=3)[0][0]
-        filled[text] = ", ".join(f"{fill.token} ({fill.probability:.0%})" for fill in best)
-        log.info(f"{text} -> {filled[text]}")
-    write_card(folder, config, facts, results, filled)
+        samples[text] = objective.sample(network, tokenizer, text)
+        log.info(f"{text} -> {samples[text]}")
+    write_card(folder, config, facts, results, samples)
     write_results(folder, results)
-    log.info(f'saved to {folder}; try: minilm fill-mask {folder} "… {tokenizer.mask_token} …"')
+    log.info(f"saved to {folder}; try: {objective.command(folder, tokenizer)}")

@@ -33,12 +33,12 @@ TYPES = {
 }
 
 
-def fields(kind: str) -> dict[str, Any]:
-    """The configuration of a tiny model of this type without dropout."""
+def fields(kind: str, own: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of a tiny model of this type without dropout; `own` are fields that only this type has."""
     default = AutoConfig.for_model(kind)
-    asked = {**SMALL, **TYPES[kind]}
+    asked = {**SMALL, **(TYPES[kind] if own is None else own)}
     asked = {name: value for name, value in asked.items() if name in default.to_dict() or name in default.attribute_map}
-    return {**asked, **{name: 0.0 for name in default.to_dict() if "dropout" in name}}
+    return {**asked, **{name: 0.0 for name in default.to_dict() if "drop" in name}}
 
 
 def build(tokenizer: PreTrainedTokenizerBase, kind: str = "bert", seed: int = 0, **changed: Any) -> PreTrainedModel:

@@ -8,10 +8,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from minilm.cli import guarded, main
-from minilm.infer import fill_mask, load_masked_lm
+from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
+from minilm.tokens import train_tokenizer
 
 TEXT, TWO_MASKS = "The quick [MASK] fox.", "If [MASK] file [MASK]."
 
@@ -140,3 +141,40 @@ def test_only_what_the_user_got_wrong_is_caught_and_nothing_under_debug(capsys):
 def test_the_command_is_importable_without_torch():
     program = "import sys, minilm.cli; print(*{'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""
+
+
+@pytest.fixture(scope="module")
+def causal(documents, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=40, n_embd=32, n_layer=2, n_head=2)
+    for part in (GPT2LMHeadModel(config), tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def test_generate_prints_the_text_as_it_comes_and_json_holds_the_same(run, causal):
+    words = ("generate", causal, "The quick", "--max-new-tokens", "20", "--top-p", "0.9", "--seed", "4")
+    status, output, error = run(*words)
+    (expected,) = generate(*load_causal_lm(causal), ["The quick"], max_new_tokens=20, top_p=0.9, seed=4)
+    assert (status, error) == (None, [])
+    assert output == expected.splitlines()
+    _, output, _ = run(*words, "--json")
+    assert [json.loads(line) for line in output] == [{"input": "The quick", "text": expected}]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--top-p", "0"), ("--top-p", "1.1"), ("--temperature", "-1"), ("--max-new-tokens", "0"), ("--top-k", "x")],
+)
+def test_generate_refuses_what_is_out_of_range(flag, value, run, causal):
+    status, _, error = run("generate", causal, "The", flag, value)
+    assert status == 2
+    assert flag in error[-1]
+
+
+def test_generate_refuses_a_text_that_is_too_long_in_one_line(run, causal):
+    status, output, error = run("generate", causal, "The quick", "--max-new-tokens", "40")
+    assert (status, output, len(error)) == (2, [], 1)
+    assert "more than the model's 40" in error[0]

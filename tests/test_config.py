@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilm.config import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens, from_dict, parse, to_dict
+from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens, from_dict, parse, to_dict
 
-GROUPS = typing.get_type_hints(Config)
+GROUPS = {name: MaskedLM if name == "objective" else kind for name, kind in typing.get_type_hints(Config).items()}
 FIELDS = {f"{name}.{field.name}": field for name, kind in GROUPS.items() for field in dataclasses.fields(kind)}
 CHOICES = sorted(flag for flag, field in FIELDS.items() if typing.get_origin(field.type) is typing.Literal)
 INFINITY, NAN = float("inf"), float("nan")
@@ -100,7 +100,7 @@ configs = st.builds(
     ),
     tokens=st.builds(Tokens, name=st.none() | words, vocab_size=st.integers(300), kind=_choices("tokens.kind")),
     model=st.builds(Model, type=words, config=st.dictionaries(words, values)),
-    objective=st.builds(MaskedLM, rate=shares, eval_rate=shares),
+    objective=st.builds(MaskedLM, rate=shares, eval_rate=shares) | st.builds(CausalLM),
     batch=st.builds(Batch, examples=counts, max_length=counts, layout=_choices("batch.layout")),
     optim=st.builds(Optim, lr=positive, betas=st.tuples(shares, shares), schedule=_choices("optim.schedule")),
     run=st.builds(
@@ -125,6 +125,8 @@ def test_a_configuration_survives_json(config: Config) -> None:
         ({"bacth": {}}, "'bacth': did you mean 'batch'?"),
         ({"batch": {"exmaples": 3}}, "batch.'exmaples': did you mean 'examples'?"),
         ({"run": {"zzz": 1}}, "run.'zzz'. There are: "),
+        ({"objective": {"name": "CausalML"}}, "objective 'CausalML': did you mean 'CausalLM'?"),
+        ({"objective": {"name": "CausalLM", "rate": 0.1}}, "objective.'rate'. There are: none."),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(tree: dict[str, Any], hint: str) -> None:

@@ -82,6 +82,15 @@ def test_a_paragraph_ends_at_a_blank_line(tmp_path: Path) -> None:
     assert [text.strip() for text in found] == [f"{text}\nand more" for text in TEXTS_SORTED]
 
 
+def test_a_file_can_be_one_document_whose_end_is_held_out(tmp_path: Path) -> None:
+    whole = {"a.txt": "one line\n\nand others\n" * 50, "b.txt": "x" * 1000}
+    source = _write(tmp_path, {name: text.encode() for name, text in whole.items()})
+    train, held_out = load_documents(Data(source=str(source), document="file", eval_fraction=0.1), seed=3)
+    pairs = zip(train["text"], held_out["text"], strict=True)
+    assert [begin + end for begin, end in pairs] == list(whole.values())
+    assert [len(text) for text in train["text"]] == [int(0.9 * len(text)) for text in whole.values()]
+
+
 @pytest.mark.parametrize("source", ["", "*.txt", "**/*.txt", "?.txt"])
 def test_a_folder_and_a_glob_stand_for_all_their_files(tmp_path: Path, source: str) -> None:
     halves = {"a.txt": "\n".join(TEXTS[:7]).encode(), "b.txt": "\n".join(TEXTS[7:]).encode()}

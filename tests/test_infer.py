@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, pipeline
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pipeline
 
-from minilm.infer import fill_mask, load_masked_lm
+from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
 from minilm.tokens import train_tokenizer
 
 
@@ -93,3 +93,52 @@ def test_an_encoder_without_a_masked_lm_head_is_refused_rather_than_given_a_rand
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no masked LM can be loaded"):
         load_masked_lm(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def causal(documents, tmp_path_factory) -> Path:
+    """A tiny GPT-2 with decided opinions."""
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=40, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7, "seed": 3}, {"temperature": 0}, {"top_k": 0}],
+    ids=str,
+)
+def test_generated_text_is_that_of_the_pipeline_with_the_same_seed(settings, causal):
+    ours = generate(*load_causal_lm(causal), ["The quick", "If"], max_new_tokens=12, **settings)
+    pipe = pipeline("text-generation", model=str(causal))
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0, **settings}
+    seed = drawn.pop("seed", 0)
+    if settings.get("temperature") == 0:
+        drawn = {"do_sample": False}
+    for text, result in zip(["The quick", "If"], ours, strict=True):
+        torch.manual_seed(seed)
+        assert result == pipe(text, max_new_tokens=12, **drawn)[0]["generated_text"]
+
+
+def test_another_seed_gives_another_text_and_nothing_begins_a_document(causal):
+    model, tokenizer = load_causal_lm(causal)
+    first, second = (generate(model, tokenizer, [""], max_new_tokens=20, seed=seed)[0] for seed in (0, 1))
+    assert first != second
+    assert generate(model, tokenizer, [""], max_new_tokens=20)[0] == first
+
+
+def test_a_text_that_leaves_no_room_is_refused(causal):
+    model, tokenizer = load_causal_lm(causal)
+    with pytest.raises(ValueError, match=r"with 39 new ones is more than the model's 40"):
+        generate(model, tokenizer, ["The quick brown"], max_new_tokens=39)
+
+
+def test_a_masked_lm_is_no_causal_lm(folder):
+    with pytest.raises(ValueError, match="BertLMHeadModel sees the tokens after the one that it predicts"):
+        load_causal_lm(folder)

@@ -86,7 +86,7 @@ def test_rotary_positions_are_limited_by_the_configuration(tokenizer):
     ("model", "message"),
     [
         (Model(type="brt"), "'brt': did you mean 'bert'?"),
-        (Model(type="gpt2"), "gpt2 has no masked-LM head"),
+        (Model(type="gpt2"), "gpt2 has no MaskedLM head"),
         (Model(type="bert", config={"hiden_size": 32}), "'hiden_size': did you mean 'hidden_size'?"),
         (Model(type="bert", config={**SMALL, "hidden_size": 33}), "multiple of the number of attention heads"),
         (Model(type="bert", config={**SMALL, "hidden_size": "wide"}), "hidden_size"),

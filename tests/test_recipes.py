@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from minilm.tokens import train_tokenizer
 from tests.launch import ROOT, TINY, launch, read_log
 
 
@@ -38,6 +40,29 @@ def test_mlm_finetune_from_a_real_checkpoint(text: str, tmp_path: Path) -> None:
     losses = [line["eval_loss"] for line in read_log(out)[1]]
     assert len(losses) == 3
     assert losses == sorted(losses, reverse=True)
+
+
+def test_clm_finetune_from_a_checkpoint(text: str, documents: Dataset, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    for part in (GPT2LMHeadModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    flags = ("--data.source", text, "--model.name", str(tmp_path / "checkpoint"), "--run.output-dir", str(out))
+    done = launch("clm_finetune.py", *flags, "--run.precision", "fp32", "--optim.lr", "1e-2")
+    assert done.returncode == 0, done.stderr
+    losses = [line["eval_loss"] for line in read_log(out)[1]]
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_clm_shakespeare_on_two_processes(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ("--data.source", text, "--run.max-steps", "3", "--run.precision", "fp32", "--run.output-dir", str(out))
+    done = launch("clm_shakespeare.py", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert [line["tokens"] for line in read_log(out)[0]] == [768, 1536, 2304]
+    assert json.loads((out / "run.json").read_text())["config"]["data"]["document"] == "file"
 
 
 @pytest.mark.parametrize(

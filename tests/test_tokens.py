@@ -166,11 +166,13 @@ def test_blocks_are_the_joined_documents_cut_into_full_rows(
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
-def test_counts_are_those_of_the_ordinary_tokens(
+def test_counts_are_those_of_the_documents_and_of_what_is_between_them(
     documents: Dataset, either: PreTrainedTokenizerBase, layout: str
 ) -> None:
     counts = encode(documents, either, max_length=17, layout=layout).counts(len(either))
-    assert counts.tolist() == np.bincount(_joined(_plain(either, documents)), minlength=len(either)).tolist()
+    expected = np.bincount(_joined(_plain(either, documents)), minlength=len(either))
+    expected[either.sep_token_id] += len(documents) if layout == "blocks" else 0
+    assert counts.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
@@ -270,3 +272,19 @@ def test_a_tokenizer_that_is_missing_or_cannot_pad_is_refused(documents: Dataset
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters))).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^tokenizer [^\n]* has no padding token[^\n]*--tokens\.name\Z"):
         load_tokenizer(Tokens(name=str(tmp_path)), None, documents)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_characters_are_the_tokens_and_what_was_never_seen_is_unknown(causal: bool) -> None:
+    documents = Dataset.from_dict({"text": ["to be,\n\tor ", "not 中é🙂"]})
+    tokenizer = train_tokenizer(documents, "characters", 300, causal=causal)
+    text = "be not\n\t🙂é中, or"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    special = len(set(tokenizer.all_special_ids))
+    assert len(tokenizer) == len(set("to be,\n\tor not 中é🙂")) + special
+    assert tokenizer("z", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
+    assert [token_bytes(tokenizer)[id] for id in ids] == [len(letter.encode()) for letter in text]
+    around = len(tokenizer("to")["input_ids"]) - 2
+    assert around == (0 if causal else 2)

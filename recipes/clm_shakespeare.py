@@ -1,0 +1,34 @@
+"""Train a causal LM on characters, from scratch: the size and the number of tokens of nanoGPT's example for a CPU.
+
+    curl -O https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+    accelerate launch recipes/clm_shakespeare.py
+
+Any other file of plain text will do (`--data.source FILE`); its last tenth is held out.
+"""
+
+from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens
+from minilm.cli import run_recipe
+
+CONFIG = Config(
+    data=Data(source="input.txt", document="file", eval_fraction=0.1),
+    tokens=Tokens(kind="characters"),
+    model=Model(
+        type="gpt2",
+        config={
+            "n_layer": 4,
+            "n_head": 4,
+            "n_embd": 128,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    objective=CausalLM(),
+    batch=Batch(examples=12, max_length=64, layout="blocks"),
+    optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, warmup=100, schedule="cosine"),
+    run=Run(max_steps=2000, eval_every=500, samples=("ROMEO:",)),
+)
+
+if __name__ == "__main__":
+    run_recipe(CONFIG, __doc__)

@@ -198,6 +198,8 @@ class Run:
     """Give up after this many steps in a row without a finite gradient; such steps change nothing."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
+    deterministic: bool = False
+    """Only algorithms that repeat to the bit, on a GPU too; slower there. A CPU repeats without it."""
     samples: tuple[str, ...] = ()
     """Texts with a mask token to fill in, or beginnings to go on from, at the end and for the model card."""
 

@@ -168,6 +168,16 @@ def keep_freed_memory(device: torch.device) -> None:
     libc.mallopt(trim_threshold, -1)  # never
 
 
+def repeat_to_the_bit(wanted: bool) -> None:
+    """Have torch use only algorithms that give the same bits each time, or any again.
+
+    cuBLAS looks at its variable once, before the first product of the process.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """What the run ran on, for run.json and the model card."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()

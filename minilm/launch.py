@@ -16,7 +16,14 @@ from accelerate.utils import (
 )
 
 from minilm.config import Run
-from minilm.hardware import Precision, check_launch, choose_precision, fair_threads, keep_freed_memory
+from minilm.hardware import (
+    Precision,
+    check_launch,
+    choose_precision,
+    fair_threads,
+    keep_freed_memory,
+    repeat_to_the_bit,
+)
 
 T = TypeVar("T")
 
@@ -29,6 +36,7 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
     keep_freed_memory(state.device)
+    repeat_to_the_bit(run.deterministic)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
     mode = "no" if precision.name == "fp32" else precision.name
     # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.

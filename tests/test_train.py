@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,21 @@ def test_overfits_one_batch(examples: Examples, network: BertForMaskedLM, tokeni
     for _ in range(150):
         result = train_step(accelerator, model, optimizer, micro_batches, lr=3e-3, max_grad_norm=1.0)
     assert float(result.loss) < 0.05
+
+
+def test_deterministic_algorithms_are_on_when_asked_for_and_off_again_and_change_nothing_on_a_cpu(
+    documents: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    outs = [str(tmp_path / name) for name in ("plain", "deterministic", "plain again")]
+    switches = []
+    for out, asked in zip(outs, (False, True, False), strict=True):
+        train(config(documents, tmp_path, output_dir=out, deterministic=asked))
+        switches.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    assert switches == [(False, None), (True, ":4096:8"), (False, ":4096:8")]
+    weights = [Path(out, "model.safetensors").read_bytes() for out in outs]
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_the_model_loads_in_plain_transformers_with_the_same_answers(documents: Dataset, tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ class Step:
     padded_tokens: int
     """Tokens that the devices see, padding included."""
 
+    @property
+    def examples(self) -> Ids:
+        """The ids of all its examples, ascending."""
+        return np.sort(np.concatenate([ids for parts in self.micro_batches for ids in parts]))
+
 
 class Plan:
     """All steps of a run as a pure function of (lengths, seed, step): any step costs the same, whichever came before.

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -19,8 +20,9 @@ from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
 from minilm.model import SparseHead
 from minilm.objectives import objective_of
-from minilm.plan import Plan
+from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar
+from minilm.spikes import Spikes
 from minilm.tokens import Examples
 
 log = logging.getLogger("minilm")
@@ -40,15 +42,30 @@ class Recorder:
         self.bad_steps = 0  # in a row, without a finite gradient, up to the one before the last recorded
         self._rate = self._mfu = math.nan
         self._pending: dict[str, Any] | None = None
+        self._examples = np.zeros(0, np.int64)  # of the pending step
         self._mark = time.perf_counter()
         self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
         self._log = _open_log(folder / "log.jsonl", progress.log_bytes) if enabled else None
+        self._spikes = Spikes(folder / "log.jsonl") if enabled else None
         self._bar = progress_bar(
             total=total_steps, initial=progress.step, unit="step", disable=not enabled, smoothing=0.05
         )
 
-    def step(self, *, epoch: float, lr: float, loss: Tensor, grad_norm: Tensor, tokens: int, flops: float) -> None:
-        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` real tokens of all processes."""
+    def step(
+        self,
+        *,
+        epoch: float,
+        lr: float,
+        loss: Tensor,
+        grad_norm: Tensor,
+        examples: Ids,
+        tokens: int,
+        flops: float,
+    ) -> None:
+        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` real tokens of all processes.
+
+        A loss far above the recent ones gets a line of its own, with the ids of the step's `examples`.
+        """
         self._flush()
         seconds = self._lap()
         self.steps += 1
@@ -60,6 +77,7 @@ class Recorder:
         figures = torch.stack((loss, grad_norm)).to("cpu", non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        self._examples = examples
         self._pending = {
             "step": self.steps,
             "epoch": round(epoch, 6),
@@ -144,6 +162,10 @@ class Recorder:
             line["loss"] = loss if math.isfinite(loss) else None  # JSON knows no infinity
             line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             self._write(line)
+            if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.above(loss)) is not None:
+                ids = self._examples.tolist()
+                self._write({"step": line["step"], "spike_loss": loss, "usual_loss": usual, "examples": ids})
+                self._bar.write(f"step {line['step']}: loss {loss:.3f}, far above {usual:.3f} before (see log.jsonl)")
             self._bar.set_postfix_str(
                 f"loss {loss:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
             )

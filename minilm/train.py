@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.checkpoint import Saver
-from minilm.config import Config
+from minilm.config import Config, Run
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import count_flops, device_peak
@@ -137,12 +137,13 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 max_grad_norm=config.optim.max_grad_norm,
             )
             epoch, figures = done / plan.steps_per_epoch, None
-            recorder.step(epoch=epoch, lr=lr, tokens=step.tokens, flops=cost.step(step, collator.rate), **vars(result))
+            flops = cost.step(step, collator.rate)
+            recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
             if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
                 recorder.settle()
                 figures = evaluator(accelerator, model).figures()
                 recorder.evaluation(epoch, figures)
-            early = bad_gradients(recorder, plan, config.run.max_bad_steps) or request.agreed(done)
+            early = bad_gradients(recorder, plan, config.run) or request.agreed(done)
             if saver.due(done, last=done == total or early is not None):
                 saver.save(recorder.progress(figures))
             if early is not None:
@@ -180,16 +181,19 @@ def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples,
     return tokenizer, train_examples, eval_examples
 
 
-def bad_gradients(recorder: Recorder, plan: Plan, most: int) -> TrainingStopped | None:
-    """Why to give up, after `most` steps in a row without a finite gradient: since when, and what they saw."""
-    if recorder.bad_steps < most:
+def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
+    """Why to give up, after `run.max_bad_steps` in a row without a finite gradient: since when, and what they saw."""
+    if recorder.bad_steps < run.max_bad_steps:
         return None
     first = recorder.bad_since()
-    ids = sorted(int(i) for parts in plan.step(first).micro_batches for part in parts for i in part)
+    ids = plan.step(first).examples.tolist()
     listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+    saved = (
+        f"checkpoint-{recorder.steps} has the last good weights" if run.save_every else "no checkpoint was asked for"
+    )
     return TrainingStopped(
         f"no finite gradient in {recorder.bad_steps} steps in a row, since step {first + 1} (examples {listed}); these "
-        "steps changed nothing: lower optim.lr, or resume from a checkpoint before",
+        f"steps changed nothing, and {saved}: look at the examples, or start again with a lower optim.lr",
         1,
     )
 

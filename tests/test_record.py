@@ -42,7 +42,15 @@ def steps(recorder: Recorder, clock: SimpleNamespace, count: int, *, done: int =
     for number in range(done + 1, done + count + 1):
         clock.now += 2.0
         loss, grad_norm = torch.tensor(float(number)), torch.tensor(norm)
-        recorder.step(epoch=number / 4, lr=1e-3 / number, loss=loss, grad_norm=grad_norm, tokens=50, flops=600.0)
+        recorder.step(
+            epoch=number / 4,
+            lr=1e-3 / number,
+            loss=loss,
+            grad_norm=grad_norm,
+            examples=np.array([number, number + 40]),
+            tokens=50,
+            flops=600.0,
+        )
 
 
 def lines(folder: Path) -> list[dict]:
@@ -177,12 +185,32 @@ def test_figures_that_are_not_numbers_are_strict_json(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     clock.now += 1.0
     infinite, missing = torch.tensor(math.inf), torch.tensor(math.nan)
-    recorder.step(epoch=0.5, lr=1e-3, loss=missing, grad_norm=infinite, tokens=50, flops=1.0)
+    none = np.zeros(0, np.int64)
+    recorder.step(epoch=0.5, lr=1e-3, loss=missing, grad_norm=infinite, examples=none, tokens=50, flops=1.0)
     recorder.close()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     figures = json.loads(line, parse_constant=pytest.fail)
     assert figures["loss"] is None
     assert figures["grad_norm"] is None
+
+
+@pytest.mark.parametrize("stopped", [None, 15, 24, 25])
+def test_a_spike_is_logged_with_its_examples_and_the_same_after_a_resume(stopped, tmp_path, clock, capsys):
+    recorder = recorder_in(tmp_path)
+    for number in range(1, 31):
+        clock.now += 2.0
+        loss = torch.tensor(90.5 if number == 25 else 1.0 + number % 3)
+        figures = {"loss": loss, "grad_norm": torch.tensor(0.5), "tokens": 50, "flops": 600.0}
+        recorder.step(epoch=0.5, lr=1e-3, examples=np.array([number, number + 40]), **figures)
+        if number == stopped:
+            progress = recorder.progress()
+            recorder.close()
+            recorder = recorder_in(tmp_path, progress=progress)
+    recorder.close()
+    usual = np.mean([1.0 + number % 3 for number in range(1, 25)])
+    spikes = [(at, line) for at, line in enumerate(lines(tmp_path)) if "spike_loss" in line]
+    assert spikes == [(25, {"step": 25, "spike_loss": 90.5, "usual_loss": usual, "examples": [25, 65]})]
+    assert capsys.readouterr().out.count("step 25: loss 90.500, far above") == 1
 
 
 def test_a_disabled_recorder_writes_and_shows_nothing(tmp_path, clock, capfd):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.scorecard(21)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_without_a_finite_gradient_changes_nothing(bad: float) -> None:
     model = torch.nn.Linear(3, 2)
@@ -116,8 +118,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing(bad: float) -> None:
     assert not all(torch.equal(before[name], tensor) for name, tensor in step(1.0).items())
 
 
-def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_and_examples(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.scorecard(21)
+def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_examples_and_checkpoint(
+    config: Config, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]
 ) -> None:
     seen: list[int] = []
     original = minilm.train.train_step
@@ -134,9 +137,20 @@ def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_and_exam
 
     monkeypatch.setattr(minilm.train, "train_step", failing)
     run = replace(config.run, max_bad_steps=3)
+    config = replace(config, optim=replace(config.optim, schedule="constant"))
     with pytest.raises(TrainingStopped, match=r"3 steps in a row, since step 7 \(examples \d+") as caught:
         train(replace(config, run=run))
+    assert "checkpoint-10 has the last good weights" in str(caught.value)
     assert caught.value.status == 1
     folder = Path(run.output_dir or "")
-    assert (folder / "checkpoint-10" / "manifest.json").exists()
     assert [line["loss"] for line in read_log(folder)[0]][6:] == [None] * 4
+    assert (folder / "checkpoint-10" / "manifest.json").exists()
+    monkeypatch.undo()
+    six = replace(run, max_steps=6, output_dir=f"{folder}-six")
+    train(replace(config, run=six))
+    good = Path(six.output_dir or "")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (folder / "checkpoint-10" / name).read_bytes() == (good / "checkpoint-6" / name).read_bytes()
+    figure(
+        "given up after 3 in a row; step, examples and checkpoint named, which has the weights and moments of before"
+    )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from minilm.evaluate import Evaluation, Evaluator, unigram_nats
@@ -100,12 +101,15 @@ def test_totals_are_those_of_one_example_at_a_time(padded, tokenizer, accelerato
     assert_same(ours, one_by_one(evaluator, head), nats=1e-6)
 
 
+@pytest.mark.scorecard(7)
 @pytest.mark.parametrize("micro_tokens", [1, 64, 10**6])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
-def test_totals_do_not_depend_on_the_micro_batches(micro_tokens, dtype, tolerance, tokenizer, accelerator):
+def test_totals_do_not_depend_on_the_micro_batches(micro_tokens, dtype, tolerance, tokenizer, accelerator, figure):
     head = tiny_head(tokenizer).to(dtype)
-    cut_otherwise = evaluator_of(tokenizer, micro_tokens)(accelerator, head)
-    assert_same(cut_otherwise, evaluator_of(tokenizer)(accelerator, head), nats=tolerance)
+    cut_otherwise, usual = (evaluator_of(tokenizer, size)(accelerator, head) for size in (micro_tokens, 256))
+    assert_same(cut_otherwise, usual, nats=tolerance)
+    name = str(dtype).removeprefix("torch.")
+    figure(f"{micro_tokens} tokens a forward, {name}: {abs(cut_otherwise.nats / usual.nats - 1):.0e}")
 
 
 def test_figures_follow_from_the_totals():
@@ -145,28 +149,34 @@ def test_examples_without_a_target_are_refused(tokenizer, accelerator):
         replace(evaluator, examples=special)(accelerator, tiny_head(tokenizer))
 
 
-def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, accelerator, tmp_path):
+@pytest.mark.scorecard(7)
+def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, accelerator, tmp_path, figure):
     tokenizer.save_pretrained(tmp_path)
     subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=120)
-    alone = evaluator_of(tokenizer)(accelerator, tiny_head(tokenizer))
-    for processes in (2, 3):
-        ranks = [json.loads((tmp_path / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
-        assert all(rank["totals"] == ranks[0]["totals"] for rank in ranks)
-        assert_same(Evaluation(**ranks[0]["totals"]), alone, nats=1e-6)
-        assert sorted(index for rank in ranks for index in rank["seen"]) == list(range(EXAMPLES))
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-9)):
+        alone, name = evaluator_of(tokenizer)(accelerator, tiny_head(tokenizer).to(dtype)), str(dtype)[6:]
+        for processes in (2, 3):
+            ranks = [json.loads((tmp_path / f"{name}-{processes}-{i}.json").read_text()) for i in range(processes)]
+            assert all(rank["totals"] == ranks[0]["totals"] for rank in ranks)
+            shared = Evaluation(**ranks[0]["totals"])
+            assert_same(shared, alone, nats=tolerance)
+            assert sorted(index for rank in ranks for index in rank["seen"]) == list(range(EXAMPLES))
+            figure(f"{processes} processes, {name}: {abs(shared.nats / alone.nats - 1):.0e}")
 
 
 def evaluate_in_this_process(folder: Path) -> None:
-    """Write the totals that this process returns and the examples that it evaluated to PROCESSES-RANK.json."""
-    torch.set_num_threads(1)
+    """Write the totals that this process returns and the examples that it evaluated to DTYPE-PROCESSES-RANK.json."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    accelerator, evaluator = Accelerator(cpu=True), evaluator_of(tokenizer)
-    evaluator.collator.seen.clear()  # of what construction looked at
-    evaluation = evaluator(accelerator, accelerator.prepare(tiny_head(tokenizer)))
-    name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
-    (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))
+    accelerator = Accelerator(cpu=True)
+    for dtype in (torch.float32, torch.float64):
+        evaluator = evaluator_of(tokenizer)
+        evaluator.collator.seen.clear()  # of what construction looked at
+        evaluation = evaluator(accelerator, accelerator.prepare(tiny_head(tokenizer).to(dtype)))
+        name = f"{str(dtype)[6:]}-{accelerator.num_processes}-{accelerator.process_index}.json"
+        (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))
 
 
 if __name__ == "__main__":
     for processes in (2, 3):
-        debug_launcher(evaluate_in_this_process, (Path(sys.argv[1]),), num_processes=processes)
+        with patch_environment(omp_num_threads=1):  # accelerate would give each process all processors
+            debug_launcher(evaluate_in_this_process, (Path(sys.argv[1]),), num_processes=processes)

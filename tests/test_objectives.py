@@ -1,6 +1,7 @@
 """Masked LM: the statistics of the masks, what they depend on and what not, and the loss against transformers' own."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,16 +19,21 @@ Rows = list[NDArray[np.int64]]
 RATE = 0.15
 
 
-def _within(count: float, trials: int, probability: float, sigmas: float = 4) -> bool:
-    """Whether a binomial count lies within so many standard deviations of what is expected."""
-    return abs(count - trials * probability) < sigmas * math.sqrt(trials * probability * (1 - probability))
+def _z(count: float, trials: int, probability: float) -> float:
+    """How many standard deviations a binomial count is above what is expected."""
+    return (count - trials * probability) / math.sqrt(trials * probability * (1 - probability))
 
 
-def _uniform(counts: NDArray[np.int64], sigmas: float = 4) -> bool:
-    """Whether Pearson's chi-square of counts that should be equal lies within so many of its standard deviations."""
+def _within(count: float, trials: int, probability: float) -> bool:
+    """Whether a binomial count lies within four standard deviations of what is expected."""
+    return abs(_z(count, trials, probability)) < 4
+
+
+def _z_uniform(counts: NDArray[np.int64]) -> float:
+    """How many of its standard deviations Pearson's chi-square of counts that should be equal is above its mean."""
     freedom = len(counts) - 1
     chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-    return bool(abs(chi_square - freedom) < sigmas * math.sqrt(2 * freedom))
+    return float((chi_square - freedom) / math.sqrt(2 * freedom))
 
 
 def _collator(
@@ -62,32 +68,44 @@ def batch(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Batch:
     return _collator(tokenizer)(rows, np.arange(len(rows)), 0)
 
 
-def test_the_rate_is_kept_and_no_special_token_is_chosen(batch: Batch, rows: Rows, special: list[int]) -> None:
+@pytest.mark.scorecard(8)
+def test_the_rate_is_kept_and_no_special_token_is_chosen(
+    batch: Batch, rows: Rows, special: list[int], figure: Callable[[str], None]
+) -> None:
     ordinary_BxL = ~np.isin(rows, special)
     chosen_BxL = _chosen(batch, len(rows))
     assert not (chosen_BxL & ~ordinary_BxL).any()
-    assert _within(chosen_BxL.sum(), ordinary_BxL.sum(), RATE)
-    assert ordinary_BxL.sum() > 950_000
+    z_score = _z(chosen_BxL.sum(), ordinary_BxL.sum(), RATE)
+    assert abs(z_score) < 4
+    assert len(batch.input_ids_T) > ordinary_BxL.sum() > 950_000
+    figure(f"{len(batch.input_ids_T):,} tokens, 0 special ones chosen; z of the rate {z_score:+.1f}")
 
 
-def test_80_10_10(batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int]) -> None:
+@pytest.mark.scorecard(8)
+def test_80_10_10(
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int], figure: Callable[[str], None]
+) -> None:
     new_N = batch.input_ids_T[batch.target_index_N]
     masked, same = int((new_N == tokenizer.mask_token_id).sum()), int((new_N == batch.target_ids_N).sum())
     by_chance = 0.1 / (len(tokenizer) - len(special))  # a replacement that happens to be the same token
-    assert _within(masked, batch.targets, 0.8)
-    assert _within(same, batch.targets, 0.1 + by_chance)
-    assert _within(batch.targets - masked - same, batch.targets, 0.1 - by_chance)
+    expected = ((masked, 0.8), (batch.targets - masked - same, 0.1 - by_chance), (same, 0.1 + by_chance))
+    z_scores = [_z(count, batch.targets, share) for count, share in expected]
+    assert max(map(abs, z_scores)) < 4
+    figure("of 80/10/10 " + ", ".join(f"{z:+.1f}" for z in z_scores))
 
 
+@pytest.mark.scorecard(8)
 def test_replacements_are_uniform_over_the_ordinary_tokens(
-    batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int]
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int], figure: Callable[[str], None]
 ) -> None:
     new_N = batch.input_ids_T[batch.target_index_N].numpy()
     drawn = new_N[(new_N != batch.target_ids_N.numpy()) & (new_N != tokenizer.mask_token_id)]
     counts = np.bincount(drawn, minlength=len(tokenizer))
     assert counts[special].sum() == 0
     assert np.delete(counts, special).all()
-    assert _uniform(np.delete(counts, special))
+    z_score = _z_uniform(np.delete(counts, special))
+    assert abs(z_score) < 4
+    figure(f"of the replacements' uniformity {z_score:+.1f}, 0 special ones drawn")
 
 
 def test_every_position_and_example_is_chosen_alike(batch: Batch, rows: Rows, special: list[int]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_any_step_in_any_order_is_the_same(
 
 @thorough
 @given(sizes, st.integers(3, 20), st.integers(1, 3), st.integers(1, 200), groups, st.booleans(), st.integers(0, 2))
-def test_each_example_comes_exactly_once_an_epoch(
+def test_each_example_comes_exactly_once_an_epoch_whatever_the_sizes(
     lengths: Ids, examples: int, processes: int, micro_tokens: int, group: str, padded: bool, epoch: int
 ) -> None:
     plan = Plan(lengths, examples=examples, micro_tokens=micro_tokens, processes=processes, group=group, padded=padded)
@@ -61,6 +62,23 @@ def test_each_example_comes_exactly_once_an_epoch(
     assert {step.epoch for step in steps} == {epoch}
     assert sorted(len(_flat(step)) for step in steps)[1:] == [examples] * (len(steps) - 1)
     assert group == "epoch" or all(len(_flat(step)) == examples for step in steps[:-1])
+
+
+@pytest.mark.scorecard(5)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_an_epoch_of_a_prime_number_of_examples_is_whole(
+    processes: int, padded: bool, figure: Callable[[str], None]
+) -> None:
+    lengths = SKEWED[:4999]
+    plan = Plan(lengths, examples=64, micro_tokens=1024, processes=processes, padded=padded)
+    taken = np.zeros(len(lengths), np.int64)
+    for index in range(plan.steps_per_epoch):
+        micro_batches = plan.step(index).micro_batches
+        assert len(micro_batches) == processes
+        np.add.at(taken, np.concatenate([ids for parts in micro_batches for ids in parts]), 1)
+    assert (taken == 1).all()
+    figure(f"{processes}: {taken.sum():,} of {len(lengths):,} examples, each once")
 
 
 @thorough

@@ -194,6 +194,16 @@ def test_figures_that_are_not_numbers_are_strict_json(tmp_path, clock):
     assert figures["grad_norm"] is None
 
 
+@pytest.mark.scorecard(29)
+def test_a_line_is_shown_before_the_first_step_is_done_and_ended_with_it(tmp_path, clock, capfd, figure):
+    recorder = recorder_in(tmp_path)
+    assert capfd.readouterr().err.count("0/3 [00:00<?, ?step/s]") == 1
+    steps(recorder, clock, 3)
+    recorder.close()
+    assert capfd.readouterr().err.endswith("\n")
+    figure("a line from before the first step on")
+
+
 @pytest.mark.parametrize("stopped", [None, 15, 24, 25])
 def test_a_spike_is_logged_with_its_examples_and_the_same_after_a_resume(stopped, tmp_path, clock, capsys):
     recorder = recorder_in(tmp_path)

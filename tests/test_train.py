@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import pipeline as hf_pipeline
 from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.infer import fill_mask
 from minilm.model import SparseHead
+from minilm.objectives import Batch as TensorBatch
 from minilm.objectives import MaskedCollator
 from minilm.optim import build_optimizer
 from minilm.plan import Plan
@@ -99,7 +102,53 @@ def test_steps_equal_plain_torch(
         assert torch.allclose(ours, expected, atol=1e-4)
 
 
-def test_overfits_one_batch(examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.scorecard(6)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than processors
+def test_workers_of_any_number_prepare_the_same_batches_and_masks(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
+) -> None:
+    accelerator, collator = Accelerator(cpu=True), MaskedCollator(tokenizer, rate=0.15, seed=0)
+    plan = Plan(examples.lengths, examples=12, micro_tokens=100)
+
+    def prepared(workers: int) -> list[tuple[Any, ...]]:
+        steps = load_steps(plan, examples, collator, accelerator, range(3, 23), workers)
+        return [(step.epoch, step.tokens, *map(tensors, batches)) for step, batches in steps]
+
+    def tensors(batch: TensorBatch) -> tuple[object, ...]:
+        own = (batch.input_ids_T, batch.target_index_N, batch.target_ids_N, batch.packing.position_T)
+        return tuple(tensor.tolist() for tensor in own)
+
+    alone = prepared(0)
+    assert alone == prepared(1) == prepared(4)
+    assert alone[0] != alone[1]
+    figure(f"{len(alone)} steps, {sum(len(step) - 2 for step in alone)} micro-batches: equal to the bit")
+
+
+@pytest.mark.scorecard(26)
+def test_a_run_goes_on_in_the_middle_of_a_million_examples_at_once(
+    tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
+) -> None:
+    rng = np.random.default_rng(0)
+    ends = np.cumsum(rng.integers(1, 60, 1_000_001))
+    ids, none = rng.integers(5, len(tokenizer), ends[-1]).astype(np.uint16), np.zeros(0, np.int64)
+    examples = Examples(ids=ids, start=ends[:-1], stop=ends[1:], prefix=none, suffix=none)
+    accelerator, collator = Accelerator(cpu=True), MaskedCollator(tokenizer, rate=0.15, seed=0)
+    start = time.perf_counter()
+    plan = Plan(examples.lengths, examples=32, micro_tokens=1024)
+    plan.padding_share()
+    examples.facts()
+    at = plan.steps_per_epoch // 2 + 3 * plan.steps_per_epoch
+    step, _ = next(iter(load_steps(plan, examples, collator, accelerator, range(at, at + 9), 0)))
+    seconds = time.perf_counter() - start
+    assert (step.epoch, len(step.examples)) == (3, 32)
+    figure(f"first batch after {seconds:.2f} s, step {at:,}")
+    assert seconds < 2  # usually a tenth of it; iterating to the step would take minutes
+
+
+@pytest.mark.scorecard(11)
+def test_overfits_one_batch(
+    examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
+) -> None:
     accelerator = Accelerator(cpu=True)
     collator = MaskedCollator(tokenizer, rate=0.15, seed=0)
     head = SparseHead(network)
@@ -109,6 +158,7 @@ def test_overfits_one_batch(examples: Examples, network: BertForMaskedLM, tokeni
     for _ in range(150):
         result = train_step(accelerator, model, optimizer, micro_batches, lr=3e-3, max_grad_norm=1.0)
     assert float(result.loss) < 0.05
+    figure(f"masked LM: loss {float(result.loss):.3f} after 150 steps")
 
 
 def test_deterministic_algorithms_are_on_when_asked_for_and_off_again_and_change_nothing_on_a_cpu(

@@ -11,10 +11,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import debug_launcher
-
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.train import train
+from tests.laws.jobs import run
 
 STEPS = 20
 WORDS = "the a quick brown fox returns list of names for each file in this folder and raises an error if there is none"
@@ -57,21 +55,13 @@ def end_of(folder: Path) -> dict[str, object]:
     """What must be the same to the bit: weights, moments, and the log but for its times."""
     timed = ("tokens_per_second", "mfu", "seconds")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = folder / f"checkpoint-{STEPS}"
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return {
         "model": (folder / "model.safetensors").read_bytes(),
         "weights": (last / "model.safetensors").read_bytes(),
         "moments": (last / "optimizer.safetensors").read_bytes(),
         "log": [{key: value for key, value in line.items() if key not in timed} for line in lines],
     }
-
-
-def run(config: Config, processes: int) -> None:
-    """Train on that many processes, which are forked, so that they need not import torch again."""
-    if processes == 1:
-        train(config)
-    else:
-        debug_launcher(train, (config,), num_processes=processes)
 
 
 def main() -> None:

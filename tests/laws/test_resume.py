@@ -1,6 +1,7 @@
 """Laws 1 and 2 under interruption: a checkpoint is all there is, and what goes on is the run that never stopped."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from minilm import Config, Data
 from minilm.stop import TrainingStopped
 from minilm.train import train
 from tests.launch import ROOT, read_log
+from tests.laws.jobs import run_all
 from tests.laws.resume_everywhere import CONFIG, STEPS, end_of, stopped_after, write_text
 
 
@@ -39,32 +41,66 @@ def changed(config: Config, **groups: dict[str, object]) -> Config:
     return replace(config, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
 
 
+@pytest.mark.scorecard(2)
 @pytest.mark.parametrize(("processes", "every", "tried"), [(1, 1, 20), (2, 9, 3)])
 def test_resumed_after_any_step_a_run_ends_the_same_to_the_bit(
-    processes: int, every: int, tried: int, tmp_path: Path
+    processes: int, every: int, tried: int, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     flags = ("--processes", str(processes), "--every", str(every))
     command = [sys.executable, "-m", "tests.laws.resume_everywhere", str(tmp_path), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert f"{tried}/{tried} resumed runs bitwise equal, {processes} process(es)" in done.stdout, done.stderr[-2000:]
+    some = "" if every == 1 else f" (steps 1, {1 + every}, …; all 20: python -m tests.laws.resume_everywhere)"
+    figure(f"{tried}/{tried} bitwise equal on {processes}{some}")
 
 
+def without_dropout(config: Config) -> Config:
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return changed(config, model={"config": {**config.model.config, **rates}})
+
+
+def expect_the_same_losses(resumed: Path, reference: Path) -> float:
+    """The largest relative difference of a step's loss or gradient norm."""
+    lines = zip(*(read_log(folder)[0] for folder in (resumed, reference)), strict=True)
+    apart = max(abs(ours[key] / theirs[key] - 1) for ours, theirs in lines for key in ("loss", "grad_norm"))
+    assert apart <= 1e-5
+    return apart
+
+
+@pytest.fixture(scope="module")
+def plain(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without dropout that was never stopped."""
+    folder = tmp_path_factory.mktemp("out") / "plain"
+    train(changed(without_dropout(config), run={"output_dir": str(folder)}))
+    return folder
+
+
+@pytest.mark.scorecard(22)
 @pytest.mark.parametrize("changes", [{"micro_tokens": 4096}, {"micro_tokens": 24}, {"workers": 1}])
 def test_what_does_not_change_the_mathematics_may_change_when_a_run_goes_on(
-    changes: dict[str, object], config: Config, reference: Path, stopped: Callable[[int], Path]
+    changes: dict[str, object], config: Config, plain: Path, tmp_path: Path
 ) -> None:
-    config = changed(config, model={"config": {**config.model.config, "hidden_dropout_prob": 0.0}})
-    config = changed(config, model={"config": {**config.model.config, "attention_probs_dropout_prob": 0.0}})
-    folder = stopped(9)
-    plain = folder.with_name("plain")
-    train(changed(config, run={"output_dir": str(plain)}))
-    half = stopped_after(9, plain, folder.with_name("half"))
-    train(changed(config, batch=changes, run={"output_dir": str(half), "resume": "latest"}))
-    for line, expected in zip(*(read_log(path)[0] for path in (half, plain)), strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    half = stopped_after(9, plain, tmp_path / "half")
+    train(changed(without_dropout(config), batch=changes, run={"output_dir": str(half), "resume": "latest"}))
+    expect_the_same_losses(half, plain)
 
 
+@pytest.mark.scorecard(3)
+@pytest.mark.scorecard(22)
+def test_the_number_of_processes_may_change_when_a_run_goes_on(
+    config: Config, plain: Path, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    two, spread = tmp_path / "two", stopped_after(9, plain, tmp_path / "spread")
+    config = without_dropout(config)
+    resumed = changed(config, run={"output_dir": str(spread), "resume": "latest"})
+    run_all([(2, changed(config, run={"output_dir": str(two)})), (2, resumed)], tmp_path)
+    joined = stopped_after(9, two, tmp_path / "joined")
+    train(changed(config, run={"output_dir": str(joined), "resume": "latest"}))
+    figure(f"from 1 to 2: {expect_the_same_losses(spread, plain):.0e}")
+    figure(f"from 2 to 1: {expect_the_same_losses(joined, plain):.0e}")
+
+
+@pytest.mark.scorecard(22)
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -75,7 +111,11 @@ def test_what_does_not_change_the_mathematics_may_change_when_a_run_goes_on(
     ],
 )
 def test_what_changes_the_mathematics_is_refused_by_name_and_nothing_is_touched(
-    changes: dict[str, dict[str, object]], named: str, config: Config, stopped: Callable[[int], Path]
+    changes: dict[str, dict[str, object]],
+    named: str,
+    config: Config,
+    stopped: Callable[[int], Path],
+    figure: Callable[[str], None],
 ) -> None:
     folder = stopped(5)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -85,8 +125,10 @@ def test_what_changes_the_mathematics_is_refused_by_name_and_nothing_is_touched(
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    figure("refused by name: " + ", ".join(re.findall(r"(\S+\.\S+) was", named)))
 
 
+@pytest.mark.scorecard(22)
 def test_other_text_is_refused(config: Config, stopped: Callable[[int], Path]) -> None:
     text = Path(config.data.source)
     before = text.read_text()

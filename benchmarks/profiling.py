@@ -19,8 +19,9 @@ from sides import peak_memory
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilm.config import Config, parse
+from minilm.head import SparseHead, freeze_unused
 from minilm.launch import start
-from minilm.model import SparseHead, freeze_unused, load_model
+from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.optim import build_optimizer, learning_rate
 from minilm.train import lay_out, load_steps, prepare_examples, seed_dropout, train_step

@@ -31,7 +31,8 @@ from transformers.utils import logging as transformers_logging
 from minilm.config import Config, read_run
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import choose_precision, describe
-from minilm.model import SparseHead, load_model
+from minilm.head import SparseHead
+from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.tokens import Examples, token_bytes
 from minilm.train import prepare_examples

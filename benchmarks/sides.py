@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
 from minilm.hardware import count_flops, keep_freed_memory
-from minilm.model import SparseHead, freeze_unused, load_model
+from minilm.head import SparseHead, freeze_unused
+from minilm.model import load_model
 from minilm.objectives import Objective, objective_of
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.packing import pack
 from minilm.plan import Step
 
@@ -138,7 +138,7 @@ def count_flops(model: SparseHead, max_length: int) -> Cost:
         packing = pack([length]).map(lambda tensor: tensor.to(device))
         # The counter does not know the fused CPU kernel of attention.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(ids_T, packing, torch.zeros(targets, dtype=torch.int64, device=device))
+            model.logits(ids_T, packing, torch.zeros(targets, dtype=torch.int64, device=device))
         return int(counter.get_total_flops())
 
     model.eval()

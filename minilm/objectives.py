@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import CausalLM, MaskedLM
@@ -163,9 +162,9 @@ def _join(rows: Sequence[NDArray[np.int64]], *, padded: bool, multiple: int) -> 
 
 
 def target_nats(model: nn.Module, batch: Batch) -> Tensor:
-    """-log p of each target in nats, float32[N]; `model(ids, packing, target_index)` returns N x V logits."""
-    logits_NxV = model(batch.input_ids_T, batch.packing, batch.target_index_N)
-    return F.cross_entropy(logits_NxV.float(), batch.target_ids_N, reduction="none")
+    """-log p of each target in nats, float32[N], by a model like `SparseHead`."""
+    nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N)
+    return nats_N
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:

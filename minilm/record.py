@@ -18,7 +18,7 @@ from minilm.cache import publish
 from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.objectives import objective_of
 from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar

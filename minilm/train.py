@@ -24,8 +24,9 @@ from minilm.config import Config, Run
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import count_flops, device_peak
+from minilm.head import SparseHead, freeze_unused
 from minilm.launch import attempt, finish, start, together
-from minilm.model import SparseHead, freeze_unused, load_model
+from minilm.model import load_model
 from minilm.objectives import Batch, Collator, loss_sum, objective_of
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import claim_output_dir, export

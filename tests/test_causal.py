@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens
+from minilm.head import SparseHead
 from minilm.infer import load_causal_lm
-from minilm.model import SparseHead, load_model
+from minilm.model import load_model
 from minilm.objectives import CausalCollator, loss_sum, objective_of
 from minilm.packing import pack
 from minilm.plan import Plan
@@ -44,7 +45,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 PADDED = {"gemma2", "gpt_neo", "bloom"}  # a cap on the scores, and attention of their own
-FULL_HEAD = {"opt"}  # it calls its decoder, and not the base model that the hook is on
+UNHOOKED = {"opt"}  # it calls its decoder, and not the base model that the hook is on
+CAPPED = {"gemma2"}  # it caps its logits
 LENGTHS = (40, 33, 9, 9, 2, 1)
 
 
@@ -80,7 +82,8 @@ def test_loss_and_gradients_are_those_of_each_document_read_alone(
     model = build(causal_tokenizer, kind).train()
     plain = deepcopy(model)
     head = SparseHead(model)
-    assert (head.sparse, head.padding_free) == (kind not in FULL_HEAD, kind not in PADDED)
+    assert (head.sparse, head.padding_free) == (kind not in UNHOOKED, kind not in PADDED)
+    assert head.fused == (kind not in CAPPED)
     rows = rows_for()
     collator = CausalCollator(causal_tokenizer, padded=not head.padding_free)
     loss = loss_sum(head, collator(rows, np.arange(len(rows)), 0))
@@ -109,9 +112,9 @@ def test_no_logit_depends_on_a_later_token_or_on_another_document(
     changed_row, at = 1, 20
     start = LENGTHS[0]
     with torch.no_grad():
-        before = head(ids_T, packing, everywhere)
+        before = head.logits(ids_T, packing, everywhere)
         ids_T[start + at] = (ids_T[start + at] + 7) % 300 + 2
-        after = head(ids_T, packing, everywhere)
+        after = head.logits(ids_T, packing, everywhere)
     differs = (before - after).abs().max(dim=-1).values > 1e-6
     assert differs[start + at]
     allowed = torch.zeros(len(ids_T), dtype=torch.bool)

@@ -16,7 +16,7 @@ from accelerate.utils import patch_environment
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from minilm.evaluate import Evaluation, Evaluator, unigram_nats
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.objectives import MaskedCollator
 from minilm.tokens import Examples
 

@@ -23,7 +23,7 @@ from minilm.hardware import (
     fair_threads,
     gemm_rate,
 )
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.packing import pack
 from minilm.plan import Step
 
@@ -140,7 +140,7 @@ def test_flops_at_other_lengths_and_numbers_of_targets_are_predicted(kind, lengt
     head.eval()
     tokens = sum(lengths)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # CPU kernels are not counted
-        head(torch.full((tokens,), 7), pack(lengths), torch.arange(5))
+        head.logits(torch.full((tokens,), 7), pack(lengths), torch.arange(5))
     predicted = tokens * cost.per_token + sum(n**2 for n in lengths) * cost.per_square + 5 * cost.per_target
     assert predicted == counter.get_total_flops()
 

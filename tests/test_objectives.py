@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.config import MaskedLM
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.objectives import Batch, MaskedCollator, loss_sum, objective_of, target_nats
 from tests.reference import pad_rows
 

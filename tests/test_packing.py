@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.packing import Group, Packing, pack, packed_attention
 
 CPU = torch.device("cpu")
@@ -235,10 +235,10 @@ def test_no_token_sees_another_row(kind: str, lengths: tuple[int, ...]) -> None:
     ids_T = torch.tensor(random.Random(0).choices(range(5, 90), k=sum(lengths)))
     packing, everywhere = pack(lengths), torch.arange(sum(lengths))
     with torch.no_grad():
-        before = head(ids_T, packing, everywhere)
+        before = head.logits(ids_T, packing, everywhere)
         assert before.isfinite().all()
         for start, length in zip(starts(lengths), lengths, strict=True):
             own = (start <= everywhere) & (everywhere < start + length)
-            after = head(torch.where(own, 5 + (ids_T - 4) % 85, ids_T), packing, everywhere)
+            after = head.logits(torch.where(own, 5 + (ids_T - 4) % 85, ids_T), packing, everywhere)
             assert (after - before)[~own].abs().max() <= 1e-6
             assert (after - before)[own].abs().amax(1).min() > 1e-3

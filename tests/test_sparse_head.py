@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from minilm.model import SparseHead
+from minilm.head import SparseHead
 from minilm.objectives import Batch, MaskedCollator, loss_sum
 from minilm.packing import ATTENTION, pack, packed_attention
 from tests.reference import TYPES, build, full_logits, pad_rows
@@ -96,6 +96,7 @@ def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
 def test_the_types_that_each_shortcut_is_for_take_it(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
     head = SparseHead(build(tokenizer, kind))
     assert (head.sparse, head.padding_free, head.short) == (True, kind in WITHOUT_PADDING, kind != "albert")
+    assert head.fused
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -142,7 +143,7 @@ def test_logits_are_computed_at_the_targets_alone_and_the_model_stays_usable(
     with torch.no_grad():
         full_TxV = model(ids_BxL).logits.flatten(0, 1)
         for target_index_N in (torch.tensor([2, 9, 9]), torch.zeros(0, dtype=torch.int64), most):
-            sparse_NxV = head(ids_BxL.flatten(), packing, target_index_N)
+            sparse_NxV = head.logits(ids_BxL.flatten(), packing, target_index_N)
             torch.testing.assert_close(sparse_NxV, full_TxV[target_index_N])
     assert seen == {"first": [24] * 4, "last": [24, 3, 0, 24], "head": [24, 3, 0, 13]}
     assert sparse_NxV.shape == (13, len(tokenizer))
@@ -158,7 +159,7 @@ def test_a_model_that_must_see_padding_gets_it_with_its_mask(
     batch = batch_for(head, tokenizer, lengths)
     seen: list[dict[str, Any]] = []
     head.model.register_forward_pre_hook(lambda module, inputs, words: seen.append(words), with_kwargs=True)
-    head(batch.input_ids_T, batch.packing, batch.target_index_N)
+    head.logits(batch.input_ids_T, batch.packing, batch.target_index_N)
     ids_RxL, mask_RxL = pad_rows(batch.input_ids_T, lengths, 3)
     assert torch.equal(seen[0]["input_ids"], ids_RxL)
     if mask_RxL.all():
@@ -170,7 +171,7 @@ def test_a_model_that_must_see_padding_gets_it_with_its_mask(
 def test_a_failed_forward_leaves_the_model_with_its_full_head(tokenizer: PreTrainedTokenizerBase) -> None:
     head = SparseHead(build(tokenizer))
     with pytest.raises(IndexError):
-        head(torch.full((4,), 10**6), pack([4]), torch.tensor([1]))
+        head.logits(torch.full((4,), 10**6), pack([4]), torch.tensor([1]))
     assert head.model(torch.full((1, 4), 7)).logits.shape == (1, 4, len(tokenizer))
 
 
@@ -184,10 +185,10 @@ def test_a_forward_that_fails_in_the_last_layer_leaves_nothing_behind(tokenizer:
         expected_TxV = model(ids_T[None]).logits[0]
         handle = model.bert.encoder.layer[-1].intermediate.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            head(ids_T, packing, torch.tensor([1]))
+            head.logits(ids_T, packing, torch.tensor([1]))
         handle.remove()
         for index_N in (torch.arange(7), torch.tensor([5, 2])):  # most tokens, then few
-            torch.testing.assert_close(head(ids_T, packing, index_N), expected_TxV[index_N])
+            torch.testing.assert_close(head.logits(ids_T, packing, index_N), expected_TxV[index_N])
 
 
 class MixesPositions(nn.Module):

@@ -19,8 +19,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 from transformers import pipeline as hf_pipeline
 
 from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
+from minilm.head import SparseHead
 from minilm.infer import fill_mask
-from minilm.model import SparseHead
 from minilm.objectives import Batch as TensorBatch
 from minilm.objectives import MaskedCollator
 from minilm.optim import build_optimizer

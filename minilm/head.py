@@ -1,0 +1,222 @@
+"""The head of a language model at its targets, and little work besides.
+
+Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V vocabulary.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from minilm.losses import linear_cross_entropy
+from minilm.model import evaluating, longest_input, position_offset
+from minilm.packing import ATTENTION, Packing, pack
+
+log = logging.getLogger("minilm")
+
+_PROBE = 160  # tokens of the longest row on which a shortcut is tried: more than the usual window of local attention
+# First and last module of what follows attention in a layer; between the two, each token is by itself.
+_AFTER_ATTENTION = (
+    ("attention.output", "output"),  # BERT and its many relatives
+    ("mlp_norm", "mlp"),  # ModernBERT
+    ("sa_layer_norm", "output_layer_norm"),  # DistilBERT
+    ("attention.LayerNorm", "output"),  # MPNet
+)
+
+
+class SparseHead(nn.Module):
+    """The losses of a language model at the targets of a packed batch, and little work besides.
+
+    Four shortcuts, none of which changes a logit. Each is tried at construction on a small random batch against the
+    model as it came, and left out where the logits are not the same:
+
+    - `sparse`: the head runs on the targets alone, which a hook on `model.base_model` gathers;
+    - `padding_free`: rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`);
+    - `short`: what follows attention in the last layer runs on the targets alone;
+    - `fused`: the last product of the head and the loss are taken together, in parts (`minilm.losses`).
+
+    `reason` says why a model keeps its full head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.sparse = self.padding_free = self.short = self.fused = False
+        self._last: Any = model.get_output_embeddings()
+        self._target_index: Tensor | None = None
+        self._shape: torch.Size | None = None
+        self._offset = position_offset(model)
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        with evaluating(model):
+            expected_NxV = self._probe()
+            self.reason = self._try_sparse(expected_NxV)
+            self._try_padding_free(expected_NxV)
+            self._try_short(expected_NxV)
+            self._try_fused(expected_NxV)
+        if not self.sparse:
+            saved = " but for its last product" if self.fused else ""
+            log.warning(f"{type(model).__name__} runs its head on all tokens{saved}: {self.reason}")
+
+    def forward(self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, target_ids_N: Tensor) -> Tensor:
+        """-log p of the ids `target_ids_N` at the places `target_index_N` among the T tokens, nats, float32[N].
+
+        Only their sum has a gradient where the model is `fused`: take `logits` for anything else.
+        """
+        kind = input_ids_T.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if not self.fused or half:  # small probabilities need the scaled loss in half precision
+            logits_NxV = self.logits(input_ids_T, packing, target_index_N)
+            return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none")
+        with _left_out(self._last):
+            hidden_NxH = self.logits(input_ids_T, packing, target_index_N)
+        return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N)
+
+    def logits(self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor) -> Tensor:
+        """Logits, N x V, of the targets, which are at `target_index_N` among the T tokens."""
+        inputs: dict[str, Any]
+        if self.padding_free:
+            # transformers hands a mask of four axes on as it is; packed_attention has no use for one.
+            mask = torch.empty(1, 1, 1, 1, device=input_ids_T.device)
+            inputs = {"input_ids": input_ids_T[None], "attention_mask": mask, "packing": packing}
+            if self._takes_positions:
+                inputs["position_ids"] = packing.position_T[None] + self._offset
+        else:
+            (group,) = packing.groups
+            inputs = {"input_ids": group.pad(input_ids_T), "attention_mask": None}
+            if group.place_T is not None:
+                real_RxL = group.real(input_ids_T.device)
+                padding = self.model.config.pad_token_id or 0
+                inputs = {
+                    "input_ids": inputs["input_ids"].masked_fill(~real_RxL, padding),
+                    "attention_mask": real_RxL.long(),
+                }
+                target_index_N = group.place_T[target_index_N]
+        self._target_index = target_index_N if self.sparse else None
+        try:
+            logits_RxLxV: Tensor = self.model(**inputs, **self._always).logits
+        finally:
+            self._target_index = self._shape = None
+        return logits_RxLxV[0] if self.sparse else logits_RxLxV.flatten(0, 1)[target_index_N]
+
+    def _probe(self) -> Tensor:
+        """Logits of the small random batch as things are, N x V."""
+        model = self.model
+        device = next(model.parameters()).device
+        longest = min(_PROBE, longest_input(model) or _PROBE)
+        lengths = [longest, longest - longest // 8, 6]
+        generator = torch.Generator().manual_seed(0)
+        vocabulary, padding = model.config.vocab_size, model.config.pad_token_id
+        input_ids_T = torch.randint(0, vocabulary, (sum(lengths),), generator=generator)
+        input_ids_T[input_ids_T == padding] = 0 if padding else 1
+        input_ids_T = input_ids_T.to(device)
+        packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
+        target_index_N = torch.tensor([1, longest - 1, longest, sum(lengths) - 8, sum(lengths) - 2], device=device)
+        if not self.fused:
+            return self.logits(input_ids_T, packing, target_index_N)
+        with _left_out(self._last):
+            hidden_NxH = self.logits(input_ids_T, packing, target_index_N)
+        return F.linear(hidden_NxH, self._last.weight, self._last.bias)
+
+    def _differs(self, expected_NxV: Tensor) -> str:
+        """Why the probe's logits are not the expected ones; empty when they are."""
+        try:
+            logits_NxV = self._probe()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"its head does not take single positions ({type(error).__name__}: {error})"
+        scale = expected_NxV.abs().max()
+        if logits_NxV.shape != expected_NxV.shape or not (logits_NxV - expected_NxV).abs().max() <= 1e-4 * scale:
+            return "its head mixes positions"
+        return ""
+
+    def _try_sparse(self, expected_NxV: Tensor) -> str:
+        if self.model.base_model is self.model:
+            return "the model has no separate base model"
+        self.model.base_model.register_forward_hook(self._gather)
+        self.sparse = True
+        reason = self._differs(expected_NxV)
+        self.sparse = reason == ""
+        return reason
+
+    def _try_padding_free(self, expected_NxV: Tensor) -> None:
+        if not self.model._supports_attention_backend:
+            return
+        original = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION)
+        self.padding_free = True
+        if self._differs(expected_NxV):
+            self.padding_free = False
+            self.model.set_attn_implementation(original)
+
+    def _try_short(self, expected_NxV: Tensor) -> None:
+        layers = [m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)]
+        layers = [m for m in layers if len(m) == self.model.config.num_hidden_layers]
+        if not self.sparse or not layers:
+            return
+        for names in _AFTER_ATTENTION:
+            try:
+                first, last = (layers[0][-1].get_submodule(name) for name in names)
+            except AttributeError:
+                continue
+            handles = (first.register_forward_pre_hook(self._narrow), last.register_forward_hook(self._widen))
+            self.short = True
+            if not self._differs(expected_NxV):
+                return
+            self.short = False
+            for handle in handles:
+                handle.remove()
+
+    def _try_fused(self, expected_NxV: Tensor) -> None:
+        self.fused = isinstance(self._last, nn.Linear)
+        self.fused = self.fused and not self._differs(expected_NxV)
+
+    def _gather(self, module: nn.Module, inputs: object, output: Any) -> Any:
+        if self._target_index is not None:
+            hidden_RxLxH = output.last_hidden_state
+            output.last_hidden_state = hidden_RxLxH.flatten(0, 1)[self._target_index][None]
+        return output
+
+    def _narrow(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """Before the first module: only the targets go in. Where most tokens are targets, all of them do."""
+        index, shape = self._target_index, inputs[0].shape
+        if index is None or 2 * len(index) > shape[0] * shape[1]:
+            return None
+        self._shape = shape
+        return tuple(hidden_RxLxH.flatten(0, 1)[index][None] for hidden_RxLxH in inputs)
+
+    def _widen(self, module: nn.Module, inputs: object, output_1xNxH: Tensor) -> Any:
+        """After the last one: each target back to its place, zeros elsewhere."""
+        if self._shape is None or self._target_index is None:
+            return None
+        (rows, length, width), self._shape = self._shape, None
+        hidden_RLxH = output_1xNxH.new_zeros(rows * length, width).index_copy(0, self._target_index, output_1xNxH[0])
+        return hidden_RLxH.view(rows, length, width)
+
+
+@contextmanager
+def _left_out(module: nn.Module) -> Iterator[None]:
+    """The module hands on what it is given."""
+    module.forward = lambda x: x  # on this object, in front of the method of its class
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def freeze_unused(head: SparseHead) -> None:
+    """Freeze the parameters that the logits do not depend on (poolers, for one): DDP would wait for their gradients."""
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    ids_T = torch.full((8,), head.model.config.vocab_size - 1, device=device)
+    packing = pack([8]).map(lambda tensor: tensor.to(device))
+    total = head.logits(ids_T, packing, torch.zeros(1, dtype=torch.int64, device=device)).sum()
+    gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    for parameter in [p for p, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+        parameter.requires_grad_(False)

@@ -1,0 +1,75 @@
+"""The cross entropy of a linear head, a part of the targets at a time, so that no batch has all its logits in memory.
+
+Axes: N targets, H hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LOGITS = 2**25  # logits in memory at a time: 128 MiB
+
+
+def linear_cross_entropy(hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+    """-log softmax(hidden weight^T + bias) at each target, nats, float32[N].
+
+    The products are taken in the type of autocast, or else in that of `hidden_NxH`. Gradients are taken on the way
+    forward, while the logits are there, so that nothing is computed twice: those of the sum over the targets, and a
+    RuntimeError for anything else.
+    """
+    result: Tensor = _LinearCrossEntropy.apply(hidden_NxH, weight_VxH, bias_V, target_N)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+        inputs = (hidden_NxH, weight_VxH, bias_V)
+        gradients = [
+            torch.zeros_like(x) if x is not None and needed else None
+            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        device = hidden_NxH.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NxH.dtype
+        with torch.autocast(device, enabled=False):
+            hidden, weight = hidden_NxH.to(kind), weight_VxH.to(kind)
+            bias = None if bias_V is None else bias_V.to(kind)
+            rows = max(1, _LOGITS // weight_VxH.shape[0])
+            nats = [
+                _part(hidden[at : at + rows], weight, bias, target_N[at : at + rows], at, gradients)
+                for at in range(0, len(target_N), rows)
+            ]
+        ctx.gradients = gradients
+        return torch.cat(nats) if nats else hidden_NxH.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+        if len(gradient_N) > 1 and gradient_N.stride() != (0,):  # a sum hands all of them the same number
+            raise RuntimeError("only the sum of these losses has a gradient; take the logits for any other")
+        scale = gradient_N[:1].sum()
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if x is None else x.mul_(scale) for x in gradients), None
+
+
+def _part(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, at: int, gradients: list[Tensor | None]
+) -> Tensor:
+    """The nats of some targets, the first of which is number `at`; adds to the gradients that are wanted."""
+    log_p = F.linear(hidden, weight, bias).float().log_softmax(-1)
+    nats = -log_p.gather(1, target[:, None]).squeeze(1)
+    of_hidden, of_weight, of_bias = gradients
+    if of_hidden is not None or of_weight is not None or of_bias is not None:
+        error = log_p.exp_()
+        error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), -1.0))
+        if of_bias is not None:
+            of_bias += error.sum(0)
+        error = error.to(hidden.dtype)
+        if of_hidden is not None:
+            of_hidden[at : at + len(target)] = error @ weight
+        if of_weight is not None and of_weight.dtype == hidden.dtype:
+            of_weight.addmm_(error.T, hidden)
+        elif of_weight is not None:
+            of_weight += error.T @ hidden
+    return nats

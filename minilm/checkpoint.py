@@ -128,6 +128,13 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def goes_on(self) -> str:
+        """From where the run can go on, in words, once what is being written is on disk."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        complete = _complete(self.folder)
+        return f"--run.resume latest goes on from {complete[-1].name}" if complete else "no checkpoint was saved"
+
     def _write(self, progress: Progress, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         target = self.folder / f"checkpoint-{progress.step}"
         try:

@@ -4,12 +4,17 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from minilm.config import Config, parse
+from minilm.signals import ended_by_signals
 
 
 def run_recipe(config: Config, description: str = "") -> None:
@@ -19,6 +24,7 @@ def run_recipe(config: Config, description: str = "") -> None:
     """
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
 
+    @ended_by_signals()
     def work() -> None:
         resolved = parse(config, description, arguments)
         _show_log()
@@ -30,24 +36,64 @@ def run_recipe(config: Config, description: str = "") -> None:
 
 
 def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
-    """Run `work`; what ends it becomes one line on the main process's stderr, and an exit status.
+    """Run `work`; what ends it becomes one line on stderr, from one process of a job, and an exit status.
 
-    That is 2 for a ValueError (what the user got wrong), 1 for an OSError (a full disk), 130 for ctrl-C, and its own
-    for what stops a run in good order. Anything else is a bug and shows its traceback, as everything does with `debug`.
+    That is 2 for a ValueError (what the user got wrong), 1 for an OSError (a full disk, a lost process), 128 and its
+    number for a signal, and its own for what stops a run in good order. Anything else is a bug and shows its traceback,
+    as everything does with `debug`.
     """
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:
-        kinds = ((ValueError, 2), (OSError, 1), (KeyboardInterrupt, 130))
-        # TrainingStopped carries its status; its class is not named here, so that torch need not be imported.
-        status = getattr(error, "status", next((status for kind, status in kinds if isinstance(error, kind)), None))
-        if debug or status is None:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            kind = "stopped" if hasattr(error, "status") else "error"
-            said = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}: {error}"
+        status, said = _verdict(error)
+        if said is None or debug:
+            if not several:
+                raise
+            _first_to_tell()  # so that those who lose contact for it are silent
+            traceback.print_exc()
+        elif _first_to_tell():
             print(said, file=sys.stderr, flush=True)
+        if several and (said is None or isinstance(error, OSError | KeyboardInterrupt)):
+            _leave(status)
         sys.exit(status)
+
+
+def _verdict(error: BaseException) -> tuple[int, str | None]:
+    """(exit status, the line that says why), or None in place of the line for what is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        return 128 + number, "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"
+    if hasattr(error, "status"):  # TrainingStopped: not named here, so that torch need not be imported
+        return error.status, f"stopped: {error}"
+    for kind, status in ((ValueError, 2), (OSError, 1)):
+        if isinstance(error, kind):
+            return status, f"error: {error}"
+    return 1, None
+
+
+def _first_to_tell() -> bool:
+    """Whether no other process of the job on this host has told why it ends; where that is unknown: the main one."""
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        try:
+            # In the temporary folder that the launcher has for the processes that it started.
+            (Path(error_file).parent.parent / "told").touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _leave(status: int) -> NoReturn:
+    """End now: destructors of a broken process group may wait for ever. A checkpoint is still written to its end."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _show_log() -> None:

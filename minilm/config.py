@@ -196,6 +196,8 @@ class Run:
     """Checkpoints to keep: the newest ones, and besides them the one with the lowest evaluation loss."""
     max_bad_steps: int = 10
     """Give up after this many steps in a row without a finite gradient; such steps change nothing."""
+    timeout: int = 600
+    """Seconds that a process waits for the others in a step before it gives them up."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
     deterministic: bool = False
@@ -206,7 +208,7 @@ class Run:
     def __post_init__(self) -> None:
         _check_choices("run", self)
         _check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")
-        for name in ("max_steps", "eval_every", "keep_last", "max_bad_steps"):
+        for name in ("max_steps", "eval_every", "keep_last", "max_bad_steps", "timeout"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
         _check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")

@@ -1,10 +1,15 @@
 """The beginning and the end of a process of a run: the accelerator, agreement with the others, and letting go."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -31,7 +36,7 @@ T = TypeVar("T")
 def start(run: Run) -> tuple[Accelerator, Precision]:
     """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     check_launch(state.num_processes, os.environ)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
@@ -83,6 +88,47 @@ def together(work: Callable[[], T], *, main_only: bool = False) -> T:
             raise ValueError(message)
     result: T = outcome[0]
     return result
+
+
+@contextlib.contextmanager
+def first_on_each_host(accelerator: Accelerator) -> Iterator[None]:
+    """The main process of each host goes first; the others then find its results in the cache.
+
+    What is done here may take hours. So the processes wait for each other in a group of their own, which has a day's
+    time in place of run.timeout, and hear of signals while they wait.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if accelerator.num_processes > 1 else None
+
+    def wait_for_everyone() -> None:
+        if group is not None:
+            arrival = dist.barrier(group, async_op=True)
+            while not arrival.is_completed():
+                time.sleep(0.02)
+            arrival.wait()
+
+    if not accelerator.is_local_main_process:
+        wait_for_everyone()
+    yield
+    if accelerator.is_local_main_process:
+        wait_for_everyone()
+    wait_for_everyone()
+    if group is not None:
+        dist.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def in_contact(goes_on: Callable[[], str] | None = None) -> Iterator[None]:
+    """Make of an error for want of another process a ConnectionError: one line, with what `goes_on` says."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Application timeout", said):
+            raise
+        # Without the place in the source in front and the advice behind.
+        reason = re.sub(r"^\[\S+\] ", "", said.splitlines()[0]).split(". ")[0]
+        left = "" if goes_on is None else f"; {goes_on()}"
+        raise ConnectionError(f"lost contact with another process of the job ({reason}){left}") from error
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -22,7 +22,7 @@ _WHERE = ("run.output_dir", "run.overwrite", "run.resume")
 _MAY_CHANGE = (
     *_WHERE,
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
-    *("run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
+    *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
 )
 
 

@@ -1,10 +1,7 @@
 """Ends before the end: signals, and numbers that are no numbers."""
 
 import contextlib
-import ctypes
-import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -12,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from minilm.signals import SIGNALS, die_with_parent, heard
 
 
 class TrainingStopped(Exception):  # noqa: N818 - it is no error
@@ -24,22 +21,23 @@ class TrainingStopped(Exception):  # noqa: N818 - it is no error
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Inside it, SIGTERM and SIGINT ask for an end after the step that is running; a second SIGINT ends at once.
+    """Inside it, each of SIGNALS asks for an end after the step that is running; a second SIGINT ends at once.
 
-    The processes of a job hear of a signal at different moments and agree on a step by `agreed`.
+    The processes of a job hear of a signal at different moments and agree on a step by `agreed`. `saves` tells whether
+    a checkpoint is written then.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.signal = 0
+    def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
+        self.accelerator, self.saves = accelerator, saves
+        self.signal = heard()
         self._asked: Tensor | None = None
         self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-            _die_with_parent()
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            die_with_parent()
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -68,11 +66,5 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if not number:
             return None
         name = signal.Signals(number).name
-        return TrainingStopped(f"{name} after step {step}; --run.resume latest goes on", 128 + number)
-
-
-def _die_with_parent() -> None:
-    """Get SIGTERM when the launcher dies: a launcher of one process does not hand signals on (Linux only)."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        pdeathsig = 1  # PR_SET_PDEATHSIG in sys/prctl.h
-        ctypes.CDLL(None).prctl(pdeathsig, signal.SIGTERM)
+        left = "--run.resume latest goes on" if self.saves else "nothing was saved, for run.save_every is 0"
+        return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)

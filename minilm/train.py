@@ -25,7 +25,7 @@ from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import count_flops, device_peak
 from minilm.head import SparseHead, freeze_unused
-from minilm.launch import attempt, finish, start, together
+from minilm.launch import attempt, finish, first_on_each_host, in_contact, start, together
 from minilm.model import load_model
 from minilm.objectives import Batch, Collator, loss_sum, objective_of
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
@@ -84,17 +84,18 @@ def train_step(
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 
+@in_contact()
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
     `name` names the default output folder, out/NAME. Everything that can be checked is checked before the first step: a
     ValueError then says in one line what to change. TrainingStopped ends a run early: after a signal and a checkpoint,
-    or for want of finite gradients.
+    or for want of finite gradients; ConnectionError, when another process of the job is gone.
     """
     accelerator, precision = start(config.run)
     folder, checkpoint = together(lambda: claim_output_dir(config.run, name), main_only=True)
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
-    with accelerator.local_main_process_first():  # the others then find its results in the cache
+    with first_on_each_host(accelerator):
         prepared = attempt(lambda: prepare_examples(config))
     tokenizer, train_examples, eval_examples = together(prepared)
     length = config.batch.max_length
@@ -126,7 +127,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     model.train()
     steps = load_steps(plan, train_examples, collator, accelerator, range(progress.step, total), config.batch.workers)
     figures = early = None
-    with closing(recorder), StopRequest(accelerator) as request:
+    request = StopRequest(accelerator, saves=config.run.save_every > 0)
+    with request, closing(recorder), in_contact(saver.goes_on):
         for done, (step, micro_batches) in enumerate(steps, start=progress.step + 1):
             seed_dropout(seed, done - 1, accelerator.process_index)
             result = train_step(

@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopRequest(Accelerator(cpu=True)) as request:
+    with StopRequest(Accelerator(cpu=True), saves=True) as request:
         assert request.agreed(7) is None
         os.kill(os.getpid(), number)
         stopped = request.agreed(8)
@@ -44,7 +44,7 @@ def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
-    with StopRequest(Accelerator(cpu=True)):
+    with StopRequest(Accelerator(cpu=True), saves=True):
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

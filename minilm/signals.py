@@ -1,0 +1,45 @@
+"""What a process does with signals from its first moment on; torch is not needed for that, and not imported."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# SIGUSR1 is the notice that SLURM's --signal=USR1@120 gives before it takes the machines away.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_heard = [0]
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside it each of SIGNALS raises KeyboardInterrupt(number); after it only SIGINT still does."""
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    die_with_parent()
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # the process is ending already
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _heard[0] = number
+    raise KeyboardInterrupt(number)
+
+
+def heard() -> int:
+    """The last signal that raised KeyboardInterrupt, or 0: Python loses what is raised in a destructor."""
+    return _heard[0]
+
+
+def die_with_parent() -> None:
+    """Get SIGTERM when the launcher dies: a launcher of one process does not hand signals on (Linux only)."""
+    if sys.platform == "linux" and not os.environ.keys().isdisjoint(
+        ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+    ):
+        pdeathsig = 1  # PR_SET_PDEATHSIG in sys/prctl.h
+        ctypes.CDLL(None).prctl(pdeathsig, signal.SIGTERM)

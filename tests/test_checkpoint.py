@@ -110,6 +110,7 @@ def test_tied_weights_are_stored_once_and_everything_is_read_back_bit_for_bit(to
         assert all(torch.equal(restored[index][slot], tensor) for slot, tensor in slots.items())
 
 
+@pytest.mark.scorecard(15)
 @pytest.mark.parametrize("name", LISTED)
 @pytest.mark.parametrize("place", [0, 0.5, 1], ids=["first", "middle", "last"])
 def test_one_flipped_bit_is_refused(name, place, folder):
@@ -120,6 +121,7 @@ def test_one_flipped_bit_is_refused(name, place, folder):
     refused(folder / "checkpoint-2", name)
 
 
+@pytest.mark.scorecard(15)
 def test_one_flipped_bit_anywhere_in_the_manifest_is_refused_in_one_line(folder):
     path = folder / "checkpoint-2" / MANIFEST
     whole = path.read_bytes()
@@ -147,6 +149,7 @@ def make_folder(path: Path) -> None:
     path.mkdir()
 
 
+@pytest.mark.scorecard(15)
 @pytest.mark.parametrize("name", [*LISTED, MANIFEST])
 @pytest.mark.parametrize("damage", [halve, Path.unlink, link, make_folder], ids=["halved", "missing", "link", "folder"])
 def test_a_file_that_is_short_or_missing_or_no_plain_file_is_refused(name, damage, folder):
@@ -154,6 +157,7 @@ def test_a_file_that_is_short_or_missing_or_no_plain_file_is_refused(name, damag
     refused(folder / "checkpoint-2", name)
 
 
+@pytest.mark.scorecard(15)
 @pytest.mark.parametrize(
     "garbled",
     [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'{"config.json": 3}', b'{"config.json": {}}', b"[" * 100_000],
@@ -164,12 +168,14 @@ def test_a_garbled_manifest_is_refused(garbled, folder):
     refused(folder / "checkpoint-2", MANIFEST)
 
 
+@pytest.mark.scorecard(23)
 @pytest.mark.parametrize("name", [WEIGHTS, MOMENTS, STATE])
 def test_a_manifest_that_leaves_out_a_file_that_would_be_read_is_refused(name, folder):
     rewrite_manifest(folder / "checkpoint-2", [other for other in LISTED if other != name])
     refused(folder / "checkpoint-2", name)
 
 
+@pytest.mark.scorecard(23)
 @pytest.mark.parametrize("climb", ["../x", "../checkpoint-1/config.json", "/x", "sub/../config.json", "..", ".", ""])
 def test_a_manifest_name_that_leaves_the_folder_is_refused_although_the_file_is_there(climb, folder):
     damaged = folder / "checkpoint-2"
@@ -203,6 +209,7 @@ def test_a_training_state_with_other_fields_is_refused(change: Callable[[dict[st
     refused(path.parent, STATE)
 
 
+@pytest.mark.scorecard(15)
 def test_a_damaged_checkpoint_without_another_one_gets_no_hint(folder):
     (folder / "checkpoint-2" / STATE).unlink()
     (folder / "checkpoint-1" / MANIFEST).unlink()
@@ -226,6 +233,7 @@ def test_latest_where_there_is_none_is_refused(tmp_path):
             find_checkpoint("latest", folder)
 
 
+@pytest.mark.scorecard(23)
 def test_a_name_with_a_line_break_in_a_manifest_is_refused_in_one_line(folder):
     rewritten = json.loads((folder / "checkpoint-1" / MANIFEST).read_text())
     (folder / "checkpoint-2" / MANIFEST).write_text(json.dumps({"a\nb": {}, **rewritten}))

@@ -21,6 +21,7 @@ from minilm.resume import restore
 from tests.checkpoints import STATE, contents, names, network, save, saver_in, trained
 
 
+@pytest.mark.scorecard(16)
 @pytest.mark.parametrize(
     ("keep_last", "losses", "kept"),
     [
@@ -47,6 +48,7 @@ def test_exactly_the_newest_and_the_best_remain(keep_last, losses, kept, tokeniz
         read_checkpoint(tmp_path / name)
 
 
+@pytest.mark.scorecard(16)
 def test_a_checkpoint_is_removed_only_when_its_successor_is_in_place(tokenizer, tmp_path, monkeypatch):
     rename, rmtree, latest = os.rename, shutil.rmtree, []
 
@@ -95,6 +97,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -126,6 +129,7 @@ def test_a_failed_write_names_its_checkpoint_and_leaves_all_older_ones(owner, na
     assert names(tmp_path) == ["checkpoint-4"]
 
 
+@pytest.mark.scorecard(13)
 def test_a_failed_write_is_raised_by_the_next_save_which_then_writes_nothing(tokenizer, tmp_path, monkeypatch):
     saver = saver_in(tmp_path, tokenizer)
     with monkeypatch.context() as patch:
@@ -138,6 +142,7 @@ def test_a_failed_write_is_raised_by_the_next_save_which_then_writes_nothing(tok
     assert names(tmp_path) == []
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_step_saved_again_keeps_its_first_checkpoint_when_a_rename_fails(which, tokenizer, tmp_path, monkeypatch):
     saver = saver_in(tmp_path, tokenizer)
@@ -158,6 +163,7 @@ def test_a_step_saved_again_keeps_its_first_checkpoint_when_a_rename_fails(which
     assert contents(tmp_path) == before
 
 
+@pytest.mark.scorecard(13)
 def test_every_file_is_on_disk_before_the_folder_gets_its_name_and_that_name_after(tokenizer, tmp_path, monkeypatch):
     events: list[Any] = []
     fsync, rename = os.fsync, os.rename
@@ -262,6 +268,7 @@ def test_a_saver_that_is_not_enabled_writes_nothing_and_needs_no_room(
     assert names(tmp_path) == []
 
 
+@pytest.mark.scorecard(14)
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tokenizer, tmp_path, monkeypatch):
     saver = saver_in(tmp_path, tokenizer)
     save(saver, 1)
@@ -275,6 +282,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_at_once(tokenizer, tmp_
     saver_in(tmp_path, tokenizer)
 
 
+@pytest.mark.scorecard(16)
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, [4]), (2, [2, 4]), (3, [1, 2, 4])])
 def test_a_run_that_went_on_from_an_earlier_checkpoint_leaves_none_ahead_of_it(keep_last, kept, tokenizer, tmp_path):
     for step in (1, 2, 5, 6):
@@ -284,6 +292,7 @@ def test_a_run_that_went_on_from_an_earlier_checkpoint_leaves_none_ahead_of_it(k
     assert find_checkpoint("latest", tmp_path).progress.step == 4
 
 
+@pytest.mark.scorecard(16)
 @pytest.mark.parametrize("state", ["{}", '{"progress": 3}', "[", "[]"])
 def test_an_older_checkpoint_that_cannot_be_read_does_not_end_the_run(state, tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer, keep_last=1)

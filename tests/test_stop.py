@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+import minilm.signals
 import minilm.train
 from minilm import Config, Data
 from minilm.optim import build_optimizer, skip_unless_finite
@@ -30,7 +31,8 @@ def config(tmp_path: Path) -> Config:
     return replace(CONFIG, data=Data(source=text, eval_fraction=0.1), run=run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.scorecard(17)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest(Accelerator(cpu=True), saves=True) as request:
@@ -43,6 +45,32 @@ def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_a_run_that_saves_nothing_does_not_say_that_it_can_go_on() -> None:
+    with StopRequest(Accelerator(cpu=True), saves=False) as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stopped = request.agreed(8)
+    assert "SIGUSR1 after step 8; nothing was saved, for run.save_every is 0" in str(stopped)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what was swallowed
+def test_a_signal_that_a_destructor_swallowed_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm.signals, "_heard", [0])
+    before = {number: signal.getsignal(number) for number in minilm.signals.SIGNALS}
+
+    class Swallows:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with minilm.signals.ended_by_signals():
+        held = Swallows()
+        del held
+        with StopRequest(Accelerator(cpu=True), saves=True) as request:
+            assert "SIGTERM" in str(request.agreed(1))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.scorecard(17)
 def test_a_second_interrupt_ends_at_once() -> None:
     with StopRequest(Accelerator(cpu=True), saves=True):
         os.kill(os.getpid(), signal.SIGINT)
@@ -54,6 +82,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch",)
 
 
+@pytest.mark.scorecard(17)
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [(ACCELERATE, signal.SIGTERM), (TORCHRUN, signal.SIGTERM)],

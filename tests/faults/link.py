@@ -100,7 +100,7 @@ def cut_the_link(place: Path) -> Found:
     run = replace(config.run, timeout=TIMEOUT, eval_every=100_000)
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = replace(config.model, config={**config.model.config, **without_dropout})
-    optim = replace(config.optim, schedule="constant")
+    optim = replace(config.optim, schedule="constant", warmup=0)
     config = replace(config, run=run, model=model, optim=optim)
     alone = replace(config, run=replace(run, output_dir=str(place / "alone"), max_steps=COMPARED))
     job = start("fork", alone, place, processes=1)

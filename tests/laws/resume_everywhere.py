@@ -51,11 +51,11 @@ def stopped_after(step: int, reference: Path, folder: Path) -> Path:
     return folder
 
 
-def end_of(folder: Path, steps: int = STEPS) -> dict[str, object]:
+def end_of(folder: Path) -> dict[str, object]:
     """What must be the same to the bit: weights, moments, and the log but for its times."""
     timed = ("tokens_per_second", "mfu", "seconds")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = folder / f"checkpoint-{steps}"
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return {
         "model": (folder / "model.safetensors").read_bytes(),
         "weights": (last / "model.safetensors").read_bytes(),

@@ -162,7 +162,7 @@ def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_examples
         return original(*args, **kwargs)
 
     def inputs(batch: minilm.train.Batch) -> tuple[object, ...]:
-        return batch.input_ids_T, batch.packing, batch.target_index_N
+        return batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N
 
     monkeypatch.setattr(minilm.train, "train_step", failing)
     run = replace(config.run, max_bad_steps=3)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config, to_dict
-from minilm.model import quiet_transformers
+from minilm.hub import quiet_transformers
 
 log = logging.getLogger("minilm")
 
@@ -70,8 +70,7 @@ class Saver:
 
     At most one checkpoint is being written at a time. Only when it is complete are older ones removed, but for the
     newest `keep_last` and the one with the lowest `eval_loss`. One process of a job does it (`enabled`). Raises
-    ValueError when there is no room for a checkpoint, and OSError from the call after a write that failed; the
-    checkpoints before it are then untouched.
+    OSError from the call after a write that failed; the checkpoints before it are then untouched.
     """
 
     def __init__(
@@ -91,7 +90,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         if self.enabled:
-            self._check_space()
             for leftover in _leftovers(folder):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -99,16 +97,6 @@ class Saver:
         """Whether there is a checkpoint after this step: every `run.save_every` steps, and where a run ends."""
         every = self.config.run.save_every
         return every > 0 and (last or step % every == 0)
-
-    def _check_space(self) -> None:
-        weights = sum(p.numel() * p.element_size() for p in self.network.parameters())
-        free = shutil.disk_usage(self.folder).free
-        needed = 4 * weights  # with two moments, and the model at the end of the run
-        if free < needed:
-            raise ValueError(
-                f"{self.folder} has {free / 1e6:,.0f} MB free and a checkpoint takes {needed / 1e6:,.0f} MB: free some "
-                "or choose another run.output_dir"
-            )
 
     def save(self, progress: Progress) -> None:
         """Write `checkpoint-<step>`; returns once the state is copied."""
@@ -203,6 +191,7 @@ def _hold(holds: bool, message: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    _hold(os.path.lexists(path), f"there is no {path.name} in it")
     _hold(path.is_file() and not path.is_symlink(), f"{path.name} is no file of its own")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -2,14 +2,23 @@
 
 import glob
 import gzip
+import json
 import logging
 import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, cast
 
 import datasets
+import pyarrow
 from datasets import Dataset
+from pyarrow import parquet
 
 from minilm.config import Data, closest
+from minilm.hub import expect, is_path, reason
 from minilm.pydocs import pydocs
 
 log = logging.getLogger("minilm")
@@ -25,6 +34,22 @@ _BUILDERS = {
 }
 
 
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """The datasets library without its log, whose errors are raised too; with its bars only at a terminal, once."""
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@_quiet_datasets()
 def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     """(training, evaluation) documents as datasets with the single string column `text`, memory-mapped where large.
 
@@ -71,20 +96,35 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 def _read(source: str, config: str | None, split: str, column: str, document: str) -> Dataset:
     """One source as a dataset with the column `text`, documents without any visible character left out."""
+    files: list[str] = []
     if source == "pydocs":
         rows = Dataset.from_dict({"text": pydocs()[0]})
     elif files := _local_files(source):
         builder = _BUILDERS[_ending(files[0])]
+        if split.partition("[")[0] != "train":
+            raise ValueError(
+                f"data source {source}: files have no split {split!r}, only train and parts of it such as train[:90%]"
+            )
+        if not any(map(os.path.getsize, files)):
+            raise ValueError(f"data source {source}: is empty")
         options: dict[str, str] = {}
+        if builder in ("text", "csv"):
+            options["encoding"] = _encoding(files)
         if builder == "text":
             column = "text"  # a .txt file has no other
-            options = {"sample_by": "document" if document == "file" else document, "encoding": _encoding(files)}
+            options["sample_by"] = "document" if document == "file" else document
         elif _ending(files[0]) == ".tsv":
-            options = {"sep": "\t"}
-        rows = _load(source, builder, split=split, data_files=[glob.escape(file) for file in files], **options)
+            options["sep"] = "\t"
+        rows = _load(source, builder, files, split=split, **options)
     else:
-        rows = _load(source, source, name=config, split=split)
-    rows = _text_column(rows, column, source)
+        cached = expect(source, "dataset")
+        rows = _load(source, source, [], name=config, split=split)
+        if cached:
+            log.warning(f"the hub does not answer: {source} comes from the cache")
+    try:
+        rows = _text_column(rows, column, source)
+    except UnicodeDecodeError as error:  # a file of JSON is decoded here, row by row
+        raise ValueError(_damage(files) or f"data source {source}: {error}") from error
     rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
     if len(rows) == 0:
         raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
@@ -111,8 +151,12 @@ def _local_files(source: str) -> list[str]:
             f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
         )
     looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or _ending(path) in _BUILDERS
-    if not files and (found or looks_like_a_path or path.startswith(("/", ".", "~"))):
-        what = "no such file" if not found and not os.path.isdir(path) else f"no file ending in {' '.join(_BUILDERS)}"
+    if not files and (found or looks_like_a_path or is_path(source)):
+        what = (
+            "no such file or folder"
+            if not found and not os.path.isdir(path)
+            else f"no file ending in {' '.join(_BUILDERS)}"
+        )
         raise ValueError(f"data source {source}: {what}")
     return files
 
@@ -127,32 +171,82 @@ def _encoding(files: list[str]) -> str:
     return "cp1252" if others else "utf-8"
 
 
+def _opened(name: str) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(name)) if name.endswith(".gz") else open(name, "rb")
+
+
 def _line_that_is_not(name: str, encoding: str) -> int:
     """The number of the first line, from 1, that cannot be decoded or holds a NUL; 0 when there is none."""
     number = 0
     try:
-        with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+        with _opened(name) as file:
             for line in file:
                 number += 1
                 if "\0" in line.decode(encoding):
                     return number
     except UnicodeDecodeError:
         return number
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{name}, after line {number}: cannot be read ({error})") from error
     return 0
 
 
-def _load(source: str, builder: str, **options: object) -> Dataset:
+def _load(source: str, builder: str, files: list[str], **options: object) -> Dataset:
+    """The rows of `files`, or of a saved dataset or one on the hub, as the datasets library reads them."""
+    if files:
+        options["data_files"] = [glob.escape(file) for file in files]
     try:
         if os.path.isdir(builder):
             return _split_of(datasets.load_from_disk(builder), str(options["split"]), source)
         return datasets.load_dataset(builder, **options)
     except StopIteration:  # the reader of JSON met no line
         raise ValueError(f"data source {source}: is empty") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"data source {source}: {' '.join(str(cause).split())}") from error
+    except Exception as error:  # the readers of files raise what they like
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
+        if why.startswith("Unrecognized instruction"):
+            why = f"the split {options['split']!r} is not written like train, train[:5000] or train[10%:90%]"
+        raise ValueError(_damage(files) or f"data source {source}: {why}") from error
+
+
+def _damage(files: list[str]) -> str:
+    """Where the first of these files is damaged: line or row group; nothing where that cannot be told."""
+    for name in files:
+        ending = _ending(name)
+        if ending == ".parquet":
+            if found := _damaged_parquet(name):
+                return found
+        elif line := _line_that_is_not(name, "utf-8"):
+            return f"{name}, line {line}: not UTF-8"
+        elif ending in (".json", ".jsonl") and (found := _damaged_json(name)):
+            return found
+    return ""
+
+
+def _damaged_json(name: str) -> str:
+    with _opened(name) as file:
+        first = file.readline()
+        file.seek(0)
+        lines = [file.read()] if first.lstrip().startswith(b"[") else file
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line or b"0")
+            except (ValueError, RecursionError) as error:
+                at = number + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
+                return f"{name}, line {at}: no JSON, or cut off ({str(error).split(':')[0]})"
+    return ""
+
+
+def _damaged_parquet(name: str) -> str:
+    group = None
+    try:
+        with parquet.ParquetFile(name) as file:
+            for group in range(file.num_row_groups):
+                file.read_row_group(group)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        where = "no Parquet, or cut off" if group is None else f"row group {group} of {file.num_row_groups} is damaged"
+        return f"{name}: {where} ({' '.join(str(error).split())})"
+    return ""
 
 
 def _split_of(saved: Dataset | datasets.DatasetDict, split: str, source: str) -> Dataset:
@@ -183,7 +277,10 @@ def _text_column(rows: Dataset, column: str, source: str) -> Dataset:
                 value = " ".join(value)
             if not isinstance(value, str):
                 kind = type(value).__name__
-                raise ValueError(f"{source}: row {index} of column {column!r} holds {kind} where text is expected")
+                raise ValueError(
+                    f"{source}: row {index} of column {column!r} holds {kind} where text is expected; change the row, "
+                    "or pass another --data.column"
+                )
             texts.append(value)
         return {"text": texts}
 

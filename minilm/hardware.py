@@ -217,6 +217,16 @@ def check_launch(processes: int, environment: Mapping[str, str]) -> None:
         raise ValueError(f"accelerate was asked for several processes and started only one; {_RIGHT_LAUNCH}")
 
 
+def check_devices(devices: int, environment: Mapping[str, str]) -> None:
+    """Refuse more processes on this machine than it has GPUs, of which each process takes one; 0 means CPUs."""
+    here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if devices and here > devices:
+        raise ValueError(
+            f"{here} processes were started and there are {devices} GPUs here: "
+            f"type accelerate launch --multi_gpu --num_processes {devices} …"
+        )
+
+
 def fair_threads(environment: Mapping[str, str]) -> int | None:
     """CPU threads that a process should use: its share of the machine's, where a launcher cut it down to one.
 

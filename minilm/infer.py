@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -16,6 +15,7 @@ from transformers import (
     TextStreamer,
 )
 
+from minilm.hub import loading
 from minilm.model import check_causal, longest_input
 
 
@@ -46,15 +46,13 @@ def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreT
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no config.json (did its run finish?)")
-    if not folder.exists() and (folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith(".")):
-        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = auto.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    with loading(str(name), f"no {kind} can be loaded from {str(name)!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, report = auto.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it has no weights for {', '.join(missing)}")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: {' '.join(str(error).split())}") from error
     return model.eval(), tokenizer
 
 

@@ -23,6 +23,7 @@ from accelerate.utils import (
 from minilm.config import Run
 from minilm.hardware import (
     Precision,
+    check_devices,
     check_launch,
     choose_precision,
     fair_threads,
@@ -36,6 +37,7 @@ T = TypeVar("T")
 def start(run: Run) -> tuple[Accelerator, Precision]:
     """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     check_launch(state.num_processes, os.environ)
     if threads := fair_threads(os.environ):

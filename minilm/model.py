@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from minilm.config import Model, closest
+from minilm.hub import loading
 
 log = logging.getLogger("minilm")
 
@@ -36,7 +35,7 @@ def load_model(
         )
     positions = longest_input(network)
     if positions is not None and max_length > positions:
-        raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions")
+        raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
     return network
 
 
@@ -60,7 +59,10 @@ def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTr
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
     if type(config) not in auto._model_mapping:
         raise ValueError(f"model.type {model.type} has no {_head(auto)} head; these have: {', '.join(_types(auto))}")
-    network: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    try:
+        network: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:  # settings that do not go together
+        raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
     return network
 
 
@@ -81,18 +83,24 @@ def _head(auto: Any) -> str:
 
 
 def _load(model: Model, name: str, auto: Any) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(name)
-        _check_fields(name, model.config, config)
+    refusal = f"model {name!r} cannot be loaded"
+    with loading(name, refusal):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"{refusal}: {config.model_type} has no {_head(auto)} head")
+    _check_fields(name, model.config, config)
+    with loading(name, refusal):
         for field, value in model.config.items():
             setattr(config, field, value)
-        with quiet_transformers():
-            # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
-            network, report = auto.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-            )
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
+        network, report = auto.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     if missing := sorted(report["missing_keys"]):
         log.warning(
             f"{name} comes without {len(missing)} weights that a {_head(auto)} model has, such as {missing[0]}: they "
@@ -126,20 +134,6 @@ def check_causal(network: PreTrainedModel) -> None:
             f"{type(network).__name__} sees the tokens after the one that it predicts, so that it is no causal LM; "
             "where the model can be made one, pass --model.config.is-decoder True"
         )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers without its progress bars and tables: what matters of them is said in a line of our own."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def longest_input(network: PreTrainedModel) -> int | None:

@@ -1,42 +1,71 @@
-"""The output folder: claimed before any work is done, and filled so that a kill leaves no half-written file."""
+"""The output folder: chosen before any work is done, and filled so that a kill leaves no half-written file."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint, sync
 from minilm.config import Run
-from minilm.model import quiet_transformers
+from minilm.hub import quiet_transformers
 
 
-def claim_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
-    """The output folder, created, and the checkpoint to go on from if that was asked for.
+def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
+    """The output folder, and the checkpoint to go on from if that was asked for. Nothing is created or changed.
 
     A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that is not there or empty. A resumed one
     gets the folder of its checkpoint. Raises ValueError when the folder cannot be written, when it is not empty and
-    neither `resume` nor `overwrite` is set, or when there is no checkpoint; nothing in it is then touched.
+    neither `resume` nor `overwrite` is set, or when there is no checkpoint.
     """
     if run.resume is not None:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
     else:
         folder, checkpoint = _new(run.output_dir, name), None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None and any(folder.iterdir()) and not run.overwrite:
+    with _writing(folder):
+        with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
+            pass
+        if checkpoint is None and not run.overwrite and folder.exists() and any(folder.iterdir()):
             raise ValueError(
                 f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
                 "--run.resume latest to go on with the run in it"
             )
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if checkpoint is None:
+    return folder, checkpoint
+
+
+def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
+    """Create the folder, once all else was checked; a run from the start removes the checkpoints of an earlier one.
+
+    Raises ValueError, and leaves everything as it is, where there is no room for a checkpoint and the model.
+    """
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments besides
+    with _writing(folder):
+        free = shutil.disk_usage(_nearest(folder)).free
+        if free < needed:
+            raise ValueError(
+                f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: free "
+                "some or choose another one"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if run.resume is None:
             discard_checkpoints(folder)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
-    return folder, checkpoint
 
 
 def _new(asked: str | None, name: str) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +40,9 @@ def resume(
     """
     if checkpoint is None:
         return Progress()
-    changed = check_resumable(checkpoint, config, data)
+    changed = check_settings(checkpoint, config)
+    if checkpoint.data != data:
+        _refuse(checkpoint, [f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}"])
     step, folder = checkpoint.progress.step, checkpoint.folder.parent
     if step > total:
         raise ValueError(f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for")
@@ -53,8 +55,10 @@ def resume(
     return checkpoint.progress
 
 
-def check_resumable(checkpoint: Checkpoint, config: Config, data: dict[str, Any]) -> list[str]:
+def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
+    if checkpoint is None:
+        return []
     before, now = _flat(checkpoint.config), _flat(to_dict(config))
     changes = {
         name: f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
@@ -62,11 +66,16 @@ def check_resumable(checkpoint: Checkpoint, config: Config, data: dict[str, Any]
         if before.get(name) != now.get(name)
     }
     refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
-    if checkpoint.data != data:
-        refused.append(f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}")
     if refused:
-        raise ValueError(f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(refused)}")
+        _refuse(checkpoint, refused)
     return [change for name, change in changes.items() if name not in _WHERE]
+
+
+def _refuse(checkpoint: Checkpoint, changes: list[str]) -> NoReturn:
+    raise ValueError(
+        f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(changes)}; "
+        "set them back, or leave run.resume out to start anew"
+    )
 
 
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

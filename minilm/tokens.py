@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from minilm.cache import building, cache_folder
 from minilm.config import Tokens
+from minilm.hub import loading
 from minilm.progress import progress_bar
 
 _VERSION = 3  # of the files below in the cache
@@ -43,15 +44,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `tokens.name`, else of the model, else one trained on the column `text` of `documents`.
 
-    Raises ValueError when it cannot be loaded, or lacks a token that masked or `causal` LM needs.
+    Raises ValueError when it cannot be loaded, or lacks a token that masked or `causal` LM needs. Code that comes with
+    it is not run.
     """
     name = tokens.name or model_name
     if name is None:
         return _trained(tokens, documents, causal)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    with loading(name, f"tokenizer {name!r} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast form, only one in Python; pass another with --tokens.name")
     role = "end-of-text" if causal else "padding"

@@ -29,10 +29,10 @@ from minilm.launch import attempt, finish, first_on_each_host, in_contact, start
 from minilm.model import load_model
 from minilm.objectives import Batch, Collator, loss_sum, objective_of
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
-from minilm.output import claim_output_dir, export
+from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
-from minilm.resume import resume
+from minilm.resume import check_settings, resume
 from minilm.stop import StopRequest, TrainingStopped
 from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
 
@@ -93,8 +93,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     or for want of finite gradients; ConnectionError, when another process of the job is gone.
     """
     accelerator, precision = start(config.run)
-    folder, checkpoint = together(lambda: claim_output_dir(config.run, name), main_only=True)
+    folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
+    together(lambda: check_settings(checkpoint, config))
     with first_on_each_host(accelerator):
         prepared = attempt(lambda: prepare_examples(config))
     tokenizer, train_examples, eval_examples = together(prepared)
@@ -111,6 +112,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 
     data = train_examples.facts()
     progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer))
+    together(lambda: claim_output_dir(folder, config.run, network), main_only=True)
     peak = device_peak(accelerator.device, precision.name)
     facts = run_facts(accelerator, head, plan, tokenizer, train_examples, eval_examples, total, precision, peak)
     main = accelerator.is_main_process

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from minilm import hardware
 from minilm.hardware import (
     Cost,
+    check_devices,
     check_launch,
     choose_precision,
     count_flops,
@@ -158,6 +159,16 @@ def test_a_step_costs_three_forwards_of_its_real_tokens():
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
+@pytest.mark.scorecard(20)
+def test_more_processes_than_gpus_are_refused_with_the_number_that_works():
+    for devices, here in ((1, "2"), (2, "8")):
+        with pytest.raises(ValueError, match=rf"^{here} processes .* type .*--num_processes {devices} [^\n]*$"):
+            check_devices(devices, {"LOCAL_WORLD_SIZE": here})
+    for devices, environment in ((0, {"LOCAL_WORLD_SIZE": "2"}), (2, {"LOCAL_WORLD_SIZE": "2"}), (2, {})):
+        check_devices(devices, environment)
+
+
+@pytest.mark.scorecard(20)
 @pytest.mark.parametrize(
     ("processes", "environment"),
     [
@@ -172,6 +183,7 @@ def test_launches_that_do_not_do_what_they_say_are_refused_with_the_command_that
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.scorecard(20)
 @pytest.mark.parametrize(
     ("processes", "environment"),
     [

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 
 from minilm.checkpoint import Checkpoint, Progress, Saver
 from minilm.config import Config, Run
-from minilm.output import claim_output_dir, export
+from minilm.output import choose_output_dir, claim_output_dir, export
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
 LEFTOVERS = (".checkpoint-11.writing", ".checkpoint-1.discarded", ".checkpoint-10.replaced")
@@ -41,9 +42,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
+SMALLEST = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+
+
 def claim(asked: Path | str | None, *, overwrite: bool = False, resume: str | None = None) -> tuple[Path, Checkpoint]:
     run = Run(output_dir=None if asked is None else str(asked), overwrite=overwrite, resume=resume)
-    return claim_output_dir(run, "mlm")
+    chosen, checkpoint = choose_output_dir(run, "mlm")
+    claim_output_dir(chosen, run, BertForMaskedLM(BertConfig(**SMALLEST)))
+    return chosen, checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +215,32 @@ def test_overwriting_a_folder_that_cannot_be_written_removes_nothing(folder, mon
     with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
         claim(folder, overwrite=True)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("asked", [None, "a/b"])
+def test_choosing_a_folder_creates_nothing_and_changes_nothing(asked, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    assert choose_output_dir(Run(output_dir=asked), "mlm") == (Path(asked or "out/mlm"), None)
+    assert choose_output_dir(Run(output_dir=str(folder), overwrite=True), "mlm") == (folder, None)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("save_every", "times"), [(1, 4), (0, 1)])
+def test_a_disk_without_room_for_the_run_is_refused_and_nothing_changes(
+    save_every, times, tokenizer, folder, monkeypatch
+):
+    model, run = network(tokenizer), Run(output_dir=str(folder), overwrite=True, save_every=save_every)
+    needed = times * sum(parameter.nbytes for parameter in model.parameters())
+    before = contents(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    for place in (folder, folder / "new"):
+        with pytest.raises(ValueError, match=rf"^run.output_dir {place} has .* MB free .* needs [^\n]*$"):
+            claim_output_dir(place, run, model)
+    assert contents(folder) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    claim_output_dir(folder / "new", run, model)
+    assert (folder / "new").is_dir()
 
 
 def test_an_exported_model_loads_plainly_with_the_same_logits_bit_for_bit(tokenizer, tmp_path):

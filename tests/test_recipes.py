@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,17 +66,19 @@ def test_clm_shakespeare_on_two_processes(text: str, tmp_path: Path) -> None:
     assert json.loads((out / "run.json").read_text())["config"]["data"]["document"] == "file"
 
 
+@pytest.mark.scorecard(20)
 @pytest.mark.parametrize(
     ("launcher", "message"),
     [(("accelerate.commands.launch", "--cpu", "--num_processes", "2"), "started only one")],
 )
-def test_wrong_launches_are_refused(launcher: tuple[str, ...], message: str) -> None:
+def test_wrong_launches_are_refused(launcher: tuple[str, ...], message: str, figure: Callable[[str], None]) -> None:
     done = launch("mlm_pydocs.py", "--run.max-steps", "1", launcher=launcher)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert message in errors[0]
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N" in errors[0]
     assert done.returncode != 0
+    figure("each refused in one line with the right command")
 
 
 def test_a_mistyped_flag_ends_with_the_nearest_one() -> None:

@@ -1,0 +1,77 @@
+"""What a user gets wrong is told in one line, before the first step, once, and costs no file."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.bad_input import CANARY, ENTRIES, LIMIT, Outcome, outcomes, wrong
+from tests.launch import ROOT, launch
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Outcome]:
+    return outcomes(list(ENTRIES))
+
+
+@pytest.mark.scorecard(30)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_mistake_is_told_in_one_line_and_changes_no_file(name, told):
+    assert wrong(ENTRIES[name], told[name]) == "", "\n".join(told[name].error)
+
+
+@pytest.mark.scorecard(30)
+def test_the_share_of_mistakes_that_are_told_as_they_should_be(told, figure):
+    right = [name for name, entry in ENTRIES.items() if not wrong(entry, told[name])]
+    slowest = max(outcome.seconds for outcome in told.values())
+    figure(
+        f"{len(right)} of {len(ENTRIES)} in one line, files untouched, the slowest {slowest:.1f} s after the imports"
+    )
+    assert len(right) == len(ENTRIES)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "change"),
+    [
+        ("status", {"status": 1}),
+        ("lines", {"error": ["error: no such file", "error: no such file"]}),
+        ("lines", {"error": ["Traceback (most recent call last):", "error: no such file"]}),
+        ("lines", {"error": []}),
+        ("says", {"error": ["error: something else"]}),
+        ("changed", {"changed": ["out"]}),
+        ("token", {"error": [f"error: no such file {CANARY}"]}),
+    ],
+)
+def test_an_outcome_that_is_not_as_it_should_be_is_seen(flaw, change):
+    entry = ENTRIES["missing file"]
+    right = {"status": 2, "error": ["error: doc.txt: no such file"], "changed": [], "seconds": 0.1}
+    assert wrong(entry, Outcome(**right)) == ""
+    assert flaw in wrong(entry, Outcome(**{**right, **change}))
+
+
+@pytest.mark.scorecard(30)
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--data.source", "{folder}/docs.txt"), "docs.txt: no such file"),
+        (("--batch.examples", "1"), "batch.examples=1 is less than the 2 processes"),
+        (("--batch.exmples", "3"), "Perhaps you meant"),
+    ],
+    ids=["documents", "fewer examples than processes", "flag"],
+)
+def test_two_processes_tell_it_once(flags, says, tmp_path, figure):
+    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
+    done = launch("mlm_pydocs.py", *flags, "--run.output-dir", str(tmp_path / "out"), processes=2)
+    assert done.returncode != 0
+    assert sum(says in line for line in (done.stdout + done.stderr).splitlines()) == 1, done.stderr
+    assert done.stderr.count("error: ") == (0 if "meant" in says else 1)
+    assert not (tmp_path / "out").exists()
+    figure("once from 2 processes")
+
+
+@pytest.mark.scorecard(30)
+def test_a_mistake_ends_a_recipe_in_time_with_one_line_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "mlm_pydocs.py"), "--data.source", "docs.txt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=6 * LIMIT, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: data source docs.txt: no such file or folder\n")
+    assert [*tmp_path.iterdir()] == []

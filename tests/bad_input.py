@@ -1,266 +1,16 @@
-"""What a user can get wrong, and what minilm says to it: `python -m tests.bad_input` prints a line for each.
+"""What a user can get wrong, and what minilm says to it: `python -m tests.bad_input` prints the table.
 
-Every entry is a run of a recipe in a folder of its own, in a process forked from one that has imported everything, so
-that the whole table takes a minute. Entries about the hub talk to a small server on this machine.
+`python -m tests.bad_input "missing file"` prints what is said to that.
 """
 
-import contextlib
-import dataclasses
-import hashlib
 import json
 import os
-import runpy
 import shutil
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
-from tests.launch import ROOT, TINY
-
-LIMIT = 20  # seconds from launch to the end
-CANARY = "hf_canaryCanaryCANARY0123456789"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One mistake: `flags` are added to those of a run that is right, in a folder that `prepare` has changed."""
-
-    flags: str = ""
-    prepare: Callable[[], object] = lambda: None
-    says: str
-    """A part of the line that must be there."""
-    hub: Literal["offline", "server", "unreachable"] = "offline"
-    runs: bool = False
-    """The run is warned of, and goes on to its end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a user saw, and what became of the files."""
-
-    status: int
-    error: list[str]
-    """Lines of standard error."""
-    changed: list[str]
-    """Files and folders that came, went or are others than before."""
-    seconds: float
-
-    @property
-    def line(self) -> str:
-        """The line that says what is wrong; of tyro's box, what is inside."""
-        boxed = " ".join(line.strip("│ ") for line in self.error if line.startswith("│") and line.strip("│ ─"))
-        return boxed or next((line for line in self.error if line.startswith("error: ")), "")
-
-
-def wrong(entry: Entry, outcome: Outcome) -> str:
-    """What is not as it should be; nothing when all is well."""
-    # A bar that was taken back is no line, nor is the box that tyro draws around one.
-    said = [
-        line for line in outcome.error if line.strip() and "%|" not in line and not line.startswith(("╭", "│", "╰"))
-    ]
-    boxed = any(line.startswith("│") for line in outcome.error)
-    found = {
-        "status": outcome.status == (0 if entry.runs else 2),
-        "lines": entry.runs or [*said, *["box"] * boxed] in ([outcome.line], ["box"]),
-        "says": entry.says in (" ".join(outcome.error) if entry.runs else outcome.line),
-        "changed": entry.runs or outcome.changed == [],
-        "token": not any(CANARY in line for line in outcome.error),
-    }
-    return ", ".join(name for name, holds in found.items() if not holds)
-
-
-def flags_of(entry: Entry) -> tuple[str, list[str]]:
-    """The recipe and the command line of an entry: a run of two steps, right but for the entry's own flags."""
-    flags = entry.flags.split()
-    right = ["--run.max-steps", "2", "--run.output-dir", "out", "--run.precision", "fp32", "--batch.max-length", "32"]
-    if "--data.source" not in flags:
-        right += ["--data.source", "docs.txt"]
-    if "--model.name" in flags or "--run.resume" in flags:
-        return "mlm_finetune.py", ["--model.name", "bert", *right, *flags]
-    return "mlm_pydocs.py", [*TINY, *right, *flags]
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """A hash of every file below `folder`; "folder" for each folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in folder.rglob("*")
-    }
-
-
-def forked(work: Callable[[], object], output: Path) -> int:
-    """Do `work` in a child of this process, whose output and errors go to files; its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        for name, descriptor in (("stdout", 1), ("stderr", 2)):
-            os.dup2(os.open(output.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        status = 1
-        try:
-            work()
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return -9
-
-
-def run_recipe(recipe: str, flags: list[str]) -> None:
-    """`python recipes/RECIPE FLAGS…` in this very process."""
-    sys.argv = [recipe, *flags]
-    runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
-
-
-def make_materials(folder: Path) -> None:
-    """What the entries start from: a text, models with different heads, and a run of two steps with its checkpoints."""
-    import torch
-    from datasets import Dataset
-    from transformers import (
-        BertConfig,
-        BertForMaskedLM,
-        BertForSequenceClassification,
-        BertModel,
-        GPT2Config,
-        GPT2LMHeadModel,
-    )
-
-    from minilm.tokens import train_tokenizer
-
-    os.chdir(folder)
-    sentences = ("The quick brown fox jumps over the lazy dog.", "Return a list of the names.", "A short one.")
-    texts = [" ".join(sentences[: 1 + i % 3]) + f" Number {i}." for i in range(60)]
-    Path("docs.txt").write_text("\n".join(texts))
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(Dataset.from_dict({"text": texts}), "bpe", 400)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    bert = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, **size)
-    small = BertConfig(vocab_size=len(tokenizer) - 9, max_position_embeddings=64, pad_token_id=0, **size)
-    gpt2 = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    models = {
-        "bert": BertForMaskedLM(bert),
-        "small": BertForMaskedLM(small),
-        "encoder": BertModel(bert),
-        "classifier": BertForSequenceClassification(bert),
-        "gpt2": GPT2LMHeadModel(gpt2),
-    }
-    for name, model in models.items():
-        model.save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    flags = "--run.save-every 1 --run.output-dir run --run.precision fp32 --batch.max-length 32 --run.max-steps 2"
-    run_recipe("mlm_finetune.py", f"--data.source docs.txt --model.name bert {flags}".split())
-
-
-def main_in_one_process(names: list[str], folder: Path) -> None:
-    """Run the entries of these names, each in a fork, and write what became of them to outcomes.json."""
-    materials = folder / "materials"
-    materials.mkdir()
-    make_materials(materials)  # in this process, so that the forks find everything imported
-    outcomes = {}
-    for number, name in enumerate(names):
-        place, entry = folder / f"entry-{number}", ENTRIES[name]
-        shutil.copytree(materials, place)
-
-        def work(place: Path = place, entry: Entry = entry) -> None:
-            os.chdir(place)
-            with place.with_suffix(".before").open("w") as before:
-                entry.prepare()
-                json.dump(snapshot(place), before)
-            recipe, flags = flags_of(entry)
-            run_recipe(recipe, flags)
-
-        start = time.monotonic()
-        status = forked(work, place)
-        seconds = time.monotonic() - start
-        before, after = json.loads(place.with_suffix(".before").read_text()), snapshot(place)
-        error = place.with_suffix(".stderr").read_text().splitlines()
-        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-        outcome = Outcome(status=status, error=error, changed=changed, seconds=seconds)
-        outcomes[name] = dataclasses.asdict(outcome)
-    (folder / "outcomes.json").write_text(json.dumps(outcomes))
-
-
-def outcomes(names: list[str]) -> dict[str, Outcome]:
-    """What became of the entries of these names."""
-    found: dict[str, Outcome] = {}
-    with hub_server() as endpoint, tempfile.TemporaryDirectory(prefix="minilm-") as home:
-        # Read by the libraries when they are imported, so that each of these needs a process of its own.
-        hubs = {"offline": ("HF_HUB_OFFLINE", "1"), "server": ("HF_ENDPOINT", endpoint)}
-        hubs["unreachable"] = ("HF_ENDPOINT", "http://127.0.0.1:9")
-        running = {}
-        for hub, (variable, value) in hubs.items():
-            if not (group := [name for name in names if ENTRIES[name].hub == hub]):
-                continue
-            folder = Path(home, hub)
-            folder.mkdir()
-            environment = {
-                **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
-                **{variable: value, "HF_HOME": f"{folder}/cache", "HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1"},
-                **{"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)},
-            }
-            command = [sys.executable, "-m", "tests.bad_input", "--one-process", str(folder), *group]
-            nowhere = subprocess.DEVNULL
-            running[folder] = subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere, cwd=ROOT)
-        for folder, process in running.items():
-            process.wait()
-            told = json.loads((folder / "outcomes.json").read_text())
-            found |= {name: Outcome(**values) for name, values in told.items()}
-    return {name: found[name] for name in names}
-
-
-@contextlib.contextmanager
-def hub_server() -> Iterator[str]:
-    """A server that refuses everything as the hub does; its address."""
-
-    class Refusal(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            gated, down = "gated" in self.path, "down" in self.path
-            self.send_response(503 if down else 403 if "no-access" in self.path else 401 if gated else 404)
-            if not down:
-                self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            """Nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--one-process"]:
-        main_in_one_process(sys.argv[3:], Path(sys.argv[2]))
-        return
-    for name, outcome in outcomes(sys.argv[1:] or list(ENTRIES)).items():
-        line = outcome.line or next((line for line in outcome.error if ENTRIES[name].says in line), "")
-        flaws = wrong(ENTRIES[name], outcome)
-        print(f"{name} ({outcome.seconds:.1f} s){' WRONG: ' if flaws else ''}{flaws}\n    {line}")
+from tests.forks import Entry, outcomes, run_forked, wrong
 
 
 def text(name: str, content: bytes | str) -> Callable[[], object]:
@@ -476,6 +226,18 @@ ENTRIES: dict[str, Entry] = {
         hub="unreachable",
     ),
 }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--fork"]:
+        run_forked({name: ENTRIES[name] for name in sys.argv[3:]}, Path(sys.argv[2]))
+        return
+    asked = sys.argv[1:] or list(ENTRIES)
+    for name, outcome in outcomes("tests.bad_input", {name: ENTRIES[name] for name in asked}).items():
+        line = outcome.line or next((line for line in outcome.error if ENTRIES[name].says in line), "")
+        flaws = wrong(ENTRIES[name], outcome)
+        print(f"{name} ({outcome.seconds:.1f} s){' WRONG: ' if flaws else ''}{flaws}\n    {line}")
+
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-from tests.bad_input import CANARY, ENTRIES, LIMIT, Outcome, outcomes, wrong
+from tests.bad_input import ENTRIES
+from tests.forks import CANARY, LIMIT, Outcome, outcomes, wrong
 from tests.launch import ROOT, launch
 
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Outcome]:
-    return outcomes(list(ENTRIES))
+    return outcomes("tests.bad_input", ENTRIES)
 
 
 @pytest.mark.scorecard(30)

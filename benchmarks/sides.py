@@ -6,7 +6,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +37,6 @@ class Contender:
     """One row of the table."""
 
     name: str
-    layout: Literal["documents", "blocks"]
     minilm: bool
     grouping: str = ""
     """minilm: `step` or `epoch`. Trainer: its sampling strategy, or nothing for ready batches in their order."""

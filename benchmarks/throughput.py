@@ -2,13 +2,15 @@
 
     python benchmarks/throughput.py --quick
 
-Each side runs in a process of its own with the settings that it has for a user, and only one works at a time. Masked LM
-in fp32 (bf16 for both where this CPU is faster at it), RoBERTa with 6 layers, 384 wide, vocabulary 16,384, dropout 0:
+Each side runs in a process of its own with the settings that it has for a user, and only one works at a time, in fp32
+(bf16 for both where this CPU is faster at it), 32 examples of at most 128 tokens a step, without dropout:
 
-- documents: 32 of at most 128 tokens a step. Trainer runs with its defaults (random batches, padded to the longest; it
-  is handed them masked and padded already), and with its best setting for such text, `group_by_length`, and its own
-  collator. minilm runs with its default, on the same documents and masks as Trainer, and with `group=epoch`.
-- blocks: 32 full blocks of 128 tokens a step, where there is no padding to save.
+- masked-documents: masked LM, RoBERTa with 6 layers, 384 wide, vocabulary 16,384. Trainer runs with its defaults
+  (random batches, padded to the longest; it is handed them masked and padded already), and with its best setting for
+  such text, `group_by_length`, and its own collator. minilm runs with its default, on the same documents and masks as
+  Trainer, and with `group=epoch`.
+- masked-blocks: the same on full blocks, where there is no padding to save.
+- causal-documents, causal-blocks: causal LM, GPT-2 with 6 layers, 384 wide, vocabulary 50,257.
 
 A ratio is that of the tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
 (`pip install -e ".[bench]"`).
@@ -28,10 +30,16 @@ from typing import Any
 import torch
 from sides import Contender, Taken, serve
 
-from minilm.config import Batch, Config, Data, MaskedLM, Model, Optim, Tokens
+from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Tokens
 from minilm.hardware import choose_precision, describe, device_peak
 
-CONFIG = Config(
+
+def in_blocks(config: Config) -> Config:
+    """The same on full blocks."""
+    return replace(config, batch=replace(config.batch, layout="blocks"))
+
+
+MASKED = Config(
     data=Data(source="pydocs"),
     tokens=Tokens(vocab_size=16384, overflow="truncate"),
     model=Model(
@@ -50,18 +58,37 @@ CONFIG = Config(
     batch=Batch(examples=32, max_length=128),
     optim=Optim(lr=1e-4, warmup=0, schedule="linear", weight_decay=0.01, max_grad_norm=1.0),
 )
+CAUSAL = replace(
+    MASKED,
+    model=Model(
+        type="gpt2",
+        config={
+            "n_embd": 384,
+            "n_layer": 6,
+            "n_head": 6,
+            "n_positions": 128,
+            "vocab_size": 50257,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    objective=CausalLM(),
+)
 WARM_UP = 2  # rounds that are not counted
 RESULTS = Path(__file__).parent / "results"
 
-
-CONTENDERS = (
-    Contender(name="HF Trainer", layout="documents", minilm=False),
-    Contender(name="HF Trainer, group_by_length", layout="documents", minilm=False, grouping="group_by_length"),
-    Contender(name="minilm", layout="documents", minilm=True, grouping="step"),
-    Contender(name="minilm, group=epoch", layout="documents", minilm=True, grouping="epoch"),
-    Contender(name="HF Trainer", layout="blocks", minilm=False),
-    Contender(name="minilm", layout="blocks", minilm=True, grouping="step"),
-)
+TRAINER = Contender(name="HF Trainer", minilm=False)
+GROUPED = Contender(name="HF Trainer, group_by_length", minilm=False, grouping="group_by_length")
+MINILM = Contender(name="minilm", minilm=True, grouping="step")
+EPOCH = Contender(name="minilm, group=epoch", minilm=True, grouping="epoch")
+# By workload: its configuration, who takes part, Trainer first, and the rounds of a quick run.
+WORKLOADS: dict[str, tuple[Config, list[Contender], int]] = {
+    "masked-documents": (MASKED, [TRAINER, GROUPED, MINILM, EPOCH], 8),
+    "masked-blocks": (in_blocks(MASKED), [TRAINER, MINILM], 5),
+    "causal-documents": (CAUSAL, [TRAINER, GROUPED, MINILM], 3),
+    "causal-blocks": (in_blocks(CAUSAL), [TRAINER, MINILM], 3),
+}
 
 
 def compare(config: Config, contenders: list[Contender], precision: str, rounds: int) -> dict[Contender, list[Taken]]:
@@ -73,8 +100,7 @@ def compare(config: Config, contenders: list[Contender], precision: str, rounds:
     processes = []
     for contender in contenders:
         here, there = context.Pipe()
-        settings = replace(config, batch=replace(config.batch, layout=contender.layout))
-        process = context.Process(target=serve, args=(there, contender, settings, precision, total), daemon=True)
+        process = context.Process(target=serve, args=(there, contender, config, precision, total), daemon=True)
         process.start()
         here.recv()  # one builds at a time
         sides[contender] = here
@@ -111,11 +137,11 @@ def summary(steps: list[Taken], baseline: list[Taken], peak: float) -> dict[str,
 
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Bars of tokens per second, grouped by layout."""
+    """Bars of tokens per second, grouped by workload."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
-    labels = [f"{row['name']} ({row['layout']})" for row in rows]
+    labels = [f"{row['name']} ({row['workload']})" for row in rows]
     colours = ["#c44e52" if row["name"].startswith("minilm") else "#8c8c8c" for row in rows]
     bars = axes.barh(labels, [row["tokens_per_second"] for row in rows], color=colours)
     axes.bar_label(bars, [f"{row['ratio']:.2f}x" for row in rows], padding=4)
@@ -129,8 +155,8 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: about three minutes on two cores")
-    parser.add_argument("--layout", choices=("documents", "blocks"), help="only this one")
+    parser.add_argument("--quick", action="store_true", help="a third of the rounds")
+    parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
     options = parser.parse_args()
     device = torch.device("cpu")
     precision = choose_precision("auto", device).name
@@ -139,18 +165,21 @@ def main() -> None:
     title = f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision}"
     print(f"{title}; MFU against {peak.flops / 1e9:,.0f} GFLOP/s, {peak.source}")
     rows = []
-    for layout in ("documents", "blocks"):
-        if options.layout not in (None, layout):
+    for workload, (config, contenders, rounds) in WORKLOADS.items():
+        if options.workload not in (None, workload):
             continue
-        contenders = [contender for contender in CONTENDERS if contender.layout == layout]
-        rounds = {"documents": 8, "blocks": 5}[layout] * (1 if options.quick else 3)
-        taken = compare(CONFIG, contenders, precision, rounds)
+        rounds *= 1 if options.quick else 3
+        taken = compare(config, contenders, precision, rounds)
         trainer, same = taken[contenders[0]], next(c for c in contenders if c.minilm)
         apart = max(abs(a.loss - b.loss) for a, b in zip(trainer, taken[same], strict=True))
-        print(f"\n{layout}: {rounds} steps of each; losses of Trainer and minilm differ by at most {apart:.1e}")
+        print(f"\n{workload}: {rounds} steps of each; losses of Trainer and minilm differ by at most {apart:.1e}")
         print(f"{'':<28} real tokens/s   of Trainer's (middle half)   padding    MFU   memory")
         for contender in contenders:
-            row: dict[str, Any] = {**asdict(contender), **summary(taken[contender], trainer, peak.flops)}
+            row: dict[str, Any] = {
+                "workload": workload,
+                **asdict(contender),
+                **summary(taken[contender], trainer, peak.flops),
+            }
             rows.append({**row, "loss_difference": apart, "rounds": rounds})
             spread = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
             print(

@@ -60,7 +60,7 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
 
 
 def _verdict(error: BaseException) -> tuple[int, str | None]:
-    """(exit status, the line that says why), or None in place of the line for what is a bug."""
+    """The exit status, and the line that says why: None for a bug."""
     if isinstance(error, KeyboardInterrupt):
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         return 128 + number, "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"

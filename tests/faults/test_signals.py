@@ -1,11 +1,15 @@
 """The short form of tests/faults/signals.py, without a launcher."""
 
 import random
+import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.faults.jobs import config_in, start
 from tests.faults.signals import trial
 
 
@@ -17,3 +21,44 @@ def test_told_to_end_at_any_moment_a_run_saves_and_goes_on_to_the_same_end(
     told = trial(tmp_path, "fork", processes, times=2, draw=random.Random(processes))
     assert told.startswith("2/2 bitwise equal")
     figure(f"{processes} process(es): {told}")
+
+
+ENCODES = """
+import time
+from pathlib import Path
+import minilm.train
+def prepare_examples(config):
+    Path(config.run.output_dir, "begun").touch()
+    time.sleep(100)
+minilm.train.prepare_examples = prepare_examples
+"""
+
+
+@pytest.mark.scorecard(17)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_before_its_first_step_a_run_ends_at_once_in_one_line(
+    number: signal.Signals, processes: int, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    folder = tmp_path / "out"
+    config = config_in(tmp_path, steps=3)
+    config = replace(config, run=replace(config.run, output_dir=str(folder)))
+    job = start("fork", config, tmp_path, processes=processes, planted=ENCODES)
+    try:
+        end = time.monotonic() + 60
+        while not (folder / "begun").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(0.3)  # the other process waits for this one by now
+        began = time.monotonic()
+        for process in job.processes:
+            process.send_signal(number)
+        assert job.gone(10)
+        seconds = time.monotonic() - began
+    finally:
+        job.kill()
+    told = [line for line in job.stderr.read_text().splitlines() if "arning" not in line and "warn" not in line]
+    assert [line for line in told if "Distributed" not in line] == [
+        "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"
+    ]
+    assert [path.name for path in folder.iterdir()] == ["begun"]
+    figure(f"{number.name} while encoding, {processes} process(es): gone after {seconds:.1f} s, one line")

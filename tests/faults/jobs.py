@@ -100,7 +100,9 @@ def words(launcher: str, processes: int) -> list[str]:
 def write_recipe(place: Path, config: Config, planted: str) -> Path:
     """The run as a recipe that first does what is `planted`."""
     recipe = place / "recipe.py"
-    imports = "from minilm import *\nfrom minilm.cli import run_recipe\n"
+    imports = "from minilm import *\nfrom minilm.cli import run_recipe\nimport minilm.launch\n"
+    # To the bit only with as many threads as the forked runs that it is compared with have.
+    imports += "minilm.launch.fair_threads = lambda environment: None\n"
     recipe.write_text(f"{imports}{planted}\nif __name__ == '__main__':\n    run_recipe({config!r})\n")
     return recipe
 

@@ -100,9 +100,7 @@ def words(launcher: str, processes: int) -> list[str]:
 def write_recipe(place: Path, config: Config, planted: str) -> Path:
     """The run as a recipe that first does what is `planted`."""
     recipe = place / "recipe.py"
-    imports = "from minilm import *\nfrom minilm.cli import run_recipe\nimport minilm.launch\n"
-    # To the bit only with as many threads as the forked runs that it is compared with have.
-    imports += "minilm.launch.fair_threads = lambda environment: None\n"
+    imports = "from minilm import *\nfrom minilm.cli import run_recipe\n"
     recipe.write_text(f"{imports}{planted}\nif __name__ == '__main__':\n    run_recipe({config!r})\n")
     return recipe
 
@@ -115,7 +113,8 @@ def start(
     if launcher == "fork":
         return Job(None, _fork(config, stderr, processes, planted), stderr)
     command = [*(command or words(launcher, processes)), str(write_recipe(place, config, planted))]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # One thread, as the forked runs have that it is compared with; from 1, which launchers set, minilm would take more.
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "01", "PYTHONPATH": str(ROOT)}
     with stderr.open("wb") as file:
         job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
     return Job(job, [psutil.Process(job.pid)], stderr)

@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -236,14 +237,37 @@ def to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; the choices of a Literal are checked with its group."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple and isinstance(value, list | tuple):
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is dict and isinstance(value, dict):
+        return all(_fits(name, parts[0]) and _fits(inner, parts[1]) for name, inner in value.items())
+    if origin is list and isinstance(value, list):
+        return all(_fits(inner, parts[0]) for inner in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return origin is Literal or (origin is None and isinstance(value, kind))
+
+
 def from_dict(tree: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` wrote; a group or field that does not exist raises ValueError."""
+    """The configuration that `to_dict` wrote; a group or field that does not exist raises ValueError.
+
+    So does a value of another type than the field's.
+    """
     groups = typing.get_type_hints(Config)
+    _check(isinstance(tree, dict), "a configuration is groups of settings by name")
     for name in set(tree) - set(groups):
         raise ValueError(f"unknown group of settings {closest(name, list(groups))}")
     built = {}
     for name, kind in groups.items():
-        values = dict(tree.get(name, {}))
+        given = tree.get(name, {})
+        _check(isinstance(given, dict), f"the group {name} must be settings by name, not {given!r}")
+        values = dict(given)
         if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
             chosen = values.pop("name", MaskedLM.__name__)
             _check(chosen in choices, f"unknown {name} {closest(str(chosen), list(choices))}")
@@ -251,6 +275,11 @@ def from_dict(tree: dict[str, Any]) -> Config:
         known = [f.name for f in dataclasses.fields(kind)]
         for unknown in set(values) - set(known):
             raise ValueError(f"unknown setting {name}.{closest(unknown, known)}")
+        for setting, value in values.items():
+            wanted = typing.get_type_hints(kind)[setting]
+            _check(
+                _fits(value, wanted), f"{name}.{setting} must be {getattr(wanted, '__name__', wanted)}, not {value!r}"
+            )
         built[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return Config(**built)
 
@@ -258,8 +287,10 @@ def from_dict(tree: dict[str, Any]) -> Config:
 def read_run(path: str) -> Config:
     """The configuration stored in a run's `run.json`, without its output folder, which is taken."""
     try:
-        config = from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+        _check(isinstance(run, dict) and "config" in run, "it holds no config")
+        config = from_dict(run["config"])
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None, resume=None))
 

@@ -110,6 +110,8 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
         options: dict[str, str] = {}
         if builder in ("text", "csv"):
             options["encoding"] = _encoding(files)
+        if builder == "json":
+            _refuse_null_rows(files)
         if builder == "text":
             column = "text"  # a .txt file has no other
             options["sample_by"] = "document" if document == "file" else document
@@ -169,6 +171,20 @@ def _encoding(files: list[str]) -> str:
             raise ValueError(f"{name}, line {line}: not UTF-8; convert the file, for example with iconv")
         log.warning(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
     return "cp1252" if others else "utf-8"
+
+
+def _refuse_null_rows(files: list[str]) -> None:
+    """Raise ValueError for a row `null`: pyarrow's reader of JSON crashes where one comes first in what it reads."""
+    for name in files:
+        number = 0
+        try:
+            with _opened(name) as file:
+                for number, line in enumerate(file, start=1):
+                    start = line.lstrip(b"\xef\xbb\xbf \t\r")
+                    if start.startswith(b"null") or (start.startswith(b"[") and None in json.loads(line + file.read())):
+                        raise ValueError(f"{name}, line {number}: null where an object with the text is expected")
+        except (OSError, EOFError, zlib.error, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
+            return  # the reader will say what is wrong
 
 
 def _opened(name: str) -> IO[bytes]:

@@ -66,7 +66,7 @@ def _trained(tokens: Tokens, documents: Dataset, causal: bool) -> PreTrainedToke
     if not folder.exists():
         with building(folder) as temporary:
             train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal).save_pretrained(temporary)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def train_tokenizer(documents: Dataset, kind: str, vocab_size: int, *, causal: bool = False) -> PreTrainedTokenizerFast:

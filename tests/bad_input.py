@@ -111,6 +111,9 @@ ENTRIES: dict[str, Entry] = {
         prepare=jsonl("a", "b"),
         says="'txet': did you mean 'text'? There are: text",
     ),
+    "null for a row": Entry(
+        flags="--data.source docs.jsonl", prepare=text("docs.jsonl", "null\n"), says="line 1: null"
+    ),
     "None for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", "b", None), says="row 2"),
     "a number for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl(3, 4), says="row 0"),
     "a list for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl(["a"], ["b"]), says="row 0"),

@@ -26,6 +26,8 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     else:
         folder, checkpoint = _new(run.output_dir, name), None
     with _writing(folder):
+        if (folder / "log.jsonl").is_symlink():  # all other files are replaced, this one is written to
+            raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
         with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
             pass
         if checkpoint is None and not run.overwrite and folder.exists() and any(folder.iterdir()):

@@ -91,6 +91,14 @@ def no_permission() -> None:
         os.seteuid(65534)
 
 
+def cached_model() -> None:
+    """The model `bert` in the cache of the hub, as some/cached."""
+    folder = Path(os.environ["HF_HOME"], "hub", "models--some--cached")
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree("bert", folder / "snapshots" / ("0" * 40))
+
+
 def no_bf16() -> None:
     import minilm.hardware
 
@@ -222,6 +230,13 @@ ENTRIES: dict[str, Entry] = {
     "gated dataset": Entry(flags="--data.source some/gated", says="gated", hub="server"),
     "missing dataset": Entry(flags="--data.source some/missing", says="some/missing", hub="server"),
     "hub not reachable, model": Entry(flags="--model.name some/model", says="reach", hub="unreachable"),
+    "hub not reachable, model in the cache": Entry(
+        flags="--model.name some/cached",
+        prepare=cached_model,
+        says="some/cached comes from the cache",
+        hub="unreachable",
+        runs=True,
+    ),
     "hub not reachable, dataset": Entry(flags="--data.source some/dataset", says="reach", hub="unreachable"),
     "hub not reachable, resume with another model": Entry(
         flags="--run.resume latest --run.output-dir run --model.name other/model",

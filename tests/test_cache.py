@@ -2,11 +2,16 @@
 
 import os
 import stat
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from minilm import Data
 from minilm.cache import building, cache_folder, publish
+from tests.laws.jobs import run_all
+from tests.laws.resume_everywhere import CONFIG, write_text
 
 
 def test_the_cache_lies_where_the_hugging_face_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +100,23 @@ def test_two_builders_at_once_both_succeed_and_the_first_to_finish_wins(tmp_path
             (fast / "file").write_text("fast")
     assert os.listdir(tmp_path) == ["made"]
     assert (tmp_path / "made" / "file").read_text() == "fast"
+
+
+@pytest.mark.scorecard(27)
+def test_two_processes_on_a_cold_cache_build_each_entry_once(tmp_path: Path, figure: Callable[[str], None]) -> None:
+    data = Data(source=write_text(tmp_path / "text.txt"), eval_fraction=0.1)
+    run = replace(CONFIG.run, max_steps=2, output_dir=str(tmp_path / "out"))
+    run_all([(2, replace(CONFIG, data=data, run=run))], tmp_path, HF_HOME=str(tmp_path / "cache"))
+    cache = tmp_path / "cache" / "minilm"
+    lines = [line.split(" ", 2) for line in (tmp_path / "writes.txt").read_text().splitlines()]
+    entries = sorted(path.name for path in cache.iterdir())
+    assert sorted(name.split("-")[0] for name in entries) == ["ids", "ids", "tokenizer"]
+    assert sorted(path for _, event, path in lines if event == "os.rename") == [str(cache / name) for name in entries]
+    assert len({path for _, event, path in lines if event == "os.mkdir" and Path(path).parent == cache}) == len(entries)
+    assert len({process for process, event, path in lines if path != str(cache)}) == 1
+    assert (tmp_path / "out" / "all_results.json").exists()
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    figure(f"{len(entries)} entries with {len(files)} files, each built once, by one of two processes")
 
 
 def test_building_that_cannot_be_renamed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

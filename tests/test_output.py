@@ -243,6 +243,7 @@ def test_a_disk_without_room_for_the_run_is_refused_and_nothing_changes(
     assert (folder / "new").is_dir()
 
 
+@pytest.mark.scorecard(28)
 def test_an_exported_model_loads_plainly_with_the_same_logits_bit_for_bit(tokenizer, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     model = network(tokenizer)

@@ -176,6 +176,7 @@ def test_deterministic_algorithms_are_on_when_asked_for_and_off_again_and_change
     assert weights[0] == weights[1] == weights[2]
 
 
+@pytest.mark.scorecard(28)
 def test_the_model_loads_in_plain_transformers_with_the_same_answers(documents: Dataset, tmp_path: Path) -> None:
     text = "Return a [MASK] of the names."
     train(config(documents, tmp_path, samples=(text,)))

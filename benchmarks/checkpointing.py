@@ -1,0 +1,133 @@
+"""What saving costs: steps with a checkpoint every so many, beside steps without, in blocks that alternate.
+
+    python benchmarks/checkpointing.py
+
+Masked LM on full blocks of Python's documentation, one process, with a RoBERTa whose checkpoint (weights and two
+moments) is about 500 MB. Every step is minilm's train_step and every save its Saver's, which writes and takes sums
+while the next steps run; a block with a save ends when that is on disk. An overhead is that of a block over the one
+before or after it without a save. The checkpoints go to the folder for temporary files (TMPDIR): its disk decides.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minilm.checkpoint import Progress, Saver
+from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
+from minilm.hardware import describe
+from minilm.launch import start
+from minilm.model import SparseHead, freeze_unused, load_model
+from minilm.optim import build_optimizer
+from minilm.train import lay_out, load_steps, prepare_examples, seed_dropout, train_step
+
+EVERY = 20  # steps between checkpoints
+WARM_UP = 3  # steps that are not counted
+CONFIG = Config(
+    data=Data(source="pydocs"),
+    tokens=Tokens(vocab_size=16384),
+    model=Model(
+        type="roberta",
+        config={
+            "hidden_size": 640,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 10,
+            "intermediate_size": 2560,
+            "max_position_embeddings": 130,
+        },
+    ),
+    batch=Batch(examples=4, max_length=128, layout="blocks"),
+    optim=Optim(lr=1e-4),
+    run=Run(save_every=EVERY, keep_last=1),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """`EVERY` steps, with a checkpoint after the first of them or without one."""
+
+    seconds: float
+    copying: float = 0.0
+    """Of these, until `save` returned: the run waits while the state is copied."""
+    waiting: float = 0.0
+    """Of these, from the end of the steps until the checkpoint was on disk."""
+
+
+def steps_of(config: Config, count: int) -> tuple[Iterator[int], Saver]:
+    """(an iterator that takes a step each time and gives its number, the saver of their checkpoints)."""
+    accelerator, precision = start(config.run)
+    tokenizer, train_examples, eval_examples = prepare_examples(config)
+    network = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+    head = SparseHead(network.to(accelerator.device))
+    freeze_unused(head)
+    model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
+    plan, collator, _ = lay_out(config, accelerator, head, tokenizer, train_examples, eval_examples)
+    model.train()
+    size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    hardware = describe(accelerator.device)
+    print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision.name}; ", end="")
+    print(f"{size / 1e6:,.0f} MB a checkpoint, one every {EVERY} steps")
+
+    def run() -> Iterator[int]:
+        steps = load_steps(plan, train_examples, collator, accelerator, range(count), config.batch.workers)
+        for number, (_, micro_batches) in enumerate(steps, start=1):
+            seed_dropout(config.run.seed, number - 1, accelerator.process_index)
+            result = train_step(accelerator, model, optimizer, micro_batches, lr=1e-4, max_grad_norm=1.0)
+            float(result.loss)  # the end of the step, on a GPU too
+            yield number
+
+    saver = Saver(Path(str(config.run.output_dir)), network, optimizer, tokenizer, config, {}, enabled=True)
+    return run(), saver
+
+
+def block(steps: Iterator[int], saver: Saver | None) -> Block:
+    """Take a block's steps, and its checkpoint if there is a saver."""
+    begin = time.perf_counter()
+    number, copying = next(steps), 0.0
+    if saver is not None:
+        mark = time.perf_counter()
+        saver.save(Progress(step=number))
+        copying = time.perf_counter() - mark
+    for _ in range(EVERY - 1):
+        next(steps)
+    mark = time.perf_counter()
+    if saver is not None:
+        saver.wait()
+    end = time.perf_counter()
+    return Block(seconds=end - begin, copying=copying, waiting=end - mark)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="40 steps in place of 200; half of them with saving")
+    options = parser.parse_args()
+    pairs = 1 if options.quick else 5
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(CONFIG, run=replace(CONFIG.run, output_dir=folder))
+        steps, saver = steps_of(config, WARM_UP + 2 * pairs * EVERY)
+        for _ in range(WARM_UP):
+            next(steps)
+        saving: list[Block] = []
+        plain: list[Block] = []
+        for pair in range(pairs):
+            for with_saving in (True, False) if pair % 2 else (False, True):
+                (saving if with_saving else plain).append(block(steps, saver if with_saving else None))
+    overheads = [100 * (a.seconds / b.seconds - 1) for a, b in zip(saving, plain, strict=True)]
+    step = statistics.median(b.seconds for b in plain) / EVERY
+    copying = statistics.median(b.copying for b in saving)
+    waiting = statistics.median(b.waiting for b in saving)
+    seconds = statistics.median(b.seconds for b in saving)
+    print(f"{pairs * EVERY} steps with saving, {pairs * EVERY} without ({step:.2f} s each)")
+    print(f"overhead: {statistics.median(overheads):+.1f}% (from {min(overheads):+.1f}% to {max(overheads):+.1f}%)")
+    print(
+        f"a save: {copying:.2f} s for the copy, which the run waits for ({copying / seconds:.1%} of the block); "
+        f"{waiting:.2f} s until it was on disk after the block's last step"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -19,8 +19,9 @@ from pathlib import Path
 from minilm.checkpoint import Progress, Saver
 from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.hardware import describe
+from minilm.head import SparseHead, freeze_unused
 from minilm.launch import start
-from minilm.model import SparseHead, freeze_unused, load_model
+from minilm.model import load_model
 from minilm.optim import build_optimizer
 from minilm.train import lay_out, load_steps, prepare_examples, seed_dropout, train_step
 

@@ -144,4 +144,4 @@ def test_runs_with_dropout_are_bitwise_equal(config: Config, tmp_path: Path, fig
     for processes in (1, 2):
         first, second = (end_of(tmp_path / f"{name}-{processes}") for name in ("first", "second"))
         assert first == second
-        figure(f"{processes} processes, dropout on: weights, moments and log bitwise equal")
+        figure(f"{processes} process(es), dropout on: weights, moments and log bitwise equal")

@@ -37,7 +37,7 @@ def gradients(loss: Any, values: list[Any]) -> list[Tensor | None]:
 def test_losses_and_gradients_are_those_of_the_logits(
     at_a_time: int, bias: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_LOGITS", at_a_time * V)
+    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", at_a_time * V)
     values, tolerance = inputs(bias=bias), 1e-6 if kind == torch.float32 else 2e-2
     with torch.autocast("cpu", dtype=kind, enabled=kind != torch.float32):
         torch.testing.assert_close(linear_cross_entropy(*values), plain(*values), rtol=tolerance, atol=tolerance)
@@ -83,7 +83,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_logits_are_never_all_in_memory(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOGITS", 4 * V)
+    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", 4 * V)
     values = inputs()
     with torch.set_grad_enabled(training), Largest() as largest:
         loss = linear_cross_entropy(*values).sum()

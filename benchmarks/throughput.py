@@ -187,7 +187,8 @@ def main() -> None:
                 f"{row['mfu']:5.0%}  {row['peak_memory'] / 1e9:4.1f} GB"
             )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"throughput-{re.sub(r'[^a-z0-9]+', '-', title.lower())}.json"
+    name = f"{title} {options.workload or ''}".strip().lower()
+    path = RESULTS / f"throughput-{re.sub(r'[^a-z0-9]+', '-', name)}.json"
     path.write_text(json.dumps({"hardware": hardware, "precision": precision, "rows": rows}, indent=2) + "\n")
     print(f"\nwritten to {path}", end="")
     try:

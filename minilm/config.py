@@ -270,8 +270,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
         values = dict(given)
         if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
             chosen = values.pop("name", MaskedLM.__name__)
-            _check(chosen in choices, f"unknown {name} {closest(str(chosen), list(choices))}")
-            kind = choices[chosen]
+            _check(str(chosen) in choices, f"unknown {name}.name {closest(str(chosen), list(choices))}")
+            kind = choices[str(chosen)]
         known = [f.name for f in dataclasses.fields(kind)]
         for unknown in set(values) - set(known):
             raise ValueError(f"unknown setting {name}.{closest(unknown, known)}")

@@ -125,7 +125,7 @@ def test_a_configuration_survives_json(config: Config) -> None:
         ({"bacth": {}}, "'bacth': did you mean 'batch'?"),
         ({"batch": {"exmaples": 3}}, "batch.'exmaples': did you mean 'examples'?"),
         ({"run": {"zzz": 1}}, "run.'zzz'. There are: "),
-        ({"objective": {"name": "CausalML"}}, "objective 'CausalML': did you mean 'CausalLM'?"),
+        ({"objective": {"name": "CausalML"}}, "objective.name 'CausalML': did you mean 'CausalLM'?"),
         ({"objective": {"name": "CausalLM", "rate": 0.1}}, "objective.'rate'. There are: none."),
     ],
 )

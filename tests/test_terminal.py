@@ -107,5 +107,5 @@ def test_ctrl_c_while_documents_are_encoded_leaves_a_clean_terminal_and_nothing_
     assert (last.replace("^C", "").strip(), cursor) == ("interrupted", "")
     assert terminal.process.returncode == 130
     assert list((cache / "minilm").iterdir()) == []
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     figure(f"clean {took:.1f} s after ctrl-C")

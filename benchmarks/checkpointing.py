@@ -40,7 +40,7 @@ CONFIG = Config(
             "max_position_embeddings": 130,
         },
     ),
-    batch=Batch(examples=4, max_length=128, layout="blocks"),
+    batch=Batch(examples=16, max_length=128, layout="blocks"),
     optim=Optim(lr=1e-4),
     run=Run(save_every=EVERY, keep_last=1),
 )

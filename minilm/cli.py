@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minilm.config import Config, parse
-from minilm.signals import ended_by_signals
+from minilm.signals import ended_by_signals, first_to_tell
 
 
 def run_recipe(config: Config, description: str = "") -> None:
@@ -50,9 +50,9 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
         if said is None or debug:
             if not several:
                 raise
-            _first_to_tell()  # so that those who lose contact for it are silent
+            first_to_tell()  # so that those who lose contact for it are silent
             traceback.print_exc()
-        elif _first_to_tell():
+        elif first_to_tell():
             print(said, file=sys.stderr, flush=True)
         if several and (said is None or isinstance(error, OSError | KeyboardInterrupt)):
             _leave(status)
@@ -70,20 +70,6 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
         if isinstance(error, kind):
             return status, f"error: {error}"
     return 1, None
-
-
-def _first_to_tell() -> bool:
-    """Whether no other process of the job on this host has told why it ends; where that is unknown: the main one."""
-    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        try:
-            # In the temporary folder that the launcher has for the processes that it started.
-            (Path(error_file).parent.parent / "told").touch(exist_ok=False)
-            return True
-        except FileExistsError:
-            return False
-        except OSError:
-            pass
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave(status: int) -> NoReturn:

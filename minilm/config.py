@@ -5,10 +5,11 @@ name (`--batch.examples 64`). This file imports neither torch nor transformers, 
 are answered at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
-import os
 import sys
 import types
 import typing
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from minilm.signals import first_to_tell
 
 Value = bool | int | float | str | list[str]
 
@@ -321,13 +324,12 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         "defaults. "
         "--from-run FILE repeats the run that wrote this run.json. --debug shows tracebacks."
     )
-    quiet = os.environ.get("RANK", "0") != "0"  # one message for a job, not one from each process
-    stderr = sys.stderr
+    plain, said = (tyro.conf.AvoidSubcommands,), io.StringIO()
     try:
-        with open(os.devnull, "w") as nowhere:
-            sys.stderr = nowhere if quiet else stderr
-            plain = (tyro.conf.AvoidSubcommands,)
+        with contextlib.redirect_stderr(said):
             config: Config = tyro.cli(Config, default=default, args=rest, config=plain, description=description)
-    finally:
-        sys.stderr = stderr
+    except SystemExit:
+        if said.getvalue() and first_to_tell():  # one message for a job, not one from each process
+            sys.stderr.write(said.getvalue())
+        raise
     return config

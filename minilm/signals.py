@@ -1,4 +1,4 @@
-"""What a process does with signals from its first moment on; torch is not needed for that, and not imported."""
+"""What a process does with signals, from its first moment on, and which one of a job tells why it ends."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 # SIGUSR1 is the notice that SLURM's --signal=USR1@120 gives before it takes the machines away.
@@ -43,3 +44,17 @@ def die_with_parent() -> None:
     ):
         pdeathsig = 1  # PR_SET_PDEATHSIG in sys/prctl.h
         ctypes.CDLL(None).prctl(pdeathsig, signal.SIGTERM)
+
+
+def first_to_tell() -> bool:
+    """Whether no other process of the job on this host has told why it ends; where that is unknown: the main one."""
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        try:
+            # In the temporary folder that the launcher has for the processes that it started.
+            (Path(error_file).parent.parent / "told").touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+    return os.environ.get("RANK", "0") == "0"

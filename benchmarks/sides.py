@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     DataCollatorForLanguageModeling,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -40,6 +39,21 @@ class Contender:
     minilm: bool
     grouping: str = ""
     """minilm: `step` or `epoch`. Trainer: its sampling strategy, or nothing for ready batches in their order."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """All that one side needs in its process to take its steps."""
+
+    connection: Connection
+    contender: Contender
+    config: Config
+    precision: str
+    steps: int
+    network: Any
+    tokenizer: Any
+    examples: Examples
+    cost: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +86,11 @@ class Rows(Dataset[dict[str, list[int]]]):
 class ReadySteps(Dataset[dict[str, Tensor]]):
     """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
 
-    def __init__(
-        self, plan: Plan, examples: Examples, objective: Objective, tokenizer: PreTrainedTokenizerBase, steps: int
-    ) -> None:
-        self.collator = objective.collator(tokenizer, seed=0, padded=True)
+    def __init__(self, plan: Plan, side: Side, objective: Objective) -> None:
+        self.collator = objective.collator(side.tokenizer, seed=0, padded=True)
         self.shift = int(objective.causal)  # Trainer wants the label where the token is, not where it is predicted
-        self.padding = tokenizer.pad_token_id
-        self.items = [self._item(plan.step(index), examples) for index in range(steps)]
+        self.padding = side.tokenizer.pad_token_id
+        self.items = [self._item(plan.step(index), side.examples) for index in range(side.steps)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -177,49 +189,40 @@ def serve(connection: Connection, contender: Contender, config: Config, precisio
     auto, length = objective_of(config.objective).auto, config.batch.max_length
     networks = [load_model(config.model, tokenizer, max_length=length, seed=0, auto=auto) for _ in range(2)]
     cost = count_flops(SparseHead(networks[1]), config.batch.max_length)
-    side = minilm_steps if contender.minilm else trainer_steps
-    side(connection, contender, config, precision, steps, networks[0], tokenizer, examples, cost)
+    take_steps = minilm_steps if contender.minilm else trainer_steps
+    take_steps(Side(connection, contender, config, precision, steps, networks[0], tokenizer, examples, cost))
 
 
-def trainer_steps(
-    connection: Connection,
-    contender: Contender,
-    config: Config,
-    precision: str,
-    steps: int,
-    network: Any,
-    tokenizer: Any,
-    examples: Examples,
-    cost: Any,
-) -> None:
+def trainer_steps(side: Side) -> None:
     """Trainer's steps, one at a turn; loading, and with its own sampler masking and padding, are in the time."""
-    size, ready, objective = config.batch.examples, not contender.grouping, objective_of(config.objective)
-    rate = objective.collator(tokenizer, seed=0).rate
-    own = DataCollatorForLanguageModeling(tokenizer, mlm=not objective.causal, mlm_probability=rate)
+    config, examples = side.config, side.examples
+    size, ready, objective = config.batch.examples, not side.contender.grouping, objective_of(config.objective)
+    rate = objective.collator(side.tokenizer, seed=0).rate
+    own = DataCollatorForLanguageModeling(side.tokenizer, mlm=not objective.causal, mlm_probability=rate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=steps,
+            max_steps=side.steps,
             per_device_train_batch_size=1 if ready else size,  # a ready item is a whole batch
             learning_rate=config.optim.lr,
             weight_decay=config.optim.weight_decay,
             max_grad_norm=config.optim.max_grad_norm,
-            bf16=precision == "bf16",
+            bf16=side.precision == "bf16",
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            train_sampling_strategy=contender.grouping or "random",
+            train_sampling_strategy=side.contender.grouping or "random",
             optim="adamw_torch_fused",  # its default
         )
         whole = Plan(examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, padded=True)
         TurnTrainer(
-            Turns(connection, cost, rate),
+            Turns(side.connection, side.cost, rate),
             ready,
-            model=network,
+            model=side.network,
             args=arguments,
-            train_dataset=ReadySteps(whole, examples, objective, tokenizer, steps) if ready else Rows(examples),
+            train_dataset=ReadySteps(whole, side, objective) if ready else Rows(examples),
             data_collator=_only if ready else own,
         ).train()
 
@@ -229,21 +232,12 @@ def _only(items: list[Any]) -> Any:
     return item
 
 
-def minilm_steps(
-    connection: Connection,
-    contender: Contender,
-    config: Config,
-    precision: str,
-    steps: int,
-    network: Any,
-    tokenizer: Any,
-    examples: Examples,
-    cost: Any,
-) -> None:
+def minilm_steps(side: Side) -> None:
     """minilm's steps, one at a turn; planning, masking and packing are in the time that is taken."""
-    accelerator = Accelerator(cpu=True, mixed_precision="no" if precision == "fp32" else precision)
+    config, examples = side.config, side.examples
+    accelerator = Accelerator(cpu=True, mixed_precision="no" if side.precision == "fp32" else side.precision)
     keep_freed_memory(accelerator.device)  # as train() does
-    head = SparseHead(network)
+    head = SparseHead(side.network)
     freeze_unused(head)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
     model.train()
@@ -251,26 +245,26 @@ def minilm_steps(
         examples.lengths,
         examples=config.batch.examples,
         micro_tokens=config.batch.micro_tokens,
-        group=contender.grouping,
+        group=side.contender.grouping,
         padded=not head.padding_free,
     )
-    collator = objective_of(config.objective).collator(tokenizer, seed=0, padded=not head.padding_free)
-    loader = enumerate(load_steps(plan, examples, collator, accelerator, range(steps), workers=0))
-    connection.send(None)
-    while connection.recv():
+    collator = objective_of(config.objective).collator(side.tokenizer, seed=0, padded=not head.padding_free)
+    loader = enumerate(load_steps(plan, examples, collator, accelerator, range(side.steps), workers=0))
+    side.connection.send(None)
+    while side.connection.recv():
         mark = time.perf_counter()
         index, (step, micro_batches) = next(loader)
-        lr = learning_rate(config.optim, index, steps)
+        lr = learning_rate(config.optim, index, side.steps)
         result = train_step(
             accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=config.optim.max_grad_norm
         )
         seconds = time.perf_counter() - mark
-        connection.send(
+        side.connection.send(
             Taken(
                 seconds=seconds,
                 tokens=step.tokens,
                 padded_tokens=step.padded_tokens,
-                flops=cost.step(step, collator.rate),
+                flops=side.cost.step(step, collator.rate),
                 loss=float(result.loss),
                 memory=peak_memory(),
             )

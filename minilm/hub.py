@@ -99,7 +99,7 @@ def reason(error: BaseException, kind: str = "model") -> str:
         return "there is no tokenizer.json"
     if found(SafetensorError):
         return f"its weights are damaged, so copy or download them again ({said})"
-    if "model.safetensors" in said:
+    if "file named" in said and "model.safetensors" in said:
         return (
             "there is no model.safetensors; pickled weights such as pytorch_model.bin can run code and are not read: "
             "convert them with save_pretrained of transformers"

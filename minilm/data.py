@@ -1,23 +1,18 @@
 """From a name to documents: `load_documents` returns training and evaluation texts, one document a row."""
 
 import glob
-import gzip
-import json
 import logging
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
 
 import datasets
-import pyarrow
 from datasets import Dataset
-from pyarrow import parquet
 
 from minilm.config import Data, closest
+from minilm.files import ending, refuse_null_rows, text_encoding, where_damaged
 from minilm.hub import expect, is_path, reason
 from minilm.pydocs import pydocs
 
@@ -83,7 +78,7 @@ def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
 
 def _is_text(source: str) -> bool:
     files = _local_files(source)
-    return bool(files) and _ending(files[0]) == ".txt"
+    return bool(files) and ending(files[0]) == ".txt"
 
 
 def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -100,7 +95,7 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
     if source == "pydocs":
         rows = Dataset.from_dict({"text": pydocs()[0]})
     elif files := _local_files(source):
-        builder = _BUILDERS[_ending(files[0])]
+        builder = _BUILDERS[ending(files[0])]
         if split.partition("[")[0] != "train":
             raise ValueError(
                 f"data source {source}: files have no split {split!r}, only train and parts of it such as train[:90%]"
@@ -109,13 +104,13 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
             raise ValueError(f"data source {source}: is empty")
         options: dict[str, str] = {}
         if builder in ("text", "csv"):
-            options["encoding"] = _encoding(files)
+            options["encoding"] = text_encoding(files)
         if builder == "json":
-            _refuse_null_rows(files)
+            refuse_null_rows(files)
         if builder == "text":
             column = "text"  # a .txt file has no other
             options["sample_by"] = "document" if document == "file" else document
-        elif _ending(files[0]) == ".tsv":
+        elif ending(files[0]) == ".tsv":
             options["sep"] = "\t"
         rows = _load(source, builder, files, split=split, **options)
     else:
@@ -126,15 +121,11 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
     try:
         rows = _text_column(rows, column, source)
     except UnicodeDecodeError as error:  # a file of JSON is decoded here, row by row
-        raise ValueError(_damage(files) or f"data source {source}: {error}") from error
+        raise ValueError(where_damaged(files) or f"data source {source}: {error}") from error
     rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
     if len(rows) == 0:
         raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
     return rows
-
-
-def _ending(path: str) -> str:
-    return Path(path.removesuffix(".gz")).suffix.lower()
 
 
 def _local_files(source: str) -> list[str]:
@@ -144,15 +135,15 @@ def _local_files(source: str) -> list[str]:
         found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
     else:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    files = [name for name in found if _ending(name) in _BUILDERS]
-    if any(_ending(name) == ".arrow" for name in found):
+    files = [name for name in found if ending(name) in _BUILDERS]
+    if any(ending(name) == ".arrow" for name in found):
         return []  # written by Dataset.save_to_disk
-    endings = sorted({_ending(name) for name in files})
+    endings = sorted({ending(name) for name in files})
     if len({_BUILDERS[ending] for ending in endings}) > 1:
         raise ValueError(
             f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
         )
-    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or _ending(path) in _BUILDERS
+    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in _BUILDERS
     if not files and (found or looks_like_a_path or is_path(source)):
         what = (
             "no such file or folder"
@@ -161,50 +152,6 @@ def _local_files(source: str) -> list[str]:
         )
         raise ValueError(f"data source {source}: {what}")
     return files
-
-
-def _encoding(files: list[str]) -> str:
-    """`utf-8`; or, with a warning, `cp1252` (Windows-1252, Latin-1's letters) where that is what the files are in."""
-    others = {name: line for name in files if (line := _line_that_is_not(name, "utf-8"))}
-    for name, line in others.items():
-        if len(others) < len(files) or _line_that_is_not(name, "cp1252"):
-            raise ValueError(f"{name}, line {line}: not UTF-8; convert the file, for example with iconv")
-        log.warning(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
-    return "cp1252" if others else "utf-8"
-
-
-def _refuse_null_rows(files: list[str]) -> None:
-    """Raise ValueError for a row `null`: pyarrow's reader of JSON crashes where one comes first in what it reads."""
-    for name in files:
-        number = 0
-        try:
-            with _opened(name) as file:
-                for number, line in enumerate(file, start=1):
-                    start = line.lstrip(b"\xef\xbb\xbf \t\r")
-                    if start.startswith(b"null") or (start.startswith(b"[") and None in json.loads(line + file.read())):
-                        raise ValueError(f"{name}, line {number}: null where an object with the text is expected")
-        except (OSError, EOFError, zlib.error, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
-            return  # the reader will say what is wrong
-
-
-def _opened(name: str) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(name)) if name.endswith(".gz") else open(name, "rb")
-
-
-def _line_that_is_not(name: str, encoding: str) -> int:
-    """The number of the first line, from 1, that cannot be decoded or holds a NUL; 0 when there is none."""
-    number = 0
-    try:
-        with _opened(name) as file:
-            for line in file:
-                number += 1
-                if "\0" in line.decode(encoding):
-                    return number
-    except UnicodeDecodeError:
-        return number
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name}, after line {number}: cannot be read ({error})") from error
-    return 0
 
 
 def _load(source: str, builder: str, files: list[str], **options: object) -> Dataset:
@@ -222,47 +169,7 @@ def _load(source: str, builder: str, files: list[str], **options: object) -> Dat
         why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
         if why.startswith("Unrecognized instruction"):
             why = f"the split {options['split']!r} is not written like train, train[:5000] or train[10%:90%]"
-        raise ValueError(_damage(files) or f"data source {source}: {why}") from error
-
-
-def _damage(files: list[str]) -> str:
-    """Where the first of these files is damaged: line or row group; nothing where that cannot be told."""
-    for name in files:
-        ending = _ending(name)
-        if ending == ".parquet":
-            if found := _damaged_parquet(name):
-                return found
-        elif line := _line_that_is_not(name, "utf-8"):
-            return f"{name}, line {line}: not UTF-8"
-        elif ending in (".json", ".jsonl") and (found := _damaged_json(name)):
-            return found
-    return ""
-
-
-def _damaged_json(name: str) -> str:
-    with _opened(name) as file:
-        first = file.readline()
-        file.seek(0)
-        lines = [file.read()] if first.lstrip().startswith(b"[") else file
-        for number, line in enumerate(lines, start=1):
-            try:
-                json.loads(line or b"0")
-            except (ValueError, RecursionError) as error:
-                at = number + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
-                return f"{name}, line {at}: no JSON, or cut off ({str(error).split(':')[0]})"
-    return ""
-
-
-def _damaged_parquet(name: str) -> str:
-    group = None
-    try:
-        with parquet.ParquetFile(name) as file:
-            for group in range(file.num_row_groups):
-                file.read_row_group(group)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        where = "no Parquet, or cut off" if group is None else f"row group {group} of {file.num_row_groups} is damaged"
-        return f"{name}: {where} ({' '.join(str(error).split())})"
-    return ""
+        raise ValueError(where_damaged(files) or f"data source {source}: {why}") from error
 
 
 def _split_of(saved: Dataset | datasets.DatasetDict, split: str, source: str) -> Dataset:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.bad_input import ENTRIES
 from tests.forks import CANARY, LIMIT, Outcome, outcomes, wrong
+from tests.jobs import write_text
 from tests.launch import ROOT, launch
 
 
@@ -55,12 +56,16 @@ def test_an_outcome_that_is_not_as_it_should_be_is_seen(flaw, change):
     ("flags", "says"),
     [
         (("--data.source", "{folder}/docs.txt"), "docs.txt: no such file"),
-        (("--batch.examples", "1"), "batch.examples=1 is less than the 2 processes"),
+        (
+            ("--batch.examples", "1", "--data.source", "{folder}/text.txt"),
+            "batch.examples=1 is less than the 2 processes",
+        ),
         (("--batch.exmples", "3"), "Perhaps you meant"),
     ],
     ids=["documents", "fewer examples than processes", "flag"],
 )
 def test_two_processes_tell_it_once(flags, says, tmp_path, figure):
+    write_text(tmp_path / "text.txt")
     flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
     done = launch("mlm_pydocs.py", *flags, "--run.output-dir", str(tmp_path / "out"), processes=2)
     assert done.returncode != 0

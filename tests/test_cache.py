@@ -2,16 +2,17 @@
 
 import os
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minilm import Data
 from minilm.cache import building, cache_folder, publish
-from tests.laws.jobs import run_all
-from tests.laws.resume_everywhere import CONFIG, write_text
+from tests.jobs import CONFIG, finish, write_text
 
 
 def test_the_cache_lies_where_the_hugging_face_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +103,39 @@ def test_two_builders_at_once_both_succeed_and_the_first_to_finish_wins(tmp_path
     assert (tmp_path / "made" / "file").read_text() == "fast"
 
 
+def note_writes(folder: str, notes: str) -> None:
+    """Have this process write a line for each file that it opens to write below `folder`, or that it makes or renames.
+
+    The lines are "<process> <event> <path>".
+    """
+    descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.mkdir", "os.rename") or (event == "open" and not writing(*arguments[1:])):
+            return
+        path = str(arguments[1] if event == "os.rename" else arguments[0])
+        if path.startswith(folder):
+            os.write(descriptor, f"{os.getpid()} {event} {path}\n".encode())
+
+    def writing(mode: str | None, flags: int) -> bool:
+        return flags & os.O_ACCMODE != os.O_RDONLY
+
+    sys.addaudithook(note)
+
+
 @pytest.mark.scorecard(27)
 def test_two_processes_on_a_cold_cache_build_each_entry_once(tmp_path: Path, figure: Callable[[str], None]) -> None:
     data = Data(source=write_text(tmp_path / "text.txt"), eval_fraction=0.1)
     run = replace(CONFIG.run, max_steps=2, output_dir=str(tmp_path / "out"))
-    run_all([(2, replace(CONFIG, data=data, run=run))], tmp_path, HF_HOME=str(tmp_path / "cache"))
-    cache = tmp_path / "cache" / "minilm"
-    lines = [line.split(" ", 2) for line in (tmp_path / "writes.txt").read_text().splitlines()]
+    cache, notes = tmp_path / "cache" / "minilm", tmp_path / "writes.txt"
+    planted = f"""
+import os
+from tests.test_cache import note_writes
+os.environ["HF_HOME"] = {str(cache.parent)!r}
+note_writes({str(cache)!r}, {str(notes)!r})
+"""
+    finish(replace(CONFIG, data=data, run=run), tmp_path, processes=2, planted=planted)
+    lines = [line.split(" ", 2) for line in notes.read_text().splitlines()]
     entries = sorted(path.name for path in cache.iterdir())
     assert sorted(name.split("-")[0] for name in entries) == ["ids", "ids", "tokenizer"]
     assert sorted(path for _, event, path in lines if event == "os.rename") == [str(cache / name) for name in entries]

@@ -1,24 +1,23 @@
-"""Exact evaluation against a loop over single examples. Run as a program, this file evaluates in several processes."""
+"""Exact evaluation against a loop over single examples, in one process and in several."""
 
 import json
 import math
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from minilm.evaluate import Evaluation, Evaluator, unigram_nats
 from minilm.head import SparseHead
 from minilm.objectives import MaskedCollator
 from minilm.tokens import Examples
+from tests.jobs import fork
 
 EXAMPLES = 23
 
@@ -152,7 +151,9 @@ def test_examples_without_a_target_are_refused(tokenizer, accelerator):
 @pytest.mark.scorecard(7)
 def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, accelerator, tmp_path, figure):
     tokenizer.save_pretrained(tmp_path)
-    subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=120)
+    for processes in (2, 3):
+        ranks = fork(lambda: evaluate_in_this_process(tmp_path), tmp_path / "stderr", processes)
+        assert [os.waitpid(rank.pid, 0)[1] for rank in ranks] == [0] * processes, (tmp_path / "stderr").read_text()
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-9)):
         alone, name = evaluator_of(tokenizer)(accelerator, tiny_head(tokenizer).to(dtype)), str(dtype)[6:]
         for processes in (2, 3):
@@ -164,7 +165,7 @@ def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, ac
             figure(f"{processes} processes, {name}: {abs(shared.nats / alone.nats - 1):.0e}")
 
 
-def evaluate_in_this_process(folder: Path) -> None:
+def evaluate_in_this_process(folder: Path) -> int:
     """Write the totals that this process returns and the examples that it evaluated to DTYPE-PROCESSES-RANK.json."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     accelerator = Accelerator(cpu=True)
@@ -174,9 +175,4 @@ def evaluate_in_this_process(folder: Path) -> None:
         evaluation = evaluator(accelerator, accelerator.prepare(tiny_head(tokenizer).to(dtype)))
         name = f"{str(dtype)[6:]}-{accelerator.num_processes}-{accelerator.process_index}.json"
         (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))
-
-
-if __name__ == "__main__":
-    for processes in (2, 3):
-        with patch_environment(omp_num_threads=1):  # accelerate would give each process all processors
-            debug_launcher(evaluate_in_this_process, (Path(sys.argv[1]),), num_processes=processes)
+    return 0

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +17,8 @@ from minilm import Config, Data
 from minilm.optim import build_optimizer, skip_unless_finite
 from minilm.stop import StopRequest, TrainingStopped
 from minilm.train import train
-from tests.launch import ROOT, read_log
-from tests.laws.resume_everywhere import CONFIG, write_text
+from tests.jobs import CONFIG, write_text
+from tests.launch import read_log
 
 
 @pytest.fixture
@@ -76,53 +73,6 @@ def test_a_second_interrupt_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ACCELERATE = ("accelerate.commands.launch",)
-
-
-@pytest.mark.scorecard(17)
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [(ACCELERATE, signal.SIGTERM), (TORCHRUN, signal.SIGTERM)],
-    ids=["accelerate, 1 process", "torchrun, 2 processes"],
-)
-def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
-    launcher: tuple[str, ...], number: signal.Signals, config: Config, tmp_path: Path
-) -> None:
-    recipe = tmp_path / "recipe.py"
-    imports = "from minilm import *\nfrom minilm.cli import run_recipe\n"
-    recipe.write_text(f"{imports}if __name__ == '__main__':\n    run_recipe({config!r})\n")
-    settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *launcher, str(recipe)]
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-
-    def start(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
-        flags = ("--run.max-steps", "120", "--run.output-dir", str(folder), *flags)
-        return subprocess.Popen([*command, *flags], env=settings, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-    job = start(stopped)
-    log = stopped / "log.jsonl"
-    end = time.monotonic() + 60
-    while time.monotonic() < end and (not log.exists() or log.stat().st_size < 1000):
-        time.sleep(0.05)
-    job.send_signal(number)
-    _, said = job.communicate(timeout=40)
-    assert job.returncode != 0
-    deadline = time.monotonic() + 30  # the worker of a killed launcher may outlive it by a moment
-    while not (saved := list(stopped.glob("checkpoint-*/manifest.json"))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    steps = len(read_log(stopped)[0])
-    assert saved, said.decode()[-2000:]
-    assert 0 < steps < 120
-    assert not (stopped / "all_results.json").exists()
-    for folder, flags in ((stopped, ("--run.resume", "latest")), (whole, ())):
-        job = start(folder, *flags)
-        _, said = job.communicate(timeout=240)
-        assert job.returncode == 0, said.decode()[-2000:]
-    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.scorecard(21)

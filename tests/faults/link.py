@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minilm import Config
-from tests.faults.jobs import Job, config_in, start
+from tests.jobs import Job, config_in, start
 from tests.launch import read_log
 
 TIMEOUT = 5  # run.timeout, seconds

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.jobs import LAUNCHERS, config_in, start
+from tests.jobs import LAUNCHERS, config_in, start
 
 FAULTS = ("raises", "is killed", "is stopped")
 TIMEOUT = 5  # run.timeout, seconds

@@ -15,17 +15,10 @@ from pathlib import Path
 import torch
 
 from minilm import Config
-from tests.faults.jobs import LAUNCHERS, config_in, start
-from tests.laws.resume_everywhere import end_of
+from tests.jobs import LAUNCHERS, config_in, end_of, finish, start
 
 STEPS = 60
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def finish(config: Config, place: Path, processes: int) -> None:
-    """Run to the end."""
-    job = start("fork", config, place, processes=processes)
-    assert job.status() == 0, job.stderr.read_text(errors="replace")[-3000:]
 
 
 def told_to_end(

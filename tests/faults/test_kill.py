@@ -1,17 +1,16 @@
 """The short form of tests/faults/kill.py."""
 
-import subprocess
-import sys
+import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.faults.kill import trial
 
 
 @pytest.mark.scorecard(12)
-def test_killed_at_any_moment_a_run_resumes_and_ends_the_same(figure: Callable[[str], None]) -> None:
-    command = [sys.executable, "-m", "tests.faults.kill", "--times", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert "2/2 resumed, 2/2 bitwise equal" in done.stdout, done.stderr[-2000:]
-    figure(done.stdout.strip())
+def test_killed_at_any_moment_a_run_resumes_and_ends_the_same(tmp_path: Path, figure: Callable[[str], None]) -> None:
+    told = trial(tmp_path, processes=1, times=2, draw=random.Random(0))
+    assert told.startswith("2/2 resumed, 2/2 bitwise equal")
+    figure(told)

@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from minilm.checkpoint import find_checkpoint, read_checkpoint
-from tests.faults.jobs import config_in, start
 from tests.faults.power import every_cut, every_error
+from tests.jobs import config_in, start
 
 
 @pytest.mark.scorecard(13)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import config_in, start
 from tests.faults.ranks import FAULTS, TIMEOUT, hurt
+from tests.jobs import config_in, start
 
 LIMITS = {"raises": 15, "is killed": 15, "is stopped": TIMEOUT + 3}
 

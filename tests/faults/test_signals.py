@@ -1,4 +1,4 @@
-"""The short form of tests/faults/signals.py, without a launcher."""
+"""The short form of tests/faults/signals.py, most of it without a launcher."""
 
 import random
 import signal
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import config_in, start
 from tests.faults.signals import trial
+from tests.jobs import config_in, end_of, finish_all, start
+from tests.launch import read_log
 
 
 @pytest.mark.scorecard(17)
@@ -21,6 +22,33 @@ def test_told_to_end_at_any_moment_a_run_saves_and_goes_on_to_the_same_end(
     told = trial(tmp_path, "fork", processes, times=2, draw=random.Random(processes))
     assert told.startswith("2/2 bitwise equal")
     figure(f"{processes} process(es): {told}")
+
+
+@pytest.mark.scorecard(17)
+@pytest.mark.parametrize(("launcher", "processes"), [("accelerate", 1), ("torchrun", 2)])
+def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
+    launcher: str, processes: int, tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, steps=120)
+    stopped, whole = (
+        replace(config, run=replace(config.run, output_dir=str(tmp_path / name))) for name in ("stopped", "whole")
+    )
+    folder = tmp_path / "stopped"
+    job = start(launcher, stopped, tmp_path, processes=processes)
+    try:
+        job.workers(processes)
+        job.wait_for_steps(folder, 5)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.gone(40), job.stderr.read_text()[-3000:]
+        assert job.status() != 0
+    finally:
+        job.kill()
+    assert 5 <= len(read_log(folder)[0]) < 120
+    assert list(folder.glob("checkpoint-*/manifest.json")), job.stderr.read_text()[-3000:]
+    assert not (folder / "all_results.json").exists()
+    resumed = replace(stopped, run=replace(stopped.run, resume="latest"))
+    finish_all([(resumed, processes), (whole, processes)], tmp_path)
+    assert end_of(folder) == end_of(tmp_path / "whole")
 
 
 ENCODES = """

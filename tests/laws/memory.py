@@ -15,7 +15,7 @@ import torch
 from minilm import Data
 from minilm.record import Recorder
 from minilm.train import train
-from tests.laws.resume_everywhere import CONFIG, write_text
+from tests.jobs import CONFIG, write_text
 
 WARM_UP = 0.2  # share of the steps, several evaluations and checkpoints among them
 
@@ -35,8 +35,9 @@ def sizes(folder: Path, steps: int) -> list[int]:
     every = max(1, steps // 20)
     run = replace(CONFIG.run, max_steps=steps, eval_every=every, save_every=every, keep_last=1)
     run = replace(run, output_dir=str(folder / "out"))
-    batch = replace(CONFIG.batch, examples=4, micro_tokens=60)
-    train(replace(CONFIG, data=Data(source=text, eval_fraction=0.1), batch=batch, run=run))
+    batch = replace(CONFIG.batch, examples=4, micro_tokens=100)
+    model = replace(CONFIG.model, config={**CONFIG.model.config, "num_hidden_layers": 1})
+    train(replace(CONFIG, data=Data(source=text, eval_fraction=0.1), model=model, batch=batch, run=run))
     return seen
 
 

@@ -1,47 +1,18 @@
 """Stop a run after each of its steps and resume it: how many end as the run that was never stopped, to the bit?
 
-    python -m tests.laws.resume_everywhere FOLDER --processes 2
-
-Dropout is on, each step is several micro-batches, and evaluations fall between the checkpoints.
+python -m tests.laws.resume_everywhere --processes 2
 """
 
 import argparse
-import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from tests.laws.jobs import run
+import torch
 
-STEPS = 20
-WORDS = "the a quick brown fox returns list of names for each file in this folder and raises an error if there is none"
-CONFIG = Config(
-    tokens=Tokens(vocab_size=300),
-    model=Model(
-        type="bert",
-        config={
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "max_position_embeddings": 32,
-            "hidden_dropout_prob": 0.1,
-        },
-    ),
-    objective=MaskedLM(rate=0.3),
-    batch=Batch(examples=8, max_length=24, micro_tokens=40),
-    optim=Optim(lr=3e-3, schedule="cosine"),
-    run=Run(max_steps=STEPS, eval_every=7, save_every=1, keep_last=STEPS, precision="fp32"),
-)
-
-
-def write_text(path: Path) -> str:
-    """Documents of different lengths, enough for an epoch of 13 steps."""
-    words = WORDS.split()
-    lines = [" ".join(words[i * j % len(words)] for j in range(1, 3 + i * 7 % 15)) for i in range(110)]
-    path.write_text("\n".join(lines))
-    return str(path)
+from minilm import Data
+from tests.jobs import CONFIG, STEPS, end_of, finish, finish_all, write_text
 
 
 def stopped_after(step: int, reference: Path, folder: Path) -> Path:
@@ -51,36 +22,27 @@ def stopped_after(step: int, reference: Path, folder: Path) -> Path:
     return folder
 
 
-def end_of(folder: Path) -> dict[str, object]:
-    """What must be the same to the bit: weights, moments, and the log but for its times."""
-    timed = ("tokens_per_second", "mfu", "seconds")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return {
-        "model": (folder / "model.safetensors").read_bytes(),
-        "weights": (last / "model.safetensors").read_bytes(),
-        "moments": (last / "optimizer.safetensors").read_bytes(),
-        "log": [{key: value for key, value in line.items() if key not in timed} for line in lines],
-    }
+def resume_everywhere(place: Path, processes: int, every: int) -> str:
+    """Stop after every so many steps; how many of the resumed runs are equal to the one that was never stopped."""
+    config = replace(CONFIG, data=Data(source=write_text(place / "text.txt"), eval_fraction=0.1))
+    reference = place / "reference"
+    finish(replace(config, run=replace(config.run, output_dir=str(reference))), place, processes)
+    folders = [stopped_after(step, reference, place / f"stopped-{step}") for step in range(1, STEPS + 1, every)]
+    runs = [replace(config, run=replace(config.run, output_dir=str(folder), resume="latest")) for folder in folders]
+    finish_all([(run, processes) for run in runs], place)
+    same = sum(end_of(folder) == end_of(reference) for folder in folders)
+    return f"{same}/{len(folders)} resumed runs bitwise equal, {processes} process(es)"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, help="an empty folder to work in")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--every", type=int, default=1, help="try every so many steps only")
     options = parser.parse_args()
-    config = replace(CONFIG, data=Data(source=write_text(options.folder / "text.txt"), eval_fraction=0.1))
-    reference = options.folder / "reference"
-    run(replace(config, run=replace(config.run, output_dir=str(reference))), options.processes)
-    same = 0
-    tried = range(1, STEPS + 1, options.every)
-    for step in tried:
-        stopped = stopped_after(step, reference, options.folder / f"stopped-{step}")
-        run(replace(config, run=replace(config.run, output_dir=str(stopped), resume="latest")), options.processes)
-        same += end_of(stopped) == end_of(reference)
-    print(f"{same}/{len(tried)} resumed runs bitwise equal, {options.processes} process(es)")
+    torch.set_num_threads(1)  # at these sizes a second one only waits
+    with tempfile.TemporaryDirectory() as place:
+        print(resume_everywhere(Path(place), options.processes, options.every))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +11,9 @@ import pytest
 from minilm import Config, Data
 from minilm.stop import TrainingStopped
 from minilm.train import train
-from tests.launch import ROOT, read_log
-from tests.laws.jobs import run_all
-from tests.laws.resume_everywhere import CONFIG, STEPS, end_of, stopped_after, write_text
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
+from tests.launch import read_log
+from tests.laws.resume_everywhere import resume_everywhere, stopped_after
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +44,13 @@ def changed(config: Config, **groups: dict[str, object]) -> Config:
 def test_resumed_after_any_step_a_run_ends_the_same_to_the_bit(
     processes: int, every: int, tried: int, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    flags = ("--processes", str(processes), "--every", str(every))
-    command = [sys.executable, "-m", "tests.laws.resume_everywhere", str(tmp_path), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert f"{tried}/{tried} resumed runs bitwise equal, {processes} process(es)" in done.stdout, done.stderr[-2000:]
-    some = "" if every == 1 else f" (steps 1, {1 + every}, …; all 20: python -m tests.laws.resume_everywhere)"
+    found = resume_everywhere(tmp_path, processes, every)
+    assert found.startswith(f"{tried}/{tried} resumed runs bitwise equal")
+    some = (
+        ""
+        if every == 1
+        else f" (steps 1, {1 + every}, …; all 20: python -m tests.laws.resume_everywhere --processes 2)"
+    )
     figure(f"{tried}/{tried} bitwise equal on {processes}{some}")
 
 
@@ -93,7 +93,7 @@ def test_the_number_of_processes_may_change_when_a_run_goes_on(
     two, spread = tmp_path / "two", stopped_after(9, plain, tmp_path / "spread")
     config = without_dropout(config)
     resumed = changed(config, run={"output_dir": str(spread), "resume": "latest"})
-    run_all([(2, changed(config, run={"output_dir": str(two)})), (2, resumed)], tmp_path)
+    finish_all([(changed(config, run={"output_dir": str(two)}), 2), (resumed, 2)], tmp_path)
     joined = stopped_after(9, two, tmp_path / "joined")
     train(changed(config, run={"output_dir": str(joined), "resume": "latest"}))
     figure(f"from 1 to 2: {expect_the_same_losses(spread, plain):.0e}")

@@ -9,9 +9,8 @@ from datasets import Dataset
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.train import train
+from tests.jobs import end_of, finish_all
 from tests.launch import launch, read_log
-from tests.laws.jobs import run_all
-from tests.laws.resume_everywhere import end_of
 
 MODELS = {
     "packed": Model(
@@ -71,11 +70,9 @@ def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     """The output folders of a run of each model in each layout, and in one micro-batch on one process."""
     folder = tmp_path_factory.mktemp("runs")
     everything = [(model, *layout) for model in MODELS for layout in ((1, 4096), *LAYOUTS)]
-    jobs = [(n, changed(config, folder / f"{model}-{n}-{size}", size, model)) for model, n, size in everything]
-    for processes, job in jobs:
-        if processes == 1:
-            train(job)
-    run_all([(processes, job) for processes, job in jobs if processes > 1], folder)
+    finish_all(
+        [(changed(config, folder / f"{model}-{n}-{size}", size, model), n) for model, n, size in everything], folder
+    )
     return lambda model, processes, micro_tokens: folder / f"{model}-{processes}-{micro_tokens}"
 
 
@@ -136,11 +133,8 @@ def test_runs_with_dropout_are_bitwise_equal(config: Config, tmp_path: Path, fig
     for processes, name in names:
         job = changed(config, tmp_path / f"{name}-{processes}", 128)
         model, short = replace(job.model, config=dropout), replace(job.run, max_steps=20)
-        jobs.append((processes, replace(job, model=model, run=short)))
-    for processes, job in jobs:
-        if processes == 1:
-            train(job)
-    run_all([(processes, job) for processes, job in jobs if processes > 1], tmp_path)
+        jobs.append((replace(job, model=model, run=short), processes))
+    finish_all(jobs, tmp_path)
     for processes in (1, 2):
         first, second = (end_of(tmp_path / f"{name}-{processes}") for name in ("first", "second"))
         assert first == second

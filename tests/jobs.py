@@ -1,29 +1,76 @@
-"""Jobs of a tiny run that can be hurt: under a launcher; or forked, without the seconds that importing torch takes."""
+"""Jobs of a tiny run, to their end or hurt: under a launcher; or forked, which saves the seconds of importing torch.
 
+Dropout is on, each step is several micro-batches, and evaluations fall between the checkpoints.
+"""
+
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+from accelerate.state import AcceleratorState
 
-from minilm import Config, Data
+import minilm.train
+from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.cli import guarded
 from minilm.signals import ended_by_signals
 from tests.launch import ROOT
-from tests.laws.resume_everywhere import CONFIG, write_text
 
 LAUNCHERS = ("accelerate", "torchrun")
+STEPS = 20
+WORDS = "the a quick brown fox returns list of names for each file in this folder and raises an error if there is none"
+CONFIG = Config(
+    tokens=Tokens(vocab_size=300),
+    model=Model(
+        type="bert",
+        config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 32,
+            "hidden_dropout_prob": 0.1,
+        },
+    ),
+    objective=MaskedLM(rate=0.3),
+    batch=Batch(examples=8, max_length=24, micro_tokens=40),
+    optim=Optim(lr=3e-3, schedule="cosine"),
+    run=Run(max_steps=STEPS, eval_every=7, save_every=1, keep_last=STEPS, precision="fp32"),
+)
+
+
+def write_text(path: Path) -> str:
+    """Documents of different lengths, enough for an epoch of 13 steps."""
+    words = WORDS.split()
+    lines = [" ".join(words[i * j % len(words)] for j in range(1, 3 + i * 7 % 15)) for i in range(110)]
+    path.write_text("\n".join(lines))
+    return str(path)
 
 
 def config_in(place: Path, steps: int, save_every: int = 50) -> Config:
     """A run of so many steps on a text in `place`."""
     run = replace(CONFIG.run, max_steps=steps, save_every=save_every, eval_every=70, keep_last=2)
     return replace(CONFIG, data=Data(source=write_text(place / "text.txt"), eval_fraction=0.1), run=run)
+
+
+def end_of(folder: Path) -> dict[str, object]:
+    """What must be the same to the bit: weights, moments, and the log but for its times."""
+    timed = ("tokens_per_second", "mfu", "seconds")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return {
+        "model": (folder / "model.safetensors").read_bytes(),
+        "weights": (last / "model.safetensors").read_bytes(),
+        "moments": (last / "optimizer.safetensors").read_bytes(),
+        "log": [{key: value for key, value in line.items() if key not in timed} for line in lines],
+    }
 
 
 @dataclass
@@ -100,8 +147,10 @@ def words(launcher: str, processes: int) -> list[str]:
 def write_recipe(place: Path, config: Config, planted: str) -> Path:
     """The run as a recipe that first does what is `planted`."""
     recipe = place / "recipe.py"
-    imports = "from minilm import *\nfrom minilm.cli import run_recipe\n"
-    recipe.write_text(f"{imports}{planted}\nif __name__ == '__main__':\n    run_recipe({config!r})\n")
+    imports = "import minilm.launch\nfrom minilm import *\nfrom minilm.cli import run_recipe\n"
+    # In place of the machine's share: the forked runs that it is compared with have one thread too.
+    one_thread = "minilm.launch.fair_threads = lambda environment: None\n"
+    recipe.write_text(f"{imports}{one_thread}{planted}\nif __name__ == '__main__':\n    run_recipe({config!r})\n")
     return recipe
 
 
@@ -111,17 +160,48 @@ def start(
     """Begin the run `config` under `launcher`, or forked; each process first does what is `planted`."""
     stderr = place / f"stderr-{launcher}"
     if launcher == "fork":
-        return Job(None, _fork(config, stderr, processes, planted), stderr)
+        return Job(None, fork(lambda: _train(config, planted), stderr, processes), stderr)
     command = [*(command or words(launcher, processes)), str(write_recipe(place, config, planted))]
-    # One thread, as the forked runs have that it is compared with; from 1, which launchers set, minilm would take more.
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "01", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with stderr.open("wb") as file:
         job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
     return Job(job, [psutil.Process(job.pid)], stderr)
 
 
-def _fork(config: Config, stderr: Path, processes: int, planted: str) -> list[psutil.Process]:
-    """One process of this kind for each rank, with what torchrun would have put in its environment."""
+def finish(config: Config, place: Path, processes: int = 1, planted: str = "") -> None:
+    """Run to the end, forked."""
+    finish_all([(config, processes)], place, planted)
+
+
+def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "") -> None:
+    """Run (configuration, processes) to their ends, forked, as many at a time as there are processors for."""
+    free, running = os.cpu_count() or 1, list[Job]()
+
+    def wait() -> int:
+        """Until the first is gone; how many processes that had."""
+        while not (gone := [job for job in running if job.gone(0)]):
+            time.sleep(0.01)
+        running.remove(gone[0])
+        assert gone[0].status() == 0, gone[0].stderr.read_text(errors="replace")[-3000:]
+        return len(gone[0].processes)
+
+    try:
+        for number, (config, processes) in enumerate(runs):
+            while running and free < processes:
+                free += wait()
+            here = place / f"job-{number}"
+            here.mkdir(exist_ok=True)
+            running.append(start("fork", config, here, processes=processes, planted=planted))
+            free -= processes
+        while running:
+            wait()
+    finally:
+        for job in running:
+            job.kill()
+
+
+def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.Process]:
+    """Forked processes that end with the status that `work` gives, with the environment that torchrun would give."""
     attempt = stderr.with_name(f"{stderr.name}-attempt")
     (attempt / "0").mkdir(parents=True, exist_ok=True)
     (attempt / "told").unlink(missing_ok=True)
@@ -141,17 +221,19 @@ def _fork(config: Config, stderr: Path, processes: int, planted: str) -> list[ps
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(processes)}
                     os.environ["TORCHELASTIC_ERROR_FILE"] = str(attempt / "0" / "error.json")
                 os.environ["ACCELERATE_USE_CPU"] = "true"
-                exec(planted, {})
-                status = _train(config)
+                AcceleratorState._reset_state(reset_partial_state=True)  # of a test that ran in this process before
+                status = work()
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         children.append(psutil.Process(child))
     return children
 
 
-def _train(config: Config) -> int:
-    import minilm.train
-
+def _train(config: Config, planted: str) -> int:
+    exec(planted, {})
     try:
         guarded(ended_by_signals()(lambda: _discard(minilm.train.train(config))))
     except SystemExit as end:

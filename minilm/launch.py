@@ -30,6 +30,7 @@ from minilm.hardware import (
     keep_freed_memory,
     repeat_to_the_bit,
 )
+from minilm.signals import killed_by_signals
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
+    with killed_by_signals():
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     check_launch(state.num_processes, os.environ)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
@@ -99,7 +101,10 @@ def first_on_each_host(accelerator: Accelerator) -> Iterator[None]:
     What is done here may take hours. So the processes wait for each other in a group of their own, which has a day's
     time in place of run.timeout, and hear of signals while they wait.
     """
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if accelerator.num_processes > 1 else None
+    group = None
+    if accelerator.num_processes > 1:
+        with killed_by_signals():
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def wait_for_everyone() -> None:
         if group is not None:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,23 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # the process is ending already
+
+
+@contextmanager
+def killed_by_signals() -> Iterator[None]:
+    """Inside it what `ended_by_signals` would raise kills the process instead.
+
+    For where a library waits for other processes, which may never come, and Python does not get to hear of signals.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [number for number in SIGNALS if main and signal.getsignal(number) is _interrupt]
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -51,7 +51,9 @@ def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
     assert end_of(folder) == end_of(tmp_path / "whole")
 
 
-ENCODES = """
+# The first process takes long; the other waits for it, here in a barrier, there inside a library.
+BEFORE_THE_FIRST_STEP = {
+    "while encoding": """
 import time
 from pathlib import Path
 import minilm.train
@@ -59,24 +61,38 @@ def prepare_examples(config):
     Path(config.run.output_dir).with_name("begun").touch()
     time.sleep(100)
 minilm.train.prepare_examples = prepare_examples
-"""
+""",
+    "before the processes have met": """
+import os, time
+from pathlib import Path
+import minilm.train
+meet = minilm.train.start
+def start(run):
+    if os.environ.get("RANK", "0") == "0":
+        Path(run.output_dir).with_name("begun").touch()
+        time.sleep(100)
+    return meet(run)
+minilm.train.start = start
+""",
+}
 
 
 @pytest.mark.scorecard(17)
+@pytest.mark.parametrize("moment", BEFORE_THE_FIRST_STEP)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_before_its_first_step_a_run_ends_at_once_in_one_line(
-    number: signal.Signals, processes: int, tmp_path: Path, figure: Callable[[str], None]
+    number: signal.Signals, processes: int, moment: str, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     folder = tmp_path / "out"
     config = config_in(tmp_path, steps=3)
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
-    job = start("fork", config, tmp_path, processes=processes, planted=ENCODES)
+    job = start("fork", config, tmp_path, processes=processes, planted=BEFORE_THE_FIRST_STEP[moment])
     try:
         end = time.monotonic() + 60
         while not (tmp_path / "begun").exists() and time.monotonic() < end:
             time.sleep(0.02)
-        time.sleep(0.3)  # the other process waits for this one by now
+        time.sleep(0.5)  # the other process waits for this one by now
         began = time.monotonic()
         for process in job.processes:
             process.send_signal(number)
@@ -89,4 +105,4 @@ def test_told_to_end_before_its_first_step_a_run_ends_at_once_in_one_line(
         "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"
     ]
     assert not folder.exists()
-    figure(f"{number.name} while encoding, {processes} process(es): gone after {seconds:.1f} s, one line")
+    figure(f"{number.name} {moment}, {processes} process(es): gone after {seconds:.1f} s, one line")

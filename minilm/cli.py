@@ -115,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     more.add_argument("model", metavar="DIR", help="folder or hub id of a causal LM")
     more.add_argument("texts", metavar="TEXT", nargs="*", default=["-"], help="beginning; none or - reads lines")
     more.add_argument(
-        "--max-new-tokens", type=_positive, default=100, metavar="N", help="at most so many (default: 100)"
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="at most so many (default: 100, if there is room)",
     )
     more.add_argument(
         "--temperature", type=_not_negative, default=1.0, metavar="T", help="below 1: likelier; 0: the likeliest alone"
@@ -183,7 +186,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     texts = _texts(options)
     model, tokenizer = load_causal_lm(options.model)
-    check_beginnings(model, tokenizer, texts, max_new_tokens=options.max_new_tokens)
+    check_beginnings(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(options, name) for name in names}
     for number, text in enumerate(texts):
@@ -196,7 +199,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _fill_mask(options: argparse.Namespace) -> None:
     _quiet_transformers()
-    from minilm.infer import check_masks, fill_mask, load_masked_lm
+    from minilm.infer import check_masks, fill_mask, load_masked_lm, on_one_line
 
     texts = _texts(options)
     model, tokenizer = load_masked_lm(options.model)
@@ -210,4 +213,4 @@ def _fill_mask(options: argparse.Namespace) -> None:
                 print(json.dumps(line, ensure_ascii=False))
             else:
                 for fill in fills:
-                    print(f"{fill.probability:6.1%}  {fill.token:<16}  {fill.text}")
+                    print(f"{fill.probability:6.1%}  {fill.token:<16}  {on_one_line(fill.text)}")

@@ -1,5 +1,7 @@
 """Use a trained model: fill in masks, generate text."""
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,15 @@ from transformers import (
 from minilm.hub import loading
 from minilm.model import check_causal, longest_input
 
+log = logging.getLogger("minilm")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
     """One candidate for a mask."""
 
     token: str
-    """The token as text, without surrounding spaces."""
+    """The token as text, without surrounding spaces, on one line."""
     probability: float
     text: str
     """The input with this candidate in place of the mask."""
@@ -64,7 +68,7 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         if tokenizer.mask_token_id not in ids:
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
         if longest is not None and len(ids) > longest:
-            raise ValueError(f"the text {text[:40]!r}… has {len(ids)} tokens, longer than the model's {longest}")
+            raise ValueError(f"the text {_beginning(text)} has {len(ids)} tokens, longer than the model's {longest}")
 
 
 def fill_mask(
@@ -88,7 +92,7 @@ def fill_mask(
             [
                 [
                     Fill(
-                        token=str(tokenizer.decode([index])).strip(),
+                        token=on_one_line(str(tokenizer.decode([index])).strip(" ")),
                         probability=probability,
                         text=_filled(tokenizer, input_ids_L, int(at), index),
                     )
@@ -100,6 +104,11 @@ def fill_mask(
     return results
 
 
+def on_one_line(text: str) -> str:
+    """The text with its line breaks spelt out."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: int, index: int) -> str:
     ids = input_ids_L.tolist()
     ids[at] = index
@@ -108,17 +117,26 @@ def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: i
 
 
 def check_beginnings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
 ) -> None:
-    """Raise ValueError for a text that leaves the model no room for as many new tokens."""
+    """Raise ValueError for a text that leaves the model no room for as many new tokens; warn of unknown characters."""
     longest = longest_input(model)
     for text in texts:
-        length = len(tokenizer(text, verbose=False)["input_ids"])
-        if longest is not None and length + max_new_tokens > longest:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if longest is not None and len(ids) + max_new_tokens > longest:
+            left = f"leave out --max-new-tokens, or pass {longest - len(ids)} or fewer"
             raise ValueError(
-                f"the text {text[:40]!r}… has {length} tokens, which with {max_new_tokens} new ones is more than the "
-                f"model's {longest}"
+                f"the text {_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is more than "
+                f"the model's {longest}: {left if len(ids) < longest else 'shorten it'}"
             )
+        if unknown := ids.count(tokenizer.unk_token_id):
+            log.warning(
+                f"{unknown} of the {len(ids)} tokens of {_beginning(text)} are unknown to the model's tokenizer"
+            )
+
+
+def _beginning(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
 
 
 def generate(
@@ -126,7 +144,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    max_new_tokens: int = 100,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int = 50,
     top_p: float = 1.0,
@@ -135,12 +153,13 @@ def generate(
 ) -> list[str]:
     """Each text, gone on with by at most `max_new_tokens` tokens that `model.generate` draws after `manual_seed(seed)`.
 
-    They come from the `top_k` likeliest tokens (Fan et al. 2018, section 5.4; 0: from all), of which the likeliest that
-    make up `top_p` are kept (Holtzman et al. 2020, section 3.1), at `temperature`; with temperature 0 the likeliest is
-    taken. An empty text is begun by the token that begins documents. `stream` prints the tokens as they come. Raises
-    ValueError when a text is too long for the model.
+    By default these are 100, or as many as the model has room for. They come from the `top_k` likeliest tokens (Fan et
+    al. 2018, section 5.4; 0: from all), of which the likeliest that make up `top_p` are kept (Holtzman et al. 2020,
+    section 3.1), at `temperature`; with temperature 0 the likeliest is taken. An empty text is begun by the token that
+    begins documents. `stream` prints the tokens as they come. Raises ValueError when a text is too long for the model.
     """
-    check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens)
+    check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
+    longest = longest_input(model) or math.inf
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     choice: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -155,7 +174,7 @@ def generate(
             output_1xL = draw(
                 input_ids=inputs_1xL,
                 attention_mask=torch.ones_like(inputs_1xL),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens or min(100, longest - len(ids_L)),
                 pad_token_id=padding,
                 streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
                 **choice,

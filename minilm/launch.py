@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -48,6 +49,8 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     repeat_to_the_bit(run.deterministic)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
     mode = "no" if precision.name == "fp32" else precision.name
+    # Its successor, forward_sync_buffers, is not in every torch that minilm runs on.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # What the loop does by itself must not be done again because the environment asks for it.

@@ -256,10 +256,10 @@ class Causal:
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         check_causal(network)
-        check_beginnings(network, tokenizer, texts, max_new_tokens=1)
+        check_beginnings(network, tokenizer, texts)
 
     def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-        return generate(network, tokenizer, [text], max_new_tokens=50)[0].removeprefix(text)
+        return generate(network, tokenizer, [text])[0].removeprefix(text)
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         return f'minilm generate {folder} "…"'

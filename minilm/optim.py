@@ -30,13 +30,18 @@ def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimize
         fused.found_inf = (~grad_norm.isfinite()).float()
 
 
+def warmup_steps(optim: Optim, total: int) -> int:
+    """Steps of the warm-up of a run of `total`."""
+    return int(optim.warmup) if optim.warmup >= 1 else round(optim.warmup * total)
+
+
 def learning_rate(optim: Optim, step: int, total: int) -> float:
     """The rate of the update from step `step` (from 0) of `total`.
 
     It rises linearly to `optim.lr` at the last step of the warm-up, then falls to reach zero after the last step of all
     along a line or a half cosine (Loshchilov and Hutter 2017, equation 5, without restarts), or stays.
     """
-    warmup = int(optim.warmup) if optim.warmup >= 1 else round(optim.warmup * total)
+    warmup = warmup_steps(optim, total)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)

@@ -18,8 +18,9 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     """The output folder, and the checkpoint to go on from if that was asked for. Nothing is created or changed.
 
     A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that is not there or empty. A resumed one
-    gets the folder of its checkpoint. Raises ValueError when the folder cannot be written, when it is not empty and
-    neither `resume` nor `overwrite` is set, or when there is no checkpoint.
+    gets the folder of its checkpoint: for `latest` without `run.output_dir`, of the newest in these folders. Raises
+    ValueError when the folder cannot be written, when it is not empty and neither `resume` nor `overwrite` is set, or
+    when there is no checkpoint.
     """
     if run.resume is not None:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
@@ -80,9 +81,17 @@ def _new(asked: str | None, name: str) -> Path:
     return folder
 
 
+def _newest(name: str) -> Path:
+    """Of out/NAME, out/NAME-2, … the folder with the checkpoint that was written last."""
+    first, others = Path("out", name), Path("out").glob(f"{name}-*")
+    folders = [first, *(path for path in others if path.name.removeprefix(f"{name}-").isdecimal())]
+    manifests = [path for folder in folders for path in folder.glob("checkpoint-*/manifest.json")]
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent.parent if manifests else first
+
+
 def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoint]:
     if resume == "latest":
-        folder = Path(asked or Path("out", name)).expanduser()
+        folder = Path(asked).expanduser() if asked is not None else _newest(name)
         return folder, find_checkpoint(resume, folder)
     checkpoint = find_checkpoint(resume, Path())
     folder = checkpoint.folder.parent

@@ -20,6 +20,7 @@ from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
 from minilm.head import SparseHead
 from minilm.objectives import objective_of
+from minilm.optim import warmup_steps
 from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar
 from minilm.spikes import Spikes
@@ -207,8 +208,8 @@ def run_facts(
         "parameters": head.model.num_parameters(),
         "head": "sparse" if head.sparse else f"full ({head.reason})",
         "vocabulary": len(tokenizer),
-        "train": train_examples.facts(),
-        "eval": eval_examples.facts(),
+        "train": {**train_examples.facts(), "unknown": _unknown(train_examples, tokenizer)},
+        "eval": {**eval_examples.facts(), "unknown": _unknown(eval_examples, tokenizer)},
         "steps": total_steps,
         "padding_share": round(plan.padding_share(), 4),
         "processes": accelerator.num_processes,
@@ -219,13 +220,21 @@ def run_facts(
     }
 
 
+def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of the tokens that stand for what the tokenizer does not know."""
+    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never needs
+        return 0.0
+    return float(examples.counts(len(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
+
+
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Say what is about to run, and write it to `run.json`, from which `--from-run` repeats it."""
     (folder / RESULTS).unlink(missing_ok=True)  # of an earlier run, or of an earlier end of this one
     content = {"config": to_dict(config), **facts, "versions": versions()}
     publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
-        log.info(f"{part}: {facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens")
+        unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
+        log.info(f"{part}: {facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
     log.info(
         f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
         f"{facts['head']} head"
@@ -237,6 +246,8 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     )
     log.info(f"output folder: {folder}")
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} examples, {facts['padding_share']:.1%} padding")
+    if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
+        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: it never gets to optim.lr")
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:

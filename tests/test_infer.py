@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pipeline
 
-from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
+from minilm.infer import check_beginnings, fill_mask, generate, load_causal_lm, load_masked_lm, on_one_line
 from minilm.tokens import train_tokenizer
 
 
@@ -137,6 +137,30 @@ def test_a_text_that_leaves_no_room_is_refused(causal):
     model, tokenizer = load_causal_lm(causal)
     with pytest.raises(ValueError, match=r"with 39 new ones is more than the model's 40"):
         generate(model, tokenizer, ["The quick brown"], max_new_tokens=39)
+
+
+def test_without_a_number_no_more_is_generated_than_there_is_room_for(causal):
+    model, tokenizer = load_causal_lm(causal)
+    text = "The quick brown"
+    room = 40 - len(tokenizer(text)["input_ids"])
+    settings = {"temperature": 0.0}
+    assert generate(model, tokenizer, [text], **settings) == generate(
+        model, tokenizer, [text], max_new_tokens=room, **settings
+    )
+
+
+def test_what_the_tokenizer_does_not_know_is_said(causal, caplog):
+    model, tokenizer = load_causal_lm(causal)
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
+    with caplog.at_level("WARNING", logger="minilm"):
+        check_beginnings(model, tokenizer, ["qqq", "x"])
+    assert [record.message for record in caplog.records] == [
+        "3 of the 3 tokens of 'qqq' are unknown to the model's tokenizer"
+    ]
+
+
+def test_line_breaks_are_spelt_out():
+    assert on_one_line("a\r\nb") == "a\\r\\nb"
 
 
 def test_a_masked_lm_is_no_causal_lm(folder):

@@ -130,6 +130,17 @@ def test_resume_latest_takes_the_newest_checkpoint_of_the_output_folder(folder, 
     assert contents(folder) == before
 
 
+def test_resume_latest_without_a_folder_goes_on_where_a_checkpoint_was_written_last(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    shutil.copytree(folder, "out/mlm-2")
+    Path("out/mlm-3").mkdir()
+    shutil.copytree(folder, "out/mlm-other")
+    for newest in ("mlm-2", "mlm"):
+        for path in Path("out", newest).glob("checkpoint-*/manifest.json"):
+            path.touch()
+        assert claim(None, resume="latest")[0] == Path("out", newest)
+
+
 def test_resume_from_a_path_goes_on_in_the_folder_that_holds_it(folder, monkeypatch):
     before = contents(folder)
     monkeypatch.chdir(folder)

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from minilm import record
 from minilm.checkpoint import Progress
-from minilm.config import Config, MaskedLM, Model, Run, read_run
+from minilm.config import Config, MaskedLM, Model, Optim, Run, read_run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
@@ -261,10 +261,19 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     announce(tmp_path, config, facts)
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["head"] == "full (it mixes)"
-    assert content["train"] == {"examples": 3, "tokens": 15, "fingerprint": "abc"}
-    assert content["eval"] == {"examples": 2, "tokens": 5, "fingerprint": "def"}
+    assert content["train"] == {"examples": 3, "tokens": 15, "fingerprint": "abc", "unknown": 1 / 15}
+    assert content["eval"] == {"examples": 2, "tokens": 5, "fingerprint": "def", "unknown": 1 / 15}
     assert {"minilm", "torch", "transformers"} <= set(content["versions"])
     assert read_run(str(tmp_path / "run.json")) == replace(config, run=replace(config.run, output_dir=None))
+
+
+def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, facts, caplog):
+    with caplog.at_level("INFO", logger="minilm"):
+        announce(tmp_path, Config(optim=Optim(warmup=6)), facts)
+        assert not [line for line in caplog.messages if "warmup" in line]
+        announce(tmp_path, Config(optim=Optim(warmup=7)), facts)
+    assert "train: 3 examples, 15 tokens, 6.67% of them unknown to the tokenizer" in caplog.messages
+    assert caplog.messages[-1] == "optim.warmup is 7 steps, no fewer than the run: it never gets to optim.lr"
 
 
 def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):

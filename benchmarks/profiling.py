@@ -19,12 +19,11 @@ from sides import peak_memory
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilm.config import Config, parse
-from minilm.head import SparseHead, freeze_unused
+from minilm.head import freeze_unused
 from minilm.launch import start
-from minilm.model import load_model
-from minilm.objectives import objective_of
+from minilm.objectives import build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
-from minilm.train import lay_out, load_steps, prepare_examples, seed_dropout, train_step
+from minilm.train import lay_out, load_steps, seed_dropout, train_step
 
 WARM_UP = 3  # steps before the profiler looks
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -43,13 +42,12 @@ def labelled(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def steps_of(config: Config, count: int) -> tuple[Any, Iterator[int]]:
     """(the accelerator, an iterator that takes a step each time and gives its real tokens)."""
     accelerator, precision = start(config.run)
-    tokenizer, train_examples, eval_examples = prepare_examples(config)
-    length, auto = config.batch.max_length, objective_of(config.objective).auto
-    network = load_model(config.model, tokenizer, max_length=length, seed=config.run.seed, auto=auto)
-    head = SparseHead(network.to(accelerator.device))
+    prepared, objective = prepare(config), objective_of(config.objective)
+    network = build(config, prepared)
+    head = objective.head(network.to(accelerator.device))
     freeze_unused(head)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
-    plan, collator, _ = lay_out(config, accelerator, head, tokenizer, train_examples, eval_examples)
+    plan, collator, _ = lay_out(config, accelerator, head, prepared)
     # The phases are what train_step calls, seen from outside, so that the loop stays as it is.
     accelerator.backward = labelled("backward", accelerator.backward)
     optimizer.step = labelled("optimizer", optimizer.step)
@@ -58,7 +56,7 @@ def steps_of(config: Config, count: int) -> tuple[Any, Iterator[int]]:
     print(f"{type(network).__name__}, {precision.name}, {config.batch.examples} examples a step", file=sys.stderr)
 
     def run() -> Iterator[int]:
-        loader = iter(load_steps(plan, train_examples, collator, accelerator, range(count), config.batch.workers))
+        loader = iter(load_steps(plan, prepared.train, collator, accelerator, range(count), config.batch.workers))
         for index in range(count):
             with record_function("data"):
                 step, micro_batches = next(loader)

@@ -29,13 +29,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config, read_run
-from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import choose_precision, describe
-from minilm.head import SparseHead
 from minilm.model import load_model
-from minilm.objectives import objective_of
-from minilm.tokens import Examples, token_bytes
-from minilm.train import prepare_examples
+from minilm.objectives import objective_of, prepare
+from minilm.tokens import Examples
 
 WARM_UP = 10  # steps that are not timed
 
@@ -77,7 +74,7 @@ def run_trainer(
             logging_steps=100,
             report_to="none",
         )
-        collator = objective_of(config.objective).collator(tokenizer, seed=config.run.seed)
+        collator = objective_of(config.objective).collator(tokenizer, examples, seed=config.run.seed)
         model = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
         trainer = Trainer(
             model=model,
@@ -101,18 +98,14 @@ def main() -> None:
     ours = json.loads((folder / "all_results.json").read_text())
     accelerator = Accelerator()
     precision = choose_precision(config.run.precision, accelerator.device).name
-    tokenizer, train_examples, eval_examples = prepare_examples(config)
-    _, trial = run_trainer(config, tokenizer, train_examples, precision, WARM_UP + 40)
+    prepared, objective = prepare(config), objective_of(config.objective)
+    tokenizer = prepared.tokenizer
+    _, trial = run_trainer(config, tokenizer, prepared.train, precision, WARM_UP + 40)
     steps = round(ours["train_seconds"] / trial * 40)
-    model, seconds = run_trainer(config, tokenizer, train_examples, precision, steps)
-    head = SparseHead(model)
-    evaluator = Evaluator(
-        examples=eval_examples,
-        collator=objective_of(config.objective).collator(tokenizer, seed=None, padded=not head.padding_free),
-        micro_tokens=config.batch.micro_tokens,
-        bytes_per_token=token_bytes(tokenizer),
-        unigram=unigram_nats(train_examples.counts(len(tokenizer))),
-    )
+    model, seconds = run_trainer(config, tokenizer, prepared.train, precision, steps)
+    head = objective.head(model)
+    unseen = objective.collator(tokenizer, prepared.eval, seed=None, padded=not head.padding_free)
+    evaluator = objective.evaluator(prepared, unseen, config.batch.micro_tokens)
     theirs = evaluator(accelerator, head).figures()
     print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
     print("            seconds   steps  loss   bits per byte  of the unigram model's")

@@ -20,15 +20,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from minilm.causal import Causal
 from minilm.config import Config
 from minilm.hardware import count_flops, keep_freed_memory
-from minilm.head import SparseHead, freeze_unused
-from minilm.model import load_model
-from minilm.objectives import Objective, objective_of
+from minilm.head import freeze_unused
+from minilm.objectives import Objective, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
 from minilm.tokens import Examples
-from minilm.train import load_steps, prepare_examples, train_step
+from minilm.train import load_steps, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,10 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
     """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
 
     def __init__(self, plan: Plan, side: Side, objective: Objective) -> None:
-        self.collator = objective.collator(side.tokenizer, seed=0, padded=True)
-        self.shift = int(objective.causal)  # Trainer wants the label where the token is, not where it is predicted
+        self.collator = objective.collator(side.tokenizer, side.examples, seed=0, padded=True)
+        self.shift = int(
+            isinstance(objective, Causal)
+        )  # Trainer wants the label where the token is, not where it is predicted
         self.padding = side.tokenizer.pad_token_id
         self.items = [self._item(plan.step(index), side.examples) for index in range(side.steps)]
 
@@ -185,20 +187,21 @@ def serve(connection: Connection, contender: Contender, config: Config, precisio
     """One side, in its own process: build everything, then take a step at each message that is true."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tokenizer, examples, _ = prepare_examples(config)
-    auto, length = objective_of(config.objective).auto, config.batch.max_length
-    networks = [load_model(config.model, tokenizer, max_length=length, seed=0, auto=auto) for _ in range(2)]
-    cost = count_flops(SparseHead(networks[1]), config.batch.max_length)
+    prepared, objective = prepare(config), objective_of(config.objective)
+    networks = [build(config, prepared) for _ in range(2)]
+    cost = count_flops(objective.head(networks[1]), config.batch.max_length)
     take_steps = minilm_steps if contender.minilm else trainer_steps
-    take_steps(Side(connection, contender, config, precision, steps, networks[0], tokenizer, examples, cost))
+    take_steps(
+        Side(connection, contender, config, precision, steps, networks[0], prepared.tokenizer, prepared.train, cost)
+    )
 
 
 def trainer_steps(side: Side) -> None:
     """Trainer's steps, one at a turn; loading, and with its own sampler masking and padding, are in the time."""
     config, examples = side.config, side.examples
     size, ready, objective = config.batch.examples, not side.contender.grouping, objective_of(config.objective)
-    rate = objective.collator(side.tokenizer, seed=0).rate
-    own = DataCollatorForLanguageModeling(side.tokenizer, mlm=not objective.causal, mlm_probability=rate)
+    rate = objective.collator(side.tokenizer, examples, seed=0).rate
+    own = DataCollatorForLanguageModeling(side.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -237,7 +240,8 @@ def minilm_steps(side: Side) -> None:
     config, examples = side.config, side.examples
     accelerator = Accelerator(cpu=True, mixed_precision="no" if side.precision == "fp32" else side.precision)
     keep_freed_memory(accelerator.device)  # as train() does
-    head = SparseHead(side.network)
+    objective = objective_of(config.objective)
+    head = objective.head(side.network)
     freeze_unused(head)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
     model.train()
@@ -248,7 +252,7 @@ def minilm_steps(side: Side) -> None:
         group=side.contender.grouping,
         padded=not head.padding_free,
     )
-    collator = objective_of(config.objective).collator(side.tokenizer, seed=0, padded=not head.padding_free)
+    collator = objective.collator(side.tokenizer, examples, seed=0, padded=not head.padding_free)
     loader = enumerate(load_steps(plan, examples, collator, accelerator, range(side.steps), workers=0))
     side.connection.send(None)
     while side.connection.recv():

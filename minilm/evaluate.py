@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from minilm.objectives import Collator, target_nats
+from minilm.batch import Collator, target_nats
 from minilm.plan import cut
 from minilm.progress import progress_bar
 from minilm.tokens import Examples

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilm.head import SparseHead
+from minilm.head import Head
 from minilm.packing import pack
 from minilm.plan import Step
 
@@ -129,7 +129,7 @@ class Cost:
         return 3 * forward
 
 
-def count_flops(model: SparseHead, max_length: int) -> Cost:
+def count_flops(model: Head, max_length: int) -> Cost:
     """Count a forward's matrix products at two lengths and two numbers of targets, and solve for the three costs."""
     device, training = next(model.parameters()).device, model.training
 

@@ -30,7 +30,96 @@ _AFTER_ATTENTION = (
 )
 
 
-class SparseHead(nn.Module):
+class Head(nn.Module):
+    """A model that gives the losses of a packed batch's targets.
+
+    What saves work and changes no logit is tried at construction on a small random batch, against the model as it came.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.padding_free = False
+        """Rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`)."""
+        self._offset = position_offset(model)
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+
+    @property
+    def described(self) -> str:
+        """The kind of head, for people to read."""
+        raise NotImplementedError
+
+    def logits(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
+    ) -> Tensor:
+        """Logits, one row for each of the N targets, which are at `target_index_N` among the T tokens."""
+        raise NotImplementedError
+
+    def _inputs(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> dict[str, Any]:
+        """What the model's forward takes for this batch, packed or padded."""
+        if self.padding_free:
+            # transformers hands a mask of four axes on as it is; packed_attention has no use for one.
+            mask = torch.empty(1, 1, 1, 1, device=input_ids_T.device)
+            inputs = {"input_ids": input_ids_T[None], "attention_mask": mask, "packing": packing, **self._always}
+            if self._takes_positions:
+                inputs["position_ids"] = packing.position_T[None] + self._offset
+            if type_ids_T is not None:
+                inputs["token_type_ids"] = type_ids_T[None]
+            return inputs
+        (group,) = packing.groups
+        inputs = {"input_ids": group.pad(input_ids_T), "attention_mask": None, **self._always}
+        if type_ids_T is not None:
+            inputs["token_type_ids"] = group.pad(type_ids_T)
+        if group.place_T is not None:
+            real_RxL = group.real(input_ids_T.device)
+            padding = self.model.config.pad_token_id or 0
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real_RxL, padding)
+            inputs["attention_mask"] = real_RxL.long()
+            if type_ids_T is not None:
+                inputs["token_type_ids"] = inputs["token_type_ids"].masked_fill(~real_RxL, 0)
+        return inputs
+
+    def _probe_batch(self) -> tuple[Tensor, Packing]:
+        """Random ids of three rows of different lengths, and how they lie."""
+        device = next(self.model.parameters()).device
+        longest = min(_PROBE, longest_input(self.model) or _PROBE)
+        lengths = [longest, longest - longest // 8, 6]
+        generator = torch.Generator().manual_seed(0)
+        vocabulary, padding = self.model.config.vocab_size, self.model.config.pad_token_id
+        input_ids_T = torch.randint(0, vocabulary, (sum(lengths),), generator=generator)
+        input_ids_T[input_ids_T == padding] = 0 if padding else 1
+        packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
+        return input_ids_T.to(device), packing
+
+    def _probe(self) -> Tensor:
+        """Logits of the small random batch as things are, N x V."""
+        raise NotImplementedError
+
+    def _differs(self, expected_NxV: Tensor) -> str:
+        """Why the probe's logits are not the expected ones; empty when they are."""
+        try:
+            logits_NxV = self._probe()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"its head does not take single positions ({type(error).__name__}: {error})"
+        scale = expected_NxV.abs().max()
+        if logits_NxV.shape != expected_NxV.shape or not (logits_NxV - expected_NxV).abs().max() <= 1e-4 * scale:
+            return "its head mixes positions"
+        return ""
+
+    def _try_padding_free(self, expected_NxV: Tensor) -> None:
+        if not self.model._supports_attention_backend:
+            return
+        original = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION)
+        self.padding_free = True
+        if self._differs(expected_NxV):
+            self.padding_free = False
+            self.model.set_attn_implementation(original)
+
+
+class SparseHead(Head):
     """The losses of a language model at the targets of a packed batch, and little work besides.
 
     Four shortcuts, none of which changes a logit. Each is tried at construction on a small random batch against the
@@ -45,16 +134,11 @@ class SparseHead(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.sparse = self.padding_free = self.short = self.fused = False
+        super().__init__(model)
+        self.sparse = self.short = self.fused = False
         self._last: Any = model.get_output_embeddings()
         self._target_index: Tensor | None = None
         self._shape: torch.Size | None = None
-        self._offset = position_offset(model)
-        takes = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in takes
-        self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         with evaluating(model):
             expected_NxV = self._probe()
             self.reason = self._try_sparse(expected_NxV)
@@ -65,7 +149,18 @@ class SparseHead(nn.Module):
             saved = " but for its last product" if self.fused else ""
             log.warning(f"{type(model).__name__} runs its head on all tokens{saved}: {self.reason}")
 
-    def forward(self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, target_ids_N: Tensor) -> Tensor:
+    @property
+    def described(self) -> str:
+        return "sparse head" if self.sparse else f"full head ({self.reason})"
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        packing: Packing,
+        target_index_N: Tensor,
+        target_ids_N: Tensor,
+        type_ids_T: Tensor | None = None,
+    ) -> Tensor:
         """-log p of the ids `target_ids_N` at the places `target_index_N` among the T tokens, nats, float32[N].
 
         Only their sum has a gradient where the model is `fused`: take `logits` for anything else.
@@ -73,68 +168,36 @@ class SparseHead(nn.Module):
         kind = input_ids_T.device.type
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         if not self.fused or half:  # small probabilities need the scaled loss in half precision
-            logits_NxV = self.logits(input_ids_T, packing, target_index_N)
+            logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
             return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none")
         with _left_out(self._last):
-            hidden_NxH = self.logits(input_ids_T, packing, target_index_N)
+            hidden_NxH = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
         return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N)
 
-    def logits(self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor) -> Tensor:
+    def logits(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
+    ) -> Tensor:
         """Logits, N x V, of the targets, which are at `target_index_N` among the T tokens."""
-        inputs: dict[str, Any]
-        if self.padding_free:
-            # transformers hands a mask of four axes on as it is; packed_attention has no use for one.
-            mask = torch.empty(1, 1, 1, 1, device=input_ids_T.device)
-            inputs = {"input_ids": input_ids_T[None], "attention_mask": mask, "packing": packing}
-            if self._takes_positions:
-                inputs["position_ids"] = packing.position_T[None] + self._offset
-        else:
-            (group,) = packing.groups
-            inputs = {"input_ids": group.pad(input_ids_T), "attention_mask": None}
-            if group.place_T is not None:
-                real_RxL = group.real(input_ids_T.device)
-                padding = self.model.config.pad_token_id or 0
-                inputs = {
-                    "input_ids": inputs["input_ids"].masked_fill(~real_RxL, padding),
-                    "attention_mask": real_RxL.long(),
-                }
-                target_index_N = group.place_T[target_index_N]
+        inputs = self._inputs(input_ids_T, packing, type_ids_T)
+        if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
+            target_index_N = place_T[target_index_N]
         self._target_index = target_index_N if self.sparse else None
         try:
-            logits_RxLxV: Tensor = self.model(**inputs, **self._always).logits
+            logits_RxLxV: Tensor = self.model(**inputs).logits
         finally:
             self._target_index = self._shape = None
         return logits_RxLxV[0] if self.sparse else logits_RxLxV.flatten(0, 1)[target_index_N]
 
     def _probe(self) -> Tensor:
-        """Logits of the small random batch as things are, N x V."""
-        model = self.model
-        device = next(model.parameters()).device
-        longest = min(_PROBE, longest_input(model) or _PROBE)
-        lengths = [longest, longest - longest // 8, 6]
-        generator = torch.Generator().manual_seed(0)
-        vocabulary, padding = model.config.vocab_size, model.config.pad_token_id
-        input_ids_T = torch.randint(0, vocabulary, (sum(lengths),), generator=generator)
-        input_ids_T[input_ids_T == padding] = 0 if padding else 1
-        input_ids_T = input_ids_T.to(device)
-        packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
-        target_index_N = torch.tensor([1, longest - 1, longest, sum(lengths) - 8, sum(lengths) - 2], device=device)
+        input_ids_T, packing = self._probe_batch()
+        second = int((packing.position_T == 0).nonzero()[1, 0])
+        last = len(input_ids_T)
+        target_index_N = torch.tensor([1, second - 1, second, last - 8, last - 2], device=input_ids_T.device)
         if not self.fused:
             return self.logits(input_ids_T, packing, target_index_N)
         with _left_out(self._last):
             hidden_NxH = self.logits(input_ids_T, packing, target_index_N)
         return F.linear(hidden_NxH, self._last.weight, self._last.bias)
-
-    def _differs(self, expected_NxV: Tensor) -> str:
-        """Why the probe's logits are not the expected ones; empty when they are."""
-        try:
-            logits_NxV = self._probe()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            return f"its head does not take single positions ({type(error).__name__}: {error})"
-        scale = expected_NxV.abs().max()
-        if logits_NxV.shape != expected_NxV.shape or not (logits_NxV - expected_NxV).abs().max() <= 1e-4 * scale:
-            return "its head mixes positions"
-        return ""
 
     def _try_sparse(self, expected_NxV: Tensor) -> str:
         if self.model.base_model is self.model:
@@ -144,16 +207,6 @@ class SparseHead(nn.Module):
         reason = self._differs(expected_NxV)
         self.sparse = reason == ""
         return reason
-
-    def _try_padding_free(self, expected_NxV: Tensor) -> None:
-        if not self.model._supports_attention_backend:
-            return
-        original = self.model.config._attn_implementation
-        self.model.set_attn_implementation(ATTENTION)
-        self.padding_free = True
-        if self._differs(expected_NxV):
-            self.padding_free = False
-            self.model.set_attn_implementation(original)
 
     def _try_short(self, expected_NxV: Tensor) -> None:
         layers = [m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)]
@@ -210,7 +263,7 @@ def _left_out(module: nn.Module) -> Iterator[None]:
         del module.forward
 
 
-def freeze_unused(head: SparseHead) -> None:
+def freeze_unused(head: Head) -> None:
     """Freeze the parameters that the logits do not depend on (poolers, for one): DDP would wait for their gradients."""
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     device = trained[0].device

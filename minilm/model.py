@@ -1,8 +1,9 @@
 """The model: any Hugging Face language model, loaded or built."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +18,24 @@ log = logging.getLogger("minilm")
 
 
 def load_model(
-    model: Model, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int, auto: Any = AutoModelForMaskedLM
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    seed: int,
+    auto: Any = AutoModelForMaskedLM,
+    fields: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model in float32: `model.name`, or built from `model.type` and `model.config` with weights drawn by `seed`.
 
-    `auto` is the class of transformers that knows the models with the head wanted. Raises ValueError when the name
+    `auto` is the class of transformers that knows the models with the head wanted, `fields` what the data decide in the
+    model's configuration. Raises ValueError when the name
     cannot be loaded, a configuration field does not exist, the vocabulary is larger than the embedding, or the model
-    has fewer positions than `max_length`.
+    has fewer positions than
+    `max_length`.
     """
     torch.manual_seed(seed)  # new heads are random too
+    model = replace(model, config={**(fields or {}), **model.config})
     network = _build(model, tokenizer, auto) if model.name is None else _load(model, model.name, auto)
     rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if len(tokenizer) > rows:

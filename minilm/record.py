@@ -18,13 +18,13 @@ from minilm.cache import publish
 from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config, to_dict
 from minilm.hardware import Peak, Precision, describe
-from minilm.head import SparseHead
+from minilm.head import Head
 from minilm.objectives import objective_of
 from minilm.optim import warmup_steps
 from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar
 from minilm.spikes import Spikes
-from minilm.tokens import Examples
+from minilm.tokens import Examples, Prepared
 
 log = logging.getLogger("minilm")
 
@@ -92,16 +92,15 @@ class Recorder:
         }
         self._bar.update()
 
-    def evaluation(self, epoch: float, figures: dict[str, float]) -> None:
-        """Record an evaluation after the steps recorded so far; its time is not training time."""
+    def evaluation(self, epoch: float, figures: dict[str, float], said: str) -> None:
+        """Record an evaluation after the steps recorded so far, which `said` puts into words.
+
+        Its time is not training time.
+        """
         if not self.enabled:
             return
         self._write({"step": self.steps, "epoch": round(epoch, 6), **figures})
-        self._bar.write(
-            f"step {self.steps}, epoch {epoch:.2f}: evaluation loss {figures['eval_loss']:.3f}, perplexity "
-            f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.3f} bits per byte "
-            f"(unigram {figures['unigram_bits_per_byte']:.3f})"
-        )
+        self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {said}")
         self._mark = time.perf_counter()
 
     def settle(self) -> None:
@@ -193,11 +192,9 @@ def versions() -> dict[str, str]:
 
 def run_facts(
     accelerator: Accelerator,
-    head: SparseHead,
+    head: Head,
     plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    train_examples: Examples,
-    eval_examples: Examples,
+    prepared: Prepared,
     total_steps: int,
     precision: Precision,
     peak: Peak,
@@ -206,10 +203,10 @@ def run_facts(
     return {
         "model": type(head.model).__name__,
         "parameters": head.model.num_parameters(),
-        "head": "sparse" if head.sparse else f"full ({head.reason})",
-        "vocabulary": len(tokenizer),
-        "train": {**train_examples.facts(), "unknown": _unknown(train_examples, tokenizer)},
-        "eval": {**eval_examples.facts(), "unknown": _unknown(eval_examples, tokenizer)},
+        "head": head.described,
+        "vocabulary": len(prepared.tokenizer),
+        "train": {**prepared.train.facts(), "unknown": _unknown(prepared.train, prepared.tokenizer)},
+        "eval": {**prepared.eval.facts(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
         "steps": total_steps,
         "padding_share": round(plan.padding_share(), 4),
         "processes": accelerator.num_processes,
@@ -237,7 +234,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
         log.info(f"{part}: {facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
     log.info(
         f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
-        f"{facts['head']} head"
+        f"{facts['head']}"
     )
     hardware = facts["hardware"]
     log.info(
@@ -280,9 +277,7 @@ model = pipeline("{pipeline}", model="{title}")
 |---|---|
 {rows}
 
-The evaluation predicts {predicted} of documents that training did not see.
-`bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model has the frequencies of the
-training tokens.
+{explained}
 
 ## Samples
 
@@ -327,7 +322,7 @@ def write_card(
         rows="\n".join(rows),
         pipeline=objective.pipeline,
         kind=objective.title,
-        predicted=objective.predicted,
+        explained=objective.explained,
         samples="\n".join(listed) or "None were asked for.",
         device=facts["hardware"]["device"],
         settings="\n".join(settings),

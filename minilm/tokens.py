@@ -7,7 +7,7 @@ length are views of it, so changing them encodes nothing again.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,17 @@ class Examples:
         for at in range(0, len(self.ids), 2**22):
             total += np.bincount(self.ids[at : at + 2**22], minlength=vocab_size)
         return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run works on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    eval: Examples
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration that follow from the data, such as the names of its labels."""
 
 
 def encode(

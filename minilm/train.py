@@ -19,22 +19,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minilm.batch import Batch, Collator, loss_sum
 from minilm.checkpoint import Saver
 from minilm.config import Config, Run
-from minilm.data import load_documents
-from minilm.evaluate import Evaluator, unigram_nats
 from minilm.hardware import count_flops, device_peak
-from minilm.head import SparseHead, freeze_unused
+from minilm.head import Head, freeze_unused
 from minilm.launch import attempt, finish, first_on_each_host, in_contact, start, together
-from minilm.model import load_model
-from minilm.objectives import Batch, Collator, loss_sum, objective_of
+from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
 from minilm.resume import check_settings, resume
 from minilm.stop import StopRequest, TrainingStopped
-from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
+from minilm.tokens import Examples, Prepared
 
 log = logging.getLogger("minilm")
 
@@ -97,24 +95,22 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
     together(lambda: check_settings(checkpoint, config))
     with first_on_each_host(accelerator):
-        prepared = attempt(lambda: prepare_examples(config))
-    tokenizer, train_examples, eval_examples = together(prepared)
-    length = config.batch.max_length
-    seed, objective = config.run.seed, objective_of(config.objective)
-    network = together(lambda: load_model(config.model, tokenizer, max_length=length, seed=seed, auto=objective.auto))
-    together(lambda: objective.check(network, tokenizer, config.run.samples))
-    head = SparseHead(network.to(accelerator.device))
+        attempted = attempt(lambda: prepare(config))
+    prepared, objective = together(attempted), objective_of(config.objective)
+    network = together(lambda: build(config, prepared))
+    together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
+    head = objective.head(network.to(accelerator.device))
     freeze_unused(head)
-    cost = count_flops(head, length)
+    cost = count_flops(head, config.batch.max_length)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
-    plan, collator, evaluator = lay_out(config, accelerator, head, tokenizer, train_examples, eval_examples)
+    plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
 
-    data = train_examples.facts()
+    data = prepared.train.facts()
     progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer))
     together(lambda: claim_output_dir(folder, config.run, network), main_only=True)
     peak = device_peak(accelerator.device, precision.name)
-    facts = run_facts(accelerator, head, plan, tokenizer, train_examples, eval_examples, total, precision, peak)
+    facts = run_facts(accelerator, head, plan, prepared, total, precision, peak)
     main = accelerator.is_main_process
     if main:
         announce(folder, config, facts)
@@ -125,14 +121,14 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         progress=progress,
         enabled=main,
     )
-    saver = together(lambda: Saver(folder, network, optimizer, tokenizer, config, data, enabled=main))
+    saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, data, enabled=main))
     model.train()
-    steps = load_steps(plan, train_examples, collator, accelerator, range(progress.step, total), config.batch.workers)
+    steps = load_steps(plan, prepared.train, collator, accelerator, range(progress.step, total), config.batch.workers)
     figures = early = None
     request = StopRequest(accelerator, saves=config.run.save_every > 0)
     with request, closing(recorder), in_contact(saver.goes_on):
         for done, (step, micro_batches) in enumerate(steps, start=progress.step + 1):
-            seed_dropout(seed, done - 1, accelerator.process_index)
+            seed_dropout(config.run.seed, done - 1, accelerator.process_index)
             result = train_step(
                 accelerator,
                 model,
@@ -147,7 +143,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
                 recorder.settle()
                 figures = evaluator(accelerator, model).figures()
-                recorder.evaluation(epoch, figures)
+                recorder.evaluation(epoch, figures, objective.said(figures))
             early = bad_gradients(recorder, plan, config.run) or request.agreed(done)
             if saver.due(done, last=done == total or early is not None):
                 saver.save(recorder.progress(figures))
@@ -158,32 +154,12 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         figures = figures or evaluator(accelerator, model).figures()
         results = {**figures, **recorder.totals()}
         if main:
-            conclude(folder, config, facts, results, network, tokenizer)
+            conclude(folder, config, facts, results, network, prepared.tokenizer)
     model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
     finish(accelerator)
     if early is not None:
         raise early
     return results
-
-
-def prepare_examples(config: Config) -> tuple[PreTrainedTokenizerBase, Examples, Examples]:
-    """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
-    train_documents, eval_documents = load_documents(config.data, config.run.seed)
-    causal = objective_of(config.objective).causal
-    tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents, causal=causal)
-    train_examples, eval_examples = (
-        encode(
-            documents,
-            tokenizer,
-            max_length=config.batch.max_length,
-            layout=config.batch.layout,
-            overflow=config.tokens.overflow,
-            causal=causal,
-            name=f"{part} documents",
-        )
-        for part, documents in (("training", train_documents), ("evaluation", eval_documents))
-    )
-    return tokenizer, train_examples, eval_examples
 
 
 def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
@@ -206,16 +182,14 @@ def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped |
 def lay_out(
     config: Config,
     accelerator: Accelerator,
-    head: SparseHead,
-    tokenizer: PreTrainedTokenizerBase,
-    train_examples: Examples,
-    eval_examples: Examples,
-) -> tuple[Plan, Collator, Evaluator]:
+    head: Head,
+    prepared: Prepared,
+) -> tuple[Plan, Collator, Evaluation]:
     """The plan of the steps, the collator that fills them, and the evaluation."""
     objective, padded = objective_of(config.objective), not head.padding_free
     multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
     plan = Plan(
-        train_examples.lengths,
+        prepared.train.lengths,
         examples=config.batch.examples,
         micro_tokens=config.batch.micro_tokens,
         processes=accelerator.num_processes,
@@ -224,15 +198,10 @@ def lay_out(
         padded=padded,
         multiple=multiple,
     )
-    collator = objective.collator(tokenizer, seed=config.run.seed, padded=padded, multiple=multiple)
-    evaluator = Evaluator(
-        examples=eval_examples,
-        collator=objective.collator(tokenizer, seed=None, padded=padded, multiple=multiple),
-        micro_tokens=config.batch.micro_tokens,
-        bytes_per_token=token_bytes(tokenizer),
-        unigram=unigram_nats(train_examples.counts(len(tokenizer)) * collator.possible),
-    )
-    return plan, collator, evaluator
+    layout: dict[str, Any] = {"padded": padded, "multiple": multiple}
+    collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
+    unseen = objective.collator(prepared.tokenizer, prepared.eval, seed=None, **layout)
+    return plan, collator, objective.evaluator(prepared, unseen, config.batch.micro_tokens)
 
 
 Item = tuple[Step, list[Batch]]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -13,7 +14,11 @@ from transformers import (
 
 from minilm.config import Model
 from minilm.model import load_model
+from minilm.tokens import Examples
 
+NO_EXAMPLES = Examples(
+    **dict.fromkeys(("ids", "start", "stop", "prefix", "suffix"), np.zeros(0, np.int64)),
+)
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

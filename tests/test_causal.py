@@ -15,16 +15,18 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens
+from minilm.batch import loss_sum
+from minilm.causal import CausalCollator
 from minilm.head import SparseHead
 from minilm.infer import load_causal_lm
 from minilm.model import load_model
-from minilm.objectives import CausalCollator, loss_sum, objective_of
+from minilm.objectives import objective_of, prepare
 from minilm.packing import pack
 from minilm.plan import Plan
 from minilm.tokens import encode, train_tokenizer
-from minilm.train import prepare_examples, train
+from minilm.train import train
 from tests.launch import read_log
-from tests.reference import fields
+from tests.reference import NO_EXAMPLES, fields
 
 SHARED = {"num_attention_heads": 4, "num_key_value_heads": 2}  # grouped query attention
 # Families of models, and what a tiny one of each needs besides its size.
@@ -149,7 +151,7 @@ def test_each_document_ends_with_the_end_of_text_wherever_it_is_cut_and_padding_
     assert [int(id) for row in rows for id in row] == joined
     assert max(map(len, rows)) <= max_length
     assert examples.counts(len(causal_tokenizer))[end] == len(documents)
-    batch = objective_of(CausalLM()).collator(causal_tokenizer, seed=0)(rows, np.arange(len(rows)), 0)
+    batch = objective_of(CausalLM()).collator(causal_tokenizer, NO_EXAMPLES, seed=0)(rows, np.arange(len(rows)), 0)
     ends = sum(row[1:].tolist().count(end) for row in rows)
     assert int((batch.target_ids_N == end).sum()) == ends > 0
 
@@ -226,7 +228,8 @@ def test_micro_batches_do_not_change_the_update(text: str, trained: Path, tmp_pa
 
 def test_the_logged_loss_is_that_of_the_plain_model(text: str, trained: Path) -> None:
     config = config_for(text, trained)
-    tokenizer, examples, _ = prepare_examples(config)
+    prepared = prepare(config)
+    tokenizer, examples = prepared.tokenizer, prepared.train
     model = load_model(config.model, tokenizer, max_length=48, seed=0, auto=AutoModelForCausalLM)
     (ids,) = Plan(examples.lengths, examples=12, micro_tokens=4096).step(0).micro_batches[0]
     rows = [examples[int(i)] for i in ids]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from minilm.evaluate import Evaluation, Evaluator, unigram_nats
 from minilm.head import SparseHead
-from minilm.objectives import MaskedCollator
+from minilm.masked import MaskedCollator
 from minilm.tokens import Examples
 from tests.jobs import fork
 

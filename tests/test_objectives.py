@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from minilm.batch import Batch, loss_sum, target_nats
 from minilm.config import MaskedLM
 from minilm.head import SparseHead
-from minilm.objectives import Batch, MaskedCollator, loss_sum, objective_of, target_nats
-from tests.reference import pad_rows
+from minilm.masked import MaskedCollator
+from minilm.objectives import objective_of
+from tests.reference import NO_EXAMPLES, pad_rows
 
 Rows = list[NDArray[np.int64]]
 RATE = 0.15
@@ -39,7 +41,9 @@ def _z_uniform(counts: NDArray[np.int64]) -> float:
 def _collator(
     tokenizer: PreTrainedTokenizerBase, seed: int = 0, rate: float = RATE, padded: bool = False, multiple: int = 1
 ) -> MaskedCollator:
-    return objective_of(MaskedLM(rate=rate)).collator(tokenizer, seed=seed, padded=padded, multiple=multiple)
+    return objective_of(MaskedLM(rate=rate)).collator(
+        tokenizer, NO_EXAMPLES, seed=seed, padded=padded, multiple=multiple
+    )
 
 
 def _chosen(batch: Batch, rows: int) -> NDArray[np.bool_]:
@@ -142,7 +146,7 @@ def test_masks_of_another_seed_epoch_example_or_position_are_independent(
 ) -> None:
     rows, examples = list(np.full((1000, 512), len(tokenizer) - 1)), np.arange(1000) + 1
     first = _chosen(_collator(tokenizer)(rows, examples, 1), 1000)
-    other = objective_of(MaskedLM(rate=RATE)).collator(tokenizer, seed=seed)
+    other = objective_of(MaskedLM(rate=RATE)).collator(tokenizer, NO_EXAMPLES, seed=seed)
     second = np.roll(_chosen(other(rows, examples + example, 1 + epoch), 1000), position, axis=1)
     assert _within(second.sum(), second.size, RATE)
     assert _within((first & second).sum(), first.size, RATE**2)
@@ -178,7 +182,7 @@ def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer
     rows, examples = list(np.full((100, 512), len(tokenizer) - 1)), np.arange(100)
 
     def evaluation(objective: MaskedLM) -> Batch:
-        return objective_of(objective).collator(tokenizer, seed=None)(rows, examples, 0)
+        return objective_of(objective).collator(tokenizer, NO_EXAMPLES, seed=None)(rows, examples, 0)
 
     first, second = evaluation(MaskedLM(eval_rate=0.3)), evaluation(MaskedLM(rate=0.5, eval_rate=0.3))
     assert torch.equal(first.input_ids_T, second.input_ids_T)

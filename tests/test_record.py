@@ -17,7 +17,7 @@ from minilm.config import Config, MaskedLM, Model, Optim, Run, read_run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
-from minilm.tokens import Examples
+from minilm.tokens import Examples, Prepared
 
 STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"]
 FIGURES = {"eval_loss": 3.0, "perplexity": 20.1, "bits_per_byte": 1.5, "unigram_bits_per_byte": 2.75}
@@ -83,7 +83,7 @@ def test_an_evaluation_is_logged_after_its_step_and_costs_no_training_time(tmp_p
     steps(recorder, clock, 1)
     recorder.settle()
     clock.now += 1000.0
-    recorder.evaluation(0.25, FIGURES)
+    recorder.evaluation(0.25, FIGURES, "loss 2.5")
     steps(recorder, clock, 1)
     recorder.close()
     assert lines(tmp_path)[1] == {"step": 1, "epoch": 0.25, **FIGURES}
@@ -152,7 +152,7 @@ def test_progress_holds_every_step_in_the_log_and_the_loss_of_an_evaluation_afte
     steps(recorder, clock, 3)
     assert recorder.progress().eval_loss is None
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    recorder.evaluation(0.75, FIGURES)
+    recorder.evaluation(0.75, FIGURES, "loss 2.5")
     progress = recorder.progress(FIGURES)
     assert (progress.eval_loss, progress.log_bytes) == (3.0, (tmp_path / "log.jsonl").stat().st_size)
     recorder.close()
@@ -226,7 +226,7 @@ def test_a_spike_is_logged_with_its_examples_and_the_same_after_a_resume(stopped
 def test_a_disabled_recorder_writes_and_shows_nothing(tmp_path, clock, capfd):
     recorder = recorder_in(tmp_path, enabled=False)
     steps(recorder, clock, 2)
-    recorder.evaluation(0.5, FIGURES)
+    recorder.evaluation(0.5, FIGURES, "loss 2.5")
     recorder.close()
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
@@ -245,11 +245,13 @@ def facts(tokenizer, monkeypatch) -> dict:
 
     return run_facts(
         SimpleNamespace(num_processes=2, device=torch.device("cpu")),
-        SimpleNamespace(model=network, sparse=False, reason="it mixes"),
+        SimpleNamespace(model=network, described="full head (it mixes)"),
         Plan(lengths, examples=2, micro_tokens=64),
-        tokenizer,
-        examples([0, 4, 10], [4, 10, 15], "abc"),
-        examples([0, 2], [2, 5], "def"),
+        Prepared(
+            tokenizer=tokenizer,
+            train=examples([0, 4, 10], [4, 10, 15], "abc"),
+            eval=examples([0, 2], [2, 5], "def"),
+        ),
         total_steps=7,
         precision=Precision(name="fp32", reason="asked for"),
         peak=Peak(flops=2e12, source="measured"),
@@ -260,7 +262,7 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     config = Config(objective=MaskedLM(rate=0.3), run=Run(output_dir=str(tmp_path), samples=("A [MASK].",)))
     announce(tmp_path, config, facts)
     content = json.loads((tmp_path / "run.json").read_text())
-    assert content["head"] == "full (it mixes)"
+    assert content["head"] == "full head (it mixes)"
     assert content["train"] == {"examples": 3, "tokens": 15, "fingerprint": "abc", "unknown": 1 / 15}
     assert content["eval"] == {"examples": 2, "tokens": 5, "fingerprint": "def", "unknown": 1 / 15}
     assert {"minilm", "torch", "transformers"} <= set(content["versions"])

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from minilm.batch import Batch, loss_sum
 from minilm.head import SparseHead
-from minilm.objectives import Batch, MaskedCollator, loss_sum
+from minilm.masked import MaskedCollator
 from minilm.packing import ATTENTION, pack, packed_attention
 from tests.reference import TYPES, build, full_logits, pad_rows
 

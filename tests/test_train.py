@@ -19,10 +19,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 from transformers import pipeline as hf_pipeline
 
 from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
+from minilm.batch import Batch as TensorBatch
 from minilm.head import SparseHead
 from minilm.infer import fill_mask
-from minilm.objectives import Batch as TensorBatch
-from minilm.objectives import MaskedCollator
+from minilm.masked import MaskedCollator
 from minilm.optim import build_optimizer
 from minilm.plan import Plan
 from minilm.tokens import Examples, encode

@@ -57,10 +57,10 @@ BEFORE_THE_FIRST_STEP = {
 import time
 from pathlib import Path
 import minilm.train
-def prepare_examples(config):
+def prepare(config):
     Path(config.run.output_dir).with_name("begun").touch()
     time.sleep(100)
-minilm.train.prepare_examples = prepare_examples
+minilm.train.prepare = prepare_examples
 """,
     "before the processes have met": """
 import os, time

@@ -1,0 +1,84 @@
+"""A micro-batch: rows of token ids joined to one flat row, and the targets in it; its loss is a sum over those.
+
+Axes: T tokens of the micro-batch, N targets of the micro-batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minilm.packing import Packing, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch on its way to the model: its rows one after the other, without padding."""
+
+    input_ids_T: Tensor
+    """int64, the rows' token ids, concatenated."""
+    packing: Packing
+    """Where the rows lie."""
+    target_index_N: Tensor
+    """int64, where the targets are among the T tokens."""
+    target_ids_N: Tensor
+    """What to predict there: int64, ids; of a classification, the labels."""
+    type_ids_T: Tensor | None = None
+    """int64, which of two texts each token is of, where the model is told."""
+
+    @property
+    def targets(self) -> int:
+        """Number of targets; read from the shape, so that asking never waits for a device."""
+        return self.target_ids_N.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; the copy from pinned memory does not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory (called by DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            input_ids_T=change(self.input_ids_T),
+            packing=self.packing.map(change),
+            target_index_N=change(self.target_index_N),
+            target_ids_N=change(self.target_ids_N),
+            type_ids_T=None if self.type_ids_T is None else change(self.type_ids_T),
+        )
+
+
+def join(rows: Sequence[NDArray[np.int64]], *, padded: bool, multiple: int) -> tuple[NDArray[np.int64], Packing]:
+    """The rows one after the other, and where they lie. No rows give one token without a target, so that a process that
+    has nothing to do in a step can still join its collectives."""
+    ids_T = np.concatenate(rows) if rows else np.zeros(1, np.int64)
+    return ids_T, pack([len(row) for row in rows] or [1], grouped=not padded, multiple=multiple)
+
+
+def target_nats(model: nn.Module, batch: Batch) -> Tensor:
+    """-log p of each target in nats, float32[N], by a model like `SparseHead`."""
+    nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T)
+    return nats_N
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross entropy of the batch summed over its targets, nats, float32 scalar."""
+    return target_nats(model, batch).sum()
+
+
+class Collator(Protocol):
+    """Rows of token ids to a batch."""
+
+    rate: float
+    """Share of the tokens that are targets."""
+    possible: NDArray[np.bool_]
+    """bool[vocabulary], the ids that can be targets."""
+    padded: bool
+    multiple: int
+
+    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch: ...

@@ -1,0 +1,74 @@
+"""Causal LM: every token is predicted from those before it.
+
+Axes: T tokens of the micro-batch, N targets of the micro-batch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.batch import Batch, join
+from minilm.config import CausalLM
+from minilm.infer import check_beginnings, generate
+from minilm.language import LanguageModel
+from minilm.model import check_causal
+from minilm.tokens import Examples
+
+
+class CausalCollator:
+    """Joins rows of token ids; each token but a row's first is the target of the one before it.
+
+    `padded` and `multiple` are those of `minilm.plan.Plan`.
+    """
+
+    rate = 1.0  # the share of tokens that are targets, as good as
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool = False, multiple: int = 1) -> None:
+        self.possible = np.ones(len(tokenizer), bool)
+        self.padded, self.multiple = padded, multiple
+
+    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch:
+        """As `MaskedCollator`; of examples and epoch nothing depends on."""
+        ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
+        index_N = np.delete(np.arange(len(ids_T)), np.cumsum([len(row) for row in rows] or [1]) - 1)
+        return Batch(
+            input_ids_T=torch.from_numpy(ids_T),
+            packing=packing,
+            target_index_N=torch.from_numpy(index_N),
+            target_ids_N=torch.from_numpy(ids_T[index_N + 1]),
+        )
+
+
+class Causal(LanguageModel):
+    """Causal LM."""
+
+    auto, causal, pipeline, title = AutoModelForCausalLM, True, "text-generation", "causal language model"
+    predicted = "every token but the first"
+
+    def __init__(self, settings: CausalLM) -> None:
+        self.settings = settings
+
+    def collator(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Examples,
+        *,
+        seed: int | None,
+        padded: bool = False,
+        multiple: int = 1,
+    ) -> CausalCollator:
+        return CausalCollator(tokenizer, padded=padded, multiple=multiple)
+
+    def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        check_causal(network)
+        check_beginnings(network, tokenizer, texts)
+
+    def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        return generate(network, tokenizer, [text])[0].removeprefix(text)
+
+    def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+        return f'minilm generate {folder} "…"'

@@ -1,0 +1,67 @@
+"""What masked and causal LM have in common: documents to examples, the head at the targets, loss and perplexity."""
+
+from transformers import PreTrainedModel
+
+from minilm.batch import Collator
+from minilm.config import Config
+from minilm.data import load_documents
+from minilm.evaluate import Evaluator, unigram_nats
+from minilm.head import SparseHead
+from minilm.tokens import Prepared, encode, load_tokenizer, token_bytes
+
+
+class LanguageModel:
+    """The part of an objective (`minilm.objectives.Objective`) that every language model shares."""
+
+    causal: bool
+    """Special tokens begin and end each document, and not each example."""
+    predicted: str
+    """What evaluation predicts."""
+
+    def prepare(self, config: Config) -> Prepared:
+        """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
+        train_documents, eval_documents = load_documents(config.data, config.run.seed)
+        tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents, causal=self.causal)
+        train_examples, eval_examples = (
+            encode(
+                documents,
+                tokenizer,
+                max_length=config.batch.max_length,
+                layout=config.batch.layout,
+                overflow=config.tokens.overflow,
+                causal=self.causal,
+                name=f"{part} documents",
+            )
+            for part, documents in (("training", train_documents), ("evaluation", eval_documents))
+        )
+        return Prepared(tokenizer=tokenizer, train=train_examples, eval=eval_examples)
+
+    def head(self, network: PreTrainedModel) -> SparseHead:
+        """The network with its head at the targets alone."""
+        return SparseHead(network)
+
+    def evaluator(self, prepared: Prepared, collator: Collator, micro_tokens: int) -> Evaluator:
+        """Loss, perplexity and bits per byte, beside a unigram model's."""
+        return Evaluator(
+            examples=prepared.eval,
+            collator=collator,
+            micro_tokens=micro_tokens,
+            bytes_per_token=token_bytes(prepared.tokenizer),
+            unigram=unigram_nats(prepared.train.counts(len(prepared.tokenizer)) * collator.possible),
+        )
+
+    def said(self, figures: dict[str, float]) -> str:
+        """The figures of an evaluation in words."""
+        return (
+            f"evaluation loss {figures['eval_loss']:.3f}, perplexity {figures['perplexity']:.2f}, "
+            f"{figures['bits_per_byte']:.3f} bits per byte (unigram {figures['unigram_bits_per_byte']:.3f})"
+        )
+
+    @property
+    def explained(self) -> str:
+        """What the figures mean, for the model card."""
+        return (
+            f"The evaluation predicts {self.predicted} of documents that training did not see.\n"
+            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model has the "
+            "frequencies of the\ntraining tokens."
+        )

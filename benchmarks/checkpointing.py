@@ -65,7 +65,7 @@ def steps_of(config: Config, count: int) -> tuple[Iterator[int], Saver]:
     accelerator, precision = start(config.run)
     prepared, objective = prepare(config), objective_of(config.objective)
     network = build(config, prepared)
-    head = objective.head(network.to(accelerator.device))
+    head = objective.head(network.to(accelerator.device), prepared)
     freeze_unused(head)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
     plan, collator, _ = lay_out(config, accelerator, head, prepared)

@@ -27,7 +27,7 @@ from minilm.head import freeze_unused
 from minilm.objectives import Objective, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
-from minilm.tokens import Examples
+from minilm.tokens import Examples, Prepared
 from minilm.train import load_steps, train_step
 
 
@@ -51,8 +51,7 @@ class Side:
     precision: str
     steps: int
     network: Any
-    tokenizer: Any
-    examples: Examples
+    prepared: Prepared
     cost: Any
 
 
@@ -87,12 +86,12 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
     """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
 
     def __init__(self, plan: Plan, side: Side, objective: Objective) -> None:
-        self.collator = objective.collator(side.tokenizer, side.examples, seed=0, padded=True)
+        self.collator = objective.collator(side.prepared.tokenizer, side.prepared.train, seed=0, padded=True)
         self.shift = int(
             isinstance(objective, Causal)
         )  # Trainer wants the label where the token is, not where it is predicted
-        self.padding = side.tokenizer.pad_token_id
-        self.items = [self._item(plan.step(index), side.examples) for index in range(side.steps)]
+        self.padding = side.prepared.tokenizer.pad_token_id
+        self.items = [self._item(plan.step(index), side.prepared.train) for index in range(side.steps)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -189,19 +188,19 @@ def serve(connection: Connection, contender: Contender, config: Config, precisio
     transformers_logging.disable_progress_bar()
     prepared, objective = prepare(config), objective_of(config.objective)
     networks = [build(config, prepared) for _ in range(2)]
-    cost = count_flops(objective.head(networks[1]), config.batch.max_length)
+    cost = count_flops(objective.head(networks[1], prepared), config.batch.max_length)
     take_steps = minilm_steps if contender.minilm else trainer_steps
-    take_steps(
-        Side(connection, contender, config, precision, steps, networks[0], prepared.tokenizer, prepared.train, cost)
-    )
+    take_steps(Side(connection, contender, config, precision, steps, networks[0], prepared, cost))
 
 
 def trainer_steps(side: Side) -> None:
     """Trainer's steps, one at a turn; loading, and with its own sampler masking and padding, are in the time."""
-    config, examples = side.config, side.examples
+    config, examples = side.config, side.prepared.train
     size, ready, objective = config.batch.examples, not side.contender.grouping, objective_of(config.objective)
-    rate = objective.collator(side.tokenizer, examples, seed=0).rate
-    own = DataCollatorForLanguageModeling(side.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate)
+    rate = objective.collator(side.prepared.tokenizer, examples, seed=0).rate
+    own = DataCollatorForLanguageModeling(
+        side.prepared.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -237,11 +236,11 @@ def _only(items: list[Any]) -> Any:
 
 def minilm_steps(side: Side) -> None:
     """minilm's steps, one at a turn; planning, masking and packing are in the time that is taken."""
-    config, examples = side.config, side.examples
+    config, examples = side.config, side.prepared.train
     accelerator = Accelerator(cpu=True, mixed_precision="no" if side.precision == "fp32" else side.precision)
     keep_freed_memory(accelerator.device)  # as train() does
     objective = objective_of(config.objective)
-    head = objective.head(side.network)
+    head = objective.head(side.network, side.prepared)
     freeze_unused(head)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
     model.train()
@@ -252,7 +251,7 @@ def minilm_steps(side: Side) -> None:
         group=side.contender.grouping,
         padded=not head.padding_free,
     )
-    collator = objective.collator(side.tokenizer, examples, seed=0, padded=not head.padding_free)
+    collator = objective.collator(side.prepared.tokenizer, examples, seed=0, padded=not head.padding_free)
     loader = enumerate(load_steps(plan, examples, collator, accelerator, range(side.steps), workers=0))
     side.connection.send(None)
     while side.connection.recv():

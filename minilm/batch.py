@@ -76,9 +76,14 @@ class Collator(Protocol):
 
     rate: float
     """Share of the tokens that are targets."""
-    possible: NDArray[np.bool_]
-    """bool[vocabulary], the ids that can be targets."""
     padded: bool
     multiple: int
 
     def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch: ...
+
+
+class LanguageCollator(Collator, Protocol):
+    """The collator of a language model."""
+
+    possible: NDArray[np.bool_]
+    """bool[vocabulary], the ids that can be targets."""

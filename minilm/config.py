@@ -123,6 +123,22 @@ class CausalLM:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Sequence classification: data.label_column is predicted from a text, or with data.pair_column from two."""
+
+    problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
+    """What a label is: a class, a list of labels, or a number. auto: lists are several labels, numbers with a
+    decimal point a regression."""
+    class_weights: Literal["equal", "balanced"] = "equal"
+    """What an example of a class counts in training: the same, or the less the more of them there are."""
+
+    def __post_init__(self) -> None:
+        _check_choices("objective", self)
+        single = self.problem in ("auto", "single-label")
+        _check(single or self.class_weights == "equal", "objective.class_weights balanced needs single labels")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one optimizer step sees, and how it is cut to fit the device."""
 
@@ -227,7 +243,7 @@ class Config:
     data: Data = field(default_factory=Data)
     tokens: Tokens = field(default_factory=Tokens)
     model: Model = field(default_factory=Model)
-    objective: MaskedLM | CausalLM = field(default_factory=MaskedLM)
+    objective: MaskedLM | CausalLM | Classification = field(default_factory=MaskedLM)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)

@@ -22,7 +22,7 @@ log = logging.getLogger("minilm")
 
 _PROBE = 160  # tokens of the longest row on which a shortcut is tried: more than the usual window of local attention
 # First and last module of what follows attention in a layer; between the two, each token is by itself.
-_AFTER_ATTENTION = (
+AFTER_ATTENTION = (
     ("attention.output", "output"),  # BERT and its many relatives
     ("mlp_norm", "mlp"),  # ModernBERT
     ("sa_layer_norm", "output_layer_norm"),  # DistilBERT
@@ -209,13 +209,12 @@ class SparseHead(Head):
         return reason
 
     def _try_short(self, expected_NxV: Tensor) -> None:
-        layers = [m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)]
-        layers = [m for m in layers if len(m) == self.model.config.num_hidden_layers]
-        if not self.sparse or not layers:
+        layer = last_layer(self.model)
+        if not self.sparse or layer is None:
             return
-        for names in _AFTER_ATTENTION:
+        for names in AFTER_ATTENTION:
             try:
-                first, last = (layers[0][-1].get_submodule(name) for name in names)
+                first, last = (layer.get_submodule(name) for name in names)
             except AttributeError:
                 continue
             handles = (first.register_forward_pre_hook(self._narrow), last.register_forward_hook(self._widen))
@@ -251,6 +250,13 @@ class SparseHead(Head):
         (rows, length, width), self._shape = self._shape, None
         hidden_RLxH = output_1xNxH.new_zeros(rows * length, width).index_copy(0, self._target_index, output_1xNxH[0])
         return hidden_RLxH.view(rows, length, width)
+
+
+def last_layer(model: PreTrainedModel) -> nn.Module | None:
+    """The last of the layers that attend, where the model keeps them in a list."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return lists[0][-1] if lists else None
 
 
 @contextmanager

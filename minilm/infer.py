@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +38,11 @@ class Fill:
 def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
     return _load(name, AutoModelForMaskedLM, "masked LM")
+
+
+def load_classifier(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    return _load(name, AutoModelForSequenceClassification, "sequence classifier")
 
 
 def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -181,3 +187,55 @@ def generate(
             )
         results.append(str(tokenizer.decode(output_1xL[0], skip_special_tokens=True)))
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Class:
+    """A label, and how sure the model is of it."""
+
+    label: str
+    score: float
+    """Probability of a class, of each of several labels by itself; of a regression its number."""
+
+
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    batch_size: int = 32,
+) -> list[list[Class]]:
+    """The labels of each text, or of each text with its second one, the likeliest first.
+
+    Scores are those of transformers' text-classification pipeline. Texts longer than the model's input are cut, and a
+    warning says how many; texts of similar length are read together.
+    """
+    longest = longest_input(model)
+    both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+    encoded = tokenizer(*both, truncation=longest is not None, max_length=longest, verbose=False)
+    if cut := sum(bool(row.overflowing) for row in encoded.encodings):
+        log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")
+    rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
+    names: Any = model.config.id2label
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    results: list[list[Class]] = [[] for _ in rows]
+    for at in range(0, len(order), batch_size):
+        ids = order[at : at + batch_size]
+        alone = len({len(rows[index]["input_ids"]) for index in ids}) == 1  # needs no padding token
+        batch = tokenizer.pad([rows[index] for index in ids], padding=not alone, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            logits_NxC = model(**batch).logits.float()
+        for row, scores in zip(ids, _scores(model, logits_NxC).tolist(), strict=True):
+            named = [Class(label=names[index], score=score) for index, score in enumerate(scores)]
+            results[row] = sorted(named, key=lambda each: -each.score)
+    return results
+
+
+def _scores(model: PreTrainedModel, logits_NxC: torch.Tensor) -> torch.Tensor:
+    problem = model.config.problem_type
+    if problem == "regression":
+        return logits_NxC
+    if problem == "multi_label_classification" or logits_NxC.shape[1] == 1:
+        return logits_NxC.sigmoid()
+    return logits_NxC.softmax(-1)

@@ -1,8 +1,10 @@
 """What masked and causal LM have in common: documents to examples, the head at the targets, loss and perplexity."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel
 
-from minilm.batch import Collator
+from minilm.batch import LanguageCollator
 from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
@@ -17,6 +19,7 @@ class LanguageModel:
     """Special tokens begin and end each document, and not each example."""
     predicted: str
     """What evaluation predicts."""
+    collator: Callable[..., LanguageCollator]
 
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
@@ -36,12 +39,13 @@ class LanguageModel:
         )
         return Prepared(tokenizer=tokenizer, train=train_examples, eval=eval_examples)
 
-    def head(self, network: PreTrainedModel) -> SparseHead:
+    def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
         """The network with its head at the targets alone."""
         return SparseHead(network)
 
-    def evaluator(self, prepared: Prepared, collator: Collator, micro_tokens: int) -> Evaluator:
+    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         """Loss, perplexity and bits per byte, beside a unigram model's."""
+        collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
         return Evaluator(
             examples=prepared.eval,
             collator=collator,

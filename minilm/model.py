@@ -35,8 +35,11 @@ def load_model(
     `max_length`.
     """
     torch.manual_seed(seed)  # new heads are random too
-    model = replace(model, config={**(fields or {}), **model.config})
-    network = _build(model, tokenizer, auto) if model.name is None else _load(model, model.name, auto)
+    fields = fields or {}
+    if model.name is None:
+        network = _build(replace(model, config={**fields, **model.config}), tokenizer, auto)
+    else:
+        network = _load(model, model.name, auto, fields)
     rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if len(tokenizer) > rows:
         raise ValueError(
@@ -92,7 +95,7 @@ def _head(auto: Any) -> str:
     return str(auto.__name__).removeprefix("AutoModelFor")
 
 
-def _load(model: Model, name: str, auto: Any) -> PreTrainedModel:
+def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> PreTrainedModel:
     refusal = f"model {name!r} cannot be loaded"
     with loading(name, refusal):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -100,7 +103,7 @@ def _load(model: Model, name: str, auto: Any) -> PreTrainedModel:
         raise ValueError(f"{refusal}: {config.model_type} has no {_head(auto)} head")
     _check_fields(name, model.config, config)
     with loading(name, refusal):
-        for field, value in model.config.items():
+        for field, value in {**fields, **model.config}.items():
             setattr(config, field, value)
         # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
         network, report = auto.from_pretrained(
@@ -110,8 +113,13 @@ def _load(model: Model, name: str, auto: Any) -> PreTrainedModel:
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=bool(fields),  # of a head that knows other labels
         )
-    if missing := sorted(report["missing_keys"]):
+    if other := sorted(key for key, *_ in report["mismatched_keys"]):
+        if inside := [key for key in other if key.startswith(f"{network.base_model_prefix}.")]:
+            raise ValueError(f"{refusal}: its {inside[0]} has another shape than its configuration says")
+        log.warning(f"{name} was trained for other labels: {', '.join(other)} start at random")
+    if missing := sorted(set(report["missing_keys"]) - set(other)):
         log.warning(
             f"{name} comes without {len(missing)} weights that a {_head(auto)} model has, such as {missing[0]}: they "
             f"start at random. This is usual for a checkpoint that was not trained for {_head(auto)}."

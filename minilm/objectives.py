@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.batch import Collator
 from minilm.causal import Causal
-from minilm.config import CausalLM, Config, MaskedLM
+from minilm.classify import Classify
+from minilm.config import CausalLM, Classification, Config, MaskedLM
 from minilm.head import Head
 from minilm.masked import Masked
 from minilm.model import load_model
@@ -48,7 +49,7 @@ class Objective(Protocol):
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer and the examples that the configuration asks for, from the cache where it has them."""
 
-    def head(self, network: PreTrainedModel) -> Head:
+    def head(self, network: PreTrainedModel, prepared: Prepared) -> Head:
         """The module that gives the losses of a batch's targets."""
 
     def collator(
@@ -62,7 +63,7 @@ class Objective(Protocol):
     ) -> Collator:
         """The collator of training, or with `seed=None` that of evaluation, which is the same in every run."""
 
-    def evaluator(self, prepared: Prepared, collator: Collator, micro_tokens: int) -> Evaluation:
+    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluation:
         """The evaluation; `micro_tokens` bounds a forward pass and changes no figure."""
 
     def said(self, figures: dict[str, float]) -> str:
@@ -78,10 +79,14 @@ class Objective(Protocol):
         """A command that tries the model in `folder`."""
 
 
-_OBJECTIVES: dict[type, Callable[[Any], Objective]] = {MaskedLM: Masked, CausalLM: Causal}
+_OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
+    MaskedLM: Masked,
+    CausalLM: Causal,
+    Classification: Classify,
+}
 
 
-def objective_of(settings: MaskedLM | CausalLM) -> Objective:
+def objective_of(settings: MaskedLM | CausalLM | Classification) -> Objective:
     """The objective that `config.objective` asks for."""
     return _OBJECTIVES[type(settings)](settings)
 

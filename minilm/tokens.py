@@ -5,8 +5,9 @@ length are views of it, so changing them encodes nothing again.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from minilm.cache import building, cache_folder
 from minilm.config import Tokens
 from minilm.hub import loading
+from minilm.labels import Labels
 from minilm.progress import progress_bar
 
 _VERSION = 3  # of the files below in the cache
@@ -62,7 +64,7 @@ def load_tokenizer(
 
 def _trained(tokens: Tokens, documents: Dataset, causal: bool) -> PreTrainedTokenizerBase:
     """A tokenizer trained on the documents, cached by their content."""
-    folder = cache_folder() / f"tokenizer-{_fingerprint(documents, tokens.kind, tokens.vocab_size, causal)}"
+    folder = cache_folder() / f"tokenizer-{fingerprint(documents, tokens.kind, tokens.vocab_size, causal)}"
     if not folder.exists():
         with building(folder) as temporary:
             train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal).save_pretrained(temporary)
@@ -147,6 +149,10 @@ class Examples:
     stop: NDArray[np.int64]
     prefix: NDArray[np.int64]
     suffix: NDArray[np.int64]
+    types: NDArray[np.uint8] | None = None
+    """Which of two texts each of `ids` is of, where the model is told."""
+    labels: NDArray[Any] | None = None
+    """Of each example, where it is classified: int64[E], or float32[E] or [E, C]."""
     fingerprint: str = ""
     """A hash of the documents and the tokenizer that they were encoded by."""
 
@@ -156,6 +162,11 @@ class Examples:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         middle = self.ids[self.start[index] : self.stop[index]]
         return np.concatenate((self.prefix, middle, self.suffix), dtype=np.int64, casting="same_kind")
+
+    def row_types(self, index: int) -> NDArray[np.int64]:
+        """The token types of an example, where there are `types`."""
+        assert self.types is not None
+        return self.types[self.start[index] : self.stop[index]].astype(np.int64)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -181,6 +192,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples
+    labels: Labels | None = None
+    """What the labels mean, where there are any."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration that follow from the data, such as the names of its labels."""
 
@@ -208,7 +221,7 @@ def encode(
         before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
         prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
-    key = _fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist())
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist())
     folder = cache_folder() / f"ids-{key}"
     if not folder.exists():
         with building(folder) as temporary:
@@ -314,10 +327,11 @@ def _texts(documents: Dataset) -> Iterator[str]:
         yield from texts
 
 
-def _fingerprint(documents: Dataset, *rest: object) -> str:
+def fingerprint(documents: Dataset, *rest: object, columns: Sequence[str] = ("text",)) -> str:
     """A hash of every text and of whatever else decides the result, as 24 hex digits."""
     digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
-    for text in _texts(documents):
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    for batch in documents.iter(batch_size=_BATCH):
+        for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

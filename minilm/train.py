@@ -99,7 +99,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     prepared, objective = together(attempted), objective_of(config.objective)
     network = together(lambda: build(config, prepared))
     together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
-    head = objective.head(network.to(accelerator.device))
+    head = objective.head(network.to(accelerator.device), prepared)
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
@@ -200,8 +200,7 @@ def lay_out(
     )
     layout: dict[str, Any] = {"padded": padded, "multiple": multiple}
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
-    unseen = objective.collator(prepared.tokenizer, prepared.eval, seed=None, **layout)
-    return plan, collator, objective.evaluator(prepared, unseen, config.batch.micro_tokens)
+    return plan, collator, objective.evaluator(prepared, config.batch.micro_tokens, **layout)
 
 
 Item = tuple[Step, list[Batch]]

@@ -1,0 +1,243 @@
+"""Sequence classification: one text or a pair in, a class, several labels or a number out.
+
+Axes: T tokens of the micro-batch, R its rows, N its examples (no fewer than the rows but for an empty batch), C labels,
+E all examples.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.batch import Batch, join
+from minilm.config import Classification, Config
+from minilm.data import load_documents
+from minilm.head import AFTER_ATTENTION, Head, last_layer
+from minilm.hub import loading
+from minilm.infer import classify
+from minilm.labels import Labels, read_labels
+from minilm.metrics import ClassEvaluator
+from minilm.model import evaluating
+from minilm.packing import Packing
+from minilm.pairs import encode_pairs
+from minilm.tokens import Examples, Prepared, load_tokenizer
+
+
+class ClassCollator:
+    """Joins rows of token ids; each row has one target, its label. `padded` and `multiple` are `minilm.plan.Plan`'s."""
+
+    rate = 0.0  # share of the tokens that are targets: what an example costs beside its tokens is next to nothing
+
+    def __init__(self, examples: Examples, *, padded: bool = False, multiple: int = 1) -> None:
+        assert examples.labels is not None
+        self.labels, self.examples = examples.labels, examples
+        self.padded, self.multiple = padded, multiple
+
+    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch:
+        """`rows[i]`: the ids of example `examples[i]`. Of the epoch nothing depends."""
+        ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
+        types_T = None
+        if self.examples.types is not None:
+            types_T = np.concatenate([self.examples.row_types(int(i)) for i in examples] or [np.zeros(1, np.int64)])
+        return Batch(
+            input_ids_T=torch.from_numpy(ids_T),
+            packing=packing,
+            target_index_N=(packing.position_T == 0).nonzero()[: len(rows), 0],
+            target_ids_N=torch.from_numpy(self.labels[examples]),
+            type_ids_T=None if types_T is None else torch.from_numpy(types_T),
+        )
+
+
+class ClassHead(Head):
+    """The losses of a sequence classifier on a packed batch.
+
+    Two shortcuts, neither of which changes a logit, are left out where a trial finds that one does: `padding_free`, for
+    models that read a row's class off its first token; and `short`, by which of the last layer all that follows
+    attention runs on these first tokens alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, labels: Labels) -> None:
+        super().__init__(model)
+        self.short = False
+        self._first_R: Tensor | None = None
+        self._problem = labels.problem
+        weights = None if labels.weights is None else torch.from_numpy(labels.weights)
+        self._weight_C = None if weights is None else weights.to(model.device)
+        with evaluating(model):
+            expected_RxC = self._probe()
+            self._try_first_tokens(expected_RxC)
+
+    @property
+    def described(self) -> str:
+        return "classes from first tokens, without padding" if self.padding_free else "padded"
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        packing: Packing,
+        target_index_N: Tensor,
+        labels: Tensor | None = None,
+        type_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each example, float32[N]; without labels the logits, float32[N, C]."""
+        logits_NxC = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
+        return logits_NxC if labels is None else losses(logits_NxC, labels, self._problem, self._weight_C)
+
+    def logits(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
+    ) -> Tensor:
+        """Logits, N x C, of the rows that begin at `target_index_N`, which are the first N of the batch."""
+        first_R = target_index_N if len(target_index_N) else target_index_N.new_zeros(1)
+        self._first_R = first_R if self.padding_free else None
+        try:
+            logits_RxC: Tensor = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
+        finally:
+            self._first_R = None
+        return logits_RxC[: len(target_index_N)]
+
+    def _probe(self) -> Tensor:
+        input_ids_T, packing = self._probe_batch()
+        return self.logits(input_ids_T, packing, (packing.position_T == 0).nonzero()[:, 0])
+
+    def _try_first_tokens(self, expected_RxC: Tensor) -> None:
+        layer = last_layer(self.model)
+        if layer is None:
+            return
+        for names in (*AFTER_ATTENTION, None):
+            try:
+                handle = (
+                    layer.register_forward_hook(self._reduce_output)
+                    if names is None
+                    else layer.get_submodule(names[0]).register_forward_pre_hook(self._reduce_inputs)
+                )
+            except AttributeError:
+                continue
+            self._try_padding_free(expected_RxC)
+            if self.padding_free:
+                self.short = names is not None
+                return
+            handle.remove()
+
+    def _reduce_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        if self._first_R is None:
+            return None
+        return tuple(_first_tokens(hidden_1xTxH, self._first_R) for hidden_1xTxH in inputs)
+
+    def _reduce_output(self, module: nn.Module, inputs: object, output: Any) -> Any:
+        if self._first_R is None:
+            return None
+        if isinstance(output, tuple):
+            return (_first_tokens(output[0], self._first_R), *output[1:])
+        return _first_tokens(output, self._first_R)
+
+
+def _first_tokens(hidden_1xTxH: Tensor, first_R: Tensor) -> Tensor:
+    """R x 1 x H."""
+    return hidden_1xTxH[0].index_select(0, first_R)[:, None]
+
+
+def losses(logits_NxC: Tensor, labels: Tensor, problem: str, weight_C: Tensor | None = None) -> Tensor:
+    """The loss of each example, float32[N].
+
+    single-label: -log softmax at the label (int64[N]), times the weight of its class. multi-label: the mean over labels
+    of their binary cross entropies (labels float32[N, C]). regression: the squared error (labels float32[N]).
+    """
+    if problem == "regression":
+        return F.mse_loss(logits_NxC[:, 0], labels, reduction="none")
+    if problem == "multi-label":
+        return F.binary_cross_entropy_with_logits(logits_NxC, labels, reduction="none").mean(1)
+    nats_N = F.cross_entropy(logits_NxC, labels, reduction="none")
+    return nats_N if weight_C is None else nats_N * weight_C[labels]
+
+
+class Classify:
+    """Sequence classification."""
+
+    auto: Any = AutoModelForSequenceClassification
+    pipeline, title = "text-classification", "text classifier"
+    explained = (
+        "The evaluation classifies documents that training did not see; `eval_loss` is their mean loss, and each\n"
+        "figure is taken once over all of them."
+    )
+
+    def __init__(self, settings: Classification) -> None:
+        self.settings = settings
+
+    def prepare(self, config: Config) -> Prepared:
+        if config.batch.layout != "documents":
+            raise ValueError(f"batch.layout {config.batch.layout} joins documents; a classification needs them whole")
+        train, held_out = load_documents(config.data, config.run.seed, labels=True)
+        known = trained_labels(config.model.name)
+        meaning, *arrays = read_labels(train, held_out, self.settings, known)
+        tokenizer = load_tokenizer(config.tokens, config.model.name, train)
+        examples = []
+        for name, documents, labels in zip(("training", "evaluation"), (train, held_out), arrays, strict=True):
+            found = encode_pairs(
+                documents, tokenizer, labels, max_length=config.batch.max_length, name=f"{name} documents"
+            )
+            digest = hashlib.blake2b(found.fingerprint.encode(), digest_size=12)
+            digest.update(json.dumps([meaning.problem, meaning.names]).encode() + labels.tobytes())
+            examples.append(replace(found, fingerprint=digest.hexdigest()))
+        return Prepared(
+            tokenizer=tokenizer,
+            train=examples[0],
+            eval=examples[1],
+            labels=meaning,
+            fields={**meaning.fields(), "pad_token_id": tokenizer.pad_token_id},
+        )
+
+    def head(self, network: PreTrainedModel, prepared: Prepared) -> ClassHead:
+        assert prepared.labels is not None
+        return ClassHead(network, prepared.labels)
+
+    def collator(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Examples,
+        *,
+        seed: int | None,
+        padded: bool = False,
+        multiple: int = 1,
+    ) -> ClassCollator:
+        return ClassCollator(examples, padded=padded, multiple=multiple)
+
+    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> ClassEvaluator:
+        assert prepared.labels is not None
+        return ClassEvaluator(
+            examples=prepared.eval,
+            collator=ClassCollator(prepared.eval, padded=padded, multiple=multiple),
+            problem=prepared.labels.problem,
+            micro_tokens=micro_tokens,
+        )
+
+    def said(self, figures: dict[str, float]) -> str:
+        return ", ".join(f"{name.replace('eval_', 'evaluation ')} {value:.3f}" for name, value in figures.items())
+
+    def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        pass
+
+    def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        best = classify(network, tokenizer, [text])[0]
+        return ", ".join(f"{label.label} ({label.score:.2f})" for label in best[:3])
+
+    def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+        return f'minilm classify {folder} "…"'
+
+
+def trained_labels(name: str | None) -> dict[str, int]:
+    """The labels, by name, of a checkpoint that is a sequence classifier already; of any other model none."""
+    if name is None:
+        return {}
+    with loading(name, f"model {name!r} cannot be loaded"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    trained = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
+    return dict(config.label2id) if trained else {}

@@ -1,0 +1,103 @@
+"""Exact evaluation of a classifier: every logit of every process in one table, and the figures taken from that.
+
+Axes: E examples, C labels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import nn
+
+from minilm.batch import Collator
+from minilm.plan import cut
+from minilm.progress import progress_bar
+from minilm.tokens import Examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classified:
+    """The logits of a classifier, and what they should say."""
+
+    problem: str
+    logits_ExC: NDArray[np.float64]
+    labels: NDArray[Any]
+    """As `minilm.labels.read_labels` gives them."""
+
+    def figures(self) -> dict[str, float]:
+        """eval_loss (unweighted), and by problem, with the definitions of scikit-learn and SciPy:
+
+        accuracy, f1 (of class 1 when there are two classes, as GLUE has it; else the mean over classes) and matthews
+        for a single label; accuracy (all labels right), f1 (over all labels together) and f1_macro for several;
+        pearson, spearman and mse for a regression. A correlation with a constant is 0.
+        """
+        from sklearn import metrics  # imports slowly
+
+        figures = {"eval_loss": float(self._losses().mean())}
+        if self.problem == "regression":
+            from scipy import stats
+
+            predicted = self.logits_ExC[:, 0]
+            constant = np.ptp(predicted) == 0 or np.ptp(self.labels) == 0
+            for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+                figures[name] = 0.0 if constant else float(correlation(predicted, self.labels)[0])
+            return {**figures, "mse": figures["eval_loss"]}
+        if self.problem == "multi-label":
+            found = self.logits_ExC > 0
+            figures["accuracy"] = float(metrics.accuracy_score(self.labels, found))
+            for name, average in (("f1", "micro"), ("f1_macro", "macro")):
+                figures[name] = float(metrics.f1_score(self.labels, found, average=average, zero_division=0))
+            return figures
+        classes = self.logits_ExC.argmax(1)
+        average = "binary" if self.logits_ExC.shape[1] == 2 else "macro"
+        figures["accuracy"] = float(metrics.accuracy_score(self.labels, classes))
+        figures["f1"] = float(metrics.f1_score(self.labels, classes, average=average, zero_division=0))
+        figures["matthews"] = float(metrics.matthews_corrcoef(self.labels, classes))
+        return figures
+
+    def _losses(self) -> Any:
+        """Of each example, float64[E]."""
+        logits, labels = self.logits_ExC, self.labels
+        if self.problem == "regression":
+            return (logits[:, 0] - labels) ** 2
+        if self.problem == "multi-label":
+            return (np.logaddexp(0, logits) - labels * logits).mean(1)
+        return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassEvaluator:
+    """The evaluation of a classifier on held-out examples; call it with the accelerator and the prepared model."""
+
+    examples: Examples
+    collator: Collator
+    problem: str
+    micro_tokens: int
+    """Most tokens of a forward pass, padding included."""
+
+    def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
+        """Classify every example once, shared among the processes, all of which return the same."""
+        lengths, padded, multiple = self.examples.lengths, self.collator.padded, self.collator.multiple
+        everyone, processes = np.arange(len(lengths)), accelerator.num_processes
+        parts = cut(everyone, lengths, self.micro_tokens, processes, padded=padded, multiple=multiple)
+        mine = parts[accelerator.process_index]
+        done: list[tuple[NDArray[np.int64], torch.Tensor]] = []
+        training = model.training
+        model.eval()
+        with torch.inference_mode():
+            for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
+                batch = self.collator([self.examples[int(i)] for i in ids], ids, epoch=0).to(accelerator.device)
+                logits = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
+                done.append((ids, logits))
+        model.train(training)
+        table_ExC = torch.zeros(len(everyone), done[0][1].shape[1])
+        for ids, logits in done:
+            table_ExC[ids] = logits.float().cpu()
+        # An example is one process's, and zero everywhere else, so that the sum is exact.
+        table_ExC = accelerator.reduce(table_ExC.to(accelerator.device)).cpu()
+        labels = self.examples.labels
+        assert labels is not None
+        return Classified(problem=self.problem, logits_ExC=table_ExC.double().numpy(), labels=labels)

@@ -1,0 +1,83 @@
+"""Texts, or pairs of texts, encoded whole for classification: special tokens, token types and all."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from minilm.cache import building, cache_folder
+from minilm.progress import progress_bar
+from minilm.tokens import Examples, fingerprint
+
+log = logging.getLogger("minilm")
+_BATCH = 2000  # documents encoded at a time
+
+
+def encode_pairs(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, labels: NDArray[np.generic], *, max_length: int, name: str
+) -> Examples:
+    """One example a document: its `text`, and its `pair` where there is that column, as the tokenizer joins them.
+
+    What is longer than `max_length` tokens loses tokens from the end of its longer text; a warning says how many did.
+    Token types are kept where any is not 0. The ids are cached by content.
+    """
+    columns = [column for column in ("text", "pair") if column in documents.column_names]
+    tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
+    tokenizer.backend_tokenizer.no_padding()
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), "pairs", max_length, columns=columns)
+    folder = cache_folder() / f"ids-{key}"
+    if not folder.exists():
+        with building(folder) as temporary:
+            _write(temporary, documents, columns, tokenizer, max_length, name)
+        tokenizer.backend_tokenizer.no_truncation()
+    ids, types = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("ids", "types"))
+    offsets = np.load(folder / "offsets.npy")
+    if cut := json.loads((folder / "facts.json").read_text(encoding="utf-8"))["cut"]:
+        log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
+    none = np.zeros(0, np.int64)
+    return Examples(
+        ids=ids,
+        start=offsets[:-1],
+        stop=offsets[1:],
+        prefix=none,
+        suffix=none,
+        types=types if types.any() else None,
+        labels=labels,
+        fingerprint=key,
+    )
+
+
+def _write(
+    folder: Path,
+    documents: Dataset,
+    columns: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+) -> None:
+    ids, types, sizes, cut = [], [], [0], 0
+    with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
+        for batch in documents.iter(batch_size=_BATCH):
+            encoded = tokenizer(
+                *(batch[column] for column in columns),
+                truncation=True,
+                max_length=max_length,
+                return_attention_mask=False,
+                return_token_type_ids=True,
+            )
+            for row in encoded.encodings:
+                ids.append(np.array(row.ids, np.uint32))
+                types.append(np.array(row.type_ids, np.uint8))
+                sizes.append(len(row.ids))
+                cut += bool(row.overflowing)
+            bar.update(len(batch["text"]))
+    if "token_type_ids" not in tokenizer.model_input_names:  # its models have no use for them
+        types = [np.zeros_like(row) for row in types]
+    np.save(folder / "ids.npy", np.concatenate(ids))
+    np.save(folder / "types.npy", np.concatenate(types))
+    np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
+    (folder / "facts.json").write_text(json.dumps({"cut": cut}), encoding="utf-8")

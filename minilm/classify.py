@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import concatenate_datasets
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -175,7 +176,8 @@ class Classify:
     def prepare(self, config: Config) -> Prepared:
         if config.batch.layout != "documents":
             raise ValueError(f"batch.layout {config.batch.layout} joins documents; a classification needs them whole")
-        train, held_out = load_documents(config.data, config.run.seed, labels=True)
+        train, parts = load_documents(config.data, config.run.seed, labels=True)
+        held_out = concatenate_datasets([*parts.values()])
         known = trained_labels(config.model.name)
         meaning, *arrays = read_labels(train, held_out, self.settings, known)
         tokenizer = load_tokenizer(config.tokens, config.model.name, train)
@@ -192,6 +194,7 @@ class Classify:
             train=examples[0],
             eval=examples[1],
             labels=meaning,
+            eval_parts={name: len(part) for name, part in parts.items()},
             fields={**meaning.fields(), "pad_token_id": tokenizer.pad_token_id},
         )
 
@@ -215,6 +218,7 @@ class Classify:
         return ClassEvaluator(
             examples=prepared.eval,
             collator=ClassCollator(prepared.eval, padded=padded, multiple=multiple),
+            parts=prepared.eval_parts,
             problem=prepared.labels.problem,
             micro_tokens=micro_tokens,
         )

@@ -56,12 +56,16 @@ class Data:
     """Part to train on; slices such as train[:5000] work."""
     column: str = "text"
     """Column that holds the text; a dotted path such as answers.text reaches into nested columns."""
+    pair_column: str | None = None
+    """Column of a second text that goes with the first, such as sentence2; GLUE's are known."""
+    label_column: str = "label"
+    """Column of the labels where the objective needs them."""
     document: Literal["line", "paragraph", "file"] = "line"
     """What one document is in a .txt file: each line, each paragraph between blank lines, or all of it."""
     eval_source: str | None = None
     """Evaluation documents, given like source. Default: eval_split, or else eval_fraction of the source."""
     eval_split: str | None = None
-    """Part of the source to evaluate on, such as validation."""
+    """Part of the source to evaluate on, such as validation; several, joined by +, are evaluated each by itself."""
     eval_fraction: float = 0.05
     """Share of the documents held out by seed for evaluation (of pydocs: of the bytes, in whole modules; where a
     document is a file: the end of each)."""

@@ -11,8 +11,10 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
+from minilm.columns import take_columns
 from minilm.config import Data, closest
 from minilm.files import ending, refuse_null_rows, text_encoding, where_damaged
+from minilm.glue import with_glue_columns
 from minilm.hub import expect, is_path, reason
 from minilm.pydocs import pydocs
 
@@ -45,35 +47,40 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 @_quiet_datasets()
-def load_documents(data: Data, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, evaluation) documents as datasets with the single string column `text`, memory-mapped where large.
+def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Dataset, dict[str, Dataset]]:
+    """(training documents, evaluation documents by name), memory-mapped where large.
+
+    Each is a dataset with the string column `text`; with `pair`, a second text, where `data.pair_column` is set; with
+    `label`, of the type it has in the source (a ClassLabel stays one), where `labels` are asked for. Documents without
+    a visible character are left out, but with `labels` refused.
 
     Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of the source drawn by `seed`, in
-    this order. Raises ValueError in one line that names the file, the column or the split at fault.
+    this order. There is one set of them, named "", or where `data.eval_split` joins several by `+`, one for each of
+    their names. Raises ValueError in one line that names the file, the row, the column or the split at fault.
     """
+    data = with_glue_columns(data)
     if data.source == "pydocs" and data.eval_split:
         raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
-    if data.source == "pydocs" and not data.eval_source:
+    if data.source == "pydocs" and not data.eval_source and not labels:
         train_texts, eval_texts = pydocs(data.eval_fraction)
-        return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
-    train = _read(data.source, data.config, data.split, data.column, data.document)
-    if data.eval_source is not None:
-        held_out = _read(data.eval_source, data.config, data.eval_split or "train", data.column, data.document)
-    elif data.eval_split is not None:
-        held_out = _read(data.source, data.config, data.eval_split, data.column, data.document)
-    elif data.document == "file" and _is_text(data.source):
-        train, held_out = _cut_ends(train, data.eval_fraction)
-    else:
-        count = round(len(train) * data.eval_fraction)
-        if not 0 < count < len(train):
-            part = "training" if count else "evaluation"
-            raise ValueError(
-                f"{data.source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
-                f"{len(train)} documents is held out; change data.eval_fraction or give data.eval_source"
-            )
-        parts = train.train_test_split(test_size=count, seed=seed)
-        train, held_out = parts["train"], parts["test"]
-    return train, held_out
+        return Dataset.from_dict({"text": train_texts}), {"": Dataset.from_dict({"text": eval_texts})}
+    train = _read(data, data.source, data.split, labels)
+    if data.eval_source is not None or data.eval_split is not None:
+        splits = (data.eval_split or "train").split("+")
+        held_out = {split: _read(data, data.eval_source or data.source, split, labels) for split in splits}
+        return train, held_out if len(held_out) > 1 else {"": held_out[splits[0]]}
+    if data.document == "file" and _is_text(data.source):
+        train, rest = _cut_ends(train, data.eval_fraction)
+        return train, {"": rest}
+    count = round(len(train) * data.eval_fraction)
+    if not 0 < count < len(train):
+        part = "training" if count else "evaluation"
+        raise ValueError(
+            f"{data.source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
+            f"{len(train)} documents is held out; change data.eval_fraction or give data.eval_source"
+        )
+    parts = train.train_test_split(test_size=count, seed=seed)
+    return parts["train"], {"": parts["test"]}
 
 
 def _is_text(source: str) -> bool:
@@ -89,10 +96,13 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return train, Dataset.from_dict({"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]})
 
 
-def _read(source: str, config: str | None, split: str, column: str, document: str) -> Dataset:
-    """One source as a dataset with the column `text`, documents without any visible character left out."""
+def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
+    """One source as a dataset with the columns that are asked for; without labels, no blank document."""
     files: list[str] = []
+    column = data.column
     if source == "pydocs":
+        if labels:
+            raise ValueError("pydocs has no labels; give --data.source")
         rows = Dataset.from_dict({"text": pydocs()[0]})
     elif files := _local_files(source):
         builder = _BUILDERS[ending(files[0])]
@@ -102,27 +112,32 @@ def _read(source: str, config: str | None, split: str, column: str, document: st
             )
         if not any(map(os.path.getsize, files)):
             raise ValueError(f"data source {source}: is empty")
-        options: dict[str, str] = {}
+        options: dict[str, object] = {}
         if builder in ("text", "csv"):
             options["encoding"] = text_encoding(files)
         if builder == "json":
             refuse_null_rows(files)
+        if builder == "csv":  # of all cells only an empty one is missing, and not NA or None
+            options |= {"sep": "\t" if ending(files[0]) == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
         if builder == "text":
+            if labels:
+                raise ValueError(
+                    f"data source {source}: a .txt file has no labels; give .jsonl, .csv, .tsv or .parquet"
+                )
             column = "text"  # a .txt file has no other
-            options["sample_by"] = "document" if document == "file" else document
-        elif ending(files[0]) == ".tsv":
-            options["sep"] = "\t"
+            options["sample_by"] = "document" if data.document == "file" else data.document
         rows = _load(source, builder, files, split=split, **options)
     else:
         cached = expect(source, "dataset")
-        rows = _load(source, source, [], name=config, split=split)
+        rows = _load(source, source, [], name=data.config, split=split)
         if cached:
             log.warning(f"the hub does not answer: {source} comes from the cache")
     try:
-        rows = _text_column(rows, column, source)
+        rows = take_columns(rows, source, column, data.pair_column, data.label_column if labels else None)
     except UnicodeDecodeError as error:  # a file of JSON is decoded here, row by row
         raise ValueError(where_damaged(files) or f"data source {source}: {error}") from error
-    rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
+    if not labels:
+        rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
     if len(rows) == 0:
         raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
     return rows
@@ -180,33 +195,3 @@ def _split_of(saved: Dataset | datasets.DatasetDict, split: str, source: str) ->
     if bracket:
         raise ValueError(f"{source}: a saved dataset takes no slice such as {split}; give {name}")
     return parts[name]
-
-
-def _text_column(rows: Dataset, column: str, source: str) -> Dataset:
-    """`rows` reduced to one string column `text`, read from a dotted path; a list of strings is joined with a space."""
-    name, *path = column.split(".")
-    if name not in rows.column_names:
-        raise ValueError(f"{source}: no column {closest(name, rows.column_names)} Pass --data.column")
-
-    def extract(values: list[object], indices: list[int]) -> dict[str, list[str]]:
-        texts = []
-        for value, index in zip(values, indices, strict=True):
-            for key in path:
-                if isinstance(value, dict) and key not in value:
-                    known = closest(key, list(value))
-                    raise ValueError(f"{source}: column {column!r} has no field {known} Pass --data.column")
-                value = value[key] if isinstance(value, dict) else None
-            if isinstance(value, list) and path and all(isinstance(item, str) for item in value):
-                value = " ".join(value)
-            if not isinstance(value, str):
-                kind = type(value).__name__
-                raise ValueError(
-                    f"{source}: row {index} of column {column!r} holds {kind} where text is expected; change the row, "
-                    "or pass another --data.column"
-                )
-            texts.append(value)
-        return {"text": texts}
-
-    return rows.map(
-        extract, input_columns=name, batched=True, with_indices=True, remove_columns=rows.column_names, desc="text"
-    )

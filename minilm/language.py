@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from minilm.batch import LanguageCollator
@@ -23,7 +24,8 @@ class LanguageModel:
 
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
-        train_documents, eval_documents = load_documents(config.data, config.run.seed)
+        train_documents, eval_parts = load_documents(config.data, config.run.seed)
+        eval_documents = concatenate_datasets([*eval_parts.values()])
         tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents, causal=self.causal)
         train_examples, eval_examples = (
             encode(

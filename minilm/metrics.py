@@ -23,11 +23,23 @@ class Classified:
     """The logits of a classifier, and what they should say."""
 
     problem: str
+    parts: dict[str, int]
+    """Examples of each part of the evaluation, in this order; figures are taken of each besides those of all."""
     logits_ExC: NDArray[np.float64]
     labels: NDArray[Any]
     """As `minilm.labels.read_labels` gives them."""
 
     def figures(self) -> dict[str, float]:
+        """The figures of all examples, and where there are several parts those of each, named after it."""
+        figures = self._figures(slice(None))
+        at = 0
+        for name, count in self.parts.items() if len(self.parts) > 1 else ():
+            part = self._figures(slice(at, at + count))
+            figures |= {f"{figure}_{name}": value for figure, value in part.items()}
+            at += count
+        return figures
+
+    def _figures(self, part: slice) -> dict[str, float]:
         """eval_loss (unweighted), and by problem, with the definitions of scikit-learn and SciPy:
 
         accuracy, f1 (of class 1 when there are two classes, as GLUE has it; else the mean over classes) and matthews
@@ -36,36 +48,37 @@ class Classified:
         """
         from sklearn import metrics  # imports slowly
 
-        figures = {"eval_loss": float(self._losses().mean())}
+        logits_ExC, labels = self.logits_ExC[part], self.labels[part]
+        figures = {"eval_loss": float(_losses(self.problem, logits_ExC, labels).mean())}
+
+        def f1(predicted: NDArray[Any], average: str) -> float:
+            return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
+
         if self.problem == "regression":
             from scipy import stats
 
-            predicted = self.logits_ExC[:, 0]
-            constant = np.ptp(predicted) == 0 or np.ptp(self.labels) == 0
+            constant = np.ptp(logits_ExC) == 0 or np.ptp(labels) == 0
             for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-                figures[name] = 0.0 if constant else float(correlation(predicted, self.labels)[0])
+                figures[name] = 0.0 if constant else float(correlation(logits_ExC[:, 0], labels)[0])
             return {**figures, "mse": figures["eval_loss"]}
         if self.problem == "multi-label":
-            found = self.logits_ExC > 0
-            figures["accuracy"] = float(metrics.accuracy_score(self.labels, found))
-            for name, average in (("f1", "micro"), ("f1_macro", "macro")):
-                figures[name] = float(metrics.f1_score(self.labels, found, average=average, zero_division=0))
-            return figures
-        classes = self.logits_ExC.argmax(1)
-        average = "binary" if self.logits_ExC.shape[1] == 2 else "macro"
-        figures["accuracy"] = float(metrics.accuracy_score(self.labels, classes))
-        figures["f1"] = float(metrics.f1_score(self.labels, classes, average=average, zero_division=0))
-        figures["matthews"] = float(metrics.matthews_corrcoef(self.labels, classes))
+            found = logits_ExC > 0
+            accuracy = float(metrics.accuracy_score(labels, found))
+            return {**figures, "accuracy": accuracy, "f1": f1(found, "micro"), "f1_macro": f1(found, "macro")}
+        classes = logits_ExC.argmax(1)
+        figures["accuracy"] = float(metrics.accuracy_score(labels, classes))
+        figures["f1"] = f1(classes, "binary" if logits_ExC.shape[1] == 2 else "macro")
+        figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes))
         return figures
 
-    def _losses(self) -> Any:
-        """Of each example, float64[E]."""
-        logits, labels = self.logits_ExC, self.labels
-        if self.problem == "regression":
-            return (logits[:, 0] - labels) ** 2
-        if self.problem == "multi-label":
-            return (np.logaddexp(0, logits) - labels * logits).mean(1)
-        return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
+
+def _losses(problem: str, logits: NDArray[np.float64], labels: NDArray[Any]) -> Any:
+    """Of each example, float64[E]."""
+    if problem == "regression":
+        return (logits[:, 0] - labels) ** 2
+    if problem == "multi-label":
+        return (np.logaddexp(0, logits) - labels * logits).mean(1)
+    return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,7 @@ class ClassEvaluator:
 
     examples: Examples
     collator: Collator
+    parts: dict[str, int]
     problem: str
     micro_tokens: int
     """Most tokens of a forward pass, padding included."""
@@ -100,4 +114,4 @@ class ClassEvaluator:
         table_ExC = accelerator.reduce(table_ExC.to(accelerator.device)).cpu()
         labels = self.examples.labels
         assert labels is not None
-        return Classified(problem=self.problem, logits_ExC=table_ExC.double().numpy(), labels=labels)
+        return Classified(problem=self.problem, parts=self.parts, logits_ExC=table_ExC.double().numpy(), labels=labels)

@@ -194,6 +194,8 @@ class Prepared:
     eval: Examples
     labels: Labels | None = None
     """What the labels mean, where there are any."""
+    eval_parts: dict[str, int] = field(default_factory=dict)
+    """How many of the evaluation examples are of each part of them, in this order."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration that follow from the data, such as the names of its labels."""
 

@@ -119,6 +119,14 @@ ENTRIES: dict[str, Entry] = {
         prepare=jsonl("a", "b"),
         says="'txet': did you mean 'text'? There are: text",
     ),
+    "unknown column of a second text": Entry(
+        flags="--data.source docs.jsonl --data.pair-column txet",
+        prepare=jsonl("a", "b"),
+        says="'txet': did you mean 'text'? There are: text. Pass --data.pair-column",
+    ),
+    "unknown task of GLUE": Entry(
+        flags="--data.source nyu-mll/glue --data.config mprc", says="data.config names the task, not 'mprc': did you"
+    ),
     "null for a row": Entry(
         flags="--data.source docs.jsonl", prepare=text("docs.jsonl", "null\n"), says="line 1: null"
     ),

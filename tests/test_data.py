@@ -43,7 +43,8 @@ def _write(folder: Path, files: dict[str, bytes]) -> Path:
 
 def _all(data: Data) -> list[str]:
     """Training and evaluation texts together, sorted."""
-    return sorted(text for part in load_documents(data, seed=0) for text in part["text"])
+    train, held_out = load_documents(data, seed=0)
+    return sorted([*train["text"], *held_out[""]["text"]])
 
 
 LINES = "\n".join(TEXTS).encode()
@@ -86,7 +87,7 @@ def test_a_file_can_be_one_document_whose_end_is_held_out(tmp_path: Path) -> Non
     whole = {"a.txt": "one line\n\nand others\n" * 50, "b.txt": "x" * 1000}
     source = _write(tmp_path, {name: text.encode() for name, text in whole.items()})
     train, held_out = load_documents(Data(source=str(source), document="file", eval_fraction=0.1), seed=3)
-    pairs = zip(train["text"], held_out["text"], strict=True)
+    pairs = zip(train["text"], held_out[""]["text"], strict=True)
     assert [begin + end for begin, end in pairs] == list(whole.values())
     assert [len(text) for text in train["text"]] == [int(0.9 * len(text)) for text in whole.values()]
 
@@ -110,23 +111,28 @@ def test_evaluation_documents_come_from_eval_source_whole(tmp_path: Path) -> Non
     _write(tmp_path, {"a.jsonl": _jsonl(ROWS), "b.jsonl": _jsonl(ROWS[:3])})
     data = Data(source=str(tmp_path / "a.jsonl"), eval_source=str(tmp_path / "b.jsonl"), eval_fraction=0.5)
     train, held_out = load_documents(data, seed=0)
-    assert (train["text"][:], held_out["text"][:]) == (TEXTS, TEXTS[:3])
+    assert (train["text"][:], held_out[""]["text"][:]) == (TEXTS, TEXTS[:3])
 
 
 def test_eval_split_takes_a_part_of_the_source(tmp_path: Path) -> None:
     source = _write(tmp_path, {"a.txt": LINES}) / "a.txt"
     train, held_out = load_documents(Data(source=str(source), split="train[:75%]", eval_split="train[75%:]"), seed=0)
-    assert (train["text"][:], held_out["text"][:]) == (TEXTS[:15], TEXTS[15:])
+    assert (train["text"][:], held_out[""]["text"][:]) == (TEXTS[:15], TEXTS[15:])
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.95])
 def test_the_held_out_fraction_is_exact_disjoint_and_decided_by_the_seed(tmp_path: Path, fraction: float) -> None:
     data = Data(source=str(_write(tmp_path, {"a.txt": LINES}) / "a.txt"), eval_fraction=fraction)
-    train, held_out = ([*part["text"]] for part in load_documents(data, seed=1))
+
+    def texts(seed: int) -> tuple[list[str], list[str]]:
+        train, held_out = load_documents(data, seed=seed)
+        return train["text"][:], held_out[""]["text"][:]
+
+    train, held_out = texts(1)
     assert sorted(train + held_out) == TEXTS_SORTED
     assert len(held_out) == round(len(TEXTS) * fraction)
-    assert [[*part["text"]] for part in load_documents(data, seed=1)] == [train, held_out]
-    others = [set(load_documents(data, seed=seed)[1]["text"]) for seed in (2, 3, 4)]
+    assert texts(1) == (train, held_out)
+    others = [set(texts(seed)[1]) for seed in (2, 3, 4)]
     assert any(other != set(held_out) for other in others)
 
 
@@ -187,5 +193,5 @@ def test_a_text_in_windows_1252_is_read_with_a_warning(tmp_path: Path, caplog: p
     lines = [f"Citroën number {number}" for number in range(40)]
     (tmp_path / "a.txt").write_bytes("\n".join(["ascii", *lines]).encode("cp1252"))
     train, held_out = load_documents(Data(source=str(tmp_path / "a.txt")), seed=0)
-    assert sorted([*train["text"], *held_out["text"]]) == sorted(["ascii", *lines])
+    assert sorted([*train["text"], *held_out[""]["text"]]) == sorted(["ascii", *lines])
     assert "a.txt, line 2: not UTF-8, so the file is read as Windows-1252" in caplog.text

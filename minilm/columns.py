@@ -1,0 +1,96 @@
+"""From rows of any shape to documents: the columns `text`, `pair` and `label`, each by its own dotted path."""
+
+import math
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from minilm.config import closest
+
+_FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
+
+
+def take_columns(rows: Dataset, source: str, text: str, pair: str | None = None, label: str | None = None) -> Dataset:
+    """`rows` reduced to `text`, and `pair` and `label` where they are asked for, each read from a dotted path.
+
+    Texts are strings; a list of strings inside a nested column is joined with a space. A label keeps its type: an
+    integer, a float, a string or a list of integers or strings, and of a ClassLabel the names. Where labels are asked
+    for, no row may lack one or have a blank text. Raises ValueError that names the column or the row.
+    """
+    paths = {role: path.split(".") for role, path in (("text", text), ("pair", pair), ("label", label)) if path}
+    for role, (name, *_) in paths.items():
+        if name not in rows.column_names:
+            raise ValueError(f"{source}: no column {closest(name, rows.column_names)} Pass {_FLAGS[role]}")
+    names = list(dict.fromkeys(name for name, *_ in paths.values()))
+
+    def extract(*columns_and_indices: list[Any]) -> dict[str, list[Any]]:
+        *columns, indices = columns_and_indices
+        values = dict(zip(names, columns, strict=True))
+        taken: dict[str, list[Any]] = {role: [] for role in paths}
+        for role, (name, *keys) in paths.items():
+            for index, value in zip(indices, values[name], strict=True):
+                value = _reach(value, keys, f"{source}: column {'.'.join(paths[role])!r}", _FLAGS[role])
+                where = f"{source}: row {index} of column {'.'.join(paths[role])!r}"
+                if role == "label":
+                    taken[role].append(_label(value, where))
+                else:
+                    taken[role].append(_text(value, where, _FLAGS[role], joined=bool(keys), blank=label is None))
+        return taken
+
+    features = {role: Value("string") for role in paths}
+    if label:
+        features["label"] = _feature(rows.features, paths["label"])
+    return rows.map(
+        extract,
+        input_columns=names,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features(features),
+        desc="text",
+    )
+
+
+def _reach(value: Any, keys: list[str], where: str, flag: str) -> Any:
+    for key in keys:
+        if isinstance(value, dict) and key not in value:
+            raise ValueError(f"{where} has no field {closest(key, list(value))} Pass {flag}")
+        value = value[key] if isinstance(value, dict) else None
+    return value
+
+
+def _feature(feature: Any, path: list[str]) -> Any:
+    for key in path:
+        feature = feature[key]
+    return feature
+
+
+def _text(value: Any, where: str, flag: str, *, joined: bool, blank: bool) -> str:
+    if joined and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = " ".join(value)
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise ValueError(f"{where} holds {kind} where text is expected; change the row, or pass another {flag}")
+    if not blank and not value.strip():
+        raise ValueError(f"{where} holds no text; give it one or take the row out")
+    return value
+
+
+def _label(value: Any, where: str) -> Any:
+    if value is None or value == "":
+        raise ValueError(f"{where} holds no label; give it one or take the row out")
+    several = isinstance(value, list)
+    items = value if several else [value]
+    if not all(isinstance(item, (int, str) if several else (int, float, str)) for item in items) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        what = "None in a list" if several and None in value else repr(value)[:40]
+        raise ValueError(
+            f"{where} holds {what} where a label is expected: a number, a name, or a list of whole numbers or names"
+        )
+    if any(item == -1 and isinstance(item, int) for item in items):
+        raise ValueError(
+            f"{where} holds -1, which stands for a label that is kept secret (as in GLUE's test parts); "
+            "pass another --data.split or --data.eval-split, or number the labels from 0"
+        )
+    return value

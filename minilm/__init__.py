@@ -6,6 +6,6 @@ from minilm.train import train
 train(Config(data=Data(source="pydocs")))
 """
 
-from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 
-__all__ = ["Batch", "CausalLM", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]
+__all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]

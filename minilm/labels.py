@@ -4,7 +4,7 @@ Axes: E examples, C labels.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Labels:
         return {
             "problem_type": problem.get(self.problem, self.problem),
             "id2label": dict(enumerate(self.names)),
-            "label2id": {name: index for index, name in enumerate(self.names)},
+            "label2id": _numbered(self.names),
         }
 
 
@@ -57,8 +57,7 @@ def read_labels(
     feature = getattr(feature, "feature", feature)  # of a list, what it holds
     given = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
     rows, unseen = ([_as_names(value, several, given) for value in column] for column in columns)
-    names = given or _names(rows, known, several)
-    ids = {name: index for index, name in enumerate(names)}
+    ids, names = (_numbered(given), given) if given else _ids(rows, known)
     for number, row in enumerate(unseen):
         if missing := [name for name in row if name not in ids]:
             text = held_out[number]["text"][:40]
@@ -110,27 +109,33 @@ def _as_names(value: Any, several: bool, given: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _names(rows: list[list[str]], known: Mapping[str, int], several: bool) -> tuple[str, ...]:
-    """The names of the labels by id: the checkpoint's, where those cover the data's; else numbers in order, or words
-    sorted."""
+def _ids(rows: list[list[str]], known: Mapping[str, int]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The id of each label as the rows have it, and the names by id.
+
+    Both are the checkpoint's, where it knows the labels by name or by number; else words are sorted and numbers stay.
+    """
     seen = {name for row in rows for name in row}
-    by_id = sorted(known, key=lambda name: known[name])
+    by_id = tuple(sorted(known, key=lambda name: known[name]))
     if seen <= known.keys():
-        return tuple(by_id)
-    numbers = all(name.removeprefix("-").isdecimal() for name in seen)
-    if not numbers:
-        return tuple(sorted(seen))
+        return dict(known), by_id
+    if not all(name.removeprefix("-").isdecimal() for name in seen):
+        return _numbered(sorted(seen)), tuple(sorted(seen))
     count = max(map(int, seen)) + 1
-    if known and not several and min(map(int, seen)) >= 0 and count <= len(known):
-        return tuple(by_id)  # ids of the checkpoint's own labels
-    if missing := sorted(set(map(str, range(count))) - seen, key=int) or sorted(n for n in seen if int(n) < 0):
+    numbers = tuple(map(str, range(max(count, len(known)))))
+    if known and count <= len(known) and seen <= set(numbers):
+        return _numbered(numbers), by_id
+    if missing := sorted(set(numbers[:count]) - seen, key=int) or sorted(seen - set(numbers), key=int):
         what = "is negative" if int(missing[0]) < 0 else "has none"
         listed = ", ".join(sorted(seen, key=int)[:10])
         raise ValueError(
             "labels that are whole numbers must run from 0 to n-1, each with a training example: "
             f"{missing[0]} {what} (there are {listed}); write them as words to have them numbered"
         )
-    return tuple(map(str, range(count)))
+    return _numbered(numbers[:count]), numbers[:count]
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(names)}
 
 
 def _indicators(rows: list[list[str]], ids: Mapping[str, int]) -> NDArray[np.float32]:

@@ -80,7 +80,7 @@ def run_trainer(
             model=model,
             args=arguments,
             train_dataset=Rows(examples),
-            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=collator.rate),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=collator.rate()),
         )
         clock = Clock()
         trainer.add_callback(clock)

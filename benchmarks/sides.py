@@ -197,7 +197,7 @@ def trainer_steps(side: Side) -> None:
     """Trainer's steps, one at a turn; loading, and with its own sampler masking and padding, are in the time."""
     config, examples = side.config, side.prepared.train
     size, ready, objective = config.batch.examples, not side.contender.grouping, objective_of(config.objective)
-    rate = objective.collator(side.prepared.tokenizer, examples, seed=0).rate
+    rate = objective.collator(side.prepared.tokenizer, examples, seed=0).rate()
     own = DataCollatorForLanguageModeling(
         side.prepared.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate
     )
@@ -267,7 +267,7 @@ def minilm_steps(side: Side) -> None:
                 seconds=seconds,
                 tokens=step.tokens,
                 padded_tokens=step.padded_tokens,
-                flops=side.cost.step(step, collator.rate),
+                flops=side.cost.step(step, collator.rate()),
                 loss=float(result.loss),
                 memory=peak_memory(),
             )

@@ -74,12 +74,15 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 class Collator(Protocol):
     """Rows of token ids to a batch."""
 
-    rate: float
-    """Share of the tokens that are targets."""
     padded: bool
     multiple: int
 
-    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch: ...
+    def rate(self, progress: float = 0.0) -> float:
+        """Share of the tokens that are targets; `progress` is the share of the run's steps that are done."""
+
+    def __call__(
+        self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
+    ) -> Batch: ...
 
 
 class LanguageCollator(Collator, Protocol):

@@ -25,14 +25,18 @@ class CausalCollator:
     `padded` and `multiple` are those of `minilm.plan.Plan`.
     """
 
-    rate = 1.0  # the share of tokens that are targets, as good as
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool = False, multiple: int = 1) -> None:
         self.possible = np.ones(len(tokenizer), bool)
         self.padded, self.multiple = padded, multiple
 
-    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch:
-        """As `MaskedCollator`; of examples and epoch nothing depends on."""
+    def rate(self, progress: float = 0.0) -> float:
+        """Share of the tokens that are targets, as good as."""
+        return 1.0
+
+    def __call__(
+        self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
+    ) -> Batch:
+        """As `MaskedCollator`; of examples, epoch and progress nothing depends on."""
         ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
         index_N = np.delete(np.arange(len(ids_T)), np.cumsum([len(row) for row in rows] or [1]) - 1)
         return Batch(

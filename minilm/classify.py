@@ -36,15 +36,19 @@ from minilm.tokens import Examples, Prepared, load_tokenizer
 class ClassCollator:
     """Joins rows of token ids; each row has one target, its label. `padded` and `multiple` are `minilm.plan.Plan`'s."""
 
-    rate = 0.0  # share of the tokens that are targets: what an example costs beside its tokens is next to nothing
-
     def __init__(self, examples: Examples, *, padded: bool = False, multiple: int = 1) -> None:
         assert examples.labels is not None
         self.labels, self.examples = examples.labels, examples
         self.padded, self.multiple = padded, multiple
 
-    def __call__(self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int) -> Batch:
-        """`rows[i]`: the ids of example `examples[i]`. Of the epoch nothing depends."""
+    def rate(self, progress: float = 0.0) -> float:
+        """0: what an example costs beside its tokens is next to nothing."""
+        return 0.0
+
+    def __call__(
+        self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
+    ) -> Batch:
+        """`rows[i]`: the ids of example `examples[i]`. Of epoch and progress nothing depends."""
         ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
         types_T = None
         if self.examples.types is not None:

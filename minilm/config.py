@@ -108,17 +108,32 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM:
-    """Masked LM (BERT, Devlin et al. 2019, section 3.1): 80% of the targets masked, 10% replaced, 10% kept."""
+    """Masked LM (BERT, Devlin et al. 2019, section 3.1): most targets are masked, some replaced, the others kept."""
 
     rate: float = 0.15
     """Share of the tokens that a training step predicts."""
+    final_rate: float | None = None
+    """Share at the end of the run, where it is to change: linearly, from rate on."""
+    unit: Literal["token", "word", "span"] = "token"
+    """What training chooses at random: tokens, whole words, or spans of 1 to 10 words. The share of tokens is rate."""
+    masked: float = 0.8
+    """Share of training's targets that a mask token stands for."""
+    replaced: float = 0.1
+    """Share of training's targets that a random token stands for; those neither masked nor replaced stay visible."""
     eval_rate: float = 0.15
-    """Share of the tokens that evaluation predicts; its choice of tokens never changes."""
+    """Share of the tokens that evaluation predicts. Its choice never changes: single tokens, of which it masks 80% and
+    replaces 10%, whatever training does."""
 
     def __post_init__(self) -> None:
-        for name in ("rate", "eval_rate"):
+        _check_choices("objective", self)
+        for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
-            _check(0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
+            _check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
+        for name in ("masked", "replaced"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"objective.{name} must lie in [0, 1], not {value}")
+        together = self.masked + self.replaced
+        _check(together < 1 + 1e-9, f"objective.masked and objective.replaced must sum to at most 1, not {together:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ class LanguageModel:
     predicted: str
     """What evaluation predicts."""
     collator: Callable[..., LanguageCollator]
+    words = False
+    """Training asks where words begin."""
 
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
@@ -35,6 +37,7 @@ class LanguageModel:
                 layout=config.batch.layout,
                 overflow=config.tokens.overflow,
                 causal=self.causal,
+                words=self.words and part == "training",
                 name=f"{part} documents",
             )
             for part, documents in (("training", train_documents), ("evaluation", eval_documents))

@@ -23,6 +23,7 @@ from minilm.config import Tokens
 from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
+from minilm.words import begins_word
 
 _VERSION = 3  # of the files below in the cache
 _SPECIAL = {
@@ -155,6 +156,8 @@ class Examples:
     """Of each example, where it is classified: int64[E], or float32[E] or [E, C]."""
     fingerprint: str = ""
     """A hash of the documents and the tokenizer that they were encoded by."""
+    begins: NDArray[np.bool_] | None = None
+    """Whether each of `ids` begins a word, memory-mapped; None where nobody asked."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -167,6 +170,14 @@ class Examples:
         """The token types of an example, where there are `types`."""
         assert self.types is not None
         return self.types[self.start[index] : self.stop[index]].astype(np.int64)
+
+    def word_starts(self, index: int) -> NDArray[np.bool_]:
+        """Whether each token of row `index` begins a word there; a word that was cut goes on as one of its own."""
+        assert self.begins is not None
+        begins = np.ones(int(self.lengths[index]), bool)
+        start, stop, at = self.start[index], self.stop[index], len(self.prefix)
+        begins[at + 1 : at + stop - start] = self.begins[start + 1 : stop]
+        return begins
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -208,6 +219,7 @@ def encode(
     layout: str = "documents",
     overflow: str = "split",
     causal: bool = False,
+    words: bool = False,
     name: str = "documents",
 ) -> Examples:
     """Encode the column `text` and cut it into examples of at most `max_length` tokens, special tokens included.
@@ -215,7 +227,7 @@ def encode(
     `documents`: one example a document; a longer one is split into pieces of nearly equal length, or truncated.
     `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
     Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
-    The ids are cached by content, so that a second run starts at once.
+    The ids are cached by content, so that a second run starts at once; with `words`, also where words begin.
     """
     prefix, suffix = _special_around(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
@@ -224,11 +236,12 @@ def encode(
         prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
     key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist())
-    folder = cache_folder() / f"ids-{key}"
+    folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, before, after, name)
+            _write_ids(temporary, documents, tokenizer, before, after, words, name)
     ids = np.load(folder / "ids.npy", mmap_mode="r")
+    begins = np.load(folder / "begins.npy", mmap_mode="r") if words else None
     offsets = np.load(folder / "offsets.npy")
     if layout == "blocks":
         start = np.arange(0, len(ids), room)
@@ -240,7 +253,15 @@ def encode(
     keep = stop > start
     if not keep.any():
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
-    return Examples(ids=ids, start=start[keep], stop=stop[keep], prefix=prefix, suffix=suffix, fingerprint=key)
+    return Examples(
+        ids=ids,
+        start=start[keep],
+        stop=stop[keep],
+        prefix=prefix,
+        suffix=suffix,
+        fingerprint=key,
+        begins=begins,
+    )
 
 
 def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -259,34 +280,43 @@ def _write_ids(
     tokenizer: PreTrainedTokenizerBase,
     before: NDArray[np.int64],
     after: NDArray[np.int64],
+    words: bool,
     name: str,
 ) -> None:
     """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
 
-    `before` and `after` go around each document.
+    `before` and `after` go around each document. With `words`, write `begins.npy` too: bool, which ids begin a word.
     """
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    sizes, raw = [0], folder / "ids.raw"
+    sizes, raw, raw_begins = [0], folder / "ids.raw", folder / "begins.raw"
     with (
         raw.open("wb") as file,
+        raw_begins.open("wb") as begins_file,
         progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
         for texts in _batches(documents):
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            for ids in encoded:
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for index, ids in enumerate(encoded["input_ids"]):
                 row = np.concatenate((before, ids, after)).astype(kind)
                 row.tofile(file)
                 sizes.append(len(row))
+                if words:
+                    begins = np.ones(len(row), bool)
+                    starts = [start for start, _ in encoded.encodings[index].offsets]
+                    begins[len(before) : len(before) + len(ids)] = begins_word(texts[index], starts)
+                    begins.tofile(begins_file)
             bar.update(len(texts))
-    total = sum(sizes)
-    target = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=kind, shape=(total,))
-    if total:
+    _raw_to_npy(raw, folder / "ids.npy", kind, sum(sizes))
+    _raw_to_npy(raw_begins, folder / "begins.npy", bool, sum(sizes) if words else 0)
+    np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
+
+
+def _raw_to_npy(raw: Path, path: Path, kind: type, size: int) -> None:
+    target = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(size,))
+    if size:
         target[:] = np.memmap(raw, dtype=kind, mode="r")
     target.flush()
     raw.unlink()
-    np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
 
 
 def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

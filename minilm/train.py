@@ -138,7 +138,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 max_grad_norm=config.optim.max_grad_norm,
             )
             epoch, figures = done / plan.steps_per_epoch, None
-            flops = cost.step(step, collator.rate)
+            flops = cost.step(step, collator.rate((done - 1) / total))
             recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
             if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
                 recorder.settle()
@@ -207,22 +207,25 @@ Item = tuple[Step, list[Batch]]
 
 
 class _Steps(Dataset[Item]):
-    """Item i: the plan of step i and this process's micro-batches of it."""
+    """Item i: the plan of step i of `total`, and this process's micro-batches of it."""
 
-    def __init__(self, plan: Plan, examples: Examples, collator: Collator, rank: int) -> None:
-        self.plan, self.examples, self.collator, self.rank = plan, examples, collator, rank
+    def __init__(self, plan: Plan, examples: Examples, collator: Collator, rank: int, total: int) -> None:
+        self.plan, self.examples, self.collator, self.rank, self.total = plan, examples, collator, rank, total
 
     def __getitem__(self, index: int) -> Item:
-        step = self.plan.step(index)
+        step, done = self.plan.step(index), index / self.total
         parts = step.micro_batches[self.rank]
-        return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch) for ids in parts]
+        return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch, done) for ids in parts]
 
 
 def load_steps(
     plan: Plan, examples: Examples, collator: Collator, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
-    """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them."""
-    dataset = _Steps(plan, examples, collator, accelerator.process_index)
+    """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them.
+
+    `steps` goes to the end of the run: a rate that changes over the run is a function of step / steps.stop.
+    """
+    dataset = _Steps(plan, examples, collator, accelerator.process_index, steps.stop)
     return DataLoader(
         dataset,
         batch_size=None,

@@ -1,0 +1,47 @@
+"""Where words begin in a text, for masks of whole words: the same words whatever the tokenizer.
+
+Axes: C characters of a text, L tokens of it.
+"""
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ASCII_SIGNS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+_IDEOGRAPHS = (  # the blocks of Unicode that BERT's released tokenizer takes for Chinese characters
+    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF)),
+    *((0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0x2F800, 0x2FA1F)),
+)
+
+
+@functools.cache
+def _kinds() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """By code point, bool[0x110000]: whether it is white space, and whether it is a word by itself."""
+    characters = [chr(code) for code in range(0x110000)]
+    space = np.fromiter((character.isspace() for character in characters), bool)
+    alone = np.fromiter((unicodedata.category(character)[0] == "P" for character in characters), bool)
+    alone[[ord(sign) for sign in _ASCII_SIGNS]] = True
+    for first, last in _IDEOGRAPHS:
+        alone[first : last + 1] = True
+    return space, alone
+
+
+def begins_word(text: str, starts: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether each token of `text` begins a word, bool[L]; `starts` are the places of their first characters.
+
+    Words are those of BERT's BasicTokenizer (Devlin et al. 2019, released code): they end at white space, and each
+    punctuation mark and each Chinese character is one. White space is of the word after it, as in most vocabularies.
+    The tokenizer's own idea of a word is not asked: to byte-level BPE and SentencePiece a Japanese clause is one.
+    """
+    if not len(starts):
+        return np.zeros(0, bool)
+    codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    space_C, alone_C = (kind[codes_C] for kind in _kinds())
+    after_space_C, after_alone_C = (np.concatenate(([False], kind_C[:-1])) for kind_C in (space_C, alone_C))
+    word_C = np.cumsum(~after_space_C & (space_C | alone_C | after_alone_C))
+    word_L = word_C[np.minimum(starts, len(word_C) - 1)]
+    begins_L: NDArray[np.bool_] = np.diff(word_L, prepend=-1) != 0
+    return begins_L

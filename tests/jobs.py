@@ -173,13 +173,20 @@ def finish(config: Config, place: Path, processes: int = 1, planted: str = "") -
     finish_all([(config, processes)], place, planted)
 
 
-def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "") -> None:
-    """Run (configuration, processes) to their ends, forked, as many at a time as there are processors for."""
+def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "", limit: float = 300) -> None:
+    """Run (configuration, processes) to their ends, forked, as many at a time as there are processors for.
+
+    AssertionError with the end of its stderr for a job that fails, or that nothing ends within `limit` seconds.
+    """
     free, running = os.cpu_count() or 1, list[Job]()
 
     def wait() -> int:
         """Until the first is gone; how many processes that had."""
+        end = time.monotonic() + limit
         while not (gone := [job for job in running if job.gone(0)]):
+            if time.monotonic() > end:
+                said = (f"{job.stderr.parent.name}: {job.stderr.read_text(errors='replace')[-3000:]}" for job in running)
+                raise AssertionError(f"no job ended within {limit} s; running were " + "\n".join(said))
             time.sleep(0.01)
         running.remove(gone[0])
         assert gone[0].status() == 0, gone[0].stderr.read_text(errors="replace")[-3000:]

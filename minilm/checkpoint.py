@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config, to_dict
 from minilm.hub import quiet_transformers
+from minilm.sharding import whole
 
 log = logging.getLogger("minilm")
 
@@ -99,11 +100,12 @@ class Saver:
         return every > 0 and (last or step % every == 0)
 
     def save(self, progress: Progress) -> None:
-        """Write `checkpoint-<step>`; returns once the state is copied."""
+        """Write `checkpoint-<step>`; returns once the state is copied. Every process of the job calls it."""
         self.wait()
+        weights = copied(self.network.state_dict(keep_vars=True), keep=self.enabled)
+        moments = copied(_moments(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:
             return
-        weights, moments = _copied(self.network.state_dict()), _copied(_moments(self.optimizer, self.network))
         self._thread = threading.Thread(target=self._write, args=(progress, weights, moments), name="checkpoint")
         self._thread.start()
 
@@ -227,16 +229,17 @@ def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict
     }
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each tensor on the CPU; tied weights, which are one tensor under two names, stay one."""
-    copies: dict[object, Tensor] = {}
-    copied = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place not in copies:
-            copies[place] = tensor.detach().to("cpu", copy=True)
-        copied[name] = copies[place]
-    return copied
+def copied(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """A copy of each tensor on the CPU where `keep`; every process calls this, for it may hold parts of the tensors.
+
+    Tied weights, which are one tensor under two names, stay one.
+    """
+    copies = {}
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
+        gathered = whole(tensor.detach())
+        if keep:
+            copies[id(tensor)] = gathered.to("cpu", copy=True)
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()} if keep else {}
 
 
 def discard_checkpoints(folder: Path) -> None:

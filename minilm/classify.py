@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from minilm.batch import Batch, join
 from minilm.config import Classification, Config
 from minilm.data import load_documents
-from minilm.head import AFTER_ATTENTION, Head, last_layer
+from minilm.head import AFTER_ATTENTION, Head
 from minilm.hub import loading
 from minilm.infer import classify
 from minilm.labels import Labels, read_labels
@@ -114,9 +114,9 @@ class ClassHead(Head):
         return self.logits(input_ids_T, packing, (packing.position_T == 0).nonzero()[:, 0])
 
     def _try_first_tokens(self, expected_RxC: Tensor) -> None:
-        layer = last_layer(self.model)
-        if layer is None:
+        if not self.layers:
             return
+        layer = self.layers[-1]
         for names in (*AFTER_ATTENTION, None):
             try:
                 handle = (

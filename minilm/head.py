@@ -47,6 +47,13 @@ class Head(nn.Module):
         self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
 
     @property
+    def layers(self) -> nn.ModuleList | tuple[()]:
+        """The model's layers in a row, or () where they cannot be told."""
+        lists = [module for module in self.model.base_model.modules() if isinstance(module, nn.ModuleList)]
+        count = getattr(self.model.config, "num_hidden_layers", None)
+        return next((layers for layers in lists if len(layers) == count), ())
+
+    @property
     def described(self) -> str:
         """The kind of head, for people to read."""
         raise NotImplementedError
@@ -209,12 +216,11 @@ class SparseHead(Head):
         return reason
 
     def _try_short(self, expected_NxV: Tensor) -> None:
-        layer = last_layer(self.model)
-        if not self.sparse or layer is None:
+        if not self.sparse or not self.layers:
             return
         for names in AFTER_ATTENTION:
             try:
-                first, last = (layer.get_submodule(name) for name in names)
+                first, last = (self.layers[-1].get_submodule(name) for name in names)
             except AttributeError:
                 continue
             handles = (first.register_forward_pre_hook(self._narrow), last.register_forward_hook(self._widen))
@@ -250,13 +256,6 @@ class SparseHead(Head):
         (rows, length, width), self._shape = self._shape, None
         hidden_RLxH = output_1xNxH.new_zeros(rows * length, width).index_copy(0, self._target_index, output_1xNxH[0])
         return hidden_RLxH.view(rows, length, width)
-
-
-def last_layer(model: PreTrainedModel) -> nn.Module | None:
-    """The last of the layers that attend, where the model keeps them in a list."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return lists[0][-1] if lists else None
 
 
 @contextmanager

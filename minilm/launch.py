@@ -31,6 +31,7 @@ from minilm.hardware import (
     keep_freed_memory,
     repeat_to_the_bit,
 )
+from minilm.sharding import asked_for_sharding, enable_on_cpus
 from minilm.signals import killed_by_signals
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
+    sharding = asked_for_sharding(os.environ)
     with killed_by_signals():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     check_launch(state.num_processes, os.environ)
@@ -55,9 +57,18 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # What the loop does by itself must not be done again because the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(mixed_precision=mode, cpu=cpu, kwargs_handlers=[ddp], gradient_accumulation_plugin=once)
+    if sharding is not None and mode == "fp16":
+        raise ValueError("fp16 with FSDP has not been tried with minilm: use --run.precision bf16, or fp32")
+    accelerator = Accelerator(
+        mixed_precision=mode,
+        cpu=cpu,
+        kwargs_handlers=[ddp],
+        fsdp_plugin=sharding,
+        gradient_accumulation_plugin=once,
+    )
+    enable_on_cpus(accelerator, sharding)
     kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise ValueError(f"{kind.value} was asked for at launch and has not been tried with minilm: use --multi_gpu")
     return accelerator, precision
 

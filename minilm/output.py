@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint, sync
@@ -100,8 +101,10 @@ def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoin
     return folder, checkpoint
 
 
-def export(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save in the Hugging Face format.
+def export(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Save in the Hugging Face format; `weights` takes the place of `network.state_dict()`.
 
     The files are written and synced in a temporary folder inside `folder`, then renamed into place, the weights last:
     each file is whole at any time.
@@ -109,7 +112,7 @@ def export(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
     try:
         with quiet_transformers():
-            network.save_pretrained(temporary)
+            network.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
         new = [path for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(new, key=lambda path: (path.suffix == ".safetensors", path.name)):

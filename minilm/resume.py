@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from minilm.checkpoint import OPTIMIZER, RESULTS, WEIGHTS, Checkpoint, Progress, parameter_names
 from minilm.config import Config, to_dict
+from minilm.sharding import part_like
 from minilm.stop import TrainingStopped
 
 log = logging.getLogger("minilm")
@@ -85,15 +86,17 @@ def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.o
 
 
 def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
+    current = network.state_dict(keep_vars=True)
     try:
         weights = load_file(checkpoint.folder / WEIGHTS)
-        missing, unexpected = network.load_state_dict(weights, strict=False)
+        parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
+        missing, unexpected = network.load_state_dict(parts, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint.folder}: its weights do not fit the model: {' '.join(str(error).split())}"
         ) from error
-    loaded = {network.state_dict()[name].data_ptr() for name in weights if name not in unexpected}
-    lost = [name for name in missing if network.state_dict()[name].data_ptr() not in loaded]  # tied ones are there
+    loaded = {id(current[name]) for name in weights if name in current}
+    lost = [name for name in missing if id(current[name]) not in loaded]  # tied ones are there
     if lost or unexpected:
         raise ValueError(
             f"{checkpoint.folder}: its weights do not fit the model: {', '.join([*lost, *unexpected][:3])}"
@@ -111,7 +114,11 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             end = "/" + names[parameter]
-            slots = {key.removesuffix(end): tensor for key, tensor in stored.items() if key.endswith(end)}
+            slots = {
+                key.removesuffix(end): part_like(tensor, parameter)
+                for key, tensor in stored.items()
+                if key.endswith(end)
+            }
             if slots:
                 state[index] = slots
             index += 1

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.batch import Batch, Collator, loss_sum
-from minilm.checkpoint import Saver
+from minilm.checkpoint import Saver, copied
 from minilm.config import Config, Run
 from minilm.hardware import count_flops, device_peak
 from minilm.head import Head, freeze_unused
+from minilm.hub import quiet_transformers
 from minilm.launch import attempt, finish, first_on_each_host, in_contact, start, together
 from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
@@ -31,6 +32,7 @@ from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
 from minilm.resume import check_settings, resume
+from minilm.sharding import distribute, whole
 from minilm.stop import StopRequest, TrainingStopped
 from minilm.tokens import Examples, Prepared
 
@@ -73,7 +75,7 @@ def train_step(
             accelerator.backward(nats * scale)
         loss += nats.detach()
     loss = accelerator.reduce(loss) / targets.clamp(min=1)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     for group in optimizer.param_groups:
         group["lr"] = lr
     skip_unless_finite(accelerator, optimizer, grad_norm)
@@ -102,7 +104,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     head = objective.head(network.to(accelerator.device), prepared)
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)
-    model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
+    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
 
@@ -153,8 +155,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     if early is None:
         figures = figures or evaluator(accelerator, model).figures()
         results = {**figures, **recorder.totals()}
+        weights = copied(network.state_dict(keep_vars=True), keep=main)
         if main:
-            conclude(folder, config, facts, results, network, prepared.tokenizer)
+            conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
     model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
     finish(accelerator)
     if early is not None:
@@ -251,14 +254,17 @@ def conclude(
     facts: dict[str, Any],
     results: dict[str, float],
     network: PreTrainedModel,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Save the model, its card and the results, and show what it makes of the samples."""
-    export(network, tokenizer, folder)
+    """Save the model, its card and the results, and show what the saved model makes of the samples."""
+    export(network, tokenizer, folder, weights)
     objective, samples = objective_of(config.objective), {}
-    network.eval()
+    if config.run.samples:
+        with quiet_transformers():
+            saved = objective.auto.from_pretrained(folder, dtype=torch.float32).to(network.device).eval()
     for text in config.run.samples:
-        samples[text] = objective.sample(network, tokenizer, text)
+        samples[text] = objective.sample(saved, tokenizer, text)
         log.info(f"{text} -> {samples[text]}")
     write_card(folder, config, facts, results, samples)
     write_results(folder, results)

@@ -185,7 +185,9 @@ def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "
         end = time.monotonic() + limit
         while not (gone := [job for job in running if job.gone(0)]):
             if time.monotonic() > end:
-                said = (f"{job.stderr.parent.name}: {job.stderr.read_text(errors='replace')[-3000:]}" for job in running)
+                said = (
+                    f"{job.stderr.parent.name}: {job.stderr.read_text(errors='replace')[-3000:]}" for job in running
+                )
                 raise AssertionError(f"no job ended within {limit} s; running were " + "\n".join(said))
             time.sleep(0.01)
         running.remove(gone[0])

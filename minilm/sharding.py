@@ -1,0 +1,90 @@
+"""Fully sharded data parallelism (FSDP2): each process holds a part of every weight, gradient and moment.
+
+A layer's weights are gathered before it runs and let go after it, as in Rajbhandari et al. 2020, "ZeRO", section 5.3.
+The steps are those of one process, and so are the checkpoints: any number of processes goes on from them.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from minilm.head import Head
+
+log = logging.getLogger("minilm")
+
+# What minilm does, by the variables that `accelerate launch` makes of its flags, and what it takes one left out for.
+_ONLY = {
+    "FSDP_VERSION": ("2", "1"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "false"),
+}
+
+
+def asked_for_sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
+    """The sharding that the launcher was asked for, if any. Raises ValueError for kinds that minilm does not do."""
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    for variable, (done, default) in _ONLY.items():
+        if (asked := environment.get(variable, default).lower()) != done:
+            flag = f"--{variable.lower()}"
+            raise ValueError(f"{flag} {asked} was asked for at launch and minilm does not do it: pass {flag} {done}")
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=MixedPrecisionPolicy(),  # autocast does it, as it does without sharding
+        cpu_offload=OffloadPolicy(),
+        cpu_ram_efficient_loading=False,  # each process tries the head's shortcuts, which takes the weights
+    )
+
+
+def enable_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Have accelerate shard on CPUs as it does on GPUs: by itself it makes DDP of it there, silently.
+
+    Raises ValueError on a machine with GPUs, which torch would shard on whatever it is told.
+    """
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        if torch.accelerator.is_available():
+            raise ValueError("FSDP on CPUs needs a machine without GPUs: leave ACCELERATE_USE_CPU or --use_fsdp out")
+        for state in (PartialState(), accelerator.state):  # the second copies from the first, time and again
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+
+
+def distribute(
+    accelerator: Accelerator, head: Head, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`; where the launcher asked for sharding, each layer becomes a unit of its own."""
+    if accelerator.is_fsdp2:
+        layers = {type(layer).__name__ for layer in head.layers}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
+        head.forward = accelerator.autocast()(head.forward)  # as DDP's is prepared
+        # Some layers end in a view; nothing changes it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    model, optimizer = accelerator.prepare(head, optimizer)
+    if accelerator.is_fsdp2:
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and accelerator.device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo takes no means
+        parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+        here, all_of_them = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+        log.info(f"FSDP2: of {all_of_them:,} parameters, the main process holds {here:,}")
+    return model, optimizer
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered where it is sharded: then every process must call this, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Of a whole tensor, which every process has, what this process holds of `parameter`; a scalar stays as it is."""
+    if not isinstance(parameter, DTensor) or tensor.ndim == 0:
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -102,6 +102,7 @@ class Saver:
     def save(self, progress: Progress) -> None:
         """Write `checkpoint-<step>`; returns once the state is copied. Every process of the job calls it."""
         self.wait()
+        # First this one: state_dict has FSDP put the parts back that the optimizer knows.
         weights = copied(self.network.state_dict(keep_vars=True), keep=self.enabled)
         moments = copied(_moments(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:

@@ -1,0 +1,139 @@
+"""Sharded runs (FSDP2): their steps, checkpoints and results are those of a run that is not sharded."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from minilm import Config, Data
+from minilm.sharding import asked_for_sharding
+from tests.jobs import CONFIG, end_of, finish_all, start, write_text
+from tests.launch import read_log
+from tests.laws.resume_everywhere import stopped_after
+
+ACCELERATE = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0"
+STEPS = 6
+# The gradient of step 5 is not finite, because of one process.
+SPOILT = """
+import os
+import minilm.train
+
+last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1 == int(os.environ.get("RANK", "0"))
+step, seed_dropout, loss_sum = [0], minilm.train.seed_dropout, minilm.train.loss_sum
+
+def note(seed, number, rank):
+    step[0] = number
+    seed_dropout(seed, number, rank)
+
+def spoil(model, batch):
+    return loss_sum(model, batch) * (float("nan") if step[0] == 4 and last_rank else 1)
+
+minilm.train.seed_dropout, minilm.train.loss_sum = note, spoil
+"""
+SHARDED = f"""{SPOILT}
+from minilm.checkpoint import Saver
+
+def save(self, progress, real=Saver.save):
+    weights = self.network.state_dict().values()
+    assert sum(w.to_local().numel() for w in weights) < 0.6 * sum(w.numel() for w in weights)
+    real(self, progress)
+
+Saver.save = save
+"""
+FORKED = f"{SHARDED}\nos.environ |= {{'ACCELERATE_USE_FSDP': 'true', 'FSDP_VERSION': '2'}}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return replace(
+        CONFIG,
+        data=Data(source=text, eval_fraction=0.1),
+        model=replace(CONFIG.model, config={**CONFIG.model.config, **rates}),
+        run=replace(CONFIG.run, max_steps=STEPS, save_every=STEPS // 2, eval_every=STEPS // 2),
+    )
+
+
+def into(folder: Path, config: Config, resume: str | None = None) -> Config:
+    return replace(config, run=replace(config.run, output_dir=str(folder), resume=resume))
+
+
+@pytest.fixture(scope="module")
+def plain(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    place = tmp_path_factory.mktemp("plain")
+    finish_all([(into(place / "out", config), 1)], place, SPOILT)
+    return place / "out"
+
+
+@pytest.fixture(scope="module")
+def sharded(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two processes, launched as a user does it."""
+    place = tmp_path_factory.mktemp("sharded")
+    command = [sys.executable, "-m", *ACCELERATE.split()]
+    job = start("accelerate", into(place / "out", config), place, planted=SHARDED, command=command)
+    try:
+        assert job.gone(120), job.stderr.read_text()
+        assert job.status() == 0, job.stderr.read_text()
+        assert "FSDP2: of 9,900 parameters, the main process holds 4,950" in job.stderr.read_text()
+    finally:
+        job.kill()
+    return place / "out"
+
+
+def apart(ours: Path, theirs: Path) -> float:
+    """The largest relative difference of a step's loss or gradient norm, or of an evaluation."""
+    differences = []
+    logs = ([line for part in read_log(folder) for line in part] for folder in (ours, theirs))
+    for mine, other in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if mine.get(key) is None or other.get(key) is None:
+                assert mine.get(key) == other.get(key)
+            else:
+                differences.append(abs(mine[key] / other[key] - 1))
+    assert len(differences) == 2 * (STEPS - 1) + 2
+    return max(differences)
+
+
+@pytest.mark.scorecard(4)
+def test_a_sharded_run_has_the_updates_of_one_process(sharded, plain, figure) -> None:
+    difference = apart(sharded, plain)
+    figure(f"2 processes, sharded: {difference:.0e}")
+    assert 0 < difference <= 1e-5
+    ours, theirs = (AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in (sharded, plain))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.scorecard(3)
+def test_a_checkpoint_is_gone_on_from_sharded_or_not(config, sharded, plain, tmp_path, figure) -> None:
+    again, spread, joined = (
+        stopped_after(STEPS // 2, reference, tmp_path / name)
+        for name, reference in (("again", sharded), ("spread", plain), ("joined", sharded))
+    )
+    finish_all([(into(folder, config, "latest"), 2) for folder in (again, spread)], tmp_path, FORKED)
+    finish_all([(into(joined, config, "latest"), 1)], tmp_path, SPOILT)
+    figure(f"from 1 to 2, sharded: {apart(spread, plain):.0e}")
+    figure(f"from 2, sharded, to 1: {apart(joined, plain):.0e}")
+    assert max(apart(spread, plain), apart(joined, plain)) <= 1e-5
+    assert end_of(again) == end_of(sharded)
+
+
+@pytest.mark.scorecard(20)
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "--fsdp_version 1 was asked for .*: pass --fsdp_version 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "True"}, "pass --fsdp_offload_params false"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "pass --fsdp_activation_checkpointing false"),
+    ],
+)
+def test_other_kinds_of_sharding_are_refused(environment: dict[str, str], said: str) -> None:
+    assert asked_for_sharding(environment) is None
+    with pytest.raises(ValueError, match=said):
+        asked_for_sharding({"ACCELERATE_USE_FSDP": "true", **environment})

@@ -1,21 +1,31 @@
 """From rows of any shape to documents: the columns `text`, `pair` and `label`, each by its own dotted path."""
 
 import math
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, LargeList, List, Value
+from datasets.fingerprint import Hasher
 
 from minilm.config import closest
 
 _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
 
 
-def take_columns(rows: Dataset, source: str, text: str, pair: str | None = None, label: str | None = None) -> Dataset:
+def take_columns(
+    rows: Dataset,
+    source: str,
+    text: str,
+    pair: str | None = None,
+    label: str | None = None,
+    kept: Path | None = None,
+) -> Dataset:
     """`rows` reduced to `text`, and `pair` and `label` where they are asked for, each read from a dotted path.
 
     Texts are strings; a list of strings inside a nested column is joined with a space. A label keeps its type: an
     integer, a float, a string or a list of integers or strings, and of a ClassLabel the names. Where labels are asked
-    for, no row may lack one or have a blank text. Raises ValueError that names the column or the row.
+    for, no row may lack one or have a blank text. The result is memory-mapped: in the folder `kept`, else beside the
+    rows. Raises ValueError that names the column or the row.
     """
     paths = {role: path.split(".") for role, path in (("text", text), ("pair", pair), ("label", label)) if path}
     for role, (name, *_) in paths.items():
@@ -40,6 +50,7 @@ def take_columns(rows: Dataset, source: str, text: str, pair: str | None = None,
     features = {role: Value("string") for role in paths}
     if label:
         features["label"] = _feature(rows.features, paths["label"])
+    key = Hasher.hash((rows._fingerprint, source, text, pair, label))
     return rows.map(
         extract,
         input_columns=names,
@@ -47,12 +58,16 @@ def take_columns(rows: Dataset, source: str, text: str, pair: str | None = None,
         with_indices=True,
         remove_columns=rows.column_names,
         features=Features(features),
+        cache_file_name=str(kept / f"documents-{key}.arrow") if kept else None,
         desc="text",
     )
 
 
 def _reach(value: Any, keys: list[str], where: str, flag: str) -> Any:
-    for key in keys:
+    """What lies under the keys in nested objects; of a list of objects, what lies under them in each."""
+    for at, key in enumerate(keys):
+        if isinstance(value, list):
+            return [_reach(item, keys[at:], where, flag) for item in value]
         if isinstance(value, dict) and key not in value:
             raise ValueError(f"{where} has no field {closest(key, list(value))} Pass {flag}")
         value = value[key] if isinstance(value, dict) else None
@@ -60,7 +75,10 @@ def _reach(value: Any, keys: list[str], where: str, flag: str) -> Any:
 
 
 def _feature(feature: Any, path: list[str]) -> Any:
-    for key in path:
+    """The type of what `_reach` finds."""
+    for at, key in enumerate(path):
+        if isinstance(feature, List | LargeList):
+            return List(_feature(feature.feature, path[at:]))
         feature = feature[key]
     return feature
 

@@ -49,7 +49,8 @@ class Data:
     """Where the documents come from."""
 
     source: str = "pydocs"
-    """pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .parquet), or a hub dataset id."""
+    """pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .parquet .arrow, or .gz of the
+    first four), a folder that save_to_disk wrote, or a hub dataset id."""
     config: str | None = None
     """Configuration of a hub dataset, such as wikitext-2-raw-v1."""
     split: str = "train"

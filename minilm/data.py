@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
+from minilm.cache import cache_folder
 from minilm.columns import take_columns
 from minilm.config import Data, closest
 from minilm.files import ending, refuse_null_rows, text_encoding, where_damaged
@@ -28,6 +29,7 @@ _BUILDERS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
 
 
@@ -99,7 +101,7 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
     """One source as a dataset with the columns that are asked for; without labels, no blank document."""
     files: list[str] = []
-    column = data.column
+    column, kept = data.column, None
     if source == "pydocs":
         if labels:
             raise ValueError("pydocs has no labels; give --data.source")
@@ -129,11 +131,13 @@ def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
         rows = _load(source, builder, files, split=split, **options)
     else:
         cached = expect(source, "dataset")
-        rows = _load(source, source, [], name=data.config, split=split)
+        rows = _load(source, os.path.expanduser(source), [], name=data.config, split=split)
+        if is_path(source):
+            kept = cache_folder()  # the folder of a saved dataset stays as it is
         if cached:
             log.warning(f"the hub does not answer: {source} comes from the cache")
     try:
-        rows = take_columns(rows, source, column, data.pair_column, data.label_column if labels else None)
+        rows = take_columns(rows, source, column, data.pair_column, data.label_column if labels else None, kept)
     except UnicodeDecodeError as error:  # a file of JSON is decoded here, row by row
         raise ValueError(where_damaged(files) or f"data source {source}: {error}") from error
     if not labels:
@@ -143,6 +147,12 @@ def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
     return rows
 
 
+def _is_saved(path: str) -> bool:
+    """Whether it is a folder that `save_to_disk` of the datasets library wrote."""
+    names = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
+    return any(os.path.exists(os.path.join(path, name)) for name in names)
+
+
 def _local_files(source: str) -> list[str]:
     """The files that a path, folder or glob stands for; none where it can only be a hub id or a saved dataset."""
     path = os.path.expanduser(source)
@@ -150,9 +160,9 @@ def _local_files(source: str) -> list[str]:
         found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
     else:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if _is_saved(path):
+        return []
     files = [name for name in found if ending(name) in _BUILDERS]
-    if any(ending(name) == ".arrow" for name in found):
-        return []  # written by Dataset.save_to_disk
     endings = sorted({ending(name) for name in files})
     if len({_BUILDERS[ending] for ending in endings}) > 1:
         raise ValueError(
@@ -173,9 +183,10 @@ def _load(source: str, builder: str, files: list[str], **options: object) -> Dat
     """The rows of `files`, or of a saved dataset or one on the hub, as the datasets library reads them."""
     if files:
         options["data_files"] = [glob.escape(file) for file in files]
+    split = str(options["split"])
     try:
-        if os.path.isdir(builder):
-            return _split_of(datasets.load_from_disk(builder), str(options["split"]), source)
+        if not files and os.path.isdir(builder):
+            return _split_of(datasets.load_from_disk(builder), split)
         return datasets.load_dataset(builder, **options)
     except StopIteration:  # the reader of JSON met no line
         raise ValueError(f"data source {source}: is empty") from None
@@ -183,15 +194,15 @@ def _load(source: str, builder: str, files: list[str], **options: object) -> Dat
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
         if why.startswith("Unrecognized instruction"):
-            why = f"the split {options['split']!r} is not written like train, train[:5000] or train[10%:90%]"
-        raise ValueError(where_damaged(files) or f"data source {source}: {why}") from error
+            why = f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
+        looked_at = files or sorted(glob.glob(os.path.join(glob.escape(builder), "**", "*.arrow"), recursive=True))
+        raise ValueError(where_damaged(looked_at) or f"data source {source}: {why}") from error
 
 
-def _split_of(saved: Dataset | datasets.DatasetDict, split: str, source: str) -> Dataset:
+def _split_of(saved: Dataset | datasets.DatasetDict, split: str) -> Dataset:
+    """A part of a saved dataset, or a slice of one."""
     parts = {"train": saved} if isinstance(saved, Dataset) else saved
-    name, bracket, _ = split.partition("[")
-    if name not in parts:
-        raise ValueError(f"{source}: no split {closest(name, list(parts))}")
-    if bracket:
-        raise ValueError(f"{source}: a saved dataset takes no slice such as {split}; give {name}")
-    return parts[name]
+    if (name := split.partition("[")[0]) not in parts:
+        raise ValueError(f"no split {closest(name, list(parts))}")
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(parts[name])})
+    return parts[name].select(range(part.from_ or 0, len(parts[name]) if part.to is None else part.to))

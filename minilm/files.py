@@ -61,15 +61,15 @@ def _line_that_is_not(name: str, encoding: str) -> int:
     except UnicodeDecodeError:
         return number
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name}, after line {number}: cannot be read ({error})") from error
+        raise ValueError(f"{name}, after line {number}: cannot be read; copy the file again ({error})") from error
     return 0
 
 
 def where_damaged(files: list[str]) -> str:
     """Where the first of these files is damaged: line or row group; nothing where that cannot be told."""
     for name in files:
-        if ending(name) == ".parquet":
-            if found := _damaged_parquet(name):
+        if ending(name) in _DAMAGED:
+            if found := _DAMAGED[ending(name)](name):
                 return found
         elif line := _line_that_is_not(name, "utf-8"):
             return f"{name}, line {line}: not UTF-8"
@@ -102,3 +102,22 @@ def _damaged_parquet(name: str) -> str:
         where = "no Parquet, or cut off" if group is None else f"row group {group} of {file.num_row_groups} is damaged"
         return f"{name}: {where} ({' '.join(str(error).split())})"
     return ""
+
+
+def _damaged_arrow(name: str) -> str:
+    """Whether it is neither a stream nor a file of Arrow that can be read to its end."""
+    with pyarrow.memory_map(name) as file:
+        try:
+            try:
+                for _ in pyarrow.ipc.open_stream(file):
+                    pass
+            except pyarrow.ArrowInvalid:
+                reader = pyarrow.ipc.open_file(file)
+                for batch in range(reader.num_record_batches):
+                    reader.get_batch(batch)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            return f"{name}: no Arrow, or cut off ({' '.join(str(error).split())})"
+    return ""
+
+
+_DAMAGED = {".parquet": _damaged_parquet, ".arrow": _damaged_arrow}

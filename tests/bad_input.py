@@ -3,6 +3,7 @@
 `python -m tests.bad_input "missing file"` prints what is said to that.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -52,6 +53,20 @@ def truncated(name: str) -> Callable[[], object]:
         os.truncate(name, Path(name).stat().st_size - 9)
 
     return prepare
+
+
+def saved_dataset(name: str) -> None:
+    """The documents in a folder as the datasets library saves them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": Path("docs.txt").read_text().splitlines()}).save_to_disk(name)
+    datasets.enable_progress_bars()
+
+
+def truncated_dataset() -> None:
+    saved_dataset("saved")
+    os.truncate("saved/data-00000-of-00001.arrow", 900)
 
 
 def damaged_row_group() -> None:
@@ -152,6 +167,19 @@ ENTRIES: dict[str, Entry] = {
     ),
     "damaged row group": Entry(
         flags="--data.source docs.parquet", prepare=damaged_row_group, says="docs.parquet: row group 1 of 3"
+    ),
+    "truncated gzip": Entry(
+        flags="--data.source docs.txt.gz",
+        prepare=lambda: Path("docs.txt.gz").write_bytes(gzip.compress(Path("docs.txt").read_bytes())[:-9]),
+        says="docs.txt.gz, after line",
+    ),
+    "truncated arrow of a saved dataset": Entry(
+        flags="--data.source saved", prepare=truncated_dataset, says="saved/data-00000-of-00001.arrow: no Arrow, or cut"
+    ),
+    "bad slice of a saved dataset": Entry(
+        flags="--data.source saved --data.split train[:5z]",
+        prepare=lambda: saved_dataset("saved"),
+        says="the split 'train[:5z]' is not written like",
     ),
     "impossible model": Entry(flags="--model.config.num-attention-heads 3", says="model.config: The hidden size"),
     "unknown split": Entry(flags="--data.source docs.txt --data.split test", says="test"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -16,7 +17,12 @@ from minilm.data import load_documents
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
 TEXTS_SORTED = sorted(TEXTS)
 ROWS = [{"text": text, "number": number} for number, text in enumerate(TEXTS)]
-NESTED = [{"id": str(i), "answers": {"text": text.split(" "), "score": [1]}} for i, text in enumerate(TEXTS)]
+# The shape of ELI5.
+NESTED = [
+    {"q_id": str(i), "answers": {"a_id": ["x", "y"], "text": text.split(" "), "score": [1, 2]}}
+    for i, text in enumerate(TEXTS)
+]
+OBJECTS = [{"answers": [{"text": word, "score": 1} for word in text.split(" ")]} for text in TEXTS]
 
 
 def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -47,6 +53,14 @@ def _all(data: Data) -> list[str]:
     return sorted([*train["text"], *held_out[""]["text"]])
 
 
+def _arrow(rows: Sequence[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist(list(rows))
+    with pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return file.getvalue()
+
+
 LINES = "\n".join(TEXTS).encode()
 SOURCES = {
     "a.txt": LINES,
@@ -56,6 +70,9 @@ SOURCES = {
     "a.jsonl": _jsonl(ROWS),
     "only-text.jsonl": _jsonl([{"text": text} for text in TEXTS]),
     "a.jsonl.gz": gzip.compress(_jsonl(ROWS)),
+    "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "a.csv.gz": gzip.compress(_table(",")),
+    "a.arrow": _arrow(ROWS),
     "a.json": json.dumps(ROWS).encode(),
     "a.csv": _table(","),
     "a.tsv": _table("\t"),
@@ -71,9 +88,12 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) 
     assert _all(Data(source=str(source))) == TEXTS_SORTED
 
 
+@pytest.mark.parametrize("rows", [NESTED, OBJECTS], ids=["lists", "objects"])
 @pytest.mark.parametrize(("name", "write"), [("a.jsonl", _jsonl), ("a.parquet", _parquet)])
-def test_a_dotted_column_reaches_into_a_column_and_joins_its_list(tmp_path: Path, name: str, write: Any) -> None:
-    source = _write(tmp_path, {name: write(NESTED)}) / name
+def test_a_dotted_column_reaches_into_a_column_and_joins_its_list(
+    tmp_path: Path, name: str, write: Any, rows: Any
+) -> None:
+    source = _write(tmp_path, {name: write(rows)}) / name
     assert _all(Data(source=str(source), column="answers.text")) == TEXTS_SORTED
 
 
@@ -92,6 +112,13 @@ def test_a_file_can_be_one_document_whose_end_is_held_out(tmp_path: Path) -> Non
     assert [len(text) for text in train["text"]] == [int(0.9 * len(text)) for text in whole.values()]
 
 
+def test_files_lie_at_any_depth_below_a_folder_or_a_glob(tmp_path: Path) -> None:
+    deep = {"a.txt": TEXTS[:5], "in/a.txt": TEXTS[5:9], "in/the/depth/b.txt": TEXTS[9:15]}
+    files = {name: "\n".join(texts).encode() for name, texts in deep.items()}
+    _write(tmp_path, {**files, "in/c.txt.gz": gzip.compress("\n".join(TEXTS[15:]).encode())})
+    assert _all(Data(source=str(tmp_path))) == _all(Data(source=str(tmp_path / "**/*.txt*"))) == TEXTS_SORTED
+
+
 @pytest.mark.parametrize("source", ["", "*.txt", "**/*.txt", "?.txt"])
 def test_a_folder_and_a_glob_stand_for_all_their_files(tmp_path: Path, source: str) -> None:
     halves = {"a.txt": "\n".join(TEXTS[:7]).encode(), "b.txt": "\n".join(TEXTS[7:]).encode()}
@@ -105,6 +132,20 @@ def test_a_dataset_saved_to_disk_is_read_by_split(tmp_path: Path, split: str) ->
     assert _all(Data(source=str(tmp_path / "saved"), split=split)) == TEXTS_SORTED
     with pytest.raises(ValueError, match=rf"no split '{split}x': did you mean '{split}'\?"):
         load_documents(Data(source=str(tmp_path / "saved"), split=f"{split}x"), seed=0)
+
+
+def test_a_saved_dataset_is_cut_into_slices_and_its_folder_stays_as_it_is(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    files = sorted(tmp_path.rglob("*"))
+    data = Data(source=str(tmp_path / "saved"), split="train[:75%]", eval_split="train[-5:]+train[3:5]")
+    train, held_out = load_documents(data, seed=0)
+    assert train["text"][:] == TEXTS[:15]
+    assert {name: part["text"][:] for name, part in held_out.items()} == {
+        "train[-5:]": TEXTS[15:],
+        "train[3:5]": TEXTS[3:5],
+    }
+    assert _all(Data(source=str(tmp_path / "saved"))) == TEXTS_SORTED
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_evaluation_documents_come_from_eval_source_whole(tmp_path: Path) -> None:
@@ -156,6 +197,14 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
     "only a header": ({"a.csv": b"text\n"}, "a.csv", {}, ""),
     "truncated jsonl": ({"a.jsonl": _jsonl(ROWS)[:-9]}, "a.jsonl", {}, f"line {len(ROWS)}: no JSON, or cut off"),
     "truncated parquet": ({"a.parquet": _parquet(ROWS)[:-9]}, "a.parquet", {}, "[Pp]arquet"),
+    **{
+        f"truncated {name}": ({name: content[:-9]}, name, {}, r"after line \d+: cannot be read; copy the file again")
+        for name, content in SOURCES.items()
+        if name.endswith(".gz")
+    },
+    "no gzip": ({"a.txt.gz": LINES}, "a.txt.gz", {}, "after line 0: cannot be read"),
+    "truncated arrow": ({"a.arrow": _arrow(ROWS)[:-99]}, "a.arrow", {}, "no Arrow, or cut off"),
+    "bad slice of a file": ({"a.txt": LINES}, "a.txt", {"split": "train[5"}, r"train\[5' is not written like"),
     "not text": ({"a.txt": b"ok\n\x81\n"}, "a.txt", {}, "line 2: not UTF-8"),
     "two encodings": ({"a.txt": b"ok\n\xe9\n", "b.txt": b"ok\n\xc3\xa9\n"}, ".", {}, "line 2: not UTF-8"),
     "a NUL": ({"a.txt": b"ok\n\0\n"}, "a.txt", {}, "line 2: not UTF-8"),

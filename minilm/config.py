@@ -48,9 +48,12 @@ def closest(word: str, known: Sequence[str]) -> str:
 class Data:
     """Where the documents come from."""
 
-    source: str = "pydocs"
+    source: str | tuple[str, ...] = "pydocs"
     """pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .parquet .arrow, or .gz of the
-    first four), a folder that save_to_disk wrote, or a hub dataset id."""
+    first four), a folder that save_to_disk wrote, or a hub dataset id; or several of them, one after the other."""
+    weights: tuple[float, ...] = ()
+    """How often an epoch sees the training documents of each source: 2 is twice, 0.5 a half drawn by seed. Default: 1
+    each."""
     config: str | None = None
     """Configuration of a hub dataset, such as wikitext-2-raw-v1."""
     split: str = "train"
@@ -73,8 +76,20 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_choices("data", self)
-        _check(self.source != "", "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
+        known = len(self.sources) > 0 and all(self.sources)
+        _check(known, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
+        _check(
+            len(self.weights) in (0, len(self.sources)),
+            f"data.weights must be one for each source: there are {len(self.weights)} of {len(self.sources)}",
+        )
+        for weight in self.weights:
+            _check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
         _check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources, be they one or several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import numpy as np
 from datasets import Dataset
 
 from minilm.cache import cache_folder
@@ -56,33 +57,65 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
     `label`, of the type it has in the source (a ClassLabel stays one), where `labels` are asked for. Documents without
     a visible character are left out, but with `labels` refused.
 
-    Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of the source drawn by `seed`, in
-    this order. There is one set of them, named "", or where `data.eval_split` joins several by `+`, one for each of
+    Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of each source drawn by `seed`,
+    in this order. There is one set of them, named "", or where `data.eval_split` joins several by `+`, one for each of
     their names. Raises ValueError in one line that names the file, the row, the column or the split at fault.
     """
     data = with_glue_columns(data)
-    if data.source == "pydocs" and data.eval_split:
+    if "pydocs" in data.sources and data.eval_split:
         raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
-    if data.source == "pydocs" and not data.eval_source and not labels:
-        train_texts, eval_texts = pydocs(data.eval_fraction)
-        return Dataset.from_dict({"text": train_texts}), {"": Dataset.from_dict({"text": eval_texts})}
-    train = _read(data, data.source, data.split, labels)
-    if data.eval_source is not None or data.eval_split is not None:
+    if data.eval_source is None and data.eval_split is None:
+        parts = [_held_out(data, source, seed, labels) for source in data.sources]
+        train, held_out = [part[0] for part in parts], {"": _joined([part[1] for part in parts], data)}
+    else:
+        train = [_read(data, source, data.split, labels) for source in data.sources]
         splits = (data.eval_split or "train").split("+")
-        held_out = {split: _read(data, data.eval_source or data.source, split, labels) for split in splits}
-        return train, held_out if len(held_out) > 1 else {"": held_out[splits[0]]}
-    if data.document == "file" and _is_text(data.source):
-        train, rest = _cut_ends(train, data.eval_fraction)
-        return train, {"": rest}
-    count = round(len(train) * data.eval_fraction)
-    if not 0 < count < len(train):
+        sources = (data.eval_source,) if data.eval_source else data.sources
+        held_out = {
+            split if len(splits) > 1 else "": _joined([_read(data, source, split, labels) for source in sources], data)
+            for split in splits
+        }
+    if data.weights:
+        weighted = zip(train, data.weights, data.sources, strict=True)
+        train = [_repeated(part, weight, seed, source) for part, weight, source in weighted]
+    return _joined(train, data), held_out
+
+
+def _held_out(data: Data, source: str, seed: int, labels: bool) -> tuple[Dataset, Dataset]:
+    """The documents of a source without those that are held out, and those."""
+    if source == "pydocs" and not labels:
+        train_texts, eval_texts = pydocs(data.eval_fraction)
+        return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
+    documents = _read(data, source, data.split, labels)
+    if data.document == "file" and _is_text(source):
+        return _cut_ends(documents, data.eval_fraction)
+    count = round(len(documents) * data.eval_fraction)
+    if not 0 < count < len(documents):
         part = "training" if count else "evaluation"
         raise ValueError(
-            f"{data.source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
-            f"{len(train)} documents is held out; change data.eval_fraction or give data.eval_source"
+            f"{source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
+            f"{len(documents)} documents is held out; change data.eval_fraction or give data.eval_source"
         )
-    parts = train.train_test_split(test_size=count, seed=seed)
-    return parts["train"], {"": parts["test"]}
+    parts = documents.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _repeated(documents: Dataset, weight: float, seed: int, source: str) -> Dataset:
+    """The documents as often as `weight` says; of its fraction, that share of them in their order, drawn by `seed`."""
+    whole, share = divmod(weight, 1)
+    drawn = np.random.default_rng(seed).permutation(len(documents))[: round(share * len(documents))]
+    if len(indices := [*range(len(documents))] * int(whole) + sorted(drawn.tolist())) == 0:
+        raise ValueError(f"{source}: data.weights {weight} of {len(documents)} documents is none; give a larger weight")
+    return documents.select(indices)
+
+
+def _joined(parts: list[Dataset], data: Data) -> Dataset:
+    """Documents of several sources, one source after the other."""
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        kinds = ", ".join(f"{part.features['label']} in {s}" for part, s in zip(parts, data.sources, strict=True))
+        raise ValueError(f"data.label_column: the labels of the sources differ in type: {kinds}") from error
 
 
 def _is_text(source: str) -> bool:

@@ -25,7 +25,7 @@ def with_glue_columns(data: Data) -> Data:
 
     MNLI has two evaluation parts, joined by `+`. Raises ValueError for an unknown task.
     """
-    if data.source not in _IDS or os.path.exists(data.source):
+    if not isinstance(data.source, str) or data.source not in _IDS or os.path.exists(data.source):
         return data
     if data.config not in _COLUMNS:
         task = closest(data.config or "", list(_COLUMNS))

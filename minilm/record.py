@@ -318,7 +318,7 @@ def write_card(
     card = _CARD.format(
         base=base,
         title=folder.resolve().name,
-        source=config.data.source,
+        source="`, `".join(config.data.sources),
         rows="\n".join(rows),
         pipeline=objective.pipeline,
         kind=objective.title,

@@ -125,6 +125,10 @@ ENTRIES: dict[str, Entry] = {
     "blank text file": Entry(prepare=text("docs.txt", "\n \n"), says="no document with text in it"),
     "empty jsonl": Entry(flags="--data.source docs.jsonl", prepare=text("docs.jsonl", ""), says="docs.jsonl"),
     "missing file": Entry(flags="--data.source doc.txt", says="doc.txt: no such file"),
+    "second source missing": Entry(flags="--data.source docs.txt doc.txt", says="doc.txt: no such file"),
+    "weights and sources differ in number": Entry(
+        flags="--data.source docs.txt docs.txt --data.weights 1", says="data.weights must be one for each source"
+    ),
     "missing folder": Entry(flags="--data.source texts/", says="texts/: no such"),
     "folder without matching files": Entry(
         flags="--data.source bert/nothing", prepare=lambda: Path("bert/nothing").mkdir(), says="no file ending in .txt"

@@ -26,7 +26,8 @@ def _with(flag: str, value: object) -> Config:
 
 
 BAD = [
-    ("data.source", ""),
+    *(("data.source", value) for value in ("", (), ("a", ""))),
+    *(("data.weights", value) for value in ((1.0, 1.0), (0.0,), (-1.0,), (NAN,), (INFINITY,))),
     *(("data.eval_fraction", value) for value in (0, 1, -0.1, 1.5, NAN)),
     ("tokens.vocab_size", 299),
     *((f"objective.{name}", value) for name in ("rate", "eval_rate") for value in (0, -0.1, 1.01, NAN)),
@@ -92,7 +93,7 @@ configs = st.builds(
     Config,
     data=st.builds(
         Data,
-        source=st.text(min_size=1),
+        source=st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1).map(tuple),
         column=words,
         eval_split=st.none() | words,
         eval_fraction=shares,
@@ -165,6 +166,10 @@ def _change(config: Config, group: str, /, **fields: object) -> Config:
         ("--data.source a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt", eval_fraction=0.2))),
         ("--data.source=a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt", eval_fraction=0.2))),
         (
+            "--data.source a.txt b.csv --data.weights 1 0.5",
+            dataclasses.replace(RECIPE, data=Data(source=("a.txt", "b.csv"), weights=(1.0, 0.5), eval_fraction=0.2)),
+        ),
+        (
             "--data.column b --data.source a",
             dataclasses.replace(RECIPE, data=Data(source="a", column="b", eval_fraction=0.2)),
         ),
@@ -176,11 +181,13 @@ def test_flags_change_what_they_name_and_data_source_resets_its_group_but_for_th
     assert parse(RECIPE, arguments=flags.split()) == expected
 
 
-def test_from_run_repeats_a_run_but_for_its_output_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["some/hub", ("a.txt", "b.csv")])
+def test_from_run_repeats_a_run_but_for_its_output_folder(tmp_path: Path, source: str | tuple[str, ...]) -> None:
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({"config": to_dict(RECIPE), "versions": {}}))
+    recipe = _change(RECIPE, "data", source=source)
+    file.write_text(json.dumps({"config": to_dict(recipe), "versions": {}}))
     repeated = parse(Config(), arguments=["--run.seed", "5", "--from-run", str(file), "--batch.examples", "3"])
-    assert repeated == _change(_change(RECIPE, "run", output_dir=None, seed=5), "batch", examples=3)
+    assert repeated == _change(_change(recipe, "run", output_dir=None, seed=5), "batch", examples=3)
 
 
 @pytest.mark.parametrize(

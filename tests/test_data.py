@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,47 @@ def test_the_held_out_fraction_is_exact_disjoint_and_decided_by_the_seed(tmp_pat
     assert texts(1) == (train, held_out)
     others = [set(texts(seed)[1]) for seed in (2, 3, 4)]
     assert any(other != set(held_out) for other in others)
+
+
+def _several(folder: Path, **options: Any) -> Data:
+    """A source of text and one of JSON, 20 documents each."""
+    others = [{"text": text.replace("Document", "Other")} for text in TEXTS]
+    _write(folder, {"a.txt": LINES, "b.jsonl": _jsonl(others)})
+    return Data(source=(str(folder / "a.txt"), str(folder / "b.jsonl")), eval_fraction=0.2, **options)
+
+
+def test_several_sources_come_one_after_the_other_each_with_its_own_share_held_out(tmp_path: Path) -> None:
+    data = _several(tmp_path)
+    train, held_out = load_documents(data, seed=0)
+    alone = [load_documents(replace(data, source=source), seed=0) for source in data.sources]
+    assert train["text"][:] == [text for part in alone for text in part[0]["text"]]
+    assert held_out[""]["text"][:] == [text for part in alone for text in part[1][""]["text"]]
+    assert (len(train), len(held_out[""])) == (32, 8)
+
+
+def test_a_weight_is_how_often_a_source_is_seen_in_training_and_held_out_it_is_seen_once(tmp_path: Path) -> None:
+    data = _several(tmp_path, weights=(2.25, 0.5))
+    train, held_out = load_documents(data, seed=0)
+    whole, held_out_whole = load_documents(replace(data, weights=()), seed=0)
+    assert held_out[""]["text"][:] == held_out_whole[""]["text"][:]
+    counts = Counter(train["text"])
+    first, second = whole["text"][:16], whole["text"][16:]
+    assert sorted(counts[text] for text in first) == [2] * 12 + [3] * 4
+    assert sorted(counts[text] for text in second) == [0] * 8 + [1] * 8
+    drawn = [{*load_documents(data, seed=seed)[0]["text"][36:]} for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_sources_share_their_evaluation_parts(tmp_path: Path) -> None:
+    data = replace(_several(tmp_path), split="train[:15]", eval_split="train[15:18]+train[18:]")
+    train, held_out = load_documents(data, seed=0)
+    assert train["text"][14:16] == [TEXTS[14], TEXTS[0].replace("Document", "Other")]
+    assert {name: len(part) for name, part in held_out.items()} == {"train[15:18]": 6, "train[18:]": 4}
+
+
+def test_a_weight_that_leaves_nothing_of_a_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"b\.jsonl: data\.weights 0\.02 of 16 documents is none"):
+        load_documents(_several(tmp_path, weights=(1, 0.02)), seed=0)
 
 
 NOT_TEXT = [None, 3, 1.5, True, ["a"], {"a": "b"}]

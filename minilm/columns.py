@@ -38,13 +38,16 @@ def take_columns(
         values = dict(zip(names, columns, strict=True))
         taken: dict[str, list[Any]] = {role: [] for role in paths}
         for role, (name, *keys) in paths.items():
-            for index, value in zip(indices, values[name], strict=True):
-                value = _reach(value, keys, f"{source}: column {'.'.join(paths[role])!r}", _FLAGS[role])
-                where = f"{source}: row {index} of column {'.'.join(paths[role])!r}"
+            column = ".".join(paths[role])
+            for row, cell in zip(indices, values[name], strict=True):
+                where = f"{source}: row {row} of column {column!r}"
                 if role == "label":
-                    taken[role].append(_label(value, where))
+                    value = _label(_reach(cell, keys, f"{source}: column {column!r}", _FLAGS[role]), where)
                 else:
-                    taken[role].append(_text(value, where, _FLAGS[role], joined=bool(keys), blank=label is None))
+                    value = text_of(cell, keys, source, column, row, _FLAGS[role])
+                    if label and not value.strip():
+                        raise ValueError(f"{where} holds no text; give it one or take the row out")
+                taken[role].append(value)
         return taken
 
     features = {role: Value("string") for role in paths}
@@ -83,14 +86,16 @@ def _feature(feature: Any, path: list[str]) -> Any:
     return feature
 
 
-def _text(value: Any, where: str, flag: str, *, joined: bool, blank: bool) -> str:
-    if joined and isinstance(value, list) and all(isinstance(item, str) for item in value):
+def text_of(value: Any, keys: list[str], source: str, column: str, row: int, flag: str = _FLAGS["text"]) -> str:
+    """The text under the keys in a cell; a list of strings in there is joined with a space."""
+    value = _reach(value, keys, f"{source}: column {column!r}", flag)
+    if keys and isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = " ".join(value)
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ValueError(f"{where} holds {kind} where text is expected; change the row, or pass another {flag}")
-    if not blank and not value.strip():
-        raise ValueError(f"{where} holds no text; give it one or take the row out")
+        raise ValueError(
+            f"{source}: row {row} of column {column!r} holds {type(value).__name__} where text is expected; "
+            f"change the row, or pass another {flag}"
+        )
     return value
 
 

@@ -74,8 +74,17 @@ class Data:
     """Share of the documents held out by seed for evaluation (of pydocs: of the bytes, in whole modules; where a
     document is a file: the end of each)."""
 
+    streaming: bool = False
+    """Read the documents from the source as they are encoded, and store nothing but their tokens. Held out is then each
+    document at which another eval_fraction is full; of a hub dataset, no more is read than run.max_steps needs."""
+
     def __post_init__(self) -> None:
         _check_choices("data", self)
+        _check(not self.streaming or "pydocs" not in self.sources, "data.streaming: pydocs is no stream; leave it out")
+        _check(
+            not self.streaming or self.document != "file",
+            "data.streaming: a document cannot be a whole file; pass another data.document",
+        )
         known = len(self.sources) > 0 and all(self.sources)
         _check(known, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
         _check(

@@ -1,5 +1,6 @@
 """What masked and causal LM have in common: documents to examples, the head at the targets, loss and perplexity."""
 
+import math
 from collections.abc import Callable
 
 from datasets import concatenate_datasets
@@ -10,7 +11,27 @@ from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.head import SparseHead
-from minilm.tokens import Prepared, encode, load_tokenizer, token_bytes
+from minilm.stream import Stream, chained, stream_documents
+from minilm.tokens import Documents, Prepared, encode, load_tokenizer, token_bytes
+
+
+def _documents(config: Config) -> tuple[Documents, Documents]:
+    """Training and evaluation documents, the latter from all parts that are to be evaluated."""
+    if not config.data.streaming:
+        train, parts = load_documents(config.data, config.run.seed)
+        return train, concatenate_datasets([*parts.values()])
+    stream, streams = stream_documents(config.data)
+    return stream, chained([*streams.values()])
+
+
+def _enough(config: Config) -> tuple[int | None, int | None]:
+    """The training examples that `run.max_steps` needs, and as many for evaluation as are then held out."""
+    if config.run.max_steps is None:
+        return None, None
+    train, share = config.run.max_steps * config.batch.examples, config.data.eval_fraction
+    if config.data.eval_source or config.data.eval_split:
+        return train, None
+    return train, math.ceil(train * share / (1 - share))
 
 
 class LanguageModel:
@@ -26,9 +47,10 @@ class LanguageModel:
 
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
-        train_documents, eval_parts = load_documents(config.data, config.run.seed)
-        eval_documents = concatenate_datasets([*eval_parts.values()])
-        tokenizer = load_tokenizer(config.tokens, config.model.name, train_documents, causal=self.causal)
+        train_documents, eval_documents = _documents(config)
+        enough = _enough(config) if isinstance(train_documents, Stream) and train_documents.remote else (None, None)
+        first = train_documents.first(enough[0]) if enough[0] else train_documents
+        tokenizer = load_tokenizer(config.tokens, config.model.name, first, causal=self.causal)
         train_examples, eval_examples = (
             encode(
                 documents,
@@ -39,8 +61,11 @@ class LanguageModel:
                 causal=self.causal,
                 words=self.words and part == "training",
                 name=f"{part} documents",
+                enough=most,
             )
-            for part, documents in (("training", train_documents), ("evaluation", eval_documents))
+            for part, documents, most in zip(
+                ("training", "evaluation"), (train_documents, eval_documents), enough, strict=True
+            )
         )
         return Prepared(tokenizer=tokenizer, train=train_examples, eval=eval_examples)
 

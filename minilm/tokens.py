@@ -7,10 +7,13 @@ length are views of it, so changing them encodes nothing again.
 import hashlib
 import itertools
 import json
+import shutil
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from datasets import Dataset
@@ -23,6 +26,7 @@ from minilm.config import Tokens
 from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
+from minilm.stream import Stream
 from minilm.words import begins_word
 
 _VERSION = 3  # of the files below in the cache
@@ -39,11 +43,12 @@ _CAUSAL_SPECIAL = {
     "pad_token": "<|endoftext|>",
     "unk_token": "<|unknown|>",
 }
+Documents: TypeAlias = Dataset | Stream
 _BATCH = 2000  # documents encoded at a time; the tokenizers library spreads them over all cores
 
 
 def load_tokenizer(
-    tokens: Tokens, model_name: str | None, documents: Dataset, *, causal: bool = False
+    tokens: Tokens, model_name: str | None, documents: Documents, *, causal: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `tokens.name`, else of the model, else one trained on the column `text` of `documents`.
 
@@ -63,7 +68,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _trained(tokens: Tokens, documents: Dataset, causal: bool) -> PreTrainedTokenizerBase:
+def _trained(tokens: Tokens, documents: Documents, causal: bool) -> PreTrainedTokenizerBase:
     """A tokenizer trained on the documents, cached by their content."""
     folder = cache_folder() / f"tokenizer-{fingerprint(documents, tokens.kind, tokens.vocab_size, causal)}"
     if not folder.exists():
@@ -72,7 +77,9 @@ def _trained(tokens: Tokens, documents: Dataset, causal: bool) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def train_tokenizer(documents: Dataset, kind: str, vocab_size: int, *, causal: bool = False) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    documents: Documents, kind: str, vocab_size: int, *, causal: bool = False
+) -> PreTrainedTokenizerFast:
     """Train byte-level BPE (Radford et al. 2019, section 2.2) or WordPiece (as BERT's, lower-cased) on `text`, or take
     every character of it for a token.
 
@@ -98,7 +105,7 @@ def train_tokenizer(documents: Dataset, kind: str, vocab_size: int, *, causal: b
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
 
 
-def _collect_characters(documents: Dataset, special: list[AddedToken], unknown: str) -> Tokenizer:
+def _collect_characters(documents: Documents, special: list[AddedToken], unknown: str) -> Tokenizer:
     characters = sorted({character for text in _texts(documents) for character in set(text)})
     vocabulary = {token: index for index, token in enumerate([*(t.content for t in special), *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
@@ -108,17 +115,17 @@ def _collect_characters(documents: Dataset, special: list[AddedToken], unknown: 
     return tokenizer
 
 
-def _train_bpe(documents: Dataset, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+def _train_bpe(documents: Documents, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(_texts(documents), trainer, length=len(documents))
+    tokenizer.train_from_iterator(_texts(documents), trainer, length=_count(documents))
     return tokenizer
 
 
-def _train_wordpiece(documents: Dataset, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
+def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
     def empty(vocabulary: dict[str, int] | None = None) -> Tokenizer:
         tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -132,7 +139,7 @@ def _train_wordpiece(documents: Dataset, vocab_size: int, special: list[AddedTok
     tokenizer.train_from_iterator(_texts(documents), trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
     letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
-    tokenizer.train_from_iterator(_texts(documents), trainer, length=len(documents))
+    tokenizer.train_from_iterator(_texts(documents), trainer, length=_count(documents))
     tokenizer = empty(tokenizer.get_vocab())
     tokenizer.add_special_tokens(special)
     return tokenizer
@@ -212,7 +219,7 @@ class Prepared:
 
 
 def encode(
-    documents: Dataset,
+    documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -221,13 +228,15 @@ def encode(
     causal: bool = False,
     words: bool = False,
     name: str = "documents",
+    enough: int | None = None,
 ) -> Examples:
     """Encode the column `text` and cut it into examples of at most `max_length` tokens, special tokens included.
 
     `documents`: one example a document; a longer one is split into pieces of nearly equal length, or truncated.
     `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
     Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
-    The ids are cached by content, so that a second run starts at once; with `words`, also where words begin.
+    The ids are cached by content (of a stream by its identity), so that a second run starts at once; with `words`, also
+    where words begin. No more documents are read than give `enough` examples.
     """
     prefix, suffix = _special_around(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
@@ -235,11 +244,12 @@ def encode(
         before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
         prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist())
+    most = None if enough is None else (enough, room if layout == "blocks" else 0)
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist(), most)
     folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, before, after, words, name)
+            _write_ids(temporary, documents, tokenizer, before, after, words, name, most)
     ids = np.load(folder / "ids.npy", mmap_mode="r")
     begins = np.load(folder / "begins.npy", mmap_mode="r") if words else None
     offsets = np.load(folder / "offsets.npy")
@@ -251,17 +261,11 @@ def encode(
     else:
         start, stop = _pieces(offsets, room)
     keep = stop > start
-    if not keep.any():
+    if not keep.all():
+        start, stop = start[keep], stop[keep]
+    if len(start) == 0:
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
-    return Examples(
-        ids=ids,
-        start=start[keep],
-        stop=stop[keep],
-        prefix=prefix,
-        suffix=suffix,
-        fingerprint=key,
-        begins=begins,
-    )
+    return Examples(ids=ids, start=start, stop=stop, prefix=prefix, suffix=suffix, fingerprint=key, begins=begins)
 
 
 def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -276,23 +280,28 @@ def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], N
 
 def _write_ids(
     folder: Path,
-    documents: Dataset,
+    documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
     before: NDArray[np.int64],
     after: NDArray[np.int64],
     words: bool,
     name: str,
+    most: tuple[int, int] | None = None,
 ) -> None:
     """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
 
     `before` and `after` go around each document. With `words`, write `begins.npy` too: bool, which ids begin a word.
+    With `most` (examples, ids of a block or 0) reading ends once the documents that are not empty, or the blocks, are
+    that many.
     """
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    sizes, raw, raw_begins = [0], folder / "ids.raw", folder / "begins.raw"
+    sizes = array("q", [0])
+    examples, block = most or (None, 0)
+    written = 0  # documents that are not empty, or ids where blocks are cut
     with (
-        raw.open("wb") as file,
-        raw_begins.open("wb") as begins_file,
-        progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+        _growing(folder / "ids.npy", np.dtype(kind)) as file,
+        _growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
+        progress_bar(total=_count(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
         for texts in _batches(documents):
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -300,22 +309,28 @@ def _write_ids(
                 row = np.concatenate((before, ids, after)).astype(kind)
                 row.tofile(file)
                 sizes.append(len(row))
+                written += len(row) if block else len(row) > 0
                 if words:
                     begins = np.ones(len(row), bool)
                     starts = [start for start, _ in encoded.encodings[index].offsets]
                     begins[len(before) : len(before) + len(ids)] = begins_word(texts[index], starts)
                     begins.tofile(begins_file)
             bar.update(len(texts))
-    _raw_to_npy(raw, folder / "ids.npy", kind, sum(sizes))
-    _raw_to_npy(raw_begins, folder / "begins.npy", bool, sum(sizes) if words else 0)
+            if examples is not None and written >= examples * (block or 1):
+                break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
 
 
-def _raw_to_npy(raw: Path, path: Path, kind: type, size: int) -> None:
-    target = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(size,))
-    if size:
-        target[:] = np.memmap(raw, dtype=kind, mode="r")
-    target.flush()
+@contextmanager
+def _growing(path: Path, kind: np.dtype[Any]) -> Iterator[BinaryIO]:
+    """A file for the elements of a flat array; in the end `path` is the array as np.save writes it."""
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as file:
+        yield file
+    with path.open("wb") as target, raw.open("rb") as source:
+        shape = (raw.stat().st_size // kind.itemsize,)
+        np.lib.format.write_array_header_1_0(target, {"descr": kind.str, "fortran_order": False, "shape": shape})
+        shutil.copyfileobj(source, target)
     raw.unlink()
 
 
@@ -349,19 +364,27 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     return sizes
 
 
-def _batches(documents: Dataset) -> Iterator[list[str]]:
+def _count(documents: Documents) -> int | None:
+    """How many there are, where that is known."""
+    return None if isinstance(documents, Stream) else len(documents)
+
+
+def _batches(documents: Documents) -> Iterator[list[str]]:
     for batch in documents.iter(batch_size=_BATCH):
         yield batch["text"]
 
 
-def _texts(documents: Dataset) -> Iterator[str]:
+def _texts(documents: Documents) -> Iterator[str]:
     for texts in _batches(documents):
         yield from texts
 
 
-def fingerprint(documents: Dataset, *rest: object, columns: Sequence[str] = ("text",)) -> str:
-    """A hash of every text and of whatever else decides the result, as 24 hex digits."""
+def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
+    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits."""
     digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
+    if isinstance(documents, Stream):
+        digest.update(documents.identity.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
     for batch in documents.iter(batch_size=_BATCH):
         for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
             encoded = text.encode("utf-8", "surrogatepass")

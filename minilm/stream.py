@@ -1,0 +1,145 @@
+"""Documents that are read anew at every pass and stored nowhere: `stream_documents` is `load_documents` for them."""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from datasets import IterableDataset
+from huggingface_hub import HfApi
+
+from minilm.columns import text_of
+from minilm.config import Data, closest
+from minilm.files import where_damaged
+from minilm.glue import with_glue_columns
+from minilm.hub import is_path, reason
+from minilm.sources import is_text, local_files, quiet_datasets, stream_rows
+
+_BATCH = 1000  # rows read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Texts in a fixed order, read anew by every pass."""
+
+    texts: Callable[[], Iterator[str]]
+    identity: str
+    """What decides the texts: the names, sizes and times of the files or the revision on the hub, and what is taken."""
+    remote: bool
+    """They come from the hub, where reading costs more than time."""
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+        """The texts in batches, as a `datasets.Dataset` with the column `text` gives them."""
+        texts = self.texts()
+        while batch := [*itertools.islice(texts, batch_size)]:
+            yield {"text": batch}
+
+    def first(self, count: int) -> "Stream":
+        """The first `count` texts."""
+        return Stream(
+            texts=lambda: itertools.islice(self.texts(), count),
+            identity=f"{self.identity} first {count}",
+            remote=self.remote,
+        )
+
+
+def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
+    """(training documents, evaluation documents by name), as `load_documents` without labels.
+
+    Where a share is held out, it is document i when i + 1 documents hold one more in `data.eval_fraction` than i do.
+    """
+    data = with_glue_columns(data)
+    if data.eval_source is None and data.eval_split is None:
+        whole = [_stream(data, source, data.split) for source in data.sources]
+        train = [_share(stream, data.eval_fraction, inside=False) for stream in whole]
+        held_out = {"": chained([_share(stream, data.eval_fraction) for stream in whole])}
+    else:
+        train = [_stream(data, source, data.split) for source in data.sources]
+        splits = (data.eval_split or "train").split("+")
+        sources = (data.eval_source,) if data.eval_source else data.sources
+        held_out = {
+            split if len(splits) > 1 else "": chained([_stream(data, source, split) for source in sources])
+            for split in splits
+        }
+    if data.weights:
+        train = [
+            chained([*[stream] * int(weight), *([_share(stream, weight % 1)] if weight % 1 else [])])
+            for stream, weight in zip(train, data.weights, strict=True)
+        ]
+    return chained(train), held_out
+
+
+def _stream(data: Data, source: str, split: str) -> Stream:
+    """The documents of one split of a source that have a visible character."""
+    column = "text" if is_text(source) else data.column  # a .txt file has no other
+    files = local_files(source) or _files_below(source)
+    revision = None if files else _revision(source)
+    what = {"column": column, "document": data.document, "config": data.config, "split": split}
+    origin = [(name, os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files] if files else revision
+
+    def texts() -> Iterator[str]:
+        with quiet_datasets():
+            empty = True
+            for text in _texts_of(*stream_rows(data, source, split, revision), source, column):
+                if text.strip():
+                    empty = False
+                    yield text
+            if empty:
+                raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
+
+    return Stream(texts=texts, identity=json.dumps([source, origin, what]), remote=not files)
+
+
+def _texts_of(rows: IterableDataset, files: list[str], source: str, column: str) -> Iterator[str]:
+    name, *keys = column.split(".")
+    batches, row = rows.iter(batch_size=_BATCH), itertools.count()
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # the readers of files raise what they like
+            why = reason(error.__cause__ or error, "dataset")
+            raise ValueError(where_damaged(files) or f"data source {source}: {why}") from error
+        if batch is None:
+            return
+        if name not in batch:
+            raise ValueError(f"{source}: no column {closest(name, list(batch))} Pass --data.column")
+        for cell in batch[name]:
+            yield text_of(cell, keys, source, column, next(row))
+
+
+def _files_below(source: str) -> list[str]:
+    """The files of a saved dataset."""
+    if not is_path(source):
+        return []
+    found = (os.path.join(at, name) for at, _, names in os.walk(os.path.expanduser(source)) for name in names)
+    return sorted(found)
+
+
+def _revision(source: str) -> str:
+    """The commit at which the hub holds a dataset now."""
+    try:
+        return str(HfApi().dataset_info(source, timeout=10).sha)
+    except Exception as error:  # of one of several libraries of HTTP
+        raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
+
+
+def _share(stream: Stream, fraction: float, *, inside: bool = True) -> Stream:
+    """Each document at which another `fraction` is full, or all the others."""
+
+    def texts() -> Iterator[str]:
+        for index, text in enumerate(stream.texts()):
+            if (math.floor((index + 1) * fraction) > math.floor(index * fraction)) == inside:
+                yield text
+
+    return Stream(texts=texts, identity=f"{stream.identity} {inside} {fraction}", remote=stream.remote)
+
+
+def chained(streams: list[Stream]) -> Stream:
+    """The texts of all streams, one stream after the other."""
+    return Stream(
+        texts=lambda: itertools.chain.from_iterable(stream.texts() for stream in streams),
+        identity=" then ".join(stream.identity for stream in streams),
+        remote=any(stream.remote for stream in streams),
+    )

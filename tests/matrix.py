@@ -1,0 +1,341 @@
+"""Every architecture of transformers under minilm: `python -m tests.matrix --only bert,gpt2 --head masked`.
+
+A tiny model of each type that has the head is saved, loaded as any checkpoint is, and takes a step of rows of different
+lengths, whole and cut into three micro-batches. Loss and gradients are compared with those of the plain model, which
+reads one row at a time, and whose cross entropy is taken by hand in float64. So is what HF Trainer makes of the same
+micro-batches. Each model has a process and some seconds of its own.
+"""
+
+import argparse
+import contextlib
+import inspect
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from minilm import CausalLM, MaskedLM, Model
+from minilm.batch import Batch, Collator
+from minilm.hardware import count_flops
+from minilm.head import Head, freeze_unused
+from minilm.model import load_model
+from minilm.objectives import objective_of
+from minilm.tokens import Examples, train_tokenizer
+from minilm.train import train_step
+from tests.reference import NO_EXAMPLES, pad_rows
+from tests.tiny import tiny_config
+
+LENGTHS = (30, 17, 17, 12, 5, 2)
+CUTS = ((range(6),), (range(1), range(1, 4), range(4, 6)))  # a step as one micro-batch, and as three
+LONGEST, VOCABULARY, LIMIT = 32, 300, 60  # tokens, tokens, seconds
+TOLERANCE = 1e-5
+NO_TARGET = -100
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A row as the plain model and Trainer see it, alone."""
+
+    input_ids_L: Tensor
+    targets: Tensor
+    """int64, what each of its logits is to say, NO_TARGET for nothing."""
+    labels: Tensor
+    """int64, the same as a model of transformers wants to be told."""
+
+
+def masked_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
+    """The collator's own choice of targets, put back into rows."""
+    targets_T = torch.full_like(batch.input_ids_T, NO_TARGET)
+    targets_T[batch.target_index_N] = batch.target_ids_N
+    rows = zip(batch.input_ids_T.split(list(lengths)), targets_T.split(list(lengths)), strict=True)
+    return [Example(input_ids_L=ids_L, targets=targets_L, labels=targets_L) for ids_L, targets_L in rows]
+
+
+def causal_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
+    """Each token is to say the next one of its row."""
+    rows = batch.input_ids_T.split(list(lengths))
+    return [Example(input_ids_L=ids, targets=F.pad(ids[1:], (0, 1), value=NO_TARGET), labels=ids) for ids in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A head: the objective that trains it, and its examples one by one."""
+
+    settings: MaskedLM | CausalLM
+    examples: Callable[[Batch, Sequence[int]], list[Example]]
+
+
+# A head more is an entry more: its settings, and how a batch of its collator is put back into rows.
+HEADS = {
+    "masked": Kind(settings=MaskedLM(rate=0.4), examples=masked_examples),
+    "causal": Kind(settings=CausalLM(), examples=causal_examples),
+}
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What was found of one type under one head."""
+
+    head: str
+    kind: str
+    built: bool = False
+    why: str = ""
+    """Why it was not built, was refused, or failed."""
+    refused: bool = False
+    measured: bool = False
+    loss: float = np.inf
+    """The largest relative difference of the loss from the reference."""
+    gradient: float = np.inf
+    """The same of a parameter's gradient."""
+    shortcuts: dict[str, bool] = field(default_factory=dict)
+    reason: str = ""
+    trainer: str = ""
+    """`right`, or how many times the right loss Trainer's is, with one micro-batch and with three; or why it fails."""
+
+    @property
+    def equal(self) -> bool:
+        return self.measured and self.loss <= TOLERANCE and self.gradient <= TOLERANCE
+
+
+def measure(head: str, kind: str) -> Result:
+    """Build, load, train a step, compare. Raises nothing: what goes wrong is in the result."""
+    result, step = Result(head=head, kind=kind), "not built"
+    objective, tokenizer = objective_of(HEADS[head].settings), tokenizer_for(head)
+    try:
+        torch.manual_seed(0)
+        model = objective.auto.from_config(tiny_config(kind, tokenizer, causal=head == "causal"))
+        with torch.no_grad():
+            model.eval()(input_ids=torch.full((1, 5), 7))
+        result.built, step = True, "not saved"
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            step = "not loaded"
+            loaded = Model(name=folder)
+            network = load_model(loaded, tokenizer, max_length=LONGEST, seed=0, auto=objective.auto).train()
+        step = "refused"
+        objective.check(network, tokenizer, ())
+        step = "fails"
+        compare(result, network, tokenizer)
+    except Exception as error:
+        result.refused = step == "refused" and type(error) is ValueError
+        step = "fails" if step == "refused" and not result.refused else step
+        result.why = f"{step}: {said(error)}"
+        if os.environ.get("MATRIX_TRACE"):
+            raise
+    return result
+
+
+def compare(result: Result, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put minilm's loss and gradients beside the reference's, and Trainer's loss."""
+    kind = HEADS[result.head]
+    objective, plain = objective_of(kind.settings), deepcopy(network)
+    rows = rows_of(tokenizer)
+    collate = objective.collator(tokenizer, NO_EXAMPLES, seed=0)
+    examples = kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS)
+    expected, gradients = reference(plain, examples)
+    result.trainer = trainers(plain, examples, expected)
+    head = objective.head(network)
+    freeze_unused(head)
+    count_flops(head, LONGEST)
+    result.shortcuts = {name: bool(getattr(head, name)) for name in ("sparse", "padding_free", "fused")}
+    result.reason = head.reason
+    collate = objective.collator(tokenizer, NO_EXAMPLES, seed=0, padded=not head.padding_free)
+    losses, errors = [], []
+    for cut in CUTS:
+        loss, ours = update(head, [collate([rows[i] for i in part], np.array(part), 0) for part in cut])
+        losses.append(abs(loss - expected) / expected)
+        errors.append(gradient_error(ours, gradients))
+    result.loss, result.gradient, result.measured = max(losses), max(errors), True
+
+
+def reference(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Gradients]:
+    """Mean cross entropy of the targets in float64, and its gradients, by a plain forward of each row alone."""
+    words = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    targets = sum(int((example.targets != NO_TARGET).sum()) for example in examples)
+    total = 0.0
+    model.zero_grad()
+    for example in examples:
+        logits = model(input_ids=example.input_ids_L[None], **words).logits
+        logits_LxV = logits.reshape(-1, logits.shape[-1])[: example.targets.numel()].double()
+        log_p_LxV = logits_LxV - logits_LxV.logsumexp(-1, keepdim=True)
+        wanted_L = example.targets.reshape(-1)
+        chosen_L = log_p_LxV.gather(1, wanted_L.clamp(min=0)[:, None])[:, 0]
+        loss = -(chosen_L * (wanted_L != NO_TARGET)).sum() / targets
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def update(head: Head, batches: Sequence[Batch]) -> tuple[float, Gradients]:
+    """Loss and gradients of a step of the loop's own, which changes nothing."""
+    gradients: Gradients = {}
+
+    def keep(*_: object) -> None:
+        gradients.update({n: p.grad.clone() for n, p in head.model.named_parameters() if p.grad is not None})
+
+    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=0.0, fused=True)
+    optimizer.register_step_pre_hook(keep)
+    step = train_step(Accelerator(cpu=True), head, optimizer, batches, lr=0.0, max_grad_norm=0.0)
+    return step.loss.item(), gradients
+
+
+def gradient_error(ours: Gradients, expected: Gradients) -> float:
+    """The largest relative difference; what is zero but for rounding is compared with the largest gradient."""
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    errors = []
+    for name in expected.keys() | ours.keys():
+        zero = torch.zeros(())
+        ours_, expected_ = ours.get(name, zero), expected.get(name, zero)
+        errors.append(float((ours_ - expected_).norm()) / (float(expected_.norm()) + 0.1 * largest))
+    return max(errors)
+
+
+def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: float) -> str:
+    """What HF Trainer's loss is of the expected one: `right`, how many times it, or why there is none."""
+    ratios = []
+    try:
+        for cut in CUTS:
+            with tempfile.TemporaryDirectory() as folder:
+                asked = TrainingArguments(
+                    folder, use_cpu=True, report_to=[], gradient_accumulation_steps=len(cut), disable_tqdm=True
+                )
+                trainer = Trainer(model=model, args=asked)
+                trainer.current_gradient_accumulation_steps = len(cut)
+                batches = iter([padded(model, [examples[i] for i in part]) for part in cut])
+                inputs, items = trainer.get_batch_samples(batches, len(cut), torch.device("cpu"))
+                ratios.append(sum(trainer.training_step(model, part, items).item() for part in inputs) / expected)
+    except Exception as error:
+        return f"fails: {said(error)}"
+    if all(abs(ratio - 1) <= TOLERANCE for ratio in ratios):
+        return "right"
+    return " and ".join(f"{ratio:.3g}" if abs(ratio - 1) > 0.005 else f"1{ratio - 1:+.0e}" for ratio in ratios)
+
+
+def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A micro-batch as a collator of transformers makes it: padded, with a mask where the model takes one."""
+    lengths = [len(example.input_ids_L) for example in examples]
+    padding = model.config.get_text_config().pad_token_id or 0
+    ids_RxL, mask_RxL = pad_rows(torch.cat([example.input_ids_L for example in examples]), lengths, padding)
+    labels_RxL, _ = pad_rows(torch.cat([example.labels for example in examples]), lengths, NO_TARGET)
+    inputs = {"input_ids": ids_RxL, "attention_mask": mask_RxL, "labels": labels_RxL}
+    takes = inspect.signature(model.forward).parameters
+    return {name: tensor for name, tensor in inputs.items() if name in takes or name == "labels"}
+
+
+@cache
+def tokenizer_for(head: str) -> PreTrainedTokenizerBase:
+    documents = Dataset.from_dict({"text": [f"{i} and {i * i} make {i + i * i}, all told." for i in range(200)]})
+    return train_tokenizer(documents, "bpe", VOCABULARY, causal=head == "causal")
+
+
+def rows_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, len(tokenizer), length) for length in LENGTHS]
+
+
+def said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def alone(head: str, kind: str) -> Result:
+    """`measure` in a process of its own, for at most LIMIT seconds."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.alarm(LIMIT)
+        with contextlib.suppress(BaseException), os.fdopen(write, "w") as pipe:
+            with open(os.devnull, "w") as nowhere:
+                if not os.environ.get("MATRIX_TRACE"):
+                    os.dup2(nowhere.fileno(), 2)
+            pipe.write(json.dumps(asdict(measure(head, kind))))
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        told = pipe.read()
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if told:
+        return Result(**json.loads(told))
+    why = f"no end in {LIMIT} s" if ended == -signal.SIGALRM else f"its process died ({ended})"
+    return Result(head=head, kind=kind, why=why)
+
+
+def types_of(head: str) -> list[str]:
+    """The model types of transformers that have this head."""
+    return sorted(objective_of(HEADS[head].settings).auto._model_mapping._model_mapping)
+
+
+def line(result: Result) -> str:
+    """A row of the table."""
+    if not result.measured:
+        return f"{result.kind:26} {result.why[:200]}"
+    equal = "equal" if result.equal else f"WRONG: loss {result.loss:.1e}, gradients {result.gradient:.1e}"
+    head = "sparse" if result.shortcuts["sparse"] else "full"
+    layout = "packed" if result.shortcuts["padding_free"] else "padded"
+    fused = "fused" if result.shortcuts["fused"] else ""
+    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5} HF: {result.trainer[:110]} | {result.reason[:100]}"
+
+
+def summary(results: Sequence[Result]) -> dict[str, int]:
+    """The counts of one head."""
+    return {
+        "in mapping": len(results),
+        "built": sum(result.built for result in results),
+        "refused": sum(result.refused for result in results),
+        "loss and gradients equal": sum(result.equal for result in results),
+        "sparse": sum(result.shortcuts.get("sparse", False) for result in results),
+        "packed": sum(result.shortcuts.get("padding_free", False) for result in results),
+        "fused": sum(result.shortcuts.get("fused", False) for result in results),
+        "Trainer's loss right": sum(result.trainer == "right" for result in results),
+    }
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="model types, separated by commas")
+    parser.add_argument("--head", choices=HEADS, default=None)
+    asked = parser.parse_args()
+    quiet()
+    only = set(filter(None, asked.only.split(",")))
+    counts = {}
+    for head in [asked.head] if asked.head else HEADS:
+        tokenizer_for(head)
+        kinds = [kind for kind in types_of(head) if not only or kind in only]
+        print(f"\n{head}", flush=True)
+        results = []
+        with ThreadPoolExecutor(2) as pool:
+            for result in pool.map(partial(alone, head), kinds):
+                print(line(result), flush=True)
+                results.append(result)
+        counts[head] = summary(results)
+    print()
+    for name in next(iter(counts.values())):
+        print(f"{name:26}" + "".join(f"{head} {count[name]:4}   " for head, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilm.head import Head
+from minilm.model import vocabulary_size
 from minilm.packing import pack
 from minilm.plan import Step
 
@@ -134,7 +135,7 @@ def count_flops(model: Head, max_length: int) -> Cost:
     device, training = next(model.parameters()).device, model.training
 
     def forward(length: int, targets: int) -> int:
-        ids_T = torch.full((length,), model.model.config.vocab_size - 1, device=device)
+        ids_T = torch.full((length,), vocabulary_size(model.model) - 1, device=device)
         packing = pack([length]).map(lambda tensor: tensor.to(device))
         # The counter does not know the fused CPU kernel of attention.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from minilm.losses import linear_cross_entropy
-from minilm.model import evaluating, longest_input, position_offset
+from minilm.model import evaluating, longest_input, position_offset, vocabulary_size
 from minilm.packing import ATTENTION, Packing, pack
 
 log = logging.getLogger("minilm")
@@ -41,7 +42,10 @@ class Head(nn.Module):
         self.model = model
         self.padding_free = False
         """Rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`)."""
+        self.alone = False
+        """Padding would change the logits: a forward sees rows of one length only."""
         self._offset = position_offset(model)
+        self._padding = getattr(model.config.get_text_config(), "pad_token_id", None)
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
@@ -81,22 +85,31 @@ class Head(nn.Module):
             inputs["token_type_ids"] = group.pad(type_ids_T)
         if group.place_T is not None:
             real_RxL = group.real(input_ids_T.device)
-            padding = self.model.config.pad_token_id or 0
-            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real_RxL, padding)
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real_RxL, self._padding or 0)
             inputs["attention_mask"] = real_RxL.long()
             if type_ids_T is not None:
                 inputs["token_type_ids"] = inputs["token_type_ids"].masked_fill(~real_RxL, 0)
         return inputs
 
+    def _logits_alone(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> Tensor:
+        """Logits of every token, T x V, by a forward for each run of rows of the same length."""
+        logits, at = [], 0
+        for length, rows in groupby(packing.lengths):
+            tokens = slice(at, at := at + length * len(list(rows)))
+            inputs = {"input_ids": input_ids_T[tokens].view(-1, length), "attention_mask": None, **self._always}
+            if type_ids_T is not None:
+                inputs["token_type_ids"] = type_ids_T[tokens].view(-1, length)
+            logits.append(self.model(**inputs).logits[:, :length].flatten(0, 1))
+        return torch.cat(logits)
+
     def _probe_batch(self) -> tuple[Tensor, Packing]:
-        """Random ids of three rows of different lengths, and how they lie."""
+        """Random ids of rows of different lengths, and how they lie."""
         device = next(self.model.parameters()).device
         longest = min(_PROBE, longest_input(self.model) or _PROBE)
-        lengths = [longest, longest - longest // 8, 6]
+        lengths = [longest, longest - longest // 8, longest - longest // 8, 6]
         generator = torch.Generator().manual_seed(0)
-        vocabulary, padding = self.model.config.vocab_size, self.model.config.pad_token_id
-        input_ids_T = torch.randint(0, vocabulary, (sum(lengths),), generator=generator)
-        input_ids_T[input_ids_T == padding] = 0 if padding else 1
+        input_ids_T = torch.randint(0, vocabulary_size(self.model), (sum(lengths),), generator=generator)
+        input_ids_T[input_ids_T == self._padding] = 0 if self._padding else 1
         packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
         return input_ids_T.to(device), packing
 
@@ -130,7 +143,7 @@ class SparseHead(Head):
     """The losses of a language model at the targets of a packed batch, and little work besides.
 
     Four shortcuts, none of which changes a logit. Each is tried at construction on a small random batch against the
-    model as it came, and left out where the logits are not the same:
+    model as it came, which sees one row at a time, and left out where the logits are not the same:
 
     - `sparse`: the head runs on the targets alone, which a hook on `model.base_model` gathers;
     - `padding_free`: rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`);
@@ -147,10 +160,14 @@ class SparseHead(Head):
         self._target_index: Tensor | None = None
         self._shape: torch.Size | None = None
         with evaluating(model):
+            self.alone = True
             expected_NxV = self._probe()
-            self.reason = self._try_sparse(expected_NxV)
-            self._try_padding_free(expected_NxV)
-            self._try_short(expected_NxV)
+            self.alone = False
+            self.alone = self._differs(expected_NxV) != ""
+            self.reason = "padding changes its logits" if self.alone else self._try_sparse(expected_NxV)
+            if not self.alone:
+                self._try_padding_free(expected_NxV)
+                self._try_short(expected_NxV)
             self._try_fused(expected_NxV)
         if not self.sparse:
             saved = " but for its last product" if self.fused else ""
@@ -185,6 +202,8 @@ class SparseHead(Head):
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
         """Logits, N x V, of the targets, which are at `target_index_N` among the T tokens."""
+        if self.alone:
+            return self._logits_alone(input_ids_T, packing, type_ids_T)[target_index_N]
         inputs = self._inputs(input_ids_T, packing, type_ids_T)
         if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
             target_index_N = place_T[target_index_N]
@@ -193,13 +212,18 @@ class SparseHead(Head):
             logits_RxLxV: Tensor = self.model(**inputs).logits
         finally:
             self._target_index = self._shape = None
-        return logits_RxLxV[0] if self.sparse else logits_RxLxV.flatten(0, 1)[target_index_N]
+        if self.sparse:
+            return logits_RxLxV[0]
+        if not self.padding_free:
+            logits_RxLxV = logits_RxLxV[:, : packing.groups[0].length]  # Perceiver has some for every place it knows
+        return logits_RxLxV.flatten(0, 1)[target_index_N]
 
     def _probe(self) -> Tensor:
         input_ids_T, packing = self._probe_batch()
-        second = int((packing.position_T == 0).nonzero()[1, 0])
-        last = len(input_ids_T)
-        target_index_N = torch.tensor([1, second - 1, second, last - 8, last - 2], device=input_ids_T.device)
+        second, last = packing.lengths[0], len(input_ids_T)
+        ends = torch.tensor([1, second - 1, second, last - 8, last - 2])
+        # More targets than any row has tokens: what takes them for a row's then shows.
+        target_index_N = torch.cat([ends, torch.arange(second)]).to(input_ids_T.device)
         if not self.fused:
             return self.logits(input_ids_T, packing, target_index_N)
         with _left_out(self._last):
@@ -207,12 +231,17 @@ class SparseHead(Head):
         return F.linear(hidden_NxH, self._last.weight, self._last.bias)
 
     def _try_sparse(self, expected_NxV: Tensor) -> str:
-        if self.model.base_model is self.model:
-            return "the model has no separate base model"
-        self.model.base_model.register_forward_hook(self._gather)
-        self.sparse = True
-        reason = self._differs(expected_NxV)
-        self.sparse = reason == ""
+        reason = "the model has no separate base model"
+        for base in (self.model.base_model, self.model.get_decoder()):  # OPT calls the decoder inside its base model
+            if base is None or base is self.model:
+                continue
+            handle = base.register_forward_hook(self._gather)
+            self.sparse = True
+            reason = self._differs(expected_NxV)
+            self.sparse = reason == ""
+            if self.sparse:
+                break
+            handle.remove()
         return reason
 
     def _try_short(self, expected_NxV: Tensor) -> None:
@@ -272,7 +301,7 @@ def freeze_unused(head: Head) -> None:
     """Freeze the parameters that the logits do not depend on (poolers, for one): DDP would wait for their gradients."""
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     device = trained[0].device
-    ids_T = torch.full((8,), head.model.config.vocab_size - 1, device=device)
+    ids_T = torch.full((8,), vocabulary_size(head.model) - 1, device=device)
     packing = pack([8]).map(lambda tensor: tensor.to(device))
     total = head.logits(ids_T, packing, torch.zeros(1, dtype=torch.int64, device=device)).sum()
     gradients = torch.autograd.grad(total, trained, allow_unused=True)

@@ -40,7 +40,7 @@ def load_model(
         network = _build(replace(model, config={**fields, **model.config}), tokenizer, auto)
     else:
         network = _load(model, model.name, auto, fields)
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    rows = vocabulary_size(network)
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they do not belong "
@@ -154,12 +154,23 @@ def check_causal(network: PreTrainedModel) -> None:
         )
 
 
+def vocabulary_size(network: PreTrainedModel) -> int:
+    """Rows of the embedding of the tokens, or what the configuration says of it."""
+    embedding = network.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings
+    return int(network.config.get_text_config().vocab_size)  # Perceiver's inputs are latents, I-BERT's are quantized
+
+
 def longest_input(network: PreTrainedModel) -> int | None:
     """The most tokens that the model's positions allow, or None where positions are not limited."""
+    config = network.config.get_text_config()
+    limits = [
+        getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    ]
     if (embedding := _position_embedding(network)) is not None:
-        return embedding.num_embeddings - position_offset(network)
-    limit = getattr(network.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+        limits.append(embedding.weight.shape[0] - position_offset(network))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def position_offset(network: PreTrainedModel) -> int:
@@ -168,8 +179,8 @@ def position_offset(network: PreTrainedModel) -> int:
     return 0 if embedding is None or embedding.padding_idx is None else embedding.padding_idx + 1
 
 
-def _position_embedding(network: PreTrainedModel) -> nn.Embedding | None:
+def _position_embedding(network: PreTrainedModel) -> Any:
     for name, module in network.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith("position_embeddings") and hasattr(module, "weight") and hasattr(module, "padding_idx"):
             return module
     return None

@@ -99,10 +99,13 @@ class Packing:
     position_T: Tensor
     """int64, the place of each token in its own row, from 0."""
     groups: tuple[Group, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each row."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
         """The packing with its tensors changed: moved, pinned."""
-        return Packing(position_T=change(self.position_T), groups=tuple(group.map(change) for group in self.groups))
+        groups = tuple(group.map(change) for group in self.groups)
+        return replace(self, position_T=change(self.position_T), groups=groups)
 
 
 def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
@@ -122,7 +125,7 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
         groups.append(_group(np.array(lengths[first:last]), start, multiple))
         first, start = last, groups[-1].stop
     position_T = np.concatenate([np.arange(length) for length in lengths])
-    return Packing(position_T=torch.from_numpy(position_T), groups=tuple(groups))
+    return Packing(position_T=torch.from_numpy(position_T), groups=tuple(groups), lengths=tuple(lengths))
 
 
 def _group(lengths_R: Any, start: int, multiple: int) -> Group:

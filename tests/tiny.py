@@ -8,22 +8,37 @@ from transformers import AutoConfig, PretrainedConfig
 # What a field is cut down to, by the first pattern that its whole name matches. A field that is smaller stays as it is.
 _SIZES = (
     (r".*(qk_rope|qk_nope|v|linear_key|linear_value|index|swa|global|linear|kv|mamba|nope|rope)_head_dim", 8),
-    (r"head_dim|d_head|d_kv|dim_head|kv_channels|attention_head_size|mamba_d_head|mamba_headdim|rotary_dim|qk_head_dim", 8),
+    (
+        r"head_dim|d_head|d_kv|dim_head|kv_channels|attention_head_size|mamba_d_head|mamba_headdim|rotary_dim|qk_head_dim",
+        8,
+    ),
     (r".*(num_key_value_heads|num_kv_heads|num_query_groups)", 2),
     (r".*(attention_heads|n_heads?|num_heads|key_heads|value_heads|linear_num_heads)", 4),
-    (r".*(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|d_inner|dim_ff|dff|hidden_dim|feed_forward_size|mlp_dim)", 48),
+    (
+        r".*(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|d_inner|dim_ff|dff|hidden_dim|feed_forward_size|mlp_dim)",
+        48,
+    ),
     (r"(.*_)?(hidden_size|d_model|n_embd|dim|emb_dim|embedding_size|embedding_dim|hidden_dimension)", 32),
-    (r"(input|output)_embedding_size|word_embed_proj_dim|lru_width|hidden_size_.*|.*_(hidden|embed|emb)_(dim|size)", 32),
+    (
+        r"(input|output)_embedding_size|word_embed_proj_dim|lru_width|hidden_size_.*|.*_(hidden|embed|emb)_(dim|size)",
+        32,
+    ),
     (r".*lora_rank|.*_rank|time_step_rank", 8),
     (r"(n_|num_)(.*_)?(hidden_|encoder_|decoder_|global_)?layers|n_layer|(en|de)coder_layers|depth|num_blocks", 2),
     (r"(.*_)?(num|n)_(.*_)?experts|n_routed_experts|zero_expert_num|moe_num_experts", 4),
     (r"num_experts_per_(tok|token)|moe_k|moe_topk|top_k_experts", 2),
     (r"n_groups?|topk_group|num_expert_group|o_groups", 1),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*_max_length|max_(source|target)_positions", 64),
-    (r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|keep_window_size", 8),
-    (r".*chunk_size|block_size|.*chunk_length|context_length", 16),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*_max_length|max_(source|target)_positions|context_length",
+        64,
+    ),
+    (
+        r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|keep_window_size",
+        8,
+    ),
+    (r".*chunk_size|block_size|.*chunk_length", 16),
     (r".*state_size|mamba_d_state", 8),
-    (r"entity_vocab_size|.*ngram_vocab_size_base|encoder_hash_byte_group_vocab|.*vocab(ulary)?_size", 400),
+    (r".*ngram_vocab_size_base|encoder_hash_byte_group_vocab|.*vocab(ulary)?_size|vocab_size_per_layer_input", 400),
 )
 
 
@@ -70,12 +85,23 @@ def tiny_fields(config: PretrainedConfig, own: dict[str, Any], ids: dict[str, in
             size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), value)
             if size < value:
                 fields[name] = min(value, needed) if size == 2 and "layer" in name else size
-    return {**fields, **{name: value for name, value in own.items() if not isinstance(value, dict) or name not in fields}}
+    return {
+        **fields,
+        **{name: value for name, value in own.items() if not isinstance(value, dict) or name not in fields},
+    }
 
 
-def tiny_config(kind: str, tokenizer: Any, *, causal: bool) -> PretrainedConfig:
-    """A tiny configuration of this type, with the vocabulary and the special tokens of the tokenizer."""
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep", "mask")}
+def tiny_config(kind: str, tokenizer: Any, *, decoder: bool = False) -> PretrainedConfig:
+    """A tiny configuration of this type, with the vocabulary and the special tokens of the tokenizer.
+
+    `decoder`: of the types that are encoders unless told, a decoder.
+    """
+    ids = {
+        f"{role}_token_id": getattr(tokenizer, f"{role}_token_id")
+        for role in ("pad", "bos", "eos", "cls", "sep", "mask")
+    }
     ids = {name: id for name, id in ids.items() if id is not None}
-    own = {**OWN.get(kind, {}), **({"is_decoder": True} if causal and kind == "reformer" else {})}
-    return AutoConfig.for_model(kind, **tiny_fields(AutoConfig.for_model(kind), own, {**ids, "vocab_size": len(tokenizer)}))
+    own = {**OWN.get(kind, {}), **({"is_decoder": True} if decoder else {})}
+    return AutoConfig.for_model(
+        kind, **tiny_fields(AutoConfig.for_model(kind), own, {**ids, "vocab_size": len(tokenizer)})
+    )

@@ -60,6 +60,13 @@ def join(rows: Sequence[NDArray[np.int64]], *, padded: bool, multiple: int) -> t
     return ids_T, pack([len(row) for row in rows] or [1], grouped=not padded, multiple=multiple)
 
 
+def collate_whole(rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float) -> Batch:
+    """The rows as they are, unpadded, each token a target: for a loss that compares models."""
+    ids, packing = join(rows, padded=False, multiple=1)
+    ids_T, every_N = torch.from_numpy(ids), torch.arange(len(ids) if rows else 0)
+    return Batch(input_ids_T=ids_T, packing=packing, target_index_N=every_N, target_ids_N=ids_T[every_N])
+
+
 def target_nats(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of each target in nats, float32[N], by a model like `SparseHead`."""
     nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T)
@@ -69,6 +76,10 @@ def target_nats(model: nn.Module, batch: Batch) -> Tensor:
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """The cross entropy of the batch summed over its targets, nats, float32 scalar."""
     return target_nats(model, batch).sum()
+
+
+# (rows, the ids of their examples, the epoch, the share of the run that is done)
+Collate = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], Batch]
 
 
 class Collator(Protocol):

@@ -17,8 +17,10 @@ from minilm.config import Config, parse
 from minilm.signals import ended_by_signals, first_to_tell
 
 
-def run_recipe(config: Config, description: str = "") -> None:
-    """Apply the command line to a recipe's configuration and train.
+def run_recipe(
+    config: Config, description: str = "", trains: Callable[[Config, str], dict[str, float]] | None = None
+) -> None:
+    """Apply the command line to a recipe's configuration and train, with `minilm.train.train` or a fork of it.
 
     What the user got wrong ends the process with one line on stderr and status 2; `--debug` shows the traceback.
     """
@@ -28,9 +30,9 @@ def run_recipe(config: Config, description: str = "") -> None:
     def work() -> None:
         resolved = parse(config, description, arguments)
         _show_log()
-        from minilm.train import train  # after the flags are known to be right: torch takes seconds to import
-
-        train(resolved, name=Path(sys.argv[0]).stem)
+        if trains is None:
+            from minilm.train import train  # after the flags are known to be right: torch takes seconds to import
+        (trains or train)(resolved, Path(sys.argv[0]).stem)
 
     guarded(work, debug="--debug" in sys.argv)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.batch import Batch, Collator, loss_sum
+from minilm.batch import Batch, Collate, Collator, loss_sum
 from minilm.checkpoint import Saver, copied
 from minilm.config import Config, Run
 from minilm.hardware import count_flops, device_peak
@@ -189,21 +189,24 @@ def lay_out(
     prepared: Prepared,
 ) -> tuple[Plan, Collator, Evaluation]:
     """The plan of the steps, the collator that fills them, and the evaluation."""
-    objective, padded = objective_of(config.objective), not head.padding_free
-    multiple = 1 if accelerator.device.type == "cpu" else 8  # GPUs want padded lengths that divide by 8
-    plan = Plan(
-        prepared.train.lengths,
+    objective, plan = objective_of(config.objective), lay_plan(config, accelerator, head, prepared.train)
+    layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
+    collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
+    return plan, collator, objective.evaluator(prepared, config.batch.micro_tokens, **layout)
+
+
+def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
+    """The plan of the steps, padded where the head needs it."""
+    return Plan(
+        examples.lengths,
         examples=config.batch.examples,
         micro_tokens=config.batch.micro_tokens,
         processes=accelerator.num_processes,
         seed=config.run.seed,
         group=config.batch.group,
-        padded=padded,
-        multiple=multiple,
+        padded=not head.padding_free,
+        multiple=1 if accelerator.device.type == "cpu" else 8,  # GPUs want padded lengths that divide by 8
     )
-    layout: dict[str, Any] = {"padded": padded, "multiple": multiple}
-    collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
-    return plan, collator, objective.evaluator(prepared, config.batch.micro_tokens, **layout)
 
 
 Item = tuple[Step, list[Batch]]
@@ -212,7 +215,7 @@ Item = tuple[Step, list[Batch]]
 class _Steps(Dataset[Item]):
     """Item i: the plan of step i of `total`, and this process's micro-batches of it."""
 
-    def __init__(self, plan: Plan, examples: Examples, collator: Collator, rank: int, total: int) -> None:
+    def __init__(self, plan: Plan, examples: Examples, collator: Collate, rank: int, total: int) -> None:
         self.plan, self.examples, self.collator, self.rank, self.total = plan, examples, collator, rank, total
 
     def __getitem__(self, index: int) -> Item:
@@ -222,7 +225,7 @@ class _Steps(Dataset[Item]):
 
 
 def load_steps(
-    plan: Plan, examples: Examples, collator: Collator, accelerator: Accelerator, steps: range, workers: int
+    plan: Plan, examples: Examples, collator: Collate, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
     """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them.
 

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -33,12 +33,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from minilm import CausalLM, MaskedLM, Model
-from minilm.batch import Batch, Collator
+from minilm.batch import Batch
 from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
 from minilm.model import load_model
 from minilm.objectives import objective_of
-from minilm.tokens import Examples, train_tokenizer
+from minilm.tokens import train_tokenizer
 from minilm.train import train_step
 from tests.reference import NO_EXAMPLES, pad_rows
 from tests.tiny import tiny_config
@@ -303,7 +303,8 @@ def line(result: Result) -> str:
     head = "sparse" if result.shortcuts["sparse"] else "full"
     layout = "packed" if result.shortcuts["padding_free"] else "alone" if result.shortcuts["alone"] else "padded"
     fused = "fused" if result.shortcuts["fused"] else ""
-    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5} HF: {result.trainer[:110]} | {'is_decoder=True; ' if result.decoder else ''}{result.reason[:100]}"
+    reason = ("is_decoder=True; " if result.decoder else "") + result.reason[:100]
+    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5} HF: {result.trainer[:110]} | {reason}"
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:

@@ -1,0 +1,76 @@
+"""The beginning and the end of a loop of your own: what `recipes/fork_*.py` have in common with `minilm.train.train`.
+
+Such a loop writes no checkpoint and evaluates nothing, so that it is short; `minilm/train.py` shows how both are done.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from minilm.checkpoint import Progress
+from minilm.config import Config
+from minilm.hardware import Precision, device_peak
+from minilm.head import Head
+from minilm.launch import attempt, finish, first_on_each_host, start, together
+from minilm.objectives import prepare
+from minilm.output import choose_output_dir, claim_output_dir, export
+from minilm.plan import Plan
+from minilm.record import Recorder, announce, run_facts, write_results
+from minilm.tokens import Prepared
+from minilm.train import lay_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What a loop has before it has a model."""
+
+    accelerator: Accelerator
+    precision: Precision
+    folder: Path
+    """The output folder; nothing is in it yet."""
+    prepared: Prepared
+
+
+def begin(config: Config, name: str) -> Begun:
+    """Join the job, choose the output folder, by default out/NAME, and prepare the data; ValueError as from `train`."""
+    if config.run.resume is not None:
+        raise ValueError("this recipe writes no checkpoints to go on from: leave run.resume out")
+    accelerator, precision = start(config.run)
+    folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
+    with first_on_each_host(accelerator):
+        attempted = attempt(lambda: prepare(config))
+    return Begun(accelerator=accelerator, precision=precision, folder=folder, prepared=together(attempted))
+
+
+def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
+    """The plan of the steps, how many there are, and their recorder; claims the output folder and says what is run."""
+    accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
+    plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))
+    total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
+    together(lambda: claim_output_dir(folder, config.run, head.model), main_only=True)
+    peak = device_peak(accelerator.device, begun.precision.name)
+    facts = run_facts(accelerator, head, plan, prepared, total, begun.precision, peak)
+    main = accelerator.is_main_process
+    if main:
+        announce(folder, config, facts)
+    flops = peak.flops * accelerator.num_processes
+    return plan, total, Recorder(folder, total_steps=total, peak_flops=flops, progress=Progress(), enabled=main)
+
+
+def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str, float]:
+    """Save each model of transformers in its part of the output folder (`.`: the folder), leave, return the totals.
+
+    The loop holds its prepared model no more by then: see `minilm.launch.finish`.
+    """
+    results = recorder.totals()
+    if begun.accelerator.is_main_process:
+        for part, network in networks.items():
+            (begun.folder / part).mkdir(exist_ok=True)
+            export(network, begun.prepared.tokenizer, begun.folder / part)
+        write_results(begun.folder, results)
+    begun.accelerator.free_memory()
+    finish(begun.accelerator)
+    return results

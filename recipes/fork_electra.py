@@ -1,0 +1,113 @@
+"""Pretrain an encoder to tell replaced tokens from real ones, ELECTRA: a fork of the loop.
+
+    accelerate launch recipes/fork_electra.py
+    accelerate launch recipes/fork_electra.py --data.source my_text.txt --model.config.hidden-size 256
+
+Clark et al. 2020, sections 2 and 3.2. A small generator is a masked LM; what it draws for the masked tokens takes their
+place in the input of the discriminator, the encoder that is wanted, which says of every token whether it was replaced.
+Both losses are minimised, with no gradient through the draw. --model describes the discriminator; the generator is a
+quarter as wide, and they share the embeddings of tokens and positions. Drawing follows the seeds of dropout. The folder
+holds the discriminator, to be fine-tuned, and generator/. There is no evaluation and no checkpoint.
+"""
+
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForPreTraining, PreTrainedTokenizerBase
+
+from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.cli import run_recipe
+from minilm.fork import begin, end, lay_out
+from minilm.hardware import count_flops
+from minilm.head import SparseHead, freeze_unused
+from minilm.launch import in_contact, together
+from minilm.model import load_model
+from minilm.objectives import objective_of
+from minilm.optim import build_optimizer, learning_rate
+from minilm.packing import Packing
+from minilm.train import load_steps, seed_dropout, train_step
+
+CONFIG = Config(
+    data=Data(source="pydocs"),
+    tokens=Tokens(vocab_size=2048),
+    model=Model(type="electra", config={"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}),
+    objective=MaskedLM(rate=0.15),
+    batch=Batch(examples=16, max_length=128, layout="blocks"),
+    optim=Optim(lr=1e-3, warmup=0.05),
+    run=Run(max_steps=2300),
+)
+WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")  # the generator has a quarter of each
+WEIGHT = 50.0  # of the discriminator's loss
+
+
+def draw(logits_NxV: Tensor) -> Tensor:
+    """A token from each row's softmax, int64[N], by the Gumbel-max trick (Maddison et al. 2014, section 2)."""
+    return (logits_NxV - torch.empty_like(logits_NxV).exponential_().log()).argmax(-1)
+
+
+class Electra(nn.Module):
+    """Generator and discriminator."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        asked = config.model
+        limits: dict[str, Any] = {"max_length": config.batch.max_length, "seed": config.run.seed}
+        if asked.name is not None or asked.type != "electra":
+            raise ValueError("both models are new ones of type electra: leave model.name and model.type out")
+        discriminator = load_model(asked, tokenizer, auto=AutoModelForPreTraining, **limits)
+        quarter = {name: max(1, getattr(discriminator.config, name) // 4) for name in WIDTHS}
+        generator = load_model(replace(asked, config={**asked.config, **quarter}), tokenizer, **limits)
+        for name in ("word_embeddings", "position_embeddings"):
+            setattr(generator.base_model.embeddings, name, getattr(discriminator.base_model.embeddings, name))
+        generator.tie_weights()
+        self.generator, self.discriminator = SparseHead(generator), SparseHead(discriminator)
+        for head in (self.generator, self.discriminator):
+            freeze_unused(head)
+        self.targets_per_token = torch.zeros(())  # of the whole step
+
+    def forward(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, target_ids_N: Tensor, *rest: None
+    ) -> Tensor:
+        """Both losses, which become means over the step's targets and over its tokens when divided by its targets."""
+        logits_NxV = self.generator.logits(input_ids_T, packing, target_index_N).float()
+        generator_nats = F.cross_entropy(logits_NxV, target_ids_N, reduction="sum")
+        true_T = input_ids_T.index_copy(0, target_index_N, target_ids_N)
+        shown_T = input_ids_T.index_copy(0, target_index_N, draw(logits_NxV.detach()))
+        every_T = torch.arange(len(input_ids_T), device=input_ids_T.device)
+        logits_T = self.discriminator.logits(shown_T, packing, every_T).float()
+        real = float(len(input_ids_T) > 1)  # where there are no rows there is one token, which no step counts
+        nats = F.binary_cross_entropy_with_logits(logits_T, (shown_T != true_T).float(), reduction="sum")
+        return generator_nats + WEIGHT * self.targets_per_token * nats * real
+
+
+@in_contact()
+def train(config: Config, name: str) -> dict[str, float]:
+    begun = begin(config, name)
+    accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim
+    electra = together(lambda: Electra(config, prepared.tokenizer)).to(accelerator.device)
+    costs = [count_flops(head, config.batch.max_length) for head in (electra.generator, electra.discriminator)]
+    plan, total, recorder = lay_out(begun, config, electra.discriminator)
+    collator = objective_of(config.objective).collator(prepared.tokenizer, prepared.train, seed=config.run.seed)
+    model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim))
+    model.train()
+    with closing(recorder):
+        steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)
+        for done, (step, batches) in enumerate(steps):
+            seed_dropout(config.run.seed, done, accelerator.process_index)
+            targets = torch.full((), float(sum(batch.targets for batch in batches)), device=accelerator.device)
+            electra.targets_per_token = accelerator.reduce(targets) / step.tokens
+            lr = learning_rate(optim, done, total)
+            result = train_step(accelerator, model, optimizer, batches, lr=lr, max_grad_norm=optim.max_grad_norm)
+            epoch, rate = (done + 1) / plan.steps_per_epoch, collator.rate(done / total)
+            flops = costs[0].step(step, rate) + costs[1].step(step, 1.0)
+            recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
+    del model, optimizer
+    return end(begun, recorder, {".": electra.discriminator.model, "generator": electra.generator.model})
+
+
+if __name__ == "__main__":
+    run_recipe(CONFIG, __doc__, train)

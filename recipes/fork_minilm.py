@@ -1,0 +1,120 @@
+"""Distil a BERT-like encoder into a smaller one that relates its tokens as the teacher does: a fork of the loop.
+
+    accelerate launch recipes/fork_minilm.py
+    accelerate launch recipes/fork_minilm.py --model.name TEACHER --data.source my_text.txt
+
+MiniLMv2 (Wang et al. 2021, section 3.1). The queries of a layer of both models are cut into the same number of heads,
+whatever the models have, and the student's softmax(q q^T / sqrt(d)) follows the teacher's; keys and values likewise.
+--model.name is the teacher; the other --model flags are the student, which is saved without a head. No checkpoints.
+"""
+
+import math
+from contextlib import closing
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from minilm import Config, Model, Optim, Run
+from minilm.batch import collate_whole
+from minilm.cli import run_recipe
+from minilm.fork import begin, end, lay_out
+from minilm.hardware import count_flops
+from minilm.head import Head, SparseHead, freeze_unused
+from minilm.launch import in_contact, together
+from minilm.model import evaluating, load_model
+from minilm.optim import build_optimizer, learning_rate
+from minilm.packing import Group, Packing
+from minilm.train import load_steps, seed_dropout, train_step
+
+CONFIG = Config(
+    model=Model(
+        name="google-bert/bert-base-uncased",
+        type="bert",
+        config={"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    ),
+    optim=Optim(lr=6e-4, betas=(0.9, 0.98), warmup=0.01),
+    run=Run(epochs=5),
+)
+HEADS = 12  # relation heads, which divide both widths; the paper likes more than the models have
+TEACHER_LAYER = -1  # the last, as for the paper's base models; for its large ones it is one further down
+STATES = ("query", "key", "value")
+
+
+def divergence(own_TxH: Tensor, their_TxH: Tensor, group: Group) -> Tensor:
+    """KL from their softmax(x x^T / sqrt(d)) to our own, the mean of A=HEADS heads of d=H/A, at the group's tokens."""
+    log_p, bias = [], group.bias(None, own_TxH.device)  # which hides padding
+    for x_TxH in (own_TxH, their_TxH):
+        x_TxAxD = x_TxH.view(len(x_TxH), HEADS, -1)[group.start : group.stop]
+        x_RxAxLxD = group.pad(x_TxAxD).transpose(1, 2)
+        scores = (x_RxAxLxD @ x_RxAxLxD.transpose(-1, -2)).float() / math.sqrt(x_RxAxLxD.shape[-1])
+        log_p.append((scores if bias is None else scores + bias.clamp(min=-1e9)).log_softmax(-1))
+    return group.unpad(F.kl_div(log_p[0], log_p[1], reduction="none", log_target=True).sum(-1).mean(1))
+
+
+class Distiller(Head):
+    """The student beside its teacher."""
+
+    described = "relations of queries, keys and values"
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        super().__init__(student)
+        self.student, self.teacher = SparseHead(student), SparseHead(teacher).requires_grad_(False)
+        self.padding_free, self._kept = self.student.padding_free and self.teacher.padding_free, list[Tensor]()
+        for model, layer in ((student, -1), (teacher, TEACHER_LAYER)):
+            attention = [module for module in model.modules() if all(hasattr(module, name) for name in STATES)]
+            if not attention or model.config.hidden_size % HEADS or not self.padding_free:
+                raise ValueError(f"{type(model).__name__} is not like BERT, or its width no multiple of {HEADS}")
+            for name in STATES:
+                attention[layer].get_submodule(name).register_forward_hook(lambda m, x, y: self._kept.append(y[0]))
+
+    def _states(self, head: SparseHead, input_ids_T: Tensor, packing: Packing) -> list[Tensor]:
+        self._kept = []
+        head.logits(input_ids_T, packing, input_ids_T.new_zeros(1))  # one target: the head costs as good as nothing
+        return self._kept
+
+    def logits(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
+    ) -> Tensor:
+        """No logits, but the divergences of queries, keys and values added up at each target, nats, float32[N]."""
+        with evaluating(self.teacher):
+            theirs = self._states(self.teacher, input_ids_T, packing)
+        pairs = zip(self._states(self.student, input_ids_T, packing), theirs, strict=True)
+        kinds = [torch.cat([divergence(*pair, group) for group in packing.groups]) for pair in pairs]
+        return torch.stack(kinds).sum(0)[target_index_N]
+
+    def forward(self, ids_T: Tensor, packing: Packing, index_N: Tensor, *rest: Tensor | None) -> Tensor:
+        return self.logits(ids_T, packing, index_N)
+
+
+@in_contact()
+def train(config: Config, name: str) -> dict[str, float]:
+    begun = begin(config, name)
+    accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim
+
+    def load(model: Model) -> PreTrainedModel:
+        return load_model(model, prepared.tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+
+    student, teacher = replace(config.model, name=None), replace(config.model, config={})
+    distiller = together(lambda: Distiller(load(student), load(teacher))).to(accelerator.device)
+    freeze_unused(distiller)
+    cost = count_flops(distiller.student, config.batch.max_length)
+    plan, total, recorder = lay_out(begun, config, distiller)
+    model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim))
+    model.train()
+    with closing(recorder):
+        steps = load_steps(plan, prepared.train, collate_whole, accelerator, range(total), config.batch.workers)
+        for done, (step, batches) in enumerate(steps):
+            seed_dropout(config.run.seed, done, accelerator.process_index)
+            lr = learning_rate(optim, done, total)
+            result = train_step(accelerator, model, optimizer, batches, lr=lr, max_grad_norm=optim.max_grad_norm)
+            epoch, flops = (done + 1) / plan.steps_per_epoch, cost.step(step, 0.0)
+            recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
+    del model, optimizer
+    return end(begun, recorder, {".": distiller.model.base_model})
+
+
+if __name__ == "__main__":
+    run_recipe(CONFIG, __doc__, train)

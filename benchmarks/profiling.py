@@ -18,11 +18,12 @@ import torch
 from sides import peak_memory
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minilm.config import Config, parse
+from minilm.config import Config
 from minilm.head import freeze_unused
 from minilm.launch import start
 from minilm.objectives import build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
+from minilm.settings import parse
 from minilm.train import lay_out, load_steps, seed_dropout, train_step
 
 WARM_UP = 3  # steps before the profiler looks

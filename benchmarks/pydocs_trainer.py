@@ -28,10 +28,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from minilm.config import Config, read_run
+from minilm.config import Config
 from minilm.hardware import choose_precision, describe
 from minilm.model import load_model
 from minilm.objectives import objective_of, prepare
+from minilm.settings import read_run
 from minilm.tokens import Examples
 
 WARM_UP = 10  # steps that are not timed

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import threading
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.config import Config, to_dict
+from minilm.config import Config, Run, lower_is_better
 from minilm.hub import quiet_transformers
+from minilm.settings import to_dict
 from minilm.sharding import whole
 
 log = logging.getLogger("minilm")
@@ -50,8 +52,14 @@ class Progress:
     """Model FLOPs."""
     log_bytes: int = 0
     """Length of log.jsonl."""
-    eval_loss: float | None = None
-    """Of an evaluation after this very step, if there was one."""
+    figure: float | None = None
+    """`run.best_metric` of an evaluation after this very step, if there was one."""
+    best: float | None = None
+    """The best of all evaluations, by the same figure."""
+    best_step: int = 0
+    """The step after which that was."""
+    stale: int = 0
+    """Evaluations since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Checkpoint:
     folder: Path
     progress: Progress
     config: dict[str, Any]
-    """The configuration of the run that wrote it, as `minilm.config.to_dict` gives it."""
+    """The configuration of the run that wrote it, as `minilm.settings.to_dict` gives it."""
     data: dict[str, Any]
     """What the run knew about its training examples."""
 
@@ -70,7 +78,7 @@ class Saver:
     """Writes checkpoints of a run beside it: the run waits for the copy in memory, a thread writes that to disk.
 
     At most one checkpoint is being written at a time. Only when it is complete are older ones removed, but for the
-    newest `keep_last` and the one with the lowest `eval_loss`. One process of a job does it (`enabled`). Raises
+    newest `keep_last` and the best by `run.best_metric`. One process of a job does it (`enabled`). Raises
     OSError from the call after a write that failed; the checkpoints before it are then untouched.
     """
 
@@ -94,10 +102,13 @@ class Saver:
             for leftover in _leftovers(folder):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether there is a checkpoint after this step: every `run.save_every` steps, and where a run ends."""
-        every = self.config.run.save_every
-        return every > 0 and (last or step % every == 0)
+    def due(self, step: int, *, last: bool, better: bool) -> bool:
+        """Whether there is a checkpoint after this step.
+
+        There is every `run.save_every` steps, where a run ends, and with `run.load_best` where it is `better`.
+        """
+        run = self.config.run
+        return run.save_every > 0 and (last or step % run.save_every == 0 or (better and run.load_best))
 
     def save(self, progress: Progress) -> None:
         """Write `checkpoint-<step>`; returns once the state is copied. Every process of the job calls it."""
@@ -143,7 +154,7 @@ class Saver:
             self._error = OSError(f"{target} could not be written: {reason}; older checkpoints are untouched")
             return
         try:
-            _rotate(self.folder, progress.step, self.config.run.keep_last)
+            _rotate(self.folder, progress.step, self.config.run)
         except OSError as error:
             log.warning(f"{target} is saved, but an older checkpoint could not be removed: {error}")
 
@@ -206,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _progress(values: dict[str, Any]) -> Progress:
-    kinds = {"step": int, "tokens": int, "seconds": float, "flops": float, "log_bytes": int, "eval_loss": float | None}
+    kinds = typing.get_type_hints(Progress)
     right = values.keys() == kinds.keys() and all(
         isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
         for name, kind in kinds.items()
@@ -276,7 +287,7 @@ def _complete(folder: Path) -> list[Path]:
     return [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
 
 
-def _rotate(folder: Path, step: int, keep_last: int) -> None:
+def _rotate(folder: Path, step: int, run: Run) -> None:
     """Remove what is not to be kept now that `step` is saved.
 
     That is older checkpoints, and those ahead of it: the run went on from an earlier one than they are.
@@ -284,14 +295,14 @@ def _rotate(folder: Path, step: int, keep_last: int) -> None:
     complete = _complete(folder)
     ahead = [path for path in complete if int(path.name.removeprefix("checkpoint-")) > step]
     complete = complete[: len(complete) - len(ahead)]
-    losses: dict[Path, float] = {}
+    figures: dict[Path, float] = {}
     for path in complete:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            loss = _progress(_read_json(path / _STATE)["progress"]).eval_loss
-            if loss is not None and math.isfinite(loss):
-                losses[path] = loss
-    best = min(losses, key=lambda path: losses[path], default=None)
-    for path in (*complete[:-keep_last], *ahead):
+            figure = _progress(_read_json(path / _STATE)["progress"]).figure
+            if figure is not None and math.isfinite(figure):
+                figures[path] = figure if lower_is_better(run.best_metric) else -figure
+    best = min(figures, key=lambda path: figures[path], default=None)
+    for path in (*complete[: -run.keep_last], *ahead):
         if path != best:
             discarded = path.with_name(f".{path.name}.discarded")
             shutil.rmtree(discarded, ignore_errors=True)

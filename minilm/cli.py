@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from minilm.config import Config, parse
+from minilm.config import Config
+from minilm.settings import parse
 from minilm.signals import ended_by_signals, first_to_tell
 
 

@@ -5,25 +5,17 @@ name (`--batch.examples 64`). This file imports neither torch nor transformers, 
 are answered at once.
 """
 
-import contextlib
-import dataclasses
 import difflib
-import io
-import json
-import sys
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-from minilm.signals import first_to_tell
 
 Value = bool | int | float | str | list[str]
 
 
-def _check(holds: bool, message: str) -> None:
+def check(holds: bool, message: str) -> None:
+    """Raise ValueError with this message unless it holds."""
     if not holds:
         raise ValueError(message)
 
@@ -33,7 +25,7 @@ def _check_choices(group: str, settings: Any) -> None:
     for name, kind in typing.get_type_hints(type(settings)).items():
         if typing.get_origin(kind) is Literal:
             value, choices = getattr(settings, name), typing.get_args(kind)
-            _check(value in choices, f"{group}.{name} must be one of {', '.join(choices)}, not {value}")
+            check(value in choices, f"{group}.{name} must be one of {', '.join(choices)}, not {value}")
 
 
 def closest(word: str, known: Sequence[str]) -> str:
@@ -80,20 +72,20 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_choices("data", self)
-        _check(not self.streaming or "pydocs" not in self.sources, "data.streaming: pydocs is no stream; leave it out")
-        _check(
+        check(not self.streaming or "pydocs" not in self.sources, "data.streaming: pydocs is no stream; leave it out")
+        check(
             not self.streaming or self.document != "file",
             "data.streaming: a document cannot be a whole file; pass another data.document",
         )
         known = len(self.sources) > 0 and all(self.sources)
-        _check(known, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
-        _check(
+        check(known, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
+        check(
             len(self.weights) in (0, len(self.sources)),
             f"data.weights must be one for each source: there are {len(self.weights)} of {len(self.sources)}",
         )
         for weight in self.weights:
-            _check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
-        _check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
+            check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
+        check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -116,7 +108,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         _check_choices("tokens", self)
-        _check(self.vocab_size >= 300, f"tokens.vocab_size must be at least 300, not {self.vocab_size}")
+        check(self.vocab_size >= 300, f"tokens.vocab_size must be at least 300, not {self.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +145,12 @@ class MaskedLM:
         _check_choices("objective", self)
         for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
-            _check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
+            check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
         for name in ("masked", "replaced"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"objective.{name} must lie in [0, 1], not {value}")
+            check(0 <= value <= 1, f"objective.{name} must lie in [0, 1], not {value}")
         together = self.masked + self.replaced
-        _check(together < 1 + 1e-9, f"objective.masked and objective.replaced must sum to at most 1, not {together:g}")
+        check(together < 1 + 1e-9, f"objective.masked and objective.replaced must sum to at most 1, not {together:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +171,7 @@ class Classification:
     def __post_init__(self) -> None:
         _check_choices("objective", self)
         single = self.problem in ("auto", "single-label")
-        _check(single or self.class_weights == "equal", "objective.class_weights balanced needs single labels")
+        check(single or self.class_weights == "equal", "objective.class_weights balanced needs single labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +193,10 @@ class Batch:
 
     def __post_init__(self) -> None:
         _check_choices("batch", self)
-        _check(self.examples >= 1, f"batch.examples must be at least 1, not {self.examples}")
-        _check(self.max_length >= 8, f"batch.max_length must be at least 8 tokens, not {self.max_length}")
-        _check(self.micro_tokens >= 1, f"batch.micro_tokens must be at least 1, not {self.micro_tokens}")
-        _check(self.workers >= 0, f"batch.workers must be 0 or more, not {self.workers}")
+        check(self.examples >= 1, f"batch.examples must be at least 1, not {self.examples}")
+        check(self.max_length >= 8, f"batch.max_length must be at least 8 tokens, not {self.max_length}")
+        check(self.micro_tokens >= 1, f"batch.micro_tokens must be at least 1, not {self.micro_tokens}")
+        check(self.workers >= 0, f"batch.workers must be 0 or more, not {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +220,12 @@ class Optim:
 
     def __post_init__(self) -> None:
         _check_choices("optim", self)
-        _check(0 < self.lr < float("inf"), f"optim.lr must be positive, not {self.lr}")
-        _check(self.warmup >= 0, f"optim.warmup must be 0 or more, not {self.warmup}")
-        _check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
-        _check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
-        _check(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
-        _check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")
+        check(0 < self.lr < float("inf"), f"optim.lr must be positive, not {self.lr}")
+        check(self.warmup >= 0, f"optim.warmup must be 0 or more, not {self.warmup}")
+        check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
+        check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+        check(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
+        check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +249,13 @@ class Run:
     save_every: int = 1000
     """Steps between checkpoints; a run that is told to stop (SIGTERM, ctrl-C) saves one too. 0: none at all."""
     keep_last: int = 2
-    """Checkpoints to keep: the newest ones, and besides them the one with the lowest evaluation loss."""
+    """Checkpoints to keep: the newest ones, and besides them the best one by best_metric."""
+    best_metric: str = "eval_loss"
+    """Figure of the evaluation by which a checkpoint is the best one, such as accuracy or f1."""
+    load_best: bool = False
+    """End with the weights of the best evaluation in place of the last ones; each better one is then saved."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row that are no better than the best. Default: never."""
     max_bad_steps: int = 10
     """Give up after this many steps in a row without a finite gradient; such steps change nothing."""
     timeout: int = 600
@@ -271,13 +269,14 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
-        _check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")
-        for name in ("max_steps", "eval_every", "keep_last", "max_bad_steps", "timeout"):
+        check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")
+        for name in ("max_steps", "eval_every", "keep_last", "patience", "max_bad_steps", "timeout"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
-        _check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
-        _check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
-        _check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
+            check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
+        check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
+        check(self.save_every > 0 or not self.load_best, "run.load_best takes a checkpoint: set run.save_every")
+        check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
+        check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,103 +292,6 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON types, the objective by the name of its class; `from_dict` is its inverse."""
-    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    tree["objective"]["name"] = type(config.objective).__name__
-    return tree
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a field's type; the choices of a Literal are checked with its group."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple and isinstance(value, list | tuple):
-        parts = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if origin is dict and isinstance(value, dict):
-        return all(_fits(name, parts[0]) and _fits(inner, parts[1]) for name, inner in value.items())
-    if origin is list and isinstance(value, list):
-        return all(_fits(inner, parts[0]) for inner in value)
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return origin is Literal or (origin is None and isinstance(value, kind))
-
-
-def from_dict(tree: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` wrote; a group or field that does not exist raises ValueError.
-
-    So does a value of another type than the field's.
-    """
-    groups = typing.get_type_hints(Config)
-    _check(isinstance(tree, dict), "a configuration is groups of settings by name")
-    for name in set(tree) - set(groups):
-        raise ValueError(f"unknown group of settings {closest(name, list(groups))}")
-    built = {}
-    for name, kind in groups.items():
-        given = tree.get(name, {})
-        _check(isinstance(given, dict), f"the group {name} must be settings by name, not {given!r}")
-        values = dict(given)
-        if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
-            chosen = values.pop("name", MaskedLM.__name__)
-            _check(str(chosen) in choices, f"unknown {name}.name {closest(str(chosen), list(choices))}")
-            kind = choices[str(chosen)]
-        known = [f.name for f in dataclasses.fields(kind)]
-        for unknown in set(values) - set(known):
-            raise ValueError(f"unknown setting {name}.{closest(unknown, known)}")
-        for setting, value in values.items():
-            wanted = typing.get_type_hints(kind)[setting]
-            _check(
-                _fits(value, wanted), f"{name}.{setting} must be {getattr(wanted, '__name__', wanted)}, not {value!r}"
-            )
-        built[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return Config(**built)
-
-
-def read_run(path: str) -> Config:
-    """The configuration stored in a run's `run.json`, without its output folder, which is taken."""
-    try:
-        run = json.loads(Path(path).read_text(encoding="utf-8"))
-        _check(isinstance(run, dict) and "config" in run, "it holds no config")
-        config = from_dict(run["config"])
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None, resume=None))
-
-
-def _split_from_run(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--from-run=") else [word]
-
-
-def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
-    """`default` with the flags of the command line applied; a bad flag ends the process with status 2.
-
-    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults.
-    """
-    import tyro  # imports slowly, and only a command line needs it
-
-    rest = [part for word in (sys.argv[1:] if arguments is None else arguments) for part in _split_from_run(word)]
-    if "--from-run" in rest:
-        at = rest.index("--from-run")
-        _check(at + 1 < len(rest), "--from-run needs the path of a run.json")
-        default = read_run(rest[at + 1])
-        del rest[at : at + 2]
-    if any(word.split("=")[0] == "--data.source" for word in rest):
-        # Columns and slices of another source mean nothing here.
-        kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
-        default = dataclasses.replace(default, data=kept)
-    description += (
-        "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
-        "defaults. "
-        "--from-run FILE repeats the run that wrote this run.json. --debug shows tracebacks."
-    )
-    plain, said = (tyro.conf.AvoidSubcommands,), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            config: Config = tyro.cli(Config, default=default, args=rest, config=plain, description=description)
-    except SystemExit:
-        if said.getvalue() and first_to_tell():  # one message for a job, not one from each process
-            sys.stderr.write(said.getvalue())
-        raise
-    return config
+def lower_is_better(metric: str) -> bool:
+    """Whether the figure of an evaluation of this name is a loss."""
+    return metric.startswith(("eval_loss", "perplexity", "bits_per_byte", "mse"))

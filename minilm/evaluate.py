@@ -67,6 +67,8 @@ class Evaluator:
         if not any(self.collator([self.examples[int(i)]], ids[i : i + 1], epoch=0).targets for i in ids):
             raise ValueError("the evaluation documents hold no target: give more of them, or longer ones")
 
+    names = ("eval_loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte")
+
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Evaluation:
         """Evaluate every example once, shared among the processes, all of which return the same totals.
 

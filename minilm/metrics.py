@@ -17,6 +17,12 @@ from minilm.plan import cut
 from minilm.progress import progress_bar
 from minilm.tokens import Examples
 
+_NAMES = {
+    "single-label": ("accuracy", "f1", "matthews"),
+    "multi-label": ("accuracy", "f1", "f1_macro"),
+    "regression": ("pearson", "spearman", "mse"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Classified:
@@ -91,6 +97,13 @@ class ClassEvaluator:
     problem: str
     micro_tokens: int
     """Most tokens of a forward pass, padding included."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The figures of the evaluation."""
+        names = ("eval_loss", *_NAMES[self.problem])
+        parts = self.parts if len(self.parts) > 1 else ()
+        return (*names, *(f"{name}_{part}" for part in parts for name in names))
 
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
         """Classify every example once, shared among the processes, all of which return the same."""

@@ -28,6 +28,10 @@ class Figures(Protocol):
 class Evaluation(Protocol):
     """The evaluation of a model on examples that training does not see."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its figures."""
+
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Figures:
         """Evaluate every example once, shared among the processes, all of which return the same."""
 

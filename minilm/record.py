@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.cache import publish
 from minilm.checkpoint import RESULTS, Progress
-from minilm.config import Config, to_dict
+from minilm.config import Config
 from minilm.hardware import Peak, Precision, describe
 from minilm.head import Head
 from minilm.objectives import objective_of
 from minilm.optim import warmup_steps
 from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar
+from minilm.settings import to_dict
 from minilm.spikes import Spikes
 from minilm.tokens import Examples, Prepared
 
@@ -114,10 +115,10 @@ class Recorder:
         self.seconds += seconds
         return seconds
 
-    def progress(self, figures: dict[str, float] | None = None) -> Progress:
+    def progress(self, **standing: Any) -> Progress:
         """Where the run stands after the steps recorded so far, all of them written to the log.
 
-        `figures` are those of an evaluation after the last of them, if there was one.
+        `standing` is that of `minilm.best.Best`.
         """
         self.settle()
         return Progress(
@@ -126,7 +127,7 @@ class Recorder:
             seconds=self.seconds,
             flops=self.flops,
             log_bytes=0 if self._log is None else self._log.tell(),
-            eval_loss=None if figures is None else figures["eval_loss"],
+            **standing,
         )
 
     def bad_since(self) -> int:

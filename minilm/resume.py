@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.checkpoint import OPTIMIZER, RESULTS, WEIGHTS, Checkpoint, Progress, parameter_names
-from minilm.config import Config, to_dict
+from minilm.checkpoint import OPTIMIZER, RESULTS, WEIGHTS, Checkpoint, Progress, parameter_names, read_checkpoint
+from minilm.config import Config
+from minilm.settings import to_dict
 from minilm.sharding import part_like
 from minilm.stop import TrainingStopped
 
@@ -23,6 +25,7 @@ _WHERE = ("run.output_dir", "run.overwrite", "run.resume")
 _MAY_CHANGE = (
     *_WHERE,
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
+    *("run.load_best", "run.patience"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
 )
 
@@ -47,8 +50,13 @@ def resume(
     step, folder = checkpoint.progress.step, checkpoint.folder.parent
     if step > total:
         raise ValueError(f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for")
-    if step == total and (folder / RESULTS).exists():
-        raise TrainingStopped(f"the run in {folder} is finished; a larger --run.max-steps goes on from step {step}", 0)
+    if (folder / RESULTS).exists():
+        if step == total:
+            more = "a larger --run.max-steps goes on from step"
+            raise TrainingStopped(f"the run in {folder} is finished; {more} {step}", 0)
+        if config.run.patience is not None and checkpoint.progress.stale >= config.run.patience:
+            more = "a larger --run.patience goes on from step"
+            raise TrainingStopped(f"the run in {folder} stopped by run.patience; {more} {step}", 0)
     log.info(f"resuming from {checkpoint.folder}")
     for line in changed:
         log.info(f"changed since: {line}")
@@ -77,6 +85,11 @@ def _refuse(checkpoint: Checkpoint, changes: list[str]) -> NoReturn:
         f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(changes)}; "
         "set them back, or leave run.resume out to start anew"
     )
+
+
+def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
+    """Put the weights of a checkpoint of this run into its model. Raises ValueError when it is not usable any more."""
+    _load_weights(read_checkpoint(folder / f"checkpoint-{step}"), network)
 
 
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.batch import Batch, Collate, Collator, loss_sum
+from minilm.best import Best
 from minilm.checkpoint import Saver, copied
 from minilm.config import Config, Run
 from minilm.hardware import count_flops, device_peak
@@ -31,7 +32,7 @@ from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
-from minilm.resume import check_settings, resume
+from minilm.resume import check_settings, load_step, resume
 from minilm.sharding import distribute, whole
 from minilm.stop import StopRequest, TrainingStopped
 from minilm.tokens import Examples, Prepared
@@ -110,6 +111,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 
     data = prepared.train.facts()
     progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer))
+    best = together(lambda: Best(config.run, evaluator.names, progress))
     together(lambda: claim_output_dir(folder, config.run, network), main_only=True)
     peak = device_peak(accelerator.device, precision.name)
     facts = run_facts(accelerator, head, plan, prepared, total, precision, peak)
@@ -139,20 +141,26 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 lr=(lr := learning_rate(config.optim, done - 1, total)),
                 max_grad_norm=config.optim.max_grad_norm,
             )
-            epoch, figures = done / plan.steps_per_epoch, None
+            epoch, figures, better = done / plan.steps_per_epoch, None, False
             flops = cost.step(step, collator.rate((done - 1) / total))
             recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
             if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
                 recorder.settle()
                 figures = evaluator(accelerator, model).figures()
+                better = best.seen(figures, done)
                 recorder.evaluation(epoch, figures, objective.said(figures))
             early = bad_gradients(recorder, plan, config.run) or request.agreed(done)
-            if saver.due(done, last=done == total or early is not None):
-                saver.save(recorder.progress(figures))
-            if early is not None:
+            last = done == total or best.exhausted or early is not None
+            if saver.due(done, last=last, better=better):
+                saver.save(recorder.progress(**best.standing(done)))
+            if last:
                 break
         saver.wait()
     if early is None:
+        if config.run.load_best and best.step != recorder.steps:
+            accelerator.wait_for_everyone()  # for the process that writes it
+            together(lambda: load_step(folder, best.step, network))
+            figures = None
         figures = figures or evaluator(accelerator, model).figures()
         results = {**figures, **recorder.totals()}
         weights = copied(network.state_dict(keep_vars=True), keep=main)

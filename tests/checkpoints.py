@@ -50,8 +50,8 @@ def saver_in(
     return Saver(folder, model, trained(model), tokenizer, config, DATA, enabled=enabled)
 
 
-def save(saver: Saver, step: int, eval_loss: float | None = None) -> None:
-    saver.save(Progress(step=step, eval_loss=eval_loss))
+def save(saver: Saver, step: int, figure: float | None = None) -> None:
+    saver.save(Progress(step=step, figure=figure))
     saver.wait()
 
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from minilm.checkpoint import Progress, find_checkpoint, read_checkpoint
-from minilm.config import to_dict
 from minilm.resume import restore
+from minilm.settings import to_dict
 from tests.checkpoints import (
     DATA,
     LISTED,
@@ -75,7 +75,9 @@ def test_a_checkpoint_loads_plainly_with_the_same_logits_bit_for_bit_and_holds_n
 
 def test_a_checkpoint_that_is_read_says_where_the_run_stood(tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer)
-    progress = Progress(step=7, tokens=2**40, seconds=0.1, flops=1e21, log_bytes=12, eval_loss=2.5)
+    progress = Progress(
+        step=7, tokens=2**40, seconds=0.1, flops=1e21, log_bytes=12, figure=2.5, best=2.0, best_step=3, stale=1
+    )
     saver.save(progress)
     saver.wait()
     found = read_checkpoint(tmp_path / "checkpoint-7")

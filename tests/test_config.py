@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens, from_dict, parse, to_dict
+from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.settings import from_dict, parse, to_dict
 
 GROUPS = {name: MaskedLM if name == "objective" else kind for name, kind in typing.get_type_hints(Config).items()}
 FIELDS = {f"{name}.{field.name}": field for name, kind in GROUPS.items() for field in dataclasses.fields(kind)}

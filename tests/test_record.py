@@ -13,10 +13,11 @@ from huggingface_hub import ModelCard
 
 from minilm import record
 from minilm.checkpoint import Progress
-from minilm.config import Config, MaskedLM, Model, Optim, Run, read_run
+from minilm.config import Config, MaskedLM, Model, Optim, Run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
+from minilm.settings import read_run
 from minilm.tokens import Examples, Prepared
 
 STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"]
@@ -150,11 +151,11 @@ def test_a_log_shorter_than_the_checkpoint_remembers_is_not_filled_up_with_zeros
 def test_progress_holds_every_step_in_the_log_and_the_loss_of_an_evaluation_after_the_last(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 3)
-    assert recorder.progress().eval_loss is None
+    assert recorder.progress().figure is None
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     recorder.evaluation(0.75, FIGURES, "loss 2.5")
-    progress = recorder.progress(FIGURES)
-    assert (progress.eval_loss, progress.log_bytes) == (3.0, (tmp_path / "log.jsonl").stat().st_size)
+    progress = recorder.progress(figure=3.0)
+    assert (progress.figure, progress.log_bytes) == (3.0, (tmp_path / "log.jsonl").stat().st_size)
     recorder.close()
 
 

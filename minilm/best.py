@@ -1,0 +1,45 @@
+"""The best evaluation so far: which checkpoint is kept for it, and when to stop waiting for a better one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minilm.checkpoint import Progress
+from minilm.config import Run, closest, lower_is_better
+
+
+class Best:
+    """The best evaluation so far by `run.best_metric`, from where `progress` left it.
+
+    Raises ValueError when the evaluation, whose figures are `names`, has no such figure.
+    """
+
+    def __init__(self, run: Run, names: Sequence[str], progress: Progress) -> None:
+        if run.best_metric not in names:
+            raise ValueError(f"run.best_metric {closest(run.best_metric, names)}")
+        self.metric, self.patience = run.best_metric, run.patience
+        self.value, self.step, self.stale = progress.best, progress.best_step, progress.stale
+        self._last: tuple[int, float | None] = (0, None)
+
+    def seen(self, figures: Mapping[str, float], step: int) -> bool:
+        """Take note of an evaluation after `step`; whether it is better than all before it."""
+        value = figures[self.metric]
+        finite = value if math.isfinite(value) else None
+        self._last = (step, finite)
+        sign = -1 if lower_is_better(self.metric) else 1
+        better = finite is not None and (self.value is None or sign * finite > sign * self.value)
+        if better:
+            self.value, self.step, self.stale = finite, step, 0
+        else:
+            self.stale += 1
+        return better
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `run.patience` evaluations in a row were no better."""
+        return self.patience is not None and self.stale >= self.patience
+
+    def standing(self, step: int) -> dict[str, Any]:
+        """These fields of `Progress` after `step`."""
+        figure = self._last[1] if self._last[0] == step else None
+        return {"figure": figure, "best": self.value, "best_step": self.step, "stale": self.stale}

@@ -1,0 +1,120 @@
+"""A configuration from the command line and from `run.json`, and as JSON.
+
+Like `minilm.config` it imports neither torch nor transformers.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from minilm.config import Config, Data, MaskedLM, check, closest
+from minilm.signals import first_to_tell
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON types, the objective by the name of its class; `from_dict` is its inverse."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    tree["objective"]["name"] = type(config.objective).__name__
+    return tree
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; the choices of a Literal are checked with its group."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple and isinstance(value, list | tuple):
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is dict and isinstance(value, dict):
+        return all(_fits(name, parts[0]) and _fits(inner, parts[1]) for name, inner in value.items())
+    if origin is list and isinstance(value, list):
+        return all(_fits(inner, parts[0]) for inner in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return origin is Literal or (origin is None and isinstance(value, kind))
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` wrote; a group or field that does not exist raises ValueError.
+
+    So does a value of another type than the field's.
+    """
+    groups = typing.get_type_hints(Config)
+    check(isinstance(tree, dict), "a configuration is groups of settings by name")
+    for name in set(tree) - set(groups):
+        raise ValueError(f"unknown group of settings {closest(name, list(groups))}")
+    built = {}
+    for name, kind in groups.items():
+        given = tree.get(name, {})
+        check(isinstance(given, dict), f"the group {name} must be settings by name, not {given!r}")
+        values = dict(given)
+        if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
+            chosen = values.pop("name", MaskedLM.__name__)
+            check(str(chosen) in choices, f"unknown {name}.name {closest(str(chosen), list(choices))}")
+            kind = choices[str(chosen)]
+        known = [f.name for f in dataclasses.fields(kind)]
+        for unknown in set(values) - set(known):
+            raise ValueError(f"unknown setting {name}.{closest(unknown, known)}")
+        for setting, value in values.items():
+            wanted = typing.get_type_hints(kind)[setting]
+            check(
+                _fits(value, wanted), f"{name}.{setting} must be {getattr(wanted, '__name__', wanted)}, not {value!r}"
+            )
+        built[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Config(**built)
+
+
+def read_run(path: str) -> Config:
+    """The configuration stored in a run's `run.json`, without its output folder, which is taken."""
+    try:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+        check(isinstance(run, dict) and "config" in run, "it holds no config")
+        config = from_dict(run["config"])
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None, resume=None))
+
+
+def _split_from_run(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--from-run=") else [word]
+
+
+def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
+    """`default` with the flags of the command line applied; a bad flag ends the process with status 2.
+
+    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults.
+    """
+    import tyro  # imports slowly, and only a command line needs it
+
+    rest = [part for word in (sys.argv[1:] if arguments is None else arguments) for part in _split_from_run(word)]
+    if "--from-run" in rest:
+        at = rest.index("--from-run")
+        check(at + 1 < len(rest), "--from-run needs the path of a run.json")
+        default = read_run(rest[at + 1])
+        del rest[at : at + 2]
+    if any(word.split("=")[0] == "--data.source" for word in rest):
+        # Columns and slices of another source mean nothing here.
+        kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
+        default = dataclasses.replace(default, data=kept)
+    description += (
+        "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
+        "defaults. "
+        "--from-run FILE repeats the run that wrote this run.json. --debug shows tracebacks."
+    )
+    plain, said = (tyro.conf.AvoidSubcommands,), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config: Config = tyro.cli(Config, default=default, args=rest, config=plain, description=description)
+    except SystemExit:
+        if said.getvalue() and first_to_tell():  # one message for a job, not one from each process
+            sys.stderr.write(said.getvalue())
+        raise
+    return config

@@ -1,0 +1,96 @@
+"""The best evaluation: kept, waited for, and loaded in the end."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
+
+from minilm import Config, Run
+from minilm.best import Best
+from minilm.checkpoint import Progress
+from minilm.stop import TrainingStopped
+from minilm.train import train
+from tests.jobs import CONFIG, config_in
+from tests.launch import read_log
+
+
+def best_of(metric: str, values: list[float], patience: int | None = None) -> tuple[Best, list[bool]]:
+    best = Best(Run(best_metric=metric, patience=patience), ["eval_loss", "accuracy"], Progress())
+    return best, [best.seen({metric: value}, step) for step, value in enumerate(values, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "better"),
+    [
+        ("eval_loss", [3.0, 2.0, 2.0, 2.5, 1.0], [True, True, False, False, True]),
+        ("accuracy", [0.5, 0.4, 0.6, 0.6], [True, False, True, False]),
+        ("eval_loss", [math.nan, 2.0, math.inf, 1.0], [False, True, False, True]),
+    ],
+)
+def test_better_is_lower_for_losses_and_higher_for_all_else(metric, values, better) -> None:
+    best, found = best_of(metric, values)
+    assert found == better
+    last = max(step for step, is_better in enumerate(better, start=1) if is_better)
+    assert (best.step, best.value, best.stale) == (last, values[last - 1], len(values) - last)
+    assert not best.exhausted
+
+
+def test_patience_counts_evaluations_in_a_row_and_goes_on_after_a_resume() -> None:
+    best, _ = best_of("eval_loss", [2.0, 3.0, 1.0, 1.5], patience=2)
+    assert not best.exhausted
+    assert best.standing(4) == {"figure": 1.5, "best": 1.0, "best_step": 3, "stale": 1}
+    assert best.standing(5)["figure"] is None
+    resumed = Best(Run(patience=2), ["eval_loss"], Progress(**best.standing(4)))
+    resumed.seen({"eval_loss": 1.2}, 5)
+    assert resumed.exhausted
+
+
+def test_a_figure_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    config = config_in(tmp_path, steps=4)
+    run = replace(config.run, output_dir=str(tmp_path / "out"), best_metric="eval_los")
+    with pytest.raises(ValueError, match="'eval_los': did you mean 'eval_loss'"):
+        train(replace(config, run=run))
+    assert not (tmp_path / "out").exists()
+
+
+def spoilt(tmp_path: Path, **run: object) -> Config:
+    """A run that gets worse: its learning rate is far too high, and climbs."""
+    config = config_in(tmp_path, steps=20)
+    optim = replace(CONFIG.optim, lr=0.5, warmup=20, schedule="constant")
+    settings = {"output_dir": str(tmp_path / "out"), "eval_every": 2, "save_every": 7, "keep_last": 1, **run}
+    return replace(config, optim=optim, run=replace(config.run, **settings))
+
+
+@pytest.mark.scorecard(16)
+def test_the_best_weights_are_the_result_and_their_checkpoint_stays(tmp_path: Path) -> None:
+    results = train(spoilt(tmp_path, load_best=True))
+    evaluations = read_log(tmp_path / "out")[1]
+    best = min(evaluations, key=lambda line: line["eval_loss"])
+    assert best["step"] % 7  # no checkpoint of any other kind
+    assert best["step"] < 20
+    assert results["eval_loss"] == best["eval_loss"] < evaluations[-1]["eval_loss"]
+    kept = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == sorted({best["step"], 20})
+    ours, theirs = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("", f"checkpoint-{kept[0]}"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_run_without_improvement_ends_early_in_good_order(tmp_path: Path) -> None:
+    config = spoilt(tmp_path, patience=2)
+    config = replace(config, optim=replace(config.optim, lr=2.0, warmup=0))
+    results = train(config)
+    steps, evaluations = read_log(tmp_path / "out")
+    best = min(range(len(evaluations)), key=lambda index: evaluations[index]["eval_loss"])
+    assert best == len(evaluations) - 3
+    assert results["steps"] == len(steps) == evaluations[-1]["step"] < 20
+    assert (tmp_path / "out" / f"checkpoint-{len(steps)}").exists()
+    again = replace(config, run=replace(config.run, resume="latest"))
+    with pytest.raises(TrainingStopped, match=r"stopped by run\.patience; a larger"):
+        train(again)
+    longer = train(replace(again, run=replace(again.run, patience=9)))
+    assert longer["steps"] == 20

@@ -24,14 +24,18 @@ def _documents(config: Config) -> tuple[Documents, Documents]:
     return stream, chained([*streams.values()])
 
 
-def _enough(config: Config) -> tuple[int | None, int | None]:
-    """The training examples that `run.max_steps` needs, and as many for evaluation as are then held out."""
-    if config.run.max_steps is None:
+def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
+    """The training and evaluation examples after which no more is read of a hub's stream; None where all is read."""
+    if not isinstance(train, Stream) or not train.remote or config.run.max_steps is None:
         return None, None
-    train, share = config.run.max_steps * config.batch.examples, config.data.eval_fraction
+    needed, share = config.run.max_steps * config.batch.examples, config.data.eval_fraction
     if config.data.eval_source or config.data.eval_split:
-        return train, None
-    return train, math.ceil(train * share / (1 - share))
+        return needed, None
+    return needed, math.ceil(needed * share / (1 - share))  # as many as are then held out
+
+
+def _first(documents: Documents, count: int | None) -> Documents:
+    return documents.first(count) if isinstance(documents, Stream) and count else documents
 
 
 class LanguageModel:
@@ -47,13 +51,13 @@ class LanguageModel:
 
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
-        train_documents, eval_documents = _documents(config)
-        enough = _enough(config) if isinstance(train_documents, Stream) and train_documents.remote else (None, None)
-        first = train_documents.first(enough[0]) if enough[0] else train_documents
-        tokenizer = load_tokenizer(config.tokens, config.model.name, first, causal=self.causal)
+        train, held_out = _documents(config)
+        needed = _needed(config, train)
+        tokenizer = load_tokenizer(config.tokens, config.model.name, _first(train, needed[0]), causal=self.causal)
+        blocks = config.batch.layout == "blocks"
         train_examples, eval_examples = (
             encode(
-                documents,
+                documents if blocks else _first(documents, count),
                 tokenizer,
                 max_length=config.batch.max_length,
                 layout=config.batch.layout,
@@ -61,11 +65,9 @@ class LanguageModel:
                 causal=self.causal,
                 words=self.words and part == "training",
                 name=f"{part} documents",
-                enough=most,
+                enough=count * config.batch.max_length if blocks and count else None,
             )
-            for part, documents, most in zip(
-                ("training", "evaluation"), (train_documents, eval_documents), enough, strict=True
-            )
+            for part, documents, count in (("training", train, needed[0]), ("evaluation", held_out, needed[1]))
         )
         return Prepared(tokenizer=tokenizer, train=train_examples, eval=eval_examples)
 

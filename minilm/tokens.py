@@ -236,7 +236,7 @@ def encode(
     `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
     Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
     The ids are cached by content (of a stream by its identity), so that a second run starts at once; with `words`, also
-    where words begin. No more documents are read than give `enough` examples.
+    where words begin. Once there are `enough` ids no more documents are read.
     """
     prefix, suffix = _special_around(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
@@ -244,12 +244,11 @@ def encode(
         before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
         prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
-    most = None if enough is None else (enough, room if layout == "blocks" else 0)
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist(), most)
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist(), enough)
     folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, before, after, words, name, most)
+            _write_ids(temporary, documents, tokenizer, before, after, words, name, enough)
     ids = np.load(folder / "ids.npy", mmap_mode="r")
     begins = np.load(folder / "begins.npy", mmap_mode="r") if words else None
     offsets = np.load(folder / "offsets.npy")
@@ -286,18 +285,16 @@ def _write_ids(
     after: NDArray[np.int64],
     words: bool,
     name: str,
-    most: tuple[int, int] | None = None,
+    enough: int | None = None,
 ) -> None:
     """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
 
-    `before` and `after` go around each document. With `words`, write `begins.npy` too: bool, which ids begin a word.
-    With `most` (examples, ids of a block or 0) reading ends once the documents that are not empty, or the blocks, are
-    that many.
+    `before` and `after` go around each document; reading ends once there are `enough` ids. With `words`, write
+    `begins.npy` too: bool, which ids begin a word.
     """
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     sizes = array("q", [0])
-    examples, block = most or (None, 0)
-    written = 0  # documents that are not empty, or ids where blocks are cut
+    total = 0
     with (
         _growing(folder / "ids.npy", np.dtype(kind)) as file,
         _growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
@@ -309,14 +306,14 @@ def _write_ids(
                 row = np.concatenate((before, ids, after)).astype(kind)
                 row.tofile(file)
                 sizes.append(len(row))
-                written += len(row) if block else len(row) > 0
+                total += len(row)
                 if words:
                     begins = np.ones(len(row), bool)
                     starts = [start for start, _ in encoded.encodings[index].offsets]
                     begins[len(before) : len(before) + len(ids)] = begins_word(texts[index], starts)
                     begins.tofile(begins_file)
             bar.update(len(texts))
-            if examples is not None and written >= examples * (block or 1):
+            if enough is not None and total >= enough:
                 break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
 

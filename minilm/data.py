@@ -93,6 +93,12 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return train, Dataset.from_dict({"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]})
 
 
+@quiet_datasets()
+def read_documents(data: Data) -> Dataset:
+    """All documents of `data.split`, one source after the other, with the columns of `load_documents`."""
+    return _joined([_read(data, source, data.split, labels=False) for source in data.sources], data)
+
+
 def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
     """One source as a dataset with the columns that are asked for; without labels, no blank document."""
     files: list[str] = []

@@ -66,7 +66,7 @@ def read_labels(
                 "No training example has it: give the training documents one, or take it out"
             )
     seen = {name for row in rows for name in row}
-    if len(seen) < 2 and not several:
+    if len(seen) < 2 and not several and set(names) != set(known):
         raise ValueError(f"every training document has the label {rows[0][0]!r}: a classification needs two or more")
     if several:
         return Labels(problem=problem, names=names), _indicators(rows, ids), _indicators(unseen, ids)

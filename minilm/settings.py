@@ -118,3 +118,16 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
             sys.stderr.write(said.getvalue())
         raise
     return config
+
+
+def parse_data(arguments: Sequence[str]) -> Data | None:
+    """The `--data.…` flags of the command line, or None where there are none."""
+    import tyro
+
+    @dataclasses.dataclass
+    class _Flags:
+        data: Data
+
+    if not arguments:
+        return None
+    return tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog="minilm evaluate DIR").data

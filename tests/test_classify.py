@@ -1,6 +1,8 @@
 """Sequence classification: labels, losses by every family of models, figures, and a run from file to pipeline."""
 
+import io
 import json
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -17,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
 from minilm.batch import loss_sum
 from minilm.classify import ClassCollator, ClassHead, trained_labels
+from minilm.commands import main
 from minilm.infer import classify, load_classifier
 from minilm.labels import Labels, read_labels
 from minilm.metrics import Classified
@@ -368,3 +371,64 @@ def test_blocks_are_no_examples_of_a_classification(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch\.layout blocks joins documents"):
         train(replace(config, batch=replace(config.batch, layout="blocks")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run `minilm` on these words: its status, and the lines of its standard output and error."""
+
+    def run(*words: str, stdin: str = "") -> tuple[object, list[str], list[str]]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = None
+        try:
+            main(words)
+        except SystemExit as end:
+            status = end.code
+        output, error = capfd.readouterr()
+        return status, output.splitlines(), error.splitlines()
+
+    return run
+
+
+def test_the_command_classifies_texts_pairs_and_files(trained: tuple[Path, dict[str, float]], command) -> None:
+    folder = str(trained[0])
+    model, tokenizer = load_classifier(folder)
+    expected = classify(model, tokenizer, ["the red fox"], ["a dog"])[0]
+    status, output, error = command("classify", folder, "the red fox", "--pair", "a dog", "--top-k", "2")
+    assert (status, error) == (None, [])
+    assert [line.split()[:2] for line in output] == [[f"{each.score:.1%}", each.label] for each in expected[:2]]
+    assert output[0].endswith("the red fox | a dog")
+    source = trained[0].parent / "colours.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    words = ("--file", str(source), "--column", "sentence", "--pair-column", "other", "--json")
+    lines = [json.loads(line) for line in command("classify", folder, *words)[1]]
+    assert [line["input"] for line in lines] == [row["sentence"] for row in rows]
+    assert [line["pair"] for line in lines] == [row["other"] for row in rows]
+    assert [line["labels"][0]["label"] for line in lines] == [row["colour"] for row in rows]
+    assert len(command("classify", folder, stdin="the red fox\na blue one\n")[1]) == 2
+    for wrong in (("x", "--file", str(source)), ("x", "--pair-column", "other"), ("--file", "none.jsonl")):
+        status, output, error = command("classify", folder, *wrong)
+        assert (status, output, len(error)) == (2, [], 1)
+
+
+def test_the_command_evaluates_as_training_did_and_on_other_data(
+    trained: tuple[Path, dict[str, float]], command, tmp_path: Path
+) -> None:
+    folder, results = trained
+    figures = json.loads(command("evaluate", str(folder), "--json")[1][-1])
+    assert figures == {name: results[name] for name in figures}
+    source = write_colours(tmp_path / "more.jsonl")
+    columns = ("--data.column", "sentence", "--data.pair-column", "other", "--data.label-column", "colour")
+    status, output, _ = command("evaluate", str(folder), "--data.source", source, *columns)
+    assert status is None
+    assert {line.split()[0] for line in output} == {"eval_loss", "accuracy", "f1", "matthews"}
+    one = tmp_path / "one.jsonl"  # of a single class: no problem for a model that knows its labels
+    one.write_text(json.dumps({"sentence": "the red fox", "other": "a dog", "colour": "red"}))
+    figures = json.loads(command("evaluate", str(folder), "--data.source", str(one), *columns, "--json")[1][-1])
+    assert figures["accuracy"] == 1.0
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text(json.dumps({"sentence": "the red fox", "other": "a dog", "colour": "pink"}))
+    status, _, error = command("evaluate", str(folder), "--data.source", str(strange), *columns)
+    assert (status, len(error)) == (2, 1)
+    assert "'pink'" in error[0]

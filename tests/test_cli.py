@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from minilm.cli import guarded, main
+from minilm.cli import guarded
+from minilm.commands import main
 from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
 from minilm.tokens import train_tokenizer
 
@@ -139,7 +140,9 @@ def test_only_what_the_user_got_wrong_is_caught_and_nothing_under_debug(capsys):
 
 
 def test_the_command_is_importable_without_torch():
-    program = "import sys, minilm.cli; print(*{'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules))"
+    program = (
+        "import sys, minilm.commands; print(*{'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""
 
 

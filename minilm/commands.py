@@ -1,0 +1,212 @@
+"""The `minilm` command: trained models, used and measured."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from minilm.cli import guarded
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="minilm", description="Use models trained with minilm, or any like them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fill = _add(commands, "fill-mask", _fill_mask, "the likeliest words for a mask", "masked LM")
+    fill.description = 'Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."'
+    fill.add_argument("--top-k", type=_positive, default=5, metavar="K", help="candidates for a mask (default: 5)")
+    more = _add(commands, "generate", _generate, "go on with a text", "causal LM")
+    more.description = 'Go on with each text, as a causal LM: minilm generate DIR "Once upon a time" --top-p 0.95'
+    more.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="at most so many (default: 100, if there is room)"
+    )
+    more.add_argument(
+        "--temperature", type=_not_negative, default=1.0, metavar="T", help="below 1: likelier; 0: the likeliest alone"
+    )
+    more.add_argument(
+        "--top-k", type=_whole, default=50, metavar="K", help="draw from the K likeliest (default: 50; 0: from all)"
+    )
+    more.add_argument(
+        "--top-p", type=_share, default=1.0, metavar="P", help="draw from the likeliest that make up P (default: 1)"
+    )
+    more.add_argument("--seed", type=_whole, default=0, metavar="S", help="another seed, another text (default: 0)")
+    sort = _add(commands, "classify", _classify, "the class of a text or a pair", "sequence classifier")
+    sort.description = 'Say what each text is: minilm classify DIR "Great fun!"; --pair TEXT is the second of a pair.'
+    sort.add_argument("--pair", metavar="TEXT", help="second text of a pair")
+    sort.add_argument("--pair-column", metavar="NAME", help="column of --file that holds the second text")
+    sort.add_argument("--top-k", type=_positive, default=1, metavar="K", help="labels shown, best first (default: 1)")
+    measure = commands.add_parser(
+        "evaluate",
+        help="loss, perplexity, accuracy, … on data of your own",
+        description=(
+            "Evaluate a model as training does: minilm evaluate DIR --data.source FILE. A run's folder knows how its "
+            "own evaluation was done, and repeats that without --data.source."
+        ),
+        epilog="--data.column, --data.pair-column, --data.label-column, … are those of the recipes.",
+    )
+    _add_model(measure, "model of any of these kinds")
+    measure.set_defaults(work=_evaluate)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "evaluate":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    guarded(lambda: options.work(options), debug=options.debug)
+
+
+def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], what: str, kind: str) -> Any:
+    """A command that takes texts."""
+    command = commands.add_parser(name, help=what)
+    _add_model(command, kind)
+    command.add_argument("texts", metavar="TEXT", nargs="*", help="none or - reads lines from standard input")
+    command.add_argument("--file", metavar="FILE", help="take the texts from a file, one by one (.txt: lines)")
+    command.add_argument("--column", default="text", metavar="NAME", help="column of --file (default: text)")
+    command.set_defaults(work=work)
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser, kind: str) -> None:
+    command.add_argument("model", metavar="DIR", help=f"folder or hub id of a {kind}")
+    command.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive number")
+    return number
+
+
+def _share(text: str) -> float:
+    number = _not_negative(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} does not lie in (0, 1]")
+    return number
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    """The texts of the command line, `-` replaced by the lines of standard input; or those of --file."""
+    if options.file is not None:
+        if options.texts:
+            raise ValueError("give texts or --file, not both")
+        return list(_read(options)["text"])
+    return [
+        line
+        for text in options.texts or ["-"]
+        for line in (sys.stdin.read().splitlines() if text == "-" else [text])
+        if line
+    ]
+
+
+def _read(options: argparse.Namespace) -> Any:
+    from minilm.config import Data
+    from minilm.data import read_documents
+
+    pair_column = getattr(options, "pair_column", None)
+    return read_documents(Data(source=options.file, column=options.column, pair_column=pair_column))
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _print_json(line: dict[str, Any]) -> None:
+    print(json.dumps(line, ensure_ascii=False))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from minilm.infer import check_beginnings, generate, load_causal_lm
+
+    texts = _texts(options)
+    model, tokenizer = load_causal_lm(options.model)
+    check_beginnings(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    for number, text in enumerate(texts):
+        if number and not options.json:
+            print()
+        (result,) = generate(model, tokenizer, [text], **settings, stream=not options.json)
+        if options.json:
+            _print_json({"input": text, "text": result})
+
+
+def _fill_mask(options: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from minilm.infer import check_masks, fill_mask, load_masked_lm, on_one_line
+
+    texts = _texts(options)
+    model, tokenizer = load_masked_lm(options.model)
+    check_masks(model, tokenizer, texts)
+    for number, text in enumerate(texts):
+        if number and not options.json:
+            print()
+        for mask, fills in enumerate(fill_mask(model, tokenizer, [text], top_k=options.top_k)[0]):
+            if options.json:
+                _print_json({"input": text, "mask": mask, "fills": [asdict(fill) for fill in fills]})
+            else:
+                for fill in fills:
+                    print(f"{fill.probability:6.1%}  {fill.token:<16}  {on_one_line(fill.text)}")
+
+
+def _classify(options: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from minilm.infer import classify, load_classifier, on_one_line
+
+    if options.pair_column is not None and options.file is None:
+        raise ValueError("--pair-column is a column of --file: give that, or --pair TEXT")
+    texts = _texts(options)
+    pairs: list[str] | None = None if options.pair is None else [options.pair] * len(texts)
+    if options.pair_column is not None:
+        pairs = list(_read(options)["pair"])
+    model, tokenizer = load_classifier(options.model)
+    number = model.config.problem_type == "regression"
+    for index, found in enumerate(classify(model, tokenizer, texts, pairs)):
+        if options.json:
+            pair = {} if pairs is None else {"pair": pairs[index]}
+            _print_json({"input": texts[index], **pair, "labels": [asdict(label) for label in found[: options.top_k]]})
+            continue
+        text = texts[index] if pairs is None else f"{texts[index]} | {pairs[index]}"
+        for label in found[: options.top_k]:
+            score = f"{label.score:8.4f}" if number else f"{label.score:6.1%}  {label.label:<16}"
+            print(f"{score}  {on_one_line(text)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from minilm.settings import parse_data
+
+    data = parse_data(options.rest)
+    _quiet_transformers()
+    from minilm.score import evaluate
+
+    figures = evaluate(options.model, data)
+    if options.json:
+        _print_json(figures)
+    else:
+        width = max(map(len, figures))
+        for name, value in figures.items():
+            print(f"{name:<{width}}  {value:.6g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Evaluate a model that is there: on data of one's own, or again as its run did."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from minilm.config import CausalLM, Classification, Config, Data, MaskedLM, Model
+from minilm.hub import loading
+from minilm.launch import finish, start
+from minilm.objectives import build, objective_of, prepare
+from minilm.settings import read_run
+
+_LENGTH = 512  # tokens of the longest example of a model whose run is not known
+_OBJECTIVES: dict[Any, type] = {
+    AutoModelForMaskedLM: MaskedLM,
+    AutoModelForCausalLM: CausalLM,
+    AutoModelForSequenceClassification: Classification,
+}
+
+
+def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
+    """The figures of a model, a folder or hub id, on all documents of `data`.
+
+    How it is evaluated (the objective, the length of examples, precision) is what its run.json says, or else what its
+    class says and the defaults of `minilm.config`. Without `data` the run's own evaluation is done again. Raises
+    ValueError where neither is known.
+    """
+    config = _config(str(name), data)
+    objective = objective_of(config.objective)
+    accelerator, _ = start(config.run)
+    prepared = prepare(config)
+    head = objective.head(build(config, prepared).to(accelerator.device), prepared)
+    multiple = 1 if accelerator.device.type == "cpu" else 8
+    evaluator = objective.evaluator(
+        prepared, config.batch.micro_tokens, padded=not head.padding_free, multiple=multiple
+    )
+    figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
+    finish(accelerator)
+    if data is not None:
+        figures.pop("unigram_bits_per_byte", None)  # of tokens that training saw, which are not at hand
+    return figures
+
+
+def _config(name: str, data: Data | None) -> Config:
+    run = Path(name) / "run.json"
+    if run.is_file():
+        config = read_run(str(run))
+    elif data is None:
+        raise ValueError(f"{name} has no run.json that says what to evaluate it on: give --data.source")
+    else:
+        config = Config(objective=_objective(name))
+    model = Model(name=name)
+    if data is not None:
+        if len(data.sources) > 1 or data.streaming:
+            raise ValueError("data.source: evaluate takes one source at a time, and no stream")
+        config = replace(config, data=replace(data, eval_source=data.sources[0], eval_split=data.split))
+    return replace(config, model=model, tokens=replace(config.tokens, name=None))
+
+
+def _objective(name: str) -> Any:
+    with loading(name, f"model {name!r} cannot be loaded"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for auto, settings in _OBJECTIVES.items():
+        classes = auto._model_mapping.get(type(config), ())
+        names = {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
+        if names & set(config.architectures or ()):
+            return settings()
+    raise ValueError(f"{name} is no masked LM, causal LM or sequence classifier, but {config.architectures}")

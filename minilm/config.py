@@ -121,6 +121,12 @@ class Model:
     """Hugging Face model type to build (bert, roberta, modernbert, …) when no name is given."""
     config: dict[str, Value] = field(default_factory=dict)
     """Fields of the Hugging Face configuration to set, such as hidden_dropout_prob 0.0; with a name: to override."""
+    freeze: tuple[str, ...] = ()
+    """Parameters to leave as they are, by patterns of their names, such as *.embeddings.* and *.layer.[0-3].*"""
+    gradient_checkpointing: bool = False
+    """Compute each layer again on the way back instead of keeping what it computed: less memory, a third more work."""
+    attention: str = "auto"
+    """auto: without padding where that changes no logit; or transformers' own: sdpa, eager, flash_attention_2, …"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +146,12 @@ class MaskedLM:
     eval_rate: float = 0.15
     """Share of the tokens that evaluation predicts. Its choice never changes: single tokens, of which it masks 80% and
     replaces 10%, whatever training does."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability that training spreads over the whole vocabulary; evaluation has none."""
 
     def __post_init__(self) -> None:
         _check_choices("objective", self)
+        check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
         for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
             check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
@@ -156,6 +165,12 @@ class MaskedLM:
 @dataclass(frozen=True, kw_only=True)
 class CausalLM:
     """Causal LM (Radford et al. 2019): each token of a document but the first is predicted from those before it."""
+
+    label_smoothing: float = 0.0
+    """Share of a target's probability that training spreads over the whole vocabulary; evaluation has none."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +230,8 @@ class Optim:
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    layer_decay: float = 1.0
+    """The head learns at lr, each layer below at this share of the rate above it, the embeddings at the least."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is larger; 0 switches clipping off."""
 
@@ -224,6 +241,7 @@ class Optim:
         check(self.warmup >= 0, f"optim.warmup must be 0 or more, not {self.warmup}")
         check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
         check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+        check(0 < self.layer_decay <= 1, f"optim.layer_decay must lie in (0, 1], not {self.layer_decay}")
         check(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
         check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")
 

@@ -129,7 +129,7 @@ class Head(nn.Module):
         return ""
 
     def _try_padding_free(self, expected_NxV: Tensor) -> None:
-        if not self.model._supports_attention_backend:
+        if not self.model._supports_attention_backend or getattr(self.model, "attention_is_chosen", False):
             return
         original = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION)
@@ -150,11 +150,12 @@ class SparseHead(Head):
     - `short`: what follows attention in the last layer runs on the targets alone;
     - `fused`: the last product of the head and the loss are taken together, in parts (`minilm.losses`).
 
-    `reason` says why a model keeps its full head.
+    `reason` says why a model keeps its full head. `label_smoothing` counts in training, and not in evaluation.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, label_smoothing: float = 0.0) -> None:
         super().__init__(model)
+        self.label_smoothing = label_smoothing
         self.sparse = self.short = self.fused = False
         self._last: Any = model.get_output_embeddings()
         self._target_index: Tensor | None = None
@@ -189,14 +190,14 @@ class SparseHead(Head):
 
         Only their sum has a gradient where the model is `fused`: take `logits` for anything else.
         """
-        kind = input_ids_T.device.type
+        kind, smoothing = input_ids_T.device.type, self.label_smoothing if self.training else 0.0
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         if not self.fused or half:  # small probabilities need the scaled loss in half precision
             logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
-            return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none")
+            return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none", label_smoothing=smoothing)
         with _left_out(self._last):
             hidden_NxH = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
-        return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N)
+        return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N, smoothing)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
@@ -245,7 +246,9 @@ class SparseHead(Head):
         return reason
 
     def _try_short(self, expected_NxV: Tensor) -> None:
-        if not self.sparse or not self.layers:
+        # A layer that is computed again on the way back would no longer know the targets.
+        again = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if not self.sparse or not self.layers or again:
             return
         for names in AFTER_ATTENTION:
             try:

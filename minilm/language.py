@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
@@ -41,6 +42,8 @@ def _first(documents: Documents, count: int | None) -> Documents:
 class LanguageModel:
     """The part of an objective (`minilm.objectives.Objective`) that every language model shares."""
 
+    settings: Any
+    """Those of the objective in `minilm.config`."""
     causal: bool
     """Special tokens begin and end each document, and not each example."""
     predicted: str
@@ -73,7 +76,7 @@ class LanguageModel:
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
         """The network with its head at the targets alone."""
-        return SparseHead(network)
+        return SparseHead(network, label_smoothing=self.settings.label_smoothing)
 
     def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         """Loss, perplexity and bits per byte, beside a unigram model's."""

@@ -12,20 +12,33 @@ from torch.nn import functional as F
 _LOGITS, _LOGITS_ON_CPU = 2**26, 2**23  # in memory at a time: 256 MiB; 32 MiB where caches matter more than launches
 
 
-def linear_cross_entropy(hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """-log softmax(hidden weight^T + bias) at each target, nats, float32[N].
+
+    A share of `smoothing` is the mean over the vocabulary instead (Szegedy et al. 2016, section 7).
 
     The products are taken in the type of autocast, or else in that of `hidden_NxH`. Gradients are taken on the way
     forward, while the logits are there, so that nothing is computed twice: those of the sum over the targets, and a
     RuntimeError for anything else.
     """
-    result: Tensor = _LinearCrossEntropy.apply(hidden_NxH, weight_VxH, bias_V, target_N)  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NxH, weight_VxH, bias_V, target_N, smoothing
+    )
     return result
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NxH: Tensor,
+        weight_VxH: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        smoothing: float,
+    ) -> Tensor:
         inputs = (hidden_NxH, weight_VxH, bias_V)
         gradients = [
             torch.zeros_like(x) if x is not None and needed else None
@@ -38,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             bias = None if bias_V is None else bias_V.to(kind)
             rows = max(1, (_LOGITS_ON_CPU if device == "cpu" else _LOGITS) // weight_VxH.shape[0])
             nats = [
-                _part(hidden[at : at + rows], weight, bias, target_N[at : at + rows], at, gradients)
+                _part(hidden[at : at + rows], weight, bias, target_N[at : at + rows], smoothing, at, gradients)
                 for at in range(0, len(target_N), rows)
             ]
         ctx.gradients = gradients
@@ -50,19 +63,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("only the sum of these losses has a gradient; take the logits for any other")
         scale = gradient_N[:1].sum()
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if x is None else x.mul_(scale) for x in gradients), None
+        return *(None if x is None else x.mul_(scale) for x in gradients), None, None
 
 
 def _part(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, at: int, gradients: list[Tensor | None]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    smoothing: float,
+    at: int,
+    gradients: list[Tensor | None],
 ) -> Tensor:
     """The nats of some targets, the first of which is number `at`; adds to the gradients that are wanted."""
     log_p = F.linear(hidden, weight, bias).float().log_softmax(-1)
     nats = -log_p.gather(1, target[:, None]).squeeze(1)
+    if smoothing:
+        nats = (1 - smoothing) * nats - smoothing * log_p.mean(-1)
     of_hidden, of_weight, of_bias = gradients
     if of_hidden is not None or of_weight is not None or of_bias is not None:
         error = log_p.exp_()
-        error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), -1.0))
+        error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), smoothing - 1.0))
+        if smoothing:
+            error -= smoothing / error.shape[1]
         if of_bias is not None:
             of_bias += error.sum(0)
         error = error.to(hidden.dtype)

@@ -1,7 +1,8 @@
 """The model: any Hugging Face language model, loaded or built."""
 
+import fnmatch
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from minilm.config import Model, closest
 from minilm.hub import loading
+from minilm.packing import ATTENTION
 
 log = logging.getLogger("minilm")
 
@@ -31,8 +40,7 @@ def load_model(
     `auto` is the class of transformers that knows the models with the head wanted, `fields` what the data decide in the
     model's configuration. Raises ValueError when the name
     cannot be loaded, a configuration field does not exist, the vocabulary is larger than the embedding, or the model
-    has fewer positions than
-    `max_length`.
+    has fewer positions than `max_length`, or `freeze`, `attention` or `gradient_checkpointing` do not fit the model.
     """
     torch.manual_seed(seed)  # new heads are random too
     fields = fields or {}
@@ -49,7 +57,47 @@ def load_model(
     positions = longest_input(network)
     if positions is not None and max_length > positions:
         raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
+    if model.gradient_checkpointing:
+        if not network.supports_gradient_checkpointing:
+            raise ValueError(f"{type(network).__name__} has no gradient checkpointing: leave it out")
+        # Its name from transformers 5.23 on, and the one before.
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    _choose_attention(network, model.attention)
+    _freeze(network, model.freeze)
     return network
+
+
+def _choose_attention(network: PreTrainedModel, name: str) -> None:
+    """Take the attention of transformers by this name; `auto` leaves the choice to `minilm.head`."""
+    if name == "auto":
+        return
+    known = [
+        "auto",
+        "eager",
+        *(key for key in AttentionInterface().valid_keys() if "|" not in key and key != ATTENTION),
+    ]
+    if name not in known:
+        raise ValueError(f"model.attention {closest(name, known)}")
+    try:
+        network.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"model.attention {name} cannot be had with {type(network).__name__}: {said}") from error
+    network.attention_is_chosen = True  # type: ignore[assignment]
+
+
+def _freeze(network: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Take the parameters that match a pattern (of fnmatch) out of training; a tied one goes by any of its names."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matching = fnmatch.filter(parameters, pattern)
+        if not matching:
+            raise ValueError(f"model.freeze matches no parameter: {closest(pattern, list(parameters))}")
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(f"model.freeze {' '.join(patterns)} leaves nothing to train: name less")
 
 
 def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:

@@ -6,18 +6,46 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from minilm.config import Optim
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Fused AdamW over two groups: matrices and embeddings with weight decay, vectors (biases, norms) without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    """Fused AdamW over groups: matrices and embeddings with weight decay, vectors (biases, norms) without.
+
+    With a layer decay there are two groups for each depth; a group's `scale` is its share of the learning rate. Raises
+    ValueError where the model has no layers to tell apart.
+    """
+    scales = {} if optim.layer_decay == 1 else layer_scales(model, optim.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scales.get(parameter, 1.0), parameter.ndim >= 2), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0, "scale": scale}
+        for (scale, decays), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Each parameter's share of the learning rate, decay^depth (Clark et al. 2020, appendix B; Bao et al. 2022).
+
+    The depth is 0 for what follows the layers (norms, poolers, heads), 1 to n for the n layers from the top, and n + 1
+    for what comes before them, the embeddings. Weights that a head shares with the embeddings are theirs.
+    """
+    network = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    count = network.config.num_hidden_layers
+    lists = [m for m in network.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ValueError(f"{type(network).__name__} has no list of layers: leave optim.layer_decay at 1")
+    below = {parameter: count - number for number, layer in enumerate(lists[0]) for parameter in layer.parameters()}
+    depth, scales = count + 1, {}
+    for parameter in network.base_model.parameters():  # in the order in which they are used
+        depth = below.get(parameter, depth if depth > count else 0)
+        scales[parameter] = decay**depth
+    return scales
 
 
 def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:

@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
     *("run.load_best", "run.patience"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
+    *("model.gradient_checkpointing", "model.attention"),
 )
 
 

@@ -78,7 +78,7 @@ def train_step(
     loss = accelerator.reduce(loss) / targets.clamp(min=1)
     grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
     skip_unless_finite(accelerator, optimizer, grad_norm)
     optimizer.step()
     optimizer.zero_grad()

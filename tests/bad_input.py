@@ -228,6 +228,16 @@ ENTRIES: dict[str, Entry] = {
     ),
     "value of the wrong type": Entry(flags="--batch.examples many", says="many"),
     "unknown choice": Entry(flags="--batch.layout block", says="blocks"),
+    "nothing to freeze": Entry(
+        flags="--model.name bert --model.freeze bert.encoder.leyer.0.*", says="did you mean 'bert.encoder.layer.0."
+    ),
+    "everything frozen": Entry(flags="--model.name bert --model.freeze *", says="leaves nothing to train"),
+    "unknown attention": Entry(flags="--model.name bert --model.attention spda", says="did you mean 'sdpa'"),
+    "attention that is not installed": Entry(
+        flags="--model.name bert --model.attention flash_attention_2", says="flash_attention_2 cannot be had"
+    ),
+    "layer decay 1.5": Entry(flags="--optim.layer-decay 1.5", says="optim.layer_decay must lie in (0, 1]"),
+    "label smoothing 1": Entry(flags="--objective.label-smoothing 1", says="objective.label_smoothing=1"),
     "rate 1.5": Entry(flags="--objective.rate 1.5", says="objective.rate"),
     "lr -1": Entry(flags="--optim.lr -1", says="optim.lr"),
     "lr nan": Entry(flags="--optim.lr nan", says="optim.lr"),

@@ -47,6 +47,25 @@ def test_losses_and_gradients_are_those_of_the_logits(
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("at_a_time", [7, 100])
+@pytest.mark.parametrize("smoothing", [0.1, 0.7])
+def test_smoothed_losses_and_gradients_are_torchs(
+    smoothing: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", at_a_time * V)
+    values = inputs()
+
+    def ours(*values: Any) -> Tensor:
+        return linear_cross_entropy(*values, smoothing)
+
+    def theirs(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight, bias), target, reduction="none", label_smoothing=smoothing)
+
+    torch.testing.assert_close(ours(*values), theirs(*values), rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients(ours, values), gradients(theirs, values), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_one(frozen: tuple[int, ...]) -> None:
     values = inputs()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minilm.batch import Collator, target_nats
-from minilm.plan import cut
+from minilm.plan import cut_alike
 from minilm.progress import progress_bar
 from minilm.tokens import Examples
 
@@ -72,11 +72,11 @@ class Evaluator:
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Evaluation:
         """Evaluate every example once, shared among the processes, all of which return the same totals.
 
-        The masks are those of the collator's epoch 0, whatever the number of processes.
+        The masks are those of the collator's epoch 0, and each forward pass is the same, whatever the number of
+        processes. So the totals are the same to the bit where the model and a process's hardware and threads are.
         """
         lengths, padded, multiple = self.examples.lengths, self.collator.padded, self.collator.multiple
-        ids, processes = np.arange(len(lengths)), accelerator.num_processes
-        parts = cut(ids, lengths, self.micro_tokens, processes, padded=padded, multiple=multiple)
+        parts = cut_alike(lengths, self.micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple)
         mine = parts[accelerator.process_index]
         nats, targets_V = [], np.zeros(len(self.unigram), np.int64)
         training = model.training
@@ -87,16 +87,19 @@ class Evaluator:
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))
                 nats.append(target_nats(model, batch.to(accelerator.device)))
         model.train(training)
-        total = sum(float(part.cpu().double().sum()) for part in nats)  # on the host: not every device has float64
-        ours = [total, targets_V.sum(), (targets_V * self.bytes_per_token).sum(), (targets_V * self.unigram).sum()]
-        totals = _sum_over_processes(accelerator, np.array(ours, np.float64))
-        return Evaluation(nats=totals[0], targets=round(totals[1]), utf8_bytes=round(totals[2]), unigram_nats=totals[3])
+        # On the host: not every device has float64. So its bits travel as int64.
+        sums = np.array([float(part.cpu().double().sum()) for part in nats])
+        everyones = _gathered(accelerator, sums.view(np.int64)).view(np.float64)
+        targets_V = _gathered(accelerator, targets_V).sum(0)
+        return Evaluation(
+            nats=math.fsum(everyones.flat),
+            targets=int(targets_V.sum()),
+            utf8_bytes=int((targets_V * self.bytes_per_token).sum()),
+            unigram_nats=float((targets_V * self.unigram).sum()),
+        )
 
 
-def _sum_over_processes(accelerator: Accelerator, ours: NDArray[np.float64]) -> list[float]:
-    """Each entry summed over all processes, in the order of the ranks; the bits of float64 travel as int64."""
-    if accelerator.num_processes == 1:
-        return [float(x) for x in ours]
-    bits = torch.from_numpy(ours.view(np.int64)).to(accelerator.device)
-    gathered = accelerator.gather(bits[None]).cpu().numpy().view(np.float64)
-    return [float(math.fsum(column)) for column in gathered.T]
+def _gathered(accelerator: Accelerator, ours: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each process's array, a row each."""
+    gathered: NDArray[np.int64] = accelerator.gather(torch.from_numpy(ours[None]).to(accelerator.device)).cpu().numpy()
+    return gathered

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minilm.batch import Collator
-from minilm.plan import cut
+from minilm.plan import cut_alike
 from minilm.progress import progress_bar
 from minilm.tokens import Examples
 
@@ -108,8 +108,7 @@ class ClassEvaluator:
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
         """Classify every example once, shared among the processes, all of which return the same."""
         lengths, padded, multiple = self.examples.lengths, self.collator.padded, self.collator.multiple
-        everyone, processes = np.arange(len(lengths)), accelerator.num_processes
-        parts = cut(everyone, lengths, self.micro_tokens, processes, padded=padded, multiple=multiple)
+        parts = cut_alike(lengths, self.micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple)
         mine = parts[accelerator.process_index]
         done: list[tuple[NDArray[np.int64], torch.Tensor]] = []
         training = model.training
@@ -120,7 +119,7 @@ class ClassEvaluator:
                 logits = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
                 done.append((ids, logits))
         model.train(training)
-        table_ExC = torch.zeros(len(everyone), done[0][1].shape[1])
+        table_ExC = torch.zeros(len(lengths), done[0][1].shape[1])
         for ids, logits in done:
             table_ExC[ids] = logits.float().cpu()
         # An example is one process's, and zero everywhere else, so that the sum is exact.

@@ -140,6 +140,18 @@ def cut(
     return [[part[rank] for part in rounds] for rank in range(processes)]
 
 
+def cut_alike(
+    lengths: Ids, micro_tokens: int, processes: int, *, padded: bool = False, multiple: int = 1
+) -> list[list[Ids]]:
+    """All examples cut into micro-batches as for one process, and dealt out; returns `[process][k]` arrays of ids.
+
+    Every process gets k; the last of some may be empty.
+    """
+    (parts,) = cut(np.arange(len(lengths)), lengths, micro_tokens, padded=padded, multiple=multiple)
+    parts += [np.arange(0)] * (-len(parts) % processes)
+    return [parts[rank::processes] for rank in range(processes)]
+
+
 def _deal(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]]:
     """Give each size, longest first, to the part that has the least so far (Graham 1969); returns indices by part."""
     # At most j sizes of more than micro_tokens / (j + 1) fit into a part.

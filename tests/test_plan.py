@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minilm.plan import Ids, Plan, Step, cut
+from minilm.plan import Ids, Plan, Step, cut, cut_alike
 
 SKEWED = np.random.default_rng(0).lognormal(3.5, 1.0, 5000).astype(np.int64).clip(3, 512)
 
@@ -281,3 +281,16 @@ def test_fewer_examples_than_processes_are_refused() -> None:
 def test_the_last_step_gives_a_process_without_examples_an_empty_micro_batch(padded: bool) -> None:
     plan = Plan(np.array([5, 6, 7, 8]), examples=3, micro_tokens=100, processes=3, padded=padded)
     assert [[len(part) for part in mine] for mine in plan.step(1).micro_batches] == [[1], [0], [0]]
+
+
+@thorough
+@given(sizes, st.integers(1, 200), st.integers(1, 5), st.booleans())
+def test_an_evaluation_has_the_same_micro_batches_on_any_number_of_processes(
+    lengths: Ids, micro_tokens: int, processes: int, padded: bool
+) -> None:
+    (alone,) = cut_alike(lengths, micro_tokens, 1, padded=padded)
+    dealt = cut_alike(lengths, micro_tokens, processes, padded=padded)
+    assert len({len(parts) for parts in dealt}) == 1
+    everyones = [part.tolist() for parts in dealt for part in parts if len(part)]
+    assert sorted(everyones) == sorted(part.tolist() for part in alone)
+    assert sorted(itertools.chain(*everyones)) == list(range(len(lengths)))

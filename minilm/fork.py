@@ -39,6 +39,8 @@ def begin(config: Config, name: str) -> Begun:
     if config.run.resume is not None:
         raise ValueError("this recipe writes no checkpoints to go on from: leave run.resume out")
     accelerator, precision = start(config.run)
+    if accelerator.is_fsdp2:
+        raise ValueError("the loop of this recipe does not shard: launch it with --multi_gpu in place of --use_fsdp")
     folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))

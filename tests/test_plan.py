@@ -283,7 +283,7 @@ def test_the_last_step_gives_a_process_without_examples_an_empty_micro_batch(pad
     assert [[len(part) for part in mine] for mine in plan.step(1).micro_batches] == [[1], [0], [0]]
 
 
-@thorough
+@settings(deadline=None, max_examples=50)
 @given(sizes, st.integers(1, 200), st.integers(1, 5), st.booleans())
 def test_an_evaluation_has_the_same_micro_batches_on_any_number_of_processes(
     lengths: Ids, micro_tokens: int, processes: int, padded: bool

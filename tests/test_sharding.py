@@ -3,11 +3,13 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
+import minilm.fork
 from minilm import Config, Data
 from minilm.sharding import asked_for_sharding
 from tests.jobs import CONFIG, end_of, finish_all, start, write_text
@@ -137,3 +139,9 @@ def test_other_kinds_of_sharding_are_refused(environment: dict[str, str], said: 
     assert asked_for_sharding(environment) is None
     with pytest.raises(ValueError, match=said):
         asked_for_sharding({"ACCELERATE_USE_FSDP": "true", **environment})
+
+
+def test_a_loop_of_ones_own_is_not_sharded(monkeypatch) -> None:
+    monkeypatch.setattr(minilm.fork, "start", lambda run: (SimpleNamespace(is_fsdp2=True), None))
+    with pytest.raises(ValueError, match="does not shard: launch it with --multi_gpu"):
+        minilm.fork.begin(CONFIG, "mine")

@@ -54,7 +54,7 @@ class Head(nn.Module):
     def layers(self) -> nn.ModuleList | tuple[()]:
         """The model's layers in a row, or () where they cannot be told."""
         lists = [module for module in self.model.base_model.modules() if isinstance(module, nn.ModuleList)]
-        count = getattr(self.model.config, "num_hidden_layers", None)
+        count = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
         return next((layers for layers in lists if len(layers) == count), ())
 
     @property
@@ -301,12 +301,21 @@ def _left_out(module: nn.Module) -> Iterator[None]:
 
 
 def freeze_unused(head: Head) -> None:
-    """Freeze the parameters that the logits do not depend on (poolers, for one): DDP would wait for their gradients."""
+    """Freeze the parameters that the logits do not depend on (poolers, for one): DDP would wait for their gradients.
+
+    Raises ValueError for a model that cannot be trained on rows of any length, as Reformer and Funnel.
+    """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     device = trained[0].device
     ids_T = torch.full((8,), vocabulary_size(head.model) - 1, device=device)
-    packing = pack([8]).map(lambda tensor: tensor.to(device))
-    total = head.logits(ids_T, packing, torch.zeros(1, dtype=torch.int64, device=device)).sum()
-    gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    packing = pack([7, 1], grouped=head.padding_free).map(lambda tensor: tensor.to(device))
+    training = head.training
+    try:
+        total = head.train().logits(ids_T, packing, torch.zeros(1, dtype=torch.int64, device=device)).sum()
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{type(head.model).__name__} cannot be trained on rows of any length: {why}") from error
+    head.train(training)
     for parameter in [p for p, gradient in zip(trained, gradients, strict=True) if gradient is None]:
         parameter.requires_grad_(False)

@@ -217,7 +217,8 @@ def longest_input(network: PreTrainedModel) -> int | None:
         getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")
     ]
     if (embedding := _position_embedding(network)) is not None:
-        limits.append(embedding.weight.shape[0] - position_offset(network))
+        # ProphetNet, which has n-grams, looks one position further.
+        limits.append(embedding.weight.shape[0] - position_offset(network) - hasattr(config, "ngram"))
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 

@@ -8,10 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 # What a field is cut down to, by the first pattern that its whole name matches. A field that is smaller stays as it is.
 _SIZES = (
     (r".*(qk_rope|qk_nope|v|linear_key|linear_value|index|swa|global|linear|kv|mamba|nope|rope)_head_dim", 8),
-    (
-        r"head_dim|d_head|d_kv|dim_head|kv_channels|attention_head_size|mamba_d_head|mamba_headdim|rotary_dim|qk_head_dim",
-        8,
-    ),
+    (r"head_dim|d_head|d_kv|dim_head|kv_channels|attention_head_size|mamba_d_head|mamba_headdim|rotary_dim", 8),
     (r".*(num_key_value_heads|num_kv_heads|num_query_groups)", 2),
     (r".*(attention_heads|n_heads?|num_heads|key_heads|value_heads|linear_num_heads)", 4),
     (
@@ -32,10 +29,7 @@ _SIZES = (
         r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*_max_length|max_(source|target)_positions|context_length",
         64,
     ),
-    (
-        r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|keep_window_size",
-        8,
-    ),
+    (r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size", 8),
     (r".*chunk_size|block_size|.*chunk_length", 16),
     (r".*state_size|mamba_d_state", 8),
     (r".*ngram_vocab_size_base|encoder_hash_byte_group_vocab|.*vocab(ulary)?_size|vocab_size_per_layer_input", 400),
@@ -49,8 +43,6 @@ OWN: dict[str, dict[str, Any]] = {
     "neomme": {"head_dim": 16},
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
-    "bamba": {"mamba_n_heads": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8},
     "mamba2": {"num_heads": 8},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -58,9 +50,17 @@ OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {"num_hidden_layers": 8},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "perceiver": {"d_latents": 32, "num_latents": 8},
 }
 

@@ -12,9 +12,9 @@ import inspect
 import json
 import logging
 import os
+import resource
 import signal
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ from tests.tiny import tiny_config
 
 LENGTHS = (30, 17, 17, 12, 5, 2, 1)
 CUTS = ((range(7),), (range(1), range(1, 4), range(4, 7)))  # a step as one micro-batch, and as three
-LONGEST, VOCABULARY, LIMIT = 32, 300, 60  # tokens, tokens, seconds
+LONGEST, VOCABULARY, LIMIT = 32, 300, 60  # tokens, tokens, seconds of a processor
 TOLERANCE, GRADIENT = 1e-5, 1e-4  # relative; the second for float32 sums over the tokens in another order
 NO_TARGET = -100
 Gradients = dict[str, Tensor]
@@ -129,7 +129,7 @@ def measure(head: str, kind: str) -> Result:
 
 
 def attempt(result: Result) -> None:
-    """Fill in the result; of a model that was refused because it is an encoder, that of the decoder that it can be."""
+    """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
     objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head)
     step = "not built"
     try:
@@ -156,8 +156,6 @@ def attempt(result: Result) -> None:
         result.refused |= step == "refused" and known
         result.decoder |= "is_decoder" in str(error).replace("-", "_")
         result.why = f"{step if result.refused or step != 'refused' else 'fails'}: {said(error)}"
-        if os.environ.get("MATRIX_TRACE"):
-            traceback.print_exc()
 
 
 def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -256,28 +254,31 @@ def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Ten
 
 @cache
 def tokenizer_for(head: str) -> PreTrainedTokenizerBase:
+    """A small tokenizer, trained on numbers."""
     documents = Dataset.from_dict({"text": [f"{i} and {i * i} make {i + i * i}, all told." for i in range(200)]})
     return train_tokenizer(documents, "bpe", VOCABULARY, causal=head == "causal")
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Random rows of LENGTHS."""
     rng = np.random.default_rng(0)
     return [rng.integers(5, len(tokenizer), length) for length in LENGTHS]
 
 
 def said(error: BaseException) -> str:
+    """In one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def alone(head: str, kind: str) -> Result:
-    """`measure` in a process of its own, for at most LIMIT seconds."""
+    """`measure` in a process of its own, for at most LIMIT seconds of a processor."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
-        signal.alarm(LIMIT)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
+        signal.alarm(10 * LIMIT)
         with contextlib.suppress(BaseException), os.fdopen(write, "w") as pipe:
             with open(os.devnull, "w") as nowhere:
-                if not os.environ.get("MATRIX_TRACE"):
-                    os.dup2(nowhere.fileno(), 2)
+                os.dup2(nowhere.fileno(), 2)
             pipe.write(json.dumps(asdict(measure(head, kind))))
         os._exit(0)
     os.close(write)
@@ -286,7 +287,7 @@ def alone(head: str, kind: str) -> Result:
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if told:
         return Result(**json.loads(told))
-    why = f"no end in {LIMIT} s" if ended == -signal.SIGALRM else f"its process died ({ended})"
+    why = f"no end in {LIMIT} s" if ended in (-signal.SIGALRM, -signal.SIGXCPU) else f"its process died ({ended})"
     return Result(head=head, kind=kind, why=why)
 
 
@@ -303,8 +304,8 @@ def line(result: Result) -> str:
     head = "sparse" if result.shortcuts["sparse"] else "full"
     layout = "packed" if result.shortcuts["padding_free"] else "alone" if result.shortcuts["alone"] else "padded"
     fused = "fused" if result.shortcuts["fused"] else ""
-    reason = ("is_decoder=True; " if result.decoder else "") + result.reason[:100]
-    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5} HF: {result.trainer[:110]} | {reason}"
+    notes = "; ".join(filter(None, ["with is_decoder=True" * result.decoder, result.reason[:100]]))
+    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5}  Trainer: {result.trainer[:110]:22} {notes}"
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:
@@ -312,7 +313,7 @@ def summary(results: Sequence[Result]) -> dict[str, int]:
     return {
         "in mapping": len(results),
         "built": sum(result.built for result in results),
-        "refused": sum(result.refused for result in results),
+        "refused as it comes": sum(result.refused for result in results),
         "loss and gradients equal": sum(result.equal for result in results),
         "sparse": sum(result.shortcuts.get("sparse", False) for result in results),
         "packed": sum(result.shortcuts.get("padding_free", False) for result in results),
@@ -322,6 +323,7 @@ def summary(results: Sequence[Result]) -> dict[str, int]:
 
 
 def quiet() -> None:
+    """One thread, and no word but the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)

@@ -36,6 +36,13 @@ _SIZES = (
 )
 
 
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 1,
+}
 # What else a type needs.
 OWN: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
@@ -44,8 +51,13 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
+    "longcat_flash": {"qk_head_dim": 16},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -56,11 +68,18 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "zamba": {"num_hidden_layers": 8},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "zamba": {"num_hidden_layers": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "perceiver": {"d_latents": 32, "num_latents": 8},
 }
 
@@ -70,7 +89,7 @@ def tiny_fields(config: PretrainedConfig, own: dict[str, Any], ids: dict[str, in
     layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [0]
     needed = max(2, max(layers.index(kind) for kind in layers) + 1)
     fields: dict[str, Any] = {}
-    if hasattr(config, "kv_lora_rank") or hasattr(config, "q_lora_rank"):  # latent attention has no groups of heads
+    if {"kv_lora_rank", "q_lora_rank"} & config.to_dict().keys():  # latent attention has no groups of heads
         own = {"num_key_value_heads": 4, **own}
     for name, value in config.to_dict().items():
         if name in config.sub_configs:
@@ -85,10 +104,7 @@ def tiny_fields(config: PretrainedConfig, own: dict[str, Any], ids: dict[str, in
             size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), value)
             if size < value:
                 fields[name] = min(value, needed) if size == 2 and "layer" in name else size
-    return {
-        **fields,
-        **{name: value for name, value in own.items() if not isinstance(value, dict) or name not in fields},
-    }
+    return {**fields, **{name: value for name, value in own.items() if name not in config.sub_configs}}
 
 
 def tiny_config(kind: str, tokenizer: Any, *, decoder: bool = False) -> PretrainedConfig:

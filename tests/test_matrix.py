@@ -1,0 +1,72 @@
+"""The matrix of architectures on a few that need something each, and that it sees what is wrong."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import minilm.train
+from tests import matrix
+from tests.matrix import Result, alone, measure
+
+# What the head makes of them: at the targets alone, without padding, rows of one length only.
+TAKES = {
+    ("masked", "luke"): (True, False, False),  # cuts its hidden states to the length of a row
+    ("masked", "fnet"): (False, False, True),  # mixes all tokens of a row, padding too
+    ("masked", "bart"): (True, False, False),  # an encoder and a decoder
+    ("causal", "opt"): (True, True, False),  # calls the decoder inside its base model
+    ("causal", "gemma3"): (True, True, False),  # its text model's configuration is inside its own
+    ("causal", "roberta"): (True, True, False),  # sees later tokens unless it is told to be a decoder
+}
+
+
+@pytest.mark.parametrize(("head", "kind"), TAKES)
+def test_loss_and_gradients_are_those_of_the_plain_model_that_reads_each_row_alone(head: str, kind: str) -> None:
+    result = measure(head, kind)
+    assert result.equal, result
+    assert tuple(result.shortcuts[name] for name in ("sparse", "padding_free", "alone")) == TAKES[head, kind]
+    assert result.refused == result.decoder == (kind == "roberta")
+
+
+@pytest.mark.parametrize(("head", "kind"), [("masked", "funnel"), ("causal", "xlnet")])
+def test_what_cannot_be_trained_is_refused_in_one_line_before_training(head: str, kind: str) -> None:
+    result = measure(head, kind)
+    assert (result.built, result.refused, result.measured) == (True, True, False)
+    assert result.why.startswith("refused: ValueError: ")
+    assert "\n" not in result.why
+
+
+def test_a_wrong_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure("causal", "llama").trainer == "right"
+    right = minilm.train.loss_sum
+    monkeypatch.setattr(minilm.train, "loss_sum", lambda *given: right(*given) * 1.0001)
+    result = measure("causal", "llama")
+    assert result.measured
+    assert not result.equal
+    assert result.loss == pytest.approx(1e-4, rel=0.1)
+
+
+def test_wrong_gradients_are_seen() -> None:
+    right = {"a": torch.ones(3), "b": torch.ones(2)}
+    assert matrix.gradient_error(right, right) == 0
+    for wrong in ({"a": torch.ones(3)}, {**right, "a": torch.tensor([1.0, 1.0, 1.001])}):
+        assert matrix.gradient_error(wrong, right) > matrix.GRADIENT
+
+
+def _hangs(head: str, kind: str) -> Result:
+    signal.pause()
+    raise AssertionError
+
+
+def _crashes(head: str, kind: str) -> Result:
+    os.abort()
+
+
+@pytest.mark.parametrize(("way", "why"), [(_hangs, "no end in 1 s"), (_crashes, "its process died")])
+def test_a_model_that_hangs_or_crashes_does_not_end_the_command(
+    way: object, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "LIMIT", 1)
+    monkeypatch.setattr(matrix, "measure", way)
+    assert why in alone("masked", "bert").why

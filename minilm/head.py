@@ -307,8 +307,9 @@ def freeze_unused(head: Head) -> None:
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     device = trained[0].device
-    ids_T = torch.full((8,), vocabulary_size(head.model) - 1, device=device)
-    packing = pack([7, 1], grouped=head.padding_free).map(lambda tensor: tensor.to(device))
+    lengths = [min(_PROBE, longest_input(head.model) or _PROBE) - 1, 1]
+    ids_T = torch.full((sum(lengths),), vocabulary_size(head.model) - 1, device=device)
+    packing = pack(lengths, grouped=head.padding_free).map(lambda tensor: tensor.to(device))
     training = head.training
     try:
         total = head.train().logits(ids_T, packing, torch.zeros(1, dtype=torch.int64, device=device)).sum()

@@ -204,7 +204,10 @@ def check_causal(network: PreTrainedModel) -> None:
 
 def vocabulary_size(network: PreTrainedModel) -> int:
     """Rows of the embedding of the tokens, or what the configuration says of it."""
-    embedding = network.get_input_embeddings()
+    try:
+        embedding = network.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
     if isinstance(embedding, nn.Embedding):
         return embedding.num_embeddings
     return int(network.config.get_text_config().vocab_size)  # Perceiver's inputs are latents, I-BERT's are quantized

@@ -1,7 +1,6 @@
 """The matrix of architectures on a few that need something each, and that it sees what is wrong."""
 
 import os
-import signal
 
 import pytest
 import torch
@@ -55,8 +54,8 @@ def test_wrong_gradients_are_seen() -> None:
 
 
 def _hangs(head: str, kind: str) -> Result:
-    signal.pause()
-    raise AssertionError
+    while True:
+        pass
 
 
 def _crashes(head: str, kind: str) -> Result:

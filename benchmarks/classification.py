@@ -1,0 +1,158 @@
+"""minilm beside HF Trainer on a classification, to the end: accuracy, F1 and the time of training, seed by seed.
+
+    python benchmarks/classification.py MODEL --data.source mrpc_train.tsv --data.eval-source mrpc_validation.tsv \
+        --data.column sentence1 --data.pair-column sentence2 --data.label-column label
+
+The settings are those of recipes/classify.py, whose flags are taken too. Trainer gets the same examples, learning rate,
+schedule, warm-up, betas, weight decay, clipping, batch size and seed, its own random order and collator (padding to the
+longest) and fused AdamW. Each run is a process of its own, and they take turns. Both models are evaluated by minilm on
+the same examples; the time is that of the training steps alone. Results go to benchmarks/results as JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from minilm.config import Batch, Classification, Config, Model, Optim, Run
+from minilm.hardware import choose_precision, describe
+from minilm.objectives import build, objective_of, prepare
+from minilm.optim import warmup_steps
+from minilm.settings import parse
+from minilm.tokens import Examples
+from minilm.train import train
+
+CONFIG = Config(
+    objective=Classification(),
+    batch=Batch(examples=32, max_length=128),
+    optim=Optim(lr=2e-5, warmup=0.06),
+    run=Run(epochs=3.0, save_every=0),
+)
+RESULTS = Path(__file__).parent / "results"
+FIGURES = ("accuracy", "f1", "eval_loss", "train_seconds")
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    """minilm's examples as Trainer's rows."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        labels = self.examples.labels
+        assert labels is not None
+        row = {"input_ids": self.examples[index].tolist(), "labels": labels[index].tolist()}
+        return (
+            row if self.examples.types is None else {**row, "token_type_ids": self.examples.row_types(index).tolist()}
+        )
+
+
+class Clock(TrainerCallback):
+    """The seconds of training."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Note the beginning."""
+        self.begin = time.perf_counter()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the end."""
+        self.seconds = time.perf_counter() - self.begin
+
+
+def by_minilm(config: Config) -> dict[str, float]:
+    """The figures of a run of minilm."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(replace(config, run=replace(config.run, output_dir=folder)))
+
+
+def by_trainer(config: Config) -> dict[str, float]:
+    """The figures of a run of Trainer."""
+    transformers_logging.set_verbosity_error()
+    accelerator = Accelerator()
+    precision = choose_precision(config.run.precision, accelerator.device).name
+    prepared, objective, optim = prepare(config), objective_of(config.objective), config.optim
+    steps = round(config.run.epochs * -(-len(prepared.train) // config.batch.examples))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=config.batch.examples,
+            learning_rate=optim.lr,
+            lr_scheduler_type=optim.schedule,
+            warmup_steps=int(warmup_steps(optim, steps)),
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_epsilon=optim.eps,
+            weight_decay=optim.weight_decay,
+            max_grad_norm=optim.max_grad_norm,
+            seed=config.run.seed,
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        model = build(config, prepared)
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Rows(prepared.train),
+            data_collator=DataCollatorWithPadding(prepared.tokenizer),
+            callbacks=[clock],
+        ).train()
+    head = objective.head(model, prepared)
+    evaluator = objective.evaluator(prepared, config.batch.micro_tokens, padded=not head.padding_free, multiple=1)
+    return {**evaluator(accelerator, head).figures(), "train_seconds": clock.seconds}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], epilog="and the recipe's flags")
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of the model to fine-tune")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
+    options, rest = parser.parse_known_args()
+    config = parse(replace(CONFIG, model=Model(name=options.model)), arguments=rest)
+    results: dict[str, list[dict[str, float]]] = {"HF Trainer": [], "minilm": []}
+    context = multiprocessing.get_context("spawn")
+    for seed in range(options.seeds):
+        seeded = replace(config, run=replace(config.run, seed=seed))
+        for name, side in (("HF Trainer", by_trainer), ("minilm", by_minilm)):
+            with context.Pool(1) as pool:
+                figures = pool.apply(side, (seeded,))
+            results[name].append({key: figures[key] for key in FIGURES})
+            print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
+    hardware = describe(torch.device("cpu"))
+    print(
+        f"{hardware['device']}, {hardware['threads_per_process']} threads; mean of {options.seeds} seeds (their spread)"
+    )
+    print("             accuracy               F1                     seconds of training")
+    for name, runs in results.items():
+        columns = [[run[key] for run in runs] for key in ("accuracy", "f1", "train_seconds")]
+        cells = [f"{statistics.mean(c):.4g} ({min(c):.4g} to {max(c):.4g})" for c in columns]
+        print(f"{name:<11}  " + "  ".join(f"{cell:<21}" for cell in cells))
+    ratios = [a["train_seconds"] / b["train_seconds"] for a, b in zip(*results.values(), strict=True)]
+    print(f"minilm is {statistics.median(ratios):.2f} times faster ({min(ratios):.2f} to {max(ratios):.2f})")
+    slug = re.sub(r"[^a-z0-9]+", "-", str(hardware["device"]).lower()).strip("-")
+    path = RESULTS / f"classification-{slug}.json"
+    path.write_text(json.dumps({"hardware": hardware, "results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

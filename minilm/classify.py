@@ -70,8 +70,9 @@ class ClassHead(Head):
     attention runs on these first tokens alone.
     """
 
-    def __init__(self, model: PreTrainedModel, labels: Labels) -> None:
+    def __init__(self, model: PreTrainedModel, labels: Labels, *, label_smoothing: float = 0.0) -> None:
         super().__init__(model)
+        self.label_smoothing = label_smoothing
         self.short = False
         self._first_R: Tensor | None = None
         self._problem = labels.problem
@@ -95,7 +96,9 @@ class ClassHead(Head):
     ) -> Tensor:
         """The loss of each example, float32[N]; without labels the logits, float32[N, C]."""
         logits_NxC = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
-        return logits_NxC if labels is None else losses(logits_NxC, labels, self._problem, self._weight_C)
+        if labels is None:
+            return logits_NxC
+        return losses(logits_NxC, labels, self._problem, self._weight_C, self.label_smoothing)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
@@ -150,17 +153,20 @@ def _first_tokens(hidden_1xTxH: Tensor, first_R: Tensor) -> Tensor:
     return hidden_1xTxH[0].index_select(0, first_R)[:, None]
 
 
-def losses(logits_NxC: Tensor, labels: Tensor, problem: str, weight_C: Tensor | None = None) -> Tensor:
+def losses(
+    logits_NxC: Tensor, labels: Tensor, problem: str, weight_C: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """The loss of each example, float32[N].
 
-    single-label: -log softmax at the label (int64[N]), times the weight of its class. multi-label: the mean over labels
+    single-label: -log softmax at the label (int64[N]), of which `smoothing` goes to all classes alike (Szegedy et al.
+    2016, section 7), times the weight of its class. multi-label: the mean over labels
     of their binary cross entropies (labels float32[N, C]). regression: the squared error (labels float32[N]).
     """
     if problem == "regression":
         return F.mse_loss(logits_NxC[:, 0], labels, reduction="none")
     if problem == "multi-label":
         return F.binary_cross_entropy_with_logits(logits_NxC, labels, reduction="none").mean(1)
-    nats_N = F.cross_entropy(logits_NxC, labels, reduction="none")
+    nats_N = F.cross_entropy(logits_NxC, labels, reduction="none", label_smoothing=smoothing)
     return nats_N if weight_C is None else nats_N * weight_C[labels]
 
 
@@ -204,7 +210,7 @@ class Classify:
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> ClassHead:
         assert prepared.labels is not None
-        return ClassHead(network, prepared.labels)
+        return ClassHead(network, prepared.labels, label_smoothing=self.settings.label_smoothing)
 
     def collator(
         self,

@@ -1,5 +1,6 @@
 """From rows of any shape to documents: the columns `text`, `pair` and `label`, each by its own dotted path."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from datasets.fingerprint import Hasher
 
 from minilm.config import closest
 
+log = logging.getLogger("minilm")
 _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
 
 
@@ -31,6 +33,9 @@ def take_columns(
     for role, (name, *_) in paths.items():
         if name not in rows.column_names:
             raise ValueError(f"{source}: no column {closest(name, rows.column_names)} Pass {_FLAGS[role]}")
+    sibling = text.removesuffix("1") + "2"
+    if label and not pair and text.endswith("1") and sibling in rows.column_names:
+        log.warning(f"WARNING: there is {sibling} too, which is not read; for pairs pass --data.pair-column {sibling}")
     names = list(dict.fromkeys(name for name, *_ in paths.values()))
 
     def extract(*columns_and_indices: list[Any]) -> dict[str, list[Any]]:

@@ -182,11 +182,15 @@ class Classification:
     decimal point a regression."""
     class_weights: Literal["equal", "balanced"] = "equal"
     """What an example of a class counts in training: the same, or the less the more of them there are."""
+    label_smoothing: float = 0.0
+    """Share of each training target that is spread over all classes; evaluation has none."""
 
     def __post_init__(self) -> None:
         _check_choices("objective", self)
         single = self.problem in ("auto", "single-label")
         check(single or self.class_weights == "equal", "objective.class_weights balanced needs single labels")
+        check(single or not self.label_smoothing, "objective.label_smoothing needs single labels")
+        check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ class LanguageModel:
 
     def prepare(self, config: Config) -> Prepared:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
+        if config.data.pair_column is not None:
+            raise ValueError("data.pair_column: a language model reads one text; leave it out")
         train, held_out = _documents(config)
         needed = _needed(config, train)
         tokenizer = load_tokenizer(config.tokens, config.model.name, _first(train, needed[0]), causal=self.causal)

@@ -161,6 +161,9 @@ def _uniform(x: _Hashes) -> NDArray[np.float64]:
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+_ELSEWHERE = ("eval_rate", "label_smoothing")  # settings that are not the collator's
+
+
 class Masked(LanguageModel):
     """Masked LM."""
 
@@ -183,7 +186,7 @@ class Masked(LanguageModel):
         layout: dict[str, Any] = {"padded": padded, "multiple": multiple}
         if seed is None:
             return MaskedCollator(tokenizer, rate=self.settings.eval_rate, seed=2**63, **layout)
-        chosen = {name: value for name, value in vars(self.settings).items() if name != "eval_rate"}
+        chosen = {name: value for name, value in vars(self.settings).items() if name not in _ELSEWHERE}
         starts = examples.word_starts if self.words else None
         return MaskedCollator(tokenizer, seed=seed, word_starts=starts, **chosen, **layout)
 

@@ -24,6 +24,34 @@ def jsonl(*values: object) -> Callable[[], object]:
     return text("docs.jsonl", "".join(json.dumps({"text": value}) + "\n" for value in values))
 
 
+def labelled(*labels: object, **changed: object) -> Callable[[], object]:
+    """Prepare a file of texts in pairs with these labels; `changed` are cells of the second row."""
+
+    def prepare() -> None:
+        rows = [{"sentence1": f"text {i}", "sentence2": "more", "label": label} for i, label in enumerate(labels)]
+        rows[1] |= changed
+        Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return prepare
+
+
+def in_turn(*steps: Callable[[], object]) -> Callable[[], object]:
+    def prepare() -> None:
+        for step in steps:
+            step()
+
+    return prepare
+
+
+LABELLED = "--data.source docs.jsonl --data.column sentence1"
+PAIRS = f"{LABELLED} --data.pair-column sentence2"
+
+
+def classified(prepare: Callable[[], object], says: str, flags: str = PAIRS, **more: object) -> Entry:
+    """A mistake about labels or pairs."""
+    return Entry(recipe="classify.py", flags=flags, prepare=prepare, says=says, **more)
+
+
 def edit(name: str, **changes: object) -> Callable[[], object]:
     """Change entries of a JSON file."""
     return lambda: Path(name).write_text(json.dumps(json.loads(Path(name).read_text()) | changes))
@@ -138,10 +166,8 @@ ENTRIES: dict[str, Entry] = {
         prepare=jsonl("a", "b"),
         says="'txet': did you mean 'text'? There are: text",
     ),
-    "unknown column of a second text": Entry(
-        flags="--data.source docs.jsonl --data.pair-column txet",
-        prepare=jsonl("a", "b"),
-        says="'txet': did you mean 'text'? There are: text. Pass --data.pair-column",
+    "unknown column of a second text": classified(
+        labelled("yes", "no"), "'sentence3': did you mean 'sentence2'?", LABELLED + " --data.pair-column sentence3"
     ),
     "unknown task of GLUE": Entry(
         flags="--data.source nyu-mll/glue --data.config mprc", says="data.config names the task, not 'mprc': did you"
@@ -227,6 +253,45 @@ ENTRIES: dict[str, Entry] = {
         flags="--model.name bert --model.config hiden_size 3", says="did you mean 'hidden_size'"
     ),
     "value of the wrong type": Entry(flags="--batch.examples many", says="many"),
+    "label outside 0..n-1": classified(
+        labelled(*[1, 2] * 10), "from 0 to n-1, each with a training example: 0 has none"
+    ),
+    "negative label": classified(labelled(0, -2, *[1] * 20), "-2 is negative"),
+    "unseen label": classified(
+        in_turn(
+            labelled("yes", "maybe"), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled("yes", "no", "yes", "no")
+        ),
+        "'maybe'. There are: no, yes. No training example has it",
+        PAIRS + " --data.eval-source more.jsonl",
+    ),
+    "a single class": classified(labelled(*["yes"] * 20), "every training document has the label 'yes'"),
+    "no label": classified(labelled("yes", None, "no", "no"), "row 1"),
+    "no second text": classified(labelled("yes", "no", "no", "no", sentence2=None), "row 1"),
+    "hidden labels of a test set": classified(labelled(0, -1, 1, 0), "-1"),
+    "no label column": classified(
+        labelled("yes", "no", "no", "no"), "'lable': did you mean 'label'?", PAIRS + " --data.label-column lable"
+    ),
+    "words for a regression": classified(
+        labelled(*["yes", "no"] * 10), "a regression needs numbers", PAIRS + " --objective.problem regression"
+    ),
+    "labels of a .txt file": classified(lambda: None, "a .txt file has no labels", "--data.source docs.txt"),
+    "one sentence column of two": classified(
+        labelled(*["yes", "no"] * 20), "WARNING: there is sentence2 too", LABELLED, runs=True
+    ),
+    "a pair for a language model": Entry(
+        flags=PAIRS, prepare=labelled(1, 2), says="data.pair_column: a language model reads one text"
+    ),
+    "classification in blocks": classified(
+        labelled("yes", "no", "no", "no"), "batch.layout blocks joins documents", PAIRS + " --batch.layout blocks"
+    ),
+    "unknown figure": classified(
+        labelled(*["yes", "no"] * 20),
+        "run.best_metric 'acuracy': did you mean 'accuracy'?",
+        PAIRS + " --run.best-metric acuracy",
+    ),
+    "the best without checkpoints": Entry(
+        flags="--run.load-best --run.save-every 0", says="run.load_best takes a checkpoint: set run.save_every"
+    ),
     "unknown choice": Entry(flags="--batch.layout block", says="blocks"),
     "nothing to freeze": Entry(
         flags="--model.name bert --model.freeze bert.encoder.leyer.0.*", says="did you mean 'bert.encoder.layer.0."

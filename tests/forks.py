@@ -36,6 +36,8 @@ class Entry:
     prepare: Callable[[], object] = lambda: None
     says: str
     """A part of the line that must be there."""
+    recipe: str = ""
+    """The recipe; by default the main job, or where the flags name a model mlm_finetune.py."""
     hub: Literal["offline", "server", "unreachable"] = "offline"
     runs: bool = False
     """The run is warned of, and goes on to its end."""
@@ -82,6 +84,8 @@ def flags_of(entry: Entry) -> tuple[str, list[str]]:
     right = ["--run.max-steps", "2", "--run.output-dir", "out", "--run.precision", "fp32", "--batch.max-length", "32"]
     if "--data.source" not in flags:
         right += ["--data.source", "docs.txt"]
+    if entry.recipe:
+        return entry.recipe, ["--model.name", "classifier", *right, *flags]
     if "--model.name" in flags or "--run.resume" in flags:
         return "mlm_finetune.py", ["--model.name", "bert", *right, *flags]
     return "mlm_pydocs.py", [*TINY, *right, *flags]

@@ -135,6 +135,15 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
         assert weighed == pytest.approx(balanced.weights[ids[3:][i]] * plain, rel=1e-5)
 
 
+def test_smoothed_labels_are_those_of_torch_and_of_no_evaluation(tokenizer) -> None:
+    rows, labels = rows_for(), np.array([0, 2, 1, 1, 0, 2])
+    head = ClassHead(build(tokenizer, "bert", SINGLE), SINGLE, label_smoothing=0.2)
+    batch = ClassCollator(examples_for(rows, labels))(rows, np.arange(6), 0)
+    logits = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N)
+    expected = torch.nn.functional.cross_entropy(logits, batch.target_ids_N, label_smoothing=0.2, reduction="sum")
+    assert loss_sum(head, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 PAIRS = Dataset.from_dict(
     {"text": ["A short one.", "The quick brown fox."], "pair": ["Another.", "It jumps over the lazy dog. " * 5]}
 )

@@ -24,6 +24,7 @@ from minilm.optim import warmup_steps
 from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar
 from minilm.settings import to_dict
+from minilm.sources import source_facts
 from minilm.spikes import Spikes
 from minilm.tokens import Examples, Prepared
 
@@ -228,7 +229,7 @@ def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Say what is about to run, and write it to `run.json`, from which `--from-run` repeats it."""
     (folder / RESULTS).unlink(missing_ok=True)  # of an earlier run, or of an earlier end of this one
-    content = {"config": to_dict(config), **facts, "versions": versions()}
+    content = {"config": to_dict(config), **facts, "sources": source_facts(config.data), "versions": versions()}
     publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""

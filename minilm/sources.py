@@ -1,17 +1,19 @@
 """From a name to rows: files, folders, globs, saved datasets and the hub, read or streamed by the datasets library."""
 
 import glob
+import hashlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 
 from minilm.config import Data, closest
 from minilm.files import ending, refuse_null_rows, text_encoding, where_damaged
@@ -81,6 +83,49 @@ def stream_rows(data: Data, source: str, split: str, revision: str | None = None
         rows = _load(source, source, [], name=data.config, split=name, revision=revision, streaming=True)
     rows = rows.skip(start) if start else rows
     return (rows.take(max(0, int(stop) - start)) if stop else rows), files
+
+
+def source_facts(data: Data) -> dict[str, Any]:
+    """What tells the content of each source: the size and SHA-256 of its files, or the hub's revision, as JSON types.
+
+    Files of more than 1 GB in all are told by their sizes alone.
+    """
+    facts: dict[str, Any] = {}
+    for source in dict.fromkeys((*data.sources, data.eval_source)):
+        if source in ("pydocs", None):
+            continue
+        with suppress(ValueError, OSError):  # a dataset from the cache, when the hub does not answer
+            if not (files := files_of(source)):
+                facts[source] = {"revision": revision(source)}
+                continue
+            sizes = {name: os.path.getsize(name) for name in files}
+            hashed = sum(sizes.values()) <= 10**9
+            facts[source] = [
+                {"file": name, "bytes": size, "sha256": _sha256(name) if hashed else None}
+                for name, size in sizes.items()
+            ]
+    return facts
+
+
+def _sha256(name: str) -> str:
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(source: str) -> list[str]:
+    """The files of a source, those of a saved dataset among them; none where it is on the hub."""
+    path = os.path.expanduser(source)
+    if not _is_saved(path):
+        return local_files(source)
+    return sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
+
+
+def revision(source: str) -> str:
+    """The commit of a dataset on the hub. Raises ValueError where the hub does not say."""
+    try:
+        return str(HfApi().dataset_info(source, timeout=10).sha)
+    except Exception as error:  # of one of several libraries of HTTP
+        raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
 
 
 def _options(data: Data, source: str, split: str, files: list[str]) -> dict[str, object]:

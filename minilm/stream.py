@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from datasets import IterableDataset
-from huggingface_hub import HfApi
 
 from minilm.columns import text_of
 from minilm.config import Data, closest
 from minilm.files import where_damaged
 from minilm.glue import with_glue_columns
-from minilm.hub import is_path, reason
-from minilm.sources import is_text, local_files, quiet_datasets, stream_rows
+from minilm.hub import reason
+from minilm.sources import files_of, is_text, quiet_datasets, revision, stream_rows
 
 _BATCH = 1000  # rows read at a time
 
@@ -74,15 +73,15 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
 def _stream(data: Data, source: str, split: str) -> Stream:
     """The documents of one split of a source that have a visible character."""
     column = "text" if is_text(source) else data.column  # a .txt file has no other
-    files = local_files(source) or _files_below(source)
-    revision = None if files else _revision(source)
+    files = files_of(source)
+    commit = None if files else revision(source)
     what = {"column": column, "document": data.document, "config": data.config, "split": split}
-    origin = [(name, os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files] if files else revision
+    origin = [(name, os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files] if files else commit
 
     def texts() -> Iterator[str]:
         with quiet_datasets():
             empty = True
-            for text in _texts_of(*stream_rows(data, source, split, revision), source, column):
+            for text in _texts_of(*stream_rows(data, source, split, commit), source, column):
                 if text.strip():
                     empty = False
                     yield text
@@ -107,22 +106,6 @@ def _texts_of(rows: IterableDataset, files: list[str], source: str, column: str)
             raise ValueError(f"{source}: no column {closest(name, list(batch))} Pass --data.column")
         for cell in batch[name]:
             yield text_of(cell, keys, source, column, next(row))
-
-
-def _files_below(source: str) -> list[str]:
-    """The files of a saved dataset."""
-    if not is_path(source):
-        return []
-    found = (os.path.join(at, name) for at, _, names in os.walk(os.path.expanduser(source)) for name in names)
-    return sorted(found)
-
-
-def _revision(source: str) -> str:
-    """The commit at which the hub holds a dataset now."""
-    try:
-        return str(HfApi().dataset_info(source, timeout=10).sha)
-    except Exception as error:  # of one of several libraries of HTTP
-        raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
 
 
 def _share(stream: Stream, fraction: float, *, inside: bool = True) -> Stream:

@@ -211,6 +211,14 @@ ENTRIES: dict[str, Entry] = {
         prepare=lambda: saved_dataset("saved"),
         says="the split 'train[:5z]' is not written like",
     ),
+    "share of a stream": Entry(
+        flags="--data.source docs.txt --data.streaming --data.split train[:10%]",
+        says="a stream takes no part such as train[:10%]",
+    ),
+    "stream of pydocs": Entry(flags="--data.source pydocs --data.streaming", says="data.streaming: pydocs is no"),
+    "truncated jsonl, streamed": Entry(
+        flags="--data.source docs.jsonl --data.streaming", prepare=truncated("docs.jsonl"), says="docs.jsonl, line 60"
+    ),
     "impossible model": Entry(flags="--model.config.num-attention-heads 3", says="model.config: The hidden size"),
     "unknown split": Entry(flags="--data.source docs.txt --data.split test", says="test"),
     "unknown evaluation split": Entry(flags="--data.source docs.txt --data.eval-split validation", says="validation"),

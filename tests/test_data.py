@@ -1,6 +1,7 @@
 """Documents: every source gives the same texts, every split is exact, and what is wrong is named in one line."""
 
 import gzip
+import hashlib
 import io
 import json
 from collections import Counter
@@ -15,6 +16,7 @@ from datasets import Dataset, DatasetDict
 
 from minilm.config import Data
 from minilm.data import load_documents
+from minilm.sources import source_facts
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
 TEXTS_SORTED = sorted(TEXTS)
@@ -287,3 +289,13 @@ def test_a_text_in_windows_1252_is_read_with_a_warning(tmp_path: Path, caplog: p
     train, held_out = load_documents(Data(source=str(tmp_path / "a.txt")), seed=0)
     assert sorted([*train["text"], *held_out[""]["text"]]) == sorted(["ascii", *lines])
     assert "a.txt, line 2: not UTF-8, so the file is read as Windows-1252" in caplog.text
+
+
+def test_the_facts_of_a_source_are_the_size_and_hash_of_each_file(tmp_path: Path) -> None:
+    data = _several(tmp_path, eval_source=str(tmp_path / "a.txt"))
+    content = (tmp_path / "b.jsonl").read_bytes()
+    facts = source_facts(data)
+    assert [*facts] == [*data.sources]
+    hashed = hashlib.sha256(content).hexdigest()
+    assert facts[data.sources[1]] == [{"file": data.sources[1], "bytes": len(content), "sha256": hashed}]
+    assert source_facts(Data()) == source_facts(Data(source="on/hub")) == {}

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from minilm import record
 from minilm.checkpoint import Progress
-from minilm.config import Config, MaskedLM, Model, Optim, Run
+from minilm.config import Config, Data, MaskedLM, Model, Optim, Run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
 from minilm.record import Recorder, announce, run_facts, write_card, write_results
@@ -260,9 +260,12 @@ def facts(tokenizer, monkeypatch) -> dict:
 
 
 def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
-    config = Config(objective=MaskedLM(rate=0.3), run=Run(output_dir=str(tmp_path), samples=("A [MASK].",)))
+    (tmp_path / "a.txt").write_text("words")
+    data, run = Data(source=str(tmp_path / "a.txt")), Run(output_dir=str(tmp_path), samples=("A [MASK].",))
+    config = Config(data=data, objective=MaskedLM(rate=0.3), run=run)
     announce(tmp_path, config, facts)
     content = json.loads((tmp_path / "run.json").read_text())
+    assert [file["bytes"] for file in content["sources"][data.source]] == [5]
     assert content["head"] == "full head (it mixes)"
     assert content["train"] == {"examples": 3, "tokens": 15, "fingerprint": "abc", "unknown": 1 / 15}
     assert content["eval"] == {"examples": 2, "tokens": 5, "fingerprint": "def", "unknown": 1 / 15}

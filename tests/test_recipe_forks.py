@@ -136,7 +136,7 @@ def test_divergences_are_those_of_plain_models_row_by_row(tokenizer: PreTrainedT
                 )
                 total_L += (p * (p / q).log()).sum(-1).mean(0)
             expected.append(total_L)
-        batch = collate_whole(ROWS, np.arange(4), 0)
+        batch = collate_whole(ROWS, np.arange(4), 0, 0.0)
         found_N = target_nats(fork_minilm.Distiller(student, teacher), batch)
     torch.testing.assert_close(found_N, torch.cat(expected), rtol=1e-4, atol=1e-6)
 

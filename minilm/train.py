@@ -273,7 +273,8 @@ def conclude(
     objective, samples = objective_of(config.objective), {}
     if config.run.samples:
         with quiet_transformers():
-            saved = objective.auto.from_pretrained(folder, dtype=torch.float32).to(network.device).eval()
+            saved = objective.auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        saved = saved.to(network.device).eval()
     for text in config.run.samples:
         samples[text] = objective.sample(saved, tokenizer, text)
         log.info(f"{text} -> {samples[text]}")

@@ -79,7 +79,7 @@ def sharded(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", *ACCELERATE.split()]
     job = start("accelerate", into(place / "out", config), place, planted=SHARDED, command=command)
     try:
-        assert job.gone(120), job.stderr.read_text()
+        assert job.gone(240), job.stderr.read_text()
         assert job.status() == 0, job.stderr.read_text()
         assert "FSDP2: of 9,900 parameters, the main process holds 4,950" in job.stderr.read_text()
     finally:

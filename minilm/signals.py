@@ -62,6 +62,17 @@ def die_with_parent() -> None:
     ):
         pdeathsig = 1  # PR_SET_PDEATHSIG in sys/prctl.h
         ctypes.CDLL(None).prctl(pdeathsig, signal.SIGTERM)
+        if _orphaned():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _orphaned() -> bool:
+    """Whether accelerate's launcher of one process died before it could be watched: init is the parent since.
+
+    Where init is the launcher, as in a container, the two are in one process group. (torchrun ends its own workers.)
+    """
+    alone = "ACCELERATE_DYNAMO_MODE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return alone and os.getppid() == 1 and os.getpgid(1) != os.getpgrp()
 
 
 def first_to_tell() -> bool:

@@ -1,7 +1,10 @@
 """The short form of tests/faults/signals.py, most of it without a launcher."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +14,7 @@ import pytest
 
 from tests.faults.signals import trial
 from tests.jobs import config_in, end_of, finish_all, start
-from tests.launch import read_log
+from tests.launch import ROOT, read_log
 
 
 @pytest.mark.scorecard(17)
@@ -49,6 +52,32 @@ def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
     resumed = replace(stopped, run=replace(stopped.run, resume="latest"))
     finish_all([(resumed, processes), (whole, processes)], tmp_path)
     assert end_of(folder) == end_of(tmp_path / "whole")
+
+
+ORPHAN = """
+import os, time
+if os.fork() == 0:
+    while os.getppid() == int(os.environ["LAUNCHER"]):
+        time.sleep(0.01)
+    from minilm.signals import ended_by_signals
+    try:
+        with ended_by_signals():
+            time.sleep(2 * (os.getppid() == 1))
+        print("never told" if os.getppid() == 1 else "not init's")
+    except KeyboardInterrupt as error:
+        print("told", *error.args)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_worker_whose_launcher_died_while_it_was_being_imported_ends() -> None:
+    code = 'import os; os.environ["LAUNCHER"] = str(os.getpid())' + ORPHAN
+    launched = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_MODE": "default", "PYTHONPATH": str(ROOT)}
+    worker = [sys.executable, "-c", code]
+    said = subprocess.run(worker, env={**os.environ, **launched}, capture_output=True, text=True, timeout=60).stdout
+    if "not init's" in said:
+        pytest.skip("something other than init takes care of orphans here")
+    assert said == f"told {signal.SIGTERM.value}\n"
 
 
 # The first process takes long; the other waits for it, here in a barrier, there inside a library.

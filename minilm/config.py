@@ -99,16 +99,19 @@ class Tokens:
 
     name: str | None = None
     """Hub id or folder of a tokenizer. Default: the model's; where the model is built from scratch, one is trained."""
-    kind: Literal["bpe", "wordpiece", "characters"] = "bpe"
-    """A trained tokenizer's algorithm: byte-level BPE, WordPiece (lower-cased, as BERT's), or a token a character."""
+    kind: Literal["bpe", "wordpiece", "unigram", "characters"] = "bpe"
+    """A trained tokenizer's algorithm: byte-level BPE, WordPiece (lower-cased), Unigram, or a token a character."""
     vocab_size: int = 8192
     """Size of a trained tokenizer's vocabulary, special tokens included; of characters there are as many as occur."""
+    extend: int = 0
+    """Words of the documents to add to a checkpoint's tokenizer: the most frequent of those that it splits."""
     overflow: Literal["split", "truncate"] = "split"
     """A document longer than batch.max_length becomes several examples (no token is dropped), or is cut off."""
 
     def __post_init__(self) -> None:
         _check_choices("tokens", self)
         check(self.vocab_size >= 300, f"tokens.vocab_size must be at least 300, not {self.vocab_size}")
+        check(self.extend >= 0, f"tokens.extend must be 0 or more, not {self.extend}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +147,7 @@ class MaskedLM:
     replaced: float = 0.1
     """Share of training's targets that a random token stands for; those neither masked nor replaced stay visible."""
     eval_rate: float = 0.15
-    """Share of the tokens that evaluation predicts. Its choice never changes: single tokens, of which it masks 80% and
-    replaces 10%, whatever training does."""
+    """Share of the tokens that evaluation predicts: always the same ones, split 80/10/10, whatever training does."""
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary; evaluation has none."""
 
@@ -156,10 +158,8 @@ class MaskedLM:
             value = getattr(self, name)
             check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
         for name in ("masked", "replaced"):
-            value = getattr(self, name)
-            check(0 <= value <= 1, f"objective.{name} must lie in [0, 1], not {value}")
-        together = self.masked + self.replaced
-        check(together < 1 + 1e-9, f"objective.masked and objective.replaced must sum to at most 1, not {together:g}")
+            check(0 <= getattr(self, name) <= 1, f"objective.{name} must lie in [0, 1], not {getattr(self, name)}")
+        check(self.masked + self.replaced < 1 + 1e-9, "objective.masked and objective.replaced sum to more than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.head import SparseHead
 from minilm.stream import Stream, chained, stream_documents
-from minilm.tokens import Documents, Prepared, encode, load_tokenizer, token_bytes
+from minilm.tokens import Prepared, encode, load_tokenizer, token_bytes
+from minilm.vocabulary import Documents
 
 
 def _documents(config: Config) -> tuple[Documents, Documents]:

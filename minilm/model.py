@@ -34,13 +34,15 @@ def load_model(
     seed: int,
     auto: Any = AutoModelForMaskedLM,
     fields: Mapping[str, Any] | None = None,
+    added: int = 0,
 ) -> PreTrainedModel:
     """The model in float32: `model.name`, or built from `model.type` and `model.config` with weights drawn by `seed`.
 
     `auto` is the class of transformers that knows the models with the head wanted, `fields` what the data decide in the
-    model's configuration. Raises ValueError when the name
-    cannot be loaded, a configuration field does not exist, the vocabulary is larger than the embedding, or the model
-    has fewer positions than `max_length`, or `freeze`, `attention` or `gradient_checkpointing` do not fit the model.
+    model's configuration, `added` how many of the tokenizer's last tokens are new to the model that is loaded. Raises
+    ValueError when the name cannot be loaded, a configuration field does not exist, the vocabulary is larger than the
+    embedding, the model has fewer positions than `max_length`, or `freeze`, `attention` or `gradient_checkpointing` do
+    not fit the model.
     """
     torch.manual_seed(seed)  # new heads are random too
     fields = fields or {}
@@ -49,11 +51,14 @@ def load_model(
     else:
         network = _load(model, model.name, auto, fields)
     rows = vocabulary_size(network)
-    if len(tokenizer) > rows:
+    known = len(tokenizer) - added
+    if known > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they do not belong "
+            f"the tokenizer has {known} tokens and the model's embedding {rows} rows: they do not belong "
             "together; leave --tokens.name out to take the model's own"
         )
+    if added and model.name is not None:
+        _add_rows(network, known, len(tokenizer))
     positions = longest_input(network)
     if positions is not None and max_length > positions:
         raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
@@ -174,6 +179,23 @@ def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> PreT
         )
     loaded: PreTrainedModel = network
     return loaded
+
+
+def _add_rows(network: PreTrainedModel, known: int, size: int) -> None:
+    """Make room for `size` tokens, in multiples of 64, and give all rows from `known` on the mean of those before.
+
+    Hewitt (2021), "Initializing new word embeddings for pretrained language models". The logit of a mean is the mean of
+    the logits, so that no new row is the likeliest before training; and those that no token has are never a target.
+    """
+    if size > vocabulary_size(network):
+        network.resize_token_embeddings(size, pad_to_multiple_of=64, mean_resizing=False)
+        head: Any = network.get_output_embeddings()
+        if not network.config.tie_word_embeddings and getattr(head, "bias", None) is not None:
+            head.bias = nn.Parameter(head.bias.detach().clone())  # transformers ties it to another, and saves but that
+    with torch.no_grad():
+        for layer in (network.get_input_embeddings(), network.get_output_embeddings()):
+            for weight in layer.parameters() if layer is not None else ():
+                weight[known:] = weight[:known].mean(0)
 
 
 @contextmanager

@@ -109,4 +109,5 @@ def build(config: Config, prepared: Prepared) -> PreTrainedModel:
         seed=config.run.seed,
         auto=objective_of(config.objective).auto,
         fields=prepared.fields,
+        added=config.tokens.extend,
     )

@@ -1,4 +1,4 @@
-"""From documents to token ids: load or train a tokenizer, encode once into a memory-mapped corpus, view it as examples.
+"""From documents to token ids: find a tokenizer, encode once into a memory-mapped corpus, view it as examples.
 
 A corpus is every document's ids one after the other, without special tokens, in one flat file. Layout and maximum
 length are views of it, so changing them encodes nothing again.
@@ -9,17 +9,15 @@ import itertools
 import json
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minilm.cache import building, cache_folder
 from minilm.config import Tokens
@@ -27,24 +25,10 @@ from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
 from minilm.stream import Stream
+from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
 from minilm.words import begins_word
 
 _VERSION = 3  # of the files below in the cache
-_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-_CAUSAL_SPECIAL = {
-    "bos_token": "<|endoftext|>",
-    "eos_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-    "unk_token": "<|unknown|>",
-}
-Documents: TypeAlias = Dataset | Stream
-_BATCH = 2000  # documents encoded at a time; the tokenizers library spreads them over all cores
 
 
 def load_tokenizer(
@@ -52,12 +36,17 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `tokens.name`, else of the model, else one trained on the column `text` of `documents`.
 
-    Raises ValueError when it cannot be loaded, or lacks a token that masked or `causal` LM needs. Code that comes with
-    it is not run.
+    With `tokens.extend`, words of the documents are added to one that was not trained. Raises ValueError when it cannot
+    be loaded or extended, or lacks a token that masked or `causal` LM needs. Code that comes with it is not run.
     """
     name = tokens.name or model_name
     if name is None:
-        return _trained(tokens, documents, causal)
+        if tokens.extend:
+            raise ValueError(
+                "tokens.extend adds to a tokenizer that exists; here one is trained: set tokens.vocab_size"
+            )
+        key = fingerprint(documents, tokens.kind, tokens.vocab_size, causal)
+        return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
     with loading(name, f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -65,84 +54,19 @@ def load_tokenizer(
     role = "end-of-text" if causal else "padding"
     if (tokenizer.eos_token_id if causal else tokenizer.pad_token_id) is None:
         raise ValueError(f"tokenizer {name!r} has no {role} token; pass another one with --tokens.name")
-    return tokenizer
+    if not tokens.extend:
+        return tokenizer
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), tokens.extend)
+    return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
 
 
-def _trained(tokens: Tokens, documents: Documents, causal: bool) -> PreTrainedTokenizerBase:
-    """A tokenizer trained on the documents, cached by their content."""
-    folder = cache_folder() / f"tokenizer-{fingerprint(documents, tokens.kind, tokens.vocab_size, causal)}"
+def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """What `build` gives, from the cache where it was built before."""
+    folder = cache_folder() / f"tokenizer-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal).save_pretrained(temporary)
+            build().save_pretrained(temporary)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def train_tokenizer(
-    documents: Documents, kind: str, vocab_size: int, *, causal: bool = False
-) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE (Radford et al. 2019, section 2.2) or WordPiece (as BERT's, lower-cased) on `text`, or take
-    every character of it for a token.
-
-    For masked LM it adds `[CLS]` and `[SEP]` around one text, and between and after two. A `causal` one adds nothing:
-    it has one special token, which ends a document.
-    """
-    roles = _CAUSAL_SPECIAL if causal else _SPECIAL
-    # In BPE, as in RoBERTa's, " [MASK]" stands for " word": the mask takes the space before it.
-    names = dict.fromkeys(roles.values())
-    special = [AddedToken(name, special=True, lstrip=name == "[MASK]" and kind == "bpe") for name in names]
-    if kind == "bpe":
-        tokenizer = _train_bpe(documents, vocab_size, special)
-    elif kind == "wordpiece":
-        tokenizer = _train_wordpiece(documents, vocab_size, special, roles["unk_token"])
-    else:
-        tokenizer = _collect_characters(documents, special, roles["unk_token"])
-    if not causal:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
-
-
-def _collect_characters(documents: Documents, special: list[AddedToken], unknown: str) -> Tokenizer:
-    characters = sorted({character for text in _texts(documents) for character in set(text)})
-    vocabulary = {token: index for index, token in enumerate([*(t.content for t in special), *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def _train_bpe(documents: Documents, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(_texts(documents), trainer, length=_count(documents))
-    return tokenizer
-
-
-def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
-    def empty(vocabulary: dict[str, int] | None = None) -> Tokenizer:
-        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        return tokenizer
-
-    # The trainer numbers the ## letters, which decide ties, in an order that differs from run to run. So learn them
-    # first, hand them over sorted as if they were special, and build the tokenizer anew from the vocabulary.
-    tokenizer = empty()
-    tokenizer.train_from_iterator(_texts(documents), trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
-    letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
-    tokenizer.train_from_iterator(_texts(documents), trainer, length=_count(documents))
-    tokenizer = empty(tokenizer.get_vocab())
-    tokenizer.add_special_tokens(special)
-    return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +222,9 @@ def _write_ids(
     with (
         _growing(folder / "ids.npy", np.dtype(kind)) as file,
         _growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
-        progress_bar(total=_count(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+        progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
-        for texts in _batches(documents):
+        for texts in in_batches(documents):
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             for index, ids in enumerate(encoded["input_ids"]):
                 row = np.concatenate((before, ids, after)).astype(kind)
@@ -347,6 +271,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = "ByteLevel" in json.dumps([backend["pre_tokenizer"], backend["decoder"]])
+    continuing, fallback = backend["model"]["type"] == "WordPiece", backend["model"].get("byte_fallback", False)
     special = set(tokenizer.all_special_ids)
     sizes = np.zeros(len(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
@@ -354,26 +279,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
             continue
         if byte_level:
             sizes[index] = len(token)
-        elif token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+        elif fallback and token.startswith("<0x") and token.endswith(">") and len(token) == 6:
             sizes[index] = 1
         else:
-            sizes[index] = len(token.removeprefix("##").replace("\u2581", " ").encode())
+            plain = token.removeprefix("##") if continuing else token
+            sizes[index] = len(plain.replace("\u2581", " ").encode())
     return sizes
-
-
-def _count(documents: Documents) -> int | None:
-    """How many there are, where that is known."""
-    return None if isinstance(documents, Stream) else len(documents)
-
-
-def _batches(documents: Documents) -> Iterator[list[str]]:
-    for batch in documents.iter(batch_size=_BATCH):
-        yield batch["text"]
-
-
-def _texts(documents: Documents) -> Iterator[str]:
-    for texts in _batches(documents):
-        yield from texts
 
 
 def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
@@ -382,7 +293,7 @@ def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("
     if isinstance(documents, Stream):
         digest.update(documents.identity.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
-    for batch in documents.iter(batch_size=_BATCH):
+    for batch in documents.iter(batch_size=BATCH):
         for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from minilm.tokens import train_tokenizer
+from minilm.vocabulary import train_tokenizer
 from tests.scorecard import Scorecard
 
 SENTENCES = [
@@ -39,6 +39,12 @@ def documents() -> Dataset:
 def tokenizer(documents: Dataset) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the documents."""
     return train_tokenizer(documents, "bpe", 400)
+
+
+@pytest.fixture(scope="session")
+def unigram(documents: Dataset) -> PreTrainedTokenizerBase:
+    """A Unigram tokenizer trained on the documents."""
+    return train_tokenizer(documents, "unigram", 320)
 
 
 SCORECARD = Scorecard()

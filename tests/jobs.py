@@ -39,7 +39,7 @@ CONFIG = Config(
             "hidden_dropout_prob": 0.1,
         },
     ),
-    objective=MaskedLM(rate=0.3),
+    objective=MaskedLM(rate=0.3, final_rate=0.2, unit="span"),
     batch=Batch(examples=8, max_length=24, micro_tokens=40),
     optim=Optim(lr=3e-3, schedule="cosine"),
     run=Run(max_steps=STEPS, eval_every=7, save_every=1, keep_last=STEPS, precision="fp32"),

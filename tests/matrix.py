@@ -38,8 +38,8 @@ from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
 from minilm.model import load_model
 from minilm.objectives import objective_of
-from minilm.tokens import train_tokenizer
 from minilm.train import train_step
+from minilm.vocabulary import train_tokenizer
 from tests.reference import NO_EXAMPLES, pad_rows
 from tests.tiny import tiny_config
 

@@ -23,8 +23,9 @@ from minilm.model import load_model
 from minilm.objectives import objective_of, prepare
 from minilm.packing import pack
 from minilm.plan import Plan
-from minilm.tokens import encode, train_tokenizer
+from minilm.tokens import encode
 from minilm.train import train
+from minilm.vocabulary import train_tokenizer
 from tests.launch import read_log
 from tests.reference import NO_EXAMPLES, fields
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from minilm.cli import guarded
 from minilm.commands import main
 from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
-from minilm.tokens import train_tokenizer
+from minilm.vocabulary import train_tokenizer
 
 TEXT, TWO_MASKS = "The quick [MASK] fox.", "If [MASK] file [MASK]."
 

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pipeline
 
 from minilm.infer import check_beginnings, fill_mask, generate, load_causal_lm, load_masked_lm, on_one_line
-from minilm.tokens import train_tokenizer
+from minilm.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece"])

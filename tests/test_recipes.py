@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilm.tokens import train_tokenizer
+from minilm.vocabulary import train_tokenizer
 from tests.launch import ROOT, TINY, launch, read_log
 
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.config import Tokens
-from minilm.tokens import Examples, encode, load_tokenizer, token_bytes, train_tokenizer
+from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
+from minilm.vocabulary import train_tokenizer
 
 ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 thorough = settings(deadline=None, max_examples=100)
@@ -26,9 +27,9 @@ def wordpiece(documents: Dataset) -> PreTrainedTokenizerBase:
     return train_tokenizer(documents, "wordpiece", 150)
 
 
-@pytest.fixture(params=["tokenizer", "wordpiece"])
+@pytest.fixture(params=["tokenizer", "wordpiece", "unigram"])
 def either(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    """The one, then the other."""
+    """The one, then the others."""
     return request.getfixturevalue(request.param)
 
 
@@ -52,7 +53,10 @@ def _middles(examples: Examples) -> list[list[int]]:
     return [examples[i][1:-1].tolist() for i in range(len(examples))]
 
 
-@pytest.mark.parametrize(("kind", "size"), [("bpe", 300), ("bpe", 400), ("wordpiece", 100), ("wordpiece", 150)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("bpe", 300), ("bpe", 400), ("wordpiece", 100), ("wordpiece", 150), ("unigram", 300), ("unigram", 350)],
+)
 def test_a_trained_tokenizer_has_the_size_and_the_special_tokens_asked_for(
     documents: Dataset, kind: str, size: int
 ) -> None:

@@ -40,7 +40,7 @@ MODELS = {
 CONFIG = Config(
     tokens=Tokens(vocab_size=400),
     model=MODELS["packed"],
-    objective=MaskedLM(rate=0.3),
+    objective=MaskedLM(rate=0.3, final_rate=0.2, unit="word"),
     batch=Batch(examples=12, max_length=48, micro_tokens=4096),
     optim=Optim(lr=1e-3),
     run=Run(max_steps=60, precision="fp32"),

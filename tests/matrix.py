@@ -38,8 +38,8 @@ from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
 from minilm.model import load_model
 from minilm.objectives import objective_of
+from minilm.tokens import Prepared, train_tokenizer
 from minilm.train import train_step
-from minilm.vocabulary import train_tokenizer
 from tests.reference import NO_EXAMPLES, pad_rows
 from tests.tiny import tiny_config
 
@@ -131,6 +131,7 @@ def measure(head: str, kind: str) -> Result:
 def attempt(result: Result) -> None:
     """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
     objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head)
+    prepared = Prepared(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
     step = "not built"
     try:
         torch.manual_seed(0)
@@ -146,7 +147,7 @@ def attempt(result: Result) -> None:
             step = "refused"
             network = load_model(Model(name=folder), tokenizer, max_length=LONGEST, seed=0, auto=objective.auto)
             objective.check(network, tokenizer, ())
-            plain, head = deepcopy(network).train(), objective.head(network)
+            plain, head = deepcopy(network).train(), objective.head(network, prepared)
             freeze_unused(head)
             count_flops(head, LONGEST)
         step = "fails"
@@ -160,9 +161,8 @@ def attempt(result: Result) -> None:
 
 def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Put minilm's loss and gradients beside the reference's, and Trainer's loss."""
-    kind = HEADS[result.head]
+    kind, rows = HEADS[result.head], rows_of(tokenizer)
     objective = objective_of(kind.settings)
-    rows = rows_of(tokenizer)
     collate = objective.collator(tokenizer, NO_EXAMPLES, seed=0)
     examples = kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS)
     expected, gradients = reference(plain, examples)
@@ -210,14 +210,13 @@ def update(head: Head, batches: Sequence[Batch]) -> tuple[float, Gradients]:
 
 
 def gradient_error(ours: Gradients, expected: Gradients) -> float:
-    """The largest relative difference; what is zero but for rounding is compared with the largest gradient."""
-    largest = max(float(gradient.norm()) for gradient in expected.values())
-    errors = []
-    for name in expected.keys() | ours.keys():
-        zero = torch.zeros(())
-        ours_, expected_ = ours.get(name, zero), expected.get(name, zero)
-        errors.append(float((ours_ - expected_).norm()) / (float(expected_.norm()) + 0.1 * largest))
-    return max(errors)
+    """The largest relative difference; what is zero but for rounding is measured by a tenth of the largest."""
+    largest, none = max(float(gradient.norm()) for gradient in expected.values()), torch.zeros(())
+    return max(
+        float((ours.get(name, none) - expected.get(name, none)).norm())
+        / (float(expected.get(name, none).norm()) + 0.1 * largest)
+        for name in expected.keys() | ours.keys()
+    )
 
 
 def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: float) -> str:
@@ -226,9 +225,7 @@ def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: floa
     try:
         for cut in CUTS:
             with tempfile.TemporaryDirectory() as folder:
-                asked = TrainingArguments(
-                    folder, use_cpu=True, report_to=[], gradient_accumulation_steps=len(cut), disable_tqdm=True
-                )
+                asked = TrainingArguments(folder, use_cpu=True, report_to=[], gradient_accumulation_steps=len(cut))
                 trainer = Trainer(model=model, args=asked)
                 trainer.current_gradient_accumulation_steps = len(cut)
                 batches = iter([padded(model, [examples[i] for i in part]) for part in cut])
@@ -248,8 +245,7 @@ def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Ten
     ids_RxL, mask_RxL = pad_rows(torch.cat([example.input_ids_L for example in examples]), lengths, padding)
     labels_RxL, _ = pad_rows(torch.cat([example.labels for example in examples]), lengths, NO_TARGET)
     inputs = {"input_ids": ids_RxL, "attention_mask": mask_RxL, "labels": labels_RxL}
-    takes = inspect.signature(model.forward).parameters
-    return {name: tensor for name, tensor in inputs.items() if name in takes or name == "labels"}
+    return {name: x for name, x in inputs.items() if name in inspect.signature(model.forward).parameters}
 
 
 @cache
@@ -261,8 +257,7 @@ def tokenizer_for(head: str) -> PreTrainedTokenizerBase:
 
 def rows_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Random rows of LENGTHS."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(5, len(tokenizer), length) for length in LENGTHS]
+    return np.split(np.random.default_rng(0).integers(5, len(tokenizer), sum(LENGTHS)), np.cumsum(LENGTHS)[:-1])
 
 
 def said(error: BaseException) -> str:
@@ -277,8 +272,7 @@ def alone(head: str, kind: str) -> Result:
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
         signal.alarm(10 * LIMIT)
         with contextlib.suppress(BaseException), os.fdopen(write, "w") as pipe:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             pipe.write(json.dumps(asdict(measure(head, kind))))
         os._exit(0)
     os.close(write)
@@ -348,7 +342,6 @@ def main() -> None:
                 print(line(result), flush=True)
                 results.append(result)
         counts[head] = summary(results)
-    print()
     for name in next(iter(counts.values())):
         print(f"{name:26}" + "".join(f"{head} {count[name]:4}   " for head, count in counts.items()))
 

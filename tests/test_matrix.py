@@ -14,6 +14,7 @@ TAKES = {
     ("masked", "luke"): (True, False, False),  # cuts its hidden states to the length of a row
     ("masked", "fnet"): (False, False, True),  # mixes all tokens of a row, padding too
     ("masked", "bart"): (True, False, False),  # an encoder and a decoder
+    ("causal", "lfm2_moe"): (True, False, False),  # its convolutions see the row before, at first a little
     ("causal", "opt"): (True, True, False),  # calls the decoder inside its base model
     ("causal", "gemma3"): (True, True, False),  # its text model's configuration is inside its own
     ("causal", "roberta"): (True, True, False),  # sees later tokens unless it is told to be a decoder

@@ -34,7 +34,7 @@ def learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
     weights = {letter: float(letters[letter]) for letter in kept} | {
         part: float(parts[part] * len(part)) for part in longer
     }
-    spelt = sorted(words)
+    spelt = list(words)
     while True:
         scores = _spell(spelt, words, _log_share(weights))
         if len(scores) <= size:
@@ -45,7 +45,7 @@ def learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
             if len(piece) > 1
         }
         room = max(size, int(_KEPT * len(scores))) - len(kept)
-        best = sorted(losses, key=lambda piece: (-losses[piece], piece))[:room]
+        best = sorted(losses, key=lambda piece: -losses[piece])[:room]
         weights = {piece: math.exp(scores[piece]) for piece in [*kept, *best]}
 
 

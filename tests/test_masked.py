@@ -118,6 +118,25 @@ def test_a_span_has_one_fate_and_a_word_one_for_each_token(
     assert share < 0.01 if unit == "span" else 0.45 < share < 0.55
 
 
+def test_no_span_goes_over_a_special_token(
+    prepared: Callable[[str, str], tuple[PreTrainedTokenizerBase, Examples]],
+) -> None:
+    tokenizer, _ = prepared("bpe", "english")
+    documents = Dataset.from_dict({"text": LANGUAGES["english"] * 20})
+    blocks = encode(documents, tokenizer, max_length=400, layout="blocks", words=True)
+    collator = _collator(tokenizer, blocks, unit="span", rate=0.9)
+    batch = _batch(collator, blocks, np.arange(len(blocks)), 0)
+    ids_T = _original(batch)
+    chosen_T, fate_T = collator._choose(
+        ids_T, _mix(np.arange(len(ids_T), dtype=np.uint64)), np.arange(len(blocks)), 0.9
+    )
+    at_S = np.flatnonzero(ids_T[1:-1] == tokenizer.sep_token_id) + 1
+    assert len(at_S) > 70
+    assert (chosen_T[at_S - 1] & chosen_T[at_S + 1]).sum() > 40
+    assert (fate_T[at_S - 1] != fate_T[at_S + 1]).all()
+    assert not _chosen(batch)[at_S].any()
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.6, 1.0])
 def test_spans_have_the_lengths_of_spanbert_and_cover_every_place_alike(rate: float) -> None:
     """Joshi et al. 2020, section 3.1 and figure 2."""

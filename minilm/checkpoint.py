@@ -7,7 +7,6 @@ Order, masks, learning rate and dropout follow from the configuration and the st
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -16,7 +15,6 @@ import re
 import shutil
 import threading
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config, Run, lower_is_better
+from minilm.disk import file_facts, replacing
 from minilm.hub import quiet_transformers
+from minilm.lora import adapter_weights, is_adapted, merged
 from minilm.settings import to_dict
 from minilm.sharding import whole
 
@@ -35,6 +35,7 @@ log = logging.getLogger("minilm")
 
 RESULTS = "all_results.json"  # there when the run is finished
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter.safetensors"  # of LoRA: what was merged into these weights
 _MANIFEST, _STATE, OPTIMIZER = "manifest.json", "training.json", "optimizer.safetensors"
 
 
@@ -140,14 +141,16 @@ class Saver:
     def _write(self, progress: Progress, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         target = self.folder / f"checkpoint-{progress.step}"
         try:
-            with _replacing(target) as temporary:
+            with replacing(target) as temporary:
                 with quiet_transformers():
-                    self.network.save_pretrained(temporary, state_dict=weights)
+                    self.network.save_pretrained(temporary, state_dict=merged(self.network, weights))
                     self.tokenizer.save_pretrained(temporary)
                 save_file(moments, temporary / OPTIMIZER)
+                if is_adapted(self.network):
+                    save_file(adapter_weights(self.network, weights), temporary / ADAPTER)
                 state = {"progress": dataclasses.asdict(progress), "config": to_dict(self.config), "data": self.data}
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-                files = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
+                files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
         except Exception as error:  # raised again by the thread that trains
             reason = getattr(error, "strerror", None) or error
@@ -186,7 +189,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             _hold(
                 Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name!r} is no file of its own"
             )
-            _hold(_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
+            _hold(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
         state = _read_json(folder / _STATE)
         whole = state.keys() == {"progress", "config", "data"} and all(isinstance(v, dict) for v in state.values())
         _hold(whole, f"{_STATE} does not have the parts that it should")
@@ -266,14 +269,6 @@ def _leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_dir()]
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     """The folders named checkpoint-<step>, by step."""
     if not folder.is_dir():
@@ -308,37 +303,3 @@ def _rotate(folder: Path, step: int, run: Run) -> None:
             shutil.rmtree(discarded, ignore_errors=True)
             os.rename(path, discarded)  # so that half a folder never looks like a checkpoint
             shutil.rmtree(discarded)
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target`, which takes its place once it is whole and on disk."""
-    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("writing", "replaced"))
-    for leftover in (temporary, old):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
-        sync(target.parent)
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have the file or folder on disk before anything else is done."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

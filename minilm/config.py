@@ -126,10 +126,29 @@ class Model:
     """Fields of the Hugging Face configuration to set, such as hidden_dropout_prob 0.0; with a name: to override."""
     freeze: tuple[str, ...] = ()
     """Parameters to leave as they are, by patterns of their names, such as *.embeddings.* and *.layer.[0-3].*"""
+    lora_rank: int = 0
+    """Train low-rank updates of this rank in place of the weights (LoRA, which takes peft); a classifier's head is
+    trained as it is. 0: train the weights."""
+    lora_alpha: float = 16.0
+    """The updates are scaled by lora_alpha / lora_rank: a constant, as in the paper, whatever the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers to update, by patterns of the ends of their names, such as query or layer.[0-3].*; * is all of
+    them. Default: those that peft knows for the type of model, or else those of the attention."""
     gradient_checkpointing: bool = False
     """Compute each layer again on the way back instead of keeping what it computed: less memory, a third more work."""
     attention: str = "auto"
     """auto: without padding where that changes no logit; or transformers' own: sdpa, eager, flash_attention_2, …"""
+
+    def __post_init__(self) -> None:
+        check(self.lora_rank >= 0, f"model.lora_rank must be 0 or more, not {self.lora_rank}")
+        check(0 < self.lora_alpha < float("inf"), f"model.lora_alpha must be positive, not {self.lora_alpha}")
+        if self.lora_rank:
+            check(self.name is not None, "model.lora_rank takes a checkpoint to start from: set model.name")
+            check(
+                not self.freeze, "model.freeze: LoRA freezes all that it does not train; choose by model.lora_targets"
+            )
+        else:
+            check(not self.lora_targets, "model.lora_targets takes a rank: set model.lora_rank")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from transformers import (
 
 from minilm.config import Model, closest
 from minilm.hub import loading
+from minilm.lora import add_lora
 from minilm.packing import ATTENTION
 
 log = logging.getLogger("minilm")
@@ -41,15 +42,16 @@ def load_model(
     `auto` is the class of transformers that knows the models with the head wanted, `fields` what the data decide in the
     model's configuration, `added` how many of the tokenizer's last tokens are new to the model that is loaded. Raises
     ValueError when the name cannot be loaded, a configuration field does not exist, the vocabulary is larger than the
-    embedding, the model has fewer positions than `max_length`, or `freeze`, `attention` or `gradient_checkpointing` do
-    not fit the model.
+    embedding, the model has fewer positions than `max_length`, or `freeze`, `lora_targets`, `attention` or
+    `gradient_checkpointing` do not fit the model.
     """
     torch.manual_seed(seed)  # new heads are random too
     fields = fields or {}
+    random: list[str] = []
     if model.name is None:
         network = _build(replace(model, config={**fields, **model.config}), tokenizer, auto)
     else:
-        network = _load(model, model.name, auto, fields)
+        network, random = _load(model, model.name, auto, fields)
     rows = vocabulary_size(network)
     known = len(tokenizer) - added
     if known > rows:
@@ -70,6 +72,10 @@ def load_model(
         enable({"use_reentrant": False})
     _choose_attention(network, model.attention)
     _freeze(network, model.freeze)
+    if model.lora_rank:
+        if added:
+            raise ValueError("model.lora_rank would leave the tokens of tokens.extend untrained: leave one of them out")
+        add_lora(network, model, random, seed, head=_head(auto))
     return network
 
 
@@ -148,7 +154,8 @@ def _head(auto: Any) -> str:
     return str(auto.__name__).removeprefix("AutoModelFor")
 
 
-def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> PreTrainedModel:
+def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its parameters that start at random."""
     refusal = f"model {name!r} cannot be loaded"
     with loading(name, refusal):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -178,7 +185,7 @@ def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> PreT
             f"start at random. This is usual for a checkpoint that was not trained for {_head(auto)}."
         )
     loaded: PreTrainedModel = network
-    return loaded
+    return loaded, [*missing, *other]
 
 
 def _add_rows(network: PreTrainedModel, known: int, size: int) -> None:

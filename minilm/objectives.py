@@ -13,6 +13,7 @@ from minilm.causal import Causal
 from minilm.classify import Classify
 from minilm.config import CausalLM, Classification, Config, MaskedLM
 from minilm.head import Head
+from minilm.lora import check_installed
 from minilm.masked import Masked
 from minilm.model import load_model
 from minilm.tokens import Examples, Prepared
@@ -97,6 +98,7 @@ def objective_of(settings: MaskedLM | CausalLM | Classification) -> Objective:
 
 def prepare(config: Config) -> Prepared:
     """The tokenizer and the examples of a run."""
+    check_installed(config.model)  # before the work
     return objective_of(config.objective).prepare(config)
 
 

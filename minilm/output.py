@@ -10,9 +10,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint, sync
+from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint
 from minilm.config import Run
+from minilm.disk import sync
 from minilm.hub import quiet_transformers
+from minilm.lora import is_adapted, merged, save_adapter
 
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
@@ -106,14 +108,18 @@ def export(
 ) -> None:
     """Save in the Hugging Face format; `weights` takes the place of `network.state_dict()`.
 
-    The files are written and synced in a temporary folder inside `folder`, then renamed into place, the weights last:
-    each file is whole at any time.
+    An adapter of LoRA is merged into the weights, and saved by itself besides, in `adapter/`. The files are
+    written and synced in a temporary folder inside `folder`, then renamed into place, the weights last: each file is
+    whole at any time.
     """
+    weights = network.state_dict() if weights is None else weights
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
     try:
         with quiet_transformers():
-            network.save_pretrained(temporary, state_dict=weights)
+            network.save_pretrained(temporary, state_dict=merged(network, weights))
             tokenizer.save_pretrained(temporary)
+        if is_adapted(network):
+            save_adapter(network, weights, temporary / "adapter")
         new = [path for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(new, key=lambda path: (path.suffix == ".safetensors", path.name)):
             sync(path)

@@ -11,8 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.checkpoint import OPTIMIZER, RESULTS, WEIGHTS, Checkpoint, Progress, parameter_names, read_checkpoint
+from minilm.checkpoint import (
+    ADAPTER,
+    OPTIMIZER,
+    RESULTS,
+    WEIGHTS,
+    Checkpoint,
+    Progress,
+    copied,
+    parameter_names,
+    read_checkpoint,
+)
 from minilm.config import Config
+from minilm.lora import is_adapted, unmerged
 from minilm.settings import to_dict
 from minilm.sharding import part_like
 from minilm.stop import TrainingStopped
@@ -103,6 +114,8 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
     current = network.state_dict(keep_vars=True)
     try:
         weights = load_file(checkpoint.folder / WEIGHTS)
+        if is_adapted(network):
+            weights = unmerged(network, weights, load_file(checkpoint.folder / ADAPTER), copied(current, keep=True))
         parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
         missing, unexpected = network.load_state_dict(parts, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -34,10 +34,10 @@ def check_installed(model: Model) -> None:
     check(there, "model.lora_rank takes peft, which is not installed: pip install 'peft>=0.21'")
 
 
-def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], seed: int, *, head: str) -> None:
+def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], head: str) -> None:
     """Freeze the network but for low-rank updates of the linear layers that `model.lora_targets` names.
 
-    A is drawn by `seed` as peft draws it, B is zero (section 4.1 of the paper). A classifier's head is trained as it
+    A is drawn as peft draws it, B is zero (section 4.1 of the paper). A classifier's head is trained as it
     is, and so is what else of it starts at random; `random` names these parameters. Raises ValueError where a pattern
     matches no linear layer, and for a language model with random parameters, since they would stay so.
     """
@@ -58,7 +58,6 @@ def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], seed
         fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),  # else peft warns
         base_model_name_or_path=model.name,
     )
-    torch.manual_seed(seed)
     inject_adapter_in_model(lora, network)
     assert sorted(_layers(network)) == sorted(targets)
     for name in whole:

@@ -75,7 +75,7 @@ def load_model(
     if model.lora_rank:
         if added:
             raise ValueError("model.lora_rank would leave the tokens of tokens.extend untrained: leave one of them out")
-        add_lora(network, model, random, seed, head=_head(auto))
+        add_lora(network, model, random, _head(auto))
     return network
 
 

@@ -148,6 +148,13 @@ def no_bf16() -> None:
     minilm.hardware.gemm_rate = lambda dtype, *rest: 1e9 if "bfloat16" in str(dtype) else 1e11
 
 
+def no_peft() -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "peft" else find(name, package)
+
+
 ENTRIES: dict[str, Entry] = {
     "empty text file": Entry(prepare=text("docs.txt", ""), says="docs.txt"),
     "blank text file": Entry(prepare=text("docs.txt", "\n \n"), says="no document with text in it"),
@@ -305,6 +312,14 @@ ENTRIES: dict[str, Entry] = {
         flags="--model.name bert --model.freeze bert.encoder.leyer.0.*", says="did you mean 'bert.encoder.layer.0."
     ),
     "everything frozen": Entry(flags="--model.name bert --model.freeze *", says="leaves nothing to train"),
+    "LoRA without peft": Entry(
+        flags="--model.name bert --model.lora-rank 2",
+        prepare=no_peft,
+        says="which is not installed: pip install 'peft>",
+    ),
+    "LoRA of no such layer": Entry(
+        flags="--model.name bert --model.lora-rank 2 --model.lora-targets querry", says="did you mean 'query'"
+    ),
     "unknown attention": Entry(flags="--model.name bert --model.attention spda", says="did you mean 'sdpa'"),
     "attention that is not installed": Entry(
         flags="--model.name bert --model.attention flash_attention_2", says="flash_attention_2 cannot be had"

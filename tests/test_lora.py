@@ -96,7 +96,9 @@ def reference_for(job: str, network: PreTrainedModel, bases: Path) -> PeftModel:
     """peft's own model with the same weights."""
     auto = AUTOS.get(job, AutoModelForCausalLM)
     base = auto.from_pretrained(bases / job, **(LABELS.fields() if job == "classes" else {}))
-    reference = get_peft_model(base, LoraConfig(r=3, lora_alpha=16, target_modules=BASES[job][2]))
+    reference = get_peft_model(
+        base, LoraConfig(r=3, lora_alpha=16, target_modules=BASES[job][2], fan_in_fan_out=job == "transposed")
+    )
     theirs = reference.base_model.model
     assert theirs.state_dict().keys() == network.state_dict().keys()
     theirs.load_state_dict(network.state_dict())
@@ -257,13 +259,16 @@ def into(folder: Path, config: Config, **run: object) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of 6 steps with a checkpoint after 3, one of them on two processes too, and two gone on from there."""
+    """Runs of 6 steps with a checkpoint after 3, one of them on two processes too, and all gone on from there."""
     place = tmp_path_factory.mktemp("runs")
     configs = {job: config_for(job, _made(place / f"data-{job}"), bases) for job in ("masked", "causal", "classes")}
     wholes = [(into(place / job, config), 1) for job, config in configs.items()]
     finish_all([(into(place / "two", configs["causal"]), 2), *wholes], _made(place / "first"))
     again = {job: stopped_after(3, place / job, place / f"{job}-again") for job in ("masked", "classes")}
     finish_all([(into(again[job], configs[job], resume="latest"), 1) for job in again], _made(place / "second"))
+    sharded = into(stopped_after(3, place / "causal", place / "sharded"), configs["causal"], resume="latest")
+    planted = "import os\nos.environ |= {'ACCELERATE_USE_FSDP': 'true', 'FSDP_VERSION': '2'}"
+    finish_all([(sharded, 2)], _made(place / "third"), planted)
     return place
 
 
@@ -298,15 +303,21 @@ def test_pipelines_take_the_result(runs) -> None:
     assert pipeline("text-classification", str(runs / "classes"))("a file")[0]["label"]
 
 
-def test_two_processes_make_the_steps_of_one(runs) -> None:
-    ours, theirs = read_log(runs / "two"), read_log(runs / "causal")
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_make_the_steps_of_one(name, runs) -> None:
+    ours, theirs = read_log(runs / name), read_log(runs / "causal")
     assert len(ours[0]) == 6
     for mine, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
         for key in {"loss", "grad_norm", "eval_loss"} & mine.keys():
             assert mine[key] == pytest.approx(other[key], rel=1e-5), (mine["step"], key)
+    for part in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, theirs = (load_file(runs / run / part) for run in (name, "causal"))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
 
 
-def test_the_best_weights_are_loaded_in_the_end(runs, bases, tmp_path) -> None:
+def test_the_best_weights_are_loaded_in_the_end(bases, tmp_path) -> None:
     config = config_for("classes", tmp_path, bases)
     optim = replace(config.optim, lr=1.0, warmup=0)  # far too high
     run = {"load_best": True, "eval_every": 1, "save_every": 6}

@@ -79,12 +79,18 @@ class ClassHead(Head):
         weights = None if labels.weights is None else torch.from_numpy(labels.weights)
         self._weight_C = None if weights is None else weights.to(model.device)
         with evaluating(model):
+            self.alone = True
             expected_RxC = self._probe()
-            self._try_first_tokens(expected_RxC)
+            self.alone = False
+            self.alone = self._differs(expected_RxC) != ""
+            if not self.alone:
+                self._try_first_tokens(expected_RxC)
 
     @property
     def described(self) -> str:
-        return "classes from first tokens, without padding" if self.padding_free else "padded"
+        if self.padding_free:
+            return "classes from first tokens, without padding"
+        return "rows of one length at a time, since padding changes its logits" if self.alone else "padded rows"
 
     def forward(
         self,
@@ -104,6 +110,9 @@ class ClassHead(Head):
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
         """Logits, N x C, of the rows that begin at `target_index_N`, which are the first N of the batch."""
+        if self.alone:
+            runs = self._runs(input_ids_T, packing, type_ids_T)
+            return torch.cat([logits_RxC for _, logits_RxC in runs])[: len(target_index_N)]
         first_R = target_index_N if len(target_index_N) else target_index_N.new_zeros(1)
         self._first_R = first_R if self.padding_free else None
         try:

@@ -92,16 +92,15 @@ class Head(nn.Module):
                 inputs["token_type_ids"] = inputs["token_type_ids"].masked_fill(~real_RxL, 0)
         return inputs
 
-    def _logits_alone(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> Tensor:
-        """Logits of every token, T x V, by a forward for each run of rows of the same length."""
-        logits, at = [], 0
+    def _runs(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """For each run of rows of the same length: that length, and the logits that the model gives for these alone."""
+        at = 0
         for length, rows in groupby(packing.lengths):
             tokens = slice(at, at := at + length * len(list(rows)))
             inputs = {"input_ids": input_ids_T[tokens].view(-1, length), "attention_mask": None, **self._always}
             if type_ids_T is not None:
                 inputs["token_type_ids"] = type_ids_T[tokens].view(-1, length)
-            logits.append(self.model(**inputs).logits[:, :length].flatten(0, 1))
-        return torch.cat(logits)
+            yield length, self.model(**inputs).logits
 
     def _probe_batch(self) -> tuple[Tensor, Packing]:
         """Random ids of four rows of different lengths, and how they lie."""
@@ -218,7 +217,8 @@ class SparseHead(Head):
     ) -> Tensor:
         """Logits, N x V, of the targets, which are at `target_index_N` among the T tokens."""
         if self.alone:
-            return self._logits_alone(input_ids_T, packing, type_ids_T)[target_index_N]
+            runs = self._runs(input_ids_T, packing, type_ids_T)
+            return torch.cat([logits[:, :length].flatten(0, 1) for length, logits in runs])[target_index_N]
         inputs = self._inputs(input_ids_T, packing, type_ids_T)
         if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
             target_index_N = place_T[target_index_N]

@@ -31,7 +31,7 @@ from tests.jobs import finish_all
 from tests.launch import read_log
 from tests.reference import TYPES, fields, pad_rows
 
-CAUSAL = {"gpt2": {}, "llama": {"num_attention_heads": 4, "num_key_value_heads": 2}}
+OTHERS = {"gpt2": {}, "llama": {"num_attention_heads": 4, "num_key_value_heads": 2}, "fnet": {}}
 WITHOUT_PADDING = {"bert", "roberta", "distilbert", "electra", "modernbert"}
 LENGTHS = (40, 33, 9, 9, 6, 4)
 SINGLE = Labels(problem="single-label", names=("no", "yes", "maybe"))
@@ -46,7 +46,7 @@ PROBLEMS = {
 
 
 def build(tokenizer, kind: str, labels: Labels) -> PreTrainedModel:
-    own = CAUSAL.get(kind, TYPES.get(kind))
+    own = OTHERS.get(kind, TYPES.get(kind))
     model = Model(type=kind, config=fields(kind, own))
     more = {**labels.fields(), "pad_token_id": tokenizer.pad_token_id}
     return load_model(
@@ -74,12 +74,12 @@ def rows_for(lengths: Sequence[int] = LENGTHS) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("kind", [*TYPES, *CAUSAL])
+@pytest.mark.parametrize("kind", [*TYPES, *OTHERS])
 def test_loss_and_gradients_are_those_that_transformers_takes(kind: str, problem: str, tokenizer) -> None:
     labels, values = PROBLEMS[problem]
     model = build(tokenizer, kind, labels)
     plain, head = deepcopy(model), ClassHead(model, labels)
-    assert head.padding_free == (kind in WITHOUT_PADDING)
+    assert (head.padding_free, head.alone) == (kind in WITHOUT_PADDING, kind == "fnet")
     rows, two = rows_for(), kind in ("bert", "electra", "albert")
     types_T = np.concatenate([np.arange(len(row)) > len(row) // 2 for row in rows]).astype(np.uint8) if two else None
     examples = examples_for(rows, values, types_T)
@@ -87,7 +87,14 @@ def test_loss_and_gradients_are_those_that_transformers_takes(kind: str, problem
     loss = loss_sum(head, batch) / 6
     ids_RxL, mask_RxL = pad_rows(torch.from_numpy(np.concatenate(rows)), LENGTHS, tokenizer.pad_token_id)
     more = {"token_type_ids": pad_rows(torch.from_numpy(types_T).long(), LENGTHS, 0)[0]} if two else {}
-    expected = plain(input_ids=ids_RxL, attention_mask=mask_RxL, labels=torch.from_numpy(values), **more).loss
+    labels_N = torch.from_numpy(values)
+    if head.alone:
+        losses = [
+            plain(input_ids=torch.from_numpy(row)[None], labels=labels_N[i : i + 1]) for i, row in enumerate(rows)
+        ]
+        expected = torch.stack([each.loss for each in losses]).mean()
+    else:
+        expected = plain(input_ids=ids_RxL, attention_mask=mask_RxL, labels=labels_N, **more).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     expected.backward()

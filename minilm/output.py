@@ -59,6 +59,7 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if run.resume is None:
             discard_checkpoints(folder)
+            shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier run
 
 
 def _nearest(folder: Path) -> Path:

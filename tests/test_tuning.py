@@ -23,9 +23,10 @@ from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.optim import build_optimizer, layer_scales
 from minilm.packing import ATTENTION
+from minilm.tokens import Prepared
 from minilm.train import train_step
 from tests.jobs import config_in, end_of, finish_all
-from tests.reference import build, fields, full_logits
+from tests.reference import NO_EXAMPLES, build, fields, full_logits
 
 ROWS = [np.arange(7, 7 + length) for length in (30, 21, 9)]
 FROZEN = ("*.embeddings.*", "*.layer.0.*")
@@ -183,7 +184,9 @@ def test_smoothed_losses_are_torchs_in_training_and_plain_in_evaluation(
     fused: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     network, batch = build(tokenizer), masked(tokenizer)
-    head = objective_of(MaskedLM(label_smoothing=0.2)).head(network)
+    head = objective_of(MaskedLM(label_smoothing=0.2)).head(
+        network, Prepared(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
+    )
     assert head.fused
     head.fused = fused
     logits_TxV = full_logits(network, batch.input_ids_T, [len(row) for row in ROWS])

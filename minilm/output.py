@@ -59,7 +59,8 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if run.resume is None:
             discard_checkpoints(folder)
-            shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier run
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (folder / "adapter" / name).unlink(missing_ok=True)
 
 
 def _nearest(folder: Path) -> Path:

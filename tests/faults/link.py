@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minilm import Config
+from minilm import Config, MaskedLM
 from tests.jobs import Job, config_in, start
 from tests.launch import read_log
 
@@ -101,7 +101,7 @@ def cut_the_link(place: Path) -> Found:
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = replace(config.model, config={**config.model.config, **without_dropout})
     optim = replace(config.optim, schedule="constant", warmup=0)
-    config = replace(config, run=run, model=model, optim=optim)
+    config = replace(config, run=run, model=model, optim=optim, objective=MaskedLM(rate=0.3))
     alone = replace(config, run=replace(run, output_dir=str(place / "alone"), max_steps=COMPARED))
     job = start("fork", alone, place, processes=1)
     assert job.status() == 0, job.stderr.read_text()

@@ -38,7 +38,7 @@ original = minilm.train.prepare
 def prepare(config):
     time.sleep(4 if os.environ["RANK"] == "0" else 0)
     return original(config)
-minilm.train.prepare = prepare_examples
+minilm.train.prepare = prepare
 """
 
 

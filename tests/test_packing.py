@@ -199,6 +199,7 @@ def test_attention_in_bfloat16_is_near_and_finite(lengths: tuple[int, ...], wind
 
 @pytest.mark.parametrize("length", [40, 150])
 def test_dropout_leaves_out_weights_and_keeps_their_mean(length: int) -> None:
+    torch.manual_seed(0)
     query, key = (x.detach() for x in states(length)[:2])
     value = torch.ones_like(key)  # so that what comes out is the sum of the weights that are left
     attended, _ = packed_attention(nn.Module(), query, key, value, None, packing=pack([length]), dropout=0.5)

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from sides import trainer_settings
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
 from minilm.hardware import choose_precision, describe
 from minilm.objectives import build, objective_of, prepare
-from minilm.optim import warmup_steps
 from minilm.settings import parse
 from minilm.tokens import Examples
 from minilm.train import train
@@ -85,30 +85,12 @@ def by_trainer(config: Config) -> dict[str, float]:
     transformers_logging.set_verbosity_error()
     accelerator = Accelerator()
     precision = choose_precision(config.run.precision, accelerator.device).name
-    prepared, objective, optim = prepare(config), objective_of(config.objective), config.optim
+    prepared, objective = prepare(config), objective_of(config.objective)
     steps = round(config.run.epochs * -(-len(prepared.train) // config.batch.examples))
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=config.batch.examples,
-            learning_rate=optim.lr,
-            lr_scheduler_type=optim.schedule,
-            warmup_steps=int(warmup_steps(optim, steps)),
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_epsilon=optim.eps,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=optim.max_grad_norm,
-            seed=config.run.seed,
-            optim="adamw_torch_fused",
-            bf16=precision == "bf16",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        settings = trainer_settings(config, precision, steps)
+        arguments = TrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, **settings)
         model = build(config, prepared)
         Trainer(
             model=model,

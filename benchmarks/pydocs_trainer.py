@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from sides import Rows
+from sides import Rows, trainer_settings
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
@@ -52,29 +52,9 @@ def run_trainer(
     config: Config, tokenizer: PreTrainedTokenizerBase, examples: Examples, precision: str, steps: int
 ) -> tuple[Any, float]:
     """(the trained model, seconds that Trainer took for all steps but those of the warm-up)."""
-    optim = config.optim
-    warmup = optim.warmup if optim.warmup >= 1 else round(optim.warmup * steps)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=config.batch.examples,
-            learning_rate=optim.lr,
-            lr_scheduler_type=optim.schedule,
-            warmup_steps=int(warmup),
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_epsilon=optim.eps,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=optim.max_grad_norm,
-            seed=config.run.seed,
-            optim="adamw_torch_fused",
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            save_strategy="no",
-            logging_steps=100,
-            report_to="none",
-        )
+        settings = trainer_settings(config, precision, steps)
+        arguments = TrainingArguments(output_dir=folder, logging_steps=100, **settings)
         collator = objective_of(config.objective).collator(tokenizer, examples, seed=config.run.seed)
         model = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
         trainer = Trainer(

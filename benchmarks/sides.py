@@ -25,7 +25,7 @@ from minilm.config import Config
 from minilm.hardware import count_flops, keep_freed_memory
 from minilm.head import freeze_unused
 from minilm.objectives import Objective, build, objective_of, prepare
-from minilm.optim import build_optimizer, learning_rate
+from minilm.optim import build_optimizer, learning_rate, warmup_steps
 from minilm.plan import Plan, Step
 from minilm.tokens import Examples, Prepared
 from minilm.train import load_steps, train_step
@@ -168,6 +168,29 @@ class TurnTrainer(Trainer):
         return loss
 
 
+def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, Any]:
+    """The settings of a run in the words of Trainer, which saves nothing."""
+    optim = config.optim
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch.examples,
+        "learning_rate": optim.lr,
+        "lr_scheduler_type": optim.schedule,
+        "warmup_steps": warmup_steps(optim, steps),
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "seed": config.run.seed,
+        "optim": "adamw_torch_fused",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
 def peak_memory() -> int:
     """The most resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -202,21 +225,15 @@ def trainer_steps(side: Side) -> None:
         side.prepared.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate
     )
     with tempfile.TemporaryDirectory() as folder:
+        settings = trainer_settings(config, side.precision, side.steps)
+        settings["per_device_train_batch_size"] = 1 if ready else size  # a ready item is a whole batch
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=side.steps,
-            per_device_train_batch_size=1 if ready else size,  # a ready item is a whole batch
-            learning_rate=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            max_grad_norm=config.optim.max_grad_norm,
-            bf16=side.precision == "bf16",
-            save_strategy="no",
             logging_strategy="no",
-            report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
             train_sampling_strategy=side.contender.grouping or "random",
-            optim="adamw_torch_fused",  # its default
+            **settings,
         )
         whole = Plan(examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, padded=True)
         TurnTrainer(

@@ -40,20 +40,14 @@ def take_columns(
 
     def extract(*columns_and_indices: list[Any]) -> dict[str, list[Any]]:
         *columns, indices = columns_and_indices
-        values = dict(zip(names, columns, strict=True))
-        taken: dict[str, list[Any]] = {role: [] for role in paths}
-        for role, (name, *keys) in paths.items():
-            column = ".".join(paths[role])
-            for row, cell in zip(indices, values[name], strict=True):
-                where = f"{source}: row {row} of column {column!r}"
-                if role == "label":
-                    value = _label(_reach(cell, keys, f"{source}: column {column!r}", _FLAGS[role]), where)
-                else:
-                    value = text_of(cell, keys, source, column, row, _FLAGS[role])
-                    if label and not value.strip():
-                        raise ValueError(f"{where} holds no text; give it one or take the row out")
-                taken[role].append(value)
-        return taken
+        cells = dict(zip(names, columns, strict=True))
+        return {
+            role: [
+                _value(role, cell, path, source, row, labelled=bool(label))
+                for row, cell in zip(indices, cells[path[0]], strict=True)
+            ]
+            for role, path in paths.items()
+        }
 
     features = {role: Value("string") for role in paths}
     if label:
@@ -69,6 +63,18 @@ def take_columns(
         cache_file_name=str(kept / f"documents-{key}.arrow") if kept else None,
         desc="text",
     )
+
+
+def _value(role: str, cell: Any, path: list[str], source: str, row: int, *, labelled: bool) -> Any:
+    """What a cell of the column `path[0]` gives a document of this row as its text, its second text or its label."""
+    column, keys, flag = ".".join(path), path[1:], _FLAGS[role]
+    where = f"{source}: row {row} of column {column!r}"
+    if role == "label":
+        return _label(_reach(cell, keys, f"{source}: column {column!r}", flag), where)
+    text = text_of(cell, keys, source, column, row, flag)
+    if labelled and not text.strip():
+        raise ValueError(f"{where} holds no text; give it one or take the row out")
+    return text
 
 
 def _reach(value: Any, keys: list[str], where: str, flag: str) -> Any:

@@ -104,9 +104,7 @@ def _share(text: str) -> float:
 def _texts(options: argparse.Namespace) -> list[str]:
     """The texts of the command line, `-` replaced by the lines of standard input; or those of --file."""
     if options.file is not None:
-        if options.texts:
-            raise ValueError("give texts or --file, not both")
-        return list(_read(options)["text"])
+        return list(_documents(options)["text"])
     return [
         line
         for text in options.texts or ["-"]
@@ -115,7 +113,10 @@ def _texts(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _read(options: argparse.Namespace) -> Any:
+def _documents(options: argparse.Namespace) -> Any:
+    """The rows of --file, with the columns `text`, and `pair` where that is asked for."""
+    if options.texts:
+        raise ValueError("give texts or --file, not both")
     from minilm.config import Data
     from minilm.data import read_documents
 
@@ -173,12 +174,15 @@ def _classify(options: argparse.Namespace) -> None:
     _quiet_transformers()
     from minilm.infer import classify, load_classifier, on_one_line
 
-    if options.pair_column is not None and options.file is None:
-        raise ValueError("--pair-column is a column of --file: give that, or --pair TEXT")
-    texts = _texts(options)
-    pairs: list[str] | None = None if options.pair is None else [options.pair] * len(texts)
+    pairs: list[str] | None = None
     if options.pair_column is not None:
-        pairs = list(_read(options)["pair"])
+        if options.file is None or options.pair is not None:
+            raise ValueError("--pair-column is a column of --file: give that and no --pair, or --pair TEXT alone")
+        rows = _documents(options)
+        texts, pairs = list(rows["text"]), list(rows["pair"])
+    else:
+        texts = _texts(options)
+        pairs = None if options.pair is None else [options.pair] * len(texts)
     model, tokenizer = load_classifier(options.model)
     number = model.config.problem_type == "regression"
     for index, found in enumerate(classify(model, tokenizer, texts, pairs)):

@@ -1,6 +1,7 @@
 """Exact evaluation: nats summed in float64 over every target on every process, divided once."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from minilm.batch import Collator, target_nats
+from minilm.batch import Batch, Collator, target_nats
+from minilm.model import evaluating
 from minilm.plan import cut_alike
 from minilm.progress import progress_bar
 from minilm.tokens import Examples
@@ -75,18 +77,11 @@ class Evaluator:
         The masks are those of the collator's epoch 0, and each forward pass is the same, whatever the number of
         processes. So the totals are the same to the bit where the model and a process's hardware and threads are.
         """
-        lengths, padded, multiple = self.examples.lengths, self.collator.padded, self.collator.multiple
-        parts = cut_alike(lengths, self.micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple)
-        mine = parts[accelerator.process_index]
         nats, targets_V = [], np.zeros(len(self.unigram), np.int64)
-        training = model.training
-        model.eval()
-        with torch.inference_mode():
-            for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
-                batch = self.collator([self.examples[int(i)] for i in ids], ids, epoch=0)
+        with evaluating(model):
+            for _, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))
                 nats.append(target_nats(model, batch.to(accelerator.device)))
-        model.train(training)
         # On the host: not every device has float64. So its bits travel as int64.
         sums = np.array([float(part.cpu().double().sum()) for part in nats])
         everyones = _gathered(accelerator, sums.view(np.int64)).view(np.float64)
@@ -97,6 +92,20 @@ class Evaluator:
             utf8_bytes=int((targets_V * self.bytes_per_token).sum()),
             unigram_nats=float((targets_V * self.unigram).sum()),
         )
+
+
+def own_batches(
+    accelerator: Accelerator, examples: Examples, collator: Collator, micro_tokens: int
+) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+    """This process's share of the examples in batches, each with the ids of its examples: every one is one process's.
+
+    All processes have the same number of batches, which are those that one process would have.
+    """
+    padded, multiple = collator.padded, collator.multiple
+    parts = cut_alike(examples.lengths, micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple)
+    mine = parts[accelerator.process_index]
+    for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
+        yield ids, collator([examples[int(i)] for i in ids], ids, epoch=0)
 
 
 def _gathered(accelerator: Accelerator, ours: NDArray[np.int64]) -> NDArray[np.int64]:

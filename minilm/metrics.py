@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minilm.batch import Collator
-from minilm.plan import cut_alike
-from minilm.progress import progress_bar
+from minilm.evaluate import own_batches
+from minilm.model import evaluating
 from minilm.tokens import Examples
 
 _NAMES = {
@@ -74,7 +74,8 @@ class Classified:
         classes = logits_ExC.argmax(1)
         figures["accuracy"] = float(metrics.accuracy_score(labels, classes))
         figures["f1"] = f1(classes, "binary" if logits_ExC.shape[1] == 2 else "macro")
-        figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes))
+        several = len(np.union1d(labels, classes)) > 1  # else scikit-learn says 0 too, with a warning
+        figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes)) if several else 0.0
         return figures
 
 
@@ -107,19 +108,13 @@ class ClassEvaluator:
 
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
         """Classify every example once, shared among the processes, all of which return the same."""
-        lengths, padded, multiple = self.examples.lengths, self.collator.padded, self.collator.multiple
-        parts = cut_alike(lengths, self.micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple)
-        mine = parts[accelerator.process_index]
         done: list[tuple[NDArray[np.int64], torch.Tensor]] = []
-        training = model.training
-        model.eval()
-        with torch.inference_mode():
-            for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
-                batch = self.collator([self.examples[int(i)] for i in ids], ids, epoch=0).to(accelerator.device)
+        with evaluating(model):
+            for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
+                batch = batch.to(accelerator.device)
                 logits = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
                 done.append((ids, logits))
-        model.train(training)
-        table_ExC = torch.zeros(len(lengths), done[0][1].shape[1])
+        table_ExC = torch.zeros(len(self.examples), done[0][1].shape[1])
         for ids, logits in done:
             table_ExC[ids] = logits.float().cpu()
         # An example is one process's, and zero everywhere else, so that the sum is exact.

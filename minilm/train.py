@@ -115,16 +115,10 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     together(lambda: claim_output_dir(folder, config.run, network), main_only=True)
     peak = device_peak(accelerator.device, precision.name)
     facts = run_facts(accelerator, head, plan, prepared, total, precision, peak)
-    main = accelerator.is_main_process
+    main, flops_peak = accelerator.is_main_process, peak.flops * accelerator.num_processes
     if main:
         announce(folder, config, facts)
-    recorder = Recorder(
-        folder,
-        total_steps=total,
-        peak_flops=peak.flops * accelerator.num_processes,
-        progress=progress,
-        enabled=main,
-    )
+    recorder = Recorder(folder, total_steps=total, peak_flops=flops_peak, progress=progress, enabled=main)
     saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, data, enabled=main))
     model.train()
     steps = load_steps(plan, prepared.train, collator, accelerator, range(progress.step, total), config.batch.workers)

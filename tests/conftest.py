@@ -1,6 +1,8 @@
 """What several test files share: tiny tokenizers, documents and models, and a cache of their own."""
 
+import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from minilm.commands import main
 from minilm.vocabulary import train_tokenizer
 from tests.scorecard import Scorecard
 
@@ -45,6 +48,27 @@ def tokenizer(documents: Dataset) -> PreTrainedTokenizerBase:
 def unigram(documents: Dataset) -> PreTrainedTokenizerBase:
     """A Unigram tokenizer trained on the documents."""
     return train_tokenizer(documents, "unigram", 320)
+
+
+Run = Callable[..., tuple[object, list[str], list[str]]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `minilm` on these words and return its status and the lines of its standard output and error."""
+
+    def run(*words: str, stdin: str = "") -> tuple[object, list[str], list[str]]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = None
+        try:
+            main(words)
+        except SystemExit as end:
+            status = end.code
+        output, error = capfd.readouterr()
+        return status, output.splitlines(), error.splitlines()
+
+    return run
 
 
 SCORECARD = Scorecard()

@@ -61,6 +61,16 @@ def pad_rows(x_T: Tensor, lengths: Sequence[int], value: int) -> tuple[Tensor, T
     return padded_RxL, mask_RxL
 
 
+def assert_same_gradients(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Each gradient that the plain model has is the model's, but for rounding."""
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    largest = max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
+    for name, parameter in model.named_parameters():
+        if gradients[name] is not None:
+            error = (parameter.grad - gradients[name]).norm()
+            assert error <= 1e-5 * gradients[name].norm() + 1e-6 * largest, name
+
+
 def full_logits(model: PreTrainedModel, input_ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
     """Logits of every token of a flat batch, T x V, from one padded forward of a plain model."""
     ids_RxL, mask_RxL = pad_rows(input_ids_T, lengths, model.config.pad_token_id or 0)

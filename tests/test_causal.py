@@ -27,7 +27,7 @@ from minilm.tokens import encode
 from minilm.train import train
 from minilm.vocabulary import train_tokenizer
 from tests.launch import read_log
-from tests.reference import NO_EXAMPLES, fields
+from tests.reference import NO_EXAMPLES, assert_same_gradients, fields
 
 SHARED = {"num_attention_heads": 4, "num_key_value_heads": 2}  # grouped query attention
 # Families of models, and what a tiny one of each needs besides its size.
@@ -93,12 +93,7 @@ def test_loss_and_gradients_are_those_of_each_document_read_alone(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     expected.backward()
-    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    largest = max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
-    for name, parameter in head.model.named_parameters():
-        if gradients[name] is not None:
-            error = (parameter.grad - gradients[name]).norm()
-            assert error <= 1e-5 * gradients[name].norm() + 1e-6 * largest, name
+    assert_same_gradients(head.model, plain)
 
 
 @pytest.mark.scorecard(10)

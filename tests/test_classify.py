@@ -1,8 +1,6 @@
 """Sequence classification: labels, losses by every family of models, figures, and a run from file to pipeline."""
 
-import io
 import json
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -19,7 +17,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
 from minilm.batch import loss_sum
 from minilm.classify import ClassCollator, ClassHead, trained_labels
-from minilm.commands import main
 from minilm.infer import classify, load_classifier
 from minilm.labels import Labels, read_labels
 from minilm.metrics import Classified
@@ -29,7 +26,7 @@ from minilm.tokens import Examples
 from minilm.train import train
 from tests.jobs import finish_all
 from tests.launch import read_log
-from tests.reference import TYPES, fields, pad_rows
+from tests.reference import TYPES, assert_same_gradients, fields, pad_rows
 
 OTHERS = {"gpt2": {}, "llama": {"num_attention_heads": 4, "num_key_value_heads": 2}, "fnet": {}}
 WITHOUT_PADDING = {"bert", "roberta", "distilbert", "electra", "modernbert"}
@@ -98,12 +95,7 @@ def test_loss_and_gradients_are_those_that_transformers_takes(kind: str, problem
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     expected.backward()
-    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    largest = max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
-    for name, parameter in head.model.named_parameters():
-        if gradients[name] is not None:
-            error = (parameter.grad - gradients[name]).norm()
-            assert error <= 1e-5 * gradients[name].norm() + 1e-6 * largest, name
+    assert_same_gradients(head.model, plain)
 
 
 def test_rows_are_padded_to_the_longest_of_their_own_batch() -> None:
@@ -389,62 +381,44 @@ def test_blocks_are_no_examples_of_a_classification(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run `minilm` on these words: its status, and the lines of its standard output and error."""
-
-    def run(*words: str, stdin: str = "") -> tuple[object, list[str], list[str]]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        status = None
-        try:
-            main(words)
-        except SystemExit as end:
-            status = end.code
-        output, error = capfd.readouterr()
-        return status, output.splitlines(), error.splitlines()
-
-    return run
-
-
-def test_the_command_classifies_texts_pairs_and_files(trained: tuple[Path, dict[str, float]], command) -> None:
+def test_the_command_classifies_texts_pairs_and_files(trained: tuple[Path, dict[str, float]], run) -> None:
     folder = str(trained[0])
     model, tokenizer = load_classifier(folder)
     expected = classify(model, tokenizer, ["the red fox"], ["a dog"])[0]
-    status, output, error = command("classify", folder, "the red fox", "--pair", "a dog", "--top-k", "2")
+    status, output, error = run("classify", folder, "the red fox", "--pair", "a dog", "--top-k", "2")
     assert (status, error) == (None, [])
     assert [line.split()[:2] for line in output] == [[f"{each.score:.1%}", each.label] for each in expected[:2]]
     assert output[0].endswith("the red fox | a dog")
     source = trained[0].parent / "colours.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     words = ("--file", str(source), "--column", "sentence", "--pair-column", "other", "--json")
-    lines = [json.loads(line) for line in command("classify", folder, *words)[1]]
+    lines = [json.loads(line) for line in run("classify", folder, *words)[1]]
     assert [line["input"] for line in lines] == [row["sentence"] for row in rows]
     assert [line["pair"] for line in lines] == [row["other"] for row in rows]
     assert [line["labels"][0]["label"] for line in lines] == [row["colour"] for row in rows]
-    assert len(command("classify", folder, stdin="the red fox\na blue one\n")[1]) == 2
+    assert len(run("classify", folder, stdin="the red fox\na blue one\n")[1]) == 2
     for wrong in (("x", "--file", str(source)), ("x", "--pair-column", "other"), ("--file", "none.jsonl")):
-        status, output, error = command("classify", folder, *wrong)
+        status, output, error = run("classify", folder, *wrong)
         assert (status, output, len(error)) == (2, [], 1)
 
 
 def test_the_command_evaluates_as_training_did_and_on_other_data(
-    trained: tuple[Path, dict[str, float]], command, tmp_path: Path
+    trained: tuple[Path, dict[str, float]], run, tmp_path: Path
 ) -> None:
     folder, results = trained
-    figures = json.loads(command("evaluate", str(folder), "--json")[1][-1])
+    figures = json.loads(run("evaluate", str(folder), "--json")[1][-1])
     assert figures == {name: results[name] for name in figures}
     source = write_colours(tmp_path / "more.jsonl")
     columns = ("--data.column", "sentence", "--data.pair-column", "other", "--data.label-column", "colour")
-    status, output, _ = command("evaluate", str(folder), "--data.source", source, *columns)
+    status, output, _ = run("evaluate", str(folder), "--data.source", source, *columns)
     assert status is None
     assert {line.split()[0] for line in output} == {"eval_loss", "accuracy", "f1", "matthews"}
     one = tmp_path / "one.jsonl"  # of a single class: no problem for a model that knows its labels
     one.write_text(json.dumps({"sentence": "the red fox", "other": "a dog", "colour": "red"}))
-    figures = json.loads(command("evaluate", str(folder), "--data.source", str(one), *columns, "--json")[1][-1])
+    figures = json.loads(run("evaluate", str(folder), "--data.source", str(one), *columns, "--json")[1][-1])
     assert figures["accuracy"] == 1.0
     strange = tmp_path / "strange.jsonl"
     strange.write_text(json.dumps({"sentence": "the red fox", "other": "a dog", "colour": "pink"}))
-    status, _, error = command("evaluate", str(folder), "--data.source", str(strange), *columns)
+    status, _, error = run("evaluate", str(folder), "--data.source", str(strange), *columns)
     assert (status, len(error)) == (2, 1)
     assert "'pink'" in error[0]

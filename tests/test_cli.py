@@ -1,6 +1,5 @@
 """The command: what it prints, what it reads, and one line with status 2 for what the user got wrong."""
 
-import io
 import json
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from minilm.cli import guarded
-from minilm.commands import main
 from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
 from minilm.vocabulary import train_tokenizer
 
@@ -27,24 +25,6 @@ def folder(tokenizer, tmp_path_factory) -> str:
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def run(capfd, monkeypatch):
-    """Run the command on these words and return its status and the lines of its standard output and error."""
-
-    def run(*words: str, stdin: str = "") -> tuple[object, list[str], list[str]]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        status = None
-        try:
-            main(words)
-        except SystemExit as end:
-            status = end.code
-        output, error = capfd.readouterr()
-        return status, output.splitlines(), error.splitlines()
-
-    return run
 
 
 def test_fill_mask_prints_the_likeliest_first(run, folder):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from minilm.cache import building, cache_folder
+from minilm.flat import FlatFile
 from minilm.progress import progress_bar
 from minilm.tokens import Examples, fingerprint
 
@@ -34,18 +35,18 @@ def encode_pairs(
         with building(folder) as temporary:
             _write(temporary, documents, columns, tokenizer, max_length, name)
         tokenizer.backend_tokenizer.no_truncation()
-    ids, types = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("ids", "types"))
     offsets = np.load(folder / "offsets.npy")
-    if cut := json.loads((folder / "facts.json").read_text(encoding="utf-8"))["cut"]:
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    if cut := facts["cut"]:
         log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
     none = np.zeros(0, np.int64)
     return Examples(
-        ids=ids,
+        ids=FlatFile(folder / "ids.npy"),
         start=offsets[:-1],
         stop=offsets[1:],
         prefix=none,
         suffix=none,
-        types=types if types.any() else None,
+        types=FlatFile(folder / "types.npy") if facts["typed"] else None,
         labels=labels,
         fingerprint=key,
     )
@@ -78,6 +79,6 @@ def _write(
     if "token_type_ids" not in tokenizer.model_input_names:  # its models have no use for them
         types = [np.zeros_like(row) for row in types]
     np.save(folder / "ids.npy", np.concatenate(ids))
-    np.save(folder / "types.npy", np.concatenate(types))
+    np.save(folder / "types.npy", all_types := np.concatenate(types))
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
-    (folder / "facts.json").write_text(json.dumps({"cut": cut}), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps({"cut": cut, "typed": bool(all_types.any())}), encoding="utf-8")

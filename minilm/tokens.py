@@ -1,4 +1,4 @@
-"""From documents to token ids: find a tokenizer, encode once into a memory-mapped corpus, view it as examples.
+"""From documents to token ids: find a tokenizer, encode once into a corpus on disk, view it as examples.
 
 A corpus is every document's ids one after the other, without special tokens, in one flat file. Layout and maximum
 length are views of it, so changing them encodes nothing again.
@@ -7,13 +7,11 @@ length are views of it, so changing them encodes nothing again.
 import hashlib
 import itertools
 import json
-import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minilm.cache import building, cache_folder
 from minilm.config import Tokens
+from minilm.flat import FlatFile, growing
 from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
@@ -28,7 +27,7 @@ from minilm.stream import Stream
 from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
 from minilm.words import begins_word
 
-_VERSION = 3  # of the files below in the cache
+_VERSION = 4  # of the files below in the cache
 
 
 def load_tokenizer(
@@ -73,22 +72,22 @@ def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTraine
 class Examples:
     """Token ids by example: row i is `prefix + ids[start[i]:stop[i]] + suffix`.
 
-    `ids` is a flat array in the order of the documents, memory-mapped; `start` and `stop` are int64 arrays.
+    `ids` is a flat array of integers in the order of the documents; `start` and `stop` are int64 arrays.
     """
 
-    ids: NDArray[np.integer]
+    ids: NDArray[np.integer] | FlatFile
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
     prefix: NDArray[np.int64]
     suffix: NDArray[np.int64]
-    types: NDArray[np.uint8] | None = None
+    types: NDArray[np.uint8] | FlatFile | None = None
     """Which of two texts each of `ids` is of, where the model is told."""
     labels: NDArray[Any] | None = None
     """Of each example, where it is classified: int64[E], or float32[E] or [E, C]."""
     fingerprint: str = ""
     """A hash of the documents and the tokenizer that they were encoded by."""
-    begins: NDArray[np.bool_] | None = None
-    """Whether each of `ids` begins a word, memory-mapped; None where nobody asked."""
+    begins: NDArray[np.bool_] | FlatFile | None = None
+    """Whether each of `ids` begins a word; None where nobody asked."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -168,13 +167,14 @@ def encode(
         before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
         prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), before.tolist(), after.tolist(), enough)
+    around = before.tolist(), after.tolist()
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), *around, enough)
     folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, before, after, words, name, enough)
-    ids = np.load(folder / "ids.npy", mmap_mode="r")
-    begins = np.load(folder / "begins.npy", mmap_mode="r") if words else None
+            _write_ids(temporary, documents, tokenizer, *around, words, name, enough)
+    ids = FlatFile(folder / "ids.npy")
+    begins = FlatFile(folder / "begins.npy") if words else None
     offsets = np.load(folder / "offsets.npy")
     if layout == "blocks":
         start = np.arange(0, len(ids), room)
@@ -205,8 +205,8 @@ def _write_ids(
     folder: Path,
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
-    before: NDArray[np.int64],
-    after: NDArray[np.int64],
+    before: list[int],
+    after: list[int],
     words: bool,
     name: str,
     enough: int | None = None,
@@ -217,42 +217,30 @@ def _write_ids(
     `begins.npy` too: bool, which ids begin a word.
     """
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what it was saved with is not what it is
+    backend.no_padding()
+    encode_batch = backend.encode_batch if words else backend.encode_batch_fast  # the fast one knows no places
     sizes = array("q", [0])
-    total = 0
     with (
-        _growing(folder / "ids.npy", np.dtype(kind)) as file,
-        _growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
+        growing(folder / "ids.npy", np.dtype(kind)) as file,
+        growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
         progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
         for texts in in_batches(documents):
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for index, ids in enumerate(encoded["input_ids"]):
-                row = np.concatenate((before, ids, after)).astype(kind)
-                row.tofile(file)
-                sizes.append(len(row))
-                total += len(row)
-                if words:
-                    begins = np.ones(len(row), bool)
-                    starts = [start for start, _ in encoded.encodings[index].offsets]
-                    begins[len(before) : len(before) + len(ids)] = begins_word(texts[index], starts)
-                    begins.tofile(begins_file)
+            encodings = encode_batch(texts, add_special_tokens=False)
+            rows = [[*before, *encoding.ids, *after] for encoding in encodings]
+            sizes.extend(map(len, rows))
+            np.fromiter(itertools.chain.from_iterable(rows), kind).tofile(file)
+            for text, encoding, row in zip(texts, encodings, rows, strict=True) if words else ():
+                begins = np.ones(len(row), bool)
+                starts = [start for start, _ in encoding.offsets]
+                begins[len(before) : len(before) + len(starts)] = begins_word(text, starts)
+                begins.tofile(begins_file)
             bar.update(len(texts))
-            if enough is not None and total >= enough:
+            if enough is not None and file.tell() >= enough * np.dtype(kind).itemsize:
                 break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
-
-
-@contextmanager
-def _growing(path: Path, kind: np.dtype[Any]) -> Iterator[BinaryIO]:
-    """A file for the elements of a flat array; in the end `path` is the array as np.save writes it."""
-    raw = path.with_suffix(".raw")
-    with raw.open("wb") as file:
-        yield file
-    with path.open("wb") as target, raw.open("rb") as source:
-        shape = (raw.stat().st_size // kind.itemsize,)
-        np.lib.format.write_array_header_1_0(target, {"descr": kind.str, "fortran_order": False, "shape": shape})
-        shutil.copyfileobj(source, target)
-    raw.unlink()
 
 
 def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -143,7 +143,7 @@ def test_dropout_is_off_and_the_models_mode_is_put_back(training, tokenizer, acc
 
 def test_examples_without_a_target_are_refused(tokenizer, accelerator):
     evaluator = evaluator_of(tokenizer)
-    special = replace(evaluator.examples, ids=np.full_like(evaluator.examples.ids, tokenizer.pad_token_id))
+    special = replace(evaluator.examples, ids=np.full(len(evaluator.examples.ids), tokenizer.pad_token_id))
     with pytest.raises(ValueError, match="hold no target"):
         replace(evaluator, examples=special)(accelerator, tiny_head(tokenizer))
 

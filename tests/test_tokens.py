@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import minilm.tokens
 from minilm.config import Tokens
+from minilm.flat import FlatFile
 from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
 from minilm.vocabulary import train_tokenizer
 
@@ -183,13 +185,13 @@ def test_counts_are_those_of_the_documents_and_of_what_is_between_them(
 def test_ids_are_encoded_once_for_each_content(
     layout: str, tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded, call = [], PreTrainedTokenizerBase.__call__
+    encoded, write = [], minilm.tokens._write_ids
 
-    def spy(self: PreTrainedTokenizerBase, text: str | list[str], **options: bool) -> object:
-        encoded.extend(text if isinstance(text, list) else [])
-        return call(self, text, **options)
+    def spy(folder: Path, documents: Dataset, *rest: object) -> None:
+        encoded.extend(documents["text"])
+        write(folder, documents, *rest)
 
-    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", spy)
+    monkeypatch.setattr(minilm.tokens, "_write_ids", spy)
 
     def rows(texts: list[str], max_length: int) -> list[list[int]]:
         encoded.clear()
@@ -213,12 +215,12 @@ def test_the_cache_knows_the_tokenizer(documents: Dataset, tokenizer: PreTrained
 
 
 @pytest.mark.parametrize(("size", "kind"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_ids_are_mapped_from_disk_in_the_smallest_type_that_holds_them(size: int, kind: type, cache: Path) -> None:
+def test_ids_are_read_from_disk_in_the_smallest_type_that_holds_them(size: int, kind: type, cache: Path) -> None:
     backend = Tokenizer(models.WordLevel({str(number): number for number in range(size - 1)} | {"a": size - 1}))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     examples = encode(Dataset.from_dict({"text": ["5 a 65534", "7"]}), tokenizer, max_length=8)
-    assert isinstance(examples.ids, np.memmap)
+    assert isinstance(examples.ids, FlatFile)
     assert examples.ids.dtype == kind
     assert [examples[i].tolist() for i in range(2)] == [[5, size - 1, 65534], [7]]
     assert examples[0].dtype == np.int64

@@ -1,0 +1,134 @@
+"""The memory of a run over a text file of any size, streamed and mapped, and whether both see the same tokens.
+
+    python benchmarks/streaming.py --gigabytes 2
+
+The file holds Python's documentation over and over, a paragraph a line, in an order that is drawn anew each time. Each
+path is a process of its own with an empty cache: it encodes the file, lays the plan of an epoch, and loads the first
+1,000 steps. Peak memory is what getrusage says at its end, Python and its libraries included. Everything lies in the
+folder for temporary files (TMPDIR), which needs four times the size of the file.
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a path saw, and what it took."""
+
+    examples: int
+    tokens: int
+    digest: str
+    seconds: float
+    first: float
+    """Of these, after the encoding, until the first step was loaded."""
+    libraries: float
+    """MB in memory before it began."""
+    peak: float
+    """MB in memory at most."""
+
+
+def write_text(path: Path, size: int) -> None:
+    """Fill `path` with `size` bytes of lines, and a few more to end the last of them."""
+    from minilm.pydocs import pydocs
+
+    lines = [" ".join(part.split()) + "\n" for text in pydocs()[0] for part in text.split("\n\n") if part.strip()]
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        while file.tell() < size:
+            file.writelines(lines[i] for i in rng.permutation(len(lines)))
+
+
+def read(folder: str, streaming: bool) -> Found:
+    """Encode the text in `folder` and load the first steps."""
+    cache = os.environ["HF_HOME"] = os.path.join(folder, "streamed" if streaming else "mapped")
+    os.environ["HF_DATASETS_CACHE"] = os.path.join(cache, "datasets")
+
+    from accelerate import Accelerator
+
+    from minilm.config import Batch, Config, Data, MaskedLM, Tokens
+    from minilm.masked import Masked
+    from minilm.plan import Plan
+    from minilm.train import load_steps
+
+    data = Data(source=f"{folder}/text.txt", eval_source=f"{folder}/held_out.txt", streaming=streaming)
+    config = Config(data=data, tokens=Tokens(name=f"{folder}/tokenizer"), batch=Batch(examples=256, max_length=128))
+    libraries, begin = peak_memory(), time.perf_counter()
+    objective = Masked(MaskedLM())
+    prepared = objective.prepare(config)
+    encoded = time.perf_counter()
+    plan = Plan(prepared.train.lengths, examples=256, micro_tokens=config.batch.micro_tokens)
+    collator = objective.collator(prepared.tokenizer, prepared.train, seed=0)
+    first = 0.0
+    for _ in load_steps(plan, prepared.train, collator, Accelerator(cpu=True), range(STEPS), workers=0):
+        first = first or time.perf_counter() - encoded
+    peak, seconds = peak_memory(), time.perf_counter() - begin
+    digest = hashlib.sha256()
+    for array in (prepared.train.start, prepared.train.stop, prepared.train.ids):
+        for at in range(0, len(array), 2**22):
+            digest.update(np.ascontiguousarray(array[at : at + 2**22]))
+    return Found(
+        examples=len(prepared.train),
+        tokens=int(prepared.train.lengths.sum()),
+        digest=digest.hexdigest(),
+        seconds=seconds,
+        first=first,
+        libraries=libraries,
+        peak=peak,
+    )
+
+
+def peak_memory() -> float:
+    """MB that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the text file (default: 2)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        size = int(options.gigabytes * 1e9)
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:
+            pool.apply(prepare_files, (folder, size))
+        found = {}
+        for name, streaming in (("streamed", True), ("mapped", False)):
+            with context.Pool(1) as pool:
+                one = found[name] = pool.apply(read, (folder, streaming))
+            print(
+                f"{name:<8}  {one.tokens:,} tokens in {one.examples:,} examples; peak {one.peak:,.0f} MB, of which "
+                f"{one.libraries:,.0f} MB before it began; {one.seconds:,.0f} s, {one.tokens / one.seconds:,.0f} "
+                f"tokens/s; first step {one.first:.1f} s after the encoding",
+                flush=True,
+            )
+        same = found["streamed"].digest == found["mapped"].digest
+        print(f"the same tokens in the same examples: {'yes' if same else 'NO'}")
+
+
+def prepare_files(folder: str, size: int) -> None:
+    """Write the text, a text to evaluate on, and a tokenizer into `folder`."""
+    from minilm.config import Data
+    from minilm.data import load_documents
+    from minilm.vocabulary import train_tokenizer
+
+    write_text(Path(folder, "text.txt"), size)
+    write_text(Path(folder, "held_out.txt"), 1)
+    documents, _ = load_documents(replace(Data(), source="pydocs"), seed=0)
+    train_tokenizer(documents, "bpe", 16384).save_pretrained(f"{folder}/tokenizer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Long arrays in files, read a slice at a time: what a process has read does not stay in its memory."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FlatFile:
+    """A one-dimensional array in a file as `np.save` writes it. A slice of it is a copy; steps are not taken.
+
+    A map of the file would do the same, but every page that was ever read would count as the process's own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        np.lib.format.read_magic(self._file)
+        (self._length,), _, self.dtype = np.lib.format.read_array_header_1_0(self._file)
+        self._begin = self._file.tell()
+
+    def __len__(self) -> int:
+        return int(self._length)
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        start, stop, _ = part.indices(len(self))
+        size = self.dtype.itemsize
+        # Without a position of its own, the file may be shared with the processes that load batches.
+        return np.frombuffer(
+            os.pread(self._file.fileno(), max(0, stop - start) * size, self._begin + start * size), self.dtype
+        )
+
+    def __reduce__(self) -> tuple[type["FlatFile"], tuple[Path]]:
+        return FlatFile, (self._path,)
+
+
+@contextmanager
+def growing(path: Path, kind: np.dtype[Any]) -> Iterator[BinaryIO]:
+    """A file for the elements of a flat array; in the end `path` is the array as np.save writes it."""
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as file:
+        yield file
+    with path.open("wb") as target, raw.open("rb") as source:
+        shape = (raw.stat().st_size // kind.itemsize,)
+        np.lib.format.write_array_header_1_0(target, {"descr": kind.str, "fortran_order": False, "shape": shape})
+        shutil.copyfileobj(source, target)
+    raw.unlink()

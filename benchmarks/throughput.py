@@ -13,7 +13,7 @@ Each side runs in a process of its own with the settings that it has for a user,
 - causal-documents, causal-blocks: causal LM, GPT-2 with 6 layers, 384 wide, vocabulary 50,257.
 
 A ratio is that of the tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
-(`pip install -e ".[bench]"`).
+(`pip install -e ".[report]"`).
 """
 
 import argparse
@@ -195,7 +195,7 @@ def main() -> None:
         plot(path.with_suffix(".png"), rows, title)
         print(f" and {path.with_suffix('.png').name}")
     except ImportError:
-        print('; for a plot, pip install -e ".[bench]"')
+        print('; for a plot, pip install -e ".[report]"')
 
 
 if __name__ == "__main__":

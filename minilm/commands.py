@@ -48,6 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     _add_model(measure, "model of any of these kinds")
     measure.set_defaults(work=_evaluate)
+    report = commands.add_parser("report", help="curves, settings and results of runs as one page")
+    report.description = (
+        "Write one HTML page, which needs no network, about one or several runs: minilm report out/a out/b"
+    )
+    report.add_argument("folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not")
+    report.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    report.add_argument("--png", action="store_true", help="the curves as a picture beside it too (takes matplotlib)")
+    report.add_argument("--debug", action="store_true", help="show tracebacks")
+    report.set_defaults(work=_report)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "evaluate":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -210,6 +219,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         width = max(map(len, figures))
         for name, value in figures.items():
             print(f"{name:<{width}}  {value:.6g}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from minilm.report import write_report
+
+    for path in write_report(options.folders, options.output, png=options.png):
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

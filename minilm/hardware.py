@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -167,6 +168,20 @@ def keep_freed_memory(device: torch.device) -> None:
     trim_threshold, mmap_max = -1, -4  # names of mallopt's parameters in malloc.h
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, -1)  # never
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most so far: on a GPU torch's tensors, else the process's resident memory.
+
+    0 where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def repeat_to_the_bit(wanted: bool) -> None:

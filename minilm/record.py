@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.cache import publish
 from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config
-from minilm.hardware import Peak, Precision, describe
+from minilm.hardware import Peak, Precision, describe, peak_memory
 from minilm.head import Head
 from minilm.objectives import objective_of
 from minilm.optim import warmup_steps
@@ -91,6 +91,7 @@ class Recorder:
             "tokens_per_second": round(rate, 1),
             "mfu": round(mfu, 4),
             "seconds": round(self.seconds, 4),
+            "memory_gb": round(peak_memory(loss.device) / 1e9, 3),
         }
         self._bar.update()
 
@@ -252,6 +253,13 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
 def write_results(folder: Path, results: dict[str, float]) -> None:
     """`all_results.json`."""
     publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def write_samples(folder: Path, step: int, samples: dict[str, str]) -> None:
+    """What the model of the last step made of each text, as last lines of the log."""
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        for text, output in samples.items():
+            file.write(json.dumps({"step": step, "sample": text, "output": output}) + "\n")
 
 
 _CARD = """---

@@ -31,7 +31,7 @@ from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
-from minilm.record import Recorder, announce, run_facts, write_card, write_results
+from minilm.record import Recorder, announce, run_facts, write_card, write_results, write_samples
 from minilm.resume import check_settings, load_step, resume
 from minilm.sharding import distribute, whole
 from minilm.stop import StopRequest, TrainingStopped
@@ -272,6 +272,7 @@ def conclude(
     for text in config.run.samples:
         samples[text] = objective.sample(saved, tokenizer, text)
         log.info(f"{text} -> {samples[text]}")
+    write_samples(folder, int(results["steps"]), samples)
     write_card(folder, config, facts, results, samples)
     write_results(folder, results)
     log.info(f"saved to {folder}; try: {objective.command(folder, tokenizer)}")

@@ -61,8 +61,8 @@ def config_in(place: Path, steps: int, save_every: int = 50) -> Config:
 
 
 def end_of(folder: Path) -> dict[str, object]:
-    """What must be the same to the bit: weights, moments, and the log but for its times."""
-    timed = ("tokens_per_second", "mfu", "seconds")
+    """What must be the same to the bit: weights, moments, and the log but for its times and memory."""
+    timed = ("tokens_per_second", "mfu", "seconds", "memory_gb")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return {

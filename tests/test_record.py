@@ -20,15 +20,16 @@ from minilm.record import Recorder, announce, run_facts, write_card, write_resul
 from minilm.settings import read_run
 from minilm.tokens import Examples, Prepared
 
-STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"]
+STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds", "memory_gb"]
 FIGURES = {"eval_loss": 3.0, "perplexity": 20.1, "bits_per_byte": 1.5, "unigram_bits_per_byte": 2.75}
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The recorder's clock, moved by hand."""
+    """The recorder's clock, moved by hand; the memory never changes."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(record, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(record, "peak_memory", lambda device: 1_250_000_000)
     return clock
 
 
@@ -76,6 +77,7 @@ def test_a_step_is_logged_when_the_next_one_is_done_and_the_last_on_close(tmp_pa
         "tokens_per_second": 25.0,
         "mfu": 0.3,
         "seconds": 6.0,
+        "memory_gb": 1.25,
     }
 
 

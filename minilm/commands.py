@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("--png", action="store_true", help="the curves as a picture beside it too (takes matplotlib)")
     report.add_argument("--debug", action="store_true", help="show tracebacks")
     report.set_defaults(work=_report)
+    doctor = commands.add_parser("doctor", help="what this machine offers to a run, and what to mend")
+    doctor.description = "Look at hardware, precision, memory, threads, versions, caches and the launcher, a line each."
+    doctor.epilog = "The exit status is 1 where there is something to mend."
+    doctor.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    doctor.add_argument("--debug", action="store_true", help="show tracebacks")
+    doctor.set_defaults(work=_doctor)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "evaluate":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -226,6 +232,21 @@ def _report(options: argparse.Namespace) -> None:
 
     for path in write_report(options.folders, options.output, png=options.png):
         print(f"written: {path}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from minilm.doctor import findings
+
+    to_mend = False
+    for finding in findings():
+        to_mend |= bool(finding.fix)
+        if options.json:
+            print(json.dumps(asdict(finding), ensure_ascii=False), flush=True)
+        else:
+            fix = f" -> {finding.fix}" if finding.fix else ""
+            print(f"{'MEND' if fix else 'ok':<5} {finding.what:<10} {finding.found}{fix}", flush=True)
+    if to_mend:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -243,6 +243,11 @@ def check_devices(devices: int, environment: Mapping[str, str]) -> None:
         )
 
 
+def usable_processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fair_threads(environment: Mapping[str, str]) -> int | None:
     """CPU threads that a process should use: its share of the machine's, where a launcher cut it down to one.
 
@@ -251,5 +256,4 @@ def fair_threads(environment: Mapping[str, str]) -> int | None:
     launched = "ACCELERATE_MIXED_PRECISION" in environment or "LOCAL_WORLD_SIZE" in environment
     if not launched or environment.get("OMP_NUM_THREADS") != "1":
         return None
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_processors() // int(environment.get("LOCAL_WORLD_SIZE", "1")))

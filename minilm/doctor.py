@@ -1,0 +1,177 @@
+"""`minilm doctor`: what this machine offers to a run, what a run would choose, and what to mend before one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from minilm.cache import cache_folder
+from minilm.hardware import choose_precision, describe, device_peak, usable_processors
+
+_PATIENCE = 120.0  # seconds for the launch of two processes, which takes a few on a machine that has nothing else to do
+_LITTLE = 2e9  # bytes of memory or disk below which the small recipes do not fit
+_EXTRAS = {"peft": "LoRA", "matplotlib": "report --png"}  # what else is made use of
+_NVIDIA = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    what: str
+    found: str
+    fix: str = ""
+    """What to do; empty where all is well."""
+
+
+def findings() -> Iterator[Finding]:
+    """One after the other as they are found; the launch of two processes, which takes seconds, comes last."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    yield _hardware(device)
+    yield _precision(device)
+    yield _memory(device)
+    yield _threads()
+    yield _versions()
+    yield _disk()
+    yield from _caches()
+    yield _launch()
+
+
+def _hardware(device: torch.device) -> Finding:
+    facts = describe(device)
+    count = torch.accelerator.device_count()
+    found = f"{count} x {facts['device']}" if count else f"{facts['device']}, {facts['cpu_capability']}"
+    fix = ""
+    if not count and _NVIDIA.exists():
+        fix = f"torch {torch.__version__} does not see the NVIDIA GPU of this machine: install a CUDA build of torch"
+    return Finding(what="hardware", found=found if count else f"{found}; no GPU", fix=fix)
+
+
+def _precision(device: torch.device) -> Finding:
+    try:
+        precision = choose_precision("auto", device)
+    except ValueError as error:
+        return Finding(what="precision", found="none", fix=str(error))
+    peak = device_peak(device, precision.name)
+    found = f"{precision.name}: {precision.reason}; peak {peak.flops / 1e12:.3g} TFLOP/s, {peak.source}"
+    return Finding(what="precision", found=found)
+
+
+def _memory(device: torch.device) -> Finding:
+    """Free and all, of the GPU or of the machine; less where the container of the process is allowed less."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        where = "of the GPU"
+    else:
+        try:
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+            sizes = {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+            free, total, where = sizes["MemAvailable"], sizes["MemTotal"], "of the machine"
+        except (OSError, KeyError, ValueError):
+            return Finding(what="memory", found="unknown: this system does not tell")
+        limit = _number("/sys/fs/cgroup/memory.max")
+        if limit is not None and limit < total:
+            left = limit - (_number("/sys/fs/cgroup/memory.current") or 0)
+            free, total, where = min(free, left), limit, "allowed here"
+    fix = "end other programs, or lower --batch.micro-tokens" if free < _LITTLE else ""
+    return Finding(what="memory", found=f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB {where}", fix=fix)
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # `max` stands for no limit
+        return None
+
+
+def _threads() -> Finding:
+    threads, usable = torch.get_num_threads(), usable_processors()
+    found = f"{threads} for one process, {usable} processors to use"
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > usable:
+        found += f"; other programs want {busy:.0f} of them now, so that times will be off"
+    fix = ""
+    if threads < usable and os.environ.get("OMP_NUM_THREADS"):
+        fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} holds a process started without launcher down: unset it"
+    elif threads > usable:
+        fix = f"set OMP_NUM_THREADS={usable}: more threads than processors wait for each other"
+    return Finding(what="threads", found=found, fix=fix)
+
+
+def _versions() -> Finding:
+    """Of Python and of what minilm requires."""
+    names, wrong = [], []
+    for required in map(Requirement, requires("minilm") or []):
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            have = version(required.name)
+        except PackageNotFoundError:
+            have = "missing"
+        names.append(f"{required.name} {have}")
+        if have == "missing" or not required.specifier.contains(have, prereleases=True):
+            wrong.append(f'"{required}"')
+    extras = [f"{name} {'is' if find_spec(name) else 'not'} there for {use}" for name, use in _EXTRAS.items()]
+    found = f"Python {sys.version.split()[0]}, {', '.join(names)}; {', '.join(extras)}"
+    return Finding(what="versions", found=found, fix=f"pip install {' '.join(wrong)}" if wrong else "")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free
+    fix = "free some, or give --run.output-dir on another disk" if free < _LITTLE else ""
+    return Finding(what="disk", found=f"{free / 1e9:.1f} GB free in {Path.cwd()}", fix=fix)
+
+
+def _caches() -> Iterator[Finding]:
+    try:
+        folder = cache_folder()
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        folder, writable = Path(error.filename or "?"), False
+    if writable:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(folder).free
+        found = f"{folder}: {size / 1e9:.2f} GB of prepared data and tokenizers, {free / 1e9:.1f} GB free"
+        yield Finding(what="cache", found=found, fix="set HF_HOME to a folder with room" if free < _LITTLE else "")
+    else:
+        yield Finding(what="cache", found=f"{folder} cannot be written", fix="set HF_HOME to a folder that can be")
+    offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name, "0") not in ("0", "")]
+    said = (
+        f"not asked: {' and '.join(offline)} set" if offline else "asked for models and data that are not in its cache"
+    )
+    yield Finding(what="hub", found=said)
+
+
+def _launch() -> Finding:
+    """Whether `accelerate launch` starts two processes on CPUs that find each other."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "minilm.handshake"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        try:
+            output, errors = job.communicate(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            output, errors = "", f"no answer within {_PATIENCE:g} seconds"
+    seconds = time.perf_counter() - start
+    if "2 processes, sum 3" in output:
+        return Finding(
+            what="launch", found=f"accelerate launch: 2 processes found each other over gloo, {seconds:.1f} s"
+        )
+    said = [line for line in errors.splitlines() if "Error" in line] or errors.splitlines() or ["no message"]
+    fix = "let local connections through; where the host's own name does not resolve, set GLOO_SOCKET_IFNAME=lo"
+    return Finding(what="launch", found=f"2 processes did not find each other ({said[-1].strip()})", fix=fix)

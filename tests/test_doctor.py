@@ -1,0 +1,102 @@
+"""What `minilm doctor` finds, and what it says to mend."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minilm import doctor
+from minilm.doctor import Finding
+
+CPU = torch.device("cpu")
+
+
+def test_one_line_a_finding_and_a_launch_of_two_processes_that_works(run, monkeypatch):
+    monkeypatch.setattr(doctor, "_threads", lambda: Finding(what="threads", found="1", fix="unset it"))
+    status, output, _ = run("doctor", "--json")
+    found = {line["what"]: line for line in map(json.loads, output)}
+    assert list(found) == [
+        *("hardware", "precision", "memory", "threads", "versions", "disk", "cache", "hub", "launch"),
+    ]
+    assert found["launch"]["found"].startswith("accelerate launch: 2 processes found each other over gloo")
+    assert found["launch"]["fix"] == ""
+    assert "bf16 matrix product here runs at" in found["precision"]["found"]
+    assert f"torch {torch.__version__}" in found["versions"]["found"]
+    assert (found["threads"]["fix"], status) == ("unset it", 1)
+
+
+def test_what_is_to_mend_stands_out(run, monkeypatch):
+    found = [Finding(what="disk", found="none free", fix="free some"), Finding(what="hub", found="asked")]
+    monkeypatch.setattr(doctor, "findings", lambda: iter(found))
+    assert run("doctor") == (1, ["MEND  disk       none free -> free some", "ok    hub        asked"], [])
+    monkeypatch.setattr(doctor, "findings", lambda: iter(found[1:]))
+    assert run("doctor")[0] is None
+
+
+def test_a_launch_that_fails_or_hangs_is_told(tmp_path, monkeypatch):
+    fake = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(fake))
+    for script, said in (
+        ("echo 'RuntimeError: no interface' >&2; exit 1", "(RuntimeError: no interface)"),
+        ("sleep 60", "(no answer within 0.5 seconds)"),
+        ("exit 1", "(no message)"),
+        ("echo '1 processes, sum 1'", "(no message)"),
+    ):
+        fake.write_text(f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+        monkeypatch.setattr(doctor, "_PATIENCE", 0.5 if "sleep" in script else 20)
+        finding = doctor._launch()
+        assert said in finding.found
+        assert finding.fix
+
+
+@pytest.mark.parametrize(
+    ("threads", "usable", "variable", "fix"),
+    [
+        (8, 8, None, ""),
+        (1, 8, "1", "OMP_NUM_THREADS=1 holds"),
+        (1, 1, "1", ""),
+        (8, 2, None, "set OMP_NUM_THREADS=2"),
+    ],
+)
+def test_threads(threads, usable, variable, fix, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(doctor, "usable_processors", lambda: usable)
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (usable + 3.0, 0.0, 0.0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    finding = doctor._threads()
+    assert finding.fix.startswith(fix)
+    assert bool(finding.fix) == bool(fix)
+    assert f"other programs want {usable + 3} of them" in finding.found
+
+
+def test_versions_that_minilm_does_not_run_on(monkeypatch):
+    wanted = ["torch>=2.11", "numpy>=99", "no-such-package>=1", "peft>=9; extra == 'lora'"]
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    assert doctor._versions().fix == 'pip install "numpy>=99" "no-such-package>=1"'
+
+
+def test_memory_of_a_container_counts_and_little_disk_is_told(monkeypatch):
+    limits = {"/sys/fs/cgroup/memory.max": 3 * 10**9, "/sys/fs/cgroup/memory.current": 2 * 10**9}
+    monkeypatch.setattr(doctor, "_number", limits.get)
+    finding = doctor._memory(CPU)
+    assert finding.found == "1.0 GB free of 3.0 GB allowed here"
+    assert "--batch.micro-tokens" in finding.fix
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    assert "--run.output-dir" in doctor._disk().fix
+    assert "HF_HOME" in next(doctor._caches()).fix
+
+
+def test_a_cache_that_cannot_be_written_and_a_hub_that_is_not_asked(monkeypatch):
+    def refuse():
+        raise PermissionError(13, "Permission denied", "/nowhere")
+
+    monkeypatch.setattr(doctor, "cache_folder", refuse)
+    cache, hub = doctor._caches()
+    assert cache == Finding(what="cache", found="/nowhere cannot be written", fix="set HF_HOME to a folder that can be")
+    assert hub.found == "not asked: HF_HUB_OFFLINE set"

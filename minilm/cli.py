@@ -20,17 +20,26 @@ def run_recipe(
 ) -> None:
     """Apply the command line to a recipe's configuration and train, with `minilm.train.train` or a fork of it.
 
-    What the user got wrong ends the process with one line on stderr and status 2; `--debug` shows the traceback.
+    `--dry-run` tells what the run would be in place of it (`minilm.dryrun`). What the user got wrong ends the process
+    with one line on stderr and status 2; `--debug` shows the traceback.
     """
-    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    arguments = [word for word in sys.argv[1:] if word not in ("--debug", "--dry-run")]
 
     @ended_by_signals()
     def work() -> None:
         resolved = parse(config, description, arguments)
         _show_log()
-        if trains is None:
+        name = Path(sys.argv[0]).stem
+        if "--dry-run" in sys.argv:
+            from minilm.dryrun import dry_run
+
+            dry_run(resolved, name, own_loop=trains is not None)
+        elif trains is None:
             from minilm.train import train  # after the flags are known to be right: torch takes seconds to import
-        (trains or train)(resolved, Path(sys.argv[0]).stem)
+
+            train(resolved, name)
+        else:
+            trains(resolved, name)
 
     guarded(work, debug="--debug" in sys.argv)
 

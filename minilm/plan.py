@@ -88,6 +88,10 @@ class Plan:
         seen = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
         return 1 - sum(step.tokens for step in seen) / sum(step.padded_tokens for step in seen)
 
+    def largest(self, step: Step) -> int:
+        """Tokens of the step's largest micro-batch, padding included."""
+        return max(self._seen(ids) for parts in step.micro_batches for ids in parts)
+
     def _seen(self, ids: Ids) -> int:
         """Tokens of a micro-batch that the device sees; an empty one holds a single padding token."""
         if not self.padded:

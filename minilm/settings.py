@@ -107,7 +107,8 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
     description += (
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
         "defaults. "
-        "--from-run FILE repeats the run that wrote this run.json. --debug shows tracebacks."
+        "--from-run FILE repeats the run that wrote this run.json. --dry-run says what the run would be, need and "
+        "take, after a few steps of it, and writes nothing to its output folder. --debug shows tracebacks."
     )
     plain, said = (tyro.conf.AvoidSubcommands,), io.StringIO()
     try:

@@ -1,0 +1,191 @@
+"""`--dry-run`: what a run would do, need and take, told after a few of its steps; its output folder is left alone."""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from minilm.batch import Collator
+from minilm.config import Config
+from minilm.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
+from minilm.head import Head, freeze_unused
+from minilm.launch import attempt, finish, first_on_each_host, start, together
+from minilm.objectives import build, objective_of, prepare
+from minilm.optim import build_optimizer, learning_rate
+from minilm.output import choose_output_dir
+from minilm.plan import Plan, Step
+from minilm.sharding import distribute
+from minilm.tokens import Examples, Prepared
+from minilm.train import lay_out, load_steps, seed_dropout, train_step
+
+_FEWEST, _SECONDS = 3, 3.0  # steps of the probe that are timed, and the time that it takes if they are short
+_MOST = 1000
+_LOOK = 50  # steps among which the probe begins with the one that needs most memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a few steps took."""
+
+    steps: int
+    seconds: float
+    flops: float
+    """Model FLOPs of all processes."""
+    memory: int
+    """Bytes that the process held at most."""
+
+
+def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
+    """Print the plan of the run that `train(config, name)` would be. It reads data and fills the cache as that does.
+
+    own_loop: the recipe trains by a loop of its own, of which only the data and the steps can be told. Raises
+    ValueError as `train` does, and for a step that does not fit into the memory of a GPU.
+    """
+    if config.run.resume is not None:
+        raise ValueError("--dry-run plans a run from its start: leave run.resume out")
+    accelerator, precision = start(config.run)
+    folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
+    with first_on_each_host(accelerator):
+        attempted = attempt(lambda: prepare(config))
+    prepared = together(attempted)
+    lines = [("output", f"{folder}, to which nothing is written now"), ("data", _data(prepared))]
+    if own_loop:
+        per_epoch = math.ceil(len(prepared.train.start) / config.batch.examples)
+        lines.append(("steps", f"{_total(config, per_epoch):,} of {config.batch.examples} examples"))
+        lines.append(("time", "unknown, as are model and memory: this recipe has a loop of its own, to be tried"))
+    else:
+        lines += _planned(config, accelerator, precision, prepared)
+    if accelerator.is_main_process:
+        for what, said in lines:
+            print(f"{what:<9} {said}", flush=True)
+    finish(accelerator)
+
+
+def _total(config: Config, steps_per_epoch: int) -> int:
+    return config.run.max_steps or math.ceil(config.run.epochs * steps_per_epoch)
+
+
+def _data(prepared: Prepared) -> str:
+    train, held = prepared.train.facts(), prepared.eval.facts()
+    return (
+        f"{train['examples']:,} examples, {train['tokens']:,} tokens; "
+        f"to evaluate: {held['examples']:,} examples, {held['tokens']:,} tokens"
+    )
+
+
+def _planned(
+    config: Config, accelerator: Accelerator, precision: Precision, prepared: Prepared
+) -> list[tuple[str, str]]:
+    """Model, steps, FLOPs, memory and time, the last two from a probe of steps on a model that is then dropped."""
+    objective = objective_of(config.objective)
+    network = together(lambda: build(config, prepared))
+    together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
+    head = objective.head(network.to(accelerator.device), prepared)
+    freeze_unused(head)
+    cost = count_flops(head, config.batch.max_length)
+    plan, collator, _ = lay_out(config, accelerator, head, prepared)
+    total = _total(config, plan.steps_per_epoch)
+    trained = [p for p in head.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in head.parameters())
+    state = weights + 3 * sum(p.numel() * p.element_size() for p in trained)  # gradients and two moments
+    probe = _probe(config, accelerator, head, plan, collator, prepared.train, cost, total)
+
+    epochs = total / plan.steps_per_epoch
+    per_epoch, rate = _flops(cost, prepared.train, collator.rate(0.5)), probe.seconds / probe.flops
+    flops = epochs * per_epoch
+    every = config.run.eval_every or plan.steps_per_epoch
+    evaluations = math.ceil(total / every)
+    evaluation = _flops(cost, prepared.eval, collator.rate(0.0)) / 3 * rate  # forward alone
+    tokens = epochs * int(plan.lengths.sum())
+    peak = device_peak(accelerator.device, precision.name).flops * accelerator.num_processes
+    hardware = describe(accelerator.device)
+    return [
+        (
+            "model",
+            f"{type(head.model).__name__}: {head.model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{sum(p.numel() for p in trained) / 1e6:.2f} M of them trained; {head.described}",
+        ),
+        (
+            "hardware",
+            f"{accelerator.num_processes} process(es) on {hardware['device']}, {hardware['threads_per_process']} "
+            f"threads each, {precision.name}: {precision.reason}",
+        ),
+        (
+            "steps",
+            f"{total:,} of {config.batch.examples} examples: {epochs:.2f} epochs, {tokens:,.0f} tokens, "
+            f"{plan.padding_share():.1%} padding",
+        ),
+        ("FLOPs", f"{flops:.3g}, {flops / tokens:.3g} a token"),
+        (
+            "memory",
+            f"{probe.memory / 1e9:.2f} GB a process; {state / 1e9:.2f} GB of it weights, gradients and moments",
+        ),
+        (
+            "time",
+            f"{_duration(flops * rate + evaluations * evaluation)}: training {_duration(flops * rate)} "
+            f"({tokens / (flops * rate):,.0f} tokens/s, MFU {1 / rate / peak:.0%}, by {probe.steps} steps), "
+            f"evaluations {evaluations} x {_duration(evaluation)}; start and saving not counted",
+        ),
+    ]
+
+
+def _flops(cost: Cost, examples: Examples, rate: float) -> float:
+    """Of training on all examples once."""
+    lengths = examples.lengths
+    squares = int((lengths.astype(np.int64) ** 2).sum())
+    tokens = int(lengths.sum())
+    return cost.step(Step(epoch=0, micro_batches=[], tokens=tokens, square_lengths=squares, padded_tokens=0), rate)
+
+
+def _probe(
+    config: Config,
+    accelerator: Accelerator,
+    head: Head,
+    plan: Plan,
+    collator: Collator,
+    examples: Examples,
+    cost: Cost,
+    total: int,
+) -> Probe:
+    """Take steps of the run, spread over it, from the one on that needs most memory, whose time does not count."""
+    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
+    first = max(range(min(total, _LOOK)), key=lambda index: plan.largest(plan.step(index)))
+    steps = range(first, total, max(1, (total - first) // 100))
+    model.train()
+    count, seconds, flops, mark = 0, 0.0, 0.0, 0.0
+    try:
+        for index in islice(cycle(steps), _MOST):
+            (item,) = load_steps(plan, examples, collator, accelerator, range(index, total, total), 0)
+            step, micro_batches = item
+            seed_dropout(config.run.seed, index, accelerator.process_index)
+            lr = learning_rate(config.optim, index, total)
+            result = train_step(
+                accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=config.optim.max_grad_norm
+            )
+            float(result.loss)  # waits for the device
+            now = time.perf_counter()
+            if mark:
+                count, seconds = count + 1, seconds + now - mark
+                flops += cost.step(step, collator.rate(index / total))
+            mark = now
+            enough = torch.tensor(count >= _FEWEST and seconds >= _SECONDS, device=accelerator.device)
+            if accelerator.gather(enough.view(1)).any():  # the processes go on together
+                break
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step does not fit into the memory of the GPU: lower batch.micro_tokens, now {config.batch.micro_tokens}"
+        ) from error
+    memory = peak_memory(accelerator.device)
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    return Probe(steps=count, seconds=seconds, flops=flops, memory=memory)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -122,7 +122,8 @@ def _planned(
         ("FLOPs", f"{flops:.3g}, {flops / tokens:.3g} a token"),
         (
             "memory",
-            f"{probe.memory / 1e9:.2f} GB a process; {state / 1e9:.2f} GB of it weights, gradients and moments",
+            f"{probe.memory / 1e9:.2f} GB a process after {probe.steps + 1} steps, {state / 1e9:.2f} GB of it "
+            "weights, gradients and moments",
         ),
         (
             "time",

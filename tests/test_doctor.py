@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_one_line_a_finding_and_a_launch_of_two_processes_that_works(run, monkeypatch):
+    monkeypatch.setattr(doctor, "_PATIENCE", 300.0)
     monkeypatch.setattr(doctor, "_threads", lambda: Finding(what="threads", found="1", fix="unset it"))
     status, output, _ = run("doctor", "--json")
     found = {line["what"]: line for line in map(json.loads, output)}

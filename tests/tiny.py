@@ -117,6 +117,8 @@ def tiny_config(kind: str, tokenizer: Any, *, decoder: bool = False) -> Pretrain
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id")
         for role in ("pad", "bos", "eos", "cls", "sep", "mask")
     }
+    for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
+        ids[name] = ids[stand_in] if ids[name] is None else ids[name]
     ids = {name: id for name, id in ids.items() if id is not None}
     own = {**OWN.get(kind, {}), **({"is_decoder": True} if decoder else {})}
     return AutoConfig.for_model(

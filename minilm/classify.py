@@ -82,7 +82,7 @@ class ClassHead(Head):
             self.alone = True
             expected_RxC = self._probe()
             self.alone = False
-            self.alone = self._differs(expected_RxC) != ""
+            self.alone = self._differs(expected_RxC) != "" or self._sees_padding()
             if not self.alone:
                 self._try_first_tokens(expected_RxC)
 

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from minilm import CausalLM, Classification, MaskedLM, Model
 from minilm.batch import Batch
@@ -154,11 +154,11 @@ def attempt(result: Result) -> None:
     try:
         torch.manual_seed(0)
         config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
-        if result.head == "classification" and tokenizer.pad_token_id == tokenizer.eos_token_id:
-            config.get_text_config().pad_token_id = None  # as such checkpoints come
+        if prepared.fields and getattr(AutoConfig.for_model(result.kind).get_text_config(), "pad_token_id", 0) is None:
+            config.get_text_config().pad_token_id = None  # as its checkpoints come
         model = objective.auto.from_config(config).eval()
         with torch.no_grad():
-            model(input_ids=torch.full((1, 5), 7))
+            model(input_ids=torch.tensor([[7, 7, 7, 7, getattr(config, "eos_token_id", None) or 7]]))
         result.built, step = True, "not saved"
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -277,9 +277,9 @@ def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Ten
 
 
 def tokenizer_for(head: str, kind: str) -> PreTrainedTokenizerBase:
-    """A small tokenizer, trained on numbers; one that pads with its end-of-text token for what is a causal LM only."""
-    masked, causal = (types_of(head) for head in ("masked", "causal"))
-    return _tokenizer(head == "causal" or (head == "classification" and kind in causal and kind not in masked))
+    """A small tokenizer, trained on numbers; for a decoder one that pads with its end-of-text token."""
+    decoder = kind not in types_of("masked") and not AutoConfig.for_model(kind).is_encoder_decoder
+    return _tokenizer(head == "causal" or (head == "classification" and decoder and kind in types_of("causal")))
 
 
 @cache

@@ -151,30 +151,6 @@ class Head(nn.Module):
         self._turned = False
         return not bool((after_3xV - before_3xV).abs().max() <= 1e-6 * before_3xV.abs().max())
 
-    def _sees_padding(self) -> bool:
-        """Whether what stands in padding changes the logits, however little.
-
-        What ConvBERT's convolutions carry from there to a row's first token may be next to nothing before training.
-        """
-        try:
-            embedding = self.model.get_input_embeddings()
-        except NotImplementedError:
-            return False
-        tied = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        tied = [module for module in tied if module.weight is getattr(embedding, "weight", None)]
-        before_NxV = self._probe()
-        handles = [module.register_forward_hook(self._disturb) for module in tied]
-        after_NxV = self._probe()
-        for handle in handles:
-            handle.remove()
-        return not bool((after_NxV - before_NxV).abs().max() <= 1e-6 * before_NxV.abs().max())
-
-    def _disturb(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        noise_H = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
-        padding_RxL: Tensor = inputs[0] == self._padding
-        padding_RxL[:, 0] = False  # no row begins with padding, and T5's decoder begins with the same token
-        return torch.where(padding_RxL[..., None], output + noise_H, output)
-
     def _try_padding_free(self, expected_NxV: Tensor) -> None:
         if not self.model._supports_attention_backend or getattr(self.model, "attention_is_chosen", False):
             return
@@ -211,7 +187,7 @@ class SparseHead(Head):
             self.alone = True
             expected_NxV = self._probe()
             self.alone = False
-            self.alone = self._differs(expected_NxV) != "" or self._sees_padding()
+            self.alone = self._differs(expected_NxV) != ""
             self.reason = "padding changes its logits" if self.alone else self._try_sparse(expected_NxV)
             if not self.alone:
                 self._try_padding_free(expected_NxV)

@@ -154,7 +154,8 @@ def attempt(result: Result) -> None:
     try:
         torch.manual_seed(0)
         config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
-        if prepared.fields and getattr(AutoConfig.for_model(result.kind).get_text_config(), "pad_token_id", 0) is None:
+        text = AutoConfig.for_model(result.kind).get_text_config()
+        if prepared.fields and tokenizer.pad_token_id == tokenizer.eos_token_id and text.pad_token_id is None:
             config.get_text_config().pad_token_id = None  # as its checkpoints come
         model = objective.auto.from_config(config).eval()
         with torch.no_grad():

@@ -14,8 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilm.head import Head
-from minilm.model import vocabulary_size
-from minilm.packing import pack
 from minilm.plan import Step
 
 # Dense peaks in TFLOP/s from the makers' datasheets: (substring of the device's name, bf16 and fp16, fp32).
@@ -133,14 +131,13 @@ class Cost:
 
 def count_flops(model: Head, max_length: int) -> Cost:
     """Count a forward's matrix products at two lengths and two numbers of targets, and solve for the three costs."""
-    device, training = next(model.parameters()).device, model.training
+    training = model.training
 
     def forward(length: int, targets: int) -> int:
-        ids_T = torch.full((length,), vocabulary_size(model.model) - 1, device=device)
-        packing = pack([length]).map(lambda tensor: tensor.to(device))
+        ids_T, packing = model.trial([length])
         # The counter does not know the fused CPU kernel of attention.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.logits(ids_T, packing, torch.zeros(targets, dtype=torch.int64, device=device))
+            model.logits(ids_T, packing, ids_T.new_zeros(targets))
         return int(counter.get_total_flops())
 
     model.eval()

@@ -5,7 +5,7 @@ Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V 
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -46,7 +46,10 @@ class Head(nn.Module):
         """Padding would change the logits: a forward sees rows of one length only."""
         self._offset = position_offset(model)
         self._turned = False  # the first row of the probe, to see what of it others see
-        self._padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+        config = model.config.get_text_config()
+        self._padding = max(0, getattr(config, "pad_token_id", None) or 0)
+        ends = getattr(config, "eos_token_id", None)
+        self._end: int | None = ends[0] if isinstance(ends, list) else ends
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
@@ -86,7 +89,7 @@ class Head(nn.Module):
             inputs["token_type_ids"] = group.pad(type_ids_T)
         if group.place_T is not None:
             real_RxL = group.real(input_ids_T.device)
-            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real_RxL, self._padding or 0)
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real_RxL, self._padding)
             inputs["attention_mask"] = real_RxL.long()
             if type_ids_T is not None:
                 inputs["token_type_ids"] = inputs["token_type_ids"].masked_fill(~real_RxL, 0)
@@ -102,18 +105,25 @@ class Head(nn.Module):
                 inputs["token_type_ids"] = type_ids_T[tokens].view(-1, length)
             yield length, self.model(**inputs).logits
 
-    def _probe_batch(self) -> tuple[Tensor, Packing]:
-        """Random ids of four rows of different lengths, and how they lie."""
-        device = next(self.model.parameters()).device
-        longest = min(_PROBE, longest_input(self.model) or _PROBE)
-        lengths = [longest, longest - longest // 8, longest - longest // 8, 6]
-        generator = torch.Generator().manual_seed(0)
-        input_ids_T = torch.randint(0, vocabulary_size(self.model), (sum(lengths),), generator=generator)
-        input_ids_T[input_ids_T == self._padding] = 0 if self._padding else 1
-        if self._turned:
-            input_ids_T[:longest] = input_ids_T[:longest].flip(0)
+    def trial(self, lengths: Sequence[int]) -> tuple[Tensor, Packing]:
+        """Random ids of rows of these lengths, which end as texts do and hold no padding, and how they lie."""
+        device, size = next(self.model.parameters()).device, vocabulary_size(self.model)
+        input_ids_T = torch.randint(0, size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+        special = {self._padding, self._end}
+        for id in special - {None}:
+            input_ids_T[input_ids_T == id] = min({0, 1, 2} - special)
+        if self._end is not None and self._end != self._padding and self._end < size:
+            input_ids_T[torch.tensor(lengths).cumsum(0) - 1] = self._end  # BART reads a row's class off this token
         packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
         return input_ids_T.to(device), packing
+
+    def _probe_batch(self) -> tuple[Tensor, Packing]:
+        """Four rows of different lengths."""
+        longest = min(_PROBE, longest_input(self.model) or _PROBE)
+        input_ids_T, packing = self.trial([longest, longest - longest // 8, longest - longest // 8, 6])
+        if self._turned:
+            input_ids_T[:longest] = input_ids_T[:longest].flip(0)
+        return input_ids_T, packing
 
     def _probe(self) -> Tensor:
         """Logits of the small random batch as things are, N x V."""
@@ -320,13 +330,10 @@ def freeze_unused(head: Head) -> None:
     Raises ValueError for a model that cannot be trained on rows of any length, as Reformer and Funnel.
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    device = trained[0].device
-    lengths = [min(_PROBE, longest_input(head.model) or _PROBE) - 1, 1]
-    ids_T = torch.full((sum(lengths),), vocabulary_size(head.model) - 1, device=device)
-    packing = pack(lengths, grouped=head.padding_free).map(lambda tensor: tensor.to(device))
+    ids_T, packing = head.trial([min(_PROBE, longest_input(head.model) or _PROBE) - 1, 1])
     training = head.training
     try:
-        total = head.train().logits(ids_T, packing, torch.zeros(1, dtype=torch.int64, device=device)).sum()
+        total = head.train().logits(ids_T, packing, torch.zeros_like(ids_T[:1])).sum()
         gradients = torch.autograd.grad(total, trained, allow_unused=True)
     except (AssertionError, IndexError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def classify(
     """The labels of each text, or of each text with its second one, the likeliest first.
 
     Scores are those of transformers' text-classification pipeline. Texts longer than the model's input are cut, and a
-    warning says how many; texts of similar length are read together.
+    warning says how many; texts of one length are read together, since padding changes what some models say.
     """
     longest = longest_input(model)
     both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
@@ -218,12 +219,12 @@ def classify(
         log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")
     rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
     names: Any = model.config.id2label
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: lengths[index])
+    runs = [list(run) for _, run in groupby(order, key=lambda index: lengths[index])]
     results: list[list[Class]] = [[] for _ in rows]
-    for at in range(0, len(order), batch_size):
-        ids = order[at : at + batch_size]
-        alone = len({len(rows[index]["input_ids"]) for index in ids}) == 1  # needs no padding token
-        batch = tokenizer.pad([rows[index] for index in ids], padding=not alone, return_tensors="pt").to(model.device)
+    for ids in (run[at : at + batch_size] for run in runs for at in range(0, len(run), batch_size)):
+        batch = tokenizer.pad([rows[index] for index in ids], padding=False, return_tensors="pt").to(model.device)
         with torch.inference_mode():
             logits_NxC = model(**batch).logits.float()
         for row, scores in zip(ids, _scores(model, logits_NxC).tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,6 +53,8 @@ def load_model(
         network = _build(replace(model, config={**fields, **model.config}), tokenizer, auto)
     else:
         network, random = _load(model, model.name, auto, fields)
+    if fields.get("pad_token_id") is not None:  # Gemma 3 looks for it in the configuration inside its own
+        network.config.get_text_config().pad_token_id = network.config.pad_token_id
     rows = vocabulary_size(network)
     known = len(tokenizer) - added
     if known > rows:
@@ -162,6 +165,7 @@ def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tupl
     if type(config) not in auto._model_mapping:
         raise ValueError(f"{refusal}: {config.model_type} has no {_head(auto)} head")
     _check_fields(name, model.config, config)
+    labels = config.num_labels
     with loading(name, refusal):
         for field, value in {**fields, **model.config}.items():
             setattr(config, field, value)
@@ -176,8 +180,10 @@ def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tupl
             ignore_mismatched_sizes=bool(fields),  # of a head that knows other labels
         )
     if other := sorted(key for key, *_ in report["mismatched_keys"]):
-        if inside := [key for key in other if key.startswith(f"{network.base_model_prefix}.")]:
-            raise ValueError(f"{refusal}: its {inside[0]} has another shape than its configuration says")
+        relabelled = ((labels,), (network.config.num_labels,))  # the first axis of what gives the classes
+        for key, *shapes in report["mismatched_keys"]:
+            if tuple(tuple(shape[:1]) for shape in shapes) != relabelled or shapes[0][1:] != shapes[1][1:]:
+                raise ValueError(f"{refusal}: its {key} has another shape than its configuration says")
         log.warning(f"{name} was trained for other labels: {', '.join(other)} start at random")
     if missing := sorted(set(report["missing_keys"]) - set(other)):
         log.warning(
@@ -239,7 +245,8 @@ def vocabulary_size(network: PreTrainedModel) -> int:
         embedding = None
     if isinstance(embedding, nn.Embedding):
         return embedding.num_embeddings
-    return int(network.config.get_text_config().vocab_size)  # Perceiver's inputs are latents, I-BERT's are quantized
+    # Perceiver's inputs are latents, I-BERT's are quantized; CANINE has no table: it hashes any code point.
+    return int(getattr(network.config.get_text_config(), "vocab_size", sys.maxunicode + 1))
 
 
 def longest_input(network: PreTrainedModel) -> int | None:

@@ -50,6 +50,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast form, only one in Python; pass another with --tokens.name")
+    if tokenizer.pad_token_id is None and not causal:  # GPT-2 and Llama classify so
+        tokenizer.pad_token = tokenizer.eos_token
     role = "end-of-text" if causal else "padding"
     if (tokenizer.eos_token_id if causal else tokenizer.pad_token_id) is None:
         raise ValueError(f"tokenizer {name!r} has no {role} token; pass another one with --tokens.name")

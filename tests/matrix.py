@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -30,12 +30,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from minilm import CausalLM, MaskedLM, Model
+from minilm import CausalLM, Classification, MaskedLM, Model
 from minilm.batch import Batch
 from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
+from minilm.labels import Labels
 from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.tokens import Prepared, train_tokenizer
@@ -48,6 +49,7 @@ CUTS = ((range(7),), (range(1), range(1, 4), range(4, 7)))  # a step as one micr
 LONGEST, VOCABULARY, LIMIT = 32, 300, 60  # tokens, tokens, seconds of a processor
 TOLERANCE, GRADIENT = 1e-5, 1e-4  # relative; the second for float32 sums over the tokens in another order
 NO_TARGET = -100
+SHORTCUTS = ("sparse", "padding_free", "alone", "fused")
 Gradients = dict[str, Tensor]
 
 
@@ -59,7 +61,7 @@ class Example:
     targets: Tensor
     """int64, what each of its logits is to say, NO_TARGET for nothing."""
     labels: Tensor
-    """int64, the same as a model of transformers wants to be told."""
+    """int64, the same as a model of transformers wants to be told; of a row that is classified a scalar."""
 
 
 def masked_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
@@ -76,11 +78,17 @@ def causal_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
     return [Example(input_ids_L=ids, targets=F.pad(ids[1:], (0, 1), value=NO_TARGET), labels=ids) for ids in rows]
 
 
+def classification_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
+    """Each row has a class."""
+    rows = zip(batch.input_ids_T.split(list(lengths)), batch.target_ids_N, strict=True)
+    return [Example(input_ids_L=ids_L, targets=label[None], labels=label) for ids_L, label in rows]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """A head: the objective that trains it, and its examples one by one."""
 
-    settings: MaskedLM | CausalLM
+    settings: MaskedLM | CausalLM | Classification
     examples: Callable[[Batch, Sequence[int]], list[Example]]
 
 
@@ -88,7 +96,10 @@ class Kind:
 HEADS = {
     "masked": Kind(settings=MaskedLM(rate=0.4), examples=masked_examples),
     "causal": Kind(settings=CausalLM(), examples=causal_examples),
+    "classification": Kind(settings=Classification(), examples=classification_examples),
 }
+LABELS = Labels(problem="single-label", names=("no", "yes", "maybe"))
+EXAMPLES = replace(NO_EXAMPLES, labels=np.array([0, 2, 1, 1, 0, 2, 1]))
 
 
 @dataclass(kw_only=True)
@@ -130,22 +141,39 @@ def measure(head: str, kind: str) -> Result:
 
 def attempt(result: Result) -> None:
     """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
-    objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head)
-    prepared = Prepared(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
+    objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
+    classes = {**LABELS.fields(), "pad_token_id": tokenizer.pad_token_id}
+    prepared = Prepared(
+        tokenizer=tokenizer,
+        train=EXAMPLES,
+        eval=EXAMPLES,
+        labels=LABELS,
+        fields=classes if result.head == "classification" else {},
+    )
     step = "not built"
     try:
         torch.manual_seed(0)
         config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
+        text = AutoConfig.for_model(result.kind).get_text_config()
+        if prepared.fields and tokenizer.pad_token_id == tokenizer.eos_token_id and text.pad_token_id is None:
+            config.get_text_config().pad_token_id = None  # as its checkpoints come
         model = objective.auto.from_config(config).eval()
         with torch.no_grad():
-            model(input_ids=torch.full((1, 5), 7))
+            model(input_ids=torch.tensor([[7, 7, 7, 7, getattr(config, "eos_token_id", None) or 7]]))
         result.built, step = True, "not saved"
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             step = "not loaded"
             objective.auto.from_pretrained(folder)
             step = "refused"
-            network = load_model(Model(name=folder), tokenizer, max_length=LONGEST, seed=0, auto=objective.auto)
+            network = load_model(
+                Model(name=folder),
+                tokenizer,
+                max_length=LONGEST,
+                seed=0,
+                auto=objective.auto,
+                fields=prepared.fields,
+            )
             objective.check(network, tokenizer, ())
             plain, head = deepcopy(network).train(), objective.head(network, prepared)
             freeze_unused(head)
@@ -161,15 +189,15 @@ def attempt(result: Result) -> None:
 
 def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Put minilm's loss and gradients beside the reference's, and Trainer's loss."""
-    kind, rows = HEADS[result.head], rows_of(tokenizer)
+    kind, rows = HEADS[result.head], rows_of(result.head, tokenizer)
     objective = objective_of(kind.settings)
-    collate = objective.collator(tokenizer, NO_EXAMPLES, seed=0)
+    collate = objective.collator(tokenizer, EXAMPLES, seed=0)
     examples = kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS)
     expected, gradients = reference(plain, examples)
     result.trainer = trainers(plain, examples, expected)
-    result.shortcuts = {name: bool(getattr(head, name)) for name in ("sparse", "padding_free", "alone", "fused")}
-    result.reason = head.reason
-    collate = objective.collator(tokenizer, NO_EXAMPLES, seed=0, padded=not head.padding_free)
+    result.shortcuts = {name: bool(getattr(head, name)) for name in SHORTCUTS if hasattr(head, name)}
+    result.reason = getattr(head, "reason", "")
+    collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=not head.padding_free)
     losses, errors = [], []
     for cut in CUTS:
         loss, ours = update(head, [collate([rows[i] for i in part], np.array(part), 0) for part in cut])
@@ -243,21 +271,30 @@ def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Ten
     lengths = [len(example.input_ids_L) for example in examples]
     padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     ids_RxL, mask_RxL = pad_rows(torch.cat([example.input_ids_L for example in examples]), lengths, padding)
-    labels_RxL, _ = pad_rows(torch.cat([example.labels for example in examples]), lengths, NO_TARGET)
-    inputs = {"input_ids": ids_RxL, "attention_mask": mask_RxL, "labels": labels_RxL}
+    labels = [example.labels for example in examples]
+    padded_labels = torch.stack(labels) if labels[0].dim() == 0 else pad_rows(torch.cat(labels), lengths, NO_TARGET)[0]
+    inputs = {"input_ids": ids_RxL, "attention_mask": mask_RxL, "labels": padded_labels}
     return {name: x for name, x in inputs.items() if name in inspect.signature(model.forward).parameters}
 
 
+def tokenizer_for(head: str, kind: str) -> PreTrainedTokenizerBase:
+    """A small tokenizer, trained on numbers; for a decoder one that pads with its end-of-text token."""
+    decoder = kind not in types_of("masked") and not AutoConfig.for_model(kind).is_encoder_decoder
+    return _tokenizer(head == "causal" or (head == "classification" and decoder and kind in types_of("causal")))
+
+
 @cache
-def tokenizer_for(head: str) -> PreTrainedTokenizerBase:
-    """A small tokenizer, trained on numbers."""
+def _tokenizer(causal: bool) -> PreTrainedTokenizerBase:
     documents = Dataset.from_dict({"text": [f"{i} and {i * i} make {i + i * i}, all told." for i in range(200)]})
-    return train_tokenizer(documents, "bpe", VOCABULARY, causal=head == "causal")
+    return train_tokenizer(documents, "bpe", VOCABULARY, causal=causal)
 
 
-def rows_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Random rows of LENGTHS."""
-    return np.split(np.random.default_rng(0).integers(5, len(tokenizer), sum(LENGTHS)), np.cumsum(LENGTHS)[:-1])
+def rows_of(head: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Random rows of LENGTHS; those that are classified end as texts do."""
+    ids_T, ends = np.random.default_rng(0).integers(5, len(tokenizer), sum(LENGTHS)), np.cumsum(LENGTHS)
+    if head == "classification" and tokenizer.sep_token_id is not None:
+        ids_T[ends - 1] = tokenizer.sep_token_id
+    return np.split(ids_T, ends[:-1])
 
 
 def said(error: BaseException) -> str:
@@ -295,9 +332,9 @@ def line(result: Result) -> str:
     if not result.measured:
         return f"{result.kind:26} {result.why[:200]}"
     equal = "equal" if result.equal else f"WRONG: loss {result.loss:.1e}, gradients {result.gradient:.1e}"
-    head = "sparse" if result.shortcuts["sparse"] else "full"
+    head = {True: "sparse", False: "full", None: ""}[result.shortcuts.get("sparse")]
     layout = "packed" if result.shortcuts["padding_free"] else "alone" if result.shortcuts["alone"] else "padded"
-    fused = "fused" if result.shortcuts["fused"] else ""
+    fused = "fused" if result.shortcuts.get("fused") else ""
     notes = "; ".join(filter(None, ["with is_decoder=True" * result.decoder, result.reason[:100]]))
     return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5}  Trainer: {result.trainer[:110]:22} {notes}"
 
@@ -330,10 +367,11 @@ def main() -> None:
     parser.add_argument("--head", choices=HEADS, default=None)
     asked = parser.parse_args()
     quiet()
+    for causal in (False, True):  # before the processes
+        _tokenizer(causal)
     only = set(filter(None, asked.only.split(",")))
     counts = {}
     for head in [asked.head] if asked.head else HEADS:
-        tokenizer_for(head)
         kinds = [kind for kind in types_of(head) if not only or kind in only]
         print(f"\n{head}", flush=True)
         results = []

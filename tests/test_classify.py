@@ -98,6 +98,15 @@ def test_loss_and_gradients_are_those_that_transformers_takes(kind: str, problem
     assert_same_gradients(head.model, plain)
 
 
+def test_a_text_has_the_same_scores_among_longer_ones_even_where_padding_would_change_them(tokenizer) -> None:
+    model = build(tokenizer, "fnet", SINGLE).eval()
+    texts = ["A short one.", "The quick brown fox jumps over the lazy dog.", "A short dog.", "If the file does not."]
+    for text, together in zip(texts, classify(model, tokenizer, texts), strict=True):
+        alone = classify(model, tokenizer, [text])[0]
+        assert [each.label for each in together] == [each.label for each in alone]
+        assert [each.score for each in together] == pytest.approx([each.score for each in alone], rel=1e-6)
+
+
 def test_rows_are_padded_to_the_longest_of_their_own_batch() -> None:
     rows = rows_for((50, 59, 47, 67, 59, 50, 62, 32))
     examples = examples_for(rows, np.zeros(8, np.int64))

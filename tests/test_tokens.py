@@ -280,6 +280,14 @@ def test_a_tokenizer_that_is_missing_or_cannot_pad_is_refused(documents: Dataset
         load_tokenizer(Tokens(name=str(tmp_path)), None, documents)
 
 
+def test_a_tokenizer_without_padding_pads_with_the_token_that_ends_texts(documents: Dataset, tmp_path: Path) -> None:
+    letters = {letter: number for number, letter in enumerate(string.ascii_lowercase)}
+    gpt = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters)), eos_token="z")
+    gpt.save_pretrained(tmp_path)
+    assert load_tokenizer(Tokens(name=str(tmp_path)), None, documents).pad_token == "z"
+    assert load_tokenizer(Tokens(name=str(tmp_path)), None, documents, causal=True).pad_token is None
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_characters_are_the_tokens_and_what_was_never_seen_is_unknown(causal: bool) -> None:
     documents = Dataset.from_dict({"text": ["to be,\n\tor ", "not 中é🙂"]})

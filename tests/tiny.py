@@ -73,6 +73,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "t5": {"decoder_start_token_id": 0},
     "zamba": {"num_hidden_layers": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {
         "attention_hidden_size": 64,
@@ -81,6 +82,9 @@ OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lilt": {"hidden_size": 48},
+    "mistral4": {"head_dim": 16, "qk_head_dim": 16},
     "perceiver": {"d_latents": 32, "num_latents": 8},
 }
 
@@ -117,6 +121,8 @@ def tiny_config(kind: str, tokenizer: Any, *, decoder: bool = False) -> Pretrain
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id")
         for role in ("pad", "bos", "eos", "cls", "sep", "mask")
     }
+    for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
+        ids[name] = ids[stand_in] if ids[name] is None else ids[name]
     ids = {name: id for name, id in ids.items() if id is not None}
     own = {**OWN.get(kind, {}), **({"is_decoder": True} if decoder else {})}
     return AutoConfig.for_model(

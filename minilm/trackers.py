@@ -101,7 +101,7 @@ class _Feed:
         try:
             tracker = LOGGER_TYPE_TO_CLASS[self.name](**_arguments(self.name, self._folder, self.run, self._step))
             tracker.start()
-            if not self.run:
+            if not self.run or self.name in ("wandb", "trackio"):  # which keep the latest
                 settings = self._settings.items()
                 plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings}
                 tracker.store_init_configuration(plain)

@@ -21,11 +21,14 @@ def check(holds: bool, message: str) -> None:
 
 
 def _check_choices(group: str, settings: Any) -> None:
-    """Refuse a value that is not among those of its Literal type."""
+    """Refuse a value that is not among those of its Literal type, or of the tuple of such."""
     for name, kind in typing.get_type_hints(type(settings)).items():
+        several = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if several else kind
         if typing.get_origin(kind) is Literal:
             value, choices = getattr(settings, name), typing.get_args(kind)
-            check(value in choices, f"{group}.{name} must be one of {', '.join(choices)}, not {value}")
+            for one in value if several else (value,):
+                check(one in choices, f"{group}.{name} must be one of {', '.join(choices)}, not {one}")
 
 
 def closest(word: str, known: Sequence[str]) -> str:
@@ -305,6 +308,8 @@ class Run:
     """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
     deterministic: bool = False
     """Only algorithms that repeat to the bit, on a GPU too; slower there. A CPU repeats without it."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where the figures of log.jsonl go as well; each is a package of its own, configured as it always is."""
     samples: tuple[str, ...] = ()
     """Texts with a mask token to fill in, or beginnings to go on from, at the end and for the model card."""
 

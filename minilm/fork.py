@@ -20,6 +20,7 @@ from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan
 from minilm.record import Recorder, announce, run_facts, write_results
 from minilm.tokens import Prepared
+from minilm.trackers import open_trackers
 from minilm.train import lay_plan
 
 
@@ -58,8 +59,10 @@ def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Record
     main = accelerator.is_main_process
     if main:
         announce(folder, config, facts)
+        open_trackers(accelerator, config, folder, step=0)
     flops = peak.flops * accelerator.num_processes
-    return plan, total, Recorder(folder, total_steps=total, peak_flops=flops, progress=Progress(), enabled=main)
+    recorder = Recorder(folder, accelerator.log, total_steps=total, peak_flops=flops, progress=Progress(), enabled=main)
+    return plan, total, recorder
 
 
 def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str, float]:
@@ -67,7 +70,7 @@ def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str,
 
     The loop holds its prepared model no more by then: see `minilm.launch.finish`.
     """
-    results = recorder.totals()
+    results = recorder.conclude({})
     if begun.accelerator.is_main_process:
         for part, network in networks.items():
             (begun.folder / part).mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,17 +30,21 @@ from minilm.spikes import Spikes
 from minilm.tokens import Examples, Prepared
 
 log = logging.getLogger("minilm")
+Track = Callable[[dict[str, float], int], None]
 
 
 class Recorder:
     """Shows and logs the steps; on all processes but the main one (`enabled=False`) it only keeps count of them.
 
     The figures of a step stay on the device until the next step is recorded, so that logging never waits for one.
+    track: takes what is logged, named `train/…`, `eval/…` and `final/…`, as `accelerator.log` does for its trackers.
     peak_flops: FLOP/s of all processes' devices together, for MFU.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, peak_flops: float, progress: Progress, enabled: bool) -> None:
-        self.folder, self.peak_flops, self.enabled = folder, peak_flops, enabled
+    def __init__(
+        self, folder: Path, track: Track, *, total_steps: int, peak_flops: float, progress: Progress, enabled: bool
+    ) -> None:
+        self.folder, self.track, self.peak_flops, self.enabled = folder, track, peak_flops, enabled
         self.steps, self.tokens = progress.step, progress.tokens
         self.seconds, self.flops = progress.seconds, progress.flops
         self.bad_steps = 0  # in a row, without a finite gradient, up to the one before the last recorded
@@ -102,7 +107,7 @@ class Recorder:
         """
         if not self.enabled:
             return
-        self._write({"step": self.steps, "epoch": round(epoch, 6), **figures})
+        self._write("eval", {"step": self.steps, "epoch": round(epoch, 6), **figures})
         self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {said}")
         self._mark = time.perf_counter()
 
@@ -147,6 +152,13 @@ class Recorder:
             "mfu": round(self.flops / seconds / self.peak_flops, 4),
         }
 
+    def conclude(self, figures: dict[str, float]) -> dict[str, float]:
+        """The results: the figures of the last evaluation, and the totals."""
+        results = {**figures, **self.totals()}
+        if self.enabled:
+            self._tell("final", results, self.steps)
+        return results
+
     def close(self) -> None:
         """Write what is pending and leave the terminal clean."""
         self._bar.close()
@@ -164,19 +176,24 @@ class Recorder:
             self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
             line["loss"] = loss if math.isfinite(loss) else None  # JSON knows no infinity
             line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
-            self._write(line)
+            self._write("train", line)
             if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.above(loss)) is not None:
-                ids = self._examples.tolist()
-                self._write({"step": line["step"], "spike_loss": loss, "usual_loss": usual, "examples": ids})
+                spike = {"step": line["step"], "spike_loss": loss, "usual_loss": usual}
+                self._write("train", {**spike, "examples": self._examples.tolist()})
                 self._bar.write(f"step {line['step']}: loss {loss:.3f}, far above {usual:.3f} before (see log.jsonl)")
             self._bar.set_postfix_str(
                 f"loss {loss:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
             )
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, part: str, line: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write((json.dumps(line) + "\n").encode())
             self._log.flush()
+            self._tell(part, line, line["step"])
+
+    def _tell(self, part: str, figures: dict[str, Any], step: int) -> None:
+        numbers = {k.removeprefix("eval_"): v for k, v in figures.items() if isinstance(v, int | float) and k != "step"}
+        self.track({f"{part}/{name}": value for name, value in numbers.items()}, step)
 
 
 def _open_log(path: Path, keep_bytes: int) -> BinaryIO:

@@ -24,7 +24,7 @@ from minilm.checkpoint import (
 )
 from minilm.config import Config
 from minilm.lora import is_adapted, unmerged
-from minilm.settings import to_dict
+from minilm.settings import flat, to_dict
 from minilm.sharding import part_like
 from minilm.stop import TrainingStopped
 
@@ -36,7 +36,7 @@ _WHERE = ("run.output_dir", "run.overwrite", "run.resume")
 _MAY_CHANGE = (
     *_WHERE,
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
-    *("run.load_best", "run.patience"),
+    *("run.load_best", "run.patience", "run.trackers"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention"),
 )
@@ -80,7 +80,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
     if checkpoint is None:
         return []
-    before, now = _flat(checkpoint.config), _flat(to_dict(config))
+    before, now = flat(checkpoint.config), flat(to_dict(config))
     changes = {
         name: f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
@@ -152,7 +152,3 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
     if sum(map(len, state.values())) != len(stored):
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    return {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}

@@ -25,6 +25,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """What `to_dict` gives, by `group.name`."""
+    return {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is of a field's type; the choices of a Literal are checked with its group."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)

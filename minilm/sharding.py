@@ -29,6 +29,11 @@ _ONLY = {
 
 def asked_for_sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
     """The sharding that the launcher was asked for, if any. Raises ValueError for kinds that minilm does not do."""
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "DeepSpeed was asked for at launch and minilm does not do it: in place of ZeRO use FSDP2, "
+            "accelerate launch --use_fsdp --fsdp_version 2 --num_processes N …"
+        )
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     for variable, (done, default) in _ONLY.items():

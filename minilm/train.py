@@ -36,6 +36,7 @@ from minilm.resume import check_settings, load_step, resume
 from minilm.sharding import distribute, whole
 from minilm.stop import StopRequest, TrainingStopped
 from minilm.tokens import Examples, Prepared
+from minilm.trackers import open_trackers
 
 log = logging.getLogger("minilm")
 
@@ -118,7 +119,10 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     main, flops_peak = accelerator.is_main_process, peak.flops * accelerator.num_processes
     if main:
         announce(folder, config, facts)
-    recorder = Recorder(folder, total_steps=total, peak_flops=flops_peak, progress=progress, enabled=main)
+        open_trackers(accelerator, config, folder, progress.step)
+    recorder = Recorder(
+        folder, accelerator.log, total_steps=total, peak_flops=flops_peak, progress=progress, enabled=main
+    )
     saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, data, enabled=main))
     model.train()
     steps = load_steps(plan, prepared.train, collator, accelerator, range(progress.step, total), config.batch.workers)
@@ -156,7 +160,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             together(lambda: load_step(folder, best.step, network))
             figures = None
         figures = figures or evaluator(accelerator, model).figures()
-        results = {**figures, **recorder.totals()}
+        results = recorder.conclude(figures)
         weights = copied(network.state_dict(keep_vars=True), keep=main)
         if main:
             conclude(folder, config, facts, results, network, weights, prepared.tokenizer)

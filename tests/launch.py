@@ -17,6 +17,12 @@ TINY = [
 ]
 
 
+def configured(name: str) -> tuple[str, ...]:
+    """The words of `accelerate launch` with this file of recipes/accelerate."""
+    path = ROOT / "recipes" / "accelerate" / name
+    return ("accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0")
+
+
 def launch(
     recipe: str, *flags: str, processes: int = 1, launcher: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:

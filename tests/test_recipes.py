@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilm.vocabulary import train_tokenizer
-from tests.launch import ROOT, TINY, launch, read_log
+from tests.launch import ROOT, TINY, configured, launch, read_log
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_clm_finetune_from_a_checkpoint_on_nested_columns(documents: Dataset, tm
     Dataset.from_dict({"q_id": range(len(answers)), "answers": answers}).to_parquet(tmp_path / "eli5.parquet")
     source = ("--data.source", str(tmp_path / "eli5.parquet"), "--data.column", "answers.text")
     flags = (*source, "--model.name", str(tmp_path / "checkpoint"), "--run.output-dir", str(out))
-    done = launch("clm_finetune.py", *flags, "--run.precision", "fp32", "--optim.lr", "1e-2")
+    flags = (*flags, "--run.precision", "fp32", "--optim.lr", "1e-2")
+    done = launch("clm_finetune.py", *flags, launcher=configured("cpu.yaml"))
     assert done.returncode == 0, done.stderr
     losses = [line["eval_loss"] for line in read_log(out)[1]]
     assert len(losses) == 3
@@ -80,7 +81,7 @@ def test_clm_finetune_from_a_checkpoint_on_nested_columns(documents: Dataset, tm
 def test_clm_shakespeare_on_two_processes(text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ("--data.source", text, "--run.max-steps", "3", "--run.precision", "fp32", "--run.output-dir", str(out))
-    done = launch("clm_shakespeare.py", *flags, processes=2)
+    done = launch("clm_shakespeare.py", *flags, launcher=configured("cpu_2.yaml"), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert [line["tokens"] for line in read_log(out)[0]] == [768, 1536, 2304]
     assert json.loads((out / "run.json").read_text())["config"]["data"]["document"] == "file"

@@ -36,7 +36,14 @@ def clock(monkeypatch):
 def recorder_in(
     folder: Path, *, enabled: bool = True, peak: float = 1000.0, progress: Progress | None = None
 ) -> Recorder:
-    return Recorder(folder, total_steps=3, peak_flops=peak, progress=progress or Progress(), enabled=enabled)
+    return Recorder(
+        folder,
+        lambda values, step: None,
+        total_steps=3,
+        peak_flops=peak,
+        progress=progress or Progress(),
+        enabled=enabled,
+    )
 
 
 def steps(recorder: Recorder, clock: SimpleNamespace, count: int, *, done: int = 0, norm: float = 0.5) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.batch import Batch, Collate, Collator, loss_sum
 from minilm.best import Best
+from minilm.card import write_card
 from minilm.checkpoint import Saver, copied
 from minilm.config import Config, Run
 from minilm.hardware import count_flops, device_peak
@@ -31,7 +32,7 @@ from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
-from minilm.record import Recorder, announce, run_facts, write_card, write_results, write_samples
+from minilm.record import Recorder, announce, run_facts, write_results, write_samples
 from minilm.resume import check_settings, load_step, resume
 from minilm.sharding import distribute, whole
 from minilm.stop import StopRequest, TrainingStopped

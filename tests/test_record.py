@@ -12,11 +12,12 @@ import torch
 from huggingface_hub import ModelCard
 
 from minilm import record
+from minilm.card import write_card
 from minilm.checkpoint import Progress
 from minilm.config import Config, Data, MaskedLM, Model, Optim, Run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
-from minilm.record import Recorder, announce, run_facts, write_card, write_results
+from minilm.record import Recorder, announce, run_facts, write_results
 from minilm.settings import read_run
 from minilm.tokens import Examples, Prepared
 

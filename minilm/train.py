@@ -117,13 +117,11 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     together(lambda: claim_output_dir(folder, config.run, network), main_only=True)
     peak = device_peak(accelerator.device, precision.name)
     facts = run_facts(accelerator, head, plan, prepared, total, precision, peak)
-    main, flops_peak = accelerator.is_main_process, peak.flops * accelerator.num_processes
+    main, peaks = accelerator.is_main_process, peak.flops * accelerator.num_processes
     if main:
         announce(folder, config, facts)
         open_trackers(accelerator, config, folder, progress.step)
-    recorder = Recorder(
-        folder, accelerator.log, total_steps=total, peak_flops=flops_peak, progress=progress, enabled=main
-    )
+    recorder = Recorder(folder, accelerator.log, total_steps=total, peak_flops=peaks, progress=progress, enabled=main)
     saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, data, enabled=main))
     model.train()
     steps = load_steps(plan, prepared.train, collator, accelerator, range(progress.step, total), config.batch.workers)

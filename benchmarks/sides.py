@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -198,7 +199,7 @@ def precision_of(parts: Parts) -> str:
 
 
 def turns_of(parts: Parts, turns: int, block: int = 1) -> Iterator[Taken]:
-    """Turns of `block` steps by minilm, each taken when it is asked for; planning, masking and packing are in the time."""
+    """Turns of `block` steps by minilm, each taken when it is asked for, with the planning, masking and packing."""
     config, total = parts.config, turns * block
     loader = load_steps(
         parts.plan, parts.prepared.train, parts.collator, parts.accelerator, range(total), config.batch.workers

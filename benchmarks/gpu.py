@@ -5,7 +5,7 @@
 Models from scratch by their published shapes, without dropout, in bf16 by autocast; no download. The documents are made
 up (synthetic.py), with log-normal lengths cut off at the model's: for BERT a median of 45 and of 140 words; GPT-2 gets
 full blocks. Each side runs in a process of its own on the first GPU and takes ten steps at its turn, which end with the
-GPU's last kernel. Trainer runs as in throughput.py: with its defaults (on minilm's very batches, masked beforehand), and
+GPU's last kernel. Trainer runs as in throughput.py: with its defaults (on minilm's batches, masked beforehand), and
 with `group_by_length`. Both have four loader workers. Memory is the most that the tensors of a side took.
 
 MFU counts what the documents need without padding and with a head at the targets alone, against the datasheet. For

@@ -11,9 +11,9 @@ documentation and the fast precision of the machine. Whatever is compared takes 
 - lengths: full blocks of 64 to 8,192 tokens, the same number of tokens a step.
 - models: RoBERTa of 2 layers, 128 wide, up to 12 layers, 768 wide (24 and 1,024 on a GPU). Ideal, of the lengths too:
   the FLOP/s of the best of them.
-- datasets: 10^3 to 10^7 examples of about 12 words (synthetic.py), in a fresh process that finds them encoded: seconds
-  until the first step is planned, milliseconds of a step and of its plan and batch alone, and memory, all of which
-  should stay as they are.
+- datasets: 10^3 to 10^7 examples of about 12 words (synthetic.py), encoded before: seconds until a fresh process has
+  planned its first step, milliseconds of the plan and the batch of a later one, memory, and the speed of a small model,
+  which should all stay as they are.
 
 `--quick` leaves out what takes long: lengths above 1,024, models above 8 layers, more than 10^5 examples. Results go to
 benchmarks/results, as JSON and as a plot (`pip install -e ".[bench]"`).
@@ -36,7 +36,7 @@ from typing import Any
 
 import report
 import torch
-from sides import Contender, Precision, Rounds, Taken, assemble, compare, minilm_steps, peak_memory, turns_of
+from sides import Contender, Precision, Rounds, Taken, assemble, compare, minilm_steps, turns_of
 from synthetic import write_corpus
 from throughput import MASKED, in_blocks
 
@@ -45,6 +45,7 @@ from minilm.config import Batch, Config, Run
 LENGTHS = tuple(2**power for power in range(6, 14))
 SHAPES = ((2, 128), (4, 256), (6, 384), (8, 512), (12, 768), (24, 1024))  # layers, width
 SIZES = tuple(10**power for power in range(3, 8))
+QUICK, FULL = Rounds(count=2, warm_up=1), Rounds(count=7)
 HEAD = 64  # width of a head of attention
 
 
@@ -104,7 +105,7 @@ def by_length(machine: report.Machine, quick: bool) -> list[Point]:
     """Lengths in turn."""
     tokens = 65536 if machine.device.type == "cuda" else 2048 if quick else 8192
     lengths = [length for length in LENGTHS if length <= 1024 or not quick]
-    return compared([sized(6, 384, length, tokens) for length in lengths], lengths, machine, quick)
+    return compared([sized(6, 384, length, tokens) for length in lengths], lengths, machine, QUICK if quick else FULL)
 
 
 def by_model(machine: report.Machine, quick: bool) -> list[Point]:
@@ -113,13 +114,12 @@ def by_model(machine: report.Machine, quick: bool) -> list[Point]:
     shapes = SHAPES if cuda and not quick else SHAPES[:4] if quick else SHAPES[:5]
     configs = [sized(layers, width, 128, 65536 if cuda else 2048) for layers, width in shapes]
     parameters = [12 * layers * width**2 + MASKED.tokens.vocab_size * width for layers, width in shapes]
-    return compared(configs, parameters, machine, quick)
+    return compared(configs, parameters, machine, QUICK if quick else FULL)
 
 
-def compared(configs: list[Config], places: list[int], machine: report.Machine, quick: bool) -> list[Point]:
+def compared(configs: list[Config], places: list[int], machine: report.Machine, rounds: Rounds) -> list[Point]:
     """A point for each of these configurations."""
     contenders = [Contender(name="minilm", config=config, steps=minilm_steps) for config in configs]
-    rounds = Rounds(count=2, warm_up=1) if quick else Rounds(count=7)
     return compute_points(places, compare(contenders, machine.precision, rounds), machine.peak.flops)
 
 
@@ -134,7 +134,8 @@ def take(config: Config, turns: Rounds) -> list[Taken]:
 def launched(processes: int, machine: report.Machine) -> list[Taken]:
     """The turns of a run of so many processes, under accelerate's launcher."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    words = [*launcher, "--main_process_port", "0"] if processes > 1 else []
+    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words = [*launcher, *plain] if processes > 1 else []
     cpu = {"ACCELERATE_USE_CPU": "true"} if machine.device.type == "cpu" else {}
     command = [sys.executable, *words, __file__, "--worker", machine.precision]
     settings = {**os.environ, **cpu, "OMP_NUM_THREADS": "1"}
@@ -172,8 +173,8 @@ def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
     ]
 
 
-def run_dataset(config: Config, steps: int) -> dict[str, Any]:
-    """In a fresh process: what starting takes, and what each of a few steps does, of whatever number of examples."""
+def run_dataset(config: Config, steps: int) -> dict[str, float]:
+    """In a fresh process: seconds until the first step is planned, and of the plan and the batch of a later one."""
     begin = time.perf_counter()
     parts = assemble(config)
     parts.plan.step(0)
@@ -185,35 +186,31 @@ def run_dataset(config: Config, steps: int) -> dict[str, Any]:
         (ids,) = step.micro_batches[0]
         parts.collator([parts.prepared.train[int(i)] for i in ids], ids, step.epoch)
         seconds.append(time.perf_counter() - begin)
-    turns = list(turns_of(parts, steps))[2:]
-    return {"start": start, "data": statistics.median(seconds), "turns": turns, "memory": peak_memory()}
+    return {"start": start, "data": statistics.median(seconds)}
 
 
 def by_dataset(machine: report.Machine, quick: bool, sizes: tuple[int, ...] = SIZES) -> list[Point]:
-    """Numbers of examples in turn, each in a fresh process after one that encoded them."""
-    sizes = tuple(size for size in sizes if size <= 100_000 or not quick)
+    """Numbers of examples in turn: starts, each in a fresh process after one that encoded them, and then steps."""
+    places = [size for size in sizes if size <= 100_000 or not quick]
     model, context = replace(MASKED.model, config=shaped(2, 128, 128)), multiprocessing.get_context("spawn")
-    runs: list[list[dict[str, Any]]] = [[] for _ in sizes]
+    runs: list[list[dict[str, float]]] = [[] for _ in places]
     with tempfile.TemporaryDirectory() as folder:
-        # For the processes started below: what they leave goes with the folder.
-        os.environ.update(MINILM_CACHE=f"{folder}/minilm", HF_HOME=f"{folder}/huggingface")
         configs = []
-        for size in sizes:
+        for size in places:
             data, tokens = write_corpus(Path(folder, str(size)), size, vocabulary=16384, median=10, sigma=0.6)
             config = replace(MASKED, data=data, tokens=tokens, model=model, run=Run(precision=machine.precision))
             configs.append(config)
         for number in range(2 if quick else 4):
             for found, config in zip(runs, configs, strict=True):
                 with ProcessPoolExecutor(1, context) as pool:
-                    figures = pool.submit(run_dataset, config, 10 if quick else 40).result()
+                    figures = pool.submit(run_dataset, config, 40).result()
                 if number > 0:  # the first one encodes
                     found.append(figures)
-    points: list[Point] = []
-    for size, found in zip(sizes, runs, strict=True):
-        median, low, high = speeds([turn for figures in found for turn in figures["turns"]])
-        ideal = points[0].tokens_per_second if points else median
-        extra = {name: statistics.median(figures[name] for figures in found) for name in ("start", "data", "memory")}
-        points.append(Point(at=size, tokens_per_second=median, low=low, high=high, ideal=ideal, extra=extra))
+        points = compared(configs, places, machine, Rounds(count=10 if quick else 50))
+    for at, found in enumerate(runs):
+        extra = {name: statistics.median(figures[name] for figures in found) for name in ("start", "data")}
+        extra["memory"] = points[at].extra["memory"]
+        points[at] = replace(points[at], ideal=points[0].tokens_per_second, extra=extra)
     return points
 
 
@@ -267,9 +264,12 @@ def main() -> None:
     machine = report.this_machine()
     chosen = [name for name in PARTS if getattr(options, name)] or [*PARTS]
     parts = {}
-    for name in chosen:
-        parts[name] = PARTS[name][1](machine, options.quick)
-        show(name, parts[name])
+    with tempfile.TemporaryDirectory() as folder:
+        # For the processes that are started from here: what they encode goes with the folder.
+        os.environ.update(MINILM_CACHE=f"{folder}/minilm", HF_HOME=f"{folder}/huggingface")
+        for name in chosen:
+            parts[name] = PARTS[name][1](machine, options.quick)
+            show(name, parts[name])
     content = {name: [asdict(point) for point in points] for name, points in parts.items()}
     title = "scaling" if len(chosen) == len(PARTS) else f"scaling-{'-'.join(chosen)}"
     report.write(title, machine, content, lambda figure: draw(figure, parts), (4.2 * len(parts), 3.8))

@@ -10,7 +10,7 @@ with `group_by_length`. Both have four loader workers. Memory is the most that t
 
 MFU counts what the documents need without padding and with a head at the targets alone, against the datasheet. For
 BERT-base at 128 tokens, 40% on an H200 are about 725,000 tokens per second. Results go to benchmarks/results, as JSON
-and as a plot (`pip install -e ".[bench]"`).
+and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse

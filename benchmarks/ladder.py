@@ -16,7 +16,7 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
 The first ratio is to the plain loop, in the same round; the gain is to the rung before. Results go to
-benchmarks/results, as JSON and as a plot (`pip install -e ".[bench]"`).
+benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse

@@ -105,7 +105,7 @@ def write(name: str, machine: Machine, content: dict[str, Any], draw: Callable[[
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('; for a plot, pip install -e ".[bench]"')
+        print('; for a plot, pip install -e ".[report]"')
         return path
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)

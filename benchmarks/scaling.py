@@ -16,7 +16,7 @@ documentation and the fast precision of the machine. Whatever is compared takes 
   which should all stay as they are.
 
 `--quick` leaves out what takes long: lengths above 1,024, models above 8 layers, more than 10^5 examples. Results go to
-benchmarks/results, as JSON and as a plot (`pip install -e ".[bench]"`).
+benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse

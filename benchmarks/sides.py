@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.batch import Collator
 from minilm.config import Config
-from minilm.hardware import Cost, count_flops
+from minilm.hardware import Cost, count_flops, peak_memory
 from minilm.head import Head, freeze_unused
 from minilm.launch import start
 from minilm.objectives import build, objective_of, prepare
@@ -226,7 +225,7 @@ def turns_of(parts: Parts, turns: int, block: int = 1) -> Iterator[Taken]:
             padded_tokens=sum(step.padded_tokens for step in steps),
             square_lengths=sum(step.square_lengths for step in steps),
             loss=loss,
-            memory=peak_memory(),
+            memory=peak_memory(parts.accelerator.device),
         )
 
 
@@ -241,11 +240,3 @@ def answer(side: Side, parts: Parts) -> None:
 def minilm_steps(side: Side) -> None:
     """minilm's side, as its configuration says."""
     answer(side, assemble(side.config))
-
-
-def peak_memory() -> int:
-    """Most memory so far, in bytes: of the GPU where one is in use, or else resident memory of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

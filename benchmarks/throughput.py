@@ -16,7 +16,7 @@ Each side runs in a process of its own with the settings that it has for a user,
 
 `--quick` has fewer rounds, and 16 examples a step for causal LM, whose steps are the longest. A ratio is that of the
 tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
-(`pip install -e ".[bench]"`).
+(`pip install -e ".[report]"`).
 """
 
 import argparse

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sides import Side, Taken, peak_memory
+from sides import Side, Taken
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
 from minilm.batch import Batch
 from minilm.causal import Causal
 from minilm.config import Config
+from minilm.hardware import peak_memory
 from minilm.objectives import Objective, build, objective_of, prepare
 from minilm.optim import warmup_steps
 from minilm.plan import Plan, Step
@@ -108,7 +109,7 @@ class Turns(TrainerCallback):
             padded_tokens=self.padded,
             square_lengths=int((lengths * lengths).sum()),
             loss=loss,
-            memory=peak_memory(),
+            memory=peak_memory(lengths.device),
         )
         self.connection.send(taken)
         self._wait()

@@ -18,14 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sides import Parts, Taken, assemble, precision_of, turns_of
+
 from minilm.checkpoint import Progress, Saver
 from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.hardware import describe
-from minilm.head import freeze_unused
-from minilm.launch import start
-from minilm.objectives import build, objective_of, prepare
-from minilm.optim import build_optimizer
-from minilm.train import lay_out, load_steps, seed_dropout, train_step
 
 EVERY = 20  # steps between checkpoints
 WARM_UP = 3  # steps that are not counted
@@ -60,37 +57,21 @@ class Block:
     """Of these, from the end of the steps until the checkpoint was on disk."""
 
 
-def steps_of(config: Config, count: int) -> tuple[Iterator[int], Saver]:
-    """(an iterator that takes a step each time and gives its number, the saver of their checkpoints)."""
-    accelerator, precision = start(config.run)
-    prepared, objective = prepare(config), objective_of(config.objective)
-    network = build(config, prepared)
-    head = objective.head(network.to(accelerator.device), prepared)
-    freeze_unused(head)
-    model, optimizer = accelerator.prepare(head, build_optimizer(head, config.optim))
-    plan, collator, _ = lay_out(config, accelerator, head, prepared)
-    model.train()
+def saver_of(parts: Parts) -> Saver:
+    """The saver of a run's checkpoints; says how large they are."""
+    config, network = parts.config, parts.network
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
-    hardware = describe(accelerator.device)
-    print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision.name}; ", end="")
+    hardware = describe(parts.accelerator.device)
+    print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision_of(parts)}; ", end="")
     print(f"{size / 1e6:,.0f} MB a checkpoint, one every {EVERY} steps")
-
-    def run() -> Iterator[int]:
-        steps = load_steps(plan, prepared.train, collator, accelerator, range(count), config.batch.workers)
-        for number, (_, micro_batches) in enumerate(steps, start=1):
-            seed_dropout(config.run.seed, number - 1, accelerator.process_index)
-            result = train_step(accelerator, model, optimizer, micro_batches, lr=1e-4, max_grad_norm=1.0)
-            float(result.loss)  # the end of the step, on a GPU too
-            yield number
-
-    saver = Saver(Path(str(config.run.output_dir)), network, optimizer, prepared.tokenizer, config, {}, enabled=True)
-    return run(), saver
+    folder, tokenizer = Path(str(config.run.output_dir)), parts.prepared.tokenizer
+    return Saver(folder, network, parts.optimizer, tokenizer, config, {}, enabled=True)
 
 
-def block(steps: Iterator[int], saver: Saver | None) -> Block:
+def block(steps: Iterator[tuple[int, Taken]], saver: Saver | None) -> Block:
     """Take a block's steps, and its checkpoint if there is a saver."""
     begin = time.perf_counter()
-    number, copying = next(steps), 0.0
+    (number, _), copying = next(steps), 0.0
     if saver is not None:
         mark = time.perf_counter()
         saver.save(Progress(step=number))
@@ -112,7 +93,8 @@ def main() -> None:
     pairs = 1 if options.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         config = replace(CONFIG, run=replace(CONFIG.run, output_dir=folder))
-        steps, saver = steps_of(config, WARM_UP + 2 * pairs * EVERY)
+        parts = assemble(config)
+        saver, steps = saver_of(parts), enumerate(turns_of(parts, WARM_UP + 2 * pairs * EVERY), start=1)
         for _ in range(WARM_UP):
             next(steps)
         for number in range(WARM_UP_SAVES):

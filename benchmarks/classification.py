@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from sides import trainer_settings
+from trainer_side import Rows, trainer_settings
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -31,7 +31,6 @@ from minilm.config import Batch, Classification, Config, Model, Optim, Run
 from minilm.hardware import choose_precision, describe
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import parse
-from minilm.tokens import Examples
 from minilm.train import train
 
 CONFIG = Config(
@@ -42,24 +41,6 @@ CONFIG = Config(
 )
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("accuracy", "f1", "eval_loss", "train_seconds")
-
-
-class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """minilm's examples as Trainer's rows."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        labels = self.examples.labels
-        assert labels is not None
-        row = {"input_ids": self.examples[index].tolist(), "labels": labels[index].tolist()}
-        return (
-            row if self.examples.types is None else {**row, "token_type_ids": self.examples.row_types(index).tolist()}
-        )
 
 
 class Clock(TrainerCallback):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from sides import Rows, trainer_settings
+from trainer_side import Rows, trainer_settings
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py --quick
 
 Each side runs in a process of its own with the settings that it has for a user, and only one works at a time, in fp32
-(bf16 for both where this CPU is faster at it), 32 examples of at most 128 tokens a step, without dropout:
+(bf16 for both where this machine is faster at it), 32 examples of at most 128 tokens a step, without dropout:
 
 - masked-documents: masked LM, RoBERTa with 6 layers, 384 wide, vocabulary 16,384. Trainer runs with its defaults
   (random batches, padded to the longest; it is handed them masked and padded already), and with its best setting for
@@ -11,33 +11,30 @@ Each side runs in a process of its own with the settings that it has for a user,
   Trainer, and with `group=epoch`.
 - masked-blocks: the same on full blocks, where there is no padding to save.
 - causal-documents, causal-blocks: causal LM, GPT-2 with 6 layers, 384 wide, vocabulary 50,257.
+- pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
+  pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
 
-A ratio is that of the tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
+`--quick` has fewer rounds, and 16 examples a step for causal LM, whose steps are the longest. A ratio is that of the
+tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
 (`pip install -e ".[report]"`).
 """
 
 import argparse
 import json
-import multiprocessing
-import re
-import statistics
-import sys
-from dataclasses import asdict, replace
-from multiprocessing.connection import Connection
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from sides import Contender, Taken, serve
+import numpy as np
+import report
+from sides import Contender, Rounds, compare, minilm_steps
+from trainer_side import trainer_steps
 
-from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Tokens
-from minilm.hardware import choose_precision, describe, device_peak
-
-
-def in_blocks(config: Config) -> Config:
-    """The same on full blocks."""
-    return replace(config, batch=replace(config.batch, layout="blocks"))
-
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Tokens
+from minilm.pydocs import pydocs
 
 MASKED = Config(
     data=Data(source="pydocs"),
@@ -75,127 +72,131 @@ CAUSAL = replace(
     ),
     objective=CausalLM(),
 )
-WARM_UP = 2  # rounds that are not counted
-RESULTS = Path(__file__).parent / "results"
+PAIRS = replace(
+    MASKED,
+    data=Data(source="pairs.jsonl", pair_column="pair"),  # of a folder that is made for the time of the comparison
+    tokens=Tokens(kind="wordpiece", vocab_size=16384),
+    model=replace(MASKED.model, type="bert"),
+    objective=Classification(),
+)
+WORDS, SPREAD, LEAST = 21, 6, 8  # mean, standard deviation and least number of words in a text of a pair
 
-TRAINER = Contender(name="HF Trainer", minilm=False)
-GROUPED = Contender(name="HF Trainer, group_by_length", minilm=False, grouping="group_by_length")
-MINILM = Contender(name="minilm", minilm=True, grouping="step")
-EPOCH = Contender(name="minilm, group=epoch", minilm=True, grouping="epoch")
-# By workload: its configuration, who takes part, Trainer first, and the rounds of a quick run.
-WORKLOADS: dict[str, tuple[Config, list[Contender], int]] = {
-    "masked-documents": (MASKED, [TRAINER, GROUPED, MINILM, EPOCH], 8),
-    "masked-blocks": (in_blocks(MASKED), [TRAINER, MINILM], 5),
-    "causal-documents": (CAUSAL, [TRAINER, GROUPED, MINILM], 3),
-    "causal-blocks": (in_blocks(CAUSAL), [TRAINER, MINILM], 3),
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is compared, and how often."""
+
+    config: Config
+    rounds: int
+    """Of a full run."""
+    quick: int
+    """Of a quick one."""
+    quick_examples: int = 32
+    """Examples of a step of a quick run."""
+    grouped: bool = True
+    """Whether Trainer runs with `group_by_length` too: there are lengths to group by."""
+    epoch: bool = False
+    """Whether minilm runs with `group=epoch` too."""
+
+    def contenders(self, config: Config) -> list[Contender]:
+        """Trainer with its defaults, then others, then minilm with its own; all with this configuration."""
+        found = [Contender(name="HF Trainer", config=config, steps=trainer_steps)]
+        if self.grouped:
+            grouped = partial(trainer_steps, grouping="group_by_length")
+            found.append(Contender(name="HF Trainer, group_by_length", config=config, steps=grouped))
+        found.append(Contender(name="minilm", config=config, steps=minilm_steps))
+        if self.epoch:
+            config = replace(config, batch=replace(config.batch, group="epoch"))
+            found.append(Contender(name="minilm, group=epoch", config=config, steps=minilm_steps))
+        return found
+
+
+def in_blocks(config: Config) -> Config:
+    """The same on full blocks."""
+    return replace(config, batch=replace(config.batch, layout="blocks"))
+
+
+WORKLOADS = {
+    "masked-documents": Workload(config=MASKED, rounds=24, quick=4, epoch=True),
+    "masked-blocks": Workload(config=in_blocks(MASKED), rounds=15, quick=2, grouped=False),
+    "causal-documents": Workload(config=CAUSAL, rounds=9, quick=2, quick_examples=16),
+    "causal-blocks": Workload(config=in_blocks(CAUSAL), rounds=9, quick=2, quick_examples=16, grouped=False),
+    "pair-classification": Workload(config=PAIRS, rounds=15, quick=3),
 }
 
 
-def compare(config: Config, contenders: list[Contender], precision: str, rounds: int) -> dict[Contender, list[Taken]]:
-    """Every contender's steps, one of each a round, in an order that is turned from round to round."""
-    context = multiprocessing.get_context("spawn")
-    total = rounds + WARM_UP
-    sides: dict[Contender, Connection] = {}
-    taken: dict[Contender, list[Taken]] = {contender: [] for contender in contenders}
-    processes = []
-    for contender in contenders:
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(there, contender, config, precision, total), daemon=True)
-        process.start()
-        here.recv()  # one builds at a time
-        sides[contender] = here
-        processes.append(process)
-    for number in range(total):
-        turn = number % len(contenders)
-        for contender in (*contenders[turn:], *contenders[:turn]):
-            sides[contender].send(True)
-            step = sides[contender].recv()
-            if number >= WARM_UP:
-                taken[contender].append(step)
-        print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    for process in processes:
-        process.terminate()
-    return taken
+def write_pairs(path: Path, texts: list[str]) -> None:
+    """Labelled pairs as JSON lines: two pieces of a text, and whether the second follows the first in it."""
+    rng = np.random.default_rng(0)
+    documents = [text.split() for text in texts]
+    with path.open("w", encoding="utf-8") as file:
+        for words in documents:
+            first, second = np.maximum(LEAST, rng.normal(WORDS, SPREAD, 2).astype(int))
+            if len(words) < first + second:
+                continue
+            follows = bool(rng.integers(2))
+            other = words if follows else documents[rng.integers(len(documents))]
+            at = first if follows else rng.integers(max(1, len(other) - second))
+            row = {"text": " ".join(words[:first]), "pair": " ".join(other[at : at + second])}
+            file.write(json.dumps({**row, "label": "follows" if follows else "other"}) + "\n")
 
 
-def summary(steps: list[Taken], baseline: list[Taken], peak: float) -> dict[str, float]:
-    """The figures of one row."""
-    speeds = [step.tokens / step.seconds for step in steps]
-    ratios = sorted(speed / (base.tokens / base.seconds) for speed, base in zip(speeds, baseline, strict=True))
-    quarter = len(ratios) // 4
-    seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
-    return {
-        "tokens_per_second": tokens / seconds,
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[quarter],
-        "ratio_high": ratios[-1 - quarter],
-        "padding": 1 - tokens / sum(step.padded_tokens for step in steps),
-        "peak_memory": steps[-1].memory,
-        "mfu": sum(step.flops for step in steps) / seconds / peak,
-    }
+def with_examples(config: Config, examples: int) -> Config:
+    """The same with so many examples a step."""
+    return replace(config, batch=replace(config.batch, examples=examples))
 
 
-def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Bars of tokens per second, grouped by workload."""
-    from matplotlib import pyplot
+def in_folder(config: Config, folder: Path) -> Config:
+    """The same with its pairs in this folder, if pairs are what it has."""
+    if config.data.pair_column is None:
+        return config
+    path = folder / str(config.data.source)
+    write_pairs(path, pydocs()[0])
+    return replace(config, data=replace(config.data, source=str(path)))
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
-    labels = [f"{row['name']} ({row['workload']})" for row in rows]
-    colours = ["#c44e52" if row["name"].startswith("minilm") else "#8c8c8c" for row in rows]
-    bars = axes.barh(labels, [row["tokens_per_second"] for row in rows], color=colours)
-    axes.bar_label(bars, [f"{row['ratio']:.2f}x" for row in rows], padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("real tokens per second")
-    axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+
+def measure(name: str, contenders: list[Contender], rounds: Rounds, machine: report.Machine) -> list[dict[str, Any]]:
+    """Print the table of a comparison and return its rows. The first contender is the baseline: Trainer's defaults."""
+    taken = compare(contenders, machine.precision, rounds)
+    same = next(at for at, contender in enumerate(contenders) if contender.steps is minilm_steps)
+    apart = report.loss_difference(taken[0], taken[same])
+    steps, examples = rounds.count * rounds.block, contenders[0].config.batch.examples
+    print(f"\n{name}: {steps} steps of {examples}; losses of Trainer and minilm differ by at most {apart:.1e}")
+    print(report.COLUMNS)
+    rows = []
+    for contender, turns in zip(contenders, taken, strict=True):
+        figures = report.figures(turns, taken[0], machine.peak)
+        print(report.line(contender.name, figures))
+        label, ours = f"{contender.name} ({name})", contender.steps is minilm_steps
+        row = {"workload": name, "name": contender.name, "label": label, "ours": ours, "examples": examples}
+        rows.append({**row, **figures, "loss_difference": apart})
+    return rows
+
+
+def drawing(rows: list[dict[str, Any]]) -> Callable[[Any], None]:
+    """What draws bars of these rows."""
+    return lambda figure: report.bars(figure.subplots(), rows)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a third of the rounds")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds: three minutes on two cores")
     parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
     options = parser.parse_args()
-    device = torch.device("cpu")
-    precision = choose_precision("auto", device).name
-    peak = device_peak(device, precision)
-    hardware = describe(device)
-    title = f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision}"
-    print(f"{title}; MFU against {peak.flops / 1e9:,.0f} GFLOP/s, {peak.source}")
-    rows = []
-    for workload, (config, contenders, rounds) in WORKLOADS.items():
-        if options.workload not in (None, workload):
-            continue
-        rounds *= 1 if options.quick else 3
-        taken = compare(config, contenders, precision, rounds)
-        trainer, same = taken[contenders[0]], next(c for c in contenders if c.minilm)
-        apart = max(abs(a.loss - b.loss) for a, b in zip(trainer, taken[same], strict=True))
-        print(f"\n{workload}: {rounds} steps of each; losses of Trainer and minilm differ by at most {apart:.1e}")
-        print(f"{'':<28} real tokens/s   of Trainer's (middle half)   padding    MFU   memory")
-        for contender in contenders:
-            row: dict[str, Any] = {
-                "workload": workload,
-                **asdict(contender),
-                **summary(taken[contender], trainer, peak.flops),
-            }
-            rows.append({**row, "loss_difference": apart, "rounds": rounds})
-            spread = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
-            print(
-                f"{contender.name:<28} {row['tokens_per_second']:13,.0f}   {spread:<26} {row['padding']:8.1%}  "
-                f"{row['mfu']:5.0%}  {row['peak_memory'] / 1e9:4.1f} GB"
-            )
-    RESULTS.mkdir(exist_ok=True)
-    name = f"{title} {options.workload or ''}".strip().lower()
-    path = RESULTS / f"throughput-{re.sub(r'[^a-z0-9]+', '-', name)}.json"
-    path.write_text(json.dumps({"hardware": hardware, "precision": precision, "rows": rows}, indent=2) + "\n")
-    print(f"\nwritten to {path}", end="")
-    try:
-        plot(path.with_suffix(".png"), rows, title)
-        print(f" and {path.with_suffix('.png').name}")
-    except ImportError:
-        print('; for a plot, pip install -e ".[report]"')
+    machine, rows = report.this_machine(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [options.workload] if options.workload else [*WORKLOADS]:
+            workload = WORKLOADS[name]
+            config, repeats = in_folder(workload.config, Path(folder)), Rounds(count=workload.rounds)
+            if options.quick:
+                config, repeats = (
+                    with_examples(config, workload.quick_examples),
+                    Rounds(count=workload.quick, warm_up=1),
+                )
+            rows += measure(name, workload.contenders(config), repeats, machine)
+    name = f"throughput-{options.workload}" if options.workload else "throughput"
+    report.write(name, machine, {"rows": rows}, drawing(rows), (8, 0.5 * len(rows) + 1.2))
 
 
 if __name__ == "__main__":

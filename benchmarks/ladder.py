@@ -1,0 +1,204 @@
+"""What each of minilm's optimisations brings, switched on one after the other, from a plain loop's settings upwards.
+
+    python benchmarks/ladder.py
+
+Masked LM on documents of different lengths: the RoBERTa of throughput.py (6 layers, 384 wide, vocabulary 16,384), steps
+of 64 documents of at most 128 tokens (1,024 on a GPU). Each rung is a process of its own, takes a step at its turn by
+minilm's train_step, and has all that the rungs above it in the table have:
+
+- plain: four random micro-batches, padded to their longest; the head and the loss at every token; torch's AdamW as it
+  comes.
+- sorted micro-batches: the same step, cut by length into as many as do not hold more than those could.
+- head at the targets; last layer at the targets (what follows its attention); loss in parts (no batch has all its
+  logits in memory).
+- packing: no padding, and attention inside each document.
+- fused AdamW; on CPUs, freed memory kept by the process.
+- group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
+
+The first ratio is to the plain loop, in the same round; the gain is to the rung before. Results go to
+benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import report
+import torch
+from sides import Contender, Parts, Rounds, Side, Taken, answer, assemble, compare
+from throughput import MASKED
+from torch import Tensor
+from torch.nn import functional as F
+from trainer_side import padded_labels
+from transformers import PreTrainedModel
+
+from minilm.batch import Batch
+from minilm.config import Config
+from minilm.head import Head, SparseHead
+from minilm.optim import build_optimizer
+from minilm.packing import Packing
+from minilm.plan import Plan, Step
+from minilm.tokens import Prepared
+
+PLAIN = "plain: random, padded, full head"
+SORTED = "sorted micro-batches"
+SPARSE = "head at the targets"
+SHORT = "last layer at the targets"
+FUSED_LOSS = "loss in parts"
+PACKED = "packing"
+FUSED = "fused AdamW"
+MEMORY = "freed memory kept"
+EPOCH = "group=epoch"
+RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, FUSED, MEMORY, EPOCH)
+PARTS = 4  # micro-batches of the plain loop's step
+
+
+class PlainHead(Head):
+    """The model with all its logits, on padded rows."""
+
+    @property
+    def described(self) -> str:
+        return "full head"
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        packing: Packing,
+        target_index_N: Tensor,
+        target_ids_N: Tensor,
+        type_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        """-log p at each place of the padded batch, nats, float32[R L], 0 where there is no target."""
+        logits_RxLxV = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
+        batch = Batch(
+            input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=target_ids_N
+        )
+        return F.cross_entropy(logits_RxLxV.flatten(0, 1).float(), padded_labels(batch).flatten(), reduction="none")
+
+    def logits(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
+    ) -> Tensor:
+        """Logits, N x V, of the targets."""
+        place_T = packing.groups[0].place_T
+        logits_RxLxV: Tensor = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
+        return logits_RxLxV.flatten(0, 1)[target_index_N if place_T is None else place_T[target_index_N]]
+
+
+class PartialHead(SparseHead):
+    """minilm's head with the shortcuts of some rungs only; packing is switched by `model.attention`."""
+
+    def __init__(self, model: PreTrainedModel, rungs: tuple[str, ...]) -> None:
+        self.rungs = rungs
+        super().__init__(model)
+
+    def _try_short(self, expected_NxV: Tensor) -> None:
+        if SHORT in self.rungs:
+            super()._try_short(expected_NxV)
+
+    def _try_fused(self, expected_NxV: Tensor) -> None:
+        if FUSED_LOSS in self.rungs:
+            super()._try_fused(expected_NxV)
+
+
+class RandomPlan(Plan):
+    """The steps of `plan`, cut at random into micro-batches of equal numbers of examples."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(
+            plan.lengths,
+            examples=plan.examples,
+            micro_tokens=plan.micro_tokens,
+            seed=plan.seed,
+            padded=plan.padded,
+            multiple=plan.multiple,
+        )
+
+    def step(self, index: int) -> Step:
+        """Step `index`, with the same examples."""
+        step = super().step(index)
+        examples = np.random.default_rng((self.seed, index)).permutation(step.examples)
+        parts = np.array_split(examples, PARTS)
+        return replace(step, micro_batches=[parts], padded_tokens=sum(self._seen(part) for part in parts))
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """As it comes, which does not look at whether the gradient is finite."""
+
+    found_inf = property(lambda self: None, lambda self, value: None)
+
+
+def head_of(rungs: tuple[str, ...], network: PreTrainedModel, prepared: Prepared) -> Head:
+    """The head of these rungs."""
+    return PartialHead(network, rungs) if SPARSE in rungs else PlainHead(network)
+
+
+def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
+    """minilm's parts with the optimisations of these rungs, which are the first of `RUNGS`."""
+    if PACKED not in rungs:
+        config = replace(config, model=replace(config.model, attention="sdpa"))
+    if EPOCH in rungs:
+        config = replace(config, batch=replace(config.batch, group="epoch"))
+    if MEMORY not in rungs:
+        os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
+    parts = assemble(config, partial(head_of, rungs))
+    if SORTED not in rungs:
+        parts = replace(parts, plan=RandomPlan(parts.plan))
+    if FUSED not in rungs:
+        groups = build_optimizer(parts.model, config.optim).param_groups
+        groups = [{key: group[key] for key in ("params", "weight_decay", "scale")} for group in groups]
+        plain = PlainAdamW(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
+        parts = replace(parts, optimizer=parts.accelerator.prepare(plain))
+    return parts
+
+
+def rung_steps(side: Side, rungs: tuple[str, ...]) -> None:
+    """The side of a rung."""
+    parts = parts_of(side.config, rungs)
+    answer(side, parts if FUSED_LOSS in rungs else replace(parts, work=None))  # MFU is that of minilm's count
+
+
+def contenders_of(config: Config, rungs: tuple[str, ...]) -> list[Contender]:
+    """One for each rung, from the first to the last."""
+    return [
+        Contender(name=name, config=config, steps=partial(rung_steps, rungs=rungs[: number + 1]))
+        for number, name in enumerate(rungs)
+    ]
+
+
+def rows_of(rungs: tuple[str, ...], taken: list[list[Taken]], machine: report.Machine) -> list[dict[str, Any]]:
+    """Print the table and return its rows."""
+    print(f"\n{report.COLUMNS}   gain of the rung      loss apart by")
+    rows = []
+    for number, (name, turns) in enumerate(zip(rungs, taken, strict=True)):
+        figures, gain = report.figures(turns, taken[0], machine.peak), report.ratios(turns, taken[max(0, number - 1)])
+        apart = None if name == EPOCH else report.loss_difference(turns, taken[0])
+        said = "other steps" if apart is None else f"{apart:.1e}"
+        print(f"{report.line(name, figures)}   {report.spread(gain):<20}  {said}")
+        label = name if number == 0 else f"+ {name}"
+        rows.append(
+            {"name": name, "label": label, "ours": number > 0, **figures, "gain": gain, "loss_difference": apart}
+        )
+    return rows
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds in place of 9")
+    options = parser.parse_args()
+    machine = report.this_machine()
+    cuda = machine.device.type == "cuda"
+    examples = 1024 if cuda else 64
+    batch = replace(MASKED.batch, examples=examples, micro_tokens=examples // PARTS * MASKED.batch.max_length)
+    rungs = tuple(name for name in RUNGS if name != MEMORY or not cuda)
+    rounds = Rounds(count=3, warm_up=1) if options.quick else Rounds(count=9)
+    taken = compare(contenders_of(replace(MASKED, batch=batch), rungs), machine.precision, rounds)
+    rows = rows_of(rungs, taken, machine)
+    report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 5))
+
+
+if __name__ == "__main__":
+    main()

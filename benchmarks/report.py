@@ -1,0 +1,115 @@
+"""What a benchmark leaves: rows of figures on the screen, and in benchmarks/results as JSON and as a plot."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sides import Precision, Taken
+
+from minilm.hardware import Peak, choose_precision, describe, device_peak
+from minilm.record import versions
+
+RESULTS = Path(__file__).parent / "results"
+OURS, OTHERS, IDEAL = "#c44e52", "#8c8c8c", "#4c72b0"  # colours
+COLUMNS = f"{'':<34} real tokens/s   of the first (middle half)   padding    MFU   memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a benchmark runs, and how precisely."""
+
+    device: torch.device
+    precision: Precision
+    peak: Peak
+    hardware: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """In a few words."""
+        where = "" if self.device.type == "cuda" else f"{self.hardware['threads_per_process']} threads, "
+        return f"{self.hardware['device']}, {where}{self.precision}"
+
+
+def this_machine() -> Machine:
+    """Its first GPU, or else its CPU, at the precision that is fast there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision: Any = choose_precision("auto", device).name
+    machine = Machine(
+        device=device, precision=precision, peak=device_peak(device, precision), hardware=describe(device)
+    )
+    print(f"{machine.title}; MFU against {machine.peak.flops / 1e9:,.0f} GFLOP/s, {machine.peak.source}")
+    return machine
+
+
+def ratios(turns: list[Taken], others: list[Taken]) -> dict[str, float]:
+    """How much faster the turns are than those of the same rounds: the median, and the middle half."""
+    pairs = zip(turns, others, strict=True)
+    found = sorted((a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in pairs)
+    quarter = len(found) // 4
+    return {"ratio": statistics.median(found), "ratio_low": found[quarter], "ratio_high": found[-1 - quarter]}
+
+
+def figures(turns: list[Taken], first: list[Taken], peak: Peak) -> dict[str, float]:
+    """The figures of one row, `first` being the turns that it is compared to."""
+    seconds, tokens = sum(turn.seconds for turn in turns), sum(turn.tokens for turn in turns)
+    return {
+        "tokens_per_second": tokens / seconds,
+        **ratios(turns, first),
+        "padding": 1 - tokens / sum(turn.padded_tokens for turn in turns),
+        "peak_memory": turns[-1].memory,
+        "mfu": sum(turn.flops for turn in turns) / seconds / peak.flops,
+        "rounds": len(turns),
+    }
+
+
+def loss_difference(a: list[Taken], b: list[Taken]) -> float:
+    """The largest difference of their losses, turn by turn, in nats."""
+    return max(abs(x.loss - y.loss) for x, y in zip(a, b, strict=True))
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row of the table under `COLUMNS`."""
+    return (
+        f"{name:<34} {row['tokens_per_second']:13,.0f}   {spread(row):<26} {row['padding']:8.1%}  "
+        f"{row['mfu']:5.0%}  {row['peak_memory'] / 1e9:4.1f} GB"
+    )
+
+
+def spread(row: dict[str, float]) -> str:
+    """A ratio and its middle half."""
+    return f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+
+
+def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Bars of tokens per second of rows with `label` and `ours`, with their ratio at the end."""
+    colours = [OURS if row["ours"] else OTHERS for row in rows]
+    drawn = axes.barh([row["label"] for row in rows], [row["tokens_per_second"] for row in rows], color=colours)
+    axes.bar_label(drawn, [f"{row['ratio']:.2f}x" for row in rows], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.set_xlabel("real tokens per second")
+
+
+def write(name: str, machine: Machine, content: dict[str, Any], draw: Callable[[Any], None], size: Any) -> Path:
+    """Write `content` with the hardware and the versions, and what `draw` draws on a figure of this size in inches."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', f'{name} {machine.title}'.lower()).strip('-')}.json"
+    facts = {"hardware": machine.hardware, "versions": versions(), "precision": machine.precision}
+    path.write_text(json.dumps({**facts, **content}, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}", end="")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('; for a plot, pip install -e ".[report]"')
+        return path
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    figure.suptitle(machine.title, fontsize=10)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(f" and {path.with_suffix('.png').name}")
+    return path

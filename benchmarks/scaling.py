@@ -1,0 +1,279 @@
+"""How minilm's speed changes with the processes, the length, the model and the number of examples.
+
+    python benchmarks/scaling.py --quick
+    python benchmarks/scaling.py --processes --lengths
+
+Without a part's flag all four are measured, minilm's train_step in all of them, with a masked LM on Python's
+documentation and the fast precision of the machine. Whatever is compared takes turns, in processes of its own.
+
+- processes: the same steps by 1, 2, 4, … processes, started by accelerate's launcher; each has a GPU, or a thread of
+  the CPU. Ideal: as many times the tokens per second of one.
+- lengths: full blocks of 64 to 8,192 tokens, the same number of tokens a step.
+- models: RoBERTa of 2 layers, 128 wide, up to 12 layers, 768 wide (24 and 1,024 on a GPU). Ideal, of the lengths too:
+  the FLOP/s of the best of them.
+- datasets: 10^3 to 10^7 examples of about 12 words (synthetic.py), encoded before: seconds until a fresh process has
+  planned its first step, milliseconds of the plan and the batch of a later one, memory, and the speed of a small model,
+  which should all stay as they are.
+
+`--quick` leaves out what takes long: lengths above 1,024, models above 8 layers, more than 10^5 examples. Results go to
+benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from sides import Contender, Precision, Rounds, Taken, assemble, compare, minilm_steps, turns_of
+from synthetic import write_corpus
+from throughput import MASKED, in_blocks
+
+from minilm.config import Batch, Config, Run
+
+LENGTHS = tuple(2**power for power in range(6, 14))
+SHAPES = ((2, 128), (4, 256), (6, 384), (8, 512), (12, 768), (24, 1024))  # layers, width
+SIZES = tuple(10**power for power in range(3, 8))
+QUICK, FULL = Rounds(count=2, warm_up=1), Rounds(count=7)
+HEAD = 64  # width of a head of attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement of a part, and what it would be ideally."""
+
+    at: int
+    """How many processes, tokens of an example, parameters, or examples."""
+    tokens_per_second: float
+    low: float
+    """Of the middle half of the rounds."""
+    high: float
+    ideal: float
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def shaped(layers: int, width: int, length: int) -> dict[str, Any]:
+    """Fields of the model's configuration."""
+    size = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // HEAD}
+    return {**MASKED.model.config, **size, "intermediate_size": 4 * width, "max_position_embeddings": length + 2}
+
+
+def sized(layers: int, width: int, length: int, tokens: int) -> Config:
+    """Steps of so many tokens in full blocks of this length, each in one forward."""
+    batch = Batch(examples=max(1, tokens // length), max_length=length, micro_tokens=max(tokens, length))
+    model = replace(MASKED.model, config=shaped(layers, width, length))
+    return in_blocks(replace(MASKED, model=model, batch=batch))
+
+
+def speeds(turns: list[Taken]) -> tuple[float, float, float]:
+    """Tokens per second: the median, and the middle half."""
+    found = sorted(turn.tokens / turn.seconds for turn in turns)
+    quarter = len(found) // 4
+    return statistics.median(found), found[quarter], found[-1 - quarter]
+
+
+def compute_points(places: list[int], taken: list[list[Taken]], peak: float) -> list[Point]:
+    """A point for each place; ideal are the FLOP/s of the best of them."""
+    found = [speeds(turns) for turns in taken]
+    flops = [turns[0].flops / turns[0].tokens for turns in taken]  # of a token
+    rates = [median * cost for (median, _, _), cost in zip(found, flops, strict=True)]
+    return [
+        Point(
+            at=place,
+            tokens_per_second=median,
+            low=low,
+            high=high,
+            ideal=max(rates) / cost,
+            extra={"mfu": rate / peak, "memory": turns[-1].memory},
+        )
+        for place, (median, low, high), cost, rate, turns in zip(places, found, flops, rates, taken, strict=True)
+    ]
+
+
+def by_length(machine: report.Machine, quick: bool) -> list[Point]:
+    """Lengths in turn."""
+    tokens = 65536 if machine.device.type == "cuda" else 2048 if quick else 8192
+    lengths = [length for length in LENGTHS if length <= 1024 or not quick]
+    return compared([sized(6, 384, length, tokens) for length in lengths], lengths, machine, QUICK if quick else FULL)
+
+
+def by_model(machine: report.Machine, quick: bool) -> list[Point]:
+    """Sizes in turn."""
+    cuda = machine.device.type == "cuda"
+    shapes = SHAPES if cuda and not quick else SHAPES[:4] if quick else SHAPES[:5]
+    configs = [sized(layers, width, 128, 65536 if cuda else 2048) for layers, width in shapes]
+    parameters = [12 * layers * width**2 + MASKED.tokens.vocab_size * width for layers, width in shapes]
+    return compared(configs, parameters, machine, QUICK if quick else FULL)
+
+
+def compared(configs: list[Config], places: list[int], machine: report.Machine, rounds: Rounds) -> list[Point]:
+    """A point for each of these configurations."""
+    contenders = [Contender(name="minilm", config=config, steps=minilm_steps) for config in configs]
+    return compute_points(places, compare(contenders, machine.precision, rounds), machine.peak.flops)
+
+
+def take(config: Config, turns: Rounds) -> list[Taken]:
+    """Turns of a run in this process, one thread of a CPU, as one of those that were launched together."""
+    parts = assemble(config)
+    if parts.accelerator.device.type == "cpu":
+        torch.set_num_threads(1)
+    return list(turns_of(parts, turns.warm_up + turns.count, turns.block))[turns.warm_up :]
+
+
+def launched(processes: int, machine: report.Machine) -> list[Taken]:
+    """The turns of a run of so many processes, under accelerate's launcher."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words = [*launcher, *plain] if processes > 1 else []
+    cpu = {"ACCELERATE_USE_CPU": "true"} if machine.device.type == "cpu" else {}
+    command = [sys.executable, *words, __file__, "--worker", machine.precision]
+    settings = {**os.environ, **cpu, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
+    return [Taken(**turn) for turn in json.loads(done.stdout.splitlines()[-1])]
+
+
+def work(precision: Precision) -> None:
+    """What a launched process does: the main one prints its turns."""
+    batch = replace(MASKED.batch, examples=512 if torch.cuda.is_available() else 32)
+    turns = take(replace(MASKED, batch=batch, run=Run(precision=precision)), Rounds(count=6))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps([asdict(turn) for turn in turns]))
+
+
+def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
+    """Numbers of processes in turn, a few launches of each."""
+    limit = torch.cuda.device_count() or os.cpu_count() or 1
+    counts = [2**power for power in range(limit.bit_length())]
+    taken: list[list[Taken]] = [[] for _ in counts]
+    for _ in range(1 if quick else 3):
+        for turns, count in zip(taken, counts, strict=True):
+            turns += launched(count, machine)
+    found = [speeds(turns) for turns in taken]
+    return [
+        Point(
+            at=count,
+            tokens_per_second=median,
+            low=low,
+            high=high,
+            ideal=found[0][0] * count,
+            extra={"first_loss": turns[0].loss},
+        )
+        for count, (median, low, high), turns in zip(counts, found, taken, strict=True)
+    ]
+
+
+def run_dataset(config: Config, steps: int) -> dict[str, float]:
+    """In a fresh process: seconds until the first step is planned, and of the plan and the batch of a later one."""
+    begin = time.perf_counter()
+    parts = assemble(config)
+    parts.plan.step(0)
+    start = time.perf_counter() - begin
+    seconds = []
+    for index in range(1, steps):
+        begin = time.perf_counter()
+        step = parts.plan.step(index)
+        (ids,) = step.micro_batches[0]
+        parts.collator([parts.prepared.train[int(i)] for i in ids], ids, step.epoch)
+        seconds.append(time.perf_counter() - begin)
+    return {"start": start, "data": statistics.median(seconds)}
+
+
+def by_dataset(machine: report.Machine, quick: bool, sizes: tuple[int, ...] = SIZES) -> list[Point]:
+    """Numbers of examples in turn: starts, each in a fresh process after one that encoded them, and then steps."""
+    places = [size for size in sizes if size <= 100_000 or not quick]
+    model, context = replace(MASKED.model, config=shaped(2, 128, 128)), multiprocessing.get_context("spawn")
+    runs: list[list[dict[str, float]]] = [[] for _ in places]
+    with tempfile.TemporaryDirectory() as folder:
+        configs = []
+        for size in places:
+            data, tokens = write_corpus(Path(folder, str(size)), size, vocabulary=16384, median=10, sigma=0.6)
+            config = replace(MASKED, data=data, tokens=tokens, model=model, run=Run(precision=machine.precision))
+            configs.append(config)
+        for number in range(2 if quick else 4):
+            for found, config in zip(runs, configs, strict=True):
+                with ProcessPoolExecutor(1, context) as pool:
+                    figures = pool.submit(run_dataset, config, 40).result()
+                if number > 0:  # the first one encodes
+                    found.append(figures)
+        points = compared(configs, places, machine, Rounds(count=10 if quick else 50))
+    for at, found in enumerate(runs):
+        extra = {name: statistics.median(figures[name] for figures in found) for name in ("start", "data")}
+        extra["memory"] = points[at].extra["memory"]
+        points[at] = replace(points[at], ideal=points[0].tokens_per_second, extra=extra)
+    return points
+
+
+PARTS: dict[str, tuple[str, Callable[[report.Machine, bool], list[Point]]]] = {
+    "processes": ("processes", by_processes),
+    "lengths": ("tokens of an example", by_length),
+    "models": ("parameters", by_model),
+    "datasets": ("examples", by_dataset),
+}
+SHOWN = {
+    "mfu": lambda value: f"MFU {value:.0%}",
+    "memory": lambda value: f"{value / 1e6:,.0f} MB",
+    "first_loss": lambda value: f"first loss {value:.6f}",
+    "start": lambda value: f"start {value:.1f} s",
+    "data": lambda value: f"plan and batch {1e3 * value:.1f} ms",
+}
+
+
+def show(name: str, points: list[Point]) -> None:
+    """Print a part's table."""
+    print(f"\n{PARTS[name][0]:>20}   real tokens/s (middle half)          of the ideal")
+    for point in points:
+        said = f"{point.tokens_per_second:,.0f} ({point.low:,.0f} to {point.high:,.0f})"
+        extra = ", ".join(SHOWN[key](value) for key, value in point.extra.items())
+        print(f"{point.at:>20,}   {said:<35}  {point.tokens_per_second / point.ideal:11.0%}   {extra}")
+
+
+def draw(figure: Any, parts: dict[str, list[Point]]) -> None:
+    """A panel a part: what was measured, and the ideal line."""
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, (name, points) in zip(panels, parts.items(), strict=True):
+        places, speed = [point.at for point in points], [point.tokens_per_second for point in points]
+        ends = [[p.tokens_per_second - p.low for p in points], [p.high - p.tokens_per_second for p in points]]
+        axes.errorbar(places, speed, ends, color=report.OURS, marker="o", capsize=3, label="minilm")
+        axes.plot(places, [point.ideal for point in points], color=report.IDEAL, linestyle="--", label="ideal")
+        axes.set(xscale="log", yscale="log", xlabel=PARTS[name][0], ylabel="real tokens per second", title=name)
+        axes.legend()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="leave out what takes long")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    for name in PARTS:
+        parser.add_argument(f"--{name}", action="store_true", help="this part only, or with others that are named")
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker)
+        return
+    machine = report.this_machine()
+    chosen = [name for name in PARTS if getattr(options, name)] or [*PARTS]
+    parts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # For the processes that are started from here: what they encode goes with the folder.
+        os.environ.update(MINILM_CACHE=f"{folder}/minilm", HF_HOME=f"{folder}/huggingface")
+        for name in chosen:
+            parts[name] = PARTS[name][1](machine, options.quick)
+            show(name, parts[name])
+    content = {name: [asdict(point) for point in points] for name, points in parts.items()}
+    title = "scaling" if len(chosen) == len(PARTS) else f"scaling-{'-'.join(chosen)}"
+    report.write(title, machine, content, lambda figure: draw(figure, parts), (4.2 * len(parts), 3.8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""HF Trainer as one side of a comparison."""
+
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from sides import Side, Taken
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler, Subset
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from minilm.batch import Batch
+from minilm.causal import Causal
+from minilm.config import Config
+from minilm.hardware import peak_memory
+from minilm.objectives import Objective, build, objective_of, prepare
+from minilm.optim import warmup_steps
+from minilm.plan import Plan, Step
+from minilm.tokens import Examples, Prepared
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """minilm's examples as Trainer's rows."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {"input_ids": self.examples[index].tolist()}
+        if self.examples.types is not None:
+            row["token_type_ids"] = self.examples.row_types(index).tolist()
+        if self.examples.labels is not None:
+            row["labels"] = self.examples.labels[index].tolist()
+        return row
+
+
+def padded_labels(batch: Batch, shift: int = 0) -> Tensor:
+    """The targets of a padded batch as transformers wants them: int64, R x L, -100 where there is none.
+
+    `shift`: 1 where the label is to be at the token itself, and the target where it is predicted from.
+    """
+    (group,) = batch.packing.groups
+    labels_T = torch.full_like(batch.input_ids_T, -100)
+    labels_T[batch.target_index_N + shift] = batch.target_ids_N
+    return group.pad(labels_T).masked_fill(~group.real(labels_T.device), -100)
+
+
+class ReadySteps(Dataset[dict[str, Tensor]]):
+    """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
+
+    def __init__(self, plan: Plan, steps: int, prepared: Prepared, objective: Objective, seed: int) -> None:
+        self.collator = objective.collator(prepared.tokenizer, prepared.train, seed=seed, padded=True)
+        self.shift = int(isinstance(objective, Causal))
+        self.padding = prepared.tokenizer.pad_token_id
+        self.items = [self._item(plan.step(index), prepared.train) for index in range(steps)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.items[index]
+
+    def _item(self, step: Step, examples: Examples) -> dict[str, Tensor]:
+        (ids,) = step.micro_batches[0]
+        batch = self.collator([examples[int(i)] for i in ids], ids, step.epoch)
+        (group,) = batch.packing.groups
+        real_RxL = group.real(batch.input_ids_T.device)
+        return {
+            "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, self.padding),
+            "attention_mask": real_RxL.long(),
+            "labels": padded_labels(batch, self.shift),
+        }
+
+
+class Turns(TrainerCallback):
+    """Let Trainer take a turn each time that the other end of the connection asks for it."""
+
+    def __init__(self, side: Side) -> None:
+        self.connection, self.block = side.connection, side.block
+        self._begin()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the first turn."""
+        self.connection.send(None)
+        self._wait()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's time is all that passed since its turn began, loading its batches included."""
+        if len(self.losses) < self.block:
+            return
+        loss = float(torch.stack(self.losses).mean())  # waits for the device
+        seconds = time.perf_counter() - self.mark
+        lengths = torch.cat(self.lengths)
+        taken = Taken(
+            seconds=seconds,
+            tokens=int(lengths.sum()),
+            padded_tokens=self.padded,
+            square_lengths=int((lengths * lengths).sum()),
+            loss=loss,
+            memory=peak_memory(lengths.device),
+        )
+        self.connection.send(taken)
+        self._wait()
+
+    def saw(self, mask_RxL: Tensor, loss: Tensor) -> None:
+        """Note a step's batch and its loss, which stay on their device."""
+        self.lengths.append(mask_RxL.sum(-1))
+        self.padded += mask_RxL.numel()
+        self.losses.append(loss.detach())
+
+    def _begin(self) -> None:
+        self.lengths: list[Tensor] = []
+        self.losses: list[Tensor] = []
+        self.padded, self.mark = 0, time.perf_counter()
+
+    def _wait(self) -> None:
+        if not self.connection.recv():
+            sys.exit()
+        self._begin()
+
+
+class TurnTrainer(Trainer):
+    """Trainer that notes what each step saw; with `in_order`, it takes the rows in their order."""
+
+    def __init__(self, turns: Turns, in_order: bool, **settings: Any) -> None:
+        super().__init__(callbacks=[turns], **settings)
+        self.turns, self.in_order = turns, in_order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset) if self.in_order else super()._get_train_sampler(train_dataset)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own loss, noted."""
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        self.turns.saw(inputs["attention_mask"], loss)
+        return loss
+
+
+def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, Any]:
+    """The settings of a run in the words of Trainer, which saves nothing."""
+    optim = config.optim
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch.examples,
+        "learning_rate": optim.lr,
+        "lr_scheduler_type": optim.schedule,
+        "warmup_steps": warmup_steps(optim, steps),
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "seed": config.run.seed,
+        "optim": "adamw_torch_fused",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
+def trainer_steps(side: Side, grouping: str = "") -> None:
+    """Trainer's side. Its sampling strategy is `grouping`, or nothing for minilm's examples in their order.
+
+    Loading is in its time, and padding too, but for a language model's examples in order: their masks must be minilm's,
+    so that they are masked and padded beforehand.
+    """
+    config, prepared, objective = side.config, prepare(side.config), objective_of(side.config.objective)
+    size, examples, steps = config.batch.examples, prepared.train, side.turns * side.block
+    data: Dataset[Any] = Rows(examples)
+    collate: Any = DataCollatorWithPadding(prepared.tokenizer)
+    plan = Plan(
+        examples.lengths,
+        examples=size,
+        micro_tokens=size * config.batch.max_length,
+        seed=config.run.seed,
+        padded=True,
+    )
+    if examples.labels is None:
+        rate = objective.collator(prepared.tokenizer, examples, seed=config.run.seed).rate()
+        collate = DataCollatorForLanguageModeling(
+            prepared.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate
+        )
+    if not grouping and examples.labels is None:
+        data, collate, size = ReadySteps(plan, steps, prepared, objective, config.run.seed), _only, 1
+    elif not grouping:
+        order = np.concatenate([plan.step(index).examples for index in range(steps)])
+        data = Subset(data, order.tolist())
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trainer_settings(config, config.run.precision, steps)
+        arguments = TrainingArguments(
+            output_dir=folder,
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_num_workers=config.batch.workers,
+            train_sampling_strategy=grouping or "random",
+            **{**settings, "per_device_train_batch_size": size},
+        )
+        TurnTrainer(
+            Turns(side),
+            not grouping,
+            model=build(config, prepared),
+            args=arguments,
+            train_dataset=data,
+            data_collator=collate,
+        ).train()
+
+
+def _only(items: list[Any]) -> Any:
+    (item,) = items
+    return item

@@ -1,0 +1,158 @@
+"""The pieces of the benchmarks on toy sizes, in this process: that they run, and compare what is the same."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gpu
+import ladder
+import pytest
+import report
+import scaling
+import throughput
+import torch
+from accelerate.state import AcceleratorState
+from sides import Contender, Side, Taken, Work, assemble, minilm_steps
+from synthetic import write_corpus
+
+from minilm import Batch, Config, Model, Run
+from minilm.hardware import Peak
+from minilm.objectives import prepare
+
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+}
+SIZES["roberta"] = SIZES["bert"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")  # this process keeps the C library's ways
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Turns:
+    """The other end of a side's connection: asks for so many turns."""
+
+    def __init__(self, turns: int) -> None:
+        self.left, self.sent = turns, []  # type: tuple[int, list[Any]]
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def recv(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+
+def toy(config: Config) -> Config:
+    """The same on a model that is all overhead."""
+    own = {**config.model.config, **SIZES[config.model.type], "vocab_size": 420}
+    own |= {"max_position_embeddings": 34} if config.model.type != "gpt2" else {}
+    batch = replace(config.batch, examples=8, max_length=32, micro_tokens=128, workers=0)
+    return replace(config, model=Model(type=config.model.type, config=own), batch=batch, run=Run(precision="fp32"))
+
+
+def turns_of(contender: Contender, block: int = 1) -> tuple[Work | None, list[Taken]]:
+    """Two turns of it."""
+    asked = Turns(2)
+    with contextlib.suppress(SystemExit):  # as Trainer's process ends
+        contender.steps(Side(connection=asked, config=contender.config, turns=2, block=block))  # type: ignore[arg-type]
+    work, *turns = asked.sent
+    return work, turns
+
+
+def check_sides(contenders: list[Contender], block: int = 1) -> None:
+    """Trainer's first side and minilm's see the same; nobody sees nothing."""
+    taken = {contender.name: turns_of(contender, block) for contender in contenders}
+    for work, turns in taken.values():
+        assert len(turns) == 2
+        assert all(turn.tokens > 0 and turn.padded_tokens >= turn.tokens for turn in turns)
+        assert work is None or work.flops(turns[0]) > 0
+    trainer, ours = taken["HF Trainer"][1], taken["minilm"][1]
+    assert [(turn.tokens, turn.square_lengths) for turn in ours] == [(t.tokens, t.square_lengths) for t in trainer]
+    assert report.loss_difference(ours, trainer) < 1e-5
+    assert taken["minilm"][0] is not None
+
+
+@pytest.mark.parametrize("name", ["masked-documents", "pair-classification"])
+def test_throughput(name: str, tmp_path: Path) -> None:
+    workload = throughput.WORKLOADS[name]
+    config = toy(workload.config)
+    if config.data.pair_column:
+        texts = [" ".join(f"word{(i * j) % 50}" for j in range(30 + i % 7)) for i in range(60)]
+        throughput.write_pairs(tmp_path / "pairs.jsonl", texts)
+        tokens = replace(config.tokens, vocab_size=400)
+        config = replace(config, data=replace(config.data, source=str(tmp_path / "pairs.jsonl")), tokens=tokens)
+    else:
+        data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
+        config = replace(config, data=data, tokens=tokens)
+    check_sides(workload.contenders(config))
+
+
+def test_gpu(tmp_path: Path) -> None:
+    job = gpu.JOBS["GPT-2, 1,024 tokens"]
+    job = replace(job, config=toy(job.config), vocabulary=400, median=12)
+    contenders = gpu.contenders_of(job, tmp_path, 4)
+    assert len(prepare(contenders[0].config).train) >= 4 * job.config.batch.examples
+    check_sides(contenders, block=2)
+
+
+def test_gpu_wants_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
+    config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
+    parts, taken = [], []
+    monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
+    for contender in ladder.contenders_of(config, ladder.RUNGS):
+        taken.append(turns_of(contender)[1])
+    heads: list[Any] = [part.model for part in parts]
+    for name, first in (("sparse", 2), ("short", 3), ("fused", 4), ("padding_free", 5)):
+        assert [getattr(head, name, False) for head in heads] == [number >= first for number in range(len(heads))], name
+    machine = report.Machine(
+        device=torch.device("cpu"),
+        precision="fp32",
+        peak=Peak(flops=1e9, source="made up"),
+        hardware={"device": "a toy", "threads_per_process": 1},
+    )
+    rows = ladder.rows_of(ladder.RUNGS, taken, machine)
+    assert all(row["loss_difference"] < 1e-5 for row in rows[:-1])
+    padding = {row["name"]: row["padding"] for row in rows}
+    assert padding[ladder.PLAIN] > padding[ladder.SORTED] > padding[ladder.PACKED] == 0
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    path = report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (4, 3))
+    assert json.loads(path.read_text())["versions"]["torch"] == version("torch")
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
+    config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
+    found = scaling.run_dataset(config, 4)
+    assert found["start"] > found["data"] > 0
+    work, turns = turns_of(Contender(name="minilm", config=config, steps=minilm_steps))
+    assert work is not None
+    turns = [replace(turn, flops=work.flops(turn)) for turn in turns]
+    slower = [replace(turn, seconds=2 * turn.seconds, flops=1.5 * turn.flops) for turn in turns]
+    points = scaling.compute_points([32, 64], [turns, slower], 1e9)
+    shares = [point.tokens_per_second / point.ideal for point in points]
+    assert shares == pytest.approx([1, 0.75])
+    scaling.show("lengths", points)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    sized = scaling.sized(2, 128, 64, 512).batch
+    assert sized == Batch(examples=8, max_length=64, micro_tokens=512, layout="blocks")

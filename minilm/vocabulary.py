@@ -1,17 +1,21 @@
 """Vocabularies learnt from documents: byte-level BPE, WordPiece, Unigram or characters; and words added to others."""
 
+import io
 import json
+import math
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import TypeAlias
 
 from datasets import Dataset
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.progress import progress_bar
 from minilm.stream import Stream
-from minilm.unigram import learn_pieces
 
 _SPECIAL = {
     "pad_token": "[PAD]",
@@ -26,6 +30,10 @@ _CAUSAL_SPECIAL = {
     "pad_token": "<|endoftext|>",
     "unk_token": "<|unknown|>",
 }
+# The sentencepiece library reads lines of cells: these stand for the characters that end them, and the reverse.
+_STAND_INS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
+# It needs time and memory for every character, and drops what it would use less than half a time: of a few words, all.
+_CHARACTERS = 10**4, 10**7
 Documents: TypeAlias = Dataset | Stream
 BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
 
@@ -109,13 +117,58 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
     splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
     for text in progress_bar(texts_of(documents), desc="reading", total=count_of(documents), unit="doc", leave=False):
         words.update(word for word, _ in splitter.pre_tokenize_str(text))
-    best = learn_pieces(words, vocab_size - len(names))
-    pieces = [*((name, best[-1][1]) for name in names), *best]
+    best = _learn_pieces(words, vocab_size - len(names))
+    lowest = min((score for _, score in best), default=0.0)
+    pieces = [*((name, lowest) for name in names), *best]
     tokenizer = Tokenizer(models.Unigram(pieces, names.index(unknown), byte_fallback=True))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def _learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
+    """At most `size` pieces that spell the words, with their log probabilities, by the sentencepiece library.
+
+    There are fewer where the words give no more, and none of a character that is not among the `size` most frequent.
+    Of more text than `_CHARACTERS` says a sample is taken, which depends on the words and their counts alone.
+    """
+    words = Counter({word.translate(_STAND_INS): count for word, count in words.items()})
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+    for reserved in "\0\t\n\r\u2585":
+        del letters[reserved]
+    kept = sorted(letters, key=lambda letter: (-letters[letter], letter))[:size]
+    if not kept:
+        return []
+    spelt, parts = re.compile(f"[{re.escape(''.join(kept))}]{{1,1000}}"), Counter[str]()
+    for word, count in words.items():
+        for part in spelt.findall(word):  # the library leaves out a line of more than 4192 bytes
+            parts[part] += count
+    fewest, most = _CHARACTERS
+    total = sum(len(part) * count for part, count in parts.items())
+    times, share = max(1, fewest // total), math.ceil(total / most)
+    sample = {part: (times * count + zlib.crc32(part.encode()) % share) // share for part, count in parts.items()}
+    trained = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=(f"{part}\t{count}" for part, count in sorted(sample.items()) if count),
+        input_format="tsv",
+        model_writer=trained,
+        vocab_size=size + 1,  # one is for what is unknown
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,  # the order of its sums depends on how many there are
+        minloglevel=2,
+    )
+    learned = SentencePieceProcessor(model_proto=trained.getvalue())
+    ids = range(1, len(learned))
+    return [(learned.id_to_piece(index).translate(_STAND_INS), learned.get_score(index)) for index in ids]
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, size: int) -> PreTrainedTokenizerFast:

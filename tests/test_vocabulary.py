@@ -1,11 +1,7 @@
 """Vocabularies: learnt the same from run to run, losing no text, saved as they are, and extended with words."""
 
 import importlib.resources
-import math
-import os
-import subprocess
-import sys
-from collections import Counter
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from minilm.config import Model, Tokens
 from minilm.model import load_model
 from minilm.tokens import load_tokenizer, token_bytes
-from minilm.unigram import learn_pieces
 from minilm.vocabulary import extend_tokenizer, train_tokenizer
 from tests.languages import EVERYTHING
 from tests.reference import fields
@@ -30,6 +25,7 @@ thorough = settings(deadline=None, max_examples=100)
 NEW = Dataset.from_dict(
     {"text": ["zirconium froze, Zap zirconium kubrickesque"] * 3 + ["Die Größe der Zebras, zur größe"] * 2}
 )
+BYTES = len(SPECIAL) + 256  # the pieces of a Unigram vocabulary that are not learnt
 SIZES = {"bpe": 350, "wordpiece": 150, "unigram": 320}
 
 
@@ -72,27 +68,72 @@ def test_training_depends_on_nothing_but_the_documents_and_survives_saving(
         assert token_bytes(loaded).tolist() == token_bytes(first).tolist()
 
 
-def test_unigram_pieces_do_not_depend_on_the_order_of_hash_tables() -> None:
-    ties = "from collections import Counter; from minilm.unigram import learn_pieces;"
-    program = f"{ties} print(learn_pieces(Counter({['abcdefgh', 'ijklmnop'] * 2}), 20))"
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in "123"
-    }
-    assert len(said) == 1
-
-
-def test_unigram_spells_words_in_the_likeliest_way_and_keeps_what_is_useful() -> None:
-    words = Counter({"lowlands": 8, "low": 20, "lands": 20, "highlands": 9, "xyzzy": 1})
-    pieces = dict(learn_pieces(words, 20))
-    assert len(pieces) == 20
-    assert {"low", "lands"} <= set(pieces)
+def test_unigram_keeps_what_is_useful_and_of_too_many_characters_the_frequent() -> None:
+    words = {"lowlands": 8, "low": 20, "lands": 20, "highlands": 9, "xyzzy": 1}
+    documents = Dataset.from_dict({"text": [word for word, count in words.items() for _ in range(count)]})
+    pieces = train_tokenizer(documents, "unigram", BYTES + 16).get_vocab()
+    assert {"low", "lands", *"lowandshigxyz"} <= set(pieces)
     assert not any("zz" in piece for piece in pieces)
-    assert set("lowandshigxyz") <= set(pieces)
-    assert sum(map(math.exp, pieces.values())) == pytest.approx(1)
-    assert {*dict(learn_pieces(words, 3))} == {"l", "a", "d"}  # n and s are no rarer than a and d
+    few = train_tokenizer(documents, "unigram", BYTES + 3).get_vocab()
+    assert {piece for piece, index in few.items() if index >= BYTES} == {
+        "d",
+        "l",
+        "a",
+    }  # n and s are no rarer than a and d
+
+
+TEXTS = {
+    "a letter": ["a"],
+    "a letter many times": ["a" * 40],
+    "bytes alone": ["\0\u2585"],
+    "spaces": ["   ", " \u2581 "],
+    "lines": ["first\tcell\r\nsecond\tcell\n\n" * 3],
+    "what lines are written with": ["\ue000\ue001\ue002\n"],
+    "special tokens": ["[MASK] <unk> <0x0A> [UNK]" * 9],
+    "a set of characters": ["]-[^a\\"],
+    "a long word": ["ab\uac00" * 2000],
+    "more characters than pieces": ["".join(map(chr, range(0x4E00, 0x4E80)))],
+}
+
+
+@pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
+def test_unigram_learns_from_any_text_in_silence_and_loses_none_of_it(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(Dataset.from_dict({"text": texts}), "unigram", 300)
+    written = capfd.readouterr()
+    assert (written.out, written.err.strip("\r ").count("\n"), "I0000" in written.err) == ("", 0, False)
+    assert [*tmp_path.iterdir()] == []
+    assert len(tokenizer) <= 300
+    assert len({*tokenizer.get_vocab().values()}) == len(tokenizer)
+    for text in texts:
+        if "[MASK]" not in text:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+            assert tokenizer.unk_token_id not in ids
+
+
+def test_pieces_have_line_ends_in_them_and_come_from_long_words_too() -> None:
+    documents = Dataset.from_dict({"text": ["end.\n\nA\tb\n\n" * 40, "quartz" * 800]})
+    pieces = train_tokenizer(documents, "unigram", 400).get_vocab()
+    assert any("\n\n" in piece for piece in pieces)
+    assert any("quartz" in piece for piece in pieces)
+
+
+def test_of_much_text_unigram_learns_from_a_sample(documents: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train_tokenizer(documents, "unigram", 320).get_vocab()
+    monkeypatch.setattr("minilm.vocabulary._CHARACTERS", (1, 2000))
+    sampled = [
+        train_tokenizer(some, "unigram", 320).backend_tokenizer.to_str()
+        for some in (documents, documents.select(range(len(documents))[::-1]))
+    ]
+    assert sampled[0] == sampled[1]
+    vocabulary = {piece for piece, _ in json.loads(sampled[0])["model"]["vocab"]}
+    assert vocabulary != set(whole)
+    assert len(vocabulary & set(whole)) > 300
+    rare = Dataset.from_dict({"text": [f"word{number}" for number in range(1000)]})  # of which none occurs twice
+    assert "word" in train_tokenizer(rare, "unigram", 320).get_vocab()
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -2,23 +2,25 @@
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from minilm.cache import cache_folder
 from minilm.hardware import choose_precision, describe, device_peak, usable_processors
 
-_PATIENCE = 120.0  # seconds for the launch of two processes, which takes a few on a machine that has nothing else to do
+_PATIENCE = 120.0  # seconds for processes to meet, which takes a few on a machine that has nothing else to do
+_TOGETHER = 2  # processes that are to meet
 _LITTLE = 2e9  # bytes of memory or disk below which the small recipes do not fit
 _EXTRAS = {"peft": "LoRA", "matplotlib": "report --png"}  # what else is made use of
 _NVIDIA = Path("/proc/driver/nvidia/version")
@@ -35,7 +37,7 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """One after the other as they are found; the launch of two processes, which takes seconds, comes last."""
+    """One after the other as they are found; two processes that meet, which takes seconds, come last."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     yield _hardware(device)
     yield _precision(device)
@@ -44,7 +46,7 @@ def findings() -> Iterator[Finding]:
     yield _versions()
     yield _disk()
     yield from _caches()
-    yield _launch()
+    yield _processes()
 
 
 def _hardware(device: torch.device) -> Finding:
@@ -152,26 +154,37 @@ def _caches() -> Iterator[Finding]:
     yield Finding(what="hub", found=said)
 
 
-def _launch() -> Finding:
-    """Whether `accelerate launch` starts two processes on CPUs that find each other."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "minilm.handshake"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def _processes() -> Finding:
+    """Whether two processes on CPUs find each other, as those of a launcher have to."""
     start = time.perf_counter()
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as job:
-        try:
-            output, errors = job.communicate(timeout=_PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            output, errors = "", f"no answer within {_PATIENCE:g} seconds"
-    seconds = time.perf_counter() - start
-    if "2 processes, sum 3" in output:
-        return Finding(
-            what="launch", found=f"accelerate launch: 2 processes found each other over gloo, {seconds:.1f} s"
+    with tempfile.TemporaryDirectory() as folder:
+        job = torch.multiprocessing.start_processes(
+            _meet, (folder,), nprocs=_TOGETHER, join=False, start_method="spawn"
         )
-    said = [line for line in errors.splitlines() if "Error" in line] or errors.splitlines() or ["no message"]
+        try:
+            while not (ended := job.join(1.0)) and time.perf_counter() - start < _PATIENCE:
+                pass
+            said = "" if ended else f"no answer within {_PATIENCE:g} seconds"
+        except Exception as error:  # of one of the processes, with its traceback
+            said = str(error).strip().splitlines()[-1]
+        finally:
+            for process in job.processes:
+                process.kill()
+                process.join()
+    if not said:
+        found = f"{_TOGETHER} found each other over gloo, {time.perf_counter() - start:.1f} s"
+        return Finding(what="processes", found=found)
     fix = "let local connections through; where the host's own name does not resolve, set GLOO_SOCKET_IFNAME=lo"
-    return Finding(what="launch", found=f"2 processes did not find each other ({said[-1].strip()})", fix=fix)
+    return Finding(what="processes", found=f"{_TOGETHER} did not find each other ({said})", fix=fix)
+
+
+def _meet(rank: int, folder: str) -> None:
+    """Add up the ranks with the other process."""
+    store = f"file://{folder}/store"
+    wait = timedelta(seconds=_PATIENCE)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=_TOGETHER, timeout=wait)
+    total = torch.tensor([rank + 1])
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    if total.item() != sum(range(_TOGETHER + 1)):
+        raise RuntimeError(f"the sum over the processes is {total.item()}")

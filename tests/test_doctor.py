@@ -1,8 +1,9 @@
 """What `minilm doctor` finds, and what it says to mend."""
 
 import json
+import multiprocessing
 import shutil
-import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +15,16 @@ from minilm.doctor import Finding
 CPU = torch.device("cpu")
 
 
-def test_one_line_a_finding_and_a_launch_of_two_processes_that_works(run, monkeypatch):
+def test_one_line_a_finding_and_two_processes_that_meet(run, monkeypatch):
     monkeypatch.setattr(doctor, "_PATIENCE", 300.0)
     monkeypatch.setattr(doctor, "_threads", lambda: Finding(what="threads", found="1", fix="unset it"))
     status, output, _ = run("doctor", "--json")
     found = {line["what"]: line for line in map(json.loads, output)}
     assert list(found) == [
-        *("hardware", "precision", "memory", "threads", "versions", "disk", "cache", "hub", "launch"),
+        *("hardware", "precision", "memory", "threads", "versions", "disk", "cache", "hub", "processes"),
     ]
-    assert found["launch"]["found"].startswith("accelerate launch: 2 processes found each other over gloo")
-    assert found["launch"]["fix"] == ""
+    assert found["processes"]["found"].startswith("2 found each other over gloo")
+    assert found["processes"]["fix"] == ""
     assert "bf16 matrix product here runs at" in found["precision"]["found"]
     assert f"torch {torch.__version__}" in found["versions"]["found"]
     assert (found["threads"]["fix"], status) == ("unset it", 1)
@@ -37,21 +38,25 @@ def test_what_is_to_mend_stands_out(run, monkeypatch):
     assert run("doctor")[0] is None
 
 
-def test_a_launch_that_fails_or_hangs_is_told(tmp_path, monkeypatch):
-    fake = tmp_path / "python"
-    monkeypatch.setattr(sys, "executable", str(fake))
-    for script, said in (
-        ("echo 'RuntimeError: no interface' >&2; exit 1", "(RuntimeError: no interface)"),
-        ("sleep 60", "(no answer within 0.5 seconds)"),
-        ("exit 1", "(no message)"),
-        ("echo '1 processes, sum 1'", "(no message)"),
-    ):
-        fake.write_text(f"#!/bin/sh\n{script}\n")
-        fake.chmod(0o755)
-        monkeypatch.setattr(doctor, "_PATIENCE", 0.5 if "sleep" in script else 20)
-        finding = doctor._launch()
-        assert said in finding.found
-        assert finding.fix
+def _fail(rank: int, folder: str) -> None:
+    raise RuntimeError("no interface")
+
+
+def _hang(rank: int, folder: str) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("instead", "patience", "said"),
+    [(_fail, 60, "(RuntimeError: no interface)"), (_hang, 0.5, "(no answer within 0.5 seconds)")],
+)
+def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypatch):
+    monkeypatch.setattr(doctor, "_PATIENCE", patience)
+    monkeypatch.setattr(doctor, "_meet", instead)
+    finding = doctor._processes()
+    assert said in finding.found
+    assert finding.fix
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

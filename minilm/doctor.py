@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
+from torch.multiprocessing.spawn import spawn
 
 from minilm.cache import cache_folder
 from minilm.hardware import choose_precision, describe, device_peak, usable_processors
@@ -158,9 +159,7 @@ def _processes() -> Finding:
     """Whether two processes on CPUs find each other, as those of a launcher have to."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        job = torch.multiprocessing.start_processes(
-            _meet, (folder,), nprocs=_TOGETHER, join=False, start_method="spawn"
-        )
+        job = spawn(_meet, (folder,), nprocs=_TOGETHER, join=False)  # type: ignore[no-untyped-call]
         try:
             while not (ended := job.join(1.0)) and time.perf_counter() - start < _PATIENCE:
                 pass

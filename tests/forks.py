@@ -224,8 +224,9 @@ def _run_group(entries: dict[str, Entry], folder: Path, *, first: bool) -> None:
         def work(place: Path = place, entry: Entry = entry) -> None:
             os.chdir(place)
             if os.environ.get("RANK", "0") == "0":
-                entry.prepare()
-                place.with_suffix(".before").write_text(json.dumps(snapshot(place)))
+                with place.with_suffix(".before").open("w") as before:  # now: it may not be allowed after
+                    entry.prepare()
+                    json.dump(snapshot(place), before)
             recipe, flags = flags_of(entry)
             run_recipe(recipe, flags)
 
@@ -248,8 +249,9 @@ def outcomes(module: str, entries: dict[str, Entry]) -> dict[str, Outcome]:
             **{"HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)},
         }
         command = [sys.executable, "-m", module, "--fork", home, endpoint, *entries]
-        nowhere = subprocess.DEVNULL
-        subprocess.run(command, env=environment, stdout=nowhere, stderr=nowhere, cwd=ROOT, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         told = json.loads(Path(home, "outcomes.json").read_text())
         return {name: Outcome(**told[name]) for name in entries}
 

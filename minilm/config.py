@@ -113,7 +113,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         _check_choices("tokens", self)
-        check(300 <= self.vocab_size < 2**31, f"tokens.vocab_size must lie in [300, 2**31), not {self.vocab_size}")
+        check(300 <= self.vocab_size < 2**24, f"tokens.vocab_size must lie in [300, 2**24), not {self.vocab_size}")
         check(self.extend >= 0, f"tokens.extend must be 0 or more, not {self.extend}")
 
 

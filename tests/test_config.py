@@ -30,7 +30,7 @@ BAD = [
     *(("data.source", value) for value in ("", (), ("a", ""))),
     *(("data.weights", value) for value in ((1.0, 1.0), (0.0,), (-1.0,), (NAN,), (INFINITY,))),
     *(("data.eval_fraction", value) for value in (0, 1, -0.1, 1.5, NAN)),
-    *(("tokens.vocab_size", value) for value in (299, 2**31)),
+    *(("tokens.vocab_size", value) for value in (299, 2**24)),
     *((f"objective.{name}", value) for name in ("rate", "final_rate", "eval_rate") for value in (0, -0.1, 1.01, NAN)),
     *((f"objective.{name}", value) for name in ("masked", "replaced") for value in (-0.1, 1.01, NAN)),
     ("objective.masked", 0.91),
@@ -109,7 +109,9 @@ configs = st.builds(
         eval_fraction=shares,
         document=_choices("data.document"),
     ),
-    tokens=st.builds(Tokens, name=st.none() | words, vocab_size=st.integers(300), kind=_choices("tokens.kind")),
+    tokens=st.builds(
+        Tokens, name=st.none() | words, vocab_size=st.integers(300, 2**24 - 1), kind=_choices("tokens.kind")
+    ),
     model=st.builds(Model, type=words, config=st.dictionaries(words, values)),
     objective=st.builds(MaskedLM, rate=shares, eval_rate=shares) | st.builds(CausalLM),
     batch=st.builds(Batch, examples=counts, max_length=counts, layout=_choices("batch.layout")),

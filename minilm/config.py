@@ -113,7 +113,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         _check_choices("tokens", self)
-        check(self.vocab_size >= 300, f"tokens.vocab_size must be at least 300, not {self.vocab_size}")
+        check(300 <= self.vocab_size < 2**24, f"tokens.vocab_size must lie in [300, 2**24), not {self.vocab_size}")
         check(self.extend >= 0, f"tokens.extend must be 0 or more, not {self.extend}")
 
 
@@ -209,10 +209,16 @@ class Classification:
 
     def __post_init__(self) -> None:
         _check_choices("objective", self)
-        single = self.problem in ("auto", "single-label")
-        check(single or self.class_weights == "equal", "objective.class_weights balanced needs single labels")
-        check(single or not self.label_smoothing, "objective.label_smoothing needs single labels")
         check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
+        if self.problem != "auto":
+            self.check_problem(self.problem)
+
+    def check_problem(self, problem: str) -> None:
+        """Raise ValueError for settings that mean nothing where the labels are of this `problem`."""
+        given = {"class_weights": self.class_weights != "equal", "label_smoothing": self.label_smoothing > 0}
+        for name in given:
+            single = problem == "single-label" or not given[name]
+            check(single, f"objective.{name} needs single labels, but the problem is {problem}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,11 +270,11 @@ class Optim:
     def __post_init__(self) -> None:
         _check_choices("optim", self)
         check(0 < self.lr < float("inf"), f"optim.lr must be positive, not {self.lr}")
-        check(self.warmup >= 0, f"optim.warmup must be 0 or more, not {self.warmup}")
-        check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
+        for name in ("warmup", "weight_decay"):
+            check(0 <= getattr(self, name) < float("inf"), f"optim.{name} must be 0 or more, not {getattr(self, name)}")
         check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
         check(0 < self.layer_decay <= 1, f"optim.layer_decay must lie in (0, 1], not {self.layer_decay}")
-        check(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
+        check(0 < self.eps < float("inf"), f"optim.eps must be positive, not {self.eps}")
         check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")
 
 
@@ -319,6 +325,7 @@ class Run:
         for name in ("max_steps", "eval_every", "keep_last", "patience", "max_bad_steps", "timeout"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
+        check(self.timeout < 2**31, f"run.timeout must be below 2**31, not {self.timeout}")
         check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
         check(self.save_every > 0 or not self.load_best, "run.load_best takes a checkpoint: set run.save_every")
         check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")

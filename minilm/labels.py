@@ -49,6 +49,7 @@ def read_labels(
     """
     columns = [part["label"] for part in (train, held_out)]
     problem = _problem(columns[0][0]) if settings.problem == "auto" else settings.problem
+    settings.check_problem(problem)
     if problem == "regression":
         numbers = [_numbers(column[:], part) for column, part in zip(columns, ("training", "evaluation"), strict=True)]
         return Labels(problem=problem, names=("LABEL_0",)), numbers[0], numbers[1]

@@ -53,7 +53,11 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
     if data.eval_source is None and data.eval_split is None:
         whole = [_stream(data, source, data.split) for source in data.sources]
         train = [_share(stream, data.eval_fraction, inside=False) for stream in whole]
-        held_out = {"": chained([_share(stream, data.eval_fraction) for stream in whole])}
+        none = f"data.eval_fraction={data.eval_fraction} is none to evaluate on; raise it or give data.eval_source"
+        ends = zip(whole, data.sources, strict=True)
+        held_out = {
+            "": chained([_share(stream, data.eval_fraction, none=f"{source}: {none}") for stream, source in ends])
+        }
     else:
         train = [_stream(data, source, data.split) for source in data.sources]
         splits = (data.eval_split or "train").split("+")
@@ -64,8 +68,8 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
         }
     if data.weights:
         train = [
-            chained([*[stream] * int(weight), *([_share(stream, weight % 1)] if weight % 1 else [])])
-            for stream, weight in zip(train, data.weights, strict=True)
+            _repeated(stream, weight, source)
+            for stream, weight, source in zip(train, data.weights, data.sources, strict=True)
         ]
     return chained(train), held_out
 
@@ -108,13 +112,24 @@ def _texts_of(rows: IterableDataset, files: list[str], source: str, column: str)
             yield text_of(cell, keys, source, column, next(row))
 
 
-def _share(stream: Stream, fraction: float, *, inside: bool = True) -> Stream:
-    """Each document at which another `fraction` is full, or all the others."""
+def _repeated(stream: Stream, weight: float, source: str) -> Stream:
+    """The documents as often as `weight` says; of its fraction, each at which another is full."""
+    whole, share = divmod(weight, 1)
+    none = "" if whole else f"{source}: data.weights {weight} of the documents is none; give a larger weight"
+    return chained([*[stream] * int(whole), *([_share(stream, share, none=none)] if share else [])])
+
+
+def _share(stream: Stream, fraction: float, *, inside: bool = True, none: str = "") -> Stream:
+    """Each document at which another `fraction` is full, or all the others; ValueError(`none`) where that is none."""
 
     def texts() -> Iterator[str]:
+        empty = True
         for index, text in enumerate(stream.texts()):
             if (math.floor((index + 1) * fraction) > math.floor(index * fraction)) == inside:
+                empty = False
                 yield text
+        if empty and none:
+            raise ValueError(none)
 
     return Stream(texts=texts, identity=f"{stream.identity} {inside} {fraction}", remote=stream.remote)
 

@@ -4,44 +4,30 @@
 """
 
 import gzip
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.forks import Entry, outcomes, run_forked, wrong
-
-
-def text(name: str, content: bytes | str) -> Callable[[], object]:
-    """Prepare a file of this content."""
-    data = content.encode() if isinstance(content, str) else content
-    return lambda: Path(name).write_bytes(data)
-
-
-def jsonl(*values: object) -> Callable[[], object]:
-    return text("docs.jsonl", "".join(json.dumps({"text": value}) + "\n" for value in values))
-
-
-def labelled(*labels: object, **changed: object) -> Callable[[], object]:
-    """Prepare a file of texts in pairs with these labels; `changed` are cells of the second row."""
-
-    def prepare() -> None:
-        rows = [{"sentence1": f"text {i}", "sentence2": "more", "label": label} for i, label in enumerate(labels)]
-        rows[1] |= changed
-        Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    return prepare
-
-
-def in_turn(*steps: Callable[[], object]) -> Callable[[], object]:
-    def prepare() -> None:
-        for step in steps:
-            step()
-
-    return prepare
-
+from tests.mistakes import (
+    cached_model,
+    damaged_row_group,
+    edit,
+    in_turn,
+    jsonl,
+    labelled,
+    no_bf16,
+    no_peft,
+    no_permission,
+    no_room,
+    pickled_weights,
+    saved_dataset,
+    text,
+    truncated,
+    truncated_dataset,
+    without,
+)
 
 LABELLED = "--data.source docs.jsonl --data.column sentence1"
 PAIRS = f"{LABELLED} --data.pair-column sentence2"
@@ -50,109 +36,6 @@ PAIRS = f"{LABELLED} --data.pair-column sentence2"
 def classified(prepare: Callable[[], object], says: str, flags: str = PAIRS, **more: object) -> Entry:
     """A mistake about labels or pairs."""
     return Entry(recipe="classify.py", flags=flags, prepare=prepare, says=says, **more)
-
-
-def edit(name: str, **changes: object) -> Callable[[], object]:
-    """Change entries of a JSON file."""
-    return lambda: Path(name).write_text(json.dumps(json.loads(Path(name).read_text()) | changes))
-
-
-def without(name: str) -> Callable[[], object]:
-    """Remove a special token from the tokenizer of the model `bert`."""
-
-    def prepare() -> None:
-        path = Path("bert/tokenizer_config.json")
-        config = json.loads(path.read_text())
-        config.pop(name)
-        path.write_text(json.dumps(config))
-
-    return prepare
-
-
-def truncated(name: str) -> Callable[[], object]:
-    def prepare() -> None:
-        import pandas
-
-        rows = pandas.DataFrame({"text": Path("docs.txt").read_text().splitlines()})
-        if name.endswith(".parquet"):
-            rows.to_parquet(name, row_group_size=20)
-        else:
-            rows.to_json(name, orient="records", lines=True)
-        os.truncate(name, Path(name).stat().st_size - 9)
-
-    return prepare
-
-
-def saved_dataset(name: str) -> None:
-    """The documents in a folder as the datasets library saves them."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"text": Path("docs.txt").read_text().splitlines()}).save_to_disk(name)
-    datasets.enable_progress_bars()
-
-
-def truncated_dataset() -> None:
-    saved_dataset("saved")
-    os.truncate("saved/data-00000-of-00001.arrow", 900)
-
-
-def damaged_row_group() -> None:
-    """Three row groups, of which the second has a page of zeros."""
-    import pandas
-    from pyarrow import parquet
-
-    rows = pandas.DataFrame({"text": [f"{line} {line}" for line in Path("docs.txt").read_text().splitlines()]})
-    rows.to_parquet("docs.parquet", row_group_size=20)
-    offset = parquet.ParquetFile("docs.parquet").metadata.row_group(1).column(0).data_page_offset
-    with open("docs.parquet", "r+b") as file:
-        file.seek(offset)
-        file.write(bytes(40))
-
-
-def pickled_weights() -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    torch.save(load_file("bert/model.safetensors"), "bert/pytorch_model.bin")
-    os.unlink("bert/model.safetensors")
-
-
-def no_room() -> None:
-    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
-
-
-def no_permission() -> None:
-    """A folder that may not be written to; the superuser, who may everything, becomes another user."""
-    for path in (Path.cwd().parent.parent, Path.cwd().parent):
-        path.chmod(0o755)
-    for path in Path.cwd().rglob("*"):
-        path.chmod(0o755)
-    Path.cwd().chmod(0o555)
-    if os.geteuid() == 0:
-        os.setegid(65534)
-        os.seteuid(65534)
-
-
-def cached_model() -> None:
-    """The model `bert` in the cache of the hub, as some/cached."""
-    folder = Path(os.environ["HF_HOME"], "hub", "models--some--cached")
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    shutil.copytree("bert", folder / "snapshots" / ("0" * 40))
-
-
-def no_bf16() -> None:
-    import minilm.hardware
-
-    minilm.hardware.gemm_rate = lambda dtype, *rest: 1e9 if "bfloat16" in str(dtype) else 1e11
-
-
-def no_peft() -> None:
-    import importlib.util
-
-    find = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, package=None: None if name == "peft" else find(name, package)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -226,6 +109,49 @@ ENTRIES: dict[str, Entry] = {
     "truncated jsonl, streamed": Entry(
         flags="--data.source docs.jsonl --data.streaming", prepare=truncated("docs.jsonl"), says="docs.jsonl, line 60"
     ),
+    "weight 0": Entry(flags="--data.weights 0", says="data.weights must be positive, not 0"),
+    "weight that leaves nothing": Entry(flags="--data.weights 0.001", says="is none; give a larger weight"),
+    "second source without the column": Entry(
+        flags="--data.source docs.jsonl more.jsonl",
+        prepare=in_turn(jsonl(*["a word"] * 40), text("more.jsonl", '{"body": "b"}\n' * 40)),
+        says="more.jsonl: no column 'text'",
+    ),
+    "labels of two types": classified(
+        in_turn(labelled(*["yes", "no"] * 20), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled(*[0, 1] * 20)),
+        "data.label_column: the labels of the sources differ in type",
+        "--data.source docs.jsonl more.jsonl --data.column sentence1 --data.pair-column sentence2",
+    ),
+    "slice without rows": Entry(flags="--data.source docs.txt --data.split train[5:2]", says="train[5:2]"),
+    "slice past the end": Entry(flags="--data.source docs.txt --data.split train[900:]", says="train[900:]"),
+    "slice of more than all": Entry(
+        flags="--data.source docs.txt --data.split train[:150%]", says="Percent slice boundaries"
+    ),
+    "one of two evaluation splits unknown": Entry(
+        flags="--data.source docs.txt --data.eval-split train[:9]+test", says="no split 'test'"
+    ),
+    "evaluation split of pydocs": Entry(
+        flags="--data.source pydocs --data.eval-split validation", says="data.eval_split: pydocs has no splits"
+    ),
+    "stream past the end": Entry(
+        flags="--data.source docs.txt --data.streaming --data.split train[900:]", says="there is no document"
+    ),
+    "stream that leaves nothing to evaluate on": Entry(
+        flags="--data.source docs.txt --data.streaming --data.eval-fraction 0.001", says="is none to evaluate on"
+    ),
+    "stream of a weight that leaves nothing": Entry(
+        flags="--data.source docs.txt --data.streaming --data.weights 0.001", says="is none; give a larger weight"
+    ),
+    "stream of an unknown column": Entry(
+        flags="--data.source docs.jsonl --data.streaming --data.column txet",
+        prepare=jsonl("a", "b"),
+        says="'txet': did you mean 'text'?",
+    ),
+    "stream with a document a file": Entry(
+        flags="--data.source docs.txt --data.streaming --data.document file", says="a document cannot be a whole file"
+    ),
+    "stream of labels": classified(
+        labelled(*["yes", "no"] * 20), "data.streaming: is for language models", PAIRS + " --data.streaming"
+    ),
     "impossible model": Entry(flags="--model.config.num-attention-heads 3", says="model.config: The hidden size"),
     "unknown split": Entry(flags="--data.source docs.txt --data.split test", says="test"),
     "unknown evaluation split": Entry(flags="--data.source docs.txt --data.eval-split validation", says="validation"),
@@ -262,6 +188,25 @@ ENTRIES: dict[str, Entry] = {
     "unknown model type in a configuration": Entry(
         flags="--model.name bert", prepare=edit("bert/config.json", model_type="brt"), says="brt"
     ),
+    "tokenizer missing": Entry(flags="--tokens.name ./nowhere", says="tokenizer './nowhere' cannot be loaded"),
+    "unknown kind of tokenizer": Entry(flags="--tokens.kind unigrams", says="unigram"),
+    "vocabulary without room for the bytes": Entry(
+        flags="--tokens.vocab-size 200", says="tokens.vocab_size must lie in [300"
+    ),
+    "vocabulary beyond all integers": Entry(flags=f"--tokens.vocab-size {10**30}", says="tokens.vocab_size"),
+    "words for a tokenizer that is trained": Entry(
+        flags="--tokens.extend 5", says="tokens.extend adds to a tokenizer that exists"
+    ),
+    "more words than there are": Entry(
+        flags="--model.name bert --tokens.extend 5000", says="tokens.extend=5000, but the documents hold"
+    ),
+    "words beside LoRA": Entry(
+        flags="--model.name bert --tokens.extend 1 --model.lora-rank 2",
+        prepare=text("docs.txt", "zirconium quartz zirconium quartz\n" * 30),
+        says="model.lora_rank would leave the tokens of tokens.extend untrained",
+    ),
+    "negative size": Entry(flags="--model.config.hidden-size -32", says="model.config"),
+    "word for a size": Entry(flags="--model.config.hidden-size many", says="model.config"),
     "unknown flag": Entry(flags="--batch.exmples 3", says="--batch.examples"),
     "unknown model type": Entry(flags="--model.type bertt", says="did you mean 'bert'"),
     "unknown model field": Entry(
@@ -304,6 +249,31 @@ ENTRIES: dict[str, Entry] = {
         "run.best_metric 'acuracy': did you mean 'accuracy'?",
         PAIRS + " --run.best-metric acuracy",
     ),
+    "weights for several labels": classified(
+        labelled(*[["a"], ["a", "b"]] * 20), "needs single labels", PAIRS + " --objective.class-weights balanced"
+    ),
+    "smoothing of several labels": classified(
+        labelled(*[["a"], ["a", "b"]] * 20), "needs single labels", PAIRS + " --objective.label-smoothing 0.1"
+    ),
+    "weights for a regression": classified(
+        labelled(*[0.5, 1.5] * 20),
+        "needs single labels",
+        PAIRS + " --objective.problem regression --objective.class-weights balanced",
+    ),
+    "weights for numbers": classified(
+        labelled(*[0.5, 1.5] * 20), "needs single labels", PAIRS + " --objective.class-weights balanced"
+    ),
+    "single labels that are lists": classified(
+        labelled(*[["a"], ["b"]] * 20), "--objective.problem", PAIRS + " --objective.problem single-label"
+    ),
+    "figure of a classification": Entry(
+        flags="--run.best-metric accuracy", says="run.best_metric 'accuracy'. There are: bits_per_byte"
+    ),
+    "0 evaluations of patience": Entry(flags="--run.patience 0", says="run.patience must be at least 1"),
+    "0 steps between evaluations": Entry(flags="--run.eval-every 0", says="run.eval_every must be at least 1"),
+    "resume and overwrite": Entry(
+        flags="--run.resume latest --run.overwrite --run.output-dir run", says="run.resume and run.overwrite exclude"
+    ),
     "the best without checkpoints": Entry(
         flags="--run.load-best --run.save-every 0", says="run.load_best takes a checkpoint: set run.save_every"
     ),
@@ -320,6 +290,19 @@ ENTRIES: dict[str, Entry] = {
     "LoRA of no such layer": Entry(
         flags="--model.name bert --model.lora-rank 2 --model.lora-targets querry", says="did you mean 'query'"
     ),
+    "pattern of LoRA that fits no linear layer": Entry(
+        flags="--model.name bert --model.lora-rank 2 --model.lora-targets LayerNorm", says="model.lora_targets"
+    ),
+    "LoRA of a new model": Entry(flags="--model.lora-rank 2", says="model.lora_rank takes a checkpoint"),
+    "LoRA beside frozen layers": Entry(
+        flags="--model.name bert --model.lora-rank 2 --model.freeze *.layer.*", says="model.freeze: LoRA freezes all"
+    ),
+    "targets of LoRA without a rank": Entry(
+        flags="--model.name bert --model.lora-targets query", says="model.lora_targets takes a rank"
+    ),
+    "LoRA scaled by 0": Entry(
+        flags="--model.name bert --model.lora-rank 2 --model.lora-alpha 0", says="model.lora_alpha must be positive"
+    ),
     "unknown attention": Entry(flags="--model.name bert --model.attention spda", says="did you mean 'sdpa'"),
     "attention that is not installed": Entry(
         flags="--model.name bert --model.attention flash_attention_2", says="flash_attention_2 cannot be had"
@@ -327,6 +310,21 @@ ENTRIES: dict[str, Entry] = {
     "layer decay 1.5": Entry(flags="--optim.layer-decay 1.5", says="optim.layer_decay must lie in (0, 1]"),
     "label smoothing 1": Entry(flags="--objective.label-smoothing 1", says="objective.label_smoothing=1"),
     "rate 1.5": Entry(flags="--objective.rate 1.5", says="objective.rate"),
+    "final rate 0": Entry(flags="--objective.final-rate 0", says="objective.final_rate must lie in (0, 1]"),
+    "masked and replaced, more than all": Entry(
+        flags="--objective.masked 0.9 --objective.replaced 0.2", says="sum to more than 1"
+    ),
+    "unknown unit of masks": Entry(flags="--objective.unit words", says="word"),
+    "sample without a mask": Entry(flags="--run.samples no-mask", says="[MASK]"),
+    "warm-up without end": Entry(flags="--optim.warmup inf", says="optim.warmup"),
+    "seconds without end": Entry(flags=f"--run.timeout {10**30}", says="run.timeout"),
+    "epsilon inf": Entry(flags="--optim.eps inf", says="optim.eps"),
+    "weight decay inf": Entry(flags="--optim.weight-decay inf", says="optim.weight_decay"),
+    "several processes, missing file": Entry(flags="--data.source doc.txt", says="doc.txt: no such file", processes=2),
+    "several processes, unknown flag": Entry(flags="--batch.exmples 3", says="--batch.examples", processes=2),
+    "fewer examples than processes": Entry(
+        flags="--batch.examples 1", says="batch.examples=1 is less than the 2 processes", processes=2
+    ),
     "lr -1": Entry(flags="--optim.lr -1", says="optim.lr"),
     "lr nan": Entry(flags="--optim.lr nan", says="optim.lr"),
     "0 epochs": Entry(flags="--run.epochs 0", says="run.epochs"),
@@ -386,7 +384,7 @@ ENTRIES: dict[str, Entry] = {
 
 def main() -> None:
     if sys.argv[1:2] == ["--fork"]:
-        run_forked({name: ENTRIES[name] for name in sys.argv[3:]}, Path(sys.argv[2]))
+        run_forked({name: ENTRIES[name] for name in sys.argv[4:]}, Path(sys.argv[2]), sys.argv[3])
         return
     asked = sys.argv[1:] or list(ENTRIES)
     for name, outcome in outcomes("tests.bad_input", {name: ENTRIES[name] for name in asked}).items():

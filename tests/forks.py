@@ -6,9 +6,11 @@ asked of the hub goes to a small server on this machine, or nowhere.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -22,6 +24,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
+from minilm.config import Config
+from minilm.settings import parse
 from tests.launch import ROOT, TINY
 
 LIMIT = 20  # seconds from launch to the end
@@ -39,6 +45,7 @@ class Entry:
     recipe: str = ""
     """The recipe; by default the main job, or where the flags name a model mlm_finetune.py."""
     hub: Literal["offline", "server", "unreachable"] = "offline"
+    processes: int = 1
     runs: bool = False
     """The run is warned of, and goes on to its end."""
 
@@ -64,9 +71,7 @@ class Outcome:
 def wrong(entry: Entry, outcome: Outcome) -> str:
     """What is not as it should be; nothing when all is well."""
     # A bar that was taken back is no line, nor is the box that tyro draws around one.
-    said = [
-        line for line in outcome.error if line.strip() and "%|" not in line and not line.startswith(("╭", "│", "╰"))
-    ]
+    said = [line for line in outcome.error if line.strip() and not re.search(r"%\||doc/s\]|^[╭│╰]", line)]
     boxed = any(line.startswith("│") for line in outcome.error)
     found = {
         "status": outcome.status == (0 if entry.runs else 2),
@@ -99,33 +104,23 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def forked(work: Callable[[], object], output: Path) -> int:
-    """Do `work` in a child of this process, whose output and errors go to files; its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        for name, descriptor in (("stdout", 1), ("stderr", 2)):
-            os.dup2(os.open(output.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        status = 1
+def forked(work: Callable[[], object], errors: Path, processes: int) -> int:
+    """Do `work` in children of this process, whose errors go to a file; the exit status that they agree on."""
+    from tests.jobs import fork
+
+    def status() -> int:
         try:
             work()
-            status = 0
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return -9
+            return end.code if isinstance(end.code, int) else 1
+        return 0
+
+    children = fork(status, errors, processes)
+    _, late = psutil.wait_procs(children, LIMIT)
+    for child in late:
+        child.kill()
+    found = {child.wait() for child in children}
+    return found.pop() if len(found) == 1 else 1
 
 
 def run_recipe(recipe: str, flags: list[str]) -> None:
@@ -173,11 +168,54 @@ def make_materials(folder: Path) -> None:
     run_recipe("mlm_finetune.py", f"--data.source docs.txt --model.name bert {flags}".split())
 
 
-def run_forked(entries: dict[str, Entry], folder: Path) -> None:
-    """Run the entries, each in a fork, and write what became of them to outcomes.json."""
-    materials = folder / "materials"
-    materials.mkdir()
-    make_materials(materials)  # in this process, so that the forks find everything imported
+def run_forked(entries: dict[str, Entry], home: Path, endpoint: str) -> None:
+    """Run the entries, each in a fork, and write what became of them to outcomes.json; `endpoint` stands for the hub.
+
+    How the hub is reached is read by its libraries when they are imported, so that each way has a process of its own,
+    forked once all that does not ask for it is imported.
+    """
+    import pandas  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+
+    parse(Config(), "", [])
+    hubs = {"offline": ("HF_HUB_OFFLINE", "1"), "server": ("HF_ENDPOINT", endpoint)}
+    hubs["unreachable"] = ("HF_ENDPOINT", "http://127.0.0.1:9")
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    running = {}
+    for hub, (variable, value) in hubs.items():
+        if not (group := {name: entry for name, entry in entries.items() if entry.hub == hub}):
+            continue
+        folder = home / hub
+        folder.mkdir()
+        if (pid := os.fork()) == 0:
+            os.environ |= {variable: value, "HF_HOME": str(folder / "cache")}
+            try:
+                _run_group(group, folder, first=not running)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            os._exit(0)
+        running[pid] = folder
+    found = {}
+    for pid, folder in running.items():
+        if os.waitpid(pid, 0)[1]:
+            raise RuntimeError(f"the entries in {folder} have not been run")
+        found |= json.loads((folder / "outcomes.json").read_text())
+    (home / "outcomes.json").write_text(json.dumps(found))
+
+
+def _run_group(entries: dict[str, Entry], folder: Path, *, first: bool) -> None:
+    """Run entries one by one in forks of this process; the `first` group makes what the others start from too."""
+    materials, making = folder.parent / "materials", folder.parent / "making"
+    from transformers import BertForMaskedLM  # noqa: F401
+
+    if first:
+        making.mkdir()
+        make_materials(making)
+        making.rename(materials)
+    while not materials.exists():
+        time.sleep(0.05)
+    gc.freeze()  # so that no fork copies memory for want of garbage
     outcomes = {}
     for number, (name, entry) in enumerate(entries.items()):
         place = folder / f"entry-{number}"
@@ -185,14 +223,15 @@ def run_forked(entries: dict[str, Entry], folder: Path) -> None:
 
         def work(place: Path = place, entry: Entry = entry) -> None:
             os.chdir(place)
-            with place.with_suffix(".before").open("w") as before:
-                entry.prepare()
-                json.dump(snapshot(place), before)
+            if os.environ.get("RANK", "0") == "0":
+                with place.with_suffix(".before").open("w") as before:  # now: it may not be allowed after
+                    entry.prepare()
+                    json.dump(snapshot(place), before)
             recipe, flags = flags_of(entry)
             run_recipe(recipe, flags)
 
         start = time.monotonic()
-        status = forked(work, place)
+        status = forked(work, place.with_suffix(".stderr"), entry.processes)
         seconds = time.monotonic() - start
         before, after = json.loads(place.with_suffix(".before").read_text()), snapshot(place)
         error = place.with_suffix(".stderr").read_text().splitlines()
@@ -203,31 +242,18 @@ def run_forked(entries: dict[str, Entry], folder: Path) -> None:
 
 
 def outcomes(module: str, entries: dict[str, Entry]) -> dict[str, Outcome]:
-    """What became of these entries of the table of `module`, which is run with --fork FOLDER NAME…"""
-    found: dict[str, Outcome] = {}
+    """What became of these entries of the table of `module`, which is run with --fork FOLDER ENDPOINT NAME…"""
     with hub_server() as endpoint, tempfile.TemporaryDirectory(prefix="minilm-") as home:
-        # Read by the libraries when they are imported, so that each of these needs a process of its own.
-        hubs = {"offline": ("HF_HUB_OFFLINE", "1"), "server": ("HF_ENDPOINT", endpoint)}
-        hubs["unreachable"] = ("HF_ENDPOINT", "http://127.0.0.1:9")
-        running = {}
-        for hub, (variable, value) in hubs.items():
-            if not (group := [name for name, entry in entries.items() if entry.hub == hub]):
-                continue
-            folder = Path(home, hub)
-            folder.mkdir()
-            environment = {
-                **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
-                **{variable: value, "HF_HOME": f"{folder}/cache", "HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1"},
-                **{"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)},
-            }
-            command = [sys.executable, "-m", module, "--fork", str(folder), *group]
-            nowhere = subprocess.DEVNULL
-            running[folder] = subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere, cwd=ROOT)
-        for folder, process in running.items():
-            process.wait()
-            told = json.loads((folder / "outcomes.json").read_text())
-            found |= {name: Outcome(**values) for name, values in told.items()}
-    return {name: found[name] for name in entries}
+        environment = {
+            **os.environ,
+            **{"HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)},
+        }
+        command = [sys.executable, "-m", module, "--fork", home, endpoint, *entries]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        told = json.loads(Path(home, "outcomes.json").read_text())
+        return {name: Outcome(**told[name]) for name in entries}
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ BAD = [
     *(("data.source", value) for value in ("", (), ("a", ""))),
     *(("data.weights", value) for value in ((1.0, 1.0), (0.0,), (-1.0,), (NAN,), (INFINITY,))),
     *(("data.eval_fraction", value) for value in (0, 1, -0.1, 1.5, NAN)),
-    ("tokens.vocab_size", 299),
+    *(("tokens.vocab_size", value) for value in (299, 2**24)),
     *((f"objective.{name}", value) for name in ("rate", "final_rate", "eval_rate") for value in (0, -0.1, 1.01, NAN)),
     *((f"objective.{name}", value) for name in ("masked", "replaced") for value in (-0.1, 1.01, NAN)),
     ("objective.masked", 0.91),
@@ -42,10 +42,12 @@ BAD = [
     *(("optim.lr", value) for value in (0, -1, NAN, INFINITY)),
     *((f"optim.{name}", value) for name in ("warmup", "weight_decay", "max_grad_norm") for value in (-1e-9, NAN)),
     *(("optim.betas", value) for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9))),
-    *(("optim.eps", value) for value in (0, -1e-8)),
+    *(("optim.eps", value) for value in (0, -1e-8, INFINITY)),
+    *((f"optim.{name}", INFINITY) for name in ("warmup", "weight_decay")),
     *(("run.epochs", value) for value in (0, -1, NAN, INFINITY)),
     ("run.max_steps", 0),
     ("run.eval_every", 0),
+    *(("run.timeout", value) for value in (0, 2**31)),
     *(("run.seed", value) for value in (-1, 2**63)),
     *((flag, "nonsense") for flag in CHOICES),
 ]
@@ -107,7 +109,9 @@ configs = st.builds(
         eval_fraction=shares,
         document=_choices("data.document"),
     ),
-    tokens=st.builds(Tokens, name=st.none() | words, vocab_size=st.integers(300), kind=_choices("tokens.kind")),
+    tokens=st.builds(
+        Tokens, name=st.none() | words, vocab_size=st.integers(300, 2**24 - 1), kind=_choices("tokens.kind")
+    ),
     model=st.builds(Model, type=words, config=st.dictionaries(words, values)),
     objective=st.builds(MaskedLM, rate=shares, eval_rate=shares) | st.builds(CausalLM),
     batch=st.builds(Batch, examples=counts, max_length=counts, layout=_choices("batch.layout")),

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -56,16 +55,19 @@ def read(folder: str, streaming: bool) -> Found:
     cache = os.environ["HF_HOME"] = os.path.join(folder, "streamed" if streaming else "mapped")
     os.environ["HF_DATASETS_CACHE"] = os.path.join(cache, "datasets")
 
+    import torch
     from accelerate import Accelerator
 
     from minilm.config import Batch, Config, Data, MaskedLM, Tokens
+    from minilm.hardware import peak_memory
     from minilm.masked import Masked
     from minilm.plan import Plan
     from minilm.train import load_steps
 
     data = Data(source=f"{folder}/text.txt", eval_source=f"{folder}/held_out.txt", streaming=streaming)
     config = Config(data=data, tokens=Tokens(name=f"{folder}/tokenizer"), batch=Batch(examples=256, max_length=128))
-    libraries, begin = peak_memory(), time.perf_counter()
+    device = torch.device("cpu")
+    libraries, begin = peak_memory(device) / 1e6, time.perf_counter()
     objective = Masked(MaskedLM())
     prepared = objective.prepare(config)
     encoded = time.perf_counter()
@@ -74,7 +76,7 @@ def read(folder: str, streaming: bool) -> Found:
     first = 0.0
     for _ in load_steps(plan, prepared.train, collator, Accelerator(cpu=True), range(STEPS), workers=0):
         first = first or time.perf_counter() - encoded
-    peak, seconds = peak_memory(), time.perf_counter() - begin
+    peak, seconds = peak_memory(device) / 1e6, time.perf_counter() - begin
     digest = hashlib.sha256()
     arrays: tuple[Any, ...] = (prepared.train.start, prepared.train.stop, prepared.train.ids)
     for array in arrays:
@@ -89,11 +91,6 @@ def read(folder: str, streaming: bool) -> Found:
         libraries=libraries,
         peak=peak,
     )
-
-
-def peak_memory() -> float:
-    """MB that this process has had in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def main() -> None:

@@ -48,26 +48,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     _add_model(measure, "model of any of these kinds")
     measure.set_defaults(work=_evaluate)
-    report = commands.add_parser("report", help="curves, settings and results of runs as one page")
-    report.description = (
-        "Write one HTML page, which needs no network, about one or several runs: minilm report out/a out/b"
-    )
-    report.add_argument("folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not")
-    report.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
-    report.add_argument("--png", action="store_true", help="the curves as a picture beside it too (takes matplotlib)")
-    report.add_argument("--debug", action="store_true", help="show tracebacks")
-    report.set_defaults(work=_report)
-    doctor = commands.add_parser("doctor", help="what this machine offers to a run, and what to mend")
-    doctor.description = "Look at hardware, precision, memory, threads, versions, caches and the launcher, a line each."
-    doctor.epilog = "The exit status is 1 where there is something to mend."
-    doctor.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
-    doctor.add_argument("--debug", action="store_true", help="show tracebacks")
-    doctor.set_defaults(work=_doctor)
+    _add_report(commands)
+    _add_doctor(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "evaluate":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     guarded(lambda: options.work(options), debug=options.debug)
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser("report", help="curves, settings and results of runs as one page")
+    command.description = (
+        "Write one HTML page, which needs no network, about one or several runs: minilm report out/a out/b"
+    )
+    command.add_argument("folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not")
+    command.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    command.add_argument("--png", action="store_true", help="the curves as a picture beside it too (takes matplotlib)")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.set_defaults(work=_report)
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser("doctor", help="what this machine offers to a run, and what to mend")
+    command.description = (
+        "Hardware, precision, memory, threads, versions, caches, and whether two processes meet, a line each."
+    )
+    command.epilog = "The exit status is 1 where there is something to mend."
+    command.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.set_defaults(work=_doctor)
 
 
 def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], what: str, kind: str) -> Any:

@@ -96,11 +96,9 @@ def _planned(
 
     epochs = total / plan.steps_per_epoch
     per_epoch, rate = _flops(cost, prepared.train, collator.rate(0.5)), probe.seconds / probe.flops
-    flops = epochs * per_epoch
-    every = config.run.eval_every or plan.steps_per_epoch
-    evaluations = math.ceil(total / every)
+    flops, tokens = epochs * per_epoch, epochs * int(plan.lengths.sum())
+    evaluations = math.ceil(total / (config.run.eval_every or plan.steps_per_epoch))
     evaluation = _flops(cost, prepared.eval, collator.rate(0.0)) / 3 * rate  # forward alone
-    tokens = epochs * int(plan.lengths.sum())
     peak = device_peak(accelerator.device, precision.name).flops * accelerator.num_processes
     hardware = describe(accelerator.device)
     return [

@@ -68,11 +68,7 @@ def load_model(
     if positions is not None and max_length > positions:
         raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
     if model.gradient_checkpointing:
-        if not network.supports_gradient_checkpointing:
-            raise ValueError(f"{type(network).__name__} has no gradient checkpointing: leave it out")
-        # Its name from transformers 5.23 on, and the one before.
-        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        _checkpoint_gradients(network)
     _choose_attention(network, model.attention)
     _freeze(network, model.freeze)
     if model.lora_rank:
@@ -80,6 +76,14 @@ def load_model(
             raise ValueError("model.lora_rank would leave the tokens of tokens.extend untrained: leave one of them out")
         add_lora(network, model, random, _head(auto))
     return network
+
+
+def _checkpoint_gradients(network: PreTrainedModel) -> None:
+    if not network.supports_gradient_checkpointing:
+        raise ValueError(f"{type(network).__name__} has no gradient checkpointing: leave it out")
+    # Its name from transformers 5.23 on, and the one before.
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _choose_attention(network: PreTrainedModel, name: str) -> None:

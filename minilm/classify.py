@@ -217,7 +217,7 @@ class Classify:
         self.settings = settings
 
     def prepare(self, config: Config) -> Prepared:
-        if config.batch.layout != "documents":
+        if config.batch.layout == "blocks":
             raise ValueError(f"batch.layout {config.batch.layout} joins documents; a classification needs them whole")
         train, parts = load_documents(config.data, config.run.seed, labels=True)
         held_out = concatenate_datasets([*parts.values()])

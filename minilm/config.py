@@ -231,8 +231,9 @@ class Batch:
     """Longest example in tokens, special tokens included."""
     micro_tokens: int = 4096
     """Most tokens, padding included, in a device's forward pass. Changes speed and memory, not the result."""
-    layout: Literal["documents", "blocks"] = "documents"
-    """An example is a document (or a piece of a long one), or a full block cut from all documents joined together."""
+    layout: Literal["documents", "blocks", "packed"] = "documents"
+    """An example is a document (or a piece of a long one), a full block cut from all documents joined together, or,
+    packed, as many documents as max_length holds, each read alone."""
     group: Literal["step", "epoch"] = "step"
     """Group examples by length inside each random step, or over the epoch (faster, but a step then sees one length)."""
     workers: int = 0

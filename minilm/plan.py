@@ -39,7 +39,8 @@ class Plan:
 
     lengths: int64[N], tokens of each example. examples: size of a step. micro_tokens: most tokens of a micro-batch,
     padding included. processes: how many share a step. group: `step` or `epoch`, what is sorted by length. padded: the
-    model cannot do without padding; its lengths are then rounded up to `multiple`.
+    model cannot do without padding; its lengths are then rounded up to `multiple`. row_tokens: a step takes rows of
+    examples that hold up to so many tokens together, in place of single ones.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Plan:
         group: str = "step",
         padded: bool = False,
         multiple: int = 1,
+        row_tokens: int | None = None,
     ) -> None:
         if examples < processes:
             raise ValueError(f"batch.examples={examples} is less than the {processes} processes that share a step")
@@ -64,7 +66,9 @@ class Plan:
         self.group = group
         self.padded = padded
         self.multiple = multiple
-        self.steps_per_epoch = math.ceil(len(lengths) / examples)
+        self._rows = None if row_tokens is None else fill_rows(lengths, row_tokens, seed)
+        self._weights = lengths if self._rows is None else np.array([lengths[row].sum() for row in self._rows])
+        self.steps_per_epoch = math.ceil(len(self._weights) / examples)
         self._latest: tuple[int, Ids, Ids] | None = None  # the epoch that was asked for last
 
     def step(self, index: int) -> Step:
@@ -73,6 +77,8 @@ class Plan:
         order, steps = self._epoch_order(epoch)
         at = int(steps[at])
         ids = order[at * self.examples : (at + 1) * self.examples]
+        if self._rows is not None:
+            ids = np.concatenate([self._rows[row] for row in ids])
         lengths = self.lengths[ids]
         micro_batches = cut(ids, lengths, self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple)
         return Step(
@@ -99,17 +105,32 @@ class Plan:
         return max(1, len(ids)) * _round_up(int(self.lengths[ids].max(initial=1)), self.multiple)
 
     def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
-        """The epoch's examples in the order in which steps take them, and the order of the steps."""
+        """The epoch's examples, or rows of them, in the order in which steps take them, and the order of the steps."""
         if self._latest is not None and self._latest[0] == epoch:
             return self._latest[1:]
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.lengths))
+        order = rng.permutation(len(self._weights))
         steps = np.arange(self.steps_per_epoch)
         if self.group == "epoch":
-            order = order[np.argsort(self.lengths[order], kind="stable")]
+            order = order[np.argsort(self._weights[order], kind="stable")]
             steps = rng.permutation(self.steps_per_epoch)
         self._latest = (epoch, order, steps)
         return order, steps
+
+
+def fill_rows(lengths: Ids, row_tokens: int, seed: int) -> list[Ids]:
+    """All examples, in an order drawn by `seed`, as rows of their ids: each row takes the next ones while they fit.
+
+    An example of more than `row_tokens` tokens is a row by itself.
+    """
+    order = np.random.default_rng((seed, 2**32)).permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    stops, begin = [0], 0
+    while stops[-1] < len(order):
+        stop = int(np.searchsorted(ends, begin + row_tokens, side="right"))
+        stops.append(max(stop, stops[-1] + 1))
+        begin = int(ends[stops[-1] - 1])
+    return np.split(order, stops[1:-1])
 
 
 def cut(

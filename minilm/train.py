@@ -211,6 +211,7 @@ def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Exa
         group=config.batch.group,
         padded=not head.padding_free,
         multiple=1 if accelerator.device.type == "cpu" else 8,  # GPUs want padded lengths that divide by 8
+        row_tokens=config.batch.max_length if config.batch.layout == "packed" else None,
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minilm.plan import Ids, Plan, Step, cut, cut_alike
+from minilm.plan import Ids, Plan, Step, cut, cut_alike, fill_rows
 
 SKEWED = np.random.default_rng(0).lognormal(3.5, 1.0, 5000).astype(np.int64).clip(3, 512)
 
@@ -218,6 +218,25 @@ def test_the_figures_of_a_step_are_those_of_its_tensors(
         empty = sum(len(part) == 0 for parts in step.micro_batches for part in parts)
         seen = _padded(lengths, step.micro_batches, multiple) if padded else step.tokens + empty
         assert step.padded_tokens == seen
+
+
+@thorough
+@given(sizes, st.integers(1, 80), st.integers(2, 5), st.integers(1, 2), groups, st.integers(0, 2))
+def test_packed_rows_are_full_and_hold_each_example_once_an_epoch(
+    lengths: Ids, row_tokens: int, examples: int, processes: int, group: str, epoch: int
+) -> None:
+    rows = fill_rows(lengths, row_tokens, seed=3)
+    held = [int(lengths[row].sum()) for row in rows]
+    assert all(len(row) == 1 or tokens <= row_tokens for row, tokens in zip(rows, held, strict=True))
+    follows = [int(lengths[row[0]]) for row in rows[1:]]
+    assert all(tokens + first > row_tokens for tokens, first in zip(held[:-1], follows, strict=True))
+    settings = {"examples": examples, "micro_tokens": 64, "processes": processes, "group": group, "seed": 3}
+    plan = Plan(lengths, row_tokens=row_tokens, **settings)
+    assert plan.steps_per_epoch == math.ceil(len(rows) / examples)
+    steps = [set(_flat(plan.step(epoch * plan.steps_per_epoch + at))) for at in range(plan.steps_per_epoch)]
+    assert sorted(itertools.chain(*steps)) == list(range(len(lengths)))
+    parts = sorted(sum(step >= set(row) for row in rows) for step in steps)
+    assert parts[1:] == [examples] * (len(steps) - 1)
 
 
 def test_sorting_inside_a_step_saves_most_of_the_padding() -> None:

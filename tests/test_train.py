@@ -217,6 +217,15 @@ def test_learns_and_counts_epochs(documents: Dataset, tmp_path: Path) -> None:
     assert results["eval_loss"] < evaluations[0]["eval_loss"] < 6
 
 
+def test_packed_steps_hold_nearly_as_many_tokens_each(documents: Dataset, tmp_path: Path) -> None:
+    packed = replace(config(documents, tmp_path), batch=Batch(examples=3, max_length=64, layout="packed"))
+    train(packed)
+    steps, _ = read_log(tmp_path / "out")
+    assert all(0.5 * 3 * 64 < tokens <= 3 * 64 for tokens in np.diff([0, *(line["tokens"] for line in steps)]))
+    examples = json.loads((tmp_path / "out" / "run.json").read_text())["train"]["examples"]
+    assert 1 / steps[0]["epoch"] < examples / 3  # steps of an epoch
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

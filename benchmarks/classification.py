@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
 from minilm.hardware import choose_precision, describe
+from minilm.micro import number_of
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import parse
 from minilm.train import train
@@ -81,7 +82,7 @@ def by_trainer(config: Config) -> dict[str, float]:
             callbacks=[clock],
         ).train()
     head = objective.head(model, prepared)
-    evaluator = objective.evaluator(prepared, config.batch.micro_tokens, padded=not head.padding_free, multiple=1)
+    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=1)
     return {**evaluator(accelerator, head).figures(), "train_seconds": clock.seconds}
 
 

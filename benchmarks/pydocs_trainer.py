@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
 from minilm.hardware import choose_precision, describe
+from minilm.micro import number_of
 from minilm.model import load_model
 from minilm.objectives import objective_of, prepare
 from minilm.settings import read_run
@@ -85,7 +86,7 @@ def main() -> None:
     steps = round(ours["train_seconds"] / trial * 40)
     model, seconds = run_trainer(config, tokenizer, prepared.train, precision, steps)
     head = objective.head(model, prepared)
-    evaluator = objective.evaluator(prepared, config.batch.micro_tokens, padded=not head.padding_free, multiple=1)
+    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=1)
     theirs = evaluator(accelerator, head).figures()
     print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
     print("            seconds   steps  loss   bits per byte  of the unigram model's")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -22,12 +23,13 @@ from minilm.config import Config
 from minilm.hardware import Cost, count_flops, peak_memory
 from minilm.head import Head, freeze_unused
 from minilm.launch import start
+from minilm.micro import settle_micro_tokens
 from minilm.objectives import build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
 from minilm.sharding import distribute
 from minilm.tokens import Prepared
-from minilm.train import lay_out, load_steps, seed_dropout, train_step
+from minilm.train import first_step, lay_out, load_steps, seed_dropout, train_step
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -175,6 +177,8 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head
     head = (head_of or objective.head)(network.to(accelerator.device), prepared)
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)
+    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
+    config = settle_micro_tokens(config, accelerator, head, None, first)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, _ = lay_out(config, accelerator, head, prepared)
     model.train()

@@ -229,8 +229,9 @@ class Batch:
     """Examples in a step, all processes and micro-batches together."""
     max_length: int = 128
     """Longest example in tokens, special tokens included."""
-    micro_tokens: int = 4096
-    """Most tokens, padding included, in a device's forward pass. Changes speed and memory, not the result."""
+    micro_tokens: int | Literal["auto"] = 4096
+    """Most tokens, padding included, in a device's forward pass; auto tries a few sizes and takes the fastest that
+    fits. Changes speed and memory, not the result."""
     layout: Literal["documents", "blocks", "packed"] = "documents"
     """An example is a document (or a piece of a long one), a full block cut from all documents joined together, or,
     packed, as many documents as max_length holds, each read alone."""
@@ -243,7 +244,8 @@ class Batch:
         _check_choices("batch", self)
         check(self.examples >= 1, f"batch.examples must be at least 1, not {self.examples}")
         check(self.max_length >= 8, f"batch.max_length must be at least 8 tokens, not {self.max_length}")
-        check(self.micro_tokens >= 1, f"batch.micro_tokens must be at least 1, not {self.micro_tokens}")
+        number = 1 if self.micro_tokens == "auto" else self.micro_tokens
+        check(number >= 1, f"batch.micro_tokens must be at least 1, not {number}")
         check(self.workers >= 0, f"batch.workers must be 0 or more, not {self.workers}")
 
 

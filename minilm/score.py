@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from minilm.config import CausalLM, Classification, Config, Data, MaskedLM, Model
 from minilm.hub import loading
 from minilm.launch import finish, start
+from minilm.micro import number_of
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
 
@@ -33,9 +34,7 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     prepared = prepare(config)
     head = objective.head(build(config, prepared).to(accelerator.device), prepared)
     multiple = 1 if accelerator.device.type == "cpu" else 8
-    evaluator = objective.evaluator(
-        prepared, config.batch.micro_tokens, padded=not head.padding_free, multiple=multiple
-    )
+    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
     figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
     finish(accelerator)
     if data is not None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from minilm.hardware import count_flops, device_peak
 from minilm.head import Head, freeze_unused
 from minilm.hub import quiet_transformers
 from minilm.launch import attempt, finish, first_on_each_host, in_contact, start, together
+from minilm.micro import number_of, settle_micro_tokens
 from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
@@ -107,6 +109,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     head = objective.head(network.to(accelerator.device), prepared)
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)
+    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
+    config = together(lambda: settle_micro_tokens(config, accelerator, head, checkpoint, first))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
@@ -187,6 +191,12 @@ def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped |
     )
 
 
+def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[Batch]:
+    """This process's micro-batches of the first step."""
+    plan, collator, _ = lay_out(config, accelerator, head, prepared)
+    return next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))[1]
+
+
 def lay_out(
     config: Config,
     accelerator: Accelerator,
@@ -197,7 +207,7 @@ def lay_out(
     objective, plan = objective_of(config.objective), lay_plan(config, accelerator, head, prepared.train)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
-    return plan, collator, objective.evaluator(prepared, config.batch.micro_tokens, **layout)
+    return plan, collator, objective.evaluator(prepared, number_of(config), **layout)
 
 
 def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
@@ -205,7 +215,7 @@ def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Exa
     return Plan(
         examples.lengths,
         examples=config.batch.examples,
-        micro_tokens=config.batch.micro_tokens,
+        micro_tokens=number_of(config),
         processes=accelerator.num_processes,
         seed=config.run.seed,
         group=config.batch.group,

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minilm.checkpoint import Progress
-from minilm.config import Run, closest, lower_is_better
+from minilm.checks import closest
+from minilm.config import Run, lower_is_better
 
 
 class Best:

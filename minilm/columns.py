@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, Features, LargeList, List, Value
 from datasets.fingerprint import Hasher
 
-from minilm.config import closest
+from minilm.checks import closest
 
 log = logging.getLogger("minilm")
 _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}

@@ -5,38 +5,12 @@ name (`--batch.examples 64`). This file imports neither torch nor transformers, 
 are answered at once.
 """
 
-import difflib
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from minilm.checks import check, check_choices
 
 Value = bool | int | float | str | list[str]
-
-
-def check(holds: bool, message: str) -> None:
-    """Raise ValueError with this message unless it holds."""
-    if not holds:
-        raise ValueError(message)
-
-
-def _check_choices(group: str, settings: Any) -> None:
-    """Refuse a value that is not among those of its Literal type, or of the tuple of such."""
-    for name, kind in typing.get_type_hints(type(settings)).items():
-        several = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if several else kind
-        if typing.get_origin(kind) is Literal:
-            value, choices = getattr(settings, name), typing.get_args(kind)
-            for one in value if several else (value,):
-                check(one in choices, f"{group}.{name} must be one of {', '.join(choices)}, not {one}")
-
-
-def closest(word: str, known: Sequence[str]) -> str:
-    """`'wrod': did you mean 'word'? There are: …`, the end of an error message about an unknown name."""
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else "."
-    listed = ", ".join(sorted(known)[:20]) + (", …" if len(known) > 20 else "")
-    return f"{word!r}{hint} There are: {listed or 'none'}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +48,7 @@ class Data:
     document at which another eval_fraction is full; of a hub dataset, no more is read than run.max_steps needs."""
 
     def __post_init__(self) -> None:
-        _check_choices("data", self)
+        check_choices("data", self)
         check(not self.streaming or "pydocs" not in self.sources, "data.streaming: pydocs is no stream; leave it out")
         check(
             not self.streaming or self.document != "file",
@@ -112,7 +86,7 @@ class Tokens:
     """A document longer than batch.max_length becomes several examples (no token is dropped), or is cut off."""
 
     def __post_init__(self) -> None:
-        _check_choices("tokens", self)
+        check_choices("tokens", self)
         check(300 <= self.vocab_size < 2**24, f"tokens.vocab_size must lie in [300, 2**24), not {self.vocab_size}")
         check(self.extend >= 0, f"tokens.extend must be 0 or more, not {self.extend}")
 
@@ -174,7 +148,7 @@ class MaskedLM:
     """Share of a target's probability that training spreads over the whole vocabulary; evaluation has none."""
 
     def __post_init__(self) -> None:
-        _check_choices("objective", self)
+        check_choices("objective", self)
         check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
         for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
@@ -208,7 +182,7 @@ class Classification:
     """Share of each training target that is spread over all classes; evaluation has none."""
 
     def __post_init__(self) -> None:
-        _check_choices("objective", self)
+        check_choices("objective", self)
         check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
         if self.problem != "auto":
             self.check_problem(self.problem)
@@ -241,11 +215,11 @@ class Batch:
     """Processes that prepare batches ahead of the training process. Changes speed, not the result."""
 
     def __post_init__(self) -> None:
-        _check_choices("batch", self)
+        check_choices("batch", self)
         check(self.examples >= 1, f"batch.examples must be at least 1, not {self.examples}")
         check(self.max_length >= 8, f"batch.max_length must be at least 8 tokens, not {self.max_length}")
         number = 1 if self.micro_tokens == "auto" else self.micro_tokens
-        check(number >= 1, f"batch.micro_tokens must be at least 1, not {number}")
+        check(isinstance(number, int) and number >= 1, f"batch.micro_tokens must be auto or at least 1, not {number}")
         check(self.workers >= 0, f"batch.workers must be 0 or more, not {self.workers}")
 
 
@@ -271,7 +245,7 @@ class Optim:
     """The gradient is scaled down to this norm when it is larger; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _check_choices("optim", self)
+        check_choices("optim", self)
         check(0 < self.lr < float("inf"), f"optim.lr must be positive, not {self.lr}")
         for name in ("warmup", "weight_decay"):
             check(0 <= getattr(self, name) < float("inf"), f"optim.{name} must be 0 or more, not {getattr(self, name)}")
@@ -323,7 +297,7 @@ class Run:
     """Texts with a mask token to fill in, or beginnings to go on from, at the end and for the model card."""
 
     def __post_init__(self) -> None:
-        _check_choices("run", self)
+        check_choices("run", self)
         check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")
         for name in ("max_steps", "eval_every", "keep_last", "patience", "max_bad_steps", "timeout"):
             value = getattr(self, name)

@@ -3,7 +3,8 @@
 import os
 from dataclasses import replace
 
-from minilm.config import Data, closest
+from minilm.checks import closest
+from minilm.config import Data
 
 _IDS = ("nyu-mll/glue", "glue")
 # The columns of a task: its text, or both. The labels are in the column `label` of all. `ax` has no part to train on.

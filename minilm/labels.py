@@ -12,7 +12,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from numpy.typing import NDArray
 
-from minilm.config import Classification, closest
+from minilm.checks import closest
+from minilm.config import Classification
 
 log = logging.getLogger("minilm")
 

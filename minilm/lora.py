@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from minilm.config import Model, check, closest
+from minilm.checks import check, closest
+from minilm.config import Model
 
 log = logging.getLogger("minilm")
 

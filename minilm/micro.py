@@ -92,7 +92,6 @@ def _try_sizes(
         if len(batches) == 1 or late or found[size] > _SLOW * min(found.values()) or not room.for_twice():
             break
         size *= 2
-    head.zero_grad(set_to_none=True)
     head.train(training)
     return found
 
@@ -102,7 +101,7 @@ def _seconds(accelerator: Accelerator, head: Head, batch: Batch) -> float:
     mark = time.perf_counter()
     with accelerator.autocast():
         nats = loss_sum(head, batch.to(accelerator.device))
-    nats.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.grad(nats, [p for p in head.parameters() if p.requires_grad])
     float(nats.detach())  # waits for the device
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)

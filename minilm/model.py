@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from minilm.config import Model, closest
+from minilm.checks import closest
+from minilm.config import Model
 from minilm.hub import loading
 from minilm.lora import add_lora
 from minilm.packing import ATTENTION

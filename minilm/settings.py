@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from minilm.config import Config, Data, MaskedLM, check, closest
+from minilm.checks import check, closest
+from minilm.config import Config, Data, MaskedLM
 from minilm.signals import first_to_tell
 
 

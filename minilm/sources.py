@@ -15,7 +15,8 @@ import datasets
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 
-from minilm.config import Data, closest
+from minilm.checks import closest
+from minilm.config import Data
 from minilm.files import ending, refuse_null_rows, text_encoding, where_damaged
 from minilm.hub import expect, is_path, reason
 

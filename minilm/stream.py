@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from datasets import IterableDataset
 
+from minilm.checks import closest
 from minilm.columns import text_of
-from minilm.config import Data, closest
+from minilm.config import Data
 from minilm.files import where_damaged
 from minilm.glue import with_glue_columns
 from minilm.hub import reason

@@ -194,7 +194,8 @@ def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped |
 def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[Batch]:
     """This process's micro-batches of the first step."""
     plan, collator, _ = lay_out(config, accelerator, head, prepared)
-    return next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))[1]
+    item: Item = next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))
+    return item[1]
 
 
 def lay_out(

@@ -108,9 +108,8 @@ def main() -> None:
                 results[name].append({key: figures[key] for key in FIGURES})
                 print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
     hardware = describe(torch.device("cpu"))
-    print(
-        f"{hardware['device']}, {hardware['threads_per_process']} thread(s) each; mean of {options.seeds} seeds (their spread)"
-    )
+    each = f"{hardware['device']}, {hardware['threads_per_process']} thread(s) each"
+    print(f"{each}; mean of {options.seeds} seeds (their spread)")
     print("             accuracy               F1                     seconds of training")
     for name, runs in results.items():
         columns = [[run[key] for run in runs] for key in ("accuracy", "f1", "train_seconds")]

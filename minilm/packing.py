@@ -1,7 +1,8 @@
 """Rows of different lengths without padding: one flat row of tokens, and attention that keeps to each row of it.
 
 Every layer of a transformer but attention works on each token alone, so it can take the tokens of a batch as one row,
-concatenated. Attention looks at small groups of rows of similar length at a time, padded inside the group.
+concatenated. Attention is one kernel for all rows where there is one (FlashAttention, Dao 2023, in half precision on
+GPUs), and else looks at small groups of rows of similar length at a time, padded inside the group.
 
 Axes: T tokens of the batch, R rows and L padded length of a group, A heads, D size of a head.
 """
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -101,11 +103,13 @@ class Packing:
     groups: tuple[Group, ...]
     lengths: tuple[int, ...]
     """Tokens of each row."""
+    bounds_R1: Tensor
+    """int32[R + 1], where each row begins, and where the last one ends."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
         """The packing with its tensors changed: moved, pinned."""
         groups = tuple(group.map(change) for group in self.groups)
-        return replace(self, position_T=change(self.position_T), groups=groups)
+        return replace(self, position_T=change(self.position_T), bounds_R1=change(self.bounds_R1), groups=groups)
 
 
 def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
@@ -125,7 +129,12 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
         groups.append(_group(np.array(lengths[first:last]), start, multiple))
         first, start = last, groups[-1].stop
     position_T = np.concatenate([np.arange(length) for length in lengths])
-    return Packing(position_T=torch.from_numpy(position_T), groups=tuple(groups), lengths=tuple(lengths))
+    return Packing(
+        position_T=torch.from_numpy(position_T),
+        groups=tuple(groups),
+        lengths=tuple(lengths),
+        bounds_R1=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+    )
 
 
 def _group(lengths_R: Any, start: int, multiple: int) -> Group:
@@ -208,12 +217,37 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
+    if _takes_rows_of_any_length(states[0], dropout):
+        near = -1 if sliding_window is None else sliding_window - 1
+        attended_TxAxD = varlen_attn(
+            *states,
+            cu_seq_q=packing.bounds_R1,
+            cu_seq_k=packing.bounds_R1,
+            max_q=max(packing.lengths),
+            max_k=max(packing.lengths),
+            scale=scaling,
+            window_size=(near, 0 if causal else near),
+        )
+        return attended_TxAxD[None], None
     parts = []
     for group in packing.groups:
         query, key, value = (group.pad(x_TxAxD[group.start : group.stop]).transpose(1, 2) for x_TxAxD in states)
         attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
         parts.append(group.unpad(attended_RxAxLxD.transpose(1, 2)))
     return torch.cat(parts)[None], None
+
+
+def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
+    """Whether FlashAttention takes these: on a GPU from Ampere on, in half precision, without dropout."""
+    return (
+        query_TxAxD.device.type == "cuda"
+        and query_TxAxD.dtype in (torch.float16, torch.bfloat16)
+        and query_TxAxD.shape[-1] % 8 == 0
+        and query_TxAxD.shape[-1] <= 256
+        and dropout == 0
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(query_TxAxD.device) >= (8, 0)
+    )
 
 
 def _attend(

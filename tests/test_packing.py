@@ -3,6 +3,8 @@
 import itertools
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import minilm.packing
 from minilm.head import SparseHead
 from minilm.packing import Group, Packing, pack, packed_attention
 
@@ -243,3 +246,72 @@ def test_no_token_sees_another_row(kind: str, lengths: tuple[int, ...]) -> None:
             after = head.logits(torch.where(own, 5 + (ids_T - 4) % 85, ids_T), packing, everywhere)
             assert (after - before)[~own].abs().max() <= 1e-6
             assert (after - before)[own].abs().amax(1).min() > 1e-3
+
+
+def flash(
+    query_TxAxD: Tensor,
+    key_TxAxD: Tensor,
+    value_TxAxD: Tensor,
+    *,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What torch.nn.attention.varlen.varlen_attn computes, a row at a time."""
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == cu_seq_q.diff().max()
+    left, right = (10**6 if side == -1 else side for side in window_size)
+    attended = []
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        q, k, v = (x[start:stop].transpose(0, 1) for x in (query_TxAxD, key_TxAxD, value_TxAxD))
+        at_L = torch.arange(stop - start)
+        ahead_LxL = at_L - at_L[:, None]
+        scores_AxLxL = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores_AxLxL = scores_AxLxL.masked_fill((ahead_LxL > right) | (-ahead_LxL > left), -torch.inf)
+        attended.append((scores_AxLxL.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(attended)
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.2])
+@pytest.mark.parametrize("window", [None, 1, 5, 1000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_for_rows_of_any_length_is_asked_for_the_same_attention(
+    causal: bool, window: int | None, scaling: float | None, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = states(sum(MIXED))
+    words = {"packing": pack(MIXED), "scaling": scaling, "sliding_window": window, "is_causal": causal}
+    words["packing"] = words["packing"].map(torch.clone)
+    inputs = (nn.Module(), query, key[:, : 3 // shared], value[:, : 3 // shared], None)
+    grouped, _ = packed_attention(*inputs, **words)
+    monkeypatch.setattr(minilm.packing, "varlen_attn", flash)
+    monkeypatch.setattr(minilm.packing, "_takes_rows_of_any_length", lambda query, dropout: True)
+    at_once, weights = packed_attention(*inputs, **words)
+    assert weights is None
+    torch.testing.assert_close(at_once, grouped, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"device": torch.device("cpu")}, False),
+        ({"dtype": torch.float32}, False),
+        ({"shape": (5, 2, 12)}, False),
+        ({"shape": (5, 2, 264)}, False),
+        ({"dropout": 0.1}, False),
+        ({"capability": (7, 5)}, False),
+    ],
+)
+def test_what_the_kernel_for_rows_of_any_length_takes(
+    change: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "shape": (5, 2, 64)}
+    some = {**some, "dropout": 0.0, "capability": (9, 0), **change}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: some["capability"])
+    assert minilm.packing._takes_rows_of_any_length(SimpleNamespace(**some), some["dropout"]) is taken

@@ -219,8 +219,11 @@ def packed_attention(
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
     if _takes_rows_of_any_length(states[0], dropout):
         near = -1 if sliding_window is None else sliding_window - 1
-        attended_TxAxD = varlen_attn(
-            *states,
+        query_TxAxD, key_TxAxD, value_TxAxD = states
+        attended_TxAxD: Any = varlen_attn(
+            query_TxAxD,
+            key_TxAxD,
+            value_TxAxD,
             cu_seq_q=packing.bounds_R1,
             cu_seq_k=packing.bounds_R1,
             max_q=max(packing.lengths),

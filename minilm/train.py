@@ -73,12 +73,14 @@ def train_step(
     targets = accelerator.reduce(torch.full((), float(sum(batch.targets for batch in micro_batches)), device=device))
     scale = accelerator.num_processes / targets.clamp(min=1)
     loss = torch.zeros((), device=device)
-    for number, batch in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)  # gradients are exchanged once, in its backward
-        with nullcontext() if last else accelerator.no_sync(model):
-            nats = loss_sum(model, batch.to(device))
-            accelerator.backward(nats * scale)
-        loss += nats.detach()
+    with nullcontext() if accelerator.is_fsdp2 else accelerator.autocast():  # around all, it casts each weight once
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)  # gradients are exchanged once, in its backward
+            with nullcontext() if last else accelerator.no_sync(model):
+                nats = loss_sum(model, batch.to(device))
+                with torch.autocast(device.type, enabled=False):
+                    accelerator.backward(nats * scale)
+            loss += nats.detach()
     loss = accelerator.reduce(loss) / targets.clamp(min=1)
     grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     for group in optimizer.param_groups:

@@ -4,7 +4,9 @@ import copy
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from transformers import pipeline as hf_pipeline
 
@@ -100,6 +104,49 @@ def test_steps_equal_plain_torch(
         assert float(result.grad_norm) == pytest.approx(norm.item(), rel=1e-4)
     for ours, expected in zip(network.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours, expected, atol=1e-4)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each parameter is copied to bfloat16."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.counts[self.names.get(args[0].data_ptr(), "")] += 1
+        return function(*args, **kwargs)
+
+
+def test_a_step_in_bf16_casts_a_weight_once_for_all_micro_batches_and_changes_no_bit(
+    examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        plan, collator = (
+            Plan(examples.lengths, examples=12, micro_tokens=100),
+            MaskedCollator(tokenizer, rate=0.15, seed=0),
+        )
+        ((_, micro_batches),) = load_steps(plan, examples, collator, accelerator, range(1), 0)
+        counts, weights = [], []
+        for once in (True, False):
+            copied = copy.deepcopy(network)
+            model, optimizer = accelerator.prepare(SparseHead(copied), build_optimizer(copied, Optim()))
+            if not once:  # then a micro-batch's forward has a context of its own, which ends with it
+                monkeypatch.setattr(accelerator, "autocast", nullcontext)
+            with Casts(copied) as casts:
+                train_step(accelerator, model, optimizer, micro_batches, lr=1e-3, max_grad_norm=1.0)
+            counts.append(casts.counts["bert.encoder.layer.0.intermediate.dense.weight"])
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in copied.parameters()]))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(micro_batches) > 1
+    assert counts == [1, len(micro_batches)]
+    assert torch.equal(*weights)
 
 
 @pytest.mark.scorecard(6)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from minilm.dropout import with_fast_dropout
 from minilm.losses import linear_cross_entropy
 from minilm.model import evaluating, longest_input, position_offset, vocabulary_size
 from minilm.packing import ATTENTION, Packing, pack
@@ -39,6 +40,7 @@ class Head(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        with_fast_dropout(model)
         self.model = model
         self.padding_free = False
         """Rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`)."""

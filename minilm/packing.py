@@ -7,6 +7,7 @@ GPUs), and else looks at small groups of rows of similar length at a time, padde
 Axes: T tokens of the batch, R rows and L padded length of a group, A heads, D size of a head.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from minilm.dropout import dropout as drop
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
 _SIMILAR, _SLACK = 0.75, 4  # rows of one group are no shorter than this share of the longest, less some tokens
@@ -249,6 +252,7 @@ def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
         and query_TxAxD.shape[-1] <= 256
         and dropout == 0
         and torch.version.cuda is not None
+        and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 has another way to say it
         and torch.cuda.get_device_capability(query_TxAxD.device) >= (8, 0)
     )
 
@@ -275,7 +279,7 @@ def _attend(
     scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    weights = drop(scores.softmax(-1), dropout, training=dropout > 0)
     return weights.to(value.dtype) @ value
 
 

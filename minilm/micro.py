@@ -38,10 +38,12 @@ def settle_micro_tokens(
 
     Each process times the largest micro-batch that `first_step` gives under a configuration, forward and backward, and
     the gradients are dropped. A run that goes on keeps the number that it had, so that it repeats to the bit. Raises
-    ValueError where the smallest size does not fit into the memory.
+    ValueError where the smallest size does not fit into the memory, and for a sharded run.
     """
     if config.batch.micro_tokens != "auto":
         return config
+    if accelerator.is_fsdp2:
+        raise ValueError("batch.micro_tokens=auto tries a model that is not sharded: with FSDP give a number of tokens")
     if checkpoint is not None:
         return _with(config, checkpoint.config["batch"]["micro_tokens"])
     tried = _try_sizes(accelerator, head, lambda size: first_step(_with(config, size)))

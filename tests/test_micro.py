@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,11 @@ def test_a_memory_that_is_too_small_for_any_is_told(sizes: Any, monkeypatch: pyt
     monkeypatch.setattr(minilm.micro, "_seconds", full)
     with pytest.raises(ValueError, match=r"^batch\.micro_tokens=auto: 512 tokens do not fit into the memory.*\Z"):
         sizes({})
+
+
+def test_a_sharded_run_takes_a_number() -> None:
+    with pytest.raises(ValueError, match="with FSDP give a number of tokens"):
+        settle_micro_tokens(AUTO, SimpleNamespace(is_fsdp2=True), None, None, None)  # type: ignore[arg-type]
 
 
 def test_a_loop_of_ones_own_takes_a_number() -> None:

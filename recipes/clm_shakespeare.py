@@ -26,7 +26,7 @@ CONFIG = Config(
     ),
     objective=CausalLM(),
     batch=Batch(examples=12, max_length=64, layout="blocks"),
-    optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, warmup=100, schedule="cosine"),
+    optim=Optim(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, warmup=100, schedule="cosine"),
     run=Run(max_steps=2000, eval_every=500, samples=("ROMEO:",)),
 )
 

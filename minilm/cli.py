@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minilm.checks import check
+from minilm.completion import RECIPE, recipe_completion
 from minilm.config import Config
 from minilm.settings import parse, take_seeds
 from minilm.signals import ended_by_signals, first_to_tell
@@ -23,11 +24,15 @@ def run_recipe(
 
     `--dry-run` tells what the run would be in place of it (`minilm.dryrun`); `--seeds` repeats it (`minilm.sweep`).
     What the user got wrong ends the process with one line on stderr and status 2; `--debug` shows the traceback.
+    `--tyro-print-completion SHELL` prints what has a shell complete all these flags.
     """
     arguments = [word for word in sys.argv[1:] if word not in ("--debug", "--dry-run")]
 
     @ended_by_signals()
     def work() -> None:
+        if arguments[:1] == [RECIPE]:
+            print(recipe_completion(config, Path(sys.argv[0]).name, "".join(arguments[1:])))
+            return
         seeds, rest = take_seeds(arguments)
         check(
             not seeds or "--dry-run" not in sys.argv, "--seeds and --dry-run exclude each other: leave one of them out"

@@ -31,7 +31,7 @@ from minilm.hardware import (
     keep_freed_memory,
     repeat_to_the_bit,
 )
-from minilm.sharding import asked_for_sharding, enable_on_cpus
+from minilm.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
 from minilm.signals import killed_by_signals
 
 T = TypeVar("T")
@@ -79,6 +79,8 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
         fsdp_plugin=sharding,
         gradient_accumulation_plugin=once,
     )
+    if run.reduce_dtype == "bf16":
+        reduce_in_bf16(accelerator, ddp, sharding)
     enable_on_cpus(accelerator, sharding)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):

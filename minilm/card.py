@@ -6,6 +6,7 @@ from typing import Any
 
 from minilm.cache import publish
 from minilm.config import Config
+from minilm.energy import CPUS, GPUS
 from minilm.objectives import objective_of
 from minilm.settings import to_dict
 
@@ -42,7 +43,7 @@ model = pipeline("{pipeline}", model="{title}")
 
 ## Training
 
-{device}, {processes} process(es), {precision}.
+{device}, {processes} process(es), {precision}.{energy}
 
 | setting | value |
 |---|---|
@@ -82,7 +83,17 @@ def write_card(
         explained=objective.explained,
         samples="\n".join(listed) or "None were asked for.",
         device=facts["hardware"]["device"],
+        energy=_energy(results),
         settings="\n".join(settings),
         **{key: facts[key] for key in ("model", "parameters", "processes", "precision")},
     )
     publish(folder / "README.md", card)
+
+
+def _energy(results: dict[str, float]) -> str:
+    """A line with what was measured; nothing where that is not known."""
+    if "energy_kwh" not in results:
+        return ""
+    measured = " and ".join(name for kind, name in ((GPUS, "GPUs"), (CPUS, "CPUs")) if kind in results)
+    later = f", since step {results['energy_since_step']:,}" if "energy_since_step" in results else ""
+    return f"\n\nEnergy: {results['energy_kwh']:.3g} kWh ({measured}{later})"

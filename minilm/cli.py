@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from minilm.checks import check
+from minilm.completion import RECIPE, recipe_completion
 from minilm.config import Config
-from minilm.settings import parse
+from minilm.settings import parse, take_seeds
 from minilm.signals import ended_by_signals, first_to_tell
 
 
@@ -20,26 +22,37 @@ def run_recipe(
 ) -> None:
     """Apply the command line to a recipe's configuration and train, with `minilm.train.train` or a fork of it.
 
-    `--dry-run` tells what the run would be in place of it (`minilm.dryrun`). What the user got wrong ends the process
-    with one line on stderr and status 2; `--debug` shows the traceback.
+    `--dry-run` tells what the run would be in place of it (`minilm.dryrun`); `--seeds` repeats it (`minilm.sweep`).
+    What the user got wrong ends the process with one line on stderr and status 2; `--debug` shows the traceback.
+    `--tyro-print-completion SHELL` prints what has a shell complete all these flags.
     """
     arguments = [word for word in sys.argv[1:] if word not in ("--debug", "--dry-run")]
 
     @ended_by_signals()
     def work() -> None:
-        resolved = parse(config, description, arguments)
+        if arguments[:1] == [RECIPE]:
+            print(recipe_completion(config, Path(sys.argv[0]).name, "".join(arguments[1:])))
+            return
+        seeds, rest = take_seeds(arguments)
+        check(
+            not seeds or "--dry-run" not in sys.argv, "--seeds and --dry-run exclude each other: leave one of them out"
+        )
+        resolved = parse(config, description, rest)
         _show_log()
         name = Path(sys.argv[0]).stem
         if "--dry-run" in sys.argv:
             from minilm.dryrun import dry_run
 
             dry_run(resolved, name, own_loop=trains is not None)
-        elif trains is None:
-            from minilm.train import train  # after the flags are known to be right: torch takes seconds to import
+            return
+        # After the flags are known to be right: torch takes seconds to import.
+        from minilm.sweep import sweep
+        from minilm.train import train
 
-            train(resolved, name)
+        if seeds:
+            sweep(resolved, name, seeds, trains or train)
         else:
-            trains(resolved, name)
+            (trains or train)(resolved, name)
 
     guarded(work, debug="--debug" in sys.argv)
 

@@ -8,11 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from minilm.cli import guarded
+from minilm.completion import SHELLS, PrintCompletion
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="minilm", description="Use models trained with minilm, or any like them.")
+    parser.add_argument(
+        "--completion", action=PrintCompletion, choices=SHELLS, help="print a script by which the shell completes words"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fill = _add(commands, "fill-mask", _fill_mask, "the likeliest words for a mask", "masked LM")
     fill.description = 'Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."'

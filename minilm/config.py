@@ -289,6 +289,8 @@ class Run:
     """Seconds that a process waits for the others in a step before it gives them up."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in over processes. bf16 halves what they send, and rounds: the sums are others."""
     deterministic: bool = False
     """Only algorithms that repeat to the bit, on a GPU too; slower there. A CPU repeats without it."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()

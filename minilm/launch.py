@@ -31,20 +31,33 @@ from minilm.hardware import (
     keep_freed_memory,
     repeat_to_the_bit,
 )
-from minilm.sharding import asked_for_sharding, enable_on_cpus
+from minilm.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
 from minilm.signals import killed_by_signals
 
 T = TypeVar("T")
 
 
-def start(run: Run) -> tuple[Accelerator, Precision]:
-    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+_staying = [False]  # in the process group after a run, for the next
+
+
+def join(run: Run) -> PartialState:
+    """Meet the other processes of the job, once, and know its place among them. ValueError for a wrong launch."""
+    cpu = _on_cpu()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
-    sharding = asked_for_sharding(os.environ)
     with killed_by_signals():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     check_launch(state.num_processes, os.environ)
+    return state
+
+
+def _on_cpu() -> bool:
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def start(run: Run) -> tuple[Accelerator, Precision]:
+    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
+    sharding = asked_for_sharding(os.environ)
+    state = join(run)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
     keep_freed_memory(state.device)
@@ -61,11 +74,13 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
         raise ValueError("fp16 with FSDP has not been tried with minilm: use --run.precision bf16, or fp32")
     accelerator = Accelerator(
         mixed_precision=mode,
-        cpu=cpu,
+        cpu=_on_cpu(),
         kwargs_handlers=[ddp],
         fsdp_plugin=sharding,
         gradient_accumulation_plugin=once,
     )
+    if run.reduce_dtype == "bf16":
+        reduce_in_bf16(accelerator, ddp, sharding)
     enable_on_cpus(accelerator, sharding)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
@@ -158,5 +173,25 @@ def finish(accelerator: Accelerator) -> None:
     DDP must be gone by then. Were it the last to let go of the group, its destructor would wait for threads of gloo
     that wait for Python's global lock, which it holds.
     """
-    accelerator.end_training()
+    if _staying[0]:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def one_job() -> Iterator[None]:
+    """Inside it `finish` stays in the process group, and the next `start` finds itself in it.
+
+    Who leaves a group and joins one again at the same address may meet a process that has not left yet.
+    """
+    _staying[0] = True
+    try:
+        yield
+    finally:
+        _staying[0] = False
+    if dist.is_initialized():
+        dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)

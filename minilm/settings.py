@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm.checks import check, closest
-from minilm.config import Config, Data, MaskedLM
+from minilm.config import Config, Data, MaskedLM, Run
 from minilm.signals import first_to_tell
 
 
@@ -89,8 +89,30 @@ def read_run(path: str) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None, resume=None))
 
 
-def _split_from_run(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--from-run=") else [word]
+def _split(words: Sequence[str], flag: str) -> list[str]:
+    """The words, with that of `FLAG=VALUE` made two."""
+    return [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+
+
+def take_seeds(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The numbers after `--seeds`, and the other words of a command line. ValueError for what is no list of seeds."""
+    words = _split(arguments, "--seeds")
+    if "--seeds" not in words:
+        return [], words
+    at = words.index("--seeds")
+    end = next((n for n, word in enumerate(words) if n > at and word.startswith("--")), len(words))
+    seeds, rest = words[at + 1 : end], words[:at] + words[end:]
+    check(bool(seeds), "--seeds needs numbers: --seeds 0 1 2")
+    for flag, instead in (("--run.seed", "leave it out"), ("--run.resume", "go on with one seed by --run.seed")):
+        given = any(word.split("=")[0] == flag for word in rest)
+        check(not given, f"--seeds and {flag} exclude each other: {instead}")
+    for word in seeds:
+        check(word.removeprefix("-").isdecimal(), f"--seeds takes whole numbers, not {word!r}")
+    numbers = list(map(int, seeds))
+    for seed in numbers:
+        Run(seed=seed)  # refuses what is no seed
+        check(numbers.count(seed) == 1, f"--seeds has {seed} twice: leave one out")
+    return numbers, rest
 
 
 def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
@@ -100,7 +122,7 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
     """
     import tyro  # imports slowly, and only a command line needs it
 
-    rest = [part for word in (sys.argv[1:] if arguments is None else arguments) for part in _split_from_run(word)]
+    rest = _split(sys.argv[1:] if arguments is None else arguments, "--from-run")
     if "--from-run" in rest:
         at = rest.index("--from-run")
         check(at + 1 < len(rest), "--from-run needs the path of a run.json")
@@ -114,7 +136,9 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
         "defaults. "
         "--from-run FILE repeats the run that wrote this run.json. --dry-run says what the run would be, need and "
-        "take, after a few steps of it, and writes nothing to its output folder. --debug shows tracebacks."
+        "take, after a few steps of it, and writes nothing to its output folder. --seeds 0 1 2 trains once per seed, "
+        "each into seed-<n> of the output folder, and writes mean and deviation of the figures to seeds.json there. "
+        "--debug shows tracebacks."
     )
     plain, said = (tyro.conf.AvoidSubcommands,), io.StringIO()
     try:

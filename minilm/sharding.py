@@ -9,11 +9,14 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator, PartialState
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from minilm.head import Head
 
@@ -60,6 +63,27 @@ def enable_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
         for state in (PartialState(), accelerator.state):  # the second copies from the first, time and again
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+
+
+class _InBf16(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """For what accelerate wraps in DDP, in a recipe's own loop too."""
+
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        model.register_comm_hook(None, _sum_in_bf16)
+
+
+def _sum_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """torch's hook, which DDP takes on GPUs only, by its name; gloo sums bf16 as well."""
+    return bf16_compress_hook(group, bucket)  # type: ignore[arg-type]  # None: of all processes
+
+
+def reduce_in_bf16(
+    accelerator: Accelerator, ddp: DistributedDataParallelKwargs, sharding: FullyShardedDataParallelPlugin | None
+) -> None:
+    """Have DDP, with these settings, or FSDP2 send the gradients in bf16; they are fp32 before and after."""
+    accelerator.ddp_handler = _InBf16(**ddp.to_kwargs())
+    if sharding is not None:
+        sharding.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
 
 
 def distribute(

@@ -46,12 +46,17 @@ def killed_by_signals() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _heard[0] = number
+    remember(number)
     raise KeyboardInterrupt(number)
 
 
+def remember(number: int) -> None:
+    """Have `heard` tell of a signal that has ended nothing yet."""
+    _heard[0] = number
+
+
 def heard() -> int:
-    """The last signal that raised KeyboardInterrupt, or 0: Python loses what is raised in a destructor."""
+    """The last signal that raised KeyboardInterrupt, which Python loses in a destructor, or was remembered; or 0."""
     return _heard[0]
 
 

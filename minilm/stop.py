@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from minilm.signals import SIGNALS, die_with_parent, heard
+from minilm.signals import SIGNALS, die_with_parent, heard, remember
 
 
 class TrainingStopped(Exception):  # noqa: N818 - it is no error
@@ -24,12 +24,12 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     """Inside it, each of SIGNALS asks for an end after the step that is running; a second SIGINT ends at once.
 
     The processes of a job hear of a signal at different moments and agree on a step by `agreed`. `saves` tells whether
-    a checkpoint is written then.
+    a checkpoint is written then. A signal that comes after the last `agreed` is remembered (`minilm.signals.heard`).
     """
 
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
         self.accelerator, self.saves = accelerator, saves
-        self.signal = heard()
+        self.signal, self._answered = heard(), False
         self._asked: Tensor | None = None
         self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
         self._before: dict[signal.Signals, object] = {}
@@ -43,9 +43,12 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     def __exit__(self, *args: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.signal and not self._answered:
+            remember(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
+            self._answered = True
             raise KeyboardInterrupt
         self.signal = number
 
@@ -65,6 +68,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
                 self._copied.record()
         if not number:
             return None
+        self._answered = True
         name = signal.Signals(number).name
         left = "--run.resume latest goes on" if self.saves else "nothing was saved, for run.save_every is 0"
         return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)

@@ -25,6 +25,7 @@ from minilm.best import Best
 from minilm.card import write_card
 from minilm.checkpoint import Saver, copied
 from minilm.config import Config, Run
+from minilm.energy import metered
 from minilm.hardware import count_flops, device_peak
 from minilm.head import Head, freeze_unused
 from minilm.hub import quiet_transformers
@@ -133,7 +134,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     steps = load_steps(plan, prepared.train, collator, accelerator, range(progress.step, total), config.batch.workers)
     figures = early = None
     request = StopRequest(accelerator, saves=config.run.save_every > 0)
-    with request, closing(recorder), in_contact(saver.goes_on):
+    with request, closing(recorder), metered(accelerator, progress.step) as energy, in_contact(saver.goes_on):
         for done, (step, micro_batches) in enumerate(steps, start=progress.step + 1):
             seed_dropout(config.run.seed, done - 1, accelerator.process_index)
             result = train_step(
@@ -165,7 +166,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             together(lambda: load_step(folder, best.step, network))
             figures = None
         figures = figures or evaluator(accelerator, model).figures()
-        results = recorder.conclude(figures)
+        results = recorder.conclude(figures | energy())
         weights = copied(network.state_dict(keep_vars=True), keep=main)
         if main:
             conclude(folder, config, facts, results, network, weights, prepared.tokenizer)

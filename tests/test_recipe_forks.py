@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTrainin
 from minilm import Batch, Config, Data, Model, Optim, Run
 from minilm.batch import collate_whole, target_nats
 from minilm.masked import MaskedCollator
+from minilm.sweep import sweep
 from recipes import fork_electra, fork_minilm
 from tests.jobs import finish_all
 from tests.launch import launch, read_log
@@ -183,6 +184,14 @@ def test_forks_run_under_a_launcher_on_two_processes(
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out")[0] == pytest.approx(float(losses(runs(name, "one"))[0]), rel=1e-2)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
+
+
+def test_a_fork_is_swept_over_seeds(configs: dict[str, Config], tmp_path: Path) -> None:
+    run = replace(configs["fork_electra"].run, max_steps=2, output_dir=str(tmp_path / "out"))
+    summary = sweep(replace(configs["fork_electra"], run=run), "fork", [0, 1], fork_electra.train)
+    assert summary["steps"] == {"mean": 2.0, "std": 0.0, "values": {"0": 2, "1": 2}}
+    first, second = (losses(tmp_path / "out" / f"seed-{seed}") for seed in (0, 1))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(

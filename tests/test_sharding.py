@@ -11,6 +11,9 @@ from transformers import AutoModelForMaskedLM
 
 import minilm.fork
 from minilm import Config, Data
+from minilm.checkpoint import Checkpoint, Progress
+from minilm.resume import check_settings
+from minilm.settings import to_dict
 from minilm.sharding import asked_for_sharding
 from tests.jobs import CONFIG, end_of, finish_all, start, write_text
 from tests.launch import read_log
@@ -145,3 +148,66 @@ def test_a_loop_of_ones_own_is_not_sharded(monkeypatch) -> None:
     monkeypatch.setattr(minilm.fork, "start", lambda run: (SimpleNamespace(is_fsdp2=True), None))
     with pytest.raises(ValueError, match="does not shard: launch it with --multi_gpu"):
         minilm.fork.begin(CONFIG, "mine")
+
+
+# After each step both processes have the same weights, where each has them all.
+SAME = """
+import minilm.train
+import os
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+train_step, clip = minilm.train.train_step, Accelerator.clip_grad_norm_
+
+def same(accelerator, model, *rest, **settings):
+    result = train_step(accelerator, model, *rest, **settings)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(both, weights)
+    assert torch.equal(*both)
+    return result
+
+if os.environ.get("ACCELERATE_USE_FSDP") is None:
+    minilm.train.train_step = same
+"""
+# Sums in bf16 are numbers of bf16, and so are their halves, which are the means over two processes.
+ROUND = f"""{SAME}
+def clip_round(self, parameters, *rest):
+    parameters = list(parameters)
+    for grad in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        part = grad.to_local() if hasattr(grad, "to_local") else grad
+        assert part.dtype == torch.float32 and torch.equal(part, part.bfloat16().float())
+    return clip(self, parameters, *rest)
+
+Accelerator.clip_grad_norm_ = clip_round
+"""
+
+
+def rounded(config: Config) -> Config:
+    return replace(config, run=replace(config.run, reduce_dtype="bf16"))
+
+
+def test_gradients_summed_in_bf16_are_those_of_fp32_but_for_rounding(config, tmp_path, figure) -> None:
+    sharded = f"import os\nos.environ |= {{'ACCELERATE_USE_FSDP': 'true', 'FSDP_VERSION': '2'}}\n{ROUND}"
+    config = replace(config, run=replace(config.run, max_steps=4, save_every=0, eval_every=4))
+    for name, kind, planted in (
+        ("fp32", config, SAME),
+        ("bf16", rounded(config), ROUND),
+        ("fsdp2", rounded(config), sharded),
+    ):
+        finish_all([(into(tmp_path / name, kind), 2)], tmp_path, planted)
+    expected = [line["loss"] for line in read_log(tmp_path / "fp32")[0]]
+    for name in ("bf16", "fsdp2"):
+        found = [line["loss"] for line in read_log(tmp_path / name)[0]]
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)  # before the first update
+        difference = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+        figure(f"{name}: {difference:.0e}")
+        assert 0 < difference < 1e-2
+
+
+def test_a_run_goes_on_with_the_sums_that_it_began_with(config, tmp_path) -> None:
+    before = Checkpoint(folder=tmp_path, progress=Progress(), config=to_dict(config), data={})
+    assert check_settings(before, config) == []
+    with pytest.raises(ValueError, match=r'run\.reduce_dtype was "fp32", is "bf16"'):
+        check_settings(before, rounded(config))

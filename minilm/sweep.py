@@ -1,0 +1,107 @@
+"""`--seeds`: the same run once per seed, in one job, and what its figures are on average."""
+
+import json
+import logging
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+
+from minilm.cache import publish
+from minilm.config import Config
+from minilm.launch import in_contact, join, one_job, together
+from minilm.output import choose_output_dir
+from minilm.signals import heard
+from minilm.stop import TrainingStopped
+
+log = logging.getLogger("minilm")
+
+SUMMARY = "seeds.json"
+
+
+@in_contact()
+def sweep(
+    config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]
+) -> dict[str, Any]:
+    """Call `trains(config, name)` once per seed, each into `seed-<n>` of the output folder; the summary of them all.
+
+    `seeds.json` is written after each seed, so that a sweep that ends early leaves the one of the seeds that it
+    finished. Raises what `trains` raises, and TrainingStopped after a signal between two seeds.
+    """
+    results: dict[int, dict[str, float]] = {}
+    with one_job():
+        main = join(config.run).is_main_process
+        folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
+        for number, seed in enumerate(seeds, start=1):
+            _stop_if_told(config, results)
+            log.info(f"seed {seed}, {number} of {len(seeds)}")
+            results[seed] = _run(config, name, seed, folder, trains, results)
+            clear_device_cache(garbage_collection=True)  # the next run has room for a model of its own
+            summary = summarise(results)
+            if main:
+                publish(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    if main:
+        _show(summary, folder)
+    return summary
+
+
+def _run(
+    config: Config,
+    name: str,
+    seed: int,
+    folder: Path,
+    trains: Callable[[Config, str], dict[str, float]],
+    finished: Mapping[int, object],
+) -> dict[str, float]:
+    place = str(folder / f"seed-{seed}")
+    try:
+        return trains(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name)
+    except TrainingStopped as stopped:
+        alone = f"--run.seed {seed} --run.output-dir {place} in place of --seeds"
+        raise TrainingStopped(f"{stopped} (with {alone}); {_said(finished)}", stopped.status) from stopped
+
+
+def _stop_if_told(config: Config, finished: Mapping[int, object]) -> None:
+    """TrainingStopped on all processes where one of them has heard of a signal that came too late for its run."""
+    join(config.run)
+    if number := max(gather_object([heard()])):
+        raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_said(finished)}", 128 + number)
+
+
+def _said(finished: Mapping[int, object]) -> str:
+    return f"finished seeds: {', '.join(map(str, finished)) or 'none'}"
+
+
+def summarise(results: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Of each figure the mean, the standard deviation of a sample (n - 1 below), and the values, by seed.
+
+    None, which JSON knows, stands for what is no finite number, as the deviation of a single value is.
+    """
+    summary: dict[str, Any] = {}
+    for name in dict.fromkeys(name for figures in results.values() for name in figures):
+        values = {str(seed): figures[name] for seed, figures in results.items() if name in figures}
+        array = np.array(list(values.values()), np.float64)
+        with np.errstate(invalid="ignore"):
+            std = float(array.std(ddof=1)) if len(array) > 1 else math.nan
+        finite = {seed: _finite(value) for seed, value in values.items()}
+        summary[name] = {"mean": _finite(float(array.mean())), "std": _finite(std), "values": finite}
+    return summary
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _show(summary: Mapping[str, Any], folder: Path) -> None:
+    width = max(map(len, summary))
+    print(f"{'':<{width}}  {'mean':>12}  {'deviation':>12}")
+    for name, figure in summary.items():
+        mean, std = ("-" if figure[key] is None else f"{figure[key]:.5g}" for key in ("mean", "std"))
+        print(f"{name:<{width}}  {mean:>12}  {std:>12}")
+    print(f"values by seed: {folder / SUMMARY}", flush=True)

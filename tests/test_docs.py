@@ -34,7 +34,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-LIMIT = 200  # seconds of a command
+LIMIT = 300  # seconds of a command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,11 @@ def forked(work: Callable[[], object], place: Path) -> str:
 
     output = place.with_name(f"{place.name}-output")
     (child,) = fork(status, output, 1)
-    code = child.wait(LIMIT)
+    try:
+        code = child.wait(LIMIT)
+    finally:
+        if child.is_running():
+            child.kill()
     said = output.read_text(encoding="utf-8", errors="replace")
     assert code == 0, said[-3000:]
     return said

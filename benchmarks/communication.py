@@ -57,9 +57,13 @@ def table() -> list[str]:
         cells = [f"{1e3 * c:.1f} ms | {1e3 * r:.1f} ms | {1e3 * s:.1f} ms | {c / s:.0%}" for c, r, s in found]
         lines.append(f"| {place} | {link} | {' | '.join(cells)} |")
     for name in MODELS:
-        found = [(k, predict(name, 16, NETWORKS["25 Gb/s"], k), predict(name, 8, NVLINK, k)) for k in (1, 4, 16, 64)]
-        said = ", ".join(f"x{k} {c / s:.0%} ({alone / s:.1f})" for k, (c, _, s), (_, _, alone) in found)
-        lines.append(f"{name}, 2 hosts of 8, 25 Gb/s, larger steps, of ideal (times the speed of one host): {said}")
+        words = []
+        for times in (1, 4, 16, 64):
+            compute, _, step = predict(name, 16, NETWORKS["25 Gb/s"], times)
+            words.append(f"x{times} {compute / step:.0%} ({predict(name, 8, NVLINK, times)[2] / step:.1f})")
+        lines.append(
+            f"{name}, 2 hosts, 25 Gb/s, larger steps: of ideal (times the speed of one host): {', '.join(words)}"
+        )
     return lines
 
 

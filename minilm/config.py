@@ -313,7 +313,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run. `train(config)` needs nothing else."""
+    """Everything that decides a run, a field for each group of flags. `train(config)` needs nothing else."""
 
     data: Data = field(default_factory=Data)
     tokens: Tokens = field(default_factory=Tokens)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import communication
 import gpu
 import ladder
 import pytest
@@ -23,6 +24,7 @@ from synthetic import write_corpus
 from minilm import Batch, Config, Model, Run
 from minilm.hardware import Peak
 from minilm.objectives import prepare
+from tests.launch import ROOT
 
 SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24},
@@ -156,3 +158,17 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 4
     sized = scaling.sized(2, 128, 64, 512).batch
     assert sized == Batch(examples=8, max_length=64, micro_tokens=512, layout="blocks")
+
+
+def test_communication() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert [line for line in communication.table() if line not in page.splitlines()] == []
+    assert communication.all_reduce(100e6, 2, 400e6) == 1.0
+    assert communication.all_reduce(100e6, 4, 400e6) == 1.5
+    assert communication.step_time(3.0, 2.0) == 3.0  # hidden by the backward
+    assert communication.step_time(3.0, 3.0) == pytest.approx(4.0)
+    assert communication.step_time(3.0, 2.0, 2) == pytest.approx(4.0)  # by the last of two alone
+    _, flops, tokens = communication.MODELS["BERT-base"]
+    assert flops == pytest.approx(0.546e9, rel=5e-3)  # as minilm.hardware counts it, but for the head's own layer
+    compute, _, step = communication.predict("BERT-base", 1, communication.NVLINK)
+    assert compute == step == pytest.approx(tokens * flops / communication.RATE)

@@ -1,0 +1,125 @@
+"""What synchronisation costs a step: a model on paper, not a measurement. docs/scaling.md explains it.
+
+    python benchmarks/communication.py
+    python benchmarks/communication.py --measure
+
+The first prints the table of that page. `--measure` times an all-reduce between two CPU processes here (gloo), and puts
+what the model makes of it beside what benchmarks/scaling.py measures with two processes.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+RATE = 0.4 * 989e12  # FLOP/s: assumed, 40% of an H200's bf16 peak
+NVLINK = 400e9  # bytes/s: assumed bus bandwidth of an all-reduce inside a host
+NETWORKS = {f"{bits} Gb/s": bits * 1e9 / 8 for bits in (25, 100, 400)}  # bytes/s of a host
+MICRO_TOKENS = 16384
+# 12 layers, 768 wide. Parameters; FLOPs of a token, forward and backward (layers, attention, head); tokens of a step.
+LAYERS, WIDTH = 12, 768
+MODELS = {
+    "BERT-base": (110e6, 72 * LAYERS * WIDTH**2 + 12 * LAYERS * WIDTH * 128 + 0.15 * 6 * WIDTH * 30522, 1024 * 128),
+    "GPT-2": (124e6, 72 * LAYERS * WIDTH**2 + 12 * LAYERS * WIDTH * 1024 + 6 * WIDTH * 50257, 512 * 1024),
+}
+
+
+def all_reduce(parameters: float, processes: int, bandwidth: float) -> float:
+    """Seconds of a ring's all-reduce of float32 gradients, whose slowest link carries so many bytes/s each way."""
+    return 2 * (processes - 1) / processes * 4 * parameters / bandwidth
+
+
+def step_time(compute: float, communication: float, micro_batches: int = 1) -> float:
+    """Seconds of a step: the last micro-batch's backward, two thirds of its time, hides communication."""
+    return max(compute, compute - 2 / 3 * compute / micro_batches + communication)
+
+
+def predict(name: str, processes: int, bandwidth: float, steps: int = 1) -> tuple[float, float, float]:
+    """Seconds of computing, of communication and of a step that is `steps` times as large as in MODELS."""
+    parameters, flops, tokens = MODELS[name]
+    own = steps * tokens / processes
+    compute, communication = own * flops / RATE, all_reduce(parameters, processes, bandwidth)
+    return compute, communication, step_time(compute, communication, math.ceil(own / MICRO_TOKENS))
+
+
+def table() -> list[str]:
+    """Lines of Markdown, and what larger steps bring where the network is slow."""
+    places = [(f"{n} GPU{'s' * (n > 1)}", n, "NVLink" if n > 1 else "none", NVLINK) for n in (1, 2, 4, 8)]
+    places += [(f"{n} hosts of 8", 8 * n, *network) for n in (2, 4, 8) for network in NETWORKS.items()]
+    columns = " | ".join(f"{name}: compute | all-reduce | step | of ideal" for name in MODELS)
+    lines = [f"| | slowest link | {columns} |", "|---|---|" + "---:|" * 8]
+    for place, processes, link, bandwidth in places:
+        found = [predict(name, processes, bandwidth) for name in MODELS]
+        cells = [f"{1e3 * c:.1f} ms | {1e3 * r:.1f} ms | {1e3 * s:.1f} ms | {c / s:.0%}" for c, r, s in found]
+        lines.append(f"| {place} | {link} | {' | '.join(cells)} |")
+    for name in MODELS:
+        words = []
+        for times in (1, 4, 16, 64):
+            compute, _, step = predict(name, 16, NETWORKS["25 Gb/s"], times)
+            words.append(f"x{times} {compute / step:.0%} ({predict(name, 8, NVLINK, times)[2] / step:.1f})")
+        lines.append(
+            f"{name}, 2 hosts, 25 Gb/s, larger steps: of ideal (times the speed of one host): {', '.join(words)}"
+        )
+    return lines
+
+
+def reduced(rank: int, address: str, parameters: int, times: int = 10) -> float:
+    """Median seconds of an all-reduce of so many float32 numbers, in one of two processes that meet at `address`."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    gradient, seconds = torch.zeros(parameters), []
+    for _ in range(times + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(gradient)
+        seconds.append(time.perf_counter() - start)
+    dist.destroy_process_group()
+    return statistics.median(seconds[1:])  # the first connects
+
+
+def measure_all_reduce(parameters: int) -> float:
+    """Its seconds between two processes of this machine."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, context) as pool:
+        return max(pool.map(reduced, range(2), [f"file://{folder}/meeting"] * 2, [parameters] * 2))
+
+
+def measure() -> None:
+    """Print the bandwidth here, and the model's two processes beside those that are measured."""
+    import report
+    import scaling
+    from throughput import MASKED
+
+    layers, width = scaling.SHAPES[2]  # MASKED's
+    parameters = 12 * layers * width**2 + MASKED.tokens.vocab_size * width
+    seconds = measure_all_reduce(parameters)
+    print(f"all-reduce of {parameters / 1e6:.1f} M numbers: {seconds:.3f} s, {4e-9 * parameters / seconds:.2f} GB/s")
+    machine = report.this_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder  # for the processes that are launched
+        one, two = (scaling.launched(processes, machine) for processes in (1, 2))
+    alone = statistics.median(turn.seconds for turn in one)
+    speedup = alone / step_time(alone / 2, seconds)
+    measured = scaling.speeds(two)[0] / scaling.speeds(one)[0]
+    print(f"two processes: {speedup:.2f} times the speed of one by the model, {measured:.2f} times measured")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--measure", action="store_true", help="beside two processes of this machine")
+    if parser.parse_args().measure:
+        measure()
+    else:
+        print("\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()

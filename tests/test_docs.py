@@ -1,0 +1,226 @@
+"""What the documentation says to type works: each page's blocks are run, in their order, in an empty folder.
+
+A block of `python` whose first line is `# NAME.py` is written to that file, any other is run. The lines of a block of
+`bash` are run: recipes and `minilm` in a fork of this process, which saves the seconds of importing torch, all else by
+bash. Each line of the `text` after a block that ran is one of its output, but for numbers and for what `…` stands for.
+A block after `<!-- not run: REASON -->` is not run, and its output is taken on trust.
+"""
+
+import importlib
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from sides import assemble
+
+import minilm
+from minilm import Batch, CausalLM, Classification, Config, Data, Model, Run, Tokens
+from minilm.commands import main
+from tests.jobs import fork
+from tests.launch import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+LIMIT = 240  # seconds of a command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block of a page."""
+
+    kind: str
+    text: str
+    reason: str | None
+    """Why it is not run."""
+
+
+def blocks(page: Path) -> list[Block]:
+    """In their order."""
+    return [Block(**found.groupdict()) for found in FENCE.finditer(page.read_text(encoding="utf-8"))]
+
+
+def forked(work: Callable[[], object], place: Path) -> str:
+    """What `work` prints in a fork of this process, in the folder `place`; AssertionError where it fails."""
+
+    def status() -> int:
+        os.dup2(2, 1)  # both to the file
+        os.chdir(place)
+        sys.path.insert(0, str(place))
+        try:
+            work()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            sys.stdout.flush()
+        return 0
+
+    output = place.with_name(f"{place.name}-output")
+    (child,) = fork(status, output, 1)
+    try:
+        code = child.wait(LIMIT)
+    finally:
+        if child.is_running():
+            child.kill()
+    said = output.read_text(encoding="utf-8", errors="replace")
+    assert code == 0, said[-3000:]
+    return said
+
+
+def run_file(words: list[str]) -> None:
+    """`python FILE FLAGS…` in this very process."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def command(line: str, place: Path) -> str:
+    """What a line of bash prints, run in the folder `place`."""
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["minilm"]:
+        return forked(lambda: main(words[1:]), place)
+    if words[:1] == ["python"] and words[1].endswith(".py"):
+        return forked(lambda: run_file(words[1:]), place)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=place, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def run(block: Block, place: Path) -> str:
+    """What the block prints."""
+    if block.kind == "python":
+        named = re.match(r"# (\w+\.py)\n", block.text)
+        (place / (named[1] if named else "block.py")).write_text(block.text, encoding="utf-8")
+        return "" if named else forked(lambda: run_file(["block.py"]), place)
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return "".join(command(line, place) for line in lines if line.strip())
+
+
+def shown(line: str, output: str) -> bool:
+    """Whether a page's line is one of the output, whatever its numbers are, and whatever is in place of `…`."""
+    pattern = re.sub(r"\d(?:\d|,|\\\.)*", r"[\\d.,]+", re.escape(line.strip()).replace("…", ".*"))
+    return re.search(rf"^\s*{pattern}\s*$", output.replace("\r", "\n"), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_word_by_word(page: Path, tmp_path: Path) -> None:
+    place, output = tmp_path / "empty", ""
+    place.mkdir()
+    for block in blocks(page):
+        assert block.kind in ("python", "bash", "text"), f"say what kind of block begins with {block.text[:40]!r}"
+        if block.kind == "text":
+            missing = [
+                line for line in block.text.splitlines() if output and line.strip(" …") and not shown(line, output)
+            ]
+            assert not missing, f"{missing} not in {output[-3000:]}"
+        else:
+            output = run(block, place) if block.reason is None else ""
+
+
+def test_what_is_not_run_says_why_and_is_bash_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    marked = [(page.name, block) for page in PAGES for block in blocks(page) if block.reason is not None]
+    assert len(marked) == sum(page.read_text(encoding="utf-8").count("<!--") for page in PAGES)
+    for name, block in marked:
+        with capsys.disabled():
+            print(f"\n{name}: not run: {block.reason}", end="")
+        assert block.reason
+        assert block.kind == "bash"
+        subprocess.run(["bash", "-n", "-c", block.text], check=True)
+
+
+def test_flags_and_recipes_that_are_named_exist() -> None:
+    kinds: list[tuple[str, Any]] = [(group.name, type(getattr(Config(), group.name))) for group in fields(Config)]
+    kinds += [("objective", CausalLM), ("objective", Classification)]
+    known = {f"{group}.{field.name.replace('_', '-')}" for group, kind in kinds for field in fields(kind)}
+    for page in (*PAGES, ROOT / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        groups = "|".join(field.name for field in fields(Config))
+        flags = set(re.findall(rf"--((?:{groups})\.[a-z][a-z-]*)", text))
+        assert flags - known == set(), page.name
+        paths = re.findall(r"(?<![\w/])(?:recipes|benchmarks|tests|minilm)/[\w/]+\.\w+", text)
+        assert [path for path in paths if path != "recipes/X.py" and not (ROOT / path).exists()] == [], page.name
+        links = re.findall(r"\]\((?!http)([^)#]+)", text)
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+
+
+def test_the_loop_in_the_readme(tmp_path: Path) -> None:
+    (loop,) = [block.text for block in blocks(ROOT / "README.md") if block.kind == "python"]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"Line {i} of a text." for i in range(40)), encoding="utf-8")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    parts = assemble(
+        Config(
+            data=Data(source=str(path)),
+            tokens=Tokens(vocab_size=300),
+            model=Model(type="bert", config=size),
+            batch=Batch(examples=8, max_length=16),
+            run=Run(precision="fp32"),
+        )
+    )
+    names: dict[str, Any] = {"examples": parts.prepared.train, "seed": 0, "optim": parts.config.optim, "total": 3}
+    names |= {name: getattr(parts, name) for name in ("accelerator", "model", "optimizer", "plan", "collator")}
+    try:
+        exec("from minilm.optim import learning_rate\nfrom minilm.train import *\n" + loop, names)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert names["done"] == 3
+    assert float(names["result"].loss) > 0
+
+
+def test_the_example_that_help_shows(tmp_path: Path) -> None:
+    parts = [part for part in (minilm.__doc__ or "").split("\n\n") if part.startswith("    ")]
+    example = textwrap.dedent("\n".join(parts[:2]))  # imports, and what is done with them
+    (tmp_path / "my_text.txt").write_text("\n".join(f"Line {i} of a text." for i in range(40)), encoding="utf-8")
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    assert len(example.strip().splitlines()) <= 6
+    assert re.search(r"^\d\.\d+ \d+\.\d+$", forked(lambda: run_file(["example.py"]), tmp_path), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", minilm.__all__)
+def test_help_says_what_a_name_is_and_what_it_takes(name: str) -> None:
+    kind = getattr(minilm, name)
+    assert len(kind.__doc__.split()) >= 5
+    assert not kind.__doc__.startswith(f"{name}(")  # what dataclasses makes up
+    if name == "Config":  # its fields are of the kinds that the others are
+        return
+    explained = dict(line.split(": ", 1) for line in kind.__init__.__doc__.splitlines())
+    assert [*explained] == [field.name for field in fields(kind)]
+    assert all(len(text.split()) > 1 for text in explained.values())
+
+
+def test_the_modules_that_help_names_have_what_it_says() -> None:
+    listed = re.findall(r"^    (minilm\.\w+) +(.*)$", minilm.__doc__ or "", re.MULTILINE)
+    assert len(listed) > 10
+    for name, said in listed:
+        module = importlib.import_module(name)
+        words = re.findall(r"\b[A-Z]\w*[a-z]\w*|\w+_\w+", said)
+        assert [word for word in words if not hasattr(module, word)] == [], name
+
+
+def test_a_page_of_the_api_for_each_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pdoc = pytest.importorskip("pdoc", reason="pip install -e '.[docs]'")
+    files = sorted((ROOT / "minilm").glob("*.py"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # pdoc adds to it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pdoc.pdoc(*files, output_directory=tmp_path)
+    pages = {path.stem for path in (tmp_path / "minilm").glob("*.html")}
+    assert pages == {path.stem for path in files} - {"__init__"}
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        assert "pdoc minilm/*.py -o docs/api" in page.read_text(encoding="utf-8")
+    assert "Examples in a step, all processes" in (tmp_path / "minilm.html").read_text(encoding="utf-8")

@@ -133,9 +133,12 @@ class Result:
 def measure(head: str, kind: str) -> Result:
     """Build, load, train a step, compare. Raises nothing: what goes wrong is in the result."""
     result = Result(head=head, kind=kind)
-    attempt(result)
-    if result.decoder:
+    try:
         attempt(result)
+        if result.decoder:
+            attempt(result)
+    except Exception as error:  # of a configuration that cannot even be made by default
+        result.why = f"not built: {said(error)}"
     return result
 
 

@@ -34,6 +34,7 @@ from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
+from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results, write_samples
 from minilm.resume import check_settings, load_step, resume
 from minilm.sharding import distribute, whole
@@ -95,9 +96,8 @@ def train_step(
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
-    `name` names the default output folder, out/NAME. Everything that can be checked is checked before the first step: a
-    ValueError then says in one line what to change. TrainingStopped ends a run early: after a signal and a checkpoint,
-    or for want of finite gradients; ConnectionError, when another process of the job is gone.
+    `name` names the default output folder, out/NAME. What can be checked is checked before the first step (ValueError).
+    TrainingStopped ends a run early, ConnectionError when another process is gone.
     """
     accelerator, precision = start(config.run)
     folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)
@@ -116,7 +116,6 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
-
     data = prepared.train.facts()
     progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer))
     best = together(lambda: Best(config.run, evaluator.names, progress))
@@ -168,11 +167,13 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         results = recorder.conclude(figures)
         weights = copied(network.state_dict(keep_vars=True), keep=main)
         if main:
-            conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
+            files = conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
     model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
     finish(accelerator)
     if early is not None:
         raise early
+    if main and config.run.push_to_hub is not None:  # while no other process waits for it
+        push(config.run.push_to_hub, folder, files)
     return results
 
 
@@ -278,9 +279,12 @@ def conclude(
     network: PreTrainedModel,
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Save the model, its card and the results, and show what the saved model makes of the samples."""
-    export(network, tokenizer, folder, weights)
+) -> list[str]:
+    """Save the model, its card and the results, and show what the saved model makes of the samples.
+
+    Returns the names of the model's files.
+    """
+    files = export(network, tokenizer, folder, weights)
     objective, samples = objective_of(config.objective), {}
     if config.run.samples:
         with quiet_transformers():
@@ -293,3 +297,4 @@ def conclude(
     write_card(folder, config, facts, results, samples)
     write_results(folder, results)
     log.info(f"saved to {folder}; try: {objective.command(folder, tokenizer)}")
+    return files

@@ -1,21 +1,23 @@
 """The model card of a run."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from minilm.cache import publish
-from minilm.config import Config
+from minilm.config import Config, Data
 from minilm.energy import CPUS, GPUS
+from minilm.glue import with_glue_columns
+from minilm.hub import is_path
 from minilm.objectives import objective_of
 from minilm.settings import to_dict
+from minilm.sources import local_files
 
 _CARD = """---
-library_name: transformers
-pipeline_tag: {pipeline}
-{base}tags:
-- minilm
-- {pipeline}
+{metadata}
 ---
 
 # {title}
@@ -26,7 +28,7 @@ A {kind} trained with minilm on `{source}`
 ```python
 from transformers import pipeline
 
-model = pipeline("{pipeline}", model="{title}")
+model = pipeline("{pipeline}", model="{address}")
 ```
 
 ## Results
@@ -51,6 +53,19 @@ model = pipeline("{pipeline}", model="{title}")
 """
 
 
+# The figures of an evaluation that the hub knows, by the names that it has for them.
+_METRICS = {
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "mse": "mse",
+}
+_FIGURES = ("eval_loss", "bits_per_byte", *_METRICS)
+
+
 def write_card(
     folder: Path,
     config: Config,
@@ -70,12 +85,11 @@ def write_card(
         if value not in (None, [], {})
     ]
     listed = [f"- {text} → {more}" for text, more in samples.items()]
-    name = config.model.name
-    base = f"base_model: {json.dumps(name)}\n" if name and not Path(name).exists() else ""  # the hub knows no folders
-    objective = objective_of(config.objective)
+    objective, title = objective_of(config.objective), folder.resolve().name
     card = _CARD.format(
-        base=base,
-        title=folder.resolve().name,
+        metadata=metadata(config, title, results).to_yaml(),
+        title=title,
+        address=config.run.push_to_hub or title,
         source="`, `".join(config.data.sources),
         rows="\n".join(rows),
         pipeline=objective.pipeline,
@@ -97,3 +111,62 @@ def _energy(results: dict[str, float]) -> str:
     measured = " and ".join(name for kind, name in ((GPUS, "GPUs"), (CPUS, "CPUs")) if kind in results)
     later = f", since step {results['energy_since_step']:,}" if "energy_since_step" in results else ""
     return f"\n\nEnergy: {results['energy_kwh']:.3g} kWh ({measured}{later})"
+
+
+def metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardData:
+    """What the hub reads of a model card: where the model comes from, and the figures of its last evaluation.
+
+    Names of local files and folders stay out of it.
+    """
+    pipeline, base = objective_of(config.objective).pipeline, config.model.name
+    # A figure of one part of several goes by its own name and that of the part.
+    kinds = {
+        figure: next((kind for kind in _FIGURES if figure == kind or figure.startswith(f"{kind}_")), None)
+        for figure, value in results.items()
+        if math.isfinite(value)
+    }
+    where = _evaluated_on(config.data)
+    found = [
+        EvalResult(
+            task_type=pipeline,
+            metric_type=_METRICS.get(kind, kind),
+            metric_name=figure,
+            metric_value=results[figure],
+            **where,
+        )
+        for figure, kind in kinds.items()
+        if kind is not None
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        license=config.run.license,
+        base_model=base if base is not None and not is_path(base) else None,
+        tags=["minilm", pipeline],
+        datasets=_on_hub(config.data.sources) or None,
+        metrics=list(dict.fromkeys(_METRICS[kind] for kind in kinds.values() if kind in _METRICS)) or None,
+        model_name=name if found else None,
+        eval_results=found or None,
+    )
+
+
+def _on_hub(sources: tuple[str, ...]) -> list[str]:
+    """Those of the sources that are datasets on the hub."""
+
+    def local(source: str) -> bool:
+        try:
+            return source == "pydocs" or is_path(source) or bool(local_files(source))
+        except ValueError:  # files that are gone by now
+            return True
+
+    return [source for source in dict.fromkeys(sources) if not local(source)]
+
+
+def _evaluated_on(data: Data) -> dict[str, Any]:
+    """The dataset of an `EvalResult`."""
+    data = with_glue_columns(data)
+    sources = (data.eval_source,) if data.eval_source is not None else data.sources
+    if len(sources) > 1 or not _on_hub(sources):
+        return {"dataset_type": "unknown", "dataset_name": "held-out documents"}
+    name, split = sources[0], data.eval_split or ("train" if data.eval_source is not None else None)
+    return {"dataset_type": name, "dataset_name": name, "dataset_config": data.config, "dataset_split": split}

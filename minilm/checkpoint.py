@@ -175,6 +175,11 @@ def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
     return read_checkpoint(complete[-1])
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder says of itself that it is a checkpoint, whole or not."""
+    return any((folder / name).exists() for name in (_MANIFEST, _STATE))
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Check every file of the checkpoint against its manifest, then read where the run stood.
 

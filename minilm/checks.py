@@ -29,3 +29,14 @@ def closest(word: str, known: Sequence[str]) -> str:
     hint = f": did you mean {near[0]!r}?" if near else "."
     listed = ", ".join(sorted(known)[:20]) + (", …" if len(known) > 20 else "")
     return f"{word!r}{hint} There are: {listed or 'none'}."
+
+
+def check_repo_id(setting: str, name: str) -> None:
+    """Refuse for `setting` what can be no name of a repository on the Hugging Face hub."""
+    # Imports slowly, and few runs ask for it; its types do not say that it is public.
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(f"{setting} takes a repository on the hub, NAME or OWNER/NAME: {error}") from error

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     _add_model(measure, "model of any of these kinds")
     measure.set_defaults(work=_evaluate)
+    _add_export(commands)
     _add_report(commands)
     _add_doctor(commands)
     options, rest = parser.parse_known_args(arguments)
@@ -59,6 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     guarded(lambda: options.work(options), debug=options.debug)
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser("export", help="the model by itself, as safetensors or ONNX")
+    command.description = (
+        "Write the model of a run or of a checkpoint, with its tokenizer and nothing else, to a new folder: "
+        "minilm export DIR --format onnx --output FOLDER"
+    )
+    command.add_argument("model", metavar="DIR", help="folder of a run or of a checkpoint")
+    command.add_argument(
+        "--format",
+        choices=("onnx", "safetensors"),
+        required=True,
+        help='as it is, or as ONNX (pip install "minilm[onnx]")',
+    )
+    command.add_argument("--output", required=True, metavar="FOLDER", help="where to: a folder that is new or empty")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.set_defaults(work=_export)
 
 
 def _add_report(commands: Any) -> None:
@@ -239,6 +258,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         width = max(map(len, figures))
         for name, value in figures.items():
             print(f"{name:<{width}}  {value:.6g}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from minilm.export import export_model
+
+    print(f"written: {export_model(options.model, options.output, options.format)}")
 
 
 def _report(options: argparse.Namespace) -> None:

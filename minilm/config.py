@@ -5,10 +5,11 @@ name (`--batch.examples 64`). This file imports neither torch nor transformers, 
 are answered at once.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from minilm.checks import check, check_choices
+from minilm.checks import check, check_choices, check_repo_id
 
 Value = bool | int | float | str | list[str]
 
@@ -297,6 +298,11 @@ class Run:
     """Where the figures of log.jsonl go as well; each is a package of its own, configured as it always is."""
     samples: tuple[str, ...] = ()
     """Texts with a mask token to fill in, or beginnings to go on from, at the end and for the model card."""
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub, NAME or OWNER/NAME, to upload the result to at the end; whether the token
+    may is asked at the start. It is created, as public as the hub makes it by default, before the first step."""
+    license: str | None = None
+    """License of the model for its card, by the hub's name for it, such as apache-2.0."""
 
     def __post_init__(self) -> None:
         check_choices("run", self)
@@ -309,6 +315,10 @@ class Run:
         check(self.save_every > 0 or not self.load_best, "run.load_best takes a checkpoint: set run.save_every")
         check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
         check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
+        if self.push_to_hub is not None:
+            check_repo_id("run.push_to_hub", self.push_to_hub)
+        named = self.license is None or re.fullmatch(r"[a-z0-9.+-]+", self.license)
+        check(bool(named), f"run.license takes the hub's name for a license, such as apache-2.0, not {self.license!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

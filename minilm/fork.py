@@ -18,6 +18,7 @@ from minilm.launch import attempt, finish, first_on_each_host, start, together
 from minilm.objectives import prepare
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan
+from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results
 from minilm.tokens import Prepared
 from minilm.trackers import open_trackers
@@ -33,6 +34,8 @@ class Begun:
     folder: Path
     """The output folder; nothing is in it yet."""
     prepared: Prepared
+    push_to_hub: str | None = None
+    """Where to publish what the loop makes."""
 
 
 def begin(config: Config, name: str) -> Begun:
@@ -45,7 +48,14 @@ def begin(config: Config, name: str) -> Begun:
     folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))
-    return Begun(accelerator=accelerator, precision=precision, folder=folder, prepared=together(attempted))
+    prepared = together(attempted)
+    return Begun(
+        accelerator=accelerator,
+        precision=precision,
+        folder=folder,
+        prepared=prepared,
+        push_to_hub=config.run.push_to_hub,
+    )
 
 
 def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
@@ -68,14 +78,18 @@ def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Record
 def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str, float]:
     """Save each model of transformers in its part of the output folder (`.`: the folder), leave, return the totals.
 
-    The loop holds its prepared model no more by then: see `minilm.launch.finish`.
+    The loop holds its prepared model no more by then: see `minilm.launch.finish`. What `run.push_to_hub` names
+    gets the models and the records.
     """
-    results = recorder.conclude({})
-    if begun.accelerator.is_main_process:
+    results, files, main = recorder.conclude({}), list[str](), begun.accelerator.is_main_process
+    if main:
         for part, network in networks.items():
             (begun.folder / part).mkdir(exist_ok=True)
-            export(network, begun.prepared.tokenizer, begun.folder / part)
+            saved = export(network, begun.prepared.tokenizer, begun.folder / part)
+            files += [str(Path(part, name)) for name in saved]
         write_results(begun.folder, results)
     begun.accelerator.free_memory()
     finish(begun.accelerator)
+    if main and begun.push_to_hub is not None:
+        push(begun.push_to_hub, begun.folder, files)
     return results

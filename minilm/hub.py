@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("minilm")
 
-_TOKEN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def is_path(name: str) -> bool:
@@ -79,16 +79,16 @@ def expect(name: str, kind: str) -> bool:
 
 def reason(error: BaseException, kind: str = "model") -> str:
     """Why a name could not be loaded, in one line that says what to do, from what the libraries raised."""
-    chain = [*_chain(error)]
+    causes = [*chain(error)]
     said = " ".join(str(error).split())
 
     def found(*kinds: type) -> bool:
-        return any(isinstance(one, kinds) for one in chain)
+        return any(isinstance(one, kinds) for one in causes)
 
     if found(GatedRepoError) or "is a gated dataset" in said:
-        return f"it is gated: accept its terms on its page on the hub, then {_TOKEN}"
+        return f"it is gated: accept its terms on its page on the hub, then {LOG_IN}"
     if found(RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError):
-        return f"there is no such file or folder here and no such {kind} on the hub; if it is a private one, {_TOKEN}"
+        return f"there is no such file or folder here and no such {kind} on the hub; if it is a private one, {LOG_IN}"
     if found(ConnectionError, LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
             return "it is not in the cache, and HF_HUB_OFFLINE keeps from the hub: unset it, or give a folder"
@@ -109,7 +109,8 @@ def reason(error: BaseException, kind: str = "model") -> str:
     return said if len(said) < 200 else said.split(". ")[0][:400]
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -15,6 +15,7 @@ from minilm.config import Run
 from minilm.disk import sync
 from minilm.hub import quiet_transformers
 from minilm.lora import is_adapted, merged, save_adapter
+from minilm.push import check_access, claim_repo
 
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
@@ -22,8 +23,8 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
 
     A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that is not there or empty. A resumed one
     gets the folder of its checkpoint: for `latest` without `run.output_dir`, of the newest in these folders. Raises
-    ValueError when the folder cannot be written, when it is not empty and neither `resume` nor `overwrite` is set, or
-    when there is no checkpoint.
+    ValueError when the folder cannot be written, when it is not empty and neither `resume` nor `overwrite` is set,
+    when there is no checkpoint, or when the hub would not take `run.push_to_hub`.
     """
     if run.resume is not None:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
@@ -39,13 +40,16 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
                 f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
                 "--run.resume latest to go on with the run in it"
             )
+    if run.push_to_hub is not None:
+        check_access(run.push_to_hub, run.license)
     return folder, checkpoint
 
 
 def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
-    """Create the folder, once all else was checked; a run from the start removes the checkpoints of an earlier one.
+    """Create the folder, once all else was checked, and `run.push_to_hub` on the hub.
 
-    Raises ValueError, and leaves everything as it is, where there is no room for a checkpoint and the model.
+    A run from the start removes the checkpoints of an earlier one. Raises ValueError, and leaves the folder as it is,
+    where there is no room for a checkpoint and the model, or the hub refuses the repository.
     """
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments besides
@@ -56,6 +60,9 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
                 f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: free "
                 "some or choose another one"
             )
+    if run.push_to_hub is not None:
+        claim_repo(run.push_to_hub)
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if run.resume is None:
             discard_checkpoints(folder)
@@ -107,12 +114,12 @@ def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoin
 
 def export(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
-) -> None:
-    """Save in the Hugging Face format; `weights` takes the place of `network.state_dict()`.
+) -> list[str]:
+    """Save in the Hugging Face format, and return the names of the files in `folder`.
 
-    An adapter of LoRA is merged into the weights, and saved by itself besides, in `adapter/`. The files are
-    written and synced in a temporary folder inside `folder`, then renamed into place, the weights last: each file is
-    whole at any time.
+    `weights` takes the place of `network.state_dict()`. An adapter of LoRA is merged into the weights, and saved by
+    itself besides, in `adapter/`. The files are written and synced in a temporary folder inside `folder`, then renamed
+    into place, the weights last: each file is whole at any time.
     """
     weights = network.state_dict() if weights is None else weights
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
@@ -130,5 +137,6 @@ def export(
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         sync(folder)
+        return [str(path.relative_to(temporary)) for path in new]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -36,7 +36,7 @@ _WHERE = ("run.output_dir", "run.overwrite", "run.resume")
 _MAY_CHANGE = (
     *_WHERE,
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
-    *("run.load_best", "run.patience", "run.trackers"),
+    *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention"),
 )

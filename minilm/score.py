@@ -49,7 +49,7 @@ def _config(name: str, data: Data | None) -> Config:
     elif data is None:
         raise ValueError(f"{name} has no run.json that says what to evaluate it on: give --data.source")
     else:
-        config = Config(objective=_objective(name))
+        config = Config(objective=objective_for(name))
     model = Model(name=name)
     if data is not None:
         if len(data.sources) > 1 or data.streaming:
@@ -58,7 +58,8 @@ def _config(name: str, data: Data | None) -> Config:
     return replace(config, model=model, tokens=replace(config.tokens, name=None))
 
 
-def _objective(name: str) -> Any:
+def objective_for(name: str) -> Any:
+    """The objective that a model's class was trained by, with default settings. ValueError for another class."""
     with loading(name, f"model {name!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     for auto, settings in _OBJECTIVES.items():

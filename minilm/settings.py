@@ -79,14 +79,16 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def read_run(path: str) -> Config:
-    """The configuration stored in a run's `run.json`, without its output folder, which is taken."""
+    """The configuration stored in a run's `run.json`, without its output folder and repository, which are taken."""
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
         check(isinstance(run, dict) and "config" in run, "it holds no config")
         config = from_dict(run["config"])
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=None, resume=None))
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, output_dir=None, resume=None, push_to_hub=None)
+    )
 
 
 def _split(words: Sequence[str], flag: str) -> list[str]:

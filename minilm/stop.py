@@ -9,6 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from minilm.config import Run
+from minilm.plan import Plan
+from minilm.record import Recorder
 from minilm.signals import SIGNALS, die_with_parent, heard, remember
 
 
@@ -72,3 +75,20 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         name = signal.Signals(number).name
         left = "--run.resume latest goes on" if self.saves else "nothing was saved, for run.save_every is 0"
         return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)
+
+
+def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
+    """Why to give up, after `run.max_bad_steps` in a row without a finite gradient: since when, and what they saw."""
+    if recorder.bad_steps < run.max_bad_steps:
+        return None
+    first = recorder.bad_since()
+    ids = plan.step(first).examples.tolist()
+    listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+    saved = (
+        f"checkpoint-{recorder.steps} has the last good weights" if run.save_every else "no checkpoint was asked for"
+    )
+    return TrainingStopped(
+        f"no finite gradient in {recorder.bad_steps} steps in a row, since step {first + 1} (examples {listed}); these "
+        f"steps changed nothing, and {saved}: look at the examples, or start again with a lower optim.lr",
+        1,
+    )

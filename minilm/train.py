@@ -24,7 +24,7 @@ from minilm.batch import Batch, Collate, Collator, loss_sum
 from minilm.best import Best
 from minilm.card import write_card
 from minilm.checkpoint import Saver, copied
-from minilm.config import Config, Run
+from minilm.config import Config
 from minilm.energy import metered
 from minilm.hardware import count_flops, device_peak
 from minilm.head import Head, freeze_unused
@@ -35,10 +35,11 @@ from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
+from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results, write_samples
 from minilm.resume import check_settings, load_step, resume
 from minilm.sharding import distribute, whole
-from minilm.stop import StopRequest, TrainingStopped
+from minilm.stop import StopRequest, bad_gradients
 from minilm.tokens import Examples, Prepared
 from minilm.trackers import open_trackers
 
@@ -96,9 +97,8 @@ def train_step(
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
-    `name` names the default output folder, out/NAME. Everything that can be checked is checked before the first step: a
-    ValueError then says in one line what to change. TrainingStopped ends a run early: after a signal and a checkpoint,
-    or for want of finite gradients; ConnectionError, when another process of the job is gone.
+    `name` names the default output folder, out/NAME. All that can be checked is checked before the first step: ValueError
+    says what to change. TrainingStopped ends a run early, in good order; ConnectionError, when another process is gone.
     """
     accelerator, precision = start(config.run)
     folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)
@@ -117,7 +117,6 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
-
     data = prepared.train.facts()
     progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer))
     best = together(lambda: Best(config.run, evaluator.names, progress))
@@ -169,29 +168,14 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         results = recorder.conclude(figures | energy())
         weights = copied(network.state_dict(keep_vars=True), keep=main)
         if main:
-            conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
+            files = conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
     model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
     finish(accelerator)
     if early is not None:
         raise early
+    if main and config.run.push_to_hub is not None:  # while no other process waits for it
+        push(config.run.push_to_hub, folder, files)
     return results
-
-
-def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
-    """Why to give up, after `run.max_bad_steps` in a row without a finite gradient: since when, and what they saw."""
-    if recorder.bad_steps < run.max_bad_steps:
-        return None
-    first = recorder.bad_since()
-    ids = plan.step(first).examples.tolist()
-    listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-    saved = (
-        f"checkpoint-{recorder.steps} has the last good weights" if run.save_every else "no checkpoint was asked for"
-    )
-    return TrainingStopped(
-        f"no finite gradient in {recorder.bad_steps} steps in a row, since step {first + 1} (examples {listed}); these "
-        f"steps changed nothing, and {saved}: look at the examples, or start again with a lower optim.lr",
-        1,
-    )
 
 
 def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[Batch]:
@@ -279,9 +263,12 @@ def conclude(
     network: PreTrainedModel,
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Save the model, its card and the results, and show what the saved model makes of the samples."""
-    export(network, tokenizer, folder, weights)
+) -> list[str]:
+    """Save the model, its card and the results, and show what the saved model makes of the samples.
+
+    Returns the names of the model's files.
+    """
+    files = export(network, tokenizer, folder, weights)
     objective, samples = objective_of(config.objective), {}
     if config.run.samples:
         with quiet_transformers():
@@ -294,3 +281,4 @@ def conclude(
     write_card(folder, config, facts, results, samples)
     write_results(folder, results)
     log.info(f"saved to {folder}; try: {objective.command(folder, tokenizer)}")
+    return files

@@ -334,6 +334,12 @@ ENTRIES: dict[str, Entry] = {
     "no room for a checkpoint": Entry(prepare=no_room, says="free"),
     "fp16 on a CPU": Entry(flags="--run.precision fp16", says="needs a GPU"),
     "bf16 where it is slow": Entry(flags="--run.precision bf16", prepare=no_bf16, says="WARNING", runs=True),
+    "repository of three names": Entry(
+        flags="--run.push-to-hub hub/me/model", says="run.push_to_hub takes a repository on the hub, NAME or OWNER/NAME"
+    ),
+    "license by another name": Entry(
+        flags="--run.license Apache-2.0", says="run.license takes the hub's name for a license, such as apache-2.0"
+    ),
     "resume from nothing": Entry(flags="--run.resume latest", says="no complete checkpoint"),
     "resume from another folder": Entry(flags="--run.resume bert", says="bert"),
     "resume with another model": Entry(
@@ -359,6 +365,15 @@ ENTRIES: dict[str, Entry] = {
     "offline, dataset not in the cache": Entry(
         flags="--data.source some/dataset",
         says="HF_HUB_OFFLINE",
+    ),
+    "offline, to be published": Entry(
+        flags="--run.push-to-hub me/model", says="run.push_to_hub needs the hub, and HF_HUB_OFFLINE keeps from it"
+    ),
+    "to be published with a token that the hub does not know": Entry(
+        flags="--run.push-to-hub me/model", says="the hub does not know the token: log in", hub="server"
+    ),
+    "hub not reachable, to be published": Entry(
+        flags="--run.push-to-hub me/model", says="the hub cannot be reached at http", hub="unreachable"
     ),
     "gated model": Entry(flags="--model.name some/gated", says="gated", hub="server"),
     "gated model, no access": Entry(flags="--model.name some/gated-no-access", says="gated", hub="server"),

@@ -262,9 +262,9 @@ def hub_server() -> Iterator[str]:
 
     class Refusal(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            gated, down = "gated" in self.path, "down" in self.path
-            self.send_response(503 if down else 403 if "no-access" in self.path else 401 if gated else 404)
-            if not down:
+            gated, down, who = "gated" in self.path, "down" in self.path, "whoami" in self.path
+            self.send_response(503 if down else 403 if "no-access" in self.path else 401 if gated or who else 404)
+            if not down and not who:
                 self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()

@@ -49,6 +49,8 @@ BAD = [
     ("run.eval_every", 0),
     *(("run.timeout", value) for value in (0, 2**31)),
     *(("run.seed", value) for value in (-1, 2**63)),
+    *(("run.push_to_hub", value) for value in ("", "a/b/c", "a b", "--x", "me/model.git")),
+    *(("run.license", value) for value in ("", "Apache 2.0", "mit\n")),
     *((flag, "nonsense") for flag in CHOICES),
 ]
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
 
 from minilm import record
 from minilm.card import write_card
 from minilm.checkpoint import Progress
-from minilm.config import Config, Data, MaskedLM, Model, Optim, Run
+from minilm.config import Classification, Config, Data, MaskedLM, Model, Optim, Run
 from minilm.hardware import Peak, Precision
 from minilm.plan import Plan
 from minilm.record import Recorder, announce, run_facts, write_results
@@ -309,6 +309,12 @@ def test_the_card_is_read_by_the_hub_and_no_temporary_or_secret_stays(base, tmp_
     assert card.data.pipeline_tag == "fill-mask"
     assert card.data.tags == ["minilm", "fill-mask"]
     assert card.data.base_model == base
+    assert card.data.license is card.data.datasets is None
+    assert card.data.metrics == ["perplexity"]
+    found = {result.metric_name: (result.metric_type, result.metric_value) for result in card.data.eval_results}
+    assert found["bits_per_byte"] == ("bits_per_byte", 1.5)
+    assert {"eval_loss", "perplexity", "bits_per_byte"} == found.keys()
+    assert {(r.task_type, r.dataset_type) for r in card.data.eval_results} == {("fill-mask", "unknown")}
     for expected in ("| bits_per_byte | 1.5 |", "| optim.lr | 0.0005 |", "- A [MASK]. → dog (12%)", tmp_path.name):
         assert expected in card.text
     assert json.loads((tmp_path / "all_results.json").read_text()) == FIGURES
@@ -319,3 +325,24 @@ def test_the_card_is_read_by_the_hub_and_no_temporary_or_secret_stays(base, tmp_
 def test_the_card_keeps_a_local_path_to_the_base_model_out_of_its_metadata(tmp_path, facts):
     write_card(tmp_path, Config(model=Model(name=str(tmp_path))), facts, FIGURES, {})
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+def test_the_card_names_the_license_the_datasets_of_the_hub_and_what_was_evaluated(tmp_path, facts):
+    (tmp_path / "mine.jsonl").write_text('{"text": "words"}')
+    data = Data(source=("nyu-mll/glue", str(tmp_path / "mine.jsonl"), "gone.csv"), config="mnli")
+    figures = {"eval_loss": 0.5, "f1_macro": 0.25, "accuracy_validation_matched": 0.75, "steps": 3, "mfu": 0.1}
+    run = Run(license="cc-by-4.0", push_to_hub="me/model")
+    config = Config(data=data, objective=Classification(), run=run)
+    write_card(tmp_path, config, facts, {**figures, "pearson": math.nan}, {})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.datasets) == ("cc-by-4.0", ["nyu-mll/glue"])
+    assert card.data.metrics == ["f1", "accuracy"]
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        *(("eval_loss", 0.5), ("f1", 0.25), ("accuracy", 0.75))
+    ]
+    assert {r.dataset_type for r in card.data.eval_results} == {"unknown"}
+    assert 'model="me/model"' in card.text
+    write_card(tmp_path, replace(config, data=Data(source="nyu-mll/glue", config="mnli")), facts, figures, {})
+    result = metadata_load(tmp_path / "README.md")["model-index"][0]["results"][0]
+    both = "validation_matched+validation_mismatched"
+    assert result["dataset"] == {"name": "nyu-mll/glue", "type": "nyu-mll/glue", "config": "mnli", "split": both}

@@ -216,6 +216,7 @@ def test_a_page_of_the_api_for_each_module(tmp_path: Path, monkeypatch: pytest.M
     pdoc = pytest.importorskip("pdoc", reason="pip install -e '.[docs]'")
     files = sorted((ROOT / "minilm").glob("*.py"))
     monkeypatch.setattr(sys, "path", [*sys.path])  # pdoc adds to it
+    pdoc.render.configure(show_source=False)  # which takes most of the time
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pdoc.pdoc(*files, output_directory=tmp_path)

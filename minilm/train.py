@@ -97,8 +97,8 @@ def train_step(
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
-    `name` names the default output folder, out/NAME. All that can be checked is checked before the first step: ValueError
-    says what to change. TrainingStopped ends a run early, in good order; ConnectionError, when another process is gone.
+    `name` names the default output folder, out/NAME. All that can be checked is checked before the first step: a
+    ValueError says what to change. TrainingStopped ends a run early, ConnectionError when another process is gone.
     """
     accelerator, precision = start(config.run)
     folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)

@@ -8,12 +8,10 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +26,6 @@ from minilm.progress import progress_bar
 from minilm.stream import Stream
 from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
 from minilm.words import begins_word
-
-T, U = TypeVar("T"), TypeVar("U")
 
 _VERSION = 4  # of the files below in the cache
 
@@ -233,7 +229,8 @@ def _write_ids(
         growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
         progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
-        for texts, encodings in _ahead(partial(encode_batch, add_special_tokens=False), in_batches(documents)):
+        for texts in in_batches(documents):
+            encodings = encode_batch(texts, add_special_tokens=False)
             rows = [[*before, *encoding.ids, *after] for encoding in encodings]
             sizes.extend(map(len, rows))
             np.fromiter(itertools.chain.from_iterable(rows), kind).tofile(file)
@@ -246,19 +243,6 @@ def _write_ids(
             if enough is not None and file.tell() >= enough * np.dtype(kind).itemsize:
                 break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
-
-
-def _ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
-    """Each item and what `work` makes of it, in a thread that is one item ahead: for work that leaves Python free."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: tuple[T, Future[U]] | None = None
-        for item in items:
-            following = (item, pool.submit(work, item))
-            if pending is not None:
-                yield pending[0], pending[1].result()
-            pending = following
-        if pending is not None:
-            yield pending[0], pending[1].result()
 
 
 def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

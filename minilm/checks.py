@@ -39,4 +39,7 @@ def check_repo_id(setting: str, name: str) -> None:
     try:
         validate_repo_id(name)
     except ValueError as error:
-        raise ValueError(f"{setting} takes a repository on the hub, NAME or OWNER/NAME: {error}") from error
+        allowed = "of letters, digits, _, and single - and . between them, 96 at most"
+        raise ValueError(
+            f"{setting} takes a repository on the hub, NAME or OWNER/NAME {allowed}, not {name!r}"
+        ) from error

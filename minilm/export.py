@@ -4,6 +4,7 @@ Axes: N rows, T tokens.
 """
 
 import importlib.util
+import logging
 import shutil
 import warnings
 from collections.abc import Callable
@@ -93,6 +94,7 @@ def _write_onnx(folder: Path, path: Path) -> None:
     logits, longest = _Logits(model).eval(), longest_input(model) or 16
     example = _batch(model, tokenizer, 2, min(7, longest - 1))
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of one part of torch about another

@@ -3,8 +3,8 @@
     curl -O https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     accelerate launch recipes/clm_shakespeare.py
 
-Any other file of plain text will do (`--data.source FILE`); its last tenth is held out. On tiny Shakespeare it ends at a
-loss of 1.77 there, after 2,000 steps of 768 characters (nanoGPT's README has 1.88 for this size and these steps).
+Any other file of plain text will do (`--data.source FILE`); its last tenth is held out. On tiny Shakespeare the
+loss there ends at 1.77 after 2,000 steps of 768 characters (nanoGPT's README has 1.88 for this size and these steps).
 """
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens

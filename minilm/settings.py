@@ -3,6 +3,7 @@
 Like `minilm.config` it imports neither torch nor transformers.
 """
 
+import ast
 import contextlib
 import dataclasses
 import io
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm.checks import check, closest
-from minilm.config import Config, Data, MaskedLM, Run
+from minilm.config import Config, Data, MaskedLM, Run, Value
 from minilm.signals import first_to_tell
 
 
@@ -134,6 +135,7 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         # Columns and slices of another source mean nothing here.
         kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
         default = dataclasses.replace(default, data=kept)
+    default, rest = _take_fields(default, rest)
     description += (
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
         "defaults. "
@@ -151,6 +153,37 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
             sys.stderr.write(said.getvalue())
         raise
     return config
+
+
+def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[str]]:
+    """`default` with each `--model.config.FIELD VALUE` of a field that it does not have yet, and the other words.
+
+    A flag of tyro's takes a field that is there, whose type it then knows.
+    """
+    start, taken, rest = "--model.config.", dict[str, Value](), list[str]()
+    left = list(words)
+    while left:
+        word, given = left.pop(0), list[str]()
+        name, *after = word.removeprefix(start).split("=", 1)
+        field = name.replace("-", "_")
+        if not word.startswith(start) or field in default.model.config:
+            rest.append(word)
+            continue
+        while left and not left[0].startswith("--"):
+            given.append(left.pop(0))
+        values = [*after, *given]
+        check(bool(values), f"{start}{name} needs a value")
+        taken[field] = _literal(values[0]) if len(values) == 1 else values
+    model = dataclasses.replace(default.model, config={**default.model.config, **taken})
+    return dataclasses.replace(default, model=model), rest
+
+
+def _literal(word: str) -> Any:
+    """The number or truth value that a word stands for, or else the word."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        if isinstance(value := ast.literal_eval(word), bool | int | float):
+            return value
+    return word
 
 
 def parse_data(arguments: Sequence[str]) -> Data | None:

@@ -176,6 +176,15 @@ def _change(config: Config, group: str, /, **fields: object) -> Config:
                 RECIPE, "model", config={**RECIPE.model.config, "hidden_size": 64, "layer_types": ["full", "sliding"]}
             ),
         ),
+        (
+            "--model.config.a-size 64 --model.config.rate=1e-3 --batch.micro-tokens 77 --model.config.b no "
+            "--model.config.c True --model.config.d x y",
+            _change(
+                _change(RECIPE, "batch", micro_tokens=77),
+                "model",
+                config={**RECIPE.model.config, "a_size": 64, "rate": 1e-3, "b": "no", "c": True, "d": ["x", "y"]},
+            ),
+        ),
         ("--data.column body", _change(RECIPE, "data", column="body")),
         ("--data.source a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt", eval_fraction=0.2))),
         ("--data.source=a.txt", dataclasses.replace(RECIPE, data=Data(source="a.txt", eval_fraction=0.2))),

@@ -41,17 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sort.add_argument("--pair", metavar="TEXT", help="second text of a pair")
     sort.add_argument("--pair-column", metavar="NAME", help="column of --file that holds the second text")
     sort.add_argument("--top-k", type=_positive, default=1, metavar="K", help="labels shown, best first (default: 1)")
-    measure = commands.add_parser(
-        "evaluate",
-        help="loss, perplexity, accuracy, … on data of your own",
-        description=(
-            "Evaluate a model as training does: minilm evaluate DIR --data.source FILE. A run's folder knows how its "
-            "own evaluation was done, and repeats that without --data.source."
-        ),
-        epilog="--data.column, --data.pair-column, --data.label-column, … are those of the recipes.",
+    measure = _command(commands, "evaluate", _evaluate, "loss, perplexity, accuracy, … on data of your own")
+    measure.description = (
+        "Evaluate a model as training does: minilm evaluate DIR --data.source FILE. A run's folder knows how its own "
+        "evaluation was done, and repeats that without --data.source."
     )
+    measure.epilog = "--data.column, --data.pair-column, --data.label-column, … are those of the recipes."
     _add_model(measure, "model of any of these kinds")
-    measure.set_defaults(work=_evaluate)
     _add_export(commands)
     _add_report(commands)
     _add_doctor(commands)
@@ -62,8 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guarded(lambda: options.work(options), debug=options.debug)
 
 
+def _command(commands: Any, name: str, work: Callable[[argparse.Namespace], None], what: str) -> Any:
+    """A command that does this work."""
+    command = commands.add_parser(name, help=what)
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.set_defaults(work=work)
+    return command
+
+
 def _add_export(commands: Any) -> None:
-    command = commands.add_parser("export", help="the model by itself, as safetensors or ONNX")
+    command = _command(commands, "export", _export, "the model by itself, as safetensors or ONNX")
     command.description = (
         "Write the model of a run or of a checkpoint, with its tokenizer and nothing else, to a new folder: "
         "minilm export DIR --format onnx --output FOLDER"
@@ -76,48 +80,40 @@ def _add_export(commands: Any) -> None:
         help='as it is, or as ONNX (pip install "minilm[onnx]")',
     )
     command.add_argument("--output", required=True, metavar="FOLDER", help="where to: a folder that is new or empty")
-    command.add_argument("--debug", action="store_true", help="show tracebacks")
-    command.set_defaults(work=_export)
 
 
 def _add_report(commands: Any) -> None:
-    command = commands.add_parser("report", help="curves, settings and results of runs as one page")
+    command = _command(commands, "report", _report, "curves, settings and results of runs as one page")
     command.description = (
         "Write one HTML page, which needs no network, about one or several runs: minilm report out/a out/b"
     )
     command.add_argument("folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not")
     command.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
     command.add_argument("--png", action="store_true", help="the curves as a picture beside it too (takes matplotlib)")
-    command.add_argument("--debug", action="store_true", help="show tracebacks")
-    command.set_defaults(work=_report)
 
 
 def _add_doctor(commands: Any) -> None:
-    command = commands.add_parser("doctor", help="what this machine offers to a run, and what to mend")
+    command = _command(commands, "doctor", _doctor, "what this machine offers to a run, and what to mend")
     command.description = (
         "Hardware, precision, memory, threads, versions, caches, and whether two processes meet, a line each."
     )
     command.epilog = "The exit status is 1 where there is something to mend."
     command.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
-    command.add_argument("--debug", action="store_true", help="show tracebacks")
-    command.set_defaults(work=_doctor)
 
 
 def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], what: str, kind: str) -> Any:
     """A command that takes texts."""
-    command = commands.add_parser(name, help=what)
+    command = _command(commands, name, work, what)
     _add_model(command, kind)
     command.add_argument("texts", metavar="TEXT", nargs="*", help="none or - reads lines from standard input")
     command.add_argument("--file", metavar="FILE", help="take the texts from a file, one by one (.txt: lines)")
     command.add_argument("--column", default="text", metavar="NAME", help="column of --file (default: text)")
-    command.set_defaults(work=work)
     return command
 
 
 def _add_model(command: argparse.ArgumentParser, kind: str) -> None:
     command.add_argument("model", metavar="DIR", help=f"folder or hub id of a {kind}")
     command.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
-    command.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _whole(text: str) -> int:

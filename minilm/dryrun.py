@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -13,16 +12,15 @@ from accelerate import Accelerator
 from minilm.batch import Collator
 from minilm.config import Config
 from minilm.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
-from minilm.head import Head, freeze_unused
+from minilm.head import Head
 from minilm.launch import attempt, finish, first_on_each_host, start, together
-from minilm.micro import settle_micro_tokens
-from minilm.objectives import build, objective_of, prepare
+from minilm.objectives import prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.output import choose_output_dir
 from minilm.plan import Plan, Step
 from minilm.sharding import distribute
 from minilm.tokens import Examples, Prepared
-from minilm.train import first_step, lay_out, load_steps, seed_dropout, train_step
+from minilm.train import build_head, lay_out, load_steps, seed_dropout, train_step
 
 _FEWEST, _SECONDS = 3, 3.0  # steps of the probe that are timed, and the time that it takes if they are short
 _MOST = 1000
@@ -83,14 +81,8 @@ def _planned(
     config: Config, accelerator: Accelerator, precision: Precision, prepared: Prepared
 ) -> list[tuple[str, str]]:
     """Model, steps, FLOPs, memory and time, the last two from a probe of steps on a model that is then dropped."""
-    objective = objective_of(config.objective)
-    network = together(lambda: build(config, prepared))
-    together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
-    head = objective.head(network.to(accelerator.device), prepared)
-    freeze_unused(head)
+    head, config = build_head(config, accelerator, prepared)
     cost = count_flops(head, config.batch.max_length)
-    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    config = together(lambda: settle_micro_tokens(config, accelerator, head, None, first))
     plan, collator, _ = lay_out(config, accelerator, head, prepared)
     total = _total(config, plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]

@@ -221,20 +221,7 @@ def packed_attention(
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
     if _takes_rows_of_any_length(states[0], dropout):
-        near = -1 if sliding_window is None else sliding_window - 1
-        query_TxAxD, key_TxAxD, value_TxAxD = states
-        attended_TxAxD: Any = varlen_attn(
-            query_TxAxD,
-            key_TxAxD,
-            value_TxAxD,
-            cu_seq_q=packing.bounds_R1,
-            cu_seq_k=packing.bounds_R1,
-            max_q=max(packing.lengths),
-            max_k=max(packing.lengths),
-            scale=scaling,
-            window_size=(near, 0 if causal else near),
-        )
-        return attended_TxAxD[None], None
+        return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
     parts = []
     for group in packing.groups:
         query, key, value = (group.pad(x_TxAxD[group.start : group.stop]).transpose(1, 2) for x_TxAxD in states)
@@ -255,6 +242,30 @@ def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
         and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 has another way to say it
         and torch.cuda.get_device_capability(query_TxAxD.device) >= (8, 0)
     )
+
+
+def _attend_at_once(
+    packing: Packing, states: Sequence[Tensor], causal: bool, window: int | None, scaling: float | None
+) -> Tensor:
+    """What `packed_attention` computes, by one kernel for rows of any lengths.
+
+    states: queries, keys and values, each T x A x D, as is what is returned.
+    """
+    near, longest = -1 if window is None else window - 1, max(packing.lengths)
+    query_TxAxD, key_TxAxD, value_TxAxD = states
+    attended: Any = varlen_attn(
+        query_TxAxD,
+        key_TxAxD,
+        value_TxAxD,
+        cu_seq_q=packing.bounds_R1,
+        cu_seq_k=packing.bounds_R1,
+        max_q=longest,
+        max_k=longest,
+        scale=scaling,
+        window_size=(near, 0 if causal else near),
+    )
+    attended_TxAxD: Tensor = attended
+    return attended_TxAxD
 
 
 def _attend(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.batch import Batch, Collate, Collator, loss_sum
 from minilm.best import Best
 from minilm.card import write_card
-from minilm.checkpoint import Saver, copied
+from minilm.checkpoint import Checkpoint, Saver, copied
 from minilm.config import Config
 from minilm.energy import metered
 from minilm.hardware import count_flops, device_peak
@@ -107,13 +107,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))
     prepared, objective = together(attempted), objective_of(config.objective)
-    network = together(lambda: build(config, prepared))
-    together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
-    head = objective.head(network.to(accelerator.device), prepared)
-    freeze_unused(head)
-    cost = count_flops(head, config.batch.max_length)
-    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    config = together(lambda: settle_micro_tokens(config, accelerator, head, checkpoint, first))
+    head, config = build_head(config, accelerator, prepared, checkpoint)
+    network, cost = head.model, count_flops(head, config.batch.max_length)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
@@ -176,6 +171,19 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     if main and config.run.push_to_hub is not None:  # while no other process waits for it
         push(config.run.push_to_hub, folder, files)
     return results
+
+
+def build_head(
+    config: Config, accelerator: Accelerator, prepared: Prepared, checkpoint: Checkpoint | None = None
+) -> tuple[Head, Config]:
+    """The model with its head on this process's device, and `config` with a number for `batch.micro_tokens`."""
+    objective = objective_of(config.objective)
+    network = together(lambda: build(config, prepared))
+    together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
+    head = objective.head(network.to(accelerator.device), prepared)
+    freeze_unused(head)
+    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
+    return head, settle_micro_tokens(config, accelerator, head, checkpoint, first)
 
 
 def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[Batch]:

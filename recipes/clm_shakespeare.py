@@ -4,7 +4,8 @@
     accelerate launch recipes/clm_shakespeare.py
 
 Any other file of plain text will do (`--data.source FILE`); its last tenth is held out. On tiny Shakespeare the
-loss there ends below 1.78 after 2,000 steps of 768 characters (nanoGPT's README has 1.88 for this size and these steps).
+loss there ends below 1.78, after 2,000 steps of 768 characters (1.88 in nanoGPT's README, for this size and these
+steps).
 """
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens

@@ -28,6 +28,7 @@ from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_b
 from minilm.words import begins_word
 
 _VERSION = 4  # of the files below in the cache
+_CHUNK = 2**20  # documents that are cut into examples at a time
 
 
 def load_tokenizer(
@@ -184,7 +185,9 @@ def encode(
     elif overflow == "truncate":
         start, stop = offsets[:-1], np.minimum(offsets[1:], offsets[:-1] + room)
     else:
-        start, stop = _pieces(offsets, room)
+        # Some documents at a time: what is computed on the way takes several times the memory of what comes of it.
+        parts = [_pieces(offsets[at : at + _CHUNK + 1], room) for at in range(0, len(offsets), _CHUNK)]
+        start, stop = (np.concatenate(side) for side in zip(*parts, strict=True))
     keep = stop > start
     if not keep.all():
         start, stop = start[keep], stop[keep]

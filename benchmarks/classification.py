@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from trainer_side import Rows, trainer_settings
+from trainer_side import Rows, evaluate, trainer_settings
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
 from minilm.hardware import choose_precision, describe, usable_processors
-from minilm.micro import number_of
-from minilm.objectives import build, objective_of, prepare
+from minilm.objectives import build, prepare
 from minilm.settings import parse
 from minilm.train import train
 
@@ -67,9 +66,8 @@ def by_minilm(config: Config) -> dict[str, float]:
 def by_trainer(config: Config) -> dict[str, float]:
     """The figures of a run of Trainer."""
     transformers_logging.set_verbosity_error()
-    accelerator = Accelerator()
-    precision = choose_precision(config.run.precision, accelerator.device).name
-    prepared, objective = prepare(config), objective_of(config.objective)
+    precision = choose_precision(config.run.precision, Accelerator().device).name
+    prepared = prepare(config)
     steps = round(config.run.epochs * -(-len(prepared.train) // config.batch.examples))
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,9 +81,7 @@ def by_trainer(config: Config) -> dict[str, float]:
             data_collator=DataCollatorWithPadding(prepared.tokenizer),
             callbacks=[clock],
         ).train()
-    head = objective.head(model, prepared)
-    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=1)
-    return {**evaluator(accelerator, head).figures(), "train_seconds": clock.seconds}
+    return {**evaluate(config, model, prepared), "train_seconds": clock.seconds}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from trainer_side import Rows, trainer_settings
+from trainer_side import Rows, evaluate, trainer_settings
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
@@ -30,7 +30,6 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
 from minilm.hardware import choose_precision, describe
-from minilm.micro import number_of
 from minilm.model import load_model
 from minilm.objectives import objective_of, prepare
 from minilm.settings import read_run
@@ -78,16 +77,13 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     config = read_run(str(folder / "run.json"))
     ours = json.loads((folder / "all_results.json").read_text())
-    accelerator = Accelerator()
-    precision = choose_precision(config.run.precision, accelerator.device).name
-    prepared, objective = prepare(config), objective_of(config.objective)
+    precision = choose_precision(config.run.precision, Accelerator().device).name
+    prepared = prepare(config)
     tokenizer = prepared.tokenizer
     _, trial = run_trainer(config, tokenizer, prepared.train, precision, WARM_UP + 40)
     steps = round(ours["train_seconds"] / trial * 40)
     model, seconds = run_trainer(config, tokenizer, prepared.train, precision, steps)
-    head = objective.head(model, prepared)
-    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=1)
-    theirs = evaluator(accelerator, head).figures()
+    theirs = evaluate(config, model, prepared)
     print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
     print("            seconds   steps  loss   bits per byte  of the unigram model's")
     for name, figures, time_taken, count in (

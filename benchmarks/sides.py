@@ -24,7 +24,7 @@ from minilm.hardware import Cost, count_flops, peak_memory
 from minilm.head import Head, freeze_unused
 from minilm.launch import start
 from minilm.micro import settle_micro_tokens
-from minilm.objectives import build, objective_of, prepare
+from minilm.objectives import Evaluation, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
 from minilm.sharding import distribute
@@ -47,6 +47,8 @@ class Taken:
     """Mean over the turn's steps."""
     memory: int
     """Most memory so far, bytes: of the GPU, or else resident memory of the process."""
+    eval_loss: float | None = None
+    """After the turn, where that is asked for; its time is not counted."""
     flops: float = 0.0
     """What the documents cost without padding and with a sparse head: the same for the same documents."""
 
@@ -81,6 +83,8 @@ class Side:
     turns: int
     block: int
     """Steps of a turn."""
+    evaluated: bool = False
+    """Whether each turn ends with an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,8 @@ class Rounds:
     """Rounds before them that are not counted."""
     block: int = 1
     """Steps of a turn."""
+    evaluated: bool = False
+    """Whether each turn ends with an evaluation."""
 
 
 def compare(contenders: Sequence[Contender], precision: Precision, rounds: Rounds) -> list[list[Taken]]:
@@ -118,7 +124,7 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
     for contender in contenders:
         here, there = context.Pipe()
         config = replace(contender.config, run=replace(contender.config.run, precision=precision))
-        side = Side(connection=there, config=config, turns=total, block=rounds.block)
+        side = Side(connection=there, config=config, turns=total, block=rounds.block, evaluated=rounds.evaluated)
         process = context.Process(target=serve, args=(side, contender.steps), daemon=True)
         process.start()
         there.close()  # so that the end of the process is seen here
@@ -165,6 +171,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     plan: Plan
     collator: Collator
+    evaluator: Evaluation
     work: Work | None
     """None: that of another contender counts."""
 
@@ -180,7 +187,7 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
     config = settle_micro_tokens(config, accelerator, head, None, first)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
-    plan, collator, _ = lay_out(config, accelerator, head, prepared)
+    plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     model.train()
     return Parts(
         config=config,
@@ -191,6 +198,7 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head
         optimizer=optimizer,
         plan=plan,
         collator=collator,
+        evaluator=evaluator,
         work=Work(cost=cost, rate=collator.rate()),
     )
 
@@ -201,7 +209,7 @@ def precision_of(parts: Parts) -> str:
     return "fp32" if mode == "no" else mode
 
 
-def turns_of(parts: Parts, turns: int, block: int = 1) -> Iterator[Taken]:
+def turns_of(parts: Parts, turns: int, block: int = 1, *, evaluated: bool = False) -> Iterator[Taken]:
     """Turns of `block` steps by minilm, each taken when it is asked for, with the planning, masking and packing."""
     config, total = parts.config, turns * block
     loader = load_steps(
@@ -223,20 +231,23 @@ def turns_of(parts: Parts, turns: int, block: int = 1) -> Iterator[Taken]:
             steps.append(step)
             losses.append(result.loss)
         loss = float(torch.stack(losses).mean())  # waits for the device
+        seconds = time.perf_counter() - mark
+        evaluation = parts.evaluator(parts.accelerator, parts.model).figures() if evaluated else {}
         yield Taken(
-            seconds=time.perf_counter() - mark,
+            seconds=seconds,
             tokens=sum(step.tokens for step in steps),
             padded_tokens=sum(step.padded_tokens for step in steps),
             square_lengths=sum(step.square_lengths for step in steps),
             loss=loss,
             memory=peak_memory(parts.accelerator.device),
+            eval_loss=evaluation.get("eval_loss"),
         )
 
 
 def answer(side: Side, parts: Parts) -> None:
     """Take minilm's turns with these parts as they are asked for."""
     side.connection.send(parts.work)
-    turns = turns_of(parts, side.turns, side.block)
+    turns = turns_of(parts, side.turns, side.block, evaluated=side.evaluated)
     while side.connection.recv():
         side.connection.send(next(turns))
 

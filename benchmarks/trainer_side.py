@@ -1,5 +1,6 @@
 """HF Trainer as one side of a comparison."""
 
+import copy
 import sys
 import tempfile
 import time
@@ -7,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from sides import Side, Taken
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -22,6 +25,7 @@ from minilm.batch import Batch
 from minilm.causal import Causal
 from minilm.config import Config
 from minilm.hardware import peak_memory
+from minilm.micro import number_of
 from minilm.objectives import Objective, build, objective_of, prepare
 from minilm.optim import warmup_steps
 from minilm.plan import Plan, Step
@@ -87,8 +91,8 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
 class Turns(TrainerCallback):
     """Let Trainer take a turn each time that the other end of the connection asks for it."""
 
-    def __init__(self, side: Side) -> None:
-        self.connection, self.block = side.connection, side.block
+    def __init__(self, side: Side, prepared: Prepared) -> None:
+        self.side, self.prepared, self.connection = side, prepared, side.connection
         self._begin()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +102,7 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's time is all that passed since its turn began, loading its batches included."""
-        if len(self.losses) < self.block:
+        if len(self.losses) < self.side.block:
             return
         loss = float(torch.stack(self.losses).mean())  # waits for the device
         seconds = time.perf_counter() - self.mark
@@ -110,6 +114,7 @@ class Turns(TrainerCallback):
             square_lengths=int((lengths * lengths).sum()),
             loss=loss,
             memory=peak_memory(lengths.device),
+            eval_loss=self._evaluate(kwargs["model"]) if self.side.evaluated else None,
         )
         self.connection.send(taken)
         self._wait()
@@ -119,6 +124,10 @@ class Turns(TrainerCallback):
         self.lengths.append(mask_RxL.sum(-1))
         self.padded += mask_RxL.numel()
         self.losses.append(loss.detach())
+
+    def _evaluate(self, model: PreTrainedModel) -> float:
+        """By minilm's evaluation, of a copy: its head changes how a model is run."""
+        return float(evaluate(self.side.config, copy.deepcopy(model), self.prepared)["eval_loss"])
 
     def _begin(self) -> None:
         self.lengths: list[Tensor] = []
@@ -148,6 +157,14 @@ class TurnTrainer(Trainer):
         return loss
 
 
+def evaluate(config: Config, model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
+    """The figures of minilm's evaluation of a model, which it makes minilm's."""
+    objective = objective_of(config.objective)
+    head = objective.head(model, prepared)
+    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=1)
+    return evaluator(Accelerator(), head).figures()
+
+
 def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, Any]:
     """The settings of a run in the words of Trainer, which saves nothing."""
     optim = config.optim
@@ -155,7 +172,7 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
         "max_steps": steps,
         "per_device_train_batch_size": config.batch.examples,
         "learning_rate": optim.lr,
-        "lr_scheduler_type": optim.schedule,
+        "lr_scheduler_type": "constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
         "warmup_steps": warmup_steps(optim, steps),
         "adam_beta1": optim.betas[0],
         "adam_beta2": optim.betas[1],
@@ -210,7 +227,7 @@ def trainer_steps(side: Side, grouping: str = "") -> None:
             **{**settings, "per_device_train_batch_size": size},
         )
         TurnTrainer(
-            Turns(side),
+            Turns(side, prepared),
             not grouping,
             model=build(config, prepared),
             args=arguments,

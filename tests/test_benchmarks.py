@@ -13,12 +13,13 @@ import communication
 import gpu
 import ladder
 import pytest
+import quality
 import report
 import scaling
 import throughput
 import torch
 from accelerate.state import AcceleratorState
-from sides import Contender, Side, Taken, Work, assemble, minilm_steps
+from sides import Contender, Rounds, Side, Taken, Work, assemble, minilm_steps
 from synthetic import write_corpus
 
 from minilm import Batch, Config, Model, Run
@@ -63,11 +64,12 @@ def toy(config: Config) -> Config:
     return replace(config, model=Model(type=config.model.type, config=own), batch=batch, run=Run(precision="fp32"))
 
 
-def turns_of(contender: Contender, block: int = 1) -> tuple[Work | None, list[Taken]]:
+def turns_of(contender: Contender, block: int = 1, *, evaluated: bool = False) -> tuple[Work | None, list[Taken]]:
     """Two turns of it."""
-    asked = Turns(2)
+    asked: Any = Turns(2)
+    side = Side(connection=asked, config=contender.config, turns=2, block=block, evaluated=evaluated)
     with contextlib.suppress(SystemExit):  # as Trainer's process ends
-        contender.steps(Side(connection=asked, config=contender.config, turns=2, block=block))  # type: ignore[arg-type]
+        contender.steps(side)
     work, *turns = asked.sent
     return work, turns
 
@@ -98,6 +100,27 @@ def test_throughput(name: str, tmp_path: Path) -> None:
         data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
         config = replace(config, data=data, tokens=tokens)
     check_sides(workload.contenders(config))
+
+
+def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
+    config = replace(toy(quality.JOBS["documents"].config), data=data, tokens=tokens)
+    config = quality.constant(config, warmup=0)  # Trainer's begins with a step at a rate of zero
+    names = (quality.TRAINER, quality.MINILM, quality.EPOCH, quality.TRAINER_DEFAULTS)
+    found = {name: turns_of(quality.contender(name, config), block=2, evaluated=True)[1] for name in names}
+    losses = {name: [turn.eval_loss for turn in turns] for name, turns in found.items()}
+    assert losses[quality.MINILM] == pytest.approx(losses[quality.TRAINER], rel=1e-5)
+    assert all(value == value for side in losses.values() for value in side)  # no nan, no None
+    assert losses[quality.EPOCH] != losses[quality.MINILM] != losses[quality.TRAINER_DEFAULTS]
+    turn = found[quality.MINILM][0]
+    ours = [replace(turn, seconds=2.0, eval_loss=loss) for loss in (6.0, 5.0, 3.0)]
+    assert [quality.seconds_to(loss, ours) for loss in (6.5, 5.5, 4.0, 2.0)] == [2.0, 3.0, 5.0, None]
+    theirs = [replace(turn, seconds=5.0, eval_loss=loss) for loss in (5.5, 4.0, 3.5)]
+    job = quality.Job(config=config, others=(), rounds=Rounds(count=3, block=10), seconds=9)
+    rows = quality.rows_of("toy", job, {quality.TRAINER: theirs, quality.MINILM: ours})
+    assert rows[0]["share of minilm"] == 0.5
+    assert "5 s, 0.50 of it" in capsys.readouterr().out
+    assert replace(job, seconds=None, steps=30).end(theirs) == replace(job, seconds=99).end(theirs) == 2
 
 
 def test_gpu(tmp_path: Path) -> None:

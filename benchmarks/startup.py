@@ -1,0 +1,146 @@
+"""From the command to the end of the first step: the main job by minilm, and the same job by HF Trainer.
+
+    python benchmarks/startup.py
+
+Each start is a process of its own, Python's start and all imports in it, and ends with the first step's update. Both
+find their caches warm: minilm its vocabulary and tokens, and Trainer, as in transformers' example run_mlm.py, the
+tokens and blocks that `datasets` keeps of a text file, and a tokenizer that is there already. The two take turns.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"
+STARTS = 5
+SIDES = ("HF Trainer", "minilm")
+
+
+def by_minilm(folder: Path) -> None:
+    """The recipe as it is run, but for its end after the first step."""
+    from minilm import train as loop
+
+    take = loop.train_step
+
+    def first(*args: Any, **kwargs: Any) -> None:
+        take(*args, **kwargs)
+        os._exit(0)
+
+    loop.train_step = first  # type: ignore[assignment]
+    sys.argv = [str(RECIPE), "--run.output-dir", str(folder / f"out-{os.getpid()}")]
+    runpy.run_path(str(RECIPE), run_name="__main__")
+
+
+def by_trainer(folder: Path) -> None:
+    """What its user would write. Nothing here imports minilm."""
+    from datasets import load_dataset
+    from transformers import (
+        AutoConfig,
+        AutoModelForMaskedLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    job = json.loads((folder / "job.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    length = job["length"]
+
+    def tokenize(rows: Any) -> Any:
+        return tokenizer(rows["text"], return_special_tokens_mask=True)
+
+    def cut(rows: Any) -> Any:
+        joined: dict[str, list[int]] = {key: [*chain.from_iterable(lists)] for key, lists in rows.items()}
+        whole = len(joined["input_ids"]) // length * length
+        return {key: [flat[at : at + length] for at in range(0, whole, length)] for key, flat in joined.items()}
+
+    class End(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            os._exit(0)
+
+    documents = load_dataset("json", data_files=str(folder / "text.jsonl"), split="train")
+    examples = documents.map(tokenize, batched=True, remove_columns=["text"]).map(cut, batched=True)
+    config = AutoConfig.for_model(**job["config"])
+    settings = job["settings"] | {"output_dir": str(folder / "trainer"), "disable_tqdm": True}
+    Trainer(
+        model=AutoModelForMaskedLM.from_config(config),
+        args=TrainingArguments(**settings),
+        train_dataset=examples,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=job["rate"]),
+        callbacks=[End()],
+    ).train()
+
+
+def write_job(folder: Path) -> None:
+    """What Trainer's side reads: the text, minilm's tokenizer, and the settings in Trainer's words."""
+    from trainer_side import trainer_settings
+
+    from minilm.config import Config, MaskedLM
+    from minilm.data import load_documents
+    from minilm.objectives import build, prepare
+
+    config: Config = runpy.run_path(str(RECIPE))["CONFIG"]
+    prepared = prepare(config)
+    prepared.tokenizer.save_pretrained(folder / "tokenizer")
+    documents, _ = load_documents(config.data, seed=config.run.seed)
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents["text"])
+    assert isinstance(config.objective, MaskedLM)
+    job = {
+        "length": config.batch.max_length,
+        "config": build(config, prepared).config.to_diff_dict(),
+        "settings": trainer_settings(config, "fp32", config.run.max_steps or 1),
+        "rate": config.objective.rate,
+    }
+    (folder / "job.json").write_text(json.dumps(job, default=str))
+
+
+def time_start(side: str, folder: Path) -> float:
+    """Seconds of one start."""
+    begin = time.perf_counter()
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    if done.returncode != 0:
+        raise SystemExit(f"{side} did not start: {done.stderr[-2000:]}")
+    return seconds
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        (by_minilm if options.side == "minilm" else by_trainer)(options.folder)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_job(folder)
+        taken: dict[str, list[float]] = {side: [] for side in SIDES}
+        for number in range(STARTS + 1):
+            for side in SIDES if number % 2 else reversed(SIDES):
+                seconds = time_start(side, folder)
+                if number:  # the first fills the caches
+                    taken[side].append(seconds)
+    print(f"seconds to the end of the first step, median of {STARTS} (least to most)")
+    for side, seconds_of in taken.items():
+        print(f"{side:<11} {statistics.median(seconds_of):5.1f} ({min(seconds_of):.1f} to {max(seconds_of):.1f})")
+    ratios = sorted(b / a for a, b in zip(*taken.values(), strict=True))
+    print(f"minilm's is {statistics.median(ratios):.2f} of Trainer's ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -256,9 +256,9 @@ def copied(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """
     copies = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
-        gathered = whole(tensor.detach())
+        gathered = whole(tensor)
         if keep:
-            copies[id(tensor)] = gathered.to("cpu", copy=True)
+            copies[id(tensor)] = gathered.detach().to("cpu", copy=True)
     return {name: copies[id(tensor)] for name, tensor in tensors.items()} if keep else {}
 
 

@@ -20,6 +20,7 @@ from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan
 from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results
+from minilm.sharding import is_sharded
 from minilm.tokens import Prepared
 from minilm.trackers import open_trackers
 from minilm.train import lay_plan
@@ -43,8 +44,8 @@ def begin(config: Config, name: str) -> Begun:
     if config.run.resume is not None:
         raise ValueError("this recipe writes no checkpoints to go on from: leave run.resume out")
     accelerator, precision = start(config.run)
-    if accelerator.is_fsdp2:
-        raise ValueError("the loop of this recipe does not shard: launch it with --multi_gpu in place of --use_fsdp")
+    if is_sharded(accelerator):
+        raise ValueError("the loop of this recipe does not shard: launch it with --multi_gpu and no sharding")
     folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))

@@ -33,6 +33,7 @@ from minilm.hardware import (
 )
 from minilm.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
 from minilm.signals import killed_by_signals
+from minilm.zero import hidden_from_accelerate, zero_stage
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def join(run: Run) -> PartialState:
     """Meet the other processes of the job, once, and know its place among them. ValueError for a wrong launch."""
     cpu = _on_cpu()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
-    with killed_by_signals():
+    with killed_by_signals(), hidden_from_accelerate():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     check_launch(state.num_processes, os.environ)
     return state
@@ -70,15 +71,21 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # What the loop does by itself must not be done again because the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
-    if sharding is not None and mode == "fp16":
-        raise ValueError("fp16 with FSDP has not been tried with minilm: use --run.precision bf16, or fp32")
-    accelerator = Accelerator(
-        mixed_precision=mode,
-        cpu=_on_cpu(),
-        kwargs_handlers=[ddp],
-        fsdp_plugin=sharding,
-        gradient_accumulation_plugin=once,
-    )
+    zero = zero_stage(os.environ) is not None
+    if zero and run.reduce_dtype == "bf16":
+        raise ValueError("run.reduce_dtype bf16 has not been tried with DeepSpeed: leave it out")
+    if (sharding is not None or zero) and mode == "fp16":
+        raise ValueError("fp16 has not been tried with sharding: use --run.precision bf16, or fp32")
+    if zero and state.device.type == "cpu" and torch.accelerator.is_available():
+        raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
+    with hidden_from_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=mode,
+            cpu=_on_cpu(),
+            kwargs_handlers=[ddp],
+            fsdp_plugin=sharding,
+            gradient_accumulation_plugin=once,
+        )
     if run.reduce_dtype == "bf16":
         reduce_in_bf16(accelerator, ddp, sharding)
     enable_on_cpus(accelerator, sharding)

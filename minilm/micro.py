@@ -16,6 +16,7 @@ from minilm.checkpoint import Checkpoint
 from minilm.config import Config
 from minilm.hardware import peak_memory
 from minilm.head import Head
+from minilm.sharding import is_sharded
 
 log = logging.getLogger("minilm")
 
@@ -42,8 +43,8 @@ def settle_micro_tokens(
     """
     if config.batch.micro_tokens != "auto":
         return config
-    if accelerator.is_fsdp2:
-        raise ValueError("batch.micro_tokens=auto tries a model that is not sharded: with FSDP give a number of tokens")
+    if is_sharded(accelerator):
+        raise ValueError("batch.micro_tokens=auto tries a model that is not sharded: give a number of tokens")
     if checkpoint is not None:
         return _with(config, checkpoint.config["batch"]["micro_tokens"])
     tried = _try_sizes(accelerator, head, lambda size: first_step(_with(config, size)))

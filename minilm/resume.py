@@ -27,6 +27,7 @@ from minilm.lora import is_adapted, unmerged
 from minilm.settings import flat, to_dict
 from minilm.sharding import part_like
 from minilm.stop import TrainingStopped
+from minilm.zero import ZeroOptimizer, writable
 
 log = logging.getLogger("minilm")
 
@@ -117,7 +118,8 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
         if is_adapted(network):
             weights = unmerged(network, weights, load_file(checkpoint.folder / ADAPTER), copied(current, keep=True))
         parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
-        missing, unexpected = network.load_state_dict(parts, strict=False)
+        with writable(network):
+            missing, unexpected = network.load_state_dict(parts, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint.folder}: its weights do not fit the model: {' '.join(str(error).split())}"
@@ -135,20 +137,21 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
         stored = load_file(checkpoint.folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
-    names = parameter_names(network)
-    state: dict[int, dict[str, Tensor]] = {}
-    index = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            end = "/" + names[parameter]
-            slots = {
-                key.removesuffix(end): part_like(tensor, parameter)
-                for key, tensor in stored.items()
-                if key.endswith(end)
-            }
-            if slots:
-                state[index] = slots
-            index += 1
-    if sum(map(len, state.values())) != len(stored):
+    names, zero = parameter_names(network), isinstance(optimizer, ZeroOptimizer)
+    parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if zero:  # whose groups hold what DeepSpeed makes of the parameters
+        parameters = [*optimizer.state]
+    slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
+    if sum(map(len, slots)) != len(stored):
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    state = {index: own for index, own in enumerate(slots) if own}
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.restore({parameters[index]: own for index, own in state.items()})
+    else:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored for the parameter of this name: of each tensor, what this process holds."""
+    end = f"/{name}"
+    return {key.removesuffix(end): part_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}

@@ -5,6 +5,7 @@ The steps are those of one process, and so are the checkpoints: any number of pr
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minilm.head import Head
+from minilm.zero import Moment, ZeroOptimizer, gathered, shard_by_zero, zero_stage
 
 log = logging.getLogger("minilm")
 
@@ -32,11 +34,6 @@ _ONLY = {
 
 def asked_for_sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
     """The sharding that the launcher was asked for, if any. Raises ValueError for kinds that minilm does not do."""
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "DeepSpeed was asked for at launch and minilm does not do it: in place of ZeRO use FSDP2, "
-            "accelerate launch --use_fsdp --fsdp_version 2 --num_processes N …"
-        )
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     for variable, (done, default) in _ONLY.items():
@@ -89,7 +86,10 @@ def reduce_in_bf16(
 def distribute(
     accelerator: Accelerator, head: Head, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`; where the launcher asked for sharding, each layer becomes a unit of its own."""
+    """`accelerator.prepare`, or what the launcher asked for: under FSDP2 each layer becomes a unit of its own."""
+    if (stage := zero_stage(os.environ)) is not None:
+        sharded: tuple[nn.Module, torch.optim.Optimizer] = shard_by_zero(accelerator, head, optimizer, stage)
+        return sharded
     if accelerator.is_fsdp2:
         layers = {type(layer).__name__ for layer in head.layers}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
@@ -107,9 +107,25 @@ def distribute(
     return model, optimizer
 
 
-def whole(tensor: Tensor) -> Tensor:
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the launcher asked for FSDP2 or ZeRO."""
+    return accelerator.is_fsdp2 or zero_stage(os.environ) is not None
+
+
+def clip(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer, max_norm: float
+) -> Tensor:
+    """Clip the gradient to `max_norm` and return its norm before; ZeRO takes the update with it."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.clip_and_step(max_norm)
+    return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+
+
+def whole(tensor: Tensor | Moment) -> Tensor:
     """The tensor, gathered where it is sharded: then every process must call this, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, Moment):
+        return tensor.whole()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else gathered(tensor)
 
 
 def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:

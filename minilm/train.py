@@ -38,7 +38,7 @@ from minilm.plan import Plan, Step
 from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results, write_samples
 from minilm.resume import check_settings, load_step, resume
-from minilm.sharding import distribute, whole
+from minilm.sharding import clip, distribute, is_sharded
 from minilm.stop import StopRequest, bad_gradients
 from minilm.tokens import Examples, Prepared
 from minilm.trackers import open_trackers
@@ -75,7 +75,7 @@ def train_step(
     targets = accelerator.reduce(torch.full((), float(sum(batch.targets for batch in micro_batches)), device=device))
     scale = accelerator.num_processes / targets.clamp(min=1)
     loss = torch.zeros((), device=device)
-    with nullcontext() if accelerator.is_fsdp2 else accelerator.autocast():  # around all, it casts each weight once
+    with nullcontext() if is_sharded(accelerator) else accelerator.autocast():  # around all, it casts each weight once
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)  # gradients are exchanged once, in its backward
             with nullcontext() if last else accelerator.no_sync(model):
@@ -84,9 +84,9 @@ def train_step(
                     accelerator.backward(nats * scale)
             loss += nats.detach()
     loss = accelerator.reduce(loss) / targets.clamp(min=1)
-    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
+    grad_norm = clip(accelerator, model, optimizer, max_grad_norm or math.inf)
     skip_unless_finite(accelerator, optimizer, grad_norm)
     optimizer.step()
     optimizer.zero_grad()

@@ -1,5 +1,6 @@
-"""Sharded runs (FSDP2): their steps, checkpoints and results are those of a run that is not sharded."""
+"""Sharded runs (FSDP2, ZeRO): their steps, checkpoints and results are those of a run that is not sharded."""
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,18 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 import minilm.fork
-from minilm import Config, Data
+import minilm.launch
+from minilm import Config, Data, Run
 from minilm.checkpoint import Checkpoint, Progress
 from minilm.resume import check_settings
 from minilm.settings import to_dict
 from minilm.sharding import asked_for_sharding
+from minilm.zero import zero_stage
 from tests.jobs import CONFIG, end_of, finish_all, start, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 
-ACCELERATE = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0"
+ACCELERATE = "accelerate.commands.launch --num_processes 2 --main_process_port 0"
 STEPS = 6
 # The gradient of step 5 is not finite, because of one process.
 SPOILT = """
@@ -48,7 +51,48 @@ def save(self, progress, real=Saver.save):
 
 Saver.save = save
 """
-FORKED = f"{SHARDED}\nos.environ |= {{'ACCELERATE_USE_FSDP': 'true', 'FSDP_VERSION': '2'}}"
+# DeepSpeed would keep weights as small as these whole.
+ZERO = f"""{SPOILT}
+import deepspeed
+
+def initialize(config, real=deepspeed.initialize, **rest):
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine, *others = real(config=config, **rest)
+    held = sum(parameter.numel() for parameter in engine.module.parameters())
+    assert (held == 0) == (config["zero_optimization"]["stage"] == 3)
+    inside = engine.optimizer
+    flat = inside.fp32_partitioned_groups_flat if held == 0 else inside.single_partition_of_fp32_groups
+    assert 4900 < sum(part.numel() for part in flat) < 5000
+    return engine, *others
+
+deepspeed.initialize = initialize
+"""
+# By kind: flags of the launcher, what they are as variables, what is planted, and what the run says of itself.
+KINDS = {
+    "FSDP2": (
+        "--use_fsdp --fsdp_version 2",
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        SHARDED,
+        "FSDP2: of 9,900 parameters, the main process holds 4,950",
+    ),
+    "ZeRO-2": (
+        "--use_deepspeed --zero_stage 2",
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+        ZERO,
+        "ZeRO-2: of 9,900 parameters, the main process holds 9,900",
+    ),
+    "ZeRO-3": (
+        "--use_deepspeed --zero_stage 3",
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        ZERO,
+        "ZeRO-3: of 9,900 parameters, the main process holds 4,9",
+    ),
+}
+
+
+def forked(kind: str) -> str:
+    """What makes a forked run one of this kind."""
+    return f"{KINDS[kind][2]}\nos.environ |= {KINDS[kind][1]}"
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +119,24 @@ def plain(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "out"
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of sharding."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def sharded(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(config: Config, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on two processes, launched as a user does it."""
     place = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", *ACCELERATE.split()]
-    job = start("accelerate", into(place / "out", config), place, planted=SHARDED, command=command)
+    flags, _, planted, said = KINDS[kind]
+    command = [sys.executable, "-m", *ACCELERATE.split(), *flags.split()]
+    job = start("accelerate", into(place / "out", config), place, planted=planted, command=command)
     try:
         assert job.gone(240), job.stderr.read_text()
         assert job.status() == 0, job.stderr.read_text()
-        assert "FSDP2: of 9,900 parameters, the main process holds 4,950" in job.stderr.read_text()
+        assert said in job.stderr.read_text()
     finally:
         job.kill()
     return place / "out"
@@ -105,9 +157,9 @@ def apart(ours: Path, theirs: Path) -> float:
 
 
 @pytest.mark.scorecard(4)
-def test_a_sharded_run_has_the_updates_of_one_process(sharded, plain, figure) -> None:
+def test_a_sharded_run_has_the_updates_of_one_process(kind, sharded, plain, figure) -> None:
     difference = apart(sharded, plain)
-    figure(f"2 processes, sharded: {difference:.0e}")
+    figure(f"2 processes, {kind}: {difference:.0e}")
     assert 0 < difference <= 1e-5
     ours, theirs = (AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in (sharded, plain))
     assert ours.keys() == theirs.keys()
@@ -116,15 +168,15 @@ def test_a_sharded_run_has_the_updates_of_one_process(sharded, plain, figure) ->
 
 
 @pytest.mark.scorecard(3)
-def test_a_checkpoint_is_gone_on_from_sharded_or_not(config, sharded, plain, tmp_path, figure) -> None:
+def test_a_checkpoint_is_gone_on_from_sharded_or_not(kind, config, sharded, plain, tmp_path, figure) -> None:
     again, spread, joined = (
         stopped_after(STEPS // 2, reference, tmp_path / name)
         for name, reference in (("again", sharded), ("spread", plain), ("joined", sharded))
     )
-    finish_all([(into(folder, config, "latest"), 2) for folder in (again, spread)], tmp_path, FORKED)
+    finish_all([(into(folder, config, "latest"), 2) for folder in (again, spread)], tmp_path, forked(kind))
     finish_all([(into(joined, config, "latest"), 1)], tmp_path, SPOILT)
-    figure(f"from 1 to 2, sharded: {apart(spread, plain):.0e}")
-    figure(f"from 2, sharded, to 1: {apart(joined, plain):.0e}")
+    figure(f"from 1 to 2, {kind}: {apart(spread, plain):.0e}")
+    figure(f"from 2, {kind}, to 1: {apart(joined, plain):.0e}")
     assert max(apart(spread, plain), apart(joined, plain)) <= 1e-5
     assert end_of(again) == end_of(sharded)
 
@@ -144,9 +196,37 @@ def test_other_kinds_of_sharding_are_refused(environment: dict[str, str], said: 
         asked_for_sharding({"ACCELERATE_USE_FSDP": "true", **environment})
 
 
+@pytest.mark.scorecard(20)
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ZERO_STAGE": "1"}, "--zero_stage 1 was asked for .*: pass --zero_stage 2 or 3"),
+        ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "--offload_optimizer_device cpu .*: leave it out"),
+        ({"OFFLOAD_PARAM_DEVICE": "nvme"}, "--offload_param_device nvme .*: leave it out"),
+        ({"CONFIG_FILE": "ds.json"}, "--deepspeed_config_file ds.json .*: leave it out"),
+    ],
+)
+def test_other_kinds_of_zero_are_refused(environment: dict[str, str], said: str, monkeypatch) -> None:
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    assert zero_stage({}) is None
+    assert zero_stage(asked) == 2
+    with pytest.raises(ValueError, match=said):
+        zero_stage(asked | {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in environment.items()})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed: pip install .*deepspeed"):
+        zero_stage(asked)
+
+
+@pytest.mark.scorecard(20)
+def test_sums_in_bf16_are_refused_under_zero(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="reduce_dtype bf16 has not been tried with DeepSpeed: leave it out"):
+        minilm.launch.start(Run(reduce_dtype="bf16"))
+
+
 def test_a_loop_of_ones_own_is_not_sharded(monkeypatch) -> None:
     monkeypatch.setattr(minilm.fork, "start", lambda run: (SimpleNamespace(is_fsdp2=True), None))
-    with pytest.raises(ValueError, match="does not shard: launch it with --multi_gpu"):
+    with pytest.raises(ValueError, match="does not shard: launch it with --multi_gpu and no sharding"):
         minilm.fork.begin(CONFIG, "mine")
 
 

@@ -49,6 +49,7 @@ class Group:
     place_T: Tensor | None
     """int64, the place of each of the group's tokens; None where no row is padded."""
     _bias: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+    _by_head: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def pad(self, x_TxH: Tensor) -> Tensor:
         """The group's tokens, one row each, as R x L x H. No gradient flows from padding: let nothing depend on it."""
@@ -59,6 +60,34 @@ class Group:
         """The inverse of `pad`."""
         x_RLxH = x_RxLxH.flatten(0, 1)
         return x_RLxH if self.place_T is None else _Unpad.apply(x_RLxH, self.place_T)  # type: ignore[no-untyped-call]
+
+    def by_head(self, x_TxAxD: Tensor) -> Tensor:
+        """The group's tokens as R x A x L x D: `pad`, and each head's rows together, in one go."""
+        heads = x_TxAxD.shape[1]
+        if self.source_RL is None:
+            return x_TxAxD.view(self.rows, self.length, *x_TxAxD.shape[1:]).transpose(1, 2)
+        x_RALxD: Tensor = _Pad.apply(x_TxAxD.flatten(0, 1), *self._places(heads))  # type: ignore[no-untyped-call]
+        return x_RALxD.view(self.rows, heads, self.length, -1)
+
+    def from_heads(self, x_RxAxLxD: Tensor) -> Tensor:
+        """The inverse of `by_head`."""
+        heads = x_RxAxLxD.shape[1]
+        if self.place_T is None:
+            return x_RxAxLxD.transpose(1, 2).flatten(0, 1)
+        x_TAxD: Tensor = _Unpad.apply(x_RxAxLxD.flatten(0, 2), self._places(heads)[1])  # type: ignore[no-untyped-call]
+        return x_TAxD.view(-1, heads, x_RxAxLxD.shape[-1])
+
+    def _places(self, heads: int) -> tuple[Tensor, Tensor]:
+        """`source_RL` and `place_T` for `by_head`: a token and head each, int64[R A L] and int64[T A]."""
+        if heads not in self._by_head:
+            assert self.source_RL is not None
+            assert self.place_T is not None
+            head_A = torch.arange(heads, device=self.place_T.device)
+            source_RxAxL = self.source_RL.view(self.rows, 1, self.length) * heads + head_A[:, None]
+            row_T, at_T = self.place_T // self.length, self.place_T % self.length
+            place_TxA = (row_T[:, None] * heads + head_A) * self.length + at_T[:, None]
+            self._by_head[heads] = source_RxAxL.flatten(), place_TxA.flatten()
+        return self._by_head[heads]
 
     def real(self, device: torch.device) -> Tensor:
         """bool, R x L: where there is a token and no padding."""
@@ -94,7 +123,7 @@ class Group:
     def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
         """The group with its tensors changed: moved, pinned."""
         source_RL, place_T = (None if index is None else change(index) for index in (self.source_RL, self.place_T))
-        return replace(self, source_RL=source_RL, place_T=place_T, _bias={})
+        return replace(self, source_RL=source_RL, place_T=place_T, _bias={}, _by_head={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +251,12 @@ def packed_attention(
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
     if _takes_rows_of_any_length(states[0], dropout):
         return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
-    parts = []
-    for group in packing.groups:
-        query, key, value = (group.pad(x_TxAxD[group.start : group.stop]).transpose(1, 2) for x_TxAxD in states)
+    sizes, parts = [group.stop - group.start for group in packing.groups], []
+    # torch.split, in place of slices: their gradients would each be as long as the batch.
+    for group, *own in zip(packing.groups, *(torch.split(x_TxAxD, sizes) for x_TxAxD in states), strict=True):
+        query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
         attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
-        parts.append(group.unpad(attended_RxAxLxD.transpose(1, 2)))
+        parts.append(group.from_heads(attended_RxAxLxD))
     return torch.cat(parts)[None], None
 
 

@@ -85,6 +85,24 @@ def test_gradients_pass_pad_and_unpad_as_they_pass_plain_indexing(lengths: tuple
     assert torch.equal(unpads, weight_RxLxH)
 
 
+@pytest.mark.parametrize("lengths", [(4, 2, 3), (3, 3), (1, 5)], ids=str)
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_by_head_is_pad_with_the_heads_in_front(lengths: tuple[int, ...], multiple: int) -> None:
+    (group,) = pack(lengths, grouped=False, multiple=multiple).groups
+    x_TxAxD = torch.randn(sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
+    y_RxAxLxD = torch.randn(group.rows, 2, group.length, 3, dtype=torch.float64, requires_grad=True)
+    real_Rx1xLx1 = group.real(CPU)[:, None, :, None]
+    for ours, reference, given_x in (
+        (lambda x: group.by_head(x) * real_Rx1xLx1, lambda x: group.pad(x).transpose(1, 2) * real_Rx1xLx1, x_TxAxD),
+        (group.from_heads, lambda y: group.unpad(y.transpose(1, 2)), y_RxAxLxD),
+    ):
+        result, expected = ours(given_x), reference(given_x)
+        weight = torch.randn_like(expected)
+        assert torch.equal(result, expected)
+        gradients = [torch.autograd.grad((out * weight).sum(), given_x)[0] for out in (result, expected)]
+        assert torch.equal(*gradients)
+
+
 @settings(deadline=None)
 @given(lengths_lists, st.booleans())
 def test_groups_hold_rows_of_similar_length_and_are_as_large_as_they_can_be(lengths: list[int], sort: bool) -> None:

@@ -21,6 +21,7 @@ from minilm.plan import Plan, Step
 from minilm.sharding import distribute
 from minilm.tokens import Examples, Prepared
 from minilm.train import build_head, lay_out, load_steps, seed_dropout, train_step
+from minilm.zero import size_of
 
 _FEWEST, _SECONDS = 3, 3.0  # steps of the probe that are timed, and the time that it takes if they are short
 _MOST = 1000
@@ -100,8 +101,8 @@ def _planned(
     return [
         (
             "model",
-            f"{type(head.model).__name__}: {head.model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{sum(p.numel() for p in trained) / 1e6:.2f} M of them trained; {head.described}",
+            f"{type(head.model).__name__}: {sum(map(size_of, head.model.parameters())) / 1e6:.2f} M parameters, "
+            f"{sum(map(size_of, trained)) / 1e6:.2f} M of them trained; {head.described}",
         ),
         (
             "hardware",

@@ -33,7 +33,7 @@ from minilm.hardware import (
 )
 from minilm.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
 from minilm.signals import killed_by_signals
-from minilm.zero import hidden_from_accelerate, zero_stage
+from minilm.zero import hidden_from_accelerate, leave_zero, zero_stage
 
 T = TypeVar("T")
 
@@ -185,6 +185,7 @@ def finish(accelerator: Accelerator) -> None:
             tracker.finish()
     else:
         accelerator.end_training()
+        leave_zero()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -201,4 +202,5 @@ def one_job() -> Iterator[None]:
         _staying[0] = False
     if dist.is_initialized():
         dist.destroy_process_group()
+    leave_zero()
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -16,6 +16,7 @@ from minilm.disk import sync
 from minilm.hub import quiet_transformers
 from minilm.lora import is_adapted, merged, save_adapter
 from minilm.push import check_access, claim_repo
+from minilm.zero import size_of
 
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
@@ -51,7 +52,7 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
     A run from the start removes the checkpoints of an earlier one. Raises ValueError, and leaves the folder as it is,
     where there is no room for a checkpoint and the model, or the hub refuses the repository.
     """
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    weights = sum(size_of(p) * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments besides
     with _writing(folder):
         free = shutil.disk_usage(_nearest(folder)).free

@@ -27,6 +27,7 @@ from minilm.settings import to_dict
 from minilm.sources import source_facts
 from minilm.spikes import Spikes
 from minilm.tokens import Examples, Prepared
+from minilm.zero import size_of
 
 log = logging.getLogger("minilm")
 Track = Callable[[dict[str, float], int], None]
@@ -221,7 +222,7 @@ def run_facts(
     """What the configuration left open and the run found out, as JSON types."""
     return {
         "model": type(head.model).__name__,
-        "parameters": head.model.num_parameters(),
+        "parameters": sum(map(size_of, head.model.parameters())),
         "head": head.described,
         "vocabulary": len(prepared.tokenizer),
         "train": {**prepared.train.facts(), "unknown": _unknown(prepared.train, prepared.tokenizer)},

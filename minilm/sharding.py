@@ -86,7 +86,16 @@ def reduce_in_bf16(
 def distribute(
     accelerator: Accelerator, head: Head, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, or what the launcher asked for: under FSDP2 each layer becomes a unit of its own."""
+    """`accelerator.prepare`, or what the launcher asked for: under FSDP2 each layer becomes a unit of its own.
+
+    Raises ValueError for a model of which a process runs as many forwards as it has lengths, where the weights of each
+    layer are gathered in every forward, of all processes together.
+    """
+    if head.alone and (accelerator.is_fsdp2 or zero_stage(os.environ) == 3):
+        raise ValueError(
+            f"{type(head.model).__name__} takes rows of one length at a time, so its weights cannot be shared out: "
+            "use --multi_gpu, or ZeRO's stage 2"
+        )
     if (stage := zero_stage(os.environ)) is not None:
         sharded: tuple[nn.Module, torch.optim.Optimizer] = shard_by_zero(accelerator, head, optimizer, stage)
         return sharded

@@ -8,14 +8,17 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from minilm.head import Head
 
@@ -30,6 +33,7 @@ _ONLY = {
 }
 _USE = "ACCELERATE_USE_DEEPSPEED"
 _SLOTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 2**26  # elements that are reduced, or gathered, at a time at most
 
 
 def zero_stage(environment: Mapping[str, str]) -> int | None:
@@ -102,15 +106,37 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def restore(self, state: dict[nn.Parameter, dict[str, Tensor]]) -> None:
         """Take the weights that the model has now for its own, and these moments, each a whole tensor."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         for parameter, slots in state.items():
-            device = self.engine.device
-            safe_set_full_fp32_param(parameter, gathered(parameter).to(device))
+            _set(parameter, gathered(parameter).detach(), None)
             for slot in _SLOTS:
-                safe_set_full_optimizer_state(parameter, slots[slot].to(device), slot)
-            for part in self.engine.optimizer.optimizer.state.values():
-                part["step"].copy_(slots["step"])
+                _set(parameter, slots[slot].to(self.engine.device), slot)
+        step = next(iter(state.values()))["step"]
+        for part in self.engine.optimizer.optimizer.state.values():
+            part["step"].copy_(step)
+
+
+def _set(parameter: Any, value: Tensor, slot: str | None) -> None:
+    """Set AdamW's copy of a parameter, or one of its moments, to a whole tensor."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    whole, local = (
+        (safe_set_full_fp32_param, safe_set_local_fp32_param)
+        if slot is None
+        else (safe_set_full_optimizer_state, safe_set_local_optimizer_state)
+    )
+    name = () if slot is None else (slot,)
+    if not hasattr(parameter, "ds_id"):
+        whole(parameter, value, *name)
+        return
+    # DeepSpeed takes no whole tensor whose size the processes do not divide: the last of them hold padding.
+    each, rank = parameter.ds_tensor.numel(), dist.get_rank()
+    padded = functional.pad(value.flatten(), (0, each * dist.get_world_size() - value.numel()))
+    local(parameter, padded[rank * each : (rank + 1) * each], *name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +164,7 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor
     import deepspeed
 
+    _let_go([tensor])
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()
 
@@ -151,8 +178,29 @@ def writable(module: nn.Module) -> Iterator[None]:
         return
     import deepspeed
 
+    _let_go(parameters)
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
         yield
+
+
+def _let_go(parameters: Sequence[Any]) -> None:
+    """Part again what an evaluation's forward has on its way for a backward that does not come."""
+    if any(parameter.ds_status.name == "INFLIGHT" for parameter in parameters):
+        parameters[0]._z3_optimizer.empty_partition_cache()
+
+
+def leave_zero() -> None:
+    """Have DeepSpeed forget the process group, which is gone, before the next run of this process."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.utils import groups
+
+        groups._release_process_group_references()
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, over all processes."""
+    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    return size
 
 
 def _is_stage_3(engine: Any) -> bool:
@@ -161,9 +209,11 @@ def _is_stage_3(engine: Any) -> bool:
 
 def shard_by_zero(accelerator: Accelerator, head: Head, optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """(the engine, in place of the model, and its `ZeroOptimizer`)."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
+    size = sum(parameter.numel() for parameter in head.parameters())
+    bucket = min(_BUCKET, size + size % 2)  # of an even number of elements
+    layer = max((sum(parameter.numel() for parameter in layer.parameters()) for layer in head.layers), default=size)
     head.forward = accelerator.autocast()(head.forward)  # DeepSpeed turns off the one around it
     if (last := head.model.get_output_embeddings()) is not None:  # the loss takes the weights past their module
         deepspeed.zero.register_external_parameter(head, last.weight)
@@ -173,15 +223,21 @@ def shard_by_zero(accelerator: Accelerator, head: Head, optimizer: torch.optim.O
         config={
             "train_micro_batch_size_per_gpu": 1,  # not what it is, but no gradient is divided by it
             "managed_gradient_accumulation": False,
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-            "gradient_clipping": 1.0,
+            "zero_optimization": {
+                "stage": stage,
+                # DeepSpeed's own numbers are for models of billions, and would keep smaller ones whole.
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": layer,
+                "stage3_max_live_parameters": 2 * layer,
+                "stage3_max_reuse_distance": 2 * layer,
+            },
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device in each step
         },
     )
     engine.no_sync = contextlib.nullcontext  # each backward hands its gradients on
+    engine._backward_prologue_per_tensor = lambda gradient: gradient  # else divided by 1, which makes a tensor of it
     accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=engine)  # `free_memory` ends it
-    parameters = [*head.parameters()]
-    held = sum(p.ds_tensor.numel() if stage == 3 and hasattr(p, "ds_tensor") else p.numel() for p in parameters)
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    log.info(f"ZeRO-{stage}: of {total:,} parameters, the main process holds {held:,}; of moments its share")
+    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in head.parameters())
+    log.info(f"ZeRO-{stage}: of {size:,} parameters, the main process holds {held:,}; of moments its share")
     return engine, ZeroOptimizer(engine)

@@ -136,7 +136,7 @@ def test_a_memory_that_is_too_small_for_any_is_told(sizes: Any, monkeypatch: pyt
 
 
 def test_a_sharded_run_takes_a_number() -> None:
-    with pytest.raises(ValueError, match="with FSDP give a number of tokens"):
+    with pytest.raises(ValueError, match="not sharded: give a number of tokens"):
         settle_micro_tokens(AUTO, SimpleNamespace(is_fsdp2=True), None, None, None)  # type: ignore[arg-type]
 
 

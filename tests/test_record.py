@@ -246,7 +246,7 @@ def test_a_disabled_recorder_writes_and_shows_nothing(tmp_path, clock, capfd):
 @pytest.fixture
 def facts(tokenizer, monkeypatch) -> dict:
     monkeypatch.setattr(record, "describe", lambda device: {"device": "a machine", "threads_per_process": 2})
-    network = type("SomeForMaskedLM", (), {"num_parameters": lambda self: 1234})()
+    network = type("SomeForMaskedLM", (), {"parameters": lambda self: [torch.zeros(1000), torch.zeros(234)]})()
     lengths = np.array([4, 6, 5])
     none = np.zeros(0, np.int64)
 

@@ -137,9 +137,9 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
         stored = load_file(checkpoint.folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
-    names, zero = parameter_names(network), isinstance(optimizer, ZeroOptimizer)
+    names = parameter_names(network)
     parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if zero:  # whose groups hold what DeepSpeed makes of the parameters
+    if isinstance(optimizer, ZeroOptimizer):  # whose groups hold what DeepSpeed makes of the parameters
         parameters = [*optimizer.state]
     slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
     if sum(map(len, slots)) != len(stored):

@@ -77,7 +77,7 @@ def train_step(
     loss = torch.zeros((), device=device)
     with nullcontext() if is_sharded(accelerator) else accelerator.autocast():  # around all, it casts each weight once
         for number, batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)  # gradients are exchanged once, in its backward
+            last = number == len(micro_batches)  # gradients are exchanged once, in its backward (ZeRO: in each)
             with nullcontext() if last else accelerator.no_sync(model):
                 nats = loss_sum(model, batch.to(device))
                 with torch.autocast(device.type, enabled=False):

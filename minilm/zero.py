@@ -71,8 +71,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         flat = inside.fp32_partitioned_groups_flat if _is_stage_3(engine) else inside.single_partition_of_fp32_groups
         # DeepSpeed links moments to parameters at the first step, and then only those that are there before it.
         for part in flat:
-            slots = {"exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
-            inside.optimizer.state[part] = {"step": torch.zeros((), device=part.device), **slots}
+            moments = {slot: torch.zeros_like(part) for slot in _SLOTS}
+            inside.optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
         if not _is_stage_3(engine):
             inside._lazy_init_hp_params_optimizer_state()
 
@@ -117,26 +117,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 def _set(parameter: Any, value: Tensor, slot: str | None) -> None:
     """Set AdamW's copy of a parameter, or one of its moments, to a whole tensor."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    whole, local = (
-        (safe_set_full_fp32_param, safe_set_local_fp32_param)
-        if slot is None
-        else (safe_set_full_optimizer_state, safe_set_local_optimizer_state)
-    )
-    name = () if slot is None else (slot,)
     if not hasattr(parameter, "ds_id"):
-        whole(parameter, value, *name)
+        parameter.set_full_hp_param(value, slot)
         return
     # DeepSpeed takes no whole tensor whose size the processes do not divide: the last of them hold padding.
     each, rank = parameter.ds_tensor.numel(), dist.get_rank()
     padded = functional.pad(value.flatten(), (0, each * dist.get_world_size() - value.numel()))
-    local(parameter, padded[rank * each : (rank + 1) * each], *name)
+    parameter._z3_optimizer.set_local_hp_param(padded[rank * each : (rank + 1) * each], parameter, slot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +132,6 @@ class Moment:
 
     parameter: nn.Parameter
     slot: str
-
-    def detach(self) -> "Moment":
-        """It: no gradient comes here."""
-        return self
 
     def whole(self) -> Tensor:
         """float32, of the parameter's shape; every process calls this, in the same order."""

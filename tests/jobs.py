@@ -224,7 +224,7 @@ def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.P
             try:
                 for number, path in ((1, os.devnull), (2, str(stderr))):
                     os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-                sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+                sys.stdout, sys.stderr = (open(n, "w", 1, encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
                 if processes > 1:
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(processes)}

@@ -278,11 +278,11 @@ def test_packed_steps_hold_nearly_as_many_tokens_each(documents: Dataset, tmp_pa
     [
         ({"batch": Batch(max_length=65)}, "64 positions"),
         ({"model": Model(type="bertt")}, "did you mean 'bert'"),
-        ({"run": Run(output_dir="{full}")}, "is not empty"),
+        ({"run": Run(output_dir="{full}", precision="fp32")}, "is not empty"),
         ({"run": Run(precision="fp16")}, "needs a GPU"),
         ({"data": Data(source="missing.txt")}, "no such file"),
         ({"data": Data(source="pydocs", eval_split="validation")}, "pydocs has no splits"),
-        ({"run": Run(samples=("one <mask> two",))}, r"no \[MASK\] in the text"),
+        ({"run": Run(samples=("one <mask> two",), precision="fp32")}, r"no \[MASK\] in the text"),
     ],
 )
 def test_bad_input_ends_before_the_first_step(

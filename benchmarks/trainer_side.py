@@ -183,6 +183,7 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
         "optim": "adamw_torch_fused",
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
         "save_strategy": "no",
         "report_to": "none",
     }

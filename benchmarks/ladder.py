@@ -12,10 +12,12 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - head at the targets; last layer at the targets (what follows its attention); loss in parts (no batch has all its
   logits in memory).
 - packing: no padding, and attention inside each document.
+- attention by products: on CPUs plain matrix products attend in short documents, in place of the fused kernel.
 - fused AdamW; on CPUs, freed memory kept by the process.
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
-The first ratio is to the plain loop, in the same round; the gain is to the rung before. Results go to
+The first ratio is to the plain loop, in the same round; the gain is to the rung before. A second table has minilm with
+dropout 0.1, by torch's masks and by minilm's own (on CPUs), whose losses differ by chance. Results go to
 benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
@@ -35,6 +37,8 @@ from torch.nn import functional as F
 from trainer_side import padded_labels
 from transformers import PreTrainedModel
 
+import minilm.head
+import minilm.packing
 from minilm.batch import Batch
 from minilm.config import Config
 from minilm.head import Head, SparseHead
@@ -49,10 +53,14 @@ SPARSE = "head at the targets"
 SHORT = "last layer at the targets"
 FUSED_LOSS = "loss in parts"
 PACKED = "packing"
+PRODUCTS = "attention by products"
 FUSED = "fused AdamW"
 MEMORY = "freed memory kept"
 EPOCH = "group=epoch"
-RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, FUSED, MEMORY, EPOCH)
+RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, PRODUCTS, FUSED, MEMORY, EPOCH)
+ON_CPUS = (PRODUCTS, MEMORY)
+TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
+APART = {EPOCH: "other steps", OWN_MASKS: "other masks"}
 PARTS = 4  # micro-batches of the plain loop's step
 
 
@@ -141,6 +149,8 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if EPOCH in rungs:
         config = replace(config, batch=replace(config.batch, group="epoch"))
+    if PRODUCTS not in rungs:
+        minilm.packing._SHORT = 0
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
     parts = assemble(config, partial(head_of, rungs))
@@ -160,6 +170,24 @@ def rung_steps(side: Side, rungs: tuple[str, ...]) -> None:
     answer(side, parts if FUSED_LOSS in rungs else replace(parts, work=None))  # MFU is that of minilm's count
 
 
+def dropout_steps(side: Side, name: str) -> None:
+    """minilm's side with one of the two kinds of masks."""
+    if name == TORCH_MASKS:
+        setattr(minilm.head, "with_fast_dropout", lambda model: None)  # noqa: B010 (their modules do not export them)
+        setattr(minilm.packing, "drop", F.dropout)  # noqa: B010
+    answer(side, assemble(side.config))
+
+
+def dropout_contenders(config: Config) -> list[Contender]:
+    """One for each kind of masks."""
+    fields = {**config.model.config, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config = replace(config, model=replace(config.model, config=fields))
+    return [
+        Contender(name=name, config=config, steps=partial(dropout_steps, name=name))
+        for name in (TORCH_MASKS, OWN_MASKS)
+    ]
+
+
 def contenders_of(config: Config, rungs: tuple[str, ...]) -> list[Contender]:
     """One for each rung, from the first to the last."""
     return [
@@ -174,8 +202,8 @@ def rows_of(rungs: tuple[str, ...], taken: list[list[Taken]], machine: report.Ma
     rows = []
     for number, (name, turns) in enumerate(zip(rungs, taken, strict=True)):
         figures, gain = report.figures(turns, taken[0], machine.peak), report.ratios(turns, taken[max(0, number - 1)])
-        apart = None if name == EPOCH else report.loss_difference(turns, taken[0])
-        said = "other steps" if apart is None else f"{apart:.1e}"
+        apart = None if name in APART else report.loss_difference(turns, taken[0])
+        said = APART[name] if apart is None else f"{apart:.1e}"
         print(f"{report.line(name, figures)}   {report.spread(gain):<20}  {said}")
         label = name if number == 0 else f"+ {name}"
         rows.append(
@@ -193,11 +221,14 @@ def main() -> None:
     cuda = machine.device.type == "cuda"
     examples = 1024 if cuda else 64
     batch = replace(MASKED.batch, examples=examples, micro_tokens=examples // PARTS * MASKED.batch.max_length)
-    rungs = tuple(name for name in RUNGS if name != MEMORY or not cuda)
+    rungs = tuple(name for name in RUNGS if name not in ON_CPUS or not cuda)
     rounds = Rounds(count=3, warm_up=1) if options.quick else Rounds(count=9)
-    taken = compare(contenders_of(replace(MASKED, batch=batch), rungs), machine.precision, rounds)
-    rows = rows_of(rungs, taken, machine)
-    report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 5))
+    config = replace(MASKED, batch=batch)
+    rows = rows_of(rungs, compare(contenders_of(config, rungs), machine.precision, rounds), machine)
+    if not cuda:
+        taken = compare(dropout_contenders(config), machine.precision, rounds)
+        rows += rows_of((TORCH_MASKS, OWN_MASKS), taken, machine)
+    report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 6))
 
 
 if __name__ == "__main__":

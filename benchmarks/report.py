@@ -35,10 +35,10 @@ class Machine:
         return f"{self.hardware['device']}, {where}{self.precision}"
 
 
-def this_machine() -> Machine:
-    """Its first GPU, or else its CPU, at the precision that is fast there."""
+def this_machine(asked: Precision = "auto") -> Machine:
+    """Its first GPU, or else its CPU, at the precision asked for, or at the one that is fast there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision: Any = choose_precision("auto", device).name
+    precision: Any = choose_precision(asked, device).name
     machine = Machine(
         device=device, precision=precision, peak=device_peak(device, precision), hardware=describe(device)
     )

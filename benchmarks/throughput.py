@@ -14,9 +14,9 @@ Each side runs in a process of its own with the settings that it has for a user,
 - pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
   pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
 
-`--quick` has fewer rounds, and 16 examples a step for causal LM, whose steps are the longest. A ratio is that of the
-tokens per second of the same round. Results go to benchmarks/results, as JSON and as a plot
-(`pip install -e ".[report]"`).
+`--quick` has fewer rounds, and 16 examples a step for causal LM, whose steps are the longest. In a round each side
+takes a step, or several where lengths differ from step to step; a ratio is that of the tokens per second of a round.
+Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse
@@ -87,9 +87,9 @@ class Workload:
     """What is compared, and how often."""
 
     config: Config
-    rounds: int
+    rounds: Rounds
     """Of a full run."""
-    quick: int
+    quick: Rounds
     """Of a quick one."""
     quick_examples: int = 32
     """Examples of a step of a quick run."""
@@ -117,11 +117,26 @@ def in_blocks(config: Config) -> Config:
 
 
 WORKLOADS = {
-    "masked-documents": Workload(config=MASKED, rounds=24, quick=4, epoch=True),
-    "masked-blocks": Workload(config=in_blocks(MASKED), rounds=15, quick=2, grouped=False),
-    "causal-documents": Workload(config=CAUSAL, rounds=9, quick=2, quick_examples=16),
-    "causal-blocks": Workload(config=in_blocks(CAUSAL), rounds=9, quick=2, quick_examples=16, grouped=False),
-    "pair-classification": Workload(config=PAIRS, rounds=15, quick=3),
+    # Steps of one length each differ from each other, so that a turn has several of them.
+    "masked-documents": Workload(
+        config=MASKED, rounds=Rounds(count=9, block=4), quick=Rounds(count=3, warm_up=1, block=2), epoch=True
+    ),
+    "masked-blocks": Workload(
+        config=in_blocks(MASKED), rounds=Rounds(count=15), quick=Rounds(count=2, warm_up=1), grouped=False
+    ),
+    "causal-documents": Workload(
+        config=CAUSAL, rounds=Rounds(count=9), quick=Rounds(count=2, warm_up=1), quick_examples=16
+    ),
+    "causal-blocks": Workload(
+        config=in_blocks(CAUSAL),
+        rounds=Rounds(count=9),
+        quick=Rounds(count=2, warm_up=1),
+        quick_examples=16,
+        grouped=False,
+    ),
+    "pair-classification": Workload(
+        config=PAIRS, rounds=Rounds(count=9, block=4), quick=Rounds(count=3, warm_up=1, block=2)
+    ),
 }
 
 
@@ -183,17 +198,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a fifth of the rounds: three minutes on two cores")
     parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="auto", help="of both sides, not the fast one")
     options = parser.parse_args()
-    machine, rows = report.this_machine(), []
+    machine, rows = report.this_machine(options.precision), []
     with tempfile.TemporaryDirectory() as folder:
         for name in [options.workload] if options.workload else [*WORKLOADS]:
             workload = WORKLOADS[name]
-            config, repeats = in_folder(workload.config, Path(folder)), Rounds(count=workload.rounds)
+            config, repeats = in_folder(workload.config, Path(folder)), workload.rounds
             if options.quick:
-                config, repeats = (
-                    with_examples(config, workload.quick_examples),
-                    Rounds(count=workload.quick, warm_up=1),
-                )
+                config, repeats = with_examples(config, workload.quick_examples), workload.quick
             rows += measure(name, workload.contenders(config), repeats, machine)
     name = f"throughput-{options.workload}" if options.workload else "throughput"
     report.write(name, machine, {"rows": rows}, drawing(rows), (8, 0.5 * len(rows) + 1.2))

@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         inputs = (hidden_NxH, weight_VxH, bias_V)
         gradients = [
-            torch.zeros_like(x) if x is not None and needed else None
+            _room(x, len(target_N)) if x is not None and needed else None
             for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         device = hidden_NxH.device.type
@@ -87,12 +87,25 @@ def _part(
         if smoothing:
             error -= smoothing / error.shape[1]
         if of_bias is not None:
-            of_bias += error.sum(0)
+            _add(of_bias, error.sum(0), at)
         error = error.to(hidden.dtype)
         if of_hidden is not None:
             of_hidden[at : at + len(target)] = error @ weight
         if of_weight is not None and of_weight.dtype == hidden.dtype:
-            of_weight.addmm_(error.T, hidden)
+            of_weight.addmm_(error.T, hidden, beta=min(at, 1))
         elif of_weight is not None:
-            of_weight += error.T @ hidden
+            _add(of_weight, error.T @ hidden, at)
     return nats
+
+
+def _room(x: Tensor, targets: int) -> Tensor:
+    """For a gradient of `x`, which the first part of the targets fills: an embedding is too long to be zeroed first."""
+    return torch.empty_like(x) if targets else torch.zeros_like(x)
+
+
+def _add(total: Tensor, part: Tensor, at: int) -> None:
+    """Add to what the earlier parts gave, if this is not the first."""
+    if at:
+        total += part
+    else:
+        total.copy_(part)

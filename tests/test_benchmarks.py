@@ -21,8 +21,11 @@ import torch
 from accelerate.state import AcceleratorState
 from sides import Contender, Rounds, Side, Taken, Work, assemble, minilm_steps
 from synthetic import write_corpus
+from torch.nn import functional as F
 
+import minilm.packing
 from minilm import Batch, Config, Model, Run
+from minilm.dropout import FastDropout, dropout, with_fast_dropout
 from minilm.hardware import Peak
 from minilm.objectives import prepare
 from tests.launch import ROOT
@@ -146,7 +149,9 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     parts, taken = [], []
     monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
     for contender in ladder.contenders_of(config, ladder.RUNGS):
-        taken.append(turns_of(contender)[1])
+        with monkeypatch.context() as process:  # what a rung changes in its own process
+            process.setattr("minilm.packing._SHORT", minilm.packing._SHORT)
+            taken.append(turns_of(contender)[1])
     heads: list[Any] = [part.model for part in parts]
     for name, first in (("sparse", 2), ("short", 3), ("fused", 4), ("padding_free", 5)):
         assert [getattr(head, name, False) for head in heads] == [number >= first for number in range(len(heads))], name
@@ -163,6 +168,22 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     path = report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (4, 3))
     assert json.loads(path.read_text())["versions"]["torch"] == version("torch")
+
+
+def test_the_ladder_has_dropout_by_torch_and_by_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
+    config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
+    parts: list[Any] = []
+    monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
+    for contender, masks in zip(ladder.dropout_contenders(config), (F.dropout, dropout), strict=True):
+        with monkeypatch.context() as process:
+            process.setattr("minilm.packing.drop", dropout)
+            process.setattr("minilm.head.with_fast_dropout", with_fast_dropout)
+            assert len(turns_of(contender)[1]) == 2
+            assert minilm.packing.drop is masks
+        modules = [module for module in parts[-1].model.modules() if isinstance(module, torch.nn.Dropout)]
+        assert {module.p for module in modules} == {0.1}
+        assert all(isinstance(module, FastDropout) == (masks is dropout) for module in modules)
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

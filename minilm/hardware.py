@@ -35,7 +35,7 @@ _PEAKS = (
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.05, device: str = "cpu") -> float:
+def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.02, device: str = "cpu") -> float:
     """FLOP/s of a square matrix product, the best of the repetitions that fit into `seconds` (at least one)."""
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(a[:64, :64], b[:64, :64])  # loads the kernel
@@ -104,7 +104,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
             if re.search(rf"\b{part}\b", name):
                 return Peak(flops=1e12 * (full if precision == "fp32" else half), source="datasheet")
     size = 1024 if device.type == "cpu" else 8192
-    return Peak(flops=gemm_rate(_DTYPES[precision], size, 0.2, device.type), source="measured")
+    return Peak(flops=gemm_rate(_DTYPES[precision], size, 0.1, device.type), source="measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +142,9 @@ def count_flops(model: Head, max_length: int) -> Cost:
 
     model.eval()
     short, long = max(2, max_length // 2), max_length
-    per_target = forward(short, 2) - forward(short, 1)
-    at_short, at_long = (forward(n, 1) - per_target for n in (short, long))
+    one, two, at_long = forward(short, 1), forward(short, 2), forward(long, 1)
+    per_target = two - one
+    at_short, at_long = one - per_target, at_long - per_target
     model.train(training)
     per_square = (at_long / long - at_short / short) / (long - short)
     return Cost(per_token=at_short / short - per_square * short, per_square=per_square, per_target=per_target)

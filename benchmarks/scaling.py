@@ -7,7 +7,7 @@ Without a part's flag all four are measured, minilm's train_step in all of them,
 documentation and the fast precision of the machine. Whatever is compared takes turns, in processes of its own.
 
 - processes: the same steps by 1, 2, 4, … processes, started by accelerate's launcher; each has a GPU, or a thread of
-  the CPU. Ideal: as many times the tokens per second of one.
+  the CPU. Ideal: as many times the tokens per second of one. On a CPU also: the share of one process with all threads.
 - lengths: full blocks of 64 to 8,192 tokens, the same number of tokens a step.
 - models: RoBERTa of 2 layers, 128 wide, up to 12 layers, 768 wide (24 and 1,024 on a GPU). Ideal, of the lengths too:
   the FLOP/s of the best of them.
@@ -124,28 +124,28 @@ def compared(configs: list[Config], places: list[int], machine: report.Machine, 
 
 
 def take(config: Config, turns: Rounds) -> list[Taken]:
-    """Turns of a run in this process, one thread of a CPU, as one of those that were launched together."""
+    """Turns of a run in this process, as one of those that were launched together."""
     parts = assemble(config)
     if parts.accelerator.device.type == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # minilm may have taken more
     return list(turns_of(parts, turns.warm_up + turns.count, turns.block))[turns.warm_up :]
 
 
-def launched(processes: int, machine: report.Machine) -> list[Taken]:
-    """The turns of a run of so many processes, under accelerate's launcher."""
+def launched(processes: int, machine: report.Machine, threads: int = 1) -> list[Taken]:
+    """The turns of a run of so many processes of so many threads, under accelerate's launcher."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     words = [*launcher, *plain] if processes > 1 else []
     cpu = {"ACCELERATE_USE_CPU": "true"} if machine.device.type == "cpu" else {}
     command = [sys.executable, *words, __file__, "--worker", machine.precision]
-    settings = {**os.environ, **cpu, "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, **cpu, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
     return [Taken(**turn) for turn in json.loads(done.stdout.splitlines()[-1])]
 
 
 def work(precision: Precision) -> None:
     """What a launched process does: the main one prints its turns."""
-    batch = replace(MASKED.batch, examples=512 if torch.cuda.is_available() else 32)
+    batch = replace(MASKED.batch, examples=512 if torch.cuda.is_available() else 128)
     turns = take(replace(MASKED, batch=batch, run=Run(precision=precision)), Rounds(count=6))
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps([asdict(turn) for turn in turns]))
@@ -156,10 +156,14 @@ def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
     limit = torch.cuda.device_count() or os.cpu_count() or 1
     counts = [2**power for power in range(limit.bit_length())]
     taken: list[list[Taken]] = [[] for _ in counts]
+    threaded: list[Taken] = []  # by one process with all threads
     for _ in range(1 if quick else 3):
         for turns, count in zip(taken, counts, strict=True):
             turns += launched(count, machine)
+        if machine.device.type == "cpu":
+            threaded += launched(1, machine, limit)
     found = [speeds(turns) for turns in taken]
+    whole = {"of_threads": speeds(threaded)[0]} if threaded else {}
     return [
         Point(
             at=count,
@@ -167,7 +171,7 @@ def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
             low=low,
             high=high,
             ideal=found[0][0] * count,
-            extra={"first_loss": turns[0].loss},
+            extra={"first_loss": turns[0].loss, **{key: median / rate for key, rate in whole.items()}},
         )
         for count, (median, low, high), turns in zip(counts, found, taken, strict=True)
     ]
@@ -224,6 +228,7 @@ SHOWN = {
     "mfu": lambda value: f"MFU {value:.0%}",
     "memory": lambda value: f"{value / 1e6:,.0f} MB",
     "first_loss": lambda value: f"first loss {value:.6f}",
+    "of_threads": lambda value: f"{value:.2f} of one process with all threads",
     "start": lambda value: f"start {value:.1f} s",
     "data": lambda value: f"plan and batch {1e3 * value:.1f} ms",
 }

@@ -22,6 +22,7 @@ from minilm.packing import ATTENTION, Packing, pack
 
 log = logging.getLogger("minilm")
 
+_ROUND = 32  # tokens
 _PROBE = 160  # tokens of the longest row on which a shortcut is tried: more than the usual window of local attention
 # First and last module of what follows attention in a layer; between the two, each token is by itself.
 AFTER_ATTENTION = (
@@ -77,13 +78,15 @@ class Head(nn.Module):
     def _inputs(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> dict[str, Any]:
         """What the model's forward takes for this batch, packed or padded."""
         if self.padding_free:
+            more = _to_round(len(input_ids_T), input_ids_T.device)  # each of them attends to itself alone
             # transformers hands a mask of four axes on as it is; packed_attention has no use for one.
             mask = torch.empty(1, 1, 1, 1, device=input_ids_T.device)
-            inputs = {"input_ids": input_ids_T[None], "attention_mask": mask, "packing": packing, **self._always}
+            ids_T = F.pad(input_ids_T, (0, more), value=self._padding)
+            inputs = {"input_ids": ids_T[None], "attention_mask": mask, "packing": packing, **self._always}
             if self._takes_positions:
-                inputs["position_ids"] = packing.position_T[None] + self._offset
+                inputs["position_ids"] = F.pad(packing.position_T, (0, more))[None] + self._offset
             if type_ids_T is not None:
-                inputs["token_type_ids"] = type_ids_T[None]
+                inputs["token_type_ids"] = F.pad(type_ids_T, (0, more))[None]
             return inputs
         (group,) = packing.groups
         inputs = {"input_ids": group.pad(input_ids_T), "attention_mask": None, **self._always}
@@ -221,19 +224,28 @@ class SparseHead(Head):
             logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
             return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none", label_smoothing=smoothing)
         with _left_out(self._last):
-            hidden_NxH = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
+            hidden_NxH = self._logits(input_ids_T, packing, target_index_N, type_ids_T)
         return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N, smoothing)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
         """Logits, N x V, of the targets, which are at `target_index_N` among the T tokens."""
+        return self._logits(input_ids_T, packing, target_index_N, type_ids_T)[: len(target_index_N)]
+
+    def _logits(
+        self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None
+    ) -> Tensor:
+        """The same, after which there may be rows of no meaning."""
         if self.alone:
             runs = self._runs(input_ids_T, packing, type_ids_T)
             return torch.cat([logits[:, :length].flatten(0, 1) for length, logits in runs])[target_index_N]
         inputs = self._inputs(input_ids_T, packing, type_ids_T)
         if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
             target_index_N = place_T[target_index_N]
+        if self.sparse and self.padding_free:  # further ones are at the first token of those that round up
+            more = _to_round(len(target_index_N), input_ids_T.device)
+            target_index_N = F.pad(target_index_N, (0, more), value=len(input_ids_T))
         self._target_index = target_index_N if self.sparse else None
         try:
             logits_RxLxV: Tensor = self.model(**inputs).logits
@@ -314,6 +326,16 @@ class SparseHead(Head):
         (rows, length, width), self._shape = self._shape, None
         hidden_RLxH = output_1xNxH.new_zeros(rows * length, width).index_copy(0, self._target_index, output_1xNxH[0])
         return hidden_RLxH.view(rows, length, width)
+
+
+def _to_round(count: int, device: torch.device) -> int:
+    """How many rows more make a product of `count` rows one that was had before, one at least; 0 where it is no matter.
+
+    oneDNN, which takes products in bf16 on CPUs, compiles a kernel of a megabyte for each shape: a quarter of the time
+    where each batch has a number of tokens of its own.
+    """
+    rounds = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return _ROUND - count % _ROUND if rounds else 0
 
 
 @contextmanager

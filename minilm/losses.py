@@ -15,7 +15,7 @@ _LOGITS, _LOGITS_ON_CPU = 2**26, 2**23  # in memory at a time: 256 MiB; 32 MiB w
 def linear_cross_entropy(
     hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor, smoothing: float = 0.0
 ) -> Tensor:
-    """-log softmax(hidden weight^T + bias) at each target, nats, float32[N].
+    """-log softmax(hidden weight^T + bias) at each target, nats, float32[N]; rows of `hidden` after N do not count.
 
     A share of `smoothing` is the mean over the vocabulary instead (Szegedy et al. 2016, section 7).
 
@@ -54,6 +54,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _part(hidden[at : at + rows], weight, bias, target_N[at : at + rows], smoothing, at, gradients)
                 for at in range(0, len(target_N), rows)
             ]
+        if gradients[0] is not None:
+            gradients[0][len(target_N) :] = 0
         ctx.gradients = gradients
         return torch.cat(nats) if nats else hidden_NxH.new_zeros(0, dtype=torch.float32)
 
@@ -76,7 +78,7 @@ def _part(
     gradients: list[Tensor | None],
 ) -> Tensor:
     """The nats of some targets, the first of which is number `at`; adds to the gradients that are wanted."""
-    log_p = F.linear(hidden, weight, bias).float().log_softmax(-1)
+    log_p = F.linear(hidden, weight, bias)[: len(target)].float().log_softmax(-1)
     nats = -log_p.gather(1, target[:, None]).squeeze(1)
     if smoothing:
         nats = (1 - smoothing) * nats - smoothing * log_p.mean(-1)
@@ -89,8 +91,10 @@ def _part(
         if of_bias is not None:
             _add(of_bias, error.sum(0), at)
         error = error.to(hidden.dtype)
+        if more := len(hidden) - len(target):
+            error = F.pad(error, (0, 0, 0, more))
         if of_hidden is not None:
-            of_hidden[at : at + len(target)] = error @ weight
+            of_hidden[at : at + len(hidden)] = error @ weight
         if of_weight is not None and of_weight.dtype == hidden.dtype:
             of_weight.addmm_(error.T, hidden, beta=min(at, 1))
         elif of_weight is not None:

@@ -252,12 +252,14 @@ def packed_attention(
     if _takes_rows_of_any_length(states[0], dropout):
         return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
     sizes, parts = [group.stop - group.start for group in packing.groups], []
+    more = states[0].shape[0] - sum(sizes)
     # torch.split, in place of slices: their gradients would each be as long as the batch.
-    for group, *own in zip(packing.groups, *(torch.split(x_TxAxD, sizes) for x_TxAxD in states), strict=True):
+    *queries_keys, values = (torch.split(x_TxAxD, [*sizes, more]) for x_TxAxD in states)
+    for group, *own in zip(packing.groups, *(x[:-1] for x in (*queries_keys, values)), strict=True):
         query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
         attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
         parts.append(group.from_heads(attended_RxAxLxD))
-    return torch.cat(parts)[None], None
+    return torch.cat([*parts, values[-1]])[None], None
 
 
 def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:

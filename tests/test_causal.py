@@ -77,10 +77,12 @@ def reference_loss(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> Tensor
     return total
 
 
+@pytest.mark.parametrize("rounding", [0, 7])
 @pytest.mark.parametrize("kind", TYPES)
 def test_loss_and_gradients_are_those_of_each_document_read_alone(
-    kind: str, causal_tokenizer: PreTrainedTokenizerBase
+    kind: str, rounding: int, causal_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("minilm.head._to_round", lambda count, device: rounding)
     model = build(causal_tokenizer, kind).train()
     plain = deepcopy(model)
     head = SparseHead(model)

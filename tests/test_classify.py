@@ -70,9 +70,13 @@ def rows_for(lengths: Sequence[int] = LENGTHS) -> list[np.ndarray]:
     return [rng.integers(5, 300, length) for length in lengths]
 
 
+@pytest.mark.parametrize("rounding", [0, 7])
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("kind", [*TYPES, *OTHERS])
-def test_loss_and_gradients_are_those_that_transformers_takes(kind: str, problem: str, tokenizer) -> None:
+def test_loss_and_gradients_are_those_that_transformers_takes(
+    kind: str, problem: str, rounding: int, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minilm.head._to_round", lambda count, device: rounding)
     labels, values = PROBLEMS[problem]
     model = build(tokenizer, kind, labels)
     plain, head = deepcopy(model), ClassHead(model, labels)

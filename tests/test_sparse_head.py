@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForMaskedLM,
@@ -74,14 +75,18 @@ def assert_same_update(
         pytest.param((300, 290, 60, 1), 0.15, id="long rows, more tokens than positions"),
     ],
 )
+@pytest.mark.parametrize("more", [0, 7])
 @pytest.mark.parametrize("kind", TYPES)
 def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
     kind: str,
+    more: int,
     lengths: tuple[int, ...],
     rate: float,
     tokenizer: PreTrainedTokenizerBase,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("minilm.head._to_round", lambda count, device: more)
     model = build(tokenizer, kind, max_position_embeddings=512 if max(lengths) > 62 else 64).train()
     plain = deepcopy(model)
     head = SparseHead(model)
@@ -91,6 +96,43 @@ def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
     batch = batch_for(head, tokenizer, lengths, rate)
     assert (2 * batch.targets > sum(lengths)) == (rate > 0.5)
     assert_same_update(head, plain, batch, lengths)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the sizes that occur in products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+            self.sizes.update(size for x in args if isinstance(x, Tensor) and x.ndim == 2 for size in x.shape)
+        return function(*args, **(kwargs or {}))
+
+
+def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minilm.head._ROUND", 100)
+    plain = build(tokenizer, "modernbert").train()
+    head = SparseHead(deepcopy(plain))
+    others = {*(parameter.shape[-1] for parameter in plain.parameters()), len(tokenizer), 64, 96, 100}
+    for lengths in (SHORT_ROWS, (24, 9, 18, 1), (20, 20, 10)):
+        batch = batch_for(head, tokenizer, lengths)
+        head.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16), Products() as products:
+            ours = loss_sum(head, batch)
+        with products:
+            ours.backward()
+        assert products.sizes >= {100}
+        assert not products.sizes & {sum(lengths), batch.targets} - others
+        plain.zero_grad()
+        theirs = full_loss(plain, batch, lengths)
+        theirs.backward()
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+        for one, other in zip(head.model.parameters(), plain.parameters(), strict=True):
+            assert (one.grad - other.grad).norm() <= 0.05 * other.grad.norm()
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -10,7 +10,8 @@ Each side runs in a process of its own with the settings that it has for a user,
   such text, `group_by_length`, and its own collator. minilm runs with its default, on the same documents and masks as
   Trainer, and with `group=epoch`.
 - masked-blocks: the same on full blocks, where there is no padding to save.
-- causal-documents, causal-blocks: causal LM, GPT-2 with 6 layers, 384 wide, vocabulary 50,257.
+- causal-documents, causal-blocks: causal LM, GPT-2 with 6 layers, 384 wide, vocabulary 50,257; minilm in forwards of
+  at most 2,048 tokens.
 - pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
   pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
 
@@ -71,6 +72,7 @@ CAUSAL = replace(
         },
     ),
     objective=CausalLM(),
+    batch=Batch(examples=32, max_length=128, micro_tokens=2048),
 )
 PAIRS = replace(
     MASKED,

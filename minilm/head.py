@@ -6,7 +6,6 @@ Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V 
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -17,12 +16,12 @@ from transformers import PreTrainedModel
 
 from minilm.dropout import with_fast_dropout
 from minilm.losses import linear_cross_entropy
-from minilm.model import evaluating, longest_input, position_offset, vocabulary_size
+from minilm.model import evaluating, left_out, longest_input, position_offset, vocabulary_size
 from minilm.packing import ATTENTION, Packing, pack
+from minilm.rounding import to_round
 
 log = logging.getLogger("minilm")
 
-_ROUND = 32  # tokens
 _PROBE = 160  # tokens of the longest row on which a shortcut is tried: more than the usual window of local attention
 # First and last module of what follows attention in a layer; between the two, each token is by itself.
 AFTER_ATTENTION = (
@@ -78,7 +77,7 @@ class Head(nn.Module):
     def _inputs(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> dict[str, Any]:
         """What the model's forward takes for this batch, packed or padded."""
         if self.padding_free:
-            more = _to_round(len(input_ids_T), input_ids_T.device)  # each of them attends to itself alone
+            more = to_round(len(input_ids_T), input_ids_T.device)  # each of them attends to itself alone
             # transformers hands a mask of four axes on as it is; packed_attention has no use for one.
             mask = torch.empty(1, 1, 1, 1, device=input_ids_T.device)
             ids_T = F.pad(input_ids_T, (0, more), value=self._padding)
@@ -223,7 +222,7 @@ class SparseHead(Head):
         if not self.fused or half:  # small probabilities need the scaled loss in half precision
             logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
             return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none", label_smoothing=smoothing)
-        with _left_out(self._last):
+        with left_out(self._last):
             hidden_NxH = self._logits(input_ids_T, packing, target_index_N, type_ids_T)
         return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N, smoothing)
 
@@ -244,7 +243,7 @@ class SparseHead(Head):
         if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
             target_index_N = place_T[target_index_N]
         if self.sparse and self.padding_free:  # further ones are at the first token of those that round up
-            more = _to_round(len(target_index_N), input_ids_T.device)
+            more = to_round(len(target_index_N), input_ids_T.device)
             target_index_N = F.pad(target_index_N, (0, more), value=len(input_ids_T))
         self._target_index = target_index_N if self.sparse else None
         try:
@@ -265,7 +264,7 @@ class SparseHead(Head):
         target_index_N = torch.cat([torch.arange(second), others]).to(input_ids_T.device)
         if not self.fused:
             return self.logits(input_ids_T, packing, target_index_N)
-        with _left_out(self._last):
+        with left_out(self._last):
             hidden_NxH = self.logits(input_ids_T, packing, target_index_N)
         return F.linear(hidden_NxH, self._last.weight, self._last.bias)
 
@@ -326,26 +325,6 @@ class SparseHead(Head):
         (rows, length, width), self._shape = self._shape, None
         hidden_RLxH = output_1xNxH.new_zeros(rows * length, width).index_copy(0, self._target_index, output_1xNxH[0])
         return hidden_RLxH.view(rows, length, width)
-
-
-def _to_round(count: int, device: torch.device) -> int:
-    """How many rows more make a product of `count` rows one that was had before, one at least; 0 where it is no matter.
-
-    oneDNN, which takes products in bf16 on CPUs, compiles a kernel of a megabyte for each shape: a quarter of the time
-    where each batch has a number of tokens of its own.
-    """
-    rounds = device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return _ROUND - count % _ROUND if rounds else 0
-
-
-@contextmanager
-def _left_out(module: nn.Module) -> Iterator[None]:
-    """The module hands on what it is given."""
-    module.forward = lambda x: x  # on this object, in front of the method of its class
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def freeze_unused(head: Head) -> None:

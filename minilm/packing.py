@@ -228,8 +228,9 @@ def packed_attention(
     """Attention inside each row of a packed batch, as an attention function of transformers.
 
     It is causal where `is_causal` says so, or else the module. Several heads may share one key and value (grouped query
-    attention, Ainslie et al. 2023). Returns 1 x T x A x D. Without a `packing` it is transformers' own scaled dot
-    product attention. Raises ValueError for what it does not know, such as sinks or a cap on the scores.
+    attention, Ainslie et al. 2023). A token after the last row attends to itself. Returns 1 x T x A x D. Without a
+    `packing` it is transformers' own scaled dot product attention. Raises ValueError for what it does not know, such as
+    sinks or a cap on the scores.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -252,14 +253,15 @@ def packed_attention(
     if _takes_rows_of_any_length(states[0], dropout):
         return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
     sizes, parts = [group.stop - group.start for group in packing.groups], []
-    more = states[0].shape[0] - sum(sizes)
+    sizes.append(states[0].shape[0] - sum(sizes))
     # torch.split, in place of slices: their gradients would each be as long as the batch.
-    *queries_keys, values = (torch.split(x_TxAxD, [*sizes, more]) for x_TxAxD in states)
-    for group, *own in zip(packing.groups, *(x[:-1] for x in (*queries_keys, values)), strict=True):
+    split = [torch.split(x_TxAxD, sizes) for x_TxAxD in states]
+    for group, *own in zip(packing.groups, *split, strict=False):
         query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
         attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
         parts.append(group.from_heads(attended_RxAxLxD))
-    return torch.cat([*parts, values[-1]])[None], None
+    parts.append(split[2][-1])  # a token that attends to itself alone gets its own value
+    return torch.cat(parts)[None], None
 
 
 def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:

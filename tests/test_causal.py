@@ -82,7 +82,7 @@ def reference_loss(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> Tensor
 def test_loss_and_gradients_are_those_of_each_document_read_alone(
     kind: str, rounding: int, causal_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.head._to_round", lambda count, device: rounding)
+    monkeypatch.setattr("minilm.head.to_round", lambda count, device: rounding)
     model = build(causal_tokenizer, kind).train()
     plain = deepcopy(model)
     head = SparseHead(model)

@@ -76,7 +76,7 @@ def rows_for(lengths: Sequence[int] = LENGTHS) -> list[np.ndarray]:
 def test_loss_and_gradients_are_those_that_transformers_takes(
     kind: str, problem: str, rounding: int, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.head._to_round", lambda count, device: rounding)
+    monkeypatch.setattr("minilm.head.to_round", lambda count, device: rounding)
     labels, values = PROBLEMS[problem]
     model = build(tokenizer, kind, labels)
     plain, head = deepcopy(model), ClassHead(model, labels)

@@ -86,7 +86,7 @@ def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("minilm.head._to_round", lambda count, device: more)
+    monkeypatch.setattr("minilm.head.to_round", lambda count, device: more)
     model = build(tokenizer, kind, max_position_embeddings=512 if max(lengths) > 62 else 64).train()
     plain = deepcopy(model)
     head = SparseHead(model)
@@ -114,7 +114,7 @@ class Products(TorchDispatchMode):
 def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.head._ROUND", 100)
+    monkeypatch.setattr("minilm.rounding._MULTIPLE", 100)
     plain = build(tokenizer, "modernbert").train()
     head = SparseHead(deepcopy(plain))
     others = {*(parameter.shape[-1] for parameter in plain.parameters()), len(tokenizer), 64, 96, 100}

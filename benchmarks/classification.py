@@ -3,15 +3,17 @@
     python benchmarks/classification.py MODEL --data.source mrpc_train.tsv --data.eval-source mrpc_validation.tsv \
         --data.column sentence1 --data.pair-column sentence2 --data.label-column label
 
-The settings are those of recipes/classify.py, whose flags are taken too. Trainer gets the same examples, learning rate,
-schedule, warm-up, betas, weight decay, clipping, batch size and seed, its own random order and collator (padding to the
-longest) and fused AdamW. The two runs of a seed are processes of their own that work at the same time, each on half of
-the processors, so that whatever else slows the machine slows both. Both models are evaluated by minilm on the same
-examples; the time is that of the training steps alone. Results go to benchmarks/results as JSON.
+The settings are those of recipes/classify.py, whose flags are taken too. Trainer gets the same batches, learning rate,
+schedule, warm-up, betas, weight decay, clipping and seed, the same weights to start with, its own collator (padding to
+the longest) and fused AdamW: what differs are the draws of dropout. The two runs of a seed are processes of their own
+that work at the same time, each on half of the processors, so that whatever else slows the machine slows both. Both
+models are evaluated by minilm on the same examples; the time is that of the training steps alone. Results go to
+benchmarks/results as JSON.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import Dataset, SequentialSampler
 from trainer_side import Rows, evaluate, trainer_settings
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -32,7 +35,9 @@ from transformers.utils import logging as transformers_logging
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
 from minilm.hardware import choose_precision, describe, usable_processors
 from minilm.objectives import build, prepare
+from minilm.plan import Plan
 from minilm.settings import parse
+from minilm.tokens import Examples
 from minilm.train import train
 
 CONFIG = Config(
@@ -57,6 +62,33 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.begin
 
 
+class TrainerInOrder(Trainer):
+    """Trainer that takes its items in their order."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset)
+
+
+class Batches(Dataset[list[dict[str, Any]]]):
+    """Item i: the examples that minilm takes in step i, as Trainer's rows."""
+
+    def __init__(self, config: Config, examples: Examples) -> None:
+        size = config.batch.examples
+        self.rows = Rows(examples)
+        self.plan = Plan(
+            examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, seed=config.run.seed
+        )
+        self.steps = math.ceil(config.run.epochs * self.plan.steps_per_epoch)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        if not 0 <= index < self.steps:
+            raise IndexError(index)
+        return [self.rows[int(i)] for i in self.plan.step(index).examples]
+
+
 def by_minilm(config: Config) -> dict[str, float]:
     """The figures of a run of minilm."""
     with tempfile.TemporaryDirectory() as folder:
@@ -68,17 +100,17 @@ def by_trainer(config: Config) -> dict[str, float]:
     transformers_logging.set_verbosity_error()
     precision = choose_precision(config.run.precision, Accelerator().device).name
     prepared = prepare(config)
-    steps = round(config.run.epochs * -(-len(prepared.train) // config.batch.examples))
+    batches, pad = Batches(config, prepared.train), DataCollatorWithPadding(prepared.tokenizer)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        settings = trainer_settings(config, precision, steps)
+        settings = trainer_settings(config, precision, len(batches)) | {"per_device_train_batch_size": 1}
         arguments = TrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, **settings)
         model = build(config, prepared)
-        Trainer(
+        TrainerInOrder(
             model=model,
             args=arguments,
-            train_dataset=Rows(prepared.train),
-            data_collator=DataCollatorWithPadding(prepared.tokenizer),
+            train_dataset=batches,
+            data_collator=lambda items: pad(items[0]),
             callbacks=[clock],
         ).train()
     return {**evaluate(config, model, prepared), "train_seconds": clock.seconds}

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import classification
 import communication
 import gpu
 import ladder
@@ -103,6 +104,22 @@ def test_throughput(name: str, tmp_path: Path) -> None:
         data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
         config = replace(config, data=data, tokens=tokens)
     check_sides(workload.contenders(config))
+
+
+def test_classification_takes_the_same_steps(tmp_path: Path) -> None:
+    config = toy(throughput.WORKLOADS["pair-classification"].config)
+    texts = [" ".join(f"word{(i * j) % 50}" for j in range(80 + i % 7)) for i in range(60)]
+    throughput.write_pairs(tmp_path / "pairs.jsonl", texts)
+    config = replace(
+        config,
+        data=replace(config.data, source=str(tmp_path / "pairs.jsonl"), eval_fraction=0.3),
+        tokens=replace(config.tokens, vocab_size=400),
+        optim=replace(config.optim, lr=1e-3, schedule="constant", warmup=0),  # Trainer's first warm-up step has rate 0
+        run=replace(config.run, epochs=2.0, max_steps=None, precision="fp32", save_every=0),
+    )
+    theirs, ours = classification.by_trainer(config), classification.by_minilm(config)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert ours["eval_loss"] != pytest.approx(0.6931, rel=1e-3)
 
 
 def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - head at the targets; last layer at the targets (what follows its attention); loss in parts (no batch has all its
   logits in memory).
 - packing: no padding, and attention inside each document.
-- attention by products: on CPUs plain matrix products attend in short documents, in place of the fused kernel.
+- attention in bins: documents of at most 128 tokens share bins; there plain matrix products attend on CPUs, in place of
+  the fused kernel.
 - fused AdamW; on CPUs, freed memory kept by the process.
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
@@ -37,6 +38,7 @@ from torch.nn import functional as F
 from trainer_side import padded_labels
 from transformers import PreTrainedModel
 
+import minilm.attention
 import minilm.head
 import minilm.packing
 from minilm.batch import Batch
@@ -53,12 +55,12 @@ SPARSE = "head at the targets"
 SHORT = "last layer at the targets"
 FUSED_LOSS = "loss in parts"
 PACKED = "packing"
-PRODUCTS = "attention by products"
+BINS = "attention in bins"
 FUSED = "fused AdamW"
 MEMORY = "freed memory kept"
 EPOCH = "group=epoch"
-RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, PRODUCTS, FUSED, MEMORY, EPOCH)
-ON_CPUS = (PRODUCTS, MEMORY)
+RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, EPOCH)
+ON_CPUS = (BINS, MEMORY)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
 APART = {EPOCH: "other steps", OWN_MASKS: "other masks"}
 PARTS = 4  # micro-batches of the plain loop's step
@@ -149,8 +151,8 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if EPOCH in rungs:
         config = replace(config, batch=replace(config.batch, group="epoch"))
-    if PRODUCTS not in rungs:
-        minilm.packing._SHORT = 0
+    if BINS not in rungs:
+        minilm.packing.SHORT = 0
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
     parts = assemble(config, partial(head_of, rungs))
@@ -174,7 +176,7 @@ def dropout_steps(side: Side, name: str) -> None:
     """minilm's side with one of the two kinds of masks."""
     if name == TORCH_MASKS:
         setattr(minilm.head, "with_fast_dropout", lambda model: None)  # noqa: B010 (their modules do not export them)
-        setattr(minilm.packing, "drop", F.dropout)  # noqa: B010
+        setattr(minilm.attention, "drop", F.dropout)  # noqa: B010
     answer(side, assemble(side.config))
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from minilm.attention import ATTENTION
 from minilm.dropout import with_fast_dropout
 from minilm.losses import linear_cross_entropy
 from minilm.model import evaluating, left_out, longest_input, position_offset, vocabulary_size
-from minilm.packing import ATTENTION, Packing, pack
+from minilm.packing import Packing, pack
 from minilm.rounding import to_round
 
 log = logging.getLogger("minilm")
@@ -43,7 +44,7 @@ class Head(nn.Module):
         with_fast_dropout(model)
         self.model = model
         self.padding_free = False
-        """Rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`)."""
+        """Rows lie one after the other without padding, and attention keeps them apart (`minilm.attention`)."""
         self.alone = False
         """Padding would change the logits: a forward sees rows of one length only."""
         self._offset = position_offset(model)
@@ -173,7 +174,7 @@ class SparseHead(Head):
     model as it came, which sees one row at a time, and left out where the logits are not the same:
 
     - `sparse`: the head runs on the targets alone, which a hook on `model.base_model` gathers;
-    - `padding_free`: rows lie one after the other without padding, and attention keeps them apart (`minilm.packing`);
+    - `padding_free`: rows lie one after the other without padding, and attention keeps them apart (`minilm.attention`);
     - `short`: what follows attention in the last layer runs on the targets alone;
     - `fused`: the last product of the head and the loss are taken together, in parts (`minilm.losses`).
 

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from minilm.attention import ATTENTION
 from minilm.checks import closest
 from minilm.config import Model
 from minilm.hub import loading
 from minilm.lora import add_lora
-from minilm.packing import ATTENTION
 
 log = logging.getLogger("minilm")
 

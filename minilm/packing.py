@@ -1,41 +1,30 @@
-"""Rows of different lengths without padding: one flat row of tokens, and attention that keeps to each row of it.
+"""Rows of different lengths without padding: one flat row of tokens, and how attention is to look at it.
 
 Every layer of a transformer but attention works on each token alone, so it can take the tokens of a batch as one row,
-concatenated. Attention is one kernel for all rows where there is one (FlashAttention, Dao 2023, in half precision on
-GPUs), and else looks at small groups of rows of similar length at a time, padded inside the group.
+concatenated. Attention (`minilm.attention`) sees a group of rows at a time as one tensor. Short rows lie several to a
+bin, in which a mask keeps them apart: a few large products in place of many small ones. Longer rows come in small
+groups of similar length, padded inside the group.
 
-Axes: T tokens of the batch, R rows and L padded length of a group, A heads, D size of a head.
+Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head, H any other.
 """
 
-import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
 
-from minilm.dropout import dropout as drop
-
-ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
-_SIMILAR, _SLACK = 0.75, 4  # rows of one group are no shorter than this share of the longest, less some tokens
-_SHORT = 128  # up to this length plain matrix products beat the fused kernel on a CPU, backward above all
-# What models hand to attention that does not change its result; whatever else they hand over, it must know about.
-_HARMLESS = {
-    *("position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "return_dict"),
-    *("output_attentions", "output_hidden_states", "token_type_ids"),
-}
+SHORT = 128  # up to this length rows share bins
+_STEP = 16  # bins have one of few lengths, multiples of this, so that few kernels have to be made
+_SIMILAR, _SLACK = 0.75, 4  # longer rows of one group are no shorter than this share of the longest, less some tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Rows that follow each other in the batch, seen as R x L."""
+    """Rows that follow each other in the batch, seen as R x L: R of them, or as many bins, which hold several each."""
 
     start: int
     """Where its tokens begin in the batch."""
@@ -43,16 +32,23 @@ class Group:
     """Where they end."""
     rows: int
     length: int
-    """L: the longest row."""
+    """L: no row is longer."""
     source_RL: Tensor | None
-    """int64, which of the group's tokens each place holds (padding repeats a token); None where no row is padded."""
+    """int64, which of the group's tokens each place holds (padding repeats a token); None where nothing is padded."""
     place_T: Tensor | None
-    """int64, the place of each of the group's tokens; None where no row is padded."""
+    """int64, the place of each of the group's tokens; None where nothing is padded."""
+    owner_RL: Tensor | None
+    """int64, the number of the row that each place belongs to, and of padding one of its own; None without bins."""
     _bias: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
     _by_head: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def short(self) -> bool:
+        """Whether plain matrix products beat the fused kernel on a CPU, backward above all."""
+        return self.length <= SHORT
+
     def pad(self, x_TxH: Tensor) -> Tensor:
-        """The group's tokens, one row each, as R x L x H. No gradient flows from padding: let nothing depend on it."""
+        """The group's tokens as R x L x H. No gradient flows from padding: let nothing depend on it."""
         x_RLxH = x_TxH if self.source_RL is None else _Pad.apply(x_TxH, self.source_RL, self.place_T)  # type: ignore[no-untyped-call]
         return x_RLxH.view(self.rows, self.length, *x_TxH.shape[1:])
 
@@ -107,7 +103,10 @@ class Group:
             window = None
         if (window, causal) not in self._bias:
             seen: Tensor | None = None
-            if self.place_T is not None and not causal:
+            if self.owner_RL is not None:
+                owner_RxL = self.owner_RL.view(self.rows, self.length)
+                seen = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
+            elif self.place_T is not None and not causal:
                 seen = self.real(device)[:, None, None, :]
             if window is not None or causal:
                 at_L = torch.arange(self.length, device=device)
@@ -122,8 +121,9 @@ class Group:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
         """The group with its tensors changed: moved, pinned."""
-        source_RL, place_T = (None if index is None else change(index) for index in (self.source_RL, self.place_T))
-        return replace(self, source_RL=source_RL, place_T=place_T, _bias={}, _by_head={})
+        indices = (self.source_RL, self.place_T, self.owner_RL)
+        source_RL, place_T, owner_RL = (None if index is None else change(index) for index in indices)
+        return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _bias={}, _by_head={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +154,11 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
     first = start = 0
     while first < len(lengths):
         last, low, high = first, lengths[first], lengths[first]
-        while last < len(lengths) and (not grouped or low >= _SIMILAR * high - _SLACK):
+        while last < len(lengths) and (not grouped or high <= SHORT or low >= _SIMILAR * high - _SLACK):
             last += 1
             if last < len(lengths):
                 low, high = min(low, lengths[last]), max(high, lengths[last])
-        groups.append(_group(np.array(lengths[first:last]), start, multiple))
+        groups.append(_group(np.array(lengths[first:last]), start, multiple, in_bins=grouped))
         first, start = last, groups[-1].stop
     position_T = np.concatenate([np.arange(length) for length in lengths])
     return Packing(
@@ -169,17 +169,51 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
     )
 
 
-def _group(lengths_R: Any, start: int, multiple: int) -> Group:
-    longest = -(-int(lengths_R.max()) // multiple) * multiple
-    stop = start + int(lengths_R.sum())
-    source_RL = place_T = None
-    if (lengths_R < longest).any():
-        real_RxL = np.arange(longest) < lengths_R[:, None]
-        place = np.flatnonzero(real_RxL)
-        source = np.zeros(real_RxL.size, np.int64)
-        source[place] = np.arange(len(place))
+def _group(lengths_R: Any, start: int, multiple: int, *, in_bins: bool) -> Group:
+    count, tokens, longest = len(lengths_R), int(lengths_R.sum()), int(lengths_R.max())
+    in_bins = in_bins and longest <= SHORT and tokens < count * longest  # rows of one length have nothing to share
+    step = math.lcm(_STEP, multiple) if in_bins else multiple
+    length = -(-longest // step) * step
+    begin_R, rows = _fill_bins(lengths_R, length) if in_bins else (np.arange(count) * length, count)
+    source_RL = place_T = owner_RL = None
+    if in_bins or tokens < rows * length:
+        first_R = np.cumsum(lengths_R) - lengths_R
+        place = np.arange(tokens) + np.repeat(begin_R - first_R, lengths_R)
+        source = np.zeros(rows * length, np.int64)
+        source[place] = np.arange(tokens)
         source_RL, place_T = torch.from_numpy(source), torch.from_numpy(place)
-    return Group(start=start, stop=stop, rows=len(lengths_R), length=longest, source_RL=source_RL, place_T=place_T)
+    if in_bins:
+        owner = -1 - np.arange(rows * length)
+        owner[place] = np.repeat(np.arange(count), lengths_R)
+        owner_RL = torch.from_numpy(owner)
+    return Group(
+        start=start,
+        stop=start + tokens,
+        rows=rows,
+        length=length,
+        source_RL=source_RL,
+        place_T=place_T,
+        owner_RL=owner_RL,
+    )
+
+
+def _fill_bins(lengths_R: Any, size: int) -> tuple[Any, int]:
+    """Where each row begins in bins of `size` tokens, laid end to end, and how many bins there are.
+
+    Best fit decreasing (Johnson et al. 1974): longest first, each row into the bin with the least room that takes it.
+    """
+    begin_R = np.zeros_like(lengths_R)
+    ends_by_room: list[list[int]] = [[] for _ in range(size + 1)]  # of the bins with that much room, where to go on
+    bins = 0
+    for row in np.argsort(-lengths_R, kind="stable"):
+        length = int(lengths_R[row])
+        room = next((room for room in range(length, size) if ends_by_room[room]), size)
+        if room == size:
+            ends_by_room[size].append(bins * size)
+            bins += 1
+        begin_R[row] = end = ends_by_room[room].pop()
+        ends_by_room[room - length].append(end + length)
+    return begin_R, bins
 
 
 class _Pad(torch.autograd.Function):
@@ -209,124 +243,3 @@ class _Unpad(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, place, gradient), None
-
-
-def packed_attention(
-    module: nn.Module,
-    query_1xAxTxD: Tensor,
-    key_1xAxTxD: Tensor,
-    value_1xAxTxD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    packing: Packing | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention inside each row of a packed batch, as an attention function of transformers.
-
-    It is causal where `is_causal` says so, or else the module. Several heads may share one key and value (grouped query
-    attention, Ainslie et al. 2023). A token after the last row attends to itself. Returns 1 x T x A x D. Without a
-    `packing` it is transformers' own scaled dot product attention. Raises ValueError for what it does not know, such as
-    sinks or a cap on the scores.
-    """
-    if packing is None:
-        return sdpa_attention_forward(
-            module,
-            query_1xAxTxD,
-            key_1xAxTxD,
-            value_1xAxTxD,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            is_causal=is_causal,
-            **kwargs,
-        )
-    if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
-        raise ValueError(f"attention with {', '.join(unknown)} is not known to minilm")
-    states = [x[0].transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
-    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    shared = states[0].shape[1] // states[1].shape[1]
-    states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
-    if _takes_rows_of_any_length(states[0], dropout):
-        return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
-    sizes, parts = [group.stop - group.start for group in packing.groups], []
-    sizes.append(states[0].shape[0] - sum(sizes))
-    # torch.split, in place of slices: their gradients would each be as long as the batch.
-    split = [torch.split(x_TxAxD, sizes) for x_TxAxD in states]
-    for group, *own in zip(packing.groups, *split, strict=False):
-        query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
-        attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
-        parts.append(group.from_heads(attended_RxAxLxD))
-    parts.append(split[2][-1])  # a token that attends to itself alone gets its own value
-    return torch.cat(parts)[None], None
-
-
-def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
-    """Whether FlashAttention takes these: on a GPU from Ampere on, in half precision, without dropout."""
-    return (
-        query_TxAxD.device.type == "cuda"
-        and query_TxAxD.dtype in (torch.float16, torch.bfloat16)
-        and query_TxAxD.shape[-1] % 8 == 0
-        and query_TxAxD.shape[-1] <= 256
-        and dropout == 0
-        and torch.version.cuda is not None
-        and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 has another way to say it
-        and torch.cuda.get_device_capability(query_TxAxD.device) >= (8, 0)
-    )
-
-
-def _attend_at_once(
-    packing: Packing, states: Sequence[Tensor], causal: bool, window: int | None, scaling: float | None
-) -> Tensor:
-    """What `packed_attention` computes, by one kernel for rows of any lengths.
-
-    states: queries, keys and values, each T x A x D, as is what is returned.
-    """
-    near, longest = -1 if window is None else window - 1, max(packing.lengths)
-    query_TxAxD, key_TxAxD, value_TxAxD = states
-    attended: Any = varlen_attn(
-        query_TxAxD,
-        key_TxAxD,
-        value_TxAxD,
-        cu_seq_q=packing.bounds_R1,
-        cu_seq_k=packing.bounds_R1,
-        max_q=longest,
-        max_k=longest,
-        scale=scaling,
-        window_size=(near, 0 if causal else near),
-    )
-    attended_TxAxD: Tensor = attended
-    return attended_TxAxD
-
-
-def _attend(
-    group: Group,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    window: int | None,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
-    if query.device.type != "cpu" or group.length > _SHORT:
-        plain = causal and (window is None or window >= group.length)  # the kernel then skips what is not seen
-        bias = None if plain else group.bias(window, query.device, causal=causal)
-        bias = bias if bias is None else bias.to(query.dtype)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
-        )
-    bias = group.bias(window, query.device, causal=causal)
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias
-    weights = drop(scores.softmax(-1), dropout, training=dropout > 0)
-    return weights.to(value.dtype) @ value
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

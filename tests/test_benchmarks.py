@@ -24,6 +24,7 @@ from sides import Contender, Rounds, Side, Taken, Work, assemble, minilm_steps
 from synthetic import write_corpus
 from torch.nn import functional as F
 
+import minilm.attention
 import minilm.packing
 from minilm import Batch, Config, Model, Run
 from minilm.dropout import FastDropout, dropout, with_fast_dropout
@@ -167,7 +168,7 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
     for contender in ladder.contenders_of(config, ladder.RUNGS):
         with monkeypatch.context() as process:  # what a rung changes in its own process
-            process.setattr("minilm.packing._SHORT", minilm.packing._SHORT)
+            process.setattr("minilm.packing.SHORT", minilm.packing.SHORT)
             taken.append(turns_of(contender)[1])
     heads: list[Any] = [part.model for part in parts]
     for name, first in (("sparse", 2), ("short", 3), ("fused", 4), ("padding_free", 5)):
@@ -194,10 +195,10 @@ def test_the_ladder_has_dropout_by_torch_and_by_minilm(tmp_path: Path, monkeypat
     monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
     for contender, masks in zip(ladder.dropout_contenders(config), (F.dropout, dropout), strict=True):
         with monkeypatch.context() as process:
-            process.setattr("minilm.packing.drop", dropout)
+            process.setattr("minilm.attention.drop", dropout)
             process.setattr("minilm.head.with_fast_dropout", with_fast_dropout)
             assert len(turns_of(contender)[1]) == 2
-            assert minilm.packing.drop is masks
+            assert minilm.attention.drop is masks
         modules = [module for module in parts[-1].model.modules() if isinstance(module, torch.nn.Dropout)]
         assert {module.p for module in modules} == {0.1}
         assert all(isinstance(module, FastDropout) == (masks is dropout) for module in modules)

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-import minilm.packing
+import minilm.attention
 from minilm import Optim
 from minilm.batch import Batch, loss_sum
 from minilm.head import SparseHead
@@ -87,11 +87,11 @@ def test_the_kernel_for_rows_of_any_length_gives_the_loss_of_groups(
     head: SparseHead, examples: Examples, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, called = one_batch(examples, tokenizer).to(torch.device("cuda")), []
-    kernel = minilm.packing.varlen_attn
-    monkeypatch.setattr(minilm.packing, "varlen_attn", lambda *x, **words: called.append(1) or kernel(*x, **words))
+    kernel = minilm.attention.varlen_attn
+    monkeypatch.setattr(minilm.attention, "varlen_attn", lambda *x, **words: called.append(1) or kernel(*x, **words))
     losses = []
-    for takes in (minilm.packing._takes_rows_of_any_length, lambda query, dropout: False):
-        monkeypatch.setattr(minilm.packing, "_takes_rows_of_any_length", takes)
+    for takes in (minilm.attention._takes_rows_of_any_length, lambda query, dropout: False):
+        monkeypatch.setattr(minilm.attention, "_takes_rows_of_any_length", takes)
         with torch.autocast("cuda", torch.bfloat16):
             losses.append(loss_sum(head, batch))
     assert len(called) == len(head.layers)

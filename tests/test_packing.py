@@ -1,6 +1,7 @@
 """Packing: rows without padding against the same rows padded by hand, and attention against one row at a time."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import minilm.packing
+import minilm.attention
+from minilm.attention import packed_attention
 from minilm.head import SparseHead
-from minilm.packing import Group, Packing, pack, packed_attention
+from minilm.packing import Group, Packing, pack
 
 CPU = torch.device("cpu")
 MIXED = (40, 33, 12, 9, 9, 1, 1)
@@ -31,6 +33,7 @@ LAYOUTS = [
     pytest.param((150, 141, 129, 128, 20, 1), id="with the fused kernel"),
 ]
 lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+long_lengths_lists = st.lists(st.integers(100, 300), min_size=1, max_size=12)
 
 
 def starts(lengths: Sequence[int]) -> list[int]:
@@ -39,26 +42,33 @@ def starts(lengths: Sequence[int]) -> list[int]:
 
 def rows_of(packing: Packing, lengths: Sequence[int]) -> list[list[int]]:
     """The lengths of the rows of each group."""
-    left = iter(lengths)
-    return [list(itertools.islice(left, group.rows)) for group in packing.groups]
+    left, own = iter(lengths), []
+    for group in packing.groups:
+        own.append([])
+        while sum(own[-1]) < group.stop - group.start:
+            own[-1].append(next(left))
+    return own
 
 
 @settings(deadline=None)
-@given(lengths_lists, st.booleans(), st.sampled_from([1, 8]))
+@given(lengths_lists | long_lengths_lists, st.booleans(), st.sampled_from([1, 8]))
 def test_pad_puts_each_row_in_its_place_and_unpad_takes_it_back(
     lengths: list[int], grouped: bool, multiple: int
 ) -> None:
     x_TxH = torch.randn(sum(lengths), 2, dtype=torch.float64)
     packing = pack(lengths, grouped=grouped, multiple=multiple)
     rows, back = iter(x_TxH.split(lengths)), []
-    for group in packing.groups:
-        own_TxH = x_TxH[group.start : group.stop]
-        padded_RxLxH, real_RxL = group.pad(own_TxH), group.real(CPU)
+    for group, own in zip(packing.groups, rows_of(packing, lengths), strict=True):
+        padded_RxLxH, real_RL = group.pad(x_TxH[group.start : group.stop]), group.real(CPU).flatten()
         assert padded_RxLxH.shape == (group.rows, group.length, 2)
-        for row_LxH, real_L in zip(padded_RxLxH, real_RxL, strict=True):
-            expected = next(rows)
-            assert torch.equal(row_LxH[: len(expected)], expected)
-            assert real_L.tolist() == [True] * len(expected) + [False] * (group.length - len(expected))
+        assert group.rows == len(own) if group.owner_RL is None else group.rows <= len(own)
+        owner_RL = torch.arange(len(own)).repeat_interleave(group.length) if group.owner_RL is None else group.owner_RL
+        for number in range(len(own)):
+            (at,) = torch.where((owner_RL == number) & real_RL)
+            assert at.tolist() == list(range(at[0], at[0] + len(at)))  # side by side
+            assert at[0] // group.length == at[-1] // group.length  # in one of the R
+            assert torch.equal(padded_RxLxH.flatten(0, 1)[at], next(rows))
+        assert real_RL.sum() == sum(own)
         back.append(group.unpad(padded_RxLxH))
     assert next(rows, None) is None
     assert torch.equal(torch.cat(back), x_TxH)
@@ -104,21 +114,35 @@ def test_by_head_is_pad_with_the_heads_in_front(lengths: tuple[int, ...], multip
 
 
 @settings(deadline=None)
-@given(lengths_lists, st.booleans())
-def test_groups_hold_rows_of_similar_length_and_are_as_large_as_they_can_be(lengths: list[int], sort: bool) -> None:
+@given(lengths_lists | long_lengths_lists, st.booleans())
+def test_groups_hold_short_rows_or_rows_of_similar_length_and_are_as_large_as_they_can_be(
+    lengths: list[int], sort: bool
+) -> None:
     def similar(some: Sequence[int]) -> bool:
-        return min(some) >= 0.75 * max(some) - 4
+        return max(some) <= 128 or min(some) >= 0.75 * max(some) - 4
 
     lengths = sorted(lengths, reverse=True) if sort else lengths
     packing = pack(lengths)
     groups = rows_of(packing, lengths)
     assert list(itertools.chain(*groups)) == lengths
-    assert [group.length for group in packing.groups] == [max(group) for group in groups]
+    for group, own in zip(packing.groups, groups, strict=True):
+        in_bins = max(own) <= 128 and min(own) < max(own)
+        assert (group.owner_RL is not None) == in_bins
+        assert group.length == (math.ceil(max(own) / 16) * 16 if in_bins else max(own))
     assert [(group.start, group.stop - group.start) for group in packing.groups] == [
         (start, sum(group)) for start, group in zip(starts([sum(g) for g in groups]), groups, strict=True)
     ]
     assert all(similar(group) for group in groups)
     assert not any(similar([*group, after[0]]) for group, after in itertools.pairwise(groups))
+
+
+@settings(deadline=None)
+@given(lengths_lists)
+def test_the_rows_of_no_two_bins_fit_into_one(lengths: list[int]) -> None:
+    (group,) = pack([*lengths, 61, 64]).groups
+    assert group.length == 64
+    least = sorted(group.real(CPU).sum(1).tolist())[:2]
+    assert sum(least) > 64
 
 
 def test_rows_of_equal_length_are_one_group_that_needs_no_padding() -> None:
@@ -135,11 +159,11 @@ def test_without_groups_all_rows_are_one(multiple: int) -> None:
 
 @pytest.mark.parametrize("multiple", [8, 64])
 def test_lengths_are_rounded_up_to_the_multiple(multiple: int) -> None:
-    packing = pack(MIXED, multiple=multiple)
-    assert rows_of(packing, MIXED) == rows_of(pack(MIXED), MIXED)
-    for group, rows in zip(packing.groups, rows_of(packing, MIXED), strict=True):
-        assert group.length % multiple == 0
-        assert 0 <= group.length - max(rows) < multiple
+    lengths = (300, 270, *MIXED)
+    packing = pack(lengths, multiple=multiple)
+    assert rows_of(packing, lengths) == [[300, 270], [*MIXED]]
+    for group, longest, step in zip(packing.groups, (300, 40), (multiple, max(16, multiple)), strict=True):
+        assert group.length == math.ceil(longest / step) * step
 
 
 @pytest.mark.parametrize("window", [None, 4, 10**6])
@@ -306,8 +330,8 @@ def test_the_kernel_for_rows_of_any_length_is_asked_for_the_same_attention(
     words["packing"] = words["packing"].map(torch.clone)
     inputs = (nn.Module(), query, key[:, : 3 // shared], value[:, : 3 // shared], None)
     grouped, _ = packed_attention(*inputs, **words)
-    monkeypatch.setattr(minilm.packing, "varlen_attn", flash)
-    monkeypatch.setattr(minilm.packing, "_takes_rows_of_any_length", lambda query, dropout: True)
+    monkeypatch.setattr(minilm.attention, "varlen_attn", flash)
+    monkeypatch.setattr(minilm.attention, "_takes_rows_of_any_length", lambda query, dropout: True)
     at_once, weights = packed_attention(*inputs, **words)
     assert weights is None
     torch.testing.assert_close(at_once, grouped, rtol=1e-5, atol=1e-5)
@@ -332,4 +356,4 @@ def test_what_the_kernel_for_rows_of_any_length_takes(
     some = {**some, "dropout": 0.0, "capability": (9, 0), **change}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: some["capability"])
-    assert minilm.packing._takes_rows_of_any_length(SimpleNamespace(**some), some["dropout"]) is taken
+    assert minilm.attention._takes_rows_of_any_length(SimpleNamespace(**some), some["dropout"]) is taken

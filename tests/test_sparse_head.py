@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from minilm.attention import ATTENTION, packed_attention
 from minilm.batch import Batch, loss_sum
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
-from minilm.packing import ATTENTION, pack, packed_attention
+from minilm.packing import pack
 from tests.reference import TYPES, build, full_logits, pad_rows
 
 WITHOUT_PADDING = {"bert", "roberta", "distilbert", "albert", "electra", "modernbert"}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from minilm import Config, Model, Optim
+from minilm.attention import ATTENTION
 from minilm.batch import Batch, loss_sum
 from minilm.causal import CausalCollator
 from minilm.config import MaskedLM
@@ -22,7 +23,6 @@ from minilm.masked import MaskedCollator
 from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.optim import build_optimizer, layer_scales
-from minilm.packing import ATTENTION
 from minilm.tokens import Prepared
 from minilm.train import train_step
 from tests.jobs import config_in, end_of, finish_all

@@ -1,0 +1,150 @@
+"""Attention of a packed batch, which keeps to each row of it (`minilm.packing`).
+
+It is one kernel for all rows where there is one (FlashAttention, Dao 2023, in half precision on GPUs). Else it takes a
+group of rows at a time: by plain matrix products on a CPU where the rows are short, or by torch's kernel.
+
+Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from minilm.dropout import dropout as drop
+from minilm.packing import Group, Packing
+
+ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
+# What models hand to attention that does not change its result; whatever else they hand over, it must know about.
+_HARMLESS = {
+    *("position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "return_dict"),
+    *("output_attentions", "output_hidden_states", "token_type_ids"),
+}
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1xAxTxD: Tensor,
+    key_1xAxTxD: Tensor,
+    value_1xAxTxD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each row of a packed batch, as an attention function of transformers.
+
+    It is causal where `is_causal` says so, or else the module. Several heads may share one key and value (grouped query
+    attention, Ainslie et al. 2023). A token after the last row attends to itself. Returns 1 x T x A x D. Without a
+    `packing` it is transformers' own scaled dot product attention. Raises ValueError for what it does not know, such as
+    sinks or a cap on the scores.
+    """
+    if packing is None:
+        return sdpa_attention_forward(
+            module,
+            query_1xAxTxD,
+            key_1xAxTxD,
+            value_1xAxTxD,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
+        raise ValueError(f"attention with {', '.join(unknown)} is not known to minilm")
+    states = [x[0].transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    shared = states[0].shape[1] // states[1].shape[1]
+    states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
+    if _takes_rows_of_any_length(states[0], dropout):
+        return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
+    sizes, parts = [group.stop - group.start for group in packing.groups], []
+    sizes.append(states[0].shape[0] - sum(sizes))
+    # torch.split, in place of slices: their gradients would each be as long as the batch.
+    split = [torch.split(x_TxAxD, sizes) for x_TxAxD in states]
+    for group, *own in zip(packing.groups, *split, strict=False):
+        query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
+        attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
+        parts.append(group.from_heads(attended_RxAxLxD))
+    parts.append(split[2][-1])  # a token that attends to itself alone gets its own value
+    return torch.cat(parts)[None], None
+
+
+def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
+    """Whether FlashAttention takes these: on a GPU from Ampere on, in half precision, without dropout."""
+    return (
+        query_TxAxD.device.type == "cuda"
+        and query_TxAxD.dtype in (torch.float16, torch.bfloat16)
+        and query_TxAxD.shape[-1] % 8 == 0
+        and query_TxAxD.shape[-1] <= 256
+        and dropout == 0
+        and torch.version.cuda is not None
+        and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 has another way to say it
+        and torch.cuda.get_device_capability(query_TxAxD.device) >= (8, 0)
+    )
+
+
+def _attend_at_once(
+    packing: Packing, states: Sequence[Tensor], causal: bool, window: int | None, scaling: float | None
+) -> Tensor:
+    """What `packed_attention` computes, by one kernel for rows of any lengths.
+
+    states: queries, keys and values, each T x A x D, as is what is returned.
+    """
+    near, longest = -1 if window is None else window - 1, max(packing.lengths)
+    query_TxAxD, key_TxAxD, value_TxAxD = states
+    attended: Any = varlen_attn(
+        query_TxAxD,
+        key_TxAxD,
+        value_TxAxD,
+        cu_seq_q=packing.bounds_R1,
+        cu_seq_k=packing.bounds_R1,
+        max_q=longest,
+        max_k=longest,
+        scale=scaling,
+        window_size=(near, 0 if causal else near),
+    )
+    attended_TxAxD: Tensor = attended
+    return attended_TxAxD
+
+
+def _attend(
+    group: Group,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
+    if query.device.type != "cpu" or not group.short:
+        plain = causal and (window is None or window >= group.length)  # the kernel then skips what is not seen
+        bias = None if plain else group.bias(window, query.device, causal=causal)
+        bias = bias if bias is None else bias.to(query.dtype)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
+        )
+    bias = group.bias(window, query.device, causal=causal)
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    weights = drop(scores.softmax(-1), dropout, training=dropout > 0)
+    return weights.to(value.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

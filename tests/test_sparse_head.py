@@ -2,6 +2,7 @@
 
 import importlib.resources
 import logging
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -25,6 +26,7 @@ from minilm.batch import Batch, loss_sum
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
 from minilm.packing import pack
+from minilm.rounding import to_round
 from tests.reference import TYPES, build, full_logits, pad_rows
 
 WITHOUT_PADDING = {"bert", "roberta", "distilbert", "albert", "electra", "modernbert"}
@@ -112,10 +114,19 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_sizes_are_rounded_up_to_few_others_and_by_little() -> None:
+    assert to_round(100, torch.device("cpu")) == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert to_round(100, torch.device("meta")) == 0
+        added = {count: to_round(count, torch.device("cpu")) for count in range(5000)}
+    assert all(1 <= more <= max(32, count / 16) for count, more in added.items())
+    assert len({count + more for count, more in added.items() if count >= 512}) <= 16 * math.log2(5000 / 512) + 1
+
+
 def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.rounding._MULTIPLE", 100)
+    monkeypatch.setattr("minilm.rounding._LEAST", 100)
     plain = build(tokenizer, "modernbert").train()
     head = SparseHead(deepcopy(plain))
     others = {*(parameter.shape[-1] for parameter in plain.parameters()), len(tokenizer), 64, 96, 100}

@@ -121,7 +121,7 @@ def in_blocks(config: Config) -> Config:
 WORKLOADS = {
     # Steps of one length each differ from each other, so that a turn has several of them.
     "masked-documents": Workload(
-        config=MASKED, rounds=Rounds(count=9, block=4), quick=Rounds(count=3, warm_up=1, block=2), epoch=True
+        config=MASKED, rounds=Rounds(count=9, block=8), quick=Rounds(count=3, warm_up=1, block=2), epoch=True
     ),
     "masked-blocks": Workload(
         config=in_blocks(MASKED), rounds=Rounds(count=15), quick=Rounds(count=2, warm_up=1), grouped=False

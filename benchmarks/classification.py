@@ -135,6 +135,8 @@ def main() -> None:
                 figures = side.get()
                 results[name].append({key: figures[key] for key in FIGURES})
                 print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
+            pool.close()  # and let both end, which warn of what they leave behind where they are stopped
+            pool.join()
     hardware = describe(torch.device("cpu"))
     each = f"{hardware['device']}, {hardware['threads_per_process']} thread(s) each"
     print(f"{each}; mean of {options.seeds} seeds (their spread)")

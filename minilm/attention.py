@@ -69,17 +69,10 @@ def packed_attention(
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
     if _takes_rows_of_any_length(states[0], dropout):
-        return _attend_at_once(packing, states, causal, sliding_window, scaling)[None], None
-    sizes, parts = [group.stop - group.start for group in packing.groups], []
-    sizes.append(states[0].shape[0] - sum(sizes))
-    # torch.split, in place of slices: their gradients would each be as long as the batch.
-    split = [torch.split(x_TxAxD, sizes) for x_TxAxD in states]
-    for group, *own in zip(packing.groups, *split, strict=False):
-        query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
-        attended_RxAxLxD = _attend(group, query, key, value, causal, sliding_window, scaling, dropout)
-        parts.append(group.from_heads(attended_RxAxLxD))
-    parts.append(split[2][-1])  # a token that attends to itself alone gets its own value
-    return torch.cat(parts)[None], None
+        attended_TxAxD = _attend_at_once(packing, states, causal, sliding_window, scaling)
+    else:
+        attended_TxAxD = _attend_in_groups(packing, states, causal, sliding_window, scaling, dropout)
+    return attended_TxAxD[None], None
 
 
 def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
@@ -120,6 +113,26 @@ def _attend_at_once(
     return attended_TxAxD
 
 
+def _attend_in_groups(
+    packing: Packing,
+    states: Sequence[Tensor],
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """The same, a group of rows at a time."""
+    sizes, parts = [group.stop - group.start for group in packing.groups], []
+    sizes.append(states[0].shape[0] - sum(sizes))
+    # torch.split, in place of slices: their gradients would each be as long as the batch.
+    split = [torch.split(x_TxAxD, sizes) for x_TxAxD in states]
+    for group, *own in zip(packing.groups, *split, strict=False):
+        query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
+        parts.append(group.from_heads(_attend(group, query, key, value, causal, window, scaling, dropout)))
+    parts.append(split[2][-1])  # a token that attends to itself alone gets its own value
+    return torch.cat(parts)
+
+
 def _attend(
     group: Group,
     query: Tensor,
@@ -132,7 +145,8 @@ def _attend(
 ) -> Tensor:
     """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
     if query.device.type != "cpu" or not group.short:
-        plain = causal and (window is None or window >= group.length)  # the kernel then skips what is not seen
+        whole = group.owner_RL is None and (window is None or window >= group.length)
+        plain = causal and whole  # the kernel then skips what is not seen
         bias = None if plain else group.bias(window, query.device, causal=causal)
         bias = bias if bias is None else bias.to(query.dtype)
         return F.scaled_dot_product_attention(

@@ -322,11 +322,18 @@ def flash(
 @pytest.mark.parametrize("scaling", [None, 0.2])
 @pytest.mark.parametrize("window", [None, 1, 5, 1000])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("products", [True, False], ids=["products", "fused kernel"])
 def test_the_kernel_for_rows_of_any_length_is_asked_for_the_same_attention(
-    causal: bool, window: int | None, scaling: float | None, shared: int, monkeypatch: pytest.MonkeyPatch
+    products: bool,
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+    shared: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     query, key, value = states(sum(MIXED))
     words = {"packing": pack(MIXED), "scaling": scaling, "sliding_window": window, "is_causal": causal}
+    monkeypatch.setattr(Group, "short", products)  # the fused kernel is what GPUs take in any case
     words["packing"] = words["packing"].map(torch.clone)
     inputs = (nn.Module(), query, key[:, : 3 // shared], value[:, : 3 // shared], None)
     grouped, _ = packed_attention(*inputs, **words)

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset, SequentialSampler
-from trainer_side import Rows, evaluate, trainer_settings
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset
+from trainer_side import OrderedTrainer, Rows, evaluate, trainer_settings
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
@@ -62,13 +62,6 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.begin
 
 
-class TrainerInOrder(Trainer):
-    """Trainer that takes its items in their order."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset)
-
-
 class Batches(Dataset[list[dict[str, Any]]]):
     """Item i: the examples that minilm takes in step i, as Trainer's rows."""
 
@@ -84,8 +77,6 @@ class Batches(Dataset[list[dict[str, Any]]]):
         return self.steps
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        if not 0 <= index < self.steps:
-            raise IndexError(index)
         return [self.rows[int(i)] for i in self.plan.step(index).examples]
 
 
@@ -106,7 +97,7 @@ def by_trainer(config: Config) -> dict[str, float]:
         settings = trainer_settings(config, precision, len(batches)) | {"per_device_train_batch_size": 1}
         arguments = TrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, **settings)
         model = build(config, prepared)
-        TrainerInOrder(
+        OrderedTrainer(
             model=model,
             args=arguments,
             train_dataset=batches,

@@ -140,15 +140,23 @@ class Turns(TrainerCallback):
         self._begin()
 
 
-class TurnTrainer(Trainer):
-    """Trainer that notes what each step saw; with `in_order`, it takes the rows in their order."""
+class OrderedTrainer(Trainer):
+    """Trainer that takes the rows in their order, unless `in_order` is false."""
 
-    def __init__(self, turns: Turns, in_order: bool, **settings: Any) -> None:
-        super().__init__(callbacks=[turns], **settings)
-        self.turns, self.in_order = turns, in_order
+    def __init__(self, in_order: bool = True, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.in_order = in_order
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset) if self.in_order else super()._get_train_sampler(train_dataset)
+
+
+class TurnTrainer(OrderedTrainer):
+    """One that notes what each step saw."""
+
+    def __init__(self, turns: Turns, in_order: bool, **settings: Any) -> None:
+        super().__init__(in_order, callbacks=[turns], **settings)
+        self.turns = turns
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own loss, noted."""

@@ -72,7 +72,8 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
         raise ValueError("run.precision fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
     if device.type == "cpu" and asked != "fp32":
         ratio = gemm_rate(torch.bfloat16, 256) / gemm_rate(torch.float32, 256)
-        measured = f"a bf16 matrix product here runs at {ratio:.2g} times the rate of fp32"
+        times = f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
+        measured = f"a bf16 matrix product here runs at {times} times the rate of fp32"
         if asked == "auto":
             return Precision(name="bf16" if ratio > 1.5 else "fp32", reason=measured)
         return Precision(name="bf16", reason=f"{reason}; {'WARNING: ' if ratio < 1 else ''}{measured}")

@@ -91,7 +91,9 @@ def reason(error: BaseException, kind: str = "model") -> str:
         return f"there is no such file or folder here and no such {kind} on the hub; if it is a private one, {LOG_IN}"
     if found(ConnectionError, LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
-            return "it is neither here nor in the cache, and HF_HUB_OFFLINE keeps from the hub: unset it, or give a folder"
+            return (
+                "it is neither here nor in the cache, and HF_HUB_OFFLINE keeps from the hub: unset it, or give a folder"
+            )
         return "it is neither here nor in the cache, and the hub cannot be reached: check the network, or give a folder"
     if "trust_remote_code" in said:
         return "it needs code of its own, which is never run: take a model that transformers itself knows"

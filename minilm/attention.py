@@ -147,16 +147,17 @@ def _attend(
     if query.device.type != "cpu" or not group.short:
         whole = group.owner_RL is None and (window is None or window >= group.length)
         plain = causal and whole  # the kernel then skips what is not seen
-        bias = None if plain else group.bias(window, query.device, causal=causal)
-        bias = bias if bias is None else bias.to(query.dtype)
+        bias = None if plain else group.bias(window, query, causal=causal)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
         )
-    bias = group.bias(window, query.device, causal=causal)
     scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+    bias = group.bias(window, scores, causal=causal)
     if bias is not None:
-        scores = scores + bias
-    weights = drop(scores.softmax(-1), dropout, training=dropout > 0)
+        scores = scores.add_(bias)
+    with torch.autocast("cpu", enabled=False):  # it would copy the scores: in bf16 the kernel computes in fp32 anyway
+        weights = scores.softmax(-1)
+    weights = drop(weights, dropout, training=dropout > 0)
     return weights.to(value.dtype) @ value
 
 

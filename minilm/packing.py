@@ -39,7 +39,7 @@ class Group:
     """int64, the place of each of the group's tokens; None where nothing is padded."""
     owner_RL: Tensor | None
     """int64, the number of the row that each place belongs to, and of padding one of its own; None without bins."""
-    _bias: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+    _bias: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
     _by_head: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -92,8 +92,10 @@ class Group:
             real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
         return real_RL.view(self.rows, self.length)
 
-    def bias(self, window: int | None, device: torch.device, *, causal: bool = False) -> Tensor | None:
+    def bias(self, window: int | None, like: Tensor, *, causal: bool = False) -> Tensor | None:
         """What to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for nothing.
+
+        It has the type of `like` and is where that is.
 
         A token sees the tokens of its row that are fewer than `window` away, and with `causal` none that come after it,
         so that it never sees padding, which comes last. Padding sees itself at least, so that its softmax, which
@@ -101,7 +103,8 @@ class Group:
         """
         if window is not None and window >= self.length:
             window = None
-        if (window, causal) not in self._bias:
+        kind, device = (window, causal, like.dtype), like.device
+        if kind not in self._bias:
             seen: Tensor | None = None
             if self.owner_RL is not None:
                 owner_RxL = self.owner_RL.view(self.rows, self.length)
@@ -115,9 +118,9 @@ class Group:
                 if window is not None:
                     near_LxL &= before_LxL.abs() < window
                 seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
-            bias = None if seen is None else torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
-            self._bias[window, causal] = bias
-        return self._bias[window, causal]
+            bias = None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+            self._bias[kind] = bias
+        return self._bias[kind]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
         """The group with its tensors changed: moved, pinned."""

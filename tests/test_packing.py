@@ -148,7 +148,7 @@ def test_the_rows_of_no_two_bins_fit_into_one(lengths: list[int]) -> None:
 def test_rows_of_equal_length_are_one_group_that_needs_no_padding() -> None:
     (group,) = pack([20] * 9).groups
     assert (group.rows, group.length, group.source_RL, group.place_T) == (9, 20, None, None)
-    assert group.bias(None, CPU) is None
+    assert group.bias(None, torch.empty(0)) is None
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -170,9 +170,9 @@ def test_lengths_are_rounded_up_to_the_multiple(multiple: int) -> None:
 @pytest.mark.parametrize("lengths", [(20, 20), (20, 18)], ids=["equal", "padded"])
 def test_what_is_kept_for_one_device_is_not_used_on_another(lengths: tuple[int, ...], window: int | None) -> None:
     (group,) = pack(lengths).groups
-    before = group.bias(window, CPU)
+    before = group.bias(window, torch.empty(0))
     moved: Group = group.map(lambda tensor: tensor.to("meta"))
-    bias = moved.bias(window, torch.device("meta"))
+    bias = moved.bias(window, torch.empty(0, device="meta"))
     assert (bias is None) == (before is None)
     assert bias is None or bias.device.type == "meta"
 

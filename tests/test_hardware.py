@@ -87,6 +87,23 @@ def test_the_rate_of_a_matrix_product_is_measured():
     assert gemm_rate(torch.float32, 128, 0.0) > 1e7
 
 
+@pytest.mark.parametrize(("slow", "products"), [(0, 1000), (9, 10), (10**6, 5)], ids=["idle", "busy", "no AMX"])
+def test_a_rate_is_not_taken_from_a_few_products_that_were_disturbed(slow, products, monkeypatch):
+    clock = [0.0]
+    done = []
+
+    def product(a, b):
+        if len(a) == 256:
+            clock[0] += 2.0 if len(done) < slow else 0.01
+            done.append(a)
+
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "mm", product)
+    rate = gemm_rate(torch.float32, 256, 2.0 if slow > 10 else 10.0)
+    assert rate == pytest.approx(2 * 256**3 / (2.0 if slow > 10 else 0.01))
+    assert abs(len(done) - products) <= 1
+
+
 @pytest.mark.parametrize(
     ("card", "precision", "tera"),
     [

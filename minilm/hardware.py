@@ -38,7 +38,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.02, device: str = "cpu") -> float:
     """FLOP/s of a square matrix product, the best of the repetitions that fit into `seconds` (at least one).
 
-    Where that is fewer than ten, as beside a program that takes a processor, more are taken, in up to five times as long.
+    Where that is fewer than ten, as beside a program that takes a processor, more are taken, in up to five times that.
     """
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(a[:64, :64], b[:64, :64])  # loads the kernel

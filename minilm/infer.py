@@ -24,6 +24,14 @@ from minilm.model import check_causal, longest_input
 
 log = logging.getLogger("minilm")
 
+# The end of a class's name in transformers, and what uses such a model.
+_COMMANDS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "classify",
+    "ForCausalLM": "generate",
+    "LMHeadModel": "generate",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
@@ -63,8 +71,15 @@ def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreT
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it has no weights for {', '.join(missing)}")
+            raise ValueError(f"it has no weights for {', '.join(missing)}{_other_use(model)}")
     return model.eval(), tokenizer
+
+
+def _other_use(model: PreTrainedModel) -> str:
+    """The command for a checkpoint whose head is of another kind than that of this class, or nothing."""
+    saved = " ".join(model.config.architectures or ())
+    found = [command for head, command in _COMMANDS.items() if head in saved and head not in type(model).__name__]
+    return f"; for a {saved} there is: minilm {found[0]}" if found else ""
 
 
 def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:

@@ -1,12 +1,30 @@
 """Filling masks: the same answers as transformers' pipeline."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    pipeline,
+)
 
-from minilm.infer import check_beginnings, fill_mask, generate, load_causal_lm, load_masked_lm, on_one_line
+from minilm.infer import (
+    check_beginnings,
+    fill_mask,
+    generate,
+    load_causal_lm,
+    load_classifier,
+    load_masked_lm,
+    on_one_line,
+)
 from minilm.vocabulary import train_tokenizer
 
 
@@ -93,6 +111,29 @@ def test_an_encoder_without_a_masked_lm_head_is_refused_rather_than_given_a_rand
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no masked LM can be loaded"):
         load_masked_lm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "load", "command"),
+    [
+        (BertForSequenceClassification, load_masked_lm, "classify"),
+        (BertForMaskedLM, load_classifier, "fill-mask"),
+        (GPT2ForSequenceClassification, load_causal_lm, "classify"),
+        (GPT2LMHeadModel, load_classifier, "generate"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_with_the_command_that_takes_it(
+    saved, load, command, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
+    saved(saved.config_class(**small, pad_token_id=0)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    if saved is GPT2ForSequenceClassification:  # its causal LM would tie the head to the embedding
+        config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"for a {saved.__name__} there is: minilm {command}$"):
+        load(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,7 @@ def divergence(own_TxH: Tensor, their_TxH: Tensor, group: Group) -> Tensor:
     """KL from their softmax(x x^T / sqrt(d)) to our own, the mean of A=HEADS heads of d=H/A, at the group's tokens."""
     log_p = []
     for x_TxH in (own_TxH, their_TxH):
-        x_TxAxD = x_TxH.view(len(x_TxH), HEADS, -1)[group.start : group.stop]
-        x_RxAxLxD = group.pad(x_TxAxD).transpose(1, 2)
+        x_RxAxLxD = group.pad(x_TxH.view(len(x_TxH), HEADS, -1)[group.start : group.stop]).transpose(1, 2)
         scores = (x_RxAxLxD @ x_RxAxLxD.transpose(-1, -2)).float() / math.sqrt(x_RxAxLxD.shape[-1])
         bias = group.bias(None, scores)  # which hides padding
         log_p.append((scores if bias is None else scores + bias.clamp(min=-1e9)).log_softmax(-1))

@@ -97,6 +97,8 @@ def reason(error: BaseException, kind: str = "model") -> str:
         return "it is neither here nor in the cache, and the hub cannot be reached: check the network, or give a folder"
     if "trust_remote_code" in said:
         return "it needs code of its own, which is never run: take a model that transformers itself knows"
+    if "should have a `model_type` key" in said.lower():
+        return "there is no config.json that names the type of a model"
     if "instantiate the backend tokenizer" in said:
         return "there is no tokenizer.json"
     if found(SafetensorError):

@@ -3,7 +3,7 @@
 import fnmatch
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,8 @@ from minilm.hub import loading
 from minilm.lora import add_lora
 
 log = logging.getLogger("minilm")
+
+_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call their number
 
 
 def load_model(
@@ -65,9 +67,7 @@ def load_model(
         )
     if added and model.name is not None:
         _add_rows(network, known, len(tokenizer))
-    positions = longest_input(network)
-    if positions is not None and max_length > positions:
-        raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
+    _check_positions(max_length, longest_input(network))
     if model.gradient_checkpointing:
         _checkpoint_gradients(network)
     _choose_attention(network, model.attention)
@@ -119,12 +119,48 @@ def _freeze(network: PreTrainedModel, patterns: Sequence[str]) -> None:
         raise ValueError(f"model.freeze {' '.join(patterns)} leaves nothing to train: name less")
 
 
-def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
+def check_model(model: Model, *, max_length: int, auto: Any) -> None:
+    """Raise ValueError for what `load_model` refuses by the configuration alone, for which no tokenizer is needed."""
+    config = _configuration(model, auto)
     try:
-        default = AutoConfig.for_model(model.type)
-    except ValueError:
-        raise ValueError(f"model.type {closest(model.type, _types(auto))}") from None
-    _check_fields(model.type, model.config, default)
+        for name, value in model.config.items():
+            setattr(config, name, value)
+    except StrictDataclassError as error:
+        raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
+    _check_positions(max_length, _stated_positions(config))
+
+
+def _check_positions(max_length: int, positions: int | None) -> None:
+    if positions is not None and max_length > positions:
+        raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
+
+
+def _configuration(model: Model, auto: Any) -> PretrainedConfig:
+    """The configuration of `model.name`, or of `model.type` by default, with the head and the fields."""
+    if model.name is None:
+        try:
+            config = AutoConfig.for_model(model.type)
+        except ValueError:
+            raise ValueError(f"model.type {closest(model.type, _types(auto))}") from None
+        if type(config) not in auto._model_mapping:
+            raise ValueError(
+                f"model.type {model.type} has no {_head(auto)} head; these have: {', '.join(_types(auto))}"
+            )
+    else:
+        refusal = f"model {model.name!r} cannot be loaded"
+        with loading(model.name, refusal):
+            config = AutoConfig.from_pretrained(model.name, trust_remote_code=False)
+        if type(config) not in auto._model_mapping:
+            raise ValueError(f"{refusal}: {config.model_type} has no {_head(auto)} head")
+    known = {**config.to_dict(), **config.attribute_map}
+    for field in model.config:
+        if field not in known:
+            raise ValueError(f"model.config: {model.name or model.type} has no field {closest(field, list(known))}")
+    return config
+
+
+def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
+    default = _configuration(model, auto)
     special = {
         f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep")
     }
@@ -137,20 +173,11 @@ def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTr
         config = AutoConfig.for_model(model.type, **{"vocab_size": len(tokenizer), **fields, **model.config})
     except StrictDataclassError as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
-    if type(config) not in auto._model_mapping:
-        raise ValueError(f"model.type {model.type} has no {_head(auto)} head; these have: {', '.join(_types(auto))}")
     try:
         network: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:  # settings that do not go together
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
     return network
-
-
-def _check_fields(name: str, asked: Iterable[str], config: PretrainedConfig) -> None:
-    known = {**config.to_dict(), **config.attribute_map}
-    for field in asked:
-        if field not in known:
-            raise ValueError(f"model.config: {name} has no field {closest(field, list(known))}")
 
 
 def _types(auto: Any) -> list[str]:
@@ -164,12 +191,7 @@ def _head(auto: Any) -> str:
 
 def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its parameters that start at random."""
-    refusal = f"model {name!r} cannot be loaded"
-    with loading(name, refusal):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if type(config) not in auto._model_mapping:
-        raise ValueError(f"{refusal}: {config.model_type} has no {_head(auto)} head")
-    _check_fields(name, model.config, config)
+    config, refusal = _configuration(model, auto), f"model {name!r} cannot be loaded"
     labels = config.num_labels
     with loading(name, refusal):
         for field, value in {**fields, **model.config}.items():
@@ -266,14 +288,16 @@ def vocabulary_size(network: PreTrainedModel) -> int:
 
 def longest_input(network: PreTrainedModel) -> int | None:
     """The most tokens that the model's positions allow, or None where positions are not limited."""
-    config = network.config.get_text_config()
-    limits = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")
-    ]
+    limits = [_stated_positions(network.config)]
     if (embedding := _position_embedding(network)) is not None:
         # ProphetNet, which has n-grams, looks one position further.
-        limits.append(embedding.weight.shape[0] - position_offset(network) - hasattr(config, "ngram"))
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+        limits.append(embedding.weight.shape[0] - position_offset(network) - hasattr(network.config, "ngram"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _stated_positions(config: PretrainedConfig) -> int | None:
+    stated = [getattr(config.get_text_config(), name, None) for name in _POSITIONS]
+    return min((limit for limit in stated if isinstance(limit, int) and limit > 0), default=None)
 
 
 def position_offset(network: PreTrainedModel) -> int:

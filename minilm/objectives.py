@@ -15,7 +15,7 @@ from minilm.config import CausalLM, Classification, Config, MaskedLM
 from minilm.head import Head
 from minilm.lora import check_installed
 from minilm.masked import Masked
-from minilm.model import load_model
+from minilm.model import check_model, load_model
 from minilm.tokens import Examples, Prepared
 
 
@@ -98,8 +98,10 @@ def objective_of(settings: MaskedLM | CausalLM | Classification) -> Objective:
 
 def prepare(config: Config) -> Prepared:
     """The tokenizer and the examples of a run."""
+    objective = objective_of(config.objective)
     check_installed(config.model)  # before the work
-    return objective_of(config.objective).prepare(config)
+    check_model(config.model, max_length=config.batch.max_length, auto=objective.auto)
+    return objective.prepare(config)
 
 
 def build(config: Config, prepared: Prepared) -> PreTrainedModel:

@@ -168,7 +168,10 @@ ENTRIES: dict[str, Entry] = {
     ),
     "model folder missing": Entry(flags="--model.name ./nowhere", says="./nowhere"),
     "model folder empty": Entry(
-        flags="--model.name empty", prepare=lambda: Path("empty").mkdir(), says="there is no tokenizer.json"
+        flags="--model.name empty", prepare=lambda: Path("empty").mkdir(), says="there is no config.json"
+    ),
+    "tokenizer folder empty": Entry(
+        flags="--tokens.name empty", prepare=lambda: Path("empty").mkdir(), says="there is no tokenizer.json"
     ),
     "model without weights": Entry(
         flags="--model.name bert", prepare=lambda: os.unlink("bert/model.safetensors"), says="bert"

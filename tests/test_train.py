@@ -264,6 +264,31 @@ def test_learns_and_counts_epochs(documents: Dataset, tmp_path: Path) -> None:
     assert results["eval_loss"] < evaluations[0]["eval_loss"] < 6
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Model(type="bert", config={"max_position_embeddings": 47}), "batch.max_length=48 .* 47 positions"),
+        (Model(type="bert", config={"max_position_embeddings": "many"}), "max_position_embeddings"),
+        (Model(type="bert", config={"hiden_size": 32}), "did you mean 'hidden_size'"),
+        (Model(type="gpt2"), "gpt2 has no MaskedLM head"),
+        (Model(name="./saved", config={"max_position_embeddings": 47}), "batch.max_length=48 .* 47 positions"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_before_anything_is_read(
+    model: Model,
+    message: str,
+    network: BertForMaskedLM,
+    documents: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network.save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minilm.masked.Masked.prepare", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        train(replace(config(documents, tmp_path), model=model, batch=Batch(max_length=48)))
+
+
 def test_packed_steps_hold_nearly_as_many_tokens_each(documents: Dataset, tmp_path: Path) -> None:
     packed = replace(config(documents, tmp_path), batch=Batch(examples=3, max_length=64, layout="packed"))
     train(packed)

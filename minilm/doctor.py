@@ -1,5 +1,6 @@
 """`minilm doctor`: what this machine offers to a run, what a run would choose, and what to mend before one."""
 
+import math
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
@@ -100,15 +102,26 @@ def _number(path: str) -> int | None:
 def _threads() -> Finding:
     threads, usable = torch.get_num_threads(), usable_processors()
     found = f"{threads} for one process, {usable} processors to use"
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if busy > usable:
-        found += f"; other programs want {busy:.0f} of them now, so that times will be off"
+    if (busy := _busy()) > 0.5:
+        left = max(1, usable - math.ceil(busy - 0.5))
+        found += (
+            f"; other programs take {busy:.1f} of them now, for which a run's threads wait: end those, or start by "
+            f"OMP_NUM_THREADS={left} python in place of accelerate launch"
+        )
     fix = ""
     if threads < usable and os.environ.get("OMP_NUM_THREADS"):
         fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} holds a process started without launcher down: unset it"
     elif threads > usable:
         fix = f"set OMP_NUM_THREADS={usable}: more threads than processors wait for each other"
     return Finding(what="threads", found=found, fix=fix)
+
+
+def _busy(seconds: float = 0.5) -> float:
+    """How many of the processors that this process may run on were at work for others just now."""
+    shares = psutil.cpu_percent(seconds, percpu=True)
+    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    busy: float = sum(share for number, share in enumerate(shares) if number in ours) / 100
+    return busy
 
 
 def _versions() -> Finding:

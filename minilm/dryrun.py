@@ -107,7 +107,7 @@ def _planned(
         (
             "hardware",
             f"{accelerator.num_processes} process(es) on {hardware['device']}, {hardware['threads_per_process']} "
-            f"threads each, {precision.name}: {precision.reason}",
+            f"thread(s) each, {precision.name}: {precision.reason}",
         ),
         (
             "steps",

@@ -258,7 +258,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     )
     hardware = facts["hardware"]
     log.info(
-        f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} threads each, "
+        f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} thread(s) each, "
         f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
     )
     log.info(f"output folder: {folder}")

@@ -71,14 +71,23 @@ def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypat
 def test_threads(threads, usable, variable, fix, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(doctor, "usable_processors", lambda: usable)
-    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (usable + 3.0, 0.0, 0.0))
+    monkeypatch.setattr(doctor, "_busy", lambda: 0.2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     finding = doctor._threads()
     assert finding.fix.startswith(fix)
     assert bool(finding.fix) == bool(fix)
-    assert f"other programs want {usable + 3} of them" in finding.found
+    assert "other programs" not in finding.found
+
+
+def test_programs_that_take_processors_are_told_of_with_the_threads_left_over(monkeypatch):
+    monkeypatch.setattr(doctor, "usable_processors", lambda: 4)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 3, 5}, raising=False)
+    monkeypatch.setattr(doctor.psutil, "cpu_percent", lambda seconds, percpu: [90.0, 5.0, 100.0, 75.0, 100.0, 0.0])
+    found = doctor._threads().found
+    assert "other programs take 1.7 of them now" in found
+    assert "OMP_NUM_THREADS=2 python" in found
 
 
 def test_versions_that_minilm_does_not_run_on(monkeypatch):

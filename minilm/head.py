@@ -19,6 +19,7 @@ from minilm.dropout import with_fast_dropout
 from minilm.losses import linear_cross_entropy
 from minilm.model import evaluating, left_out, longest_input, position_offset, vocabulary_size
 from minilm.packing import Packing, pack
+from minilm.rotary import with_fast_rotary
 from minilm.rounding import to_round
 
 log = logging.getLogger("minilm")
@@ -42,6 +43,7 @@ class Head(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         with_fast_dropout(model)
+        with_fast_rotary(model)
         self.model = model
         self.padding_free = False
         """Rows lie one after the other without padding, and attention keeps them apart (`minilm.attention`)."""

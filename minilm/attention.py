@@ -1,7 +1,8 @@
 """Attention of a packed batch, which keeps to each row of it (`minilm.packing`).
 
 It is one kernel for all rows where there is one (FlashAttention, Dao 2023, in half precision on GPUs). Else it takes a
-group of rows at a time: by plain matrix products on a CPU where the rows are short, or by torch's kernel.
+group of rows at a time: by plain matrix products on a CPU where the rows are short, in chunks where a window is
+(`minilm.windows`), or by torch's kernel.
 
 Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head.
 """
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from minilm.dropout import dropout as drop
 from minilm.packing import Group, Packing
+from minilm.windows import around_chunks, chunk_bias, chunk_size, in_chunks
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
 # What models hand to attention that does not change its result; whatever else they hand over, it must know about.
@@ -144,21 +146,32 @@ def _attend(
     dropout: float,
 ) -> Tensor:
     """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
-    if query.device.type != "cpu" or not group.short:
+    size = chunk_size(window, group.length)
+    if size is None and (query.device.type != "cpu" or not group.short):
         whole = group.owner_RL is None and (window is None or window >= group.length)
         plain = causal and whole  # the kernel then skips what is not seen
         bias = None if plain else group.bias(window, query, causal=causal)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
         )
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
-    bias = group.bias(window, scores, causal=causal)
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if size is not None and window is not None:
+        query, length = in_chunks(query, size), query.shape[2]
+        key, value = (around_chunks(x, size, window, causal=causal) for x in (key, value))
+        scores = query @ key.transpose(-1, -2)
+        bias = chunk_bias(group, size, window, scores, causal=causal)
+        return (_weights(scores, bias, dropout).to(value.dtype) @ value).flatten(2, 3)[:, :, :length]
+    scores = query @ key.transpose(-1, -2)
+    return _weights(scores, group.bias(window, scores, causal=causal), dropout).to(value.dtype) @ value
+
+
+def _weights(scores: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """softmax(scores + bias), in place of the scores, after dropout."""
     if bias is not None:
         scores = scores.add_(bias)
     with torch.autocast("cpu", enabled=False):  # it would copy the scores: in bf16 the kernel computes in fp32 anyway
         weights = scores.softmax(-1)
-    weights = drop(weights, dropout, training=dropout > 0)
-    return weights.to(value.dtype) @ value
+    return drop(weights, dropout, training=dropout > 0)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

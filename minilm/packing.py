@@ -11,11 +11,13 @@ Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Kept = TypeVar("Kept")
 
 SHORT = 128  # up to this length rows share bins
 _STEP = 16  # bins have one of few lengths, multiples of this, so that few kernels have to be made
@@ -39,8 +41,7 @@ class Group:
     """int64, the place of each of the group's tokens; None where nothing is padded."""
     owner_RL: Tensor | None
     """int64, the number of the row that each place belongs to, and of padding one of its own; None without bins."""
-    _bias: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
-    _by_head: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def short(self) -> bool:
@@ -75,15 +76,18 @@ class Group:
 
     def _places(self, heads: int) -> tuple[Tensor, Tensor]:
         """`source_RL` and `place_T` for `by_head`: a token and head each, int64[R A L] and int64[T A]."""
-        if heads not in self._by_head:
-            assert self.source_RL is not None
-            assert self.place_T is not None
-            head_A = torch.arange(heads, device=self.place_T.device)
-            source_RxAxL = self.source_RL.view(self.rows, 1, self.length) * heads + head_A[:, None]
-            row_T, at_T = self.place_T // self.length, self.place_T % self.length
+        assert self.source_RL is not None
+        assert self.place_T is not None
+        source_RL, place_T = self.source_RL, self.place_T
+
+        def make() -> tuple[Tensor, Tensor]:
+            head_A = torch.arange(heads, device=place_T.device)
+            source_RxAxL = source_RL.view(self.rows, 1, self.length) * heads + head_A[:, None]
+            row_T, at_T = place_T // self.length, place_T % self.length
             place_TxA = (row_T[:, None] * heads + head_A) * self.length + at_T[:, None]
-            self._by_head[heads] = source_RxAxL.flatten(), place_TxA.flatten()
-        return self._by_head[heads]
+            return source_RxAxL.flatten(), place_TxA.flatten()
+
+        return self.keep(("places", heads), make)
 
     def real(self, device: torch.device) -> Tensor:
         """bool, R x L: where there is a token and no padding."""
@@ -103,30 +107,36 @@ class Group:
         """
         if window is not None and window >= self.length:
             window = None
-        kind, device = (window, causal, like.dtype), like.device
-        if kind not in self._bias:
-            seen: Tensor | None = None
-            if self.owner_RL is not None:
-                owner_RxL = self.owner_RL.view(self.rows, self.length)
-                seen = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
-            elif self.place_T is not None and not causal:
-                seen = self.real(device)[:, None, None, :]
-            if window is not None or causal:
-                at_L = torch.arange(self.length, device=device)
-                before_LxL = at_L[:, None] - at_L
-                near_LxL = (before_LxL >= 0) if causal else torch.ones_like(before_LxL, dtype=torch.bool)
-                if window is not None:
-                    near_LxL &= before_LxL.abs() < window
-                seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
-            bias = None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-            self._bias[kind] = bias
-        return self._bias[kind]
+        return self.keep((window, causal, like.dtype), lambda: self._make_bias(window, like, causal))
+
+    def _make_bias(self, window: int | None, like: Tensor, causal: bool) -> Tensor | None:
+        seen: Tensor | None = None
+        if self.owner_RL is not None:
+            owner_RxL = self.owner_RL.view(self.rows, self.length)
+            seen = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
+        elif self.place_T is not None and not causal:
+            seen = self.real(like.device)[:, None, None, :]
+        if window is not None or causal:
+            at_L = torch.arange(self.length, device=like.device)
+            before_LxL = at_L[:, None] - at_L
+            near_LxL = (before_LxL >= 0) if causal else torch.ones_like(before_LxL, dtype=torch.bool)
+            if window is not None:
+                near_LxL &= before_LxL.abs() < window
+            seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
+        return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def keep(self, kind: Any, make: Callable[[], Kept]) -> Kept:
+        """What `make` returns, which is called once for each `kind`: all layers ask for the same."""
+        if kind not in self._kept:
+            self._kept[kind] = make()
+        kept: Kept = self._kept[kind]
+        return kept
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
         """The group with its tensors changed: moved, pinned."""
         indices = (self.source_RL, self.place_T, self.owner_RL)
         source_RL, place_T, owner_RL = (None if index is None else change(index) for index in indices)
-        return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _bias={}, _by_head={})
+        return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _kept={})
 
 
 @dataclass(frozen=True, kw_only=True)

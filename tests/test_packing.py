@@ -19,6 +19,7 @@ import minilm.attention
 from minilm.attention import packed_attention
 from minilm.head import SparseHead
 from minilm.packing import Group, Packing, pack
+from minilm.windows import chunk_size
 
 CPU = torch.device("cpu")
 MIXED = (40, 33, 12, 9, 9, 1, 1)
@@ -31,6 +32,7 @@ LAYOUTS = [
     pytest.param((9, 1, 40, 12, 33, 9, 1), id="unsorted"),
     pytest.param((128, 127, 3), id="up to the fused kernel"),
     pytest.param((150, 141, 129, 128, 20, 1), id="with the fused kernel"),
+    pytest.param((300, 256, 256, 230, 150, 30), id="long"),
 ]
 lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 long_lengths_lists = st.lists(st.integers(100, 300), min_size=1, max_size=12)
@@ -185,16 +187,24 @@ def states(tokens: int, dtype: torch.dtype = torch.float32, rows: int = 1) -> li
 
 
 def attention_by_row(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scaling: float,
+    window: int | None,
+    causal: bool = False,
 ) -> Tensor:
     """1 x T x A x D: each row by itself, softmax written out."""
     attended = []
     for start, length in zip(starts(lengths), lengths, strict=True):
         q, k, v = (x[0, :, start : start + length] for x in (query, key, value))
         scores = torch.einsum("aid,ajd->aij", q, k) * scaling
+        at = torch.arange(length)
         if window is not None:
-            at = torch.arange(length)
             scores[:, (at[:, None] - at).abs() >= window] = -torch.inf
+        if causal:
+            scores[:, at[:, None] < at] = -torch.inf
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         attended.append(torch.einsum("aij,ajd->iad", weights / weights.sum(-1, keepdim=True), v))
     return torch.cat(attended)[None]
@@ -231,6 +241,36 @@ def test_attention_is_that_of_each_row_by_itself(
         assert (x - reference).abs().max() <= 1e-5 * max(1, reference.abs().max())
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(129, 420), min_size=1, max_size=5).map(lambda lengths: sorted(lengths, reverse=True)),
+    st.integers(1, 70) | st.sampled_from([16, 17, 18, 33, 65]),
+    st.booleans(),
+    st.sampled_from([1, 8]),
+)
+def test_attention_with_a_window_on_long_rows_is_that_of_each_row_by_itself(
+    lengths: list[int], window: int, causal: bool, multiple: int
+) -> None:
+    ours, packing = states(sum(lengths), torch.float64), pack(lengths, multiple=multiple)
+    attended, _ = packed_attention(nn.Module(), *ours, None, packing=packing, sliding_window=window, is_causal=causal)
+    expected = attention_by_row(*ours, lengths, 8**-0.5, window, causal)
+    torch.testing.assert_close(attended, expected)
+    weight = torch.randn(attended.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = [torch.autograd.grad((result * weight).sum(), ours) for result in (attended, expected)]
+    for found, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, reference)
+
+
+@pytest.mark.parametrize(
+    ("window", "length", "size"),
+    [(None, 999, None), (3, 128, None), (3, 129, 16), (17, 129, 16), (18, 129, 32), (65, 255, None), (65, 256, 64)],
+)
+def test_long_rows_are_cut_into_chunks_that_a_window_does_not_reach_across(
+    window: int | None, length: int, size: int | None
+) -> None:
+    assert chunk_size(window, length) == size
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("lengths", [(5, 4, 1), (131, 130)], ids=str)
 def test_attention_in_bfloat16_is_near_and_finite(lengths: tuple[int, ...], window: int | None) -> None:
@@ -242,13 +282,14 @@ def test_attention_in_bfloat16_is_near_and_finite(lengths: tuple[int, ...], wind
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(attended.sum(), ours))
 
 
-@pytest.mark.parametrize("length", [40, 150])
-def test_dropout_leaves_out_weights_and_keeps_their_mean(length: int) -> None:
+@pytest.mark.parametrize(("length", "window"), [(40, None), (150, None), (150, 9)])
+def test_dropout_leaves_out_weights_and_keeps_their_mean(length: int, window: int | None) -> None:
     torch.manual_seed(0)
     query, key = (x.detach() for x in states(length)[:2])
     value = torch.ones_like(key)  # so that what comes out is the sum of the weights that are left
-    attended, _ = packed_attention(nn.Module(), query, key, value, None, packing=pack([length]), dropout=0.5)
-    exact, _ = packed_attention(nn.Module(), query, key, value, None, packing=pack([length]))
+    words: dict[str, Any] = {"packing": pack([length]), "sliding_window": window}
+    attended, _ = packed_attention(nn.Module(), query, key, value, None, **words, dropout=0.5)
+    exact, _ = packed_attention(nn.Module(), query, key, value, None, **words)
     torch.testing.assert_close(exact, torch.ones_like(exact))
     assert attended.std() > 0.1
     assert abs(float(attended.mean()) - 1) < 0.1
@@ -267,7 +308,7 @@ def test_without_a_packing_attention_is_that_of_transformers(masked: bool) -> No
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-@pytest.mark.parametrize("lengths", [(60, 58, 31, 20, 20, 1), (150, 20, 140)], ids=str)
+@pytest.mark.parametrize("lengths", [(60, 58, 31, 20, 20, 1), (150, 20, 140), (190, 180)], ids=str)
 def test_no_token_sees_another_row(kind: str, lengths: tuple[int, ...]) -> None:
     size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     local = {"local_attention": 16} if kind == "modernbert" else {}

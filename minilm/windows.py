@@ -1,0 +1,72 @@
+"""Attention with a window on long rows: time and memory grow with the length, and not with its square.
+
+As in Longformer (Beltagy et al. 2020, section 3.1 and its implementation in chunks): the queries of a chunk see its own
+keys, and as many before and behind it as the window reaches.
+
+Axes: R rows and L length of a group, A heads, D size of a head, N chunks of C tokens, W tokens that a chunk sees.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minilm.packing import SHORT, Group
+
+_LEAST = 16  # tokens of a chunk, and what it is a multiple of: products of fewer are slow
+_WORTH = 4  # rows of fewer chunks see most of their scores anyway
+
+
+def chunk_size(window: int | None, length: int) -> int | None:
+    """C for rows of this length, of which a token sees those that are fewer than `window` away; None for no chunks."""
+    if window is None or length <= SHORT:
+        return None
+    size = max(_LEAST, -(-(window - 1) // _LEAST) * _LEAST)
+    return size if length >= _WORTH * size else None
+
+
+def in_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
+    """Cut rows into chunks of C=`size`, with zeros after the last token: R x A x N x C x D."""
+    rows, heads, length, width = x_RxAxLxD.shape
+    return F.pad(x_RxAxLxD, (0, 0, 0, -length % size)).view(rows, heads, -1, size, width)
+
+
+def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) -> Tensor:
+    """What the tokens of each chunk see, R x A x N x W x D, with zeros before the first token and after the last."""
+    after = 0 if causal else window - 1
+    around: Tensor = _Around.apply(x_RxAxLxD, size, window - 1, after)  # type: ignore[no-untyped-call]
+    return around
+
+
+def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
+    """What `Group.bias` is for whole rows, R x 1 x N x C x W or a shape that broadcasts to it."""
+    before, after = window - 1, 0 if causal else window - 1
+
+    def make() -> Tensor:
+        seen_CxW = torch.arange(size)[:, None] - torch.arange(-before, size + after)  # how far behind the query
+        itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
+        real_RxL = group.real(like.device) if group.place_T is not None else like.new_ones(1, group.length).bool()
+        real_RxNxW = F.pad(real_RxL, (before, after + -group.length % size)).unfold(1, size + before + after, size)
+        seen = (near_CxW.to(like.device) & real_RxNxW[:, None, :, None]) | itself_CxW.to(like.device)
+        return like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    return group.keep(("chunks", size, window, causal, like.dtype), make)
+
+
+class _Around(torch.autograd.Function):
+    """Overlapping pieces of rows; the gradients of what overlaps are added up, a strip at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RxAxLxD: Tensor, size: int, before: int, after: int) -> Tensor:
+        ctx.length, ctx.sides = x_RxAxLxD.shape[2], (size, before, after)
+        padded = F.pad(x_RxAxLxD, (0, 0, before, after + -ctx.length % size))
+        return padded.unfold(2, size + before + after, size).transpose(-1, -2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        size, before, after = ctx.sides
+        own = gradient[:, :, :, before : before + size].clone()  # a chunk is no shorter than either side
+        own[:, :, :-1, size - before :] += gradient[:, :, 1:, :before]
+        own[:, :, 1:, :after] += gradient[:, :, :-1, before + size :]
+        return own.flatten(2, 3)[:, :, : ctx.length], None, None, None

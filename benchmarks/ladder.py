@@ -17,9 +17,15 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - fused AdamW; on CPUs, freed memory kept by the process.
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
-The first ratio is to the plain loop, in the same round; the gain is to the rung before. A second table has minilm with
-dropout 0.1, by torch's masks and by minilm's own (on CPUs), whose losses differ by chance. Results go to
-benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
+The first ratio is to the plain loop, in the same round; the gain is to the rung before. Further tables have minilm
+without and with what that model makes no use of:
+
+- on CPUs, dropout 0.1 by torch's masks and by minilm's own, whose losses differ by chance;
+- rotary embeddings by transformers' code and by minilm's, in the model of recipes/mlm_pydocs.py;
+- attention with a window (128 tokens, in two of three layers) as a whole and in chunks, in a ModernBERT as large as the
+  RoBERTa, on full blocks of 1,024 tokens.
+
+Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse
@@ -31,6 +37,7 @@ from typing import Any
 import numpy as np
 import report
 import torch
+from quality import PYDOCS
 from sides import Contender, Parts, Rounds, Side, Taken, answer, assemble, compare
 from throughput import MASKED
 from torch import Tensor
@@ -42,7 +49,7 @@ import minilm.attention
 import minilm.head
 import minilm.packing
 from minilm.batch import Batch
-from minilm.config import Config
+from minilm.config import Config, Model
 from minilm.head import Head, SparseHead
 from minilm.optim import build_optimizer
 from minilm.packing import Packing
@@ -62,6 +69,8 @@ EPOCH = "group=epoch"
 RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, EPOCH)
 ON_CPUS = (BINS, MEMORY)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
+TORCH_TURN, OWN_TURN = "rotary by transformers", "rotary by minilm"
+WHOLE, CHUNKS = "window on whole rows", "window in chunks"
 APART = {EPOCH: "other steps", OWN_MASKS: "other masks"}
 PARTS = 4  # micro-batches of the plain loop's step
 
@@ -153,6 +162,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         config = replace(config, batch=replace(config.batch, group="epoch"))
     if BINS not in rungs:
         minilm.packing.SHORT = 0
+        setattr(minilm.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
     parts = assemble(config, partial(head_of, rungs))
@@ -172,22 +182,39 @@ def rung_steps(side: Side, rungs: tuple[str, ...]) -> None:
     answer(side, parts if FUSED_LOSS in rungs else replace(parts, work=None))  # MFU is that of minilm's count
 
 
-def dropout_steps(side: Side, name: str) -> None:
-    """minilm's side with one of the two kinds of masks."""
+def without(side: Side, name: str) -> None:
+    """minilm's side, but that what `name` names is left to others."""
+    # Not by assignment: the modules do not export these names.
     if name == TORCH_MASKS:
-        setattr(minilm.head, "with_fast_dropout", lambda model: None)  # noqa: B010 (their modules do not export them)
+        setattr(minilm.head, "with_fast_dropout", lambda model: None)  # noqa: B010
         setattr(minilm.attention, "drop", F.dropout)  # noqa: B010
+    if name == TORCH_TURN:
+        setattr(minilm.head, "with_fast_rotary", lambda model: None)  # noqa: B010
+    if name == WHOLE:
+        setattr(minilm.attention, "chunk_size", lambda window, length: None)  # noqa: B010
     answer(side, assemble(side.config))
 
 
-def dropout_contenders(config: Config) -> list[Contender]:
-    """One for each kind of masks."""
-    fields = {**config.model.config, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config = replace(config, model=replace(config.model, config=fields))
-    return [
-        Contender(name=name, config=config, steps=partial(dropout_steps, name=name))
-        for name in (TORCH_MASKS, OWN_MASKS)
-    ]
+def with_dropout(config: Config) -> Config:
+    """The same with a dropout of 0.1."""
+    fields = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    return replace(config, model=replace(config.model, config={**config.model.config, **fields}))
+
+
+def with_window(config: Config) -> Config:
+    """A ModernBERT of that size on full blocks of 1,024 tokens, as many tokens a step as the most it may have."""
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    fields = {name: config.model.config[name] for name in sizes}
+    fields |= {"intermediate_size": 576, "local_attention": 128}
+    batch, length = config.batch, 1024
+    examples = max(1, batch.examples * batch.max_length // length)
+    batch = replace(batch, layout="blocks", max_length=length, examples=examples)
+    return replace(config, model=Model(type="modernbert", config=fields), batch=batch)
+
+
+def pair_of(names: tuple[str, str], config: Config) -> list[Contender]:
+    """minilm without something and with it."""
+    return [Contender(name=name, config=config, steps=partial(without, name=name)) for name in names]
 
 
 def contenders_of(config: Config, rungs: tuple[str, ...]) -> list[Contender]:
@@ -227,10 +254,12 @@ def main() -> None:
     rounds = Rounds(count=3, warm_up=1) if options.quick else Rounds(count=9)
     config = replace(MASKED, batch=batch)
     rows = rows_of(rungs, compare(contenders_of(config, rungs), machine.precision, rounds), machine)
+    pairs = {(TORCH_TURN, OWN_TURN): PYDOCS, (WHOLE, CHUNKS): with_window(config)}
     if not cuda:
-        taken = compare(dropout_contenders(config), machine.precision, rounds)
-        rows += rows_of((TORCH_MASKS, OWN_MASKS), taken, machine)
-    report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 6))
+        pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), **pairs}
+    for names, own in pairs.items():
+        rows += rows_of(names, compare(pair_of(names, own), machine.precision, rounds), machine)
+    report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 7))
 
 
 if __name__ == "__main__":

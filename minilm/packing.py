@@ -43,11 +43,6 @@ class Group:
     """int64, the number of the row that each place belongs to, and of padding one of its own; None without bins."""
     _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
-    def short(self) -> bool:
-        """Whether plain matrix products beat the fused kernel on a CPU, backward above all."""
-        return self.length <= SHORT
-
     def pad(self, x_TxH: Tensor) -> Tensor:
         """The group's tokens as R x L x H. No gradient flows from padding: let nothing depend on it."""
         x_RLxH = x_TxH if self.source_RL is None else _Pad.apply(x_TxH, self.source_RL, self.place_T)  # type: ignore[no-untyped-call]

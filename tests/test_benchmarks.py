@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import operator
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import classification
 import communication
@@ -22,12 +24,15 @@ import torch
 from accelerate.state import AcceleratorState
 from sides import Contender, Rounds, Side, Taken, Work, assemble, minilm_steps
 from synthetic import write_corpus
-from torch.nn import functional as F
+from transformers.models.modernbert import modeling_modernbert
 
 import minilm.attention
+import minilm.dropout
+import minilm.head
 import minilm.packing
+import minilm.rotary
+import minilm.windows
 from minilm import Batch, Config, Model, Run
-from minilm.dropout import FastDropout, dropout, with_fast_dropout
 from minilm.hardware import Peak
 from minilm.objectives import prepare
 from tests.launch import ROOT
@@ -169,6 +174,7 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     for contender in ladder.contenders_of(config, ladder.RUNGS):
         with monkeypatch.context() as process:  # what a rung changes in its own process
             process.setattr("minilm.packing.SHORT", minilm.packing.SHORT)
+            process.setattr("minilm.attention._by_products", minilm.attention._by_products)
             taken.append(turns_of(contender)[1])
     heads: list[Any] = [part.model for part in parts]
     for name, first in (("sparse", 2), ("short", 3), ("fused", 4), ("padding_free", 5)):
@@ -188,20 +194,33 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     assert json.loads(path.read_text())["versions"]["torch"] == version("torch")
 
 
-def test_the_ladder_has_dropout_by_torch_and_by_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pair", ["dropout", "rotary", "window"])
+def test_the_ladder_has_pairs_without_and_with(pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
     config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
-    parts: list[Any] = []
-    monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
-    for contender, masks in zip(ladder.dropout_contenders(config), (F.dropout, dropout), strict=True):
-        with monkeypatch.context() as process:
-            process.setattr("minilm.attention.drop", dropout)
-            process.setattr("minilm.head.with_fast_dropout", with_fast_dropout)
-            assert len(turns_of(contender)[1]) == 2
-            assert minilm.attention.drop is masks
-        modules = [module for module in parts[-1].model.modules() if isinstance(module, torch.nn.Dropout)]
-        assert {module.p for module in modules} == {0.1}
-        assert all(isinstance(module, FastDropout) == (masks is dropout) for module in modules)
+    windowed = ladder.with_window(config)
+    windowed = replace(windowed, batch=replace(windowed.batch, examples=2, max_length=256, micro_tokens=256))
+    names, own, function = {
+        "dropout": ((ladder.TORCH_MASKS, ladder.OWN_MASKS), ladder.with_dropout(config), minilm.dropout._Dropout),
+        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.rotary._Turn),
+        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.windows._Around),
+    }[pair]
+    swapped = ("attention.drop", "head.with_fast_dropout", "head.with_fast_rotary", "attention.chunk_size")
+    losses = []
+    for number, contender in enumerate(ladder.pair_of(names, own)):
+        with monkeypatch.context() as process, mock.patch.object(function, "apply", wraps=function.apply) as own_work:
+            for changed in swapped:  # what a side changes in its own process
+                process.setattr(f"minilm.{changed}", operator.attrgetter(changed)(minilm))
+            process.setattr(modeling_modernbert, "apply_rotary_pos_emb", plain_turn())
+            losses.append([turn.loss for turn in turns_of(contender)[1]])
+        assert own_work.called == bool(number), contender.name
+    assert pair == "dropout" or losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def plain_turn() -> Any:
+    """transformers' own, which may have been replaced."""
+    turn = modeling_modernbert.apply_rotary_pos_emb
+    return getattr(turn, "plain", turn)
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,8 +271,29 @@ def test_long_rows_are_cut_into_chunks_that_a_window_does_not_reach_across(
     assert chunk_size(window, length) == size
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length", "device", "products"),
+    [
+        (torch.float32, 128, "cpu", True),
+        (torch.float32, 129, "cpu", False),
+        (torch.bfloat16, 512, "cpu", True),
+        (torch.bfloat16, 513, "cpu", False),
+        (torch.bfloat16, 20, "meta", False),
+    ],
+)
+def test_short_rows_are_attended_by_plain_products(
+    dtype: torch.dtype, length: int, device: str, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = []
+    monkeypatch.setattr(minilm.attention.F, "scaled_dot_product_attention", lambda q, *_, **__: fused.append(1) or q)
+    few = [x.detach().to(device) for x in states(length, dtype)]
+    packing = pack([length]).map(lambda tensor: tensor.to(device))
+    packed_attention(nn.Module(), *few, None, packing=packing)
+    assert fused == ([] if products else [1])
+
+
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("lengths", [(5, 4, 1), (131, 130)], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 4, 1), (131, 130), (520, 515)], ids=str)
 def test_attention_in_bfloat16_is_near_and_finite(lengths: tuple[int, ...], window: int | None) -> None:
     ours = states(sum(lengths), torch.bfloat16)
     attended, _ = packed_attention(nn.Module(), *ours, None, packing=pack(lengths), sliding_window=window)
@@ -374,7 +395,9 @@ def test_the_kernel_for_rows_of_any_length_is_asked_for_the_same_attention(
 ) -> None:
     query, key, value = states(sum(MIXED))
     words = {"packing": pack(MIXED), "scaling": scaling, "sliding_window": window, "is_causal": causal}
-    monkeypatch.setattr(Group, "short", products)  # the fused kernel is what GPUs take in any case
+    monkeypatch.setattr(
+        minilm.attention, "_by_products", lambda group, query: products
+    )  # the fused kernel is what GPUs take in any case
     words["packing"] = words["packing"].map(torch.clone)
     inputs = (nn.Module(), query, key[:, : 3 // shared], value[:, : 3 // shared], None)
     grouped, _ = packed_attention(*inputs, **words)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,8 +141,10 @@ def count_flops(model: Head, max_length: int) -> Cost:
 
     def forward(length: int, targets: int) -> int:
         ids_T, packing = model.trial([length])
-        # The counter does not know the fused CPU kernel of attention.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # The counter does not know the fused CPU kernel of attention. Nothing of what the other saves for a gradient is
+        # kept: it would be the scores of all layers. (Without gradients the counter fails on DeBERTa.)
+        forgetting = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+        with forgetting, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.logits(ids_T, packing, ids_T.new_zeros(targets))
         return int(counter.get_total_flops())
 

@@ -164,6 +164,20 @@ def test_flops_at_other_lengths_and_numbers_of_targets_are_predicted(kind, lengt
     assert predicted == counter.get_total_flops()
 
 
+def test_counting_keeps_nothing_for_a_gradient():
+    head, failures = tiny_head(), []
+
+    def go_back(module, inputs, output):
+        try:
+            output.logits.sum().backward()
+        except (RuntimeError, TypeError) as error:
+            failures.append(error)
+
+    head.model.register_forward_hook(go_back)
+    count_flops(head, 32)
+    assert len(failures) == 3
+
+
 def test_a_model_that_shares_relative_positions_can_be_counted():
     head = tiny_head("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False)
     assert count_flops(head, 32).per_token > 0

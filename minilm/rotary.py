@@ -47,8 +47,9 @@ def _fast(plain: Turn, keeps_type: bool) -> Turn:
 
 def _fits(x: Tensor, factor: Tensor) -> bool:
     """Whether `factor` is for all of a head, and for each position one that `x` has."""
-    ahead = zip(x.shape[:-1], factor.shape[:-1], strict=True) if x.dim() == factor.dim() else ((0, -1),)
-    return x.shape[-1] == factor.shape[-1] and all(own in (1, size) for size, own in ahead)
+    if x.dim() != factor.dim() or x.shape[-1] != factor.shape[-1]:
+        return False
+    return all(own in (1, size) for size, own in zip(x.shape, factor.shape, strict=True))
 
 
 def _keeps_type(plain: Turn) -> bool | None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minilm.batch import Collator
+from minilm.compiling import compile_layers
 from minilm.config import Config
 from minilm.hardware import Cost, count_flops, peak_memory
 from minilm.head import Head, freeze_unused
@@ -83,8 +84,15 @@ class Side:
     turns: int
     block: int
     """Steps of a turn."""
+    lead_in: int = 0
+    """Steps at the beginning of a turn that do not count: memory that the turn before let go is asked for again."""
     evaluated: bool = False
     """Whether each turn ends with an evaluation."""
+
+    @property
+    def steps(self) -> int:
+        """Of all turns."""
+        return self.turns * (self.lead_in + self.block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +114,15 @@ class Rounds:
     """Rounds before them that are not counted."""
     block: int = 1
     """Steps of a turn."""
+    lead_in: int = 0
+    """Steps before them that do not count, on a GPU whose memory the contenders take in turn."""
     evaluated: bool = False
     """Whether each turn ends with an evaluation."""
+
+    @property
+    def steps(self) -> int:
+        """Of all turns of a contender."""
+        return (self.warm_up + self.count) * (self.lead_in + self.block)
 
 
 def compare(contenders: Sequence[Contender], precision: Precision, rounds: Rounds) -> list[list[Taken]]:
@@ -118,35 +133,47 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
     # Its children are forked from a process that has imported all this once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minilm.train", "transformers.trainer"])
-    sides, processes = [], []
-    works: list[Work | None] = []
+    sides: list[Connection] = []
+    processes, works = [], list[Work | None]()
     total = rounds.warm_up + rounds.count
-    for contender in contenders:
-        here, there = context.Pipe()
-        config = replace(contender.config, run=replace(contender.config.run, precision=precision))
-        side = Side(connection=there, config=config, turns=total, block=rounds.block, evaluated=rounds.evaluated)
-        process = context.Process(target=serve, args=(side, contender.steps), daemon=True)
-        process.start()
-        there.close()  # so that the end of the process is seen here
-        if not works:  # the first fills the cache for the others, which are built at the same time
-            works.append(here.recv())
-        sides.append(here)
-        processes.append(process)
-    works += [side.recv() for side in sides[1:]]
-    counted = next(work for work in works if work)
     taken: list[list[Taken]] = [[] for _ in contenders]
-    for number in range(total):
-        for turn in range(len(sides)):
-            at = (number + turn) % len(sides)
-            sides[at].send(True)
-            done = sides[at].recv()
-            if number >= rounds.warm_up:
-                taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
-        print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    for connection, process in zip(sides, processes, strict=True):
-        connection.send(False)
-        process.join()
+    try:
+        for contender in contenders:
+            here, there = context.Pipe()
+            config = replace(contender.config, run=replace(contender.config.run, precision=precision))
+            side = Side(
+                connection=there,
+                config=config,
+                turns=total,
+                block=rounds.block,
+                lead_in=rounds.lead_in,
+                evaluated=rounds.evaluated,
+            )
+            process = context.Process(target=serve, args=(side, contender.steps))
+            process.start()
+            there.close()  # so that the end of the process is seen here
+            sides.append(here)
+            processes.append(process)
+            if not works:  # the first fills the cache for the others, which are built at the same time
+                works.append(here.recv())
+        works += [side.recv() for side in sides[1:]]
+        print(f"{len(sides)} sides are built; a dot for each turn", file=sys.stderr)
+        counted = next(work for work in works if work)
+        for number in range(total):
+            for turn in range(len(sides)):
+                at = (number + turn) % len(sides)
+                sides[at].send(True)
+                done = sides[at].recv()
+                if number >= rounds.warm_up:
+                    taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
+                print(".", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        for connection, process in zip(sides, processes, strict=True):
+            connection.send(False)
+            process.join()
+    finally:
+        for connection in sides:
+            connection.close()  # which ends what has not ended
     return taken
 
 
@@ -186,6 +213,8 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head
     cost = count_flops(head, config.batch.max_length)
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
     config = settle_micro_tokens(config, accelerator, head, None, first)
+    if config.run.compile:
+        compile_layers(head)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     model.train()
@@ -209,18 +238,17 @@ def precision_of(parts: Parts) -> str:
     return "fp32" if mode == "no" else mode
 
 
-def turns_of(parts: Parts, turns: int, block: int = 1, *, evaluated: bool = False) -> Iterator[Taken]:
+def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, evaluated: bool = False) -> Iterator[Taken]:
     """Turns of `block` steps by minilm, each taken when it is asked for, with the planning, masking and packing."""
-    config, total = parts.config, turns * block
+    config, total = parts.config, turns * (lead_in + block)
     loader = load_steps(
         parts.plan, parts.prepared.train, parts.collator, parts.accelerator, range(total), config.batch.workers
     )
     items, max_grad_norm = iter(loader), config.optim.max_grad_norm
-    for first in range(0, total, block):
-        mark = time.perf_counter()
-        steps: list[Step] = []
-        losses = []
-        for index in range(first, first + block):
+
+    def take(first: int, count: int) -> tuple[list[Step], float]:
+        steps, losses = [], []
+        for index in range(first, first + count):
             with record_function("data"):
                 step, micro_batches = next(items)
             seed_dropout(config.run.seed, index, parts.accelerator.process_index)
@@ -230,9 +258,17 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, evaluated: bool = Fals
             )
             steps.append(step)
             losses.append(result.loss)
-        loss = float(torch.stack(losses).mean())  # waits for the device
+        return steps, float(torch.stack(losses).mean())  # waits for the device
+
+    for first in range(0, total, lead_in + block):
+        if lead_in:
+            take(first, lead_in)
+        mark = time.perf_counter()
+        steps, loss = take(first + lead_in, block)
         seconds = time.perf_counter() - mark
         evaluation = parts.evaluator(parts.accelerator, parts.model).figures() if evaluated else {}
+        if lead_in:
+            torch.cuda.empty_cache()
         yield Taken(
             seconds=seconds,
             tokens=sum(step.tokens for step in steps),
@@ -247,7 +283,7 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, evaluated: bool = Fals
 def answer(side: Side, parts: Parts) -> None:
     """Take minilm's turns with these parts as they are asked for."""
     side.connection.send(parts.work)
-    turns = turns_of(parts, side.turns, side.block, evaluated=side.evaluated)
+    turns = turns_of(parts, side.turns, side.block, lead_in=side.lead_in, evaluated=side.evaluated)
     while side.connection.recv():
         side.connection.send(next(turns))
 

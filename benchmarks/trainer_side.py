@@ -102,7 +102,10 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's time is all that passed since its turn began, loading its batches included."""
-        if len(self.losses) < self.side.block:
+        if self.leading and len(self.losses) == self.side.lead_in:
+            float(torch.stack(self.losses).mean())
+            self._begin()
+        if self.leading or len(self.losses) < self.side.block:
             return
         loss = float(torch.stack(self.losses).mean())  # waits for the device
         seconds = time.perf_counter() - self.mark
@@ -116,6 +119,8 @@ class Turns(TrainerCallback):
             memory=peak_memory(lengths.device),
             eval_loss=self._evaluate(kwargs["model"]) if self.side.evaluated else None,
         )
+        if self.side.lead_in:
+            torch.cuda.empty_cache()
         self.connection.send(taken)
         self._wait()
 
@@ -132,12 +137,13 @@ class Turns(TrainerCallback):
     def _begin(self) -> None:
         self.lengths: list[Tensor] = []
         self.losses: list[Tensor] = []
-        self.padded, self.mark = 0, time.perf_counter()
+        self.padded, self.mark, self.leading = 0, time.perf_counter(), False
 
     def _wait(self) -> None:
         if not self.connection.recv():
             sys.exit()
         self._begin()
+        self.leading = self.side.lead_in > 0
 
 
 class OrderedTrainer(Trainer):
@@ -197,14 +203,16 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
     }
 
 
-def trainer_steps(side: Side, grouping: str = "") -> None:
+def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> None:
     """Trainer's side. Its sampling strategy is `grouping`, or nothing for minilm's examples in their order.
+
+    `compiled`: with `torch_compile`.
 
     Loading is in its time, and padding too, but for a language model's examples in order: their masks must be minilm's,
     so that they are masked and padded beforehand.
     """
     config, prepared, objective = side.config, prepare(side.config), objective_of(side.config.objective)
-    size, examples, steps = config.batch.examples, prepared.train, side.turns * side.block
+    size, examples, steps = config.batch.examples, prepared.train, side.steps
     data: Dataset[Any] = Rows(examples)
     collate: Any = DataCollatorWithPadding(prepared.tokenizer)
     plan = Plan(
@@ -233,6 +241,7 @@ def trainer_steps(side: Side, grouping: str = "") -> None:
             dataloader_pin_memory=torch.cuda.is_available(),
             dataloader_num_workers=config.batch.workers,
             train_sampling_strategy=grouping or "random",
+            torch_compile=compiled,
             **{**settings, "per_device_train_batch_size": size},
         )
         TurnTrainer(

@@ -7,7 +7,6 @@ group of rows at a time: by plain matrix products on a CPU where the rows are sh
 Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from minilm import short_rows
 from minilm.dropout import dropout as drop
 from minilm.packing import SHORT, Group, Packing
 from minilm.windows import around_chunks, chunk_bias, chunk_size, in_chunks
@@ -67,7 +67,7 @@ def packed_attention(
         )
     if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
         raise ValueError(f"attention with {', '.join(unknown)} is not known to minilm")
-    states = [x[0].transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
+    states = [x.squeeze(0).transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
@@ -86,10 +86,13 @@ def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
         and query_TxAxD.shape[-1] % 8 == 0
         and query_TxAxD.shape[-1] <= 256
         and dropout == 0
-        and torch.version.cuda is not None
-        and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 has another way to say it
-        and torch.cuda.get_device_capability(query_TxAxD.device) >= (8, 0)
+        and _has_flash_attention(query_TxAxD.device)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_flash_attention(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_at_once(
@@ -99,16 +102,23 @@ def _attend_at_once(
 
     states: queries, keys and values, each T x A x D, as is what is returned.
     """
-    near, longest = -1 if window is None else window - 1, max(packing.lengths)
+    near = -1 if window is None else window - 1
     query_TxAxD, key_TxAxD, value_TxAxD = states
+    if packing.longest <= SHORT and query_TxAxD.shape[-1] in short_rows.SIZES:
+        scaling = query_TxAxD.shape[-1] ** -0.5 if scaling is None else scaling
+        reach = SHORT if window is None else near
+        short: Tensor = short_rows.attend_short_rows(
+            *states, packing.position_T, packing.tiles_B1, reach, causal, scaling
+        )
+        return short
     attended: Any = varlen_attn(
         query_TxAxD,
         key_TxAxD,
         value_TxAxD,
         cu_seq_q=packing.bounds_R1,
         cu_seq_k=packing.bounds_R1,
-        max_q=longest,
-        max_k=longest,
+        max_q=packing.longest,
+        max_k=packing.longest,
         scale=scaling,
         window_size=(near, 0 if causal else near),
     )
@@ -116,6 +126,7 @@ def _attend_at_once(
     return attended_TxAxD
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each batch has groups of its own: they would be compiled anew
 def _attend_in_groups(
     packing: Packing,
     states: Sequence[Tensor],

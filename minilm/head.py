@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from minilm.attention import ATTENTION
 from minilm.dropout import with_fast_dropout
-from minilm.losses import linear_cross_entropy
+from minilm.losses import linear_cross_entropy, softmax_in_place
 from minilm.model import evaluating, left_out, longest_input, position_offset, vocabulary_size
 from minilm.packing import Packing, pack
 from minilm.rotary import with_fast_rotary
@@ -185,7 +185,7 @@ class SparseHead(Head):
 
     def __init__(self, model: PreTrainedModel, *, label_smoothing: float = 0.0) -> None:
         super().__init__(model)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.softmax = label_smoothing, softmax_in_place
         self.sparse = self.short = self.fused = False
         self._last: Any = model.get_output_embeddings()
         self._target_index: Tensor | None = None
@@ -227,7 +227,8 @@ class SparseHead(Head):
             return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none", label_smoothing=smoothing)
         with left_out(self._last):
             hidden_NxH = self._logits(input_ids_T, packing, target_index_N, type_ids_T)
-        return linear_cross_entropy(hidden_NxH, self._last.weight, self._last.bias, target_ids_N, smoothing)
+        last = self._last
+        return linear_cross_entropy(hidden_NxH, last.weight, last.bias, target_ids_N, smoothing, self.softmax)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None

@@ -61,6 +61,8 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     state = join(run)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
+    if run.compile and state.device.type == "cpu":
+        raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
     keep_freed_memory(state.device)
     repeat_to_the_bit(run.deterministic)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]

@@ -3,17 +3,26 @@
 Axes: N targets, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LOGITS, _LOGITS_ON_CPU = 2**26, 2**23  # in memory at a time: 256 MiB; 32 MiB where caches matter more than launches
+_LOGITS, _LOGITS_ON_CPU = 2**27, 2**23  # in memory at a time: 512 MiB; 32 MiB where caches matter more than launches
+_ALIGNED = 64  # of the vocabulary, on GPUs: products of another size take several times as long
+
+Softmax = Callable[[Tensor, int, Tensor, float, bool], tuple[Tensor, Tensor | None]]  # `softmax_in_place`, or the other
 
 
 def linear_cross_entropy(
-    hidden_NxH: Tensor, weight_VxH: Tensor, bias_V: Tensor | None, target_N: Tensor, smoothing: float = 0.0
+    hidden_NxH: Tensor,
+    weight_VxH: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    smoothing: float = 0.0,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """-log softmax(hidden weight^T + bias) at each target, nats, float32[N]; rows of `hidden` after N do not count.
 
@@ -21,12 +30,46 @@ def linear_cross_entropy(
 
     The products are taken in the type of autocast, or else in that of `hidden_NxH`. Gradients are taken on the way
     forward, while the logits are there, so that nothing is computed twice: those of the sum over the targets, and a
-    RuntimeError for anything else.
+    RuntimeError for anything else. `softmax` computes what `softmax_in_place` does.
     """
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NxH, weight_VxH, bias_V, target_N, smoothing
+        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, softmax or softmax_in_place
     )
     return result
+
+
+def softmax_in_place(
+    logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-log p of each target, float32[N]; where `trained`, the gradient of their sum by the logits, float32[N, V].
+
+    Of the logits, N x V or more, the first V = `vocabulary` of each row count.
+    """
+    log_p = logits[:, :vocabulary].float().log_softmax(-1)
+    nats = -log_p.gather(1, target[:, None]).squeeze(1)
+    if smoothing:
+        nats = (1 - smoothing) * nats - smoothing * log_p.mean(-1)
+    if not trained:
+        return nats, None
+    error = log_p.exp_()
+    error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), smoothing - 1.0))
+    if smoothing:
+        error -= smoothing / vocabulary
+    return nats, error
+
+
+def softmax_at_once(
+    logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a compiler, which makes few passes of it; the gradient is like the logits, with zeros after V."""
+    column = torch.arange(logits.shape[1], device=logits.device)
+    real, hit = column < vocabulary, column == target[:, None]
+    log_p = torch.where(real, logits.float(), -torch.inf).log_softmax(-1)
+    nats, error = -log_p.gather(1, target[:, None]).squeeze(1), log_p.exp() - (1 - smoothing) * hit
+    if smoothing:
+        nats = (1 - smoothing) * nats - smoothing * torch.where(real, log_p, 0).sum(-1) / vocabulary
+        error = error - torch.where(real, smoothing / vocabulary, 0)
+    return nats, error.to(logits.dtype) if trained else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         smoothing: float,
+        softmax: Softmax,
     ) -> Tensor:
         inputs = (hidden_NxH, weight_VxH, bias_V)
         gradients = [
@@ -47,13 +91,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device = hidden_NxH.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NxH.dtype
         with torch.autocast(device, enabled=False):
-            hidden, weight = hidden_NxH.to(kind), weight_VxH.to(kind)
-            bias = None if bias_V is None else bias_V.to(kind)
-            rows = max(1, (_LOGITS_ON_CPU if device == "cpu" else _LOGITS) // weight_VxH.shape[0])
-            nats = [
-                _part(hidden[at : at + rows], weight, bias, target_N[at : at + rows], smoothing, at, gradients)
-                for at in range(0, len(target_N), rows)
-            ]
+            vocabulary, hidden, weight = len(weight_VxH), hidden_NxH.to(kind), _aligned(weight_VxH.to(kind))
+            bias = None if bias_V is None else _aligned(bias_V.to(kind))
+            rows = max(1, (_LOGITS_ON_CPU if device == "cpu" else _LOGITS) // vocabulary)
+            nats = []
+            for at in range(0, len(target_N), rows):
+                part, target = hidden[at : at + rows], target_N[at : at + rows]
+                logits = F.linear(part, weight, bias)
+                of_part, error = softmax(
+                    logits[: len(target)], vocabulary, target, smoothing, any(ctx.needs_input_grad)
+                )
+                del logits
+                nats.append(of_part)
+                if error is not None:
+                    _add_gradients(gradients, part, weight, error, at)
         if gradients[0] is not None:
             gradients[0][len(target_N) :] = 0
         ctx.gradients = gradients
@@ -65,41 +116,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("only the sum of these losses has a gradient; take the logits for any other")
         scale = gradient_N[:1].sum()
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if x is None else x.mul_(scale) for x in gradients), None, None
+        return *(None if x is None else x.mul_(scale) for x in gradients), None, None, None
 
 
-def _part(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    smoothing: float,
-    at: int,
-    gradients: list[Tensor | None],
-) -> Tensor:
-    """The nats of some targets, the first of which is number `at`; adds to the gradients that are wanted."""
-    log_p = F.linear(hidden, weight, bias)[: len(target)].float().log_softmax(-1)
-    nats = -log_p.gather(1, target[:, None]).squeeze(1)
-    if smoothing:
-        nats = (1 - smoothing) * nats - smoothing * log_p.mean(-1)
+def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tensor, error: Tensor, at: int) -> None:
+    """Add what some targets give, the first of which is number `at`; `error` is with respect to their logits."""
     of_hidden, of_weight, of_bias = gradients
-    if of_hidden is not None or of_weight is not None or of_bias is not None:
-        error = log_p.exp_()
-        error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), smoothing - 1.0))
-        if smoothing:
-            error -= smoothing / error.shape[1]
-        if of_bias is not None:
-            _add(of_bias, error.sum(0), at)
-        error = error.to(hidden.dtype)
-        if more := len(hidden) - len(target):
-            error = F.pad(error, (0, 0, 0, more))
-        if of_hidden is not None:
-            of_hidden[at : at + len(hidden)] = error @ weight
-        if of_weight is not None and of_weight.dtype == hidden.dtype:
-            of_weight.addmm_(error.T, hidden, beta=min(at, 1))
-        elif of_weight is not None:
-            _add(of_weight, error.T @ hidden, at)
-    return nats
+    if of_bias is not None:
+        _add(of_bias, error[:, : len(of_bias)].sum(0, dtype=torch.float32), at)
+    error = error.to(hidden.dtype)
+    columns, rows = weight.shape[0] - error.shape[1], len(hidden) - len(error)
+    if columns or rows:
+        error = F.pad(error, (0, columns, 0, rows))
+    if of_hidden is not None:
+        of_hidden[at : at + len(hidden)] = error @ weight
+    if of_weight is not None and of_weight.dtype == hidden.dtype and len(of_weight) == len(weight):
+        of_weight.addmm_(error.T, hidden, beta=min(at, 1))
+    elif of_weight is not None:
+        _add(of_weight, (error.T @ hidden)[: len(of_weight)], at)
+
+
+def _aligned(x_VxH: Tensor) -> Tensor:
+    """With rows of zeros to a number that a GPU is fast at."""
+    more = -len(x_VxH) % _ALIGNED if x_VxH.device.type == "cuda" else 0
+    return F.pad(x_VxH, (0, 0) * (x_VxH.ndim - 1) + (0, more)) if more else x_VxH
 
 
 def _room(x: Tensor, targets: int) -> Tensor:

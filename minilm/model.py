@@ -4,7 +4,7 @@ import fnmatch
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -240,11 +240,12 @@ def _add_rows(network: PreTrainedModel, known: int, size: int) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients, for a moment."""
+    """Without dropout and gradients, for a moment, and without compiling anything for it."""
     training = model.training
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         model.train(training)

@@ -143,13 +143,19 @@ class Packing:
     groups: tuple[Group, ...]
     lengths: tuple[int, ...]
     """Tokens of each row."""
+    longest: int
+    """The most of these."""
     bounds_R1: Tensor
     """int32[R + 1], where each row begins, and where the last one ends."""
+    tiles_B1: Tensor
+    """int32[B + 1], the same for tiles of SHORT tokens at most, whole rows that follow each other; where a row is
+    longer, it is a tile."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
         """The packing with its tensors changed: moved, pinned."""
         groups = tuple(group.map(change) for group in self.groups)
-        return replace(self, position_T=change(self.position_T), bounds_R1=change(self.bounds_R1), groups=groups)
+        position_T, bounds_R1, tiles_B1 = (change(x) for x in (self.position_T, self.bounds_R1, self.tiles_B1))
+        return replace(self, position_T=position_T, groups=groups, bounds_R1=bounds_R1, tiles_B1=tiles_B1)
 
 
 def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
@@ -173,8 +179,19 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
         position_T=torch.from_numpy(position_T),
         groups=tuple(groups),
         lengths=tuple(lengths),
+        longest=max(lengths),
         bounds_R1=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        tiles_B1=torch.tensor(_tiles(lengths), dtype=torch.int32),
     )
+
+
+def _tiles(lengths: Sequence[int]) -> list[int]:
+    bounds, end = [0], 0
+    for length in lengths:
+        if end > bounds[-1] and end + length - bounds[-1] > SHORT:
+            bounds.append(end)
+        end += length
+    return [*bounds, end]
 
 
 def _group(lengths_R: Any, start: int, multiple: int, *, in_bins: bool) -> Group:

@@ -24,6 +24,7 @@ from minilm.batch import Batch, Collate, Collator, loss_sum
 from minilm.best import Best
 from minilm.card import write_card
 from minilm.checkpoint import Checkpoint, Saver, copied
+from minilm.compiling import compile_layers
 from minilm.config import Config
 from minilm.energy import metered
 from minilm.hardware import count_flops, device_peak
@@ -109,6 +110,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     prepared, objective = together(attempted), objective_of(config.objective)
     head, config = build_head(config, accelerator, prepared, checkpoint)
     network, cost = head.model, count_flops(head, config.batch.max_length)
+    if config.run.compile:
+        together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)

@@ -76,3 +76,15 @@ def full_logits(model: PreTrainedModel, input_ids_T: Tensor, lengths: Sequence[i
     ids_RxL, mask_RxL = pad_rows(input_ids_T, lengths, model.config.pad_token_id or 0)
     logits_RxLxV = model(input_ids=ids_RxL, attention_mask=mask_RxL).logits
     return torch.cat([logits_LxV[:length] for logits_LxV, length in zip(logits_RxLxV, lengths, strict=True)])
+
+
+def attended_rows(states: Sequence[Tensor], lengths: Sequence[int], near: int, causal: bool, scaling: float) -> Tensor:
+    """Attention of each row by itself, from queries, keys and values, T x A x D each; no further away than `near`."""
+    rows = []
+    for query, key, value in zip(*(x.transpose(0, 1).split(list(lengths), dim=1) for x in states), strict=True):
+        at = torch.arange(query.shape[1], device=query.device)
+        before = at[:, None] - at
+        seen = (before <= near) & ((before >= 0) if causal else (before >= -near))
+        scores = (query @ key.transpose(1, 2) * scaling).masked_fill(~seen, -torch.inf)
+        rows.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(rows)

@@ -74,10 +74,12 @@ def toy(config: Config) -> Config:
     return replace(config, model=Model(type=config.model.type, config=own), batch=batch, run=Run(precision="fp32"))
 
 
-def turns_of(contender: Contender, block: int = 1, *, evaluated: bool = False) -> tuple[Work | None, list[Taken]]:
+def turns_of(
+    contender: Contender, block: int = 1, *, lead_in: int = 0, evaluated: bool = False
+) -> tuple[Work | None, list[Taken]]:
     """Two turns of it."""
     asked: Any = Turns(2)
-    side = Side(connection=asked, config=contender.config, turns=2, block=block, evaluated=evaluated)
+    side = Side(connection=asked, config=contender.config, turns=2, block=block, lead_in=lead_in, evaluated=evaluated)
     with contextlib.suppress(SystemExit):  # as Trainer's process ends
         contender.steps(side)
     work, *turns = asked.sent
@@ -154,7 +156,22 @@ def test_gpu(tmp_path: Path) -> None:
     job = replace(job, config=toy(job.config), vocabulary=400, median=12)
     contenders = gpu.contenders_of(job, tmp_path, 4)
     assert len(prepare(contenders[0].config).train) >= 4 * job.config.batch.examples
+    compiled = contenders.pop()  # which no CPU takes
+    assert compiled.config.run.compile
     check_sides(contenders, block=2)
+
+
+def test_steps_that_do_not_count_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    job = replace(gpu.JOBS["GPT-2, 1,024 tokens"], vocabulary=400, median=12)
+    trainer, ours, _ = gpu.contenders_of(replace(job, config=toy(job.config)), tmp_path, 6)
+    alone = [turns_of(contender, block=3)[1] for contender in (trainer, ours)]
+    taken = [turns_of(contender, block=2, lead_in=1)[1] for contender in (trainer, ours)]
+    assert len(emptied) == 4
+    assert report.loss_difference(*taken) < 1e-5
+    for (_, whole), (_, part) in zip(alone, taken, strict=True):
+        assert part.tokens < whole.tokens  # of the same three steps
 
 
 def test_gpu_wants_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

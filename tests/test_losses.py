@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilm import losses
-from minilm.losses import linear_cross_entropy
+from minilm.losses import linear_cross_entropy, softmax_at_once, softmax_in_place
 
 N, H, V = 23, 12, 50
 
@@ -113,3 +113,38 @@ def test_the_logits_are_never_all_in_memory(training: bool, monkeypatch: pytest.
     with Largest() as largest:
         plain(*values)
     assert largest.elements == N * V
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_both_ways_to_the_softmax_are_one(kind: torch.dtype, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(N, V + 14, generator=generator).to(kind)  # the last 14 are padding
+    target = torch.randint(0, V, (N,), generator=generator)
+    expected_nats, expected = softmax_in_place(logits.clone(), V, target, smoothing, True)
+    nats, error = softmax_at_once(logits.clone(), V, target, smoothing, True)
+    torch.testing.assert_close(nats, expected_nats, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        error[:, :V], expected.to(kind), rtol=1e-2 if kind == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+    assert error.dtype == kind
+    assert not error[:, V:].any()
+    assert softmax_in_place(logits, V, target, smoothing, False)[1] is None
+    assert softmax_at_once(logits, V, target, smoothing, False)[1] is None
+
+
+@pytest.mark.parametrize("softmax", [softmax_in_place, softmax_at_once])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_vocabulary_that_is_rounded_up_gives_the_same(
+    bias: bool, softmax: losses.Softmax, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = inputs(bias=bias)
+
+    def ours(*values: Any) -> Tensor:
+        return linear_cross_entropy(*values, 0.0, softmax)
+
+    expected = plain(*values), gradients(plain, values)
+    monkeypatch.setattr(losses, "_aligned", lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, 14)))  # as on a GPU
+    torch.testing.assert_close(ours(*values), expected[0], rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients(ours, values), expected[1], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()

@@ -218,7 +218,7 @@ def test_a_batch_moves_with_all_that_it_holds(tokenizer: PreTrainedTokenizerBase
     values = [*vars(moved).values(), *vars(moved.packing).values()]
     values += [value for group in moved.packing.groups for value in vars(group).values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5 + (2 if padded else 3)
+    assert len(tensors) == 6 + (2 if padded else 3)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import minilm.attention
 from minilm.attention import packed_attention
 from minilm.head import SparseHead
-from minilm.packing import Group, Packing, pack
+from minilm.packing import SHORT, Group, Packing, pack
 from minilm.windows import chunk_size
 
 CPU = torch.device("cpu")
@@ -428,3 +428,15 @@ def test_what_the_kernel_for_rows_of_any_length_takes(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: some["capability"])
     assert minilm.attention._takes_rows_of_any_length(SimpleNamespace(**some), some["dropout"]) is taken
+
+
+@pytest.mark.parametrize("lengths", [(128, 100, 28, 28, 5, 1), (64, 64, 64), (3,), (1,) * 300, (300, 20, 20)])
+def test_tiles_hold_whole_rows_and_as_many_as_fit(lengths: tuple[int, ...]) -> None:
+    packing = pack(lengths)
+    tiles, bounds = packing.tiles_B1.tolist(), packing.bounds_R1.tolist()
+    assert tiles[0] == 0
+    assert tiles[-1] == sum(lengths)
+    assert set(tiles) <= set(bounds)
+    assert all(stop - start <= SHORT or (start, stop) == (0, 300) for start, stop in itertools.pairwise(tiles))
+    assert all(bounds[bounds.index(stop) + 1] - start > SHORT for start, stop in itertools.pairwise(tiles[:-1]))
+    assert packing.longest == max(lengths)

@@ -1,0 +1,49 @@
+"""The kernels for short rows on a GPU, as Triton interprets them on a CPU; tests/test_gpu.py runs them for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+INTERPRETED = """
+import sys
+import torch
+from minilm.packing import pack
+from minilm.short_rows import attend_short_rows
+from tests.reference import attended_rows
+
+lengths, near, causal = (128, 65, 64, 64, 33, 32, 20, 9, 1), int(sys.argv[1]), sys.argv[2] == "causal"
+generator = torch.Generator().manual_seed(0)
+query, key, value, gradient = (torch.randn(sum(lengths), 2, 16, generator=generator) for _ in range(4))
+query = query.transpose(0, 1).contiguous().transpose(0, 1)  # as some layers lay it out
+packing = pack(lengths)
+for kind, within in ((torch.float32, 1e-5), (torch.float16, 2e-3)):  # bf16 is more than the interpreter does
+    states = [x.to(kind).requires_grad_() for x in (query, key, value)]
+    exact = [x.detach().double().requires_grad_() for x in states]
+    attended = attend_short_rows(*states, packing.position_T, packing.tiles_B1, near, causal, 0.3)
+    expected = attended_rows(exact, lengths, near, causal, 0.3)
+    ours = attended, *torch.autograd.grad(attended, states, gradient.to(kind))
+    theirs = expected, *torch.autograd.grad(expected, exact, gradient.to(kind).double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == kind
+        assert (a.double() - b).norm() < within * b.norm(), (kind, a, b)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("near", [128, 5])
+@pytest.mark.parametrize("order", ["both ways", "causal"])
+def test_rows_of_any_length_are_attended_as_in_float64(near: int, order: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(near), order],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        timeout=300,
+    )
+    assert done.stdout == "equal\n", done.stderr

@@ -316,6 +316,10 @@ class Run:
         check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
         check(self.save_every > 0 or not self.load_best, "run.load_best takes a checkpoint: set run.save_every")
         check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
+        check(
+            not (self.compile and self.deterministic),
+            "run.compile chooses by measuring, and the last bits may differ: leave it out, or run.deterministic",
+        )
         check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
         if self.push_to_hub is not None:
             check_repo_id("run.push_to_hub", self.push_to_hub)

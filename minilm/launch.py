@@ -61,8 +61,6 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     state = join(run)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
-    if run.compile and state.device.type == "cpu":
-        raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
     keep_freed_memory(state.device)
     repeat_to_the_bit(run.deterministic)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
@@ -74,6 +72,10 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     # What the loop does by itself must not be done again because the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
     zero = zero_stage(os.environ) is not None
+    if run.compile and (sharding is not None or zero):
+        raise ValueError("run.compile has not been tried with sharding: leave one of them out")
+    if run.compile and state.device.type == "cpu":
+        raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
     if zero and run.reduce_dtype == "bf16":
         raise ValueError("run.reduce_dtype bf16 has not been tried with DeepSpeed: leave it out")
     if (sharding is not None or zero) and mode == "fp16":

@@ -83,3 +83,15 @@ def test_a_model_without_a_list_of_layers_is_refused(heads: tuple[SparseHead, Sp
     head.model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match=r"no list of layers: leave run\.compile out"):
         compile_layers(head)
+
+
+def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=r"run\.compile has not been tried with sharding: leave one of them out"):
+        start(Run(compile=True))
+
+
+def test_what_repeats_to_the_bit_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"leave it out, or run\.deterministic\Z"):
+        Run(compile=True, deterministic=True)

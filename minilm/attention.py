@@ -103,12 +103,14 @@ def _attend_at_once(
     states: queries, keys and values, each T x A x D, as is what is returned.
     """
     near = -1 if window is None else window - 1
-    query_TxAxD, key_TxAxD, value_TxAxD = states
+    query_TxAxD, key_TxAxD, value_TxAxD = (x if x.stride(-1) == 1 else x.contiguous() for x in states)
     if packing.longest <= SHORT and query_TxAxD.shape[-1] in short_rows.SIZES:
         scaling = query_TxAxD.shape[-1] ** -0.5 if scaling is None else scaling
         reach = SHORT if window is None else near
         short: Tensor = short_rows.attend_short_rows(
-            *states, packing.position_T, packing.tiles_B1, reach, causal, scaling
+            *(query_TxAxD, key_TxAxD, value_TxAxD),
+            *(packing.position_T, packing.tiles_B1),
+            *(reach, causal, scaling),
         )
         return short
     attended: Any = varlen_attn(

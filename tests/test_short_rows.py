@@ -33,13 +33,33 @@ for kind, within in ((torch.float32, 1e-5), (torch.float16, 2e-3)):  # bf16 is m
         assert (a.double() - b).norm() < within * b.norm(), (kind, a, b)
 print("equal")
 """
+IN_ITS_PLACE = """
+import itertools
+from types import SimpleNamespace
+import torch
+import minilm.attention
+from minilm.attention import packed_attention
+from minilm.packing import pack
+
+packing, generator = pack((100, 28, 28, 60, 3)), torch.Generator().manual_seed(0)
+for causal, window, shared in itertools.product((False, True), (None, 7), (1, 2)):
+    given = [torch.randn(1, heads, 219, 16, generator=generator) for heads in (4, 4 // shared, 4 // shared)]
+    found = []
+    for short in (True, False):
+        minilm.attention._takes_rows_of_any_length = lambda query, dropout: short
+        states = [x.clone().requires_grad_() for x in given]
+        layer = SimpleNamespace(is_causal=causal, num_key_value_groups=shared)
+        attended, _ = packed_attention(layer, *states, None, packing=packing, sliding_window=window)
+        found.append([attended, *torch.autograd.grad(attended.square().sum(), states)])
+    for ours, of_groups in zip(*found, strict=True):
+        torch.testing.assert_close(ours, of_groups, rtol=1e-4, atol=1e-5)
+print("equal")
+"""
 
 
-@pytest.mark.parametrize("near", [128, 5])
-@pytest.mark.parametrize("order", ["both ways", "causal"])
-def test_rows_of_any_length_are_attended_as_in_float64(near: int, order: str) -> None:
+def interpreted(script: str, *words: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(near), order],
+        [sys.executable, "-c", script, *words],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -47,3 +67,13 @@ def test_rows_of_any_length_are_attended_as_in_float64(near: int, order: str) ->
         timeout=300,
     )
     assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize("near", [128, 5])
+@pytest.mark.parametrize("order", ["both ways", "causal"])
+def test_rows_of_any_length_are_attended_as_in_float64(near: int, order: str) -> None:
+    interpreted(INTERPRETED, str(near), order)
+
+
+def test_a_layer_gets_what_groups_of_rows_give() -> None:
+    interpreted(IN_ITS_PLACE)

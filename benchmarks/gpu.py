@@ -1,16 +1,16 @@
-"""minilm beside HF Trainer on a GPU: BERT-base at 128 and at 512 tokens, and GPT-2 (124 M) at 1,024, in ten minutes.
+"""minilm beside HF Trainer on a GPU: BERT-base at 128 and at 512 tokens, and GPT-2 (124 M) at 1,024.
 
     python benchmarks/gpu.py
 
 Models from scratch by their published shapes, without dropout, in bf16 by autocast; no download. The documents are made
 up (synthetic.py), with log-normal lengths cut off at the model's: for BERT a median of 45 and of 140 words; GPT-2 gets
-full blocks. On a GPU with less than 120 GB, where Trainer has no room for more, a step has half of the examples.
+full blocks. On a GPU with less than 120 GB a step has half of the examples, for Trainer to have room.
 
 Each side runs in a process of its own on the first GPU and takes ten steps at its turn, which end with the GPU's last
 kernel, after two that do not count, in which it asks for its memory again. Trainer runs as in throughput.py: on
 minilm's batches, masked beforehand, with its defaults; and with `group_by_length`. minilm runs with its defaults, and
-with `run.compile`. For BERT-base at 128 tokens there is Trainer with `torch_compile`, too; it compiles for longer than
-all the others take together. All have four loader workers. Memory is the most that the tensors of a side took.
+with `run.compile`. For BERT-base at 128 tokens there is Trainer with `torch_compile`, too. All have four loader
+workers. Memory is the most that the tensors of a side took.
 
 MFU counts what the documents need without padding and with a head at the targets alone, against the datasheet. For
 BERT-base at 128 tokens, 40% on an H200 are about 725,000 tokens per second. Results go to benchmarks/results, as JSON

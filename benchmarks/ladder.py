@@ -14,7 +14,7 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - packing: no padding, and attention inside each document.
 - attention in bins: documents of at most 128 tokens share bins; there plain matrix products attend on CPUs, in place of
   the fused kernel.
-- fused AdamW; on CPUs, freed memory kept by the process.
+- fused AdamW; on CPUs, freed memory kept by the process, and the memory in huge pages.
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
 The first ratio is to the plain loop, in the same round; the gain is to the rung before. Further tables have minilm
@@ -46,6 +46,7 @@ from trainer_side import padded_labels
 from transformers import PreTrainedModel
 
 import minilm.attention
+import minilm.hardware
 import minilm.head
 import minilm.packing
 from minilm.batch import Batch
@@ -65,9 +66,10 @@ PACKED = "packing"
 BINS = "attention in bins"
 FUSED = "fused AdamW"
 MEMORY = "freed memory kept"
+HUGE = "memory in huge pages"
 EPOCH = "group=epoch"
-RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, EPOCH)
-ON_CPUS = (BINS, MEMORY)
+RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, HUGE, EPOCH)
+ON_CPUS = (BINS, MEMORY, HUGE)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
 TORCH_TURN, OWN_TURN = "rotary by transformers", "rotary by minilm"
 WHOLE, CHUNKS = "window on whole rows", "window in chunks"
@@ -165,6 +167,8 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         setattr(minilm.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
+    if HUGE not in rungs:
+        setattr(minilm.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
     parts = assemble(config, partial(head_of, rungs))
     if SORTED not in rungs:
         parts = replace(parts, plan=RandomPlan(parts.plan))

@@ -1,9 +1,13 @@
 """Precision by measurement, FLOPs against a count by hand, and launches that are not what they look like."""
 
 import json
+import mmap
 import os
+import platform
 import re
-from types import SimpleNamespace
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,26 +266,90 @@ def test_the_description_of_the_machine_holds_three_plain_facts(readable, monkey
     assert facts["threads_per_process"] == torch.get_num_threads()
 
 
-@pytest.mark.parametrize(
-    ("device", "c_library", "environment", "told"),
-    [
-        ("cpu", "glibc", {}, [(-4, 0), (-1, -1)]),
-        ("cpu", "musl", {}, []),
-        ("cpu", "glibc", {"MALLOC_ARENA_MAX": "1"}, []),
-        ("cuda", "glibc", {}, []),
-    ],
-)
-def test_the_c_library_is_told_to_keep_memory_only_where_that_is_known_to_help(
-    device, c_library, environment, told, monkeypatch
-):
-    calls = []
-    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: (c_library, "2.36"))
-    monkeypatch.setattr(
-        hardware.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *words: calls.append(words))
-    )
+class CLibrary:
+    """Notes what it is told, and has a block of memory, or none, for who asks."""
+
+    def __init__(self, block):
+        self.told = []
+        self.malloc = lambda size: self.told.append(("malloc", size.value)) or block
+        self.madvise = lambda at, size, advice: self.told.append(("madvise", at.value, size.value, advice))
+        self.free = lambda at: self.told.append(("free", at.value))
+
+    def mallopt(self, parameter, value):
+        self.told.append(("mallopt", parameter, value))
+
+
+KEPT = [("mallopt", -4, 0), ("mallopt", -1, -1)]
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def c_library(monkeypatch):
+    library = CLibrary(block=3 * PAGE + 16)
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(hardware.os, "sysconf", lambda name: 200)
+    monkeypatch.setattr(hardware, "_memory_is_rationed", lambda: False)
     for key in [key for key in os.environ if key.startswith("MALLOC_")]:
         monkeypatch.delenv(key)
+    return library
+
+
+def test_the_c_library_keeps_memory_and_gets_half_of_the_machine_s_in_huge_pages(c_library):
+    hardware.keep_freed_memory(CPU)
+    advised = ("madvise", 4 * PAGE, 99 * PAGE + 16, mmap.MADV_HUGEPAGE)
+    assert c_library.told == [*KEPT, ("malloc", 100 * PAGE), advised, ("free", 3 * PAGE + 16)]
+
+
+def test_no_huge_pages_where_memory_is_rationed_or_there_is_no_such_block(c_library, monkeypatch):
+    monkeypatch.setattr(hardware, "_memory_is_rationed", lambda: True)
+    hardware.keep_freed_memory(CPU)
+    assert c_library.told == KEPT
+    monkeypatch.setattr(hardware, "_memory_is_rationed", lambda: False)
+    monkeypatch.setattr(c_library, "malloc", lambda size: None)
+    hardware.keep_freed_memory(CPU)
+    assert c_library.told == KEPT * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "environment"),
+    [("cpu", "", {}), ("cpu", "glibc", {"MALLOC_ARENA_MAX": "1"}), ("cuda", "glibc", {})],
+)
+def test_other_c_libraries_gpus_and_the_user_s_own_settings_are_left_alone(
+    device, name, environment, c_library, monkeypatch
+):
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: (name, ""))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     hardware.keep_freed_memory(torch.device(device))
-    assert calls == told
+    assert c_library.told == []
+
+
+@pytest.mark.parametrize(
+    ("limited", "accounting", "rationed"),
+    [(None, "0", False), (None, "1", False), (None, "2", True), ("RLIMIT_AS", "0", True), ("RLIMIT_DATA", "0", True)],
+)
+def test_memory_is_rationed_by_a_limit_or_by_strict_accounting(limited, accounting, rationed, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = {getattr(resource, limited): 2**40} if limited else {}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, resource.RLIM_INFINITY),) * 2)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda path, encoding: f"{accounting}\n")
+    assert hardware._memory_is_rationed() == rationed
+
+
+def test_a_process_has_its_tensors_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("no huge pages to be had by asking for them")
+    if hardware._memory_is_rationed():
+        pytest.skip("the addresses of this process are limited")
+    script = """
+import torch
+from minilm.hardware import keep_freed_memory
+keep_freed_memory(torch.device("cpu"))
+held = torch.ones(2**24)
+print(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert int(said.stdout.split()[1]) > 48 * 1024  # kB, of 64 MB

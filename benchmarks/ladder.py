@@ -195,7 +195,7 @@ def without(side: Side, name: str) -> None:
     if name == TORCH_TURN:
         setattr(minilm.head, "with_fast_rotary", lambda model: None)  # noqa: B010
     if name == WHOLE:
-        setattr(minilm.attention, "chunk_size", lambda window, length: None)  # noqa: B010
+        setattr(minilm.attention, "chunk_size", lambda window, group: None)  # noqa: B010
     answer(side, assemble(side.config))
 
 

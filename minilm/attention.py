@@ -160,7 +160,7 @@ def _attend(
     dropout: float,
 ) -> Tensor:
     """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
-    size = chunk_size(window, group.length)
+    size = chunk_size(window, group)
     if size is None and not _by_products(group, query):
         whole = group.owner_RL is None and (window is None or window >= group.length)
         plain = causal and whole  # the kernel then skips what is not seen

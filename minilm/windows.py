@@ -16,14 +16,18 @@ from minilm.packing import SHORT, Group
 
 _LEAST = 16  # tokens of a chunk, and what it is a multiple of: products of fewer are slow
 _WORTH = 4  # rows of fewer chunks see most of their scores anyway
+_VECTOR = 32  # W is a multiple of it in bf16, whose softmax on CPUs takes what is over a number at a time
 
 
-def chunk_size(window: int | None, length: int) -> int | None:
-    """C for rows of this length, of which a token sees those that are fewer than `window` away; None for no chunks."""
-    if window is None or length <= SHORT:
+def chunk_size(window: int | None, group: Group) -> int | None:
+    """C for a group whose tokens see those that are fewer than `window` away; None for no chunks.
+
+    Bins have none: they hold several rows. Nor do rows that are short without them, where it is no faster.
+    """
+    if window is None or group.owner_RL is not None or group.length < SHORT:
         return None
     size = max(_LEAST, -(-(window - 1) // _LEAST) * _LEAST)
-    return size if length >= _WORTH * size else None
+    return size if group.length >= _WORTH * size else None
 
 
 def in_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
@@ -34,20 +38,21 @@ def in_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
 
 def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) -> Tensor:
     """What the tokens of each chunk see, R x A x N x W x D, with zeros before the first token and after the last."""
-    after = 0 if causal else window - 1
-    around: Tensor = _Around.apply(x_RxAxLxD, size, window - 1, after)  # type: ignore[no-untyped-call]
+    before, after = window - 1, 0 if causal else window - 1
+    beyond = -(before + size + after) % _VECTOR if x_RxAxLxD.dtype == torch.bfloat16 else 0
+    around: Tensor = _Around.apply(x_RxAxLxD, size, before, after, beyond)  # type: ignore[no-untyped-call]
     return around
 
 
 def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
-    """What `Group.bias` is for whole rows, R x 1 x N x C x W or a shape that broadcasts to it."""
-    before, after = window - 1, 0 if causal else window - 1
+    """What `Group.bias` is for whole rows, R x 1 x N x C x W or a shape that broadcasts to it; `like` has scores."""
+    before, width = window - 1, like.shape[-1]
 
     def make() -> Tensor:
-        seen_CxW = torch.arange(size)[:, None] - torch.arange(-before, size + after)  # how far behind the query
+        seen_CxW = torch.arange(size)[:, None] - torch.arange(-before, width - before)  # how far behind the query
         itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
         real_RxL = group.real(like.device) if group.place_T is not None else like.new_ones(1, group.length).bool()
-        real_RxNxW = F.pad(real_RxL, (before, after + -group.length % size)).unfold(1, size + before + after, size)
+        real_RxNxW = F.pad(real_RxL, (before, width - before - size + -group.length % size)).unfold(1, width, size)
         seen = (near_CxW.to(like.device) & real_RxNxW[:, None, :, None]) | itself_CxW.to(like.device)
         return like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
@@ -55,18 +60,21 @@ def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bo
 
 
 class _Around(torch.autograd.Function):
-    """Overlapping pieces of rows; the gradients of what overlaps are added up, a strip at a time."""
+    """Overlapping pieces of rows; the gradients of what overlaps are added up, a strip at a time.
+
+    What lies `beyond` is there for the width alone: nobody sees it, and it gets no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_RxAxLxD: Tensor, size: int, before: int, after: int) -> Tensor:
+    def forward(ctx: Any, x_RxAxLxD: Tensor, size: int, before: int, after: int, beyond: int) -> Tensor:
         ctx.length, ctx.sides = x_RxAxLxD.shape[2], (size, before, after)
-        padded = F.pad(x_RxAxLxD, (0, 0, before, after + -ctx.length % size))
-        return padded.unfold(2, size + before + after, size).transpose(-1, -2).contiguous()
+        padded = F.pad(x_RxAxLxD, (0, 0, before, after + beyond + -ctx.length % size))
+        return padded.unfold(2, before + size + after + beyond, size).transpose(-1, -2).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         size, before, after = ctx.sides
         own = gradient[:, :, :, before : before + size].clone()  # a chunk is no shorter than either side
         own[:, :, :-1, size - before :] += gradient[:, :, 1:, :before]
-        own[:, :, 1:, :after] += gradient[:, :, :-1, before + size :]
-        return own.flatten(2, 3)[:, :, : ctx.length], None, None, None
+        own[:, :, 1:, :after] += gradient[:, :, :-1, before + size : before + size + after]
+        return own.flatten(2, 3)[:, :, : ctx.length], None, None, None, None

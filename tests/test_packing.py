@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import minilm.attention
+import minilm.windows
 from minilm.attention import packed_attention
 from minilm.head import SparseHead
 from minilm.packing import SHORT, Group, Packing, pack
-from minilm.windows import chunk_size
+from minilm.windows import around_chunks, chunk_size
 
 CPU = torch.device("cpu")
 MIXED = (40, 33, 12, 9, 9, 1, 1)
@@ -243,7 +244,7 @@ def test_attention_is_that_of_each_row_by_itself(
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.integers(129, 420), min_size=1, max_size=5).map(lambda lengths: sorted(lengths, reverse=True)),
+    st.lists(st.integers(128, 420), min_size=1, max_size=5).map(lambda lengths: sorted(lengths, reverse=True)),
     st.integers(1, 70) | st.sampled_from([16, 17, 18, 33, 65]),
     st.booleans(),
     st.sampled_from([1, 8]),
@@ -263,12 +264,45 @@ def test_attention_with_a_window_on_long_rows_is_that_of_each_row_by_itself(
 
 @pytest.mark.parametrize(
     ("window", "length", "size"),
-    [(None, 999, None), (3, 128, None), (3, 129, 16), (17, 129, 16), (18, 129, 32), (65, 255, None), (65, 256, 64)],
+    [
+        *((None, 999, None), (3, 127, None), (3, 128, 16), (17, 129, 16), (18, 129, 32)),
+        *((34, 128, None), (65, 255, None), (65, 256, 64)),
+    ],
 )
 def test_long_rows_are_cut_into_chunks_that_a_window_does_not_reach_across(
     window: int | None, length: int, size: int | None
 ) -> None:
-    assert chunk_size(window, length) == size
+    assert chunk_size(window, pack([length]).groups[0]) == size
+
+
+def test_bins_are_not_cut_into_chunks() -> None:
+    assert chunk_size(3, pack([128, 120]).groups[0]) is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [3, 17, 22, 33])
+def test_what_chunks_see_in_bfloat16_is_as_wide_as_its_softmax_is_fast(
+    window: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [260, 250]
+    ours, packing = states(sum(lengths), torch.bfloat16), pack(lengths)
+    (group,) = packing.groups
+    size = chunk_size(window, group)
+    assert size is not None
+    weight = torch.randn(ours[0].transpose(1, 2).shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    widths, results = [], []
+    for vector in (32, 1):
+        monkeypatch.setattr(minilm.windows, "_VECTOR", vector)
+        key = group.by_head(ours[1][0].transpose(0, 1))
+        widths.append(around_chunks(key, size, window, causal=causal).shape[3])
+        words: dict[str, Any] = {"packing": pack(lengths), "sliding_window": window, "is_causal": causal}
+        attended, _ = packed_attention(nn.Module(), *ours, None, **words)
+        results.append([attended, *torch.autograd.grad((attended * weight).sum(), ours)])
+    assert widths[1] == size + (1 if causal else 2) * (window - 1)
+    assert widths[0] % 32 == 0
+    assert 0 <= widths[0] - widths[1] < 32
+    for found, reference in zip(*results, strict=True):
+        assert (found - reference).abs().max() <= 2**-8 * reference.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 Kept = TypeVar("Kept")
 
 SHORT = 128  # up to this length rows share bins
-_STEP = 16  # bins have one of few lengths, multiples of this, so that few kernels have to be made
+_STEP = 32  # L is a multiple of it where something is padded: few kernels to make, and a fast softmax in bf16 on CPUs
 _SIMILAR, _SLACK = 0.75, 4  # longer rows of one group are no shorter than this share of the longest, less some tokens
 
 
@@ -172,7 +172,7 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
             last += 1
             if last < len(lengths):
                 low, high = min(low, lengths[last]), max(high, lengths[last])
-        groups.append(_group(np.array(lengths[first:last]), start, multiple, in_bins=grouped))
+        groups.append(_group(np.array(lengths[first:last]), start, multiple, grouped=grouped))
         first, start = last, groups[-1].stop
     position_T = np.concatenate([np.arange(length) for length in lengths])
     return Packing(
@@ -194,10 +194,11 @@ def _tiles(lengths: Sequence[int]) -> list[int]:
     return [*bounds, end]
 
 
-def _group(lengths_R: Any, start: int, multiple: int, *, in_bins: bool) -> Group:
+def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> Group:
     count, tokens, longest = len(lengths_R), int(lengths_R.sum()), int(lengths_R.max())
-    in_bins = in_bins and longest <= SHORT and tokens < count * longest  # rows of one length have nothing to share
-    step = math.lcm(_STEP, multiple) if in_bins else multiple
+    uneven = grouped and tokens < count * longest
+    in_bins = uneven and longest <= SHORT  # rows of one length have nothing to share
+    step = math.lcm(_STEP, multiple) if uneven else multiple
     length = -(-longest // step) * step
     begin_R, rows = _fill_bins(lengths_R, length) if in_bins else (np.arange(count) * length, count)
     source_RL = place_T = owner_RL = None

@@ -129,9 +129,9 @@ def test_groups_hold_short_rows_or_rows_of_similar_length_and_are_as_large_as_th
     groups = rows_of(packing, lengths)
     assert list(itertools.chain(*groups)) == lengths
     for group, own in zip(packing.groups, groups, strict=True):
-        in_bins = max(own) <= 128 and min(own) < max(own)
-        assert (group.owner_RL is not None) == in_bins
-        assert group.length == (math.ceil(max(own) / 16) * 16 if in_bins else max(own))
+        uneven = min(own) < max(own)
+        assert (group.owner_RL is not None) == (uneven and max(own) <= 128)
+        assert group.length == (math.ceil(max(own) / 32) * 32 if uneven else max(own))
     assert [(group.start, group.stop - group.start) for group in packing.groups] == [
         (start, sum(group)) for start, group in zip(starts([sum(g) for g in groups]), groups, strict=True)
     ]
@@ -165,8 +165,8 @@ def test_lengths_are_rounded_up_to_the_multiple(multiple: int) -> None:
     lengths = (300, 270, *MIXED)
     packing = pack(lengths, multiple=multiple)
     assert rows_of(packing, lengths) == [[300, 270], [*MIXED]]
-    for group, longest, step in zip(packing.groups, (300, 40), (multiple, max(16, multiple)), strict=True):
-        assert group.length == math.ceil(longest / step) * step
+    for group, longest in zip(packing.groups, (300, 40), strict=True):
+        assert group.length == math.ceil(longest / max(32, multiple)) * max(32, multiple)
 
 
 @pytest.mark.parametrize("window", [None, 4, 10**6])

@@ -4,8 +4,8 @@
 
 Two jobs. Each side runs in a process of its own and takes turns of some steps, after each of which it is evaluated by
 minilm's exact evaluation. The time of a side is that of its turns: start-up and evaluations are not in it. Both have
-the same model, initial weights, examples, masks and hyper-parameters, and a learning rate that stays after its warm-up,
-so that the loss after some steps does not depend on how many are to come.
+the same model, initial weights, examples, masks, hyper-parameters and learning rate at each step, which stays after its
+warm-up, so that the loss after some steps does not depend on how many are to come.
 
 - documents: the RoBERTa of throughput.py (6 layers, 384 wide, vocabulary 16,384), 32 documents of at most 128 tokens a
   step, to the loss that Trainer has after 200 steps. minilm runs with `group=epoch` too, whose steps are other ones.

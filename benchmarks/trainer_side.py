@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from sides import Side, Taken
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -23,11 +24,11 @@ from transformers import (
 
 from minilm.batch import Batch
 from minilm.causal import Causal
-from minilm.config import Config
+from minilm.config import Config, Optim
 from minilm.hardware import peak_memory
 from minilm.micro import number_of
 from minilm.objectives import Objective, build, objective_of, prepare
-from minilm.optim import warmup_steps
+from minilm.optim import learning_rate, warmup_steps
 from minilm.plan import Plan, Step
 from minilm.tokens import Examples, Prepared
 
@@ -158,11 +159,22 @@ class OrderedTrainer(Trainer):
 
 
 class TurnTrainer(OrderedTrainer):
-    """One that notes what each step saw."""
+    """One that notes what each step saw, and has minilm's learning rates.
 
-    def __init__(self, turns: Turns, in_order: bool, **settings: Any) -> None:
+    In a warm-up its own are those of the step before, zero in the first: other updates, and in the end another loss.
+    """
+
+    def __init__(self, turns: Turns, in_order: bool, optim: Optim, **settings: Any) -> None:
         super().__init__(in_order, callbacks=[turns], **settings)
-        self.turns = turns
+        self.turns, self.optim = turns, optim
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """minilm's learning rate of each step."""
+        scheduled: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(
+            scheduled, lambda step: learning_rate(self.optim, step, num_training_steps) / self.optim.lr
+        )
+        return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own loss, noted."""
@@ -247,6 +259,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> 
         TurnTrainer(
             Turns(side, prepared),
             not grouping,
+            config.optim,
             model=build(config, prepared),
             args=arguments,
             train_dataset=data,

@@ -133,7 +133,7 @@ def test_classification_takes_the_same_steps(tmp_path: Path) -> None:
 def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
     config = replace(toy(quality.JOBS["documents"].config), data=data, tokens=tokens)
-    config = quality.constant(config, warmup=0)  # Trainer's begins with a step at a rate of zero
+    config = quality.constant(config, warmup=3)
     names = (quality.TRAINER, quality.MINILM, quality.EPOCH, quality.TRAINER_DEFAULTS)
     found = {name: turns_of(quality.contender(name, config), block=2, evaluated=True)[1] for name in names}
     losses = {name: [turn.eval_loss for turn in turns] for name, turns in found.items()}

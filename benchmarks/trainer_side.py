@@ -161,7 +161,7 @@ class OrderedTrainer(Trainer):
 class TurnTrainer(OrderedTrainer):
     """One that notes what each step saw, and has minilm's learning rates.
 
-    In a warm-up its own are those of the step before, zero in the first: other updates, and in the end another loss.
+    In a warm-up its own are those of the step before, zero in the first: other updates.
     """
 
     def __init__(self, turns: Turns, in_order: bool, optim: Optim, **settings: Any) -> None:

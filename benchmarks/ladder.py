@@ -14,7 +14,8 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - packing: no padding, and attention inside each document.
 - attention in bins: documents of at most 128 tokens share bins; there plain matrix products attend on CPUs, in place of
   the fused kernel.
-- fused AdamW; on CPUs, freed memory kept by the process, and the memory in huge pages.
+- fused AdamW; on CPUs, freed memory kept by the process, and the memory in huge pages; in fp32, few of oneDNN's kernels
+  kept.
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
 The first ratio is to the plain loop, in the same round; the gain is to the rung before. Further tables have minilm
@@ -48,6 +49,7 @@ from transformers import PreTrainedModel
 import minilm.attention
 import minilm.hardware
 import minilm.head
+import minilm.launch
 import minilm.packing
 from minilm.batch import Batch
 from minilm.config import Config, Model
@@ -67,9 +69,10 @@ BINS = "attention in bins"
 FUSED = "fused AdamW"
 MEMORY = "freed memory kept"
 HUGE = "memory in huge pages"
+KERNELS = "few kernels kept"
 EPOCH = "group=epoch"
-RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, HUGE, EPOCH)
-ON_CPUS = (BINS, MEMORY, HUGE)
+RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, HUGE, KERNELS, EPOCH)
+ON_CPUS, IN_FP32 = (BINS, MEMORY, HUGE, KERNELS), (KERNELS,)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
 TORCH_TURN, OWN_TURN = "rotary by transformers", "rotary by minilm"
 WHOLE, CHUNKS = "window on whole rows", "window in chunks"
@@ -169,6 +172,8 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
     if HUGE not in rungs:
         setattr(minilm.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
+    if KERNELS not in rungs:
+        setattr(minilm.launch, "keep_few_kernels", lambda asked: None)  # noqa: B010
     parts = assemble(config, partial(head_of, rungs))
     if SORTED not in rungs:
         parts = replace(parts, plan=RandomPlan(parts.plan))
@@ -254,7 +259,8 @@ def main() -> None:
     cuda = machine.device.type == "cuda"
     examples = 1024 if cuda else 64
     batch = replace(MASKED.batch, examples=examples, micro_tokens=examples // PARTS * MASKED.batch.max_length)
-    rungs = tuple(name for name in RUNGS if name not in ON_CPUS or not cuda)
+    left_out = (ON_CPUS if cuda else ()) + (IN_FP32 if machine.precision != "fp32" else ())
+    rungs = tuple(name for name in RUNGS if name not in left_out)
     rounds = Rounds(count=3, warm_up=1) if options.quick else Rounds(count=9)
     config = replace(MASKED, batch=batch)
     rows = rows_of(rungs, compare(contenders_of(config, rungs), machine.precision, rounds), machine)

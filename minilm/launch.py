@@ -28,6 +28,7 @@ from minilm.hardware import (
     check_launch,
     choose_precision,
     fair_threads,
+    keep_few_kernels,
     keep_freed_memory,
     repeat_to_the_bit,
 )
@@ -62,6 +63,7 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
     keep_freed_memory(state.device)
+    keep_few_kernels(run.precision)
     repeat_to_the_bit(run.deterministic)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
     mode = "no" if precision.name == "fp32" else precision.name

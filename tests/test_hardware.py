@@ -353,3 +353,34 @@ print(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert int(said.stdout.split()[1]) > 48 * 1024  # kB, of 64 MB
+
+
+@pytest.mark.parametrize(("environment", "made"), [({}, 41), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "99"}, 40)])
+def test_kernels_that_fp32_has_little_use_for_are_forgotten_unless_the_user_says_otherwise(environment, made):
+    script = """
+import torch
+from minilm.hardware import keep_few_kernels
+keep_few_kernels("fp32")
+for rows in [*range(1, 41), 1]:
+    torch.nn.functional.gelu(torch.ones(rows, 64))
+"""
+    variables = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+    environment = {key: value for key, value in os.environ.items() if key not in variables} | environment
+    environment["ONEDNN_VERBOSE"] = "2"
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    if "eltwise" not in said.stdout:
+        pytest.skip("torch does not take GELUs from oneDNN here")
+    assert said.stdout.count("create:cache_miss") == made
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "few"),
+    [("fp32", "AVX512", True), ("auto", "AVX2", True), ("auto", "AVX512", False), ("bf16", "AVX512", False)],
+)
+def test_all_kernels_are_kept_where_products_may_be_in_bf16(asked, capability, few, monkeypatch):
+    variable = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    hardware.keep_few_kernels(asked)
+    assert (variable in os.environ) == few

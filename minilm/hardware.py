@@ -36,7 +36,7 @@ _PEAKS = (
     ("4090", 165.2, 82.6),
     ("3090", 71.0, 35.6),
 )
-_KERNELS = 16  # of oneDNN, more than a step has; they are kept from one layer to the next
+_KERNELS = 16  # of oneDNN, more than a micro-batch has: each layer finds those of the one before
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -198,18 +198,6 @@ def _grow_in_huge_pages(libc: Any, size: int) -> None:
     libc.free(ctypes.c_void_p(block))
 
 
-def keep_few_kernels(asked: str) -> None:
-    """Have oneDNN forget all but a few of its kernels, where products are in fp32, of which it computes GELUs alone.
-
-    It makes a kernel for each number of tokens, in no time. What it keeps of each of a thousand lies between tensors,
-    in whose place no other of their size fits then: memory grows by 5 MB a step, for pages that each cost a while.
-
-    asked: `Run.precision`. It is for the process, before its first product: oneDNN looks at its variable once.
-    """
-    if asked == "fp32" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # these have no bf16
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
-
-
 def _memory_is_rationed() -> bool:
     """Whether addresses count as memory, by a limit of the process or by the system's accounting."""
     import resource  # POSIX only
@@ -222,6 +210,18 @@ def _memory_is_rationed() -> bool:
         return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
     except OSError:
         return True
+
+
+def keep_few_kernels(asked: str) -> None:
+    """Have oneDNN forget all but a few of its kernels, where products are in fp32, of which it computes GELUs alone.
+
+    It makes a kernel for each number of tokens, in no time. What it keeps of each of a thousand lies between tensors,
+    in whose place no other of their size fits then: memory grows by 5 MB a step, for pages that each cost a while.
+
+    asked: `Run.precision`. It is for the process, before its first product: oneDNN looks at its variable once.
+    """
+    if asked == "fp32" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # these have no bf16
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
 
 
 def peak_memory(device: torch.device) -> int:

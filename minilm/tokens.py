@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minilm.cache import building, cache_folder
+from minilm.cache import building, cache_folder, publish
 from minilm.config import Tokens
 from minilm.flat import FlatFile, growing
 from minilm.hub import loading
@@ -281,13 +281,23 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
 
 
 def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
-    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits."""
+    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits.
+
+    The texts are read once: the cache remembers the hash by the name that the datasets library gives to how they came
+    about, which is another for files that changed and comes from the same cache as the texts.
+    """
     digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
     if isinstance(documents, Stream):
         digest.update(documents.identity.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+    name = digest.copy()
+    name.update(json.dumps([documents._fingerprint, *columns]).encode())
+    known = cache_folder() / f"fingerprint-{name.hexdigest()}"
+    if known.exists():
+        return known.read_text(encoding="utf-8")
     for batch in documents.iter(batch_size=BATCH):
         for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    publish(known, digest.hexdigest())
     return digest.hexdigest()

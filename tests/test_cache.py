@@ -137,9 +137,10 @@ note_writes({str(cache)!r}, {str(notes)!r})
     finish(replace(CONFIG, data=data, run=run), tmp_path, processes=2, planted=planted)
     lines = [line.split(" ", 2) for line in notes.read_text().splitlines()]
     entries = sorted(path.name for path in cache.iterdir())
-    assert sorted(name.split("-")[0] for name in entries) == ["ids", "tokenizer", "words"]
+    kinds = [name.split("-")[0] for name in entries]
+    assert kinds == ["fingerprint", "fingerprint", "fingerprint", "ids", "tokenizer", "words"]
     assert sorted(path for _, event, path in lines if event == "os.rename") == [str(cache / name) for name in entries]
-    assert len({path for _, event, path in lines if event == "os.mkdir" and Path(path).parent == cache}) == len(entries)
+    assert len({path for _, event, path in lines if event == "os.mkdir" and Path(path).parent == cache}) == 3
     assert len({process for process, event, path in lines if path != str(cache)}) == 1
     assert (tmp_path / "out" / "all_results.json").exists()
     files = [path for path in cache.rglob("*") if path.is_file()]

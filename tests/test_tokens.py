@@ -1,9 +1,11 @@
 """Tokenizers and corpora: text comes back from ids, no token is lost, and nothing is encoded twice."""
 
 import itertools
+import os
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import minilm.tokens
-from minilm.config import Tokens
+from minilm.config import Data, Tokens
+from minilm.data import load_documents
 from minilm.flat import FlatFile
-from minilm.tokens import Examples, encode, load_tokenizer, token_bytes
+from minilm.tokens import Examples, encode, fingerprint, load_tokenizer, token_bytes
 from minilm.vocabulary import train_tokenizer
 
 ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -213,6 +216,50 @@ def test_ids_are_encoded_once_for_each_content(
 def test_the_cache_knows_the_tokenizer(documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
     for other in (tokenizer, train_tokenizer(documents, "bpe", 300)):
         assert _joined(_middles(encode(documents, other, max_length=512))) == _joined(_plain(other, documents))
+
+
+@pytest.mark.parametrize("document", ["line", "file"])
+def test_texts_are_hashed_once_for_each_state_of_their_files(
+    document: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Dataset] = []
+    iterate = Dataset.iter
+
+    def spy(documents: Dataset, *rest: Any, **options: Any) -> Iterator[Any]:
+        read.append(documents)
+        return iterate(documents, *rest, **options)
+
+    monkeypatch.setattr(Dataset, "iter", spy)
+    file = tmp_path / "text.txt"
+
+    def keys() -> list[str]:
+        documents, held_out = load_documents(Data(source=str(file), document=document, eval_fraction=0.5), seed=1)
+        read.clear()
+        return [fingerprint(documents), fingerprint(held_out[""]), fingerprint(documents, 7)]
+
+    def write(text: str, seconds: int) -> None:
+        file.write_text(text)
+        os.utime(file, (seconds, seconds))
+
+    write("one line\nan other\n", 1)
+    first = keys()
+    assert len(set(first)) == len(read) == 3
+    assert keys() == first
+    assert read == []
+    write("two line\nor other\n", 2)
+    assert len({*first, *keys()}) == 6
+    write("one line\nan other\n", 3)
+    assert keys() == first  # they are of the content
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"fingerprint"}
+
+
+def test_a_hash_is_of_the_columns_that_are_asked_for(cache: Path) -> None:
+    documents = Dataset.from_dict({"text": ["one", "two"], "pair": ["two", "one"]})
+    asked = (("text",), ("pair",), ("text", "pair"), ("pair", "text"))
+    keys = [fingerprint(documents, columns=columns) for columns in asked]
+    assert len(set(keys)) == 4
+    assert [fingerprint(documents, columns=columns) for columns in asked] == keys
+    assert fingerprint(documents.select_columns("text")) == keys[0]
 
 
 @pytest.mark.parametrize(("size", "kind"), [(65_536, np.uint16), (65_537, np.uint32)])

@@ -45,7 +45,7 @@ def attend_short_rows(
     """
     attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     heads, size = query.shape[1:]
-    _launchable(_forward)[(heads, len(tiles) - 1)](
+    _launchable(_forward)[(heads, tiles.shape[0] - 1)](
         *(query, key, value, attended, position, tiles),
         *(query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1)),
         *(near, scaling, heads),
@@ -73,7 +73,7 @@ def _gradients(
     """Those of the three, from that of what was attended."""
     of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     heads, size = query.shape[1:]
-    _launchable(_backward)[(heads, len(tiles) - 1)](
+    _launchable(_backward)[(heads, tiles.shape[0] - 1)](
         *(gradient, query, key, value, of_query, of_key, of_value, position, tiles),
         *(gradient.stride(0), query.stride(0), key.stride(0), value.stride(0)),
         *(gradient.stride(1), query.stride(1), key.stride(1), value.stride(1)),
@@ -133,6 +133,7 @@ def _forward(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
 ):
+    scaling = tl.cast(scaling, tl.float32)  # torch.compile hands over a float64, and all scores would be like it
     head, start = tl.program_id(0), tl.load(tiles + tl.program_id(1)).to(tl.int64)
     length = (tl.load(tiles + tl.program_id(1) + 1) - start).to(tl.int32)
     query += start * query_token + head * query_head
@@ -173,6 +174,7 @@ def _backward(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
 ):
+    scaling = tl.cast(scaling, tl.float32)  # torch.compile hands over a float64, and all scores would be like it
     head, start = tl.program_id(0), tl.load(tiles + tl.program_id(1)).to(tl.int64)
     length = (tl.load(tiles + tl.program_id(1) + 1) - start).to(tl.int32)
     gradient += start * gradient_token + head * gradient_head

@@ -6,8 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-pytest.importorskip("triton")
+from minilm import short_rows
+
+triton = pytest.importorskip("triton")
 
 INTERPRETED = """
 import sys
@@ -78,3 +85,41 @@ def test_rows_of_any_length_are_attended_as_in_float64(near: int, order: str) ->
 
 def test_a_layer_gets_what_groups_of_rows_give() -> None:
     assert interpreted(IN_ITS_PLACE) == ("equal\n", "")
+
+
+@pytest.mark.parametrize("operator", ["attend_short_rows", "_gradients"])
+def test_what_is_compiled_for_some_rows_is_for_any_number_of_them(operator: str) -> None:
+    sizes, shapes = ShapeEnv(), {"position": (219,), "tiles": (4,)}
+    mode = FakeTensorMode(shape_env=sizes)
+
+    def fake(name: str, kind: torch.dtype) -> torch.Tensor:
+        shape = shapes.get(name, (219, 4, 16))
+        dynamic = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (len(shape) - 1)]
+        return mode.from_tensor(
+            torch.empty(shape, dtype=kind, device="meta"),
+            source=ConstantSource(name),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+        )
+
+    names = [*(["gradient"] if operator == "_gradients" else []), "query", "key", "value"]
+    given = [fake(name, torch.bfloat16) for name in names]
+    given += [fake("position", torch.int64), fake("tiles", torch.int32)]
+    with mode:
+        make_fx(lambda *states: getattr(short_rows, operator)(*states, 128, False, 0.3))(*given)
+    assert sizes.guards == []
+
+
+@pytest.mark.parametrize("kernel", [short_rows._forward, short_rows._backward])
+def test_scores_are_in_float32_though_a_compiler_hands_over_the_scaling_in_float64(kernel: object) -> None:
+    constants = {"CAUSAL": False, "WINDOW": False, "SIZE": 64, "ROOM": 128}
+    kinds = {"position": "*i64", "tiles": "*i32", "scaling": "fp64", "near": "i32", "heads": "i32"}
+    names: list[str] = kernel.arg_names  # type: ignore[attr-defined]
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else kinds.get(name, "i32" if name.endswith(("_token", "_head")) else "*bf16")
+        for name in names
+    }
+    source = triton.compiler.ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()})
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assert "xf64>" not in triton.compile(source, target=target, options={"num_warps": 8}).asm["ttir"]

@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.profiler import record_function
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -157,17 +157,18 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
             if not works:  # the first fills the cache for the others, which are built at the same time
                 works.append(here.recv())
         works += [side.recv() for side in sides[1:]]
-        print(f"{len(sides)} sides are built; a dot for each turn", file=sys.stderr)
         counted = next(work for work in works if work)
-        for number in range(total):
-            for turn in range(len(sides)):
-                at = (number + turn) % len(sides)
-                sides[at].send(True)
-                done = sides[at].recv()
-                if number >= rounds.warm_up:
-                    taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
-                print(".", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+        with tqdm(total=total * len(sides), unit="turn", mininterval=0) as bar:
+            for number in range(total):
+                for turn in range(len(sides)):
+                    at = (number + turn) % len(sides)
+                    bar.set_description_str(f"{contenders[at].name} ({number + 1} of {total})")
+                    sides[at].send(True)
+                    done = sides[at].recv()
+                    if number >= rounds.warm_up:
+                        taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
+                    bar.set_postfix_str(f"{done.tokens / done.seconds:,.0f} tokens/s", refresh=False)
+                    bar.update()
         for connection, process in zip(sides, processes, strict=True):
             connection.send(False)
             process.join()

@@ -62,11 +62,18 @@ def padded_labels(batch: Batch, shift: int = 0) -> Tensor:
     return group.pad(labels_T).masked_fill(~group.real(labels_T.device), -100)
 
 
+def padding_multiple() -> int:
+    """What padded lengths divide by: on GPUs 8, which is the faster there, and what transformers' examples take."""
+    return 8 if torch.cuda.is_available() else 1
+
+
 class ReadySteps(Dataset[dict[str, Tensor]]):
     """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
 
     def __init__(self, plan: Plan, steps: int, prepared: Prepared, objective: Objective, seed: int) -> None:
-        self.collator = objective.collator(prepared.tokenizer, prepared.train, seed=seed, padded=True)
+        self.collator = objective.collator(
+            prepared.tokenizer, prepared.train, seed=seed, padded=True, multiple=padding_multiple()
+        )
         self.shift = int(isinstance(objective, Causal))
         self.padding = prepared.tokenizer.pad_token_id
         self.items = [self._item(plan.step(index), prepared.train) for index in range(steps)]
@@ -226,7 +233,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> 
     config, prepared, objective = side.config, prepare(side.config), objective_of(side.config.objective)
     size, examples, steps = config.batch.examples, prepared.train, side.steps
     data: Dataset[Any] = Rows(examples)
-    collate: Any = DataCollatorWithPadding(prepared.tokenizer)
+    collate: Any = DataCollatorWithPadding(prepared.tokenizer, pad_to_multiple_of=padding_multiple())
     plan = Plan(
         examples.lengths,
         examples=size,
@@ -237,7 +244,10 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> 
     if examples.labels is None:
         rate = objective.collator(prepared.tokenizer, examples, seed=config.run.seed).rate()
         collate = DataCollatorForLanguageModeling(
-            prepared.tokenizer, mlm=not isinstance(objective, Causal), mlm_probability=rate
+            prepared.tokenizer,
+            mlm=not isinstance(objective, Causal),
+            mlm_probability=rate,
+            pad_to_multiple_of=padding_multiple(),
         )
     if not grouping and examples.labels is None:
         data, collate, size = ReadySteps(plan, steps, prepared, objective, config.run.seed), _only, 1

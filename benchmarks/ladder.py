@@ -23,6 +23,7 @@ without and with what that model makes no use of:
 
 - on CPUs, dropout 0.1 by torch's masks and by minilm's own, whose losses differ by chance;
 - rotary embeddings by transformers' code and by minilm's, in the model of recipes/mlm_pydocs.py;
+- GPT-2's GELU as transformers writes it out and by torch, in the causal LM of throughput.py on full blocks;
 - attention with a window (128 tokens, in two of three layers) as a whole and in chunks, in a ModernBERT as large as the
   RoBERTa, on full blocks of 1,024 tokens.
 
@@ -40,17 +41,18 @@ import report
 import torch
 from quality import PYDOCS
 from sides import Contender, Parts, Rounds, Side, Taken, answer, assemble, compare
-from throughput import MASKED
-from torch import Tensor
+from throughput import CAUSAL, MASKED, in_blocks
+from torch import Tensor, nn
 from torch.nn import functional as F
 from trainer_side import padded_labels
 from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
 
 import minilm.attention
 import minilm.hardware
-import minilm.head
 import minilm.launch
 import minilm.packing
+import minilm.swap
 from minilm.batch import Batch
 from minilm.config import Config, Model
 from minilm.head import Head, SparseHead
@@ -75,6 +77,7 @@ RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, 
 ON_CPUS, IN_FP32 = (BINS, MEMORY, HUGE, KERNELS), (KERNELS,)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
 TORCH_TURN, OWN_TURN = "rotary by transformers", "rotary by minilm"
+LONG_GELU, OWN_GELU = "GELU written out", "GELU in one pass"
 WHOLE, CHUNKS = "window on whole rows", "window in chunks"
 APART = {EPOCH: "other steps", OWN_MASKS: "other masks"}
 PARTS = 4  # micro-batches of the plain loop's step
@@ -195,10 +198,12 @@ def without(side: Side, name: str) -> None:
     """minilm's side, but that what `name` names is left to others."""
     # Not by assignment: the modules do not export these names.
     if name == TORCH_MASKS:
-        setattr(minilm.head, "with_fast_dropout", lambda model: None)  # noqa: B010
+        del minilm.swap.FASTER[nn.Dropout]
         setattr(minilm.attention, "drop", F.dropout)  # noqa: B010
     if name == TORCH_TURN:
-        setattr(minilm.head, "with_fast_rotary", lambda model: None)  # noqa: B010
+        setattr(minilm.swap, "with_fast_rotary", lambda model: None)  # noqa: B010
+    if name == LONG_GELU:
+        del minilm.swap.FASTER[NewGELUActivation]
     if name == WHOLE:
         setattr(minilm.attention, "chunk_size", lambda window, group: None)  # noqa: B010
     answer(side, assemble(side.config))
@@ -264,7 +269,11 @@ def main() -> None:
     rounds = Rounds(count=3, warm_up=1) if options.quick else Rounds(count=9)
     config = replace(MASKED, batch=batch)
     rows = rows_of(rungs, compare(contenders_of(config, rungs), machine.precision, rounds), machine)
-    pairs = {(TORCH_TURN, OWN_TURN): PYDOCS, (WHOLE, CHUNKS): with_window(config)}
+    pairs = {
+        (TORCH_TURN, OWN_TURN): PYDOCS,
+        (LONG_GELU, OWN_GELU): in_blocks(CAUSAL),
+        (WHOLE, CHUNKS): with_window(config),
+    }
     if not cuda:
         pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), **pairs}
     for names, own in pairs.items():

@@ -32,14 +32,6 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     return result
 
 
-def with_fast_dropout(model: nn.Module) -> None:
-    """Make each `nn.Dropout` of the model a `FastDropout`."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, FastDropout(child.p).train(child.training))
-
-
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: int) -> Tensor:

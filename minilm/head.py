@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from minilm.attention import ATTENTION
-from minilm.dropout import with_fast_dropout
 from minilm.losses import linear_cross_entropy, softmax_in_place
 from minilm.model import evaluating, left_out, longest_input, position_offset, vocabulary_size
 from minilm.packing import Packing, pack
-from minilm.rotary import with_fast_rotary
 from minilm.rounding import to_round
+from minilm.swap import with_fast_modules
 
 log = logging.getLogger("minilm")
 
@@ -42,8 +41,7 @@ class Head(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        with_fast_dropout(model)
-        with_fast_rotary(model)
+        with_fast_modules(model)
         self.model = model
         self.padding_free = False
         """Rows lie one after the other without padding, and attention keeps them apart (`minilm.attention`)."""

@@ -31,6 +31,7 @@ import minilm.dropout
 import minilm.head
 import minilm.packing
 import minilm.rotary
+import minilm.swap
 import minilm.windows
 from minilm import Batch, Config, Model, Run
 from minilm.hardware import Peak
@@ -211,21 +212,31 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     assert json.loads(path.read_text())["versions"]["torch"] == version("torch")
 
 
-@pytest.mark.parametrize("pair", ["dropout", "rotary", "window"])
+@pytest.mark.parametrize("pair", ["dropout", "rotary", "gelu", "window"])
 def test_the_ladder_has_pairs_without_and_with(pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
     config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
     windowed = ladder.with_window(config)
     windowed = replace(windowed, batch=replace(windowed.batch, examples=2, max_length=256, micro_tokens=256))
-    names, own, function = {
-        "dropout": ((ladder.TORCH_MASKS, ladder.OWN_MASKS), ladder.with_dropout(config), minilm.dropout._Dropout),
-        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.rotary._Turn),
-        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.windows._Around),
+    texts = write_corpus(tmp_path / "causal", 80, vocabulary=400, median=10, sigma=0.6, causal=True)
+    causal = replace(toy(throughput.CAUSAL), data=texts[0], tokens=texts[1])
+    names, own, where, function = {
+        "dropout": (
+            (ladder.TORCH_MASKS, ladder.OWN_MASKS),
+            ladder.with_dropout(config),
+            minilm.dropout._Dropout,
+            "apply",
+        ),
+        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.rotary._Turn, "apply"),
+        "gelu": ((ladder.LONG_GELU, ladder.OWN_GELU), causal, torch.nn.functional, "gelu"),
+        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.windows._Around, "apply"),
     }[pair]
-    swapped = ("attention.drop", "head.with_fast_dropout", "head.with_fast_rotary", "attention.chunk_size")
+    swapped = ("attention.drop", "swap.with_fast_rotary", "attention.chunk_size")
     losses = []
     for number, contender in enumerate(ladder.pair_of(names, own)):
-        with monkeypatch.context() as process, mock.patch.object(function, "apply", wraps=function.apply) as own_work:
+        own_work = mock.Mock(wraps=getattr(where, function))
+        with monkeypatch.context() as process, mock.patch.object(where, function, own_work):
+            process.setattr("minilm.swap.FASTER", {**minilm.swap.FASTER})
             for changed in swapped:  # what a side changes in its own process
                 process.setattr(f"minilm.{changed}", operator.attrgetter(changed)(minilm))
             process.setattr(modeling_modernbert, "apply_rotary_pos_emb", plain_turn())

@@ -1,0 +1,38 @@
+"""Modules in whose place faster ones compute the same, to rounding."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.activations import FastGELUActivation, NewGELUActivation
+
+from minilm.dropout import FastDropout
+from minilm.rotary import with_fast_rotary
+
+
+def _gelu(module: nn.Module) -> nn.Module:
+    """GELU by tanh (Hendrycks and Gimpel 2016, section 2) in one pass over memory, which keeps its input alone.
+
+    transformers writes it out for GPT-2 and others: eight passes, of which the gradient needs six results.
+    """
+    return nn.GELU(approximate="tanh")
+
+
+def _dropout(module: Any) -> nn.Module:
+    return FastDropout(module.p).train(module.training)
+
+
+FASTER: dict[type, Callable[[nn.Module], nn.Module]] = {
+    nn.Dropout: _dropout,
+    NewGELUActivation: _gelu,
+    FastGELUActivation: _gelu,
+}
+
+
+def with_fast_modules(model: nn.Module) -> None:
+    """Swap the modules of `model` that have a faster one, and make its rotary embeddings fast (`minilm.rotary`)."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) in FASTER:
+                setattr(module, name, FASTER[type(child)](child))
+    with_fast_rotary(model)

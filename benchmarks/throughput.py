@@ -15,7 +15,7 @@ Each side runs in a process of its own with the settings that it has for a user,
 - pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
   pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
 
-`--quick` has fewer rounds, and 16 examples a step for causal LM, whose steps are the longest. In a round each side
+`--quick` has fewer rounds and 16 examples a step, for causal LM 8. In a round each side
 takes a step, or several where lengths differ from step to step; a ratio is that of the tokens per second of a round.
 Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
@@ -93,7 +93,7 @@ class Workload:
     """Of a full run."""
     quick: Rounds
     """Of a quick one."""
-    quick_examples: int = 32
+    quick_examples: int = 16
     """Examples of a step of a quick run."""
     grouped: bool = True
     """Whether Trainer runs with `group_by_length` too: there are lengths to group by."""
@@ -127,13 +127,13 @@ WORKLOADS = {
         config=in_blocks(MASKED), rounds=Rounds(count=15), quick=Rounds(count=2, warm_up=1), grouped=False
     ),
     "causal-documents": Workload(
-        config=CAUSAL, rounds=Rounds(count=9), quick=Rounds(count=2, warm_up=1), quick_examples=16
+        config=CAUSAL, rounds=Rounds(count=9), quick=Rounds(count=2, warm_up=1), quick_examples=8
     ),
     "causal-blocks": Workload(
         config=in_blocks(CAUSAL),
         rounds=Rounds(count=9),
         quick=Rounds(count=2, warm_up=1),
-        quick_examples=16,
+        quick_examples=8,
         grouped=False,
     ),
     "pair-classification": Workload(
@@ -198,7 +198,7 @@ def drawing(rows: list[dict[str, Any]]) -> Callable[[Any], None]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds: three minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps: three minutes on two cores")
     parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="auto", help="of both sides, not the fast one")
     options = parser.parse_args()

@@ -15,8 +15,8 @@ Each side runs in a process of its own with the settings that it has for a user,
 - pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
   pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
 
-`--quick` has fewer rounds and 16 examples a step, for causal LM 8. In a round each side
-takes a step, or several where lengths differ from step to step; a ratio is that of the tokens per second of a round.
+`--quick` has fewer rounds and 16 examples a step, for causal LM 8. In a round each side takes a step, or several where
+lengths differ from step to step; a ratio is that of the tokens per second of a round.
 Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 

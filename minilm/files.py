@@ -1,5 +1,6 @@
 """Data files as they lie on the disk: their endings and encodings, and where one is damaged, by line or row group."""
 
+import codecs
 import gzip
 import json
 import logging
@@ -11,6 +12,8 @@ import pyarrow
 from pyarrow import parquet
 
 log = logging.getLogger("minilm")
+
+_BLOCK = 2**22  # bytes that are decoded at a time
 
 
 def ending(path: str) -> str:
@@ -54,6 +57,9 @@ def _line_that_is_not(name: str, encoding: str) -> int:
     number = 0
     try:
         with _opened(name) as file:
+            if _is_text(file, encoding):
+                return 0
+            file.seek(0)
             for line in file:
                 number += 1
                 if "\0" in line.decode(encoding):
@@ -63,6 +69,19 @@ def _line_that_is_not(name: str, encoding: str) -> int:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{name}, after line {number}: cannot be read; copy the file again ({error})") from error
     return 0
+
+
+def _is_text(file: IO[bytes], encoding: str) -> bool:
+    """Whether all of it can be read and decoded, and holds no NUL; by the block, as lines take longer."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        while block := file.read(_BLOCK):
+            if "\0" in decoder.decode(block):
+                return False
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error):
+        return False
+    return True
 
 
 def where_damaged(files: list[str]) -> str:

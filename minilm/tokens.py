@@ -107,8 +107,8 @@ class Examples:
     def word_starts(self, index: int) -> NDArray[np.bool_]:
         """Whether each token of row `index` begins a word there; a word that was cut goes on as one of its own."""
         assert self.begins is not None
-        begins = np.ones(int(self.lengths[index]), bool)
         start, stop, at = self.start[index], self.stop[index], len(self.prefix)
+        begins = np.ones(at + stop - start + len(self.suffix), bool)  # `lengths` would be those of all rows, for each
         begins[at + 1 : at + stop - start] = self.begins[start + 1 : stop]
         return begins
 

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 
 from minilm.config import Data
 from minilm.data import load_documents
+from minilm.files import text_encoding
 from minilm.sources import source_facts
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
@@ -293,6 +294,17 @@ def test_a_text_in_windows_1252_is_read_with_a_warning(tmp_path: Path, caplog: p
     train, held_out = load_documents(Data(source=str(tmp_path / "a.txt")), seed=0)
     assert sorted([*train["text"], *held_out[""]["text"]]) == sorted(["ascii", *lines])
     assert "a.txt, line 2: not UTF-8, so the file is read as Windows-1252" in caplog.text
+
+
+def test_a_letter_may_lie_across_the_blocks_that_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("minilm.files._BLOCK", 1)
+    path = tmp_path / "a.txt"
+    for content, expected in (("ok\nä€😀\n".encode(), "utf-8"), (b"ok\n\xc3", "cp1252")):
+        path.write_bytes(content)
+        assert text_encoding([str(path)]) == expected
+    assert caplog.text.count("so the file is read as Windows-1252") == 1
 
 
 def test_the_facts_of_a_source_are_the_size_and_hash_of_each_file(tmp_path: Path) -> None:

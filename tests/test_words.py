@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from minilm.tokens import encode
+from minilm.tokens import Examples, encode
 from minilm.vocabulary import train_tokenizer
 from minilm.words import begins_word
 from tests.languages import EVERYTHING, LANGUAGES
@@ -89,3 +89,12 @@ def test_a_row_begins_with_a_word_and_has_the_beginnings_of_its_documents(
         at += len(own)
     assert at == len(expected)
     assert examples.fingerprint == plain.fingerprint
+
+
+def test_the_beginnings_of_a_row_do_not_take_a_look_at_all_rows(
+    trained: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = encode(DOCUMENTS, trained, max_length=17, words=True)
+    first = int(examples.lengths[0])
+    monkeypatch.setattr(Examples, "lengths", property(lambda self: pytest.fail("the lengths of all rows are computed")))
+    assert len(examples.word_starts(0)) == first

@@ -149,6 +149,29 @@ def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
             assert (one.grad - other.grad).norm() <= 0.05 * other.grad.norm()
 
 
+@pytest.mark.parametrize("kind", ["modernbert", "roberta", "deberta-v2"])
+def test_in_bf16_gradients_are_as_exact_as_those_of_the_plain_model(
+    kind: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plain = build(tokenizer, kind, initializer_range=0.1).train()
+    head = SparseHead(deepcopy(plain))
+
+    def gradient(model: nn.Module, batch: Batch, lengths: tuple[int, ...], half: bool = True) -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            nats = loss_sum(head, batch) if model is head else full_loss(plain, batch, lengths)
+        nats.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    ours = theirs = 0.0
+    for lengths in (SHORT_ROWS, (24, 9, 18, 1), (20, 20, 10), (60, 3)):
+        batch = batch_for(head, tokenizer, lengths)
+        exact = gradient(plain, batch, lengths, half=False)
+        theirs += float((gradient(plain, batch, lengths) - exact).norm())
+        ours += float((gradient(head, batch, lengths) - exact).norm())
+    assert 0 < ours <= 1.1 * theirs
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_types_that_each_shortcut_is_for_take_it(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
     head = SparseHead(build(tokenizer, kind))

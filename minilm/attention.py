@@ -18,10 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from minilm import short_rows
 from minilm.dropout import dropout as drop
 from minilm.packing import SHORT, Group, Packing
 from minilm.windows import around_chunks, chunk_bias, chunk_size, in_chunks
+
+if torch.version.cuda is not None:  # making its operators takes a fifth of a second
+    from minilm import short_rows
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
 _SHORT_BF16 = 512  # tokens of a row, in place of SHORT; longer ones gain a tenth, and need 1.4 times the memory

@@ -27,7 +27,10 @@ SIDES = ("HF Trainer", "minilm")
 
 def by_minilm(folder: Path) -> None:
     """The recipe as it is run, but for its end after the first step."""
-    from minilm import train as loop
+    from minilm.cli import quick_imports
+
+    with quick_imports():  # as the recipe does, which finds it there
+        from minilm import train as loop
 
     take = loop.train_step
 

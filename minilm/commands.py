@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from minilm.cli import guarded
+from minilm.cli import guarded, quick_imports
 from minilm.completion import SHELLS, PrintCompletion
 
 
@@ -180,9 +180,9 @@ def _print_json(line: dict[str, Any]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    with quick_imports():
+        from minilm.infer import check_beginnings, generate, load_causal_lm
     _quiet_transformers()
-    from minilm.infer import check_beginnings, generate, load_causal_lm
-
     texts = _texts(options)
     model, tokenizer = load_causal_lm(options.model)
     check_beginnings(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
@@ -197,9 +197,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _fill_mask(options: argparse.Namespace) -> None:
+    with quick_imports():
+        from minilm.infer import check_masks, fill_mask, load_masked_lm, on_one_line
     _quiet_transformers()
-    from minilm.infer import check_masks, fill_mask, load_masked_lm, on_one_line
-
     texts = _texts(options)
     model, tokenizer = load_masked_lm(options.model)
     check_masks(model, tokenizer, texts)
@@ -215,9 +215,9 @@ def _fill_mask(options: argparse.Namespace) -> None:
 
 
 def _classify(options: argparse.Namespace) -> None:
+    with quick_imports():
+        from minilm.infer import classify, load_classifier, on_one_line
     _quiet_transformers()
-    from minilm.infer import classify, load_classifier, on_one_line
-
     pairs: list[str] | None = None
     if options.pair_column is not None:
         if options.file is None or options.pair is not None:
@@ -244,9 +244,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from minilm.settings import parse_data
 
     data = parse_data(options.rest)
+    with quick_imports():
+        from minilm.score import evaluate
     _quiet_transformers()
-    from minilm.score import evaluate
-
     figures = evaluate(options.model, data)
     if options.json:
         _print_json(figures)
@@ -257,9 +257,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    with quick_imports():
+        from minilm.export import export_model
     _quiet_transformers()
-    from minilm.export import export_model
-
     print(f"written: {export_model(options.model, options.output, options.format)}")
 
 
@@ -271,8 +271,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from minilm.doctor import findings
-
+    with quick_imports():
+        from minilm.doctor import findings
     to_mend = False
     for finding in findings():
         to_mend |= bool(finding.fix)

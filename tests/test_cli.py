@@ -1,5 +1,6 @@
 """The command: what it prints, what it reads, and one line with status 2 for what the user got wrong."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from minilm.cli import guarded
+from minilm.cli import guarded, quick_imports
 from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
 from minilm.vocabulary import train_tokenizer
 
@@ -124,6 +125,33 @@ def test_the_command_is_importable_without_torch():
         "import sys, minilm.commands; print(*{'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""
+
+
+def test_nothing_is_collected_while_libraries_are_imported_and_nothing_of_them_later():
+    program = """
+import gc, sys
+from minilm import Config, Data
+from minilm.cli import run_recipe
+seen = []
+gc.callbacks.append(lambda phase, info: seen.append(phase) if "torch" in sys.modules else None)
+run_recipe(Config(data=Data(source="pydocs")), trains=lambda config, name: {"collections": len(seen)})
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(seen))
+"""
+    words = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.split()
+    assert words[:2] == [b"True", b"True"]
+    assert int(words[2]) <= 4  # of two phases each, once they are there
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_garbage_collector_is_as_it_was_after_imports(collects):
+    was = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with quick_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 @pytest.fixture(scope="module")

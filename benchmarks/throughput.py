@@ -15,8 +15,8 @@ Each side runs in a process of its own with the settings that it has for a user,
 - pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
   pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
 
-`--quick` has fewer rounds and 16 examples a step, for causal LM 8. In a round each side takes a step, or several where
-lengths differ from step to step; a ratio is that of the tokens per second of a round.
+`--quick` has fewer rounds, and in fp32 16 examples a step (for causal LM 8). In a round each side takes a step, or
+several where lengths differ from step to step; a ratio is that of the tokens per second of a round.
 Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
@@ -94,11 +94,19 @@ class Workload:
     quick: Rounds
     """Of a quick one."""
     quick_examples: int = 16
-    """Examples of a step of a quick run."""
+    """Examples of a step of a quick run in fp32."""
     grouped: bool = True
     """Whether Trainer runs with `group_by_length` too: there are lengths to group by."""
     epoch: bool = False
     """Whether minilm runs with `group=epoch` too."""
+
+    def quickly(self, config: Config, precision: str) -> tuple[Config, Rounds]:
+        """What a quick run does of this configuration, and how often."""
+        if precision == "fp32":
+            return with_examples(config, self.quick_examples), self.quick
+        # There is time for all examples, and for more steps before, since products are compiled for each new size.
+        block = min(2 * self.quick.block, self.rounds.block)
+        return config, replace(self.quick, warm_up=2 * self.quick.warm_up, block=block)
 
     def contenders(self, config: Config) -> list[Contender]:
         """Trainer with its defaults, then others, then minilm with its own; all with this configuration."""
@@ -198,7 +206,7 @@ def drawing(rows: list[dict[str, Any]]) -> Callable[[Any], None]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps: three minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, smaller in fp32: three minutes on two cores")
     parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="auto", help="of both sides, not the fast one")
     options = parser.parse_args()
@@ -208,7 +216,7 @@ def main() -> None:
             workload = WORKLOADS[name]
             config, repeats = in_folder(workload.config, Path(folder)), workload.rounds
             if options.quick:
-                config, repeats = with_examples(config, workload.quick_examples), workload.quick
+                config, repeats = workload.quickly(config, machine.precision)
             rows += measure(name, workload.contenders(config), repeats, machine)
     name = f"throughput-{options.workload}" if options.workload else "throughput"
     report.write(name, machine, {"rows": rows}, drawing(rows), (8, 0.5 * len(rows) + 1.2))

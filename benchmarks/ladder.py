@@ -278,7 +278,8 @@ def main() -> None:
         pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), **pairs}
     for names, own in pairs.items():
         rows += rows_of(names, compare(pair_of(names, own), machine.precision, rounds), machine)
-    report.write("ladder", machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 7))
+    name = "ladder" + "-quick" * options.quick
+    report.write(name, machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 7))
 
 
 if __name__ == "__main__":

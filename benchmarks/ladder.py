@@ -278,8 +278,11 @@ def main() -> None:
         pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), **pairs}
     for names, own in pairs.items():
         rows += rows_of(names, compare(pair_of(names, own), machine.precision, rounds), machine)
-    name = "ladder" + "-quick" * options.quick
-    report.write(name, machine, {"rows": rows}, lambda figure: report.bars(figure.subplots(), rows), (8, 7))
+
+    def draw(figure: Any) -> None:
+        report.bars(figure.subplots(), rows)
+
+    report.write("ladder", machine, {"rows": rows}, draw, (8, 7), quick=options.quick)
 
 
 if __name__ == "__main__":

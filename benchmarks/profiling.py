@@ -21,7 +21,7 @@ from minilm.config import Config
 from minilm.settings import parse
 
 WARM_UP = 3  # steps before all others
-ROOM = 2**25  # bytes of records that the profiler may keep of a step
+ROOM = 2**24  # bytes of records that the profiler may keep of a step
 PHASES = ("data", "forward", "backward", "optimizer")
 
 

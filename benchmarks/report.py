@@ -95,9 +95,15 @@ def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("real tokens per second")
 
 
-def write(name: str, machine: Machine, content: dict[str, Any], draw: Callable[[Any], None], size: Any) -> Path:
-    """Write `content` with the hardware and the versions, and what `draw` draws on a figure of this size in inches."""
+def write(
+    name: str, machine: Machine, content: dict[str, Any], draw: Callable[[Any], None], size: Any, *, quick: bool = False
+) -> Path:
+    """Write `content` with the hardware and the versions, and what `draw` draws on a figure of this size in inches.
+
+    A quick run's files lie beside those of a full one.
+    """
     RESULTS.mkdir(exist_ok=True)
+    name += "-quick" if quick else ""
     path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', f'{name} {machine.title}'.lower()).strip('-')}.json"
     facts = {"hardware": machine.hardware, "versions": versions(), "precision": machine.precision}
     path.write_text(json.dumps({**facts, **content}, indent=2) + "\n", encoding="utf-8")

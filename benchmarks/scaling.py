@@ -277,8 +277,8 @@ def main() -> None:
             show(name, parts[name])
     content = {name: [asdict(point) for point in points] for name, points in parts.items()}
     title = "scaling" if len(chosen) == len(PARTS) else f"scaling-{'-'.join(chosen)}"
-    title += "-quick" * options.quick  # beside the results of a full run
-    report.write(title, machine, content, lambda figure: draw(figure, parts), (4.2 * len(parts), 3.8))
+    size = (4.2 * len(parts), 3.8)
+    report.write(title, machine, content, lambda figure: draw(figure, parts), size, quick=options.quick)
 
 
 if __name__ == "__main__":

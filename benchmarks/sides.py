@@ -135,8 +135,6 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
     context.set_forkserver_preload(["minilm.train", "transformers.trainer"])
     sides: list[Connection] = []
     processes, works = [], list[Work | None]()
-    total = rounds.warm_up + rounds.count
-    taken: list[list[Taken]] = [[] for _ in contenders]
     try:
         for contender in contenders:
             here, there = context.Pipe()
@@ -144,7 +142,7 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
             side = Side(
                 connection=there,
                 config=config,
-                turns=total,
+                turns=rounds.warm_up + rounds.count,
                 block=rounds.block,
                 lead_in=rounds.lead_in,
                 evaluated=rounds.evaluated,
@@ -157,24 +155,33 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
             if not works:  # the first fills the cache for the others, which are built at the same time
                 works.append(here.recv())
         works += [side.recv() for side in sides[1:]]
-        counted = next(work for work in works if work)
-        with tqdm(total=total * len(sides), unit="turn", mininterval=0) as bar:
-            for number in range(total):
-                for turn in range(len(sides)):
-                    at = (number + turn) % len(sides)
-                    bar.set_description_str(f"{contenders[at].name} ({number + 1} of {total})")
-                    sides[at].send(True)
-                    done = sides[at].recv()
-                    if number >= rounds.warm_up:
-                        taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
-                    bar.set_postfix_str(f"{done.tokens / done.seconds:,.0f} tokens/s", refresh=False)
-                    bar.update()
+        taken = _in_turn(sides, [contender.name for contender in contenders], works, rounds)
         for connection, process in zip(sides, processes, strict=True):
             connection.send(False)
             process.join()
     finally:
         for connection in sides:
             connection.close()  # which ends what has not ended
+    return taken
+
+
+def _in_turn(
+    sides: Sequence[Connection], names: Sequence[str], works: Sequence[Work | None], rounds: Rounds
+) -> list[list[Taken]]:
+    """Have the sides take their turns, and return what each did in those that count."""
+    total, counted = rounds.warm_up + rounds.count, next(work for work in works if work)
+    taken: list[list[Taken]] = [[] for _ in sides]
+    with tqdm(total=total * len(sides), unit="turn", mininterval=0) as bar:
+        for number in range(total):
+            for turn in range(len(sides)):
+                at = (number + turn) % len(sides)
+                bar.set_description_str(f"{names[at]} ({number + 1} of {total})")
+                sides[at].send(True)
+                done = sides[at].recv()
+                if number >= rounds.warm_up:
+                    taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
+                bar.set_postfix_str(f"{done.tokens / done.seconds:,.0f} tokens/s", refresh=False)
+                bar.update()
     return taken
 
 

@@ -219,7 +219,8 @@ def main() -> None:
                 config, repeats = workload.quickly(config, machine.precision)
             rows += measure(name, workload.contenders(config), repeats, machine)
     name = f"throughput-{options.workload}" if options.workload else "throughput"
-    report.write(name + "-quick" * options.quick, machine, {"rows": rows}, drawing(rows), (8, 0.5 * len(rows) + 1.2))
+    size = (8, 0.5 * len(rows) + 1.2)
+    report.write(name, machine, {"rows": rows}, drawing(rows), size, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -230,32 +230,10 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> 
     Loading is in its time, and padding too, but for a language model's examples in order: their masks must be minilm's,
     so that they are masked and padded beforehand.
     """
-    config, prepared, objective = side.config, prepare(side.config), objective_of(side.config.objective)
-    size, examples, steps = config.batch.examples, prepared.train, side.steps
-    data: Dataset[Any] = Rows(examples)
-    collate: Any = DataCollatorWithPadding(prepared.tokenizer, pad_to_multiple_of=padding_multiple())
-    plan = Plan(
-        examples.lengths,
-        examples=size,
-        micro_tokens=size * config.batch.max_length,
-        seed=config.run.seed,
-        padded=True,
-    )
-    if examples.labels is None:
-        rate = objective.collator(prepared.tokenizer, examples, seed=config.run.seed).rate()
-        collate = DataCollatorForLanguageModeling(
-            prepared.tokenizer,
-            mlm=not isinstance(objective, Causal),
-            mlm_probability=rate,
-            pad_to_multiple_of=padding_multiple(),
-        )
-    if not grouping and examples.labels is None:
-        data, collate, size = ReadySteps(plan, steps, prepared, objective, config.run.seed), _only, 1
-    elif not grouping:
-        order = np.concatenate([plan.step(index).examples for index in range(steps)])
-        data = Subset(data, order.tolist())
+    config, prepared = side.config, prepare(side.config)
+    data, collate, size = _rows(config, prepared, side.steps, in_order=not grouping)
     with tempfile.TemporaryDirectory() as folder:
-        settings = trainer_settings(config, config.run.precision, steps)
+        settings = trainer_settings(config, config.run.precision, side.steps)
         arguments = TrainingArguments(
             output_dir=folder,
             logging_strategy="no",
@@ -275,6 +253,33 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> 
             train_dataset=data,
             data_collator=collate,
         ).train()
+
+
+def _rows(config: Config, prepared: Prepared, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
+    """What Trainer loads, its collator, and how many items make a batch; `in_order`: of minilm's steps."""
+    objective, examples, size = objective_of(config.objective), prepared.train, config.batch.examples
+    plan = Plan(
+        examples.lengths,
+        examples=size,
+        micro_tokens=size * config.batch.max_length,
+        seed=config.run.seed,
+        padded=True,
+    )
+    if examples.labels is None and in_order:
+        return ReadySteps(plan, steps, prepared, objective, config.run.seed), _only, 1
+    if examples.labels is None:
+        collate: Any = DataCollatorForLanguageModeling(
+            prepared.tokenizer,
+            mlm=not isinstance(objective, Causal),
+            mlm_probability=objective.collator(prepared.tokenizer, examples, seed=config.run.seed).rate(),
+            pad_to_multiple_of=padding_multiple(),
+        )
+        return Rows(examples), collate, size
+    collate = DataCollatorWithPadding(prepared.tokenizer, pad_to_multiple_of=padding_multiple())
+    if not in_order:
+        return Rows(examples), collate, size
+    order = np.concatenate([plan.step(index).examples for index in range(steps)])
+    return Subset(Rows(examples), order.tolist()), collate, size
 
 
 def _only(items: list[Any]) -> Any:

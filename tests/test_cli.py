@@ -134,7 +134,7 @@ from minilm import Config, Data
 from minilm.cli import run_recipe
 seen = []
 gc.callbacks.append(lambda phase, info: seen.append(phase) if "torch" in sys.modules else None)
-run_recipe(Config(data=Data(source="pydocs")), trains=lambda config, name: {"collections": len(seen)})
+run_recipe(Config(data=Data(source="pydocs")), trains=lambda config, name: {})
 print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(seen))
 """
     words = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.split()

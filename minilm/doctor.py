@@ -55,11 +55,11 @@ def findings() -> Iterator[Finding]:
 def _hardware(device: torch.device) -> Finding:
     facts = describe(device)
     count = torch.accelerator.device_count()
-    found = f"{count} x {facts['device']}" if count else f"{facts['device']}, {facts['cpu_capability']}"
+    found = f"{count} x {facts['device']}" if count else f"{facts['device']}; no GPU"
     fix = ""
     if not count and _NVIDIA.exists():
         fix = f"torch {torch.__version__} does not see the NVIDIA GPU of this machine: install a CUDA build of torch"
-    return Finding(what="hardware", found=found if count else f"{found}; no GPU", fix=fix)
+    return Finding(what="hardware", found=found, fix=fix)
 
 
 def _precision(device: torch.device) -> Finding:

@@ -258,12 +258,28 @@ def test_the_description_of_the_machine_holds_three_plain_facts(readable, monkey
         raise OSError
 
     if not readable:
-        monkeypatch.setattr(hardware, "open", refuse, raising=False)
+        monkeypatch.setattr(hardware.Path, "read_text", refuse)
     facts = describe(CPU)
     assert set(facts) == {"device", "cpu_capability", "threads_per_process"}
     assert json.loads(json.dumps(facts)) == facts
-    assert str(facts["device"]).endswith(" processors")
+    assert str(facts["device"]).endswith(f" processors ({facts['cpu_capability']})")
     assert facts["threads_per_process"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("used", "flags", "told"),
+    [
+        ("AVX2", "avx512_bf16 amx_bf16", "AVX2"),  # ATEN_CPU_CAPABILITY=avx2
+        ("AVX512", "avx512f", "AVX512"),
+        ("AVX512", "avx512f avx512_bf16", "AVX512_BF16"),
+        ("AVX512", "amx_bf16 avx512f avx512_bf16", "AMX"),
+    ],
+)
+def test_the_description_of_the_machine_tells_how_its_processors_compute_bf16(used, flags, told, monkeypatch):
+    processor = f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 {flags}\n\n"
+    monkeypatch.setattr(hardware.Path, "read_text", lambda *args, **kwargs: 2 * processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    assert describe(CPU)["device"] == f"Some CPU, 2 processors ({told})"
 
 
 class CLibrary:

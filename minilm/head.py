@@ -309,7 +309,7 @@ class SparseHead(Head):
     def _gather(self, module: nn.Module, inputs: object, output: Any) -> Any:
         if self._target_index is not None:
             hidden_RxLxH = output.last_hidden_state
-            output.last_hidden_state = hidden_RxLxH.flatten(0, 1)[self._target_index][None]
+            output.last_hidden_state = hidden_RxLxH.flatten(0, 1).index_select(0, self._target_index)[None]
         return output
 
     def _narrow(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -318,7 +318,7 @@ class SparseHead(Head):
         if index is None or 2 * len(index) > shape[0] * shape[1]:
             return None
         self._shape = shape
-        return tuple(hidden_RxLxH.flatten(0, 1)[index][None] for hidden_RxLxH in inputs)
+        return tuple(hidden_RxLxH.flatten(0, 1).index_select(0, index)[None] for hidden_RxLxH in inputs)
 
     def _widen(self, module: nn.Module, inputs: object, output_1xNxH: Tensor) -> Any:
         """After the last one: each target back to its place, zeros elsewhere."""

@@ -45,14 +45,16 @@ def softmax_in_place(
 
     Of the logits, N x V or more, the first V = `vocabulary` of each row count.
     """
-    log_p = logits[:, :vocabulary].float().log_softmax(-1)
-    nats = -log_p.gather(1, target[:, None]).squeeze(1)
+    logits = logits[:, :vocabulary].float()
+    p = logits.softmax(-1)
+    # Exponentials are taken once. Of the largest logit p is exact however small others are, and its logarithm too.
+    largest, log_largest = logits.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log_()
+    nats = (largest - logits.gather(1, target[:, None]) - log_largest).squeeze(1)
     if smoothing:
-        nats = (1 - smoothing) * nats - smoothing * log_p.mean(-1)
+        nats = (1 - smoothing) * nats + smoothing * (largest - log_largest - logits.mean(-1, keepdim=True)).squeeze(1)
     if not trained:
         return nats, None
-    error = log_p.exp_()
-    error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), smoothing - 1.0))
+    error = p.scatter_add_(1, target[:, None], p.new_full((len(target), 1), smoothing - 1.0))
     if smoothing:
         error -= smoothing / vocabulary
     return nats, error
@@ -124,16 +126,24 @@ def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tenso
     of_hidden, of_weight, of_bias = gradients
     if of_bias is not None:
         _add(of_bias, error[:, : len(of_bias)].sum(0, dtype=torch.float32), at)
-    error = error.to(hidden.dtype)
-    columns, rows = weight.shape[0] - error.shape[1], len(hidden) - len(error)
-    if columns or rows:
-        error = F.pad(error, (0, columns, 0, rows))
+    error = _with_zeros(error, len(hidden), len(weight), hidden.dtype)
     if of_hidden is not None:
         of_hidden[at : at + len(hidden)] = error @ weight
     if of_weight is not None and of_weight.dtype == hidden.dtype and len(of_weight) == len(weight):
         of_weight.addmm_(error.T, hidden, beta=min(at, 1))
     elif of_weight is not None:
         _add(of_weight, (error.T @ hidden)[: len(of_weight)], at)
+
+
+def _with_zeros(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """`x` in this type, with zeros after its rows and columns, in one pass over memory."""
+    if x.shape == (rows, columns):
+        return x.to(dtype)
+    result = x.new_empty(rows, columns, dtype=dtype)
+    result[: len(x), : x.shape[1]] = x
+    result[len(x) :] = 0
+    result[: len(x), x.shape[1] :] = 0
+    return result
 
 
 def _aligned(x_VxH: Tensor) -> Tensor:

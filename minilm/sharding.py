@@ -105,7 +105,9 @@ def distribute(
         head.forward = accelerator.autocast()(head.forward)  # as DDP's is prepared
         # Some layers end in a view; nothing changes it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
-    model, optimizer = accelerator.prepare(head, optimizer)
+    model, wrapped = accelerator.prepare(head, optimizer)
+    if accelerator.scaler is not None:  # else the wrapper does nothing, but looks for other libraries in every step
+        optimizer = wrapped
     if accelerator.is_fsdp2:
         for module in model.modules():
             if isinstance(module, FSDPModule) and accelerator.device.type == "cpu":

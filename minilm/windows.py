@@ -6,6 +6,7 @@ keys, and as many before and behind it as the window reaches.
 Axes: R rows and L length of a group, A heads, D size of a head, N chunks of C tokens, W tokens that a chunk sees.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -46,17 +47,29 @@ def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) ->
 
 def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
     """What `Group.bias` is for whole rows, R x 1 x N x C x W or a shape that broadcasts to it; `like` has scores."""
-    before, width = window - 1, like.shape[-1]
+    kind = (size, window, like.shape[-1], causal, like.dtype, like.device)
+    if group.place_T is None:
+        return _bias_of_whole_rows(group.length, *kind)
+    return group.keep(("chunks", *kind), lambda: _bias(group.real(like.device), *kind))
 
-    def make() -> Tensor:
-        seen_CxW = torch.arange(size)[:, None] - torch.arange(-before, width - before)  # how far behind the query
-        itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
-        real_RxL = group.real(like.device) if group.place_T is not None else like.new_ones(1, group.length).bool()
-        real_RxNxW = F.pad(real_RxL, (before, width - before - size + -group.length % size)).unfold(1, width, size)
-        seen = (near_CxW.to(like.device) & real_RxNxW[:, None, :, None]) | itself_CxW.to(like.device)
-        return like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
-    return group.keep(("chunks", size, window, causal, like.dtype), make)
+@functools.lru_cache(maxsize=16)  # full blocks have the same in every step
+def _bias_of_whole_rows(
+    length: int, size: int, window: int, width: int, causal: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    real_1xL = torch.ones(1, length, dtype=torch.bool, device=device)
+    return _bias(real_1xL, size, window, width, causal, dtype, device)
+
+
+def _bias(
+    real_RxL: Tensor, size: int, window: int, width: int, causal: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    before = window - 1
+    seen_CxW = torch.arange(size)[:, None] - torch.arange(-before, width - before)  # how far behind the query
+    itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
+    real_RxNxW = F.pad(real_RxL, (before, width - before - size + -real_RxL.shape[1] % size)).unfold(1, width, size)
+    seen = (near_CxW.to(device) & real_RxNxW[:, None, :, None]) | itself_CxW.to(device)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 class _Around(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_turned_states_and_gradients_are_those_of_transformers(kind: str, dtype:
         assert ours.dtype == theirs.dtype
         tolerance = 1e-6 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_queries_and_keys_of_one_product_are_turned_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, cos, sin = drawn(torch.float32)
+    q, k, _ = (x.transpose(1, 2) for x in torch.randn(2, 9, 3, 4, 8).requires_grad_().unbind(2))
+    turn, alone, seen = fast("modernbert"), rotary._turned, list[torch.Size]()
+    expected = outcome(turn, q.clone(), k.clone(), cos, sin)
+
+    def noted(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(x.shape)
+        return alone(x, *rest)
+
+    monkeypatch.setattr(rotary, "_turned", noted)
+    assert all(map(torch.equal, outcome(turn, q, k, cos, sin), expected))
+    assert seen == [(2, *q.shape), q.shape, k.shape]
+    assert all(rotary._together(*pair) is None for pair in ((k, q), (q, k.clone()), (q, k[:, :2]), (q.clone(), k)))
 
 
 def test_in_half_precision_gradients_are_no_further_from_the_exact_ones() -> None:

@@ -46,7 +46,20 @@ def test_in_half_precision_they_are_no_further_from_the_exact_ones(name: str) ->
         assert (a.double() - right).norm() <= (b.double() - right).norm()
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_python", "quick_gelu", "silu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gelu_of_half_a_tensor_is_that_of_a_copy(dtype: torch.dtype) -> None:
+    whole = torch.linspace(-9, 9, 20_000).to(dtype).view(100, 200).requires_grad_()
+    expected, of_expected = outcome(ACT2FN["gelu"], whole[:, 100:].contiguous())
+    found, of_found = outcome(swapped("gelu"), whole[:, 100:])
+    assert torch.equal(found, expected)
+    assert torch.equal(of_found, of_expected)
+    plain, of_plain = outcome(ACT2FN["gelu"], whole[:, 100:])
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(of_found, of_plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["gelu_python", "quick_gelu", "silu", "relu"])
 def test_other_functions_stay(name: str) -> None:
     assert type(swapped(name)) is type(ACT2FN[name])
 

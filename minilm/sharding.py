@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,10 +127,19 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def clip(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer, max_norm: float
 ) -> Tensor:
-    """Clip the gradient to `max_norm` and return its norm before; ZeRO takes the update with it."""
+    """Have the next `optimizer.step()` clip the gradient to `max_norm`, and return its norm before; ZeRO steps at once.
+
+    A fused kernel divides by `grad_scale`, which spares a pass over the gradients; others are clipped here and now.
+    """
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.clip_and_step(max_norm)
-    return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    fused: Any = getattr(optimizer, "optimizer", optimizer)  # it may be inside accelerate's wrapper
+    if accelerator.scaler is not None or accelerator.is_fsdp2 or not fused.defaults.get("fused"):
+        return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    parameters = [parameter for group in fused.param_groups for parameter in group["params"]]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    fused.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # as clip_grad_norm_ has it
+    return norm
 
 
 def whole(tensor: Tensor | Moment) -> Tensor:

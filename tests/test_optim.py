@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -11,7 +12,9 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from minilm.config import Optim
 from minilm.optim import build_optimizer, learning_rate
+from minilm.sharding import clip
 
+ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -104,3 +107,25 @@ def test_updates_are_those_of_plain_adamw():
             chosen.zero_grad()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [ADAMW, SGD])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("max_norm", [0.1, 1e9, math.inf])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_the_update_is_that_of_a_gradient_clipped_by_torch(kind, fused, max_norm, prepared):
+    accelerator, updated = Accelerator(cpu=True), []
+    for ours in (True, False):
+        model = network()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = kind(model.parameters(), lr=0.1, fused=fused, **({"eps": 0.1} if kind is ADAMW else {}))
+        model(torch.arange(9)).square().sum().backward()
+        if ours:
+            optimizer = accelerator.prepare(optimizer) if prepared else optimizer
+            norm = clip(accelerator, model, optimizer, max_norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        updated.append([norm, *(after - old for after, old in zip(model.parameters(), before, strict=True))])
+    for ours, theirs in zip(*updated, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

@@ -141,14 +141,16 @@ def _attend_in_groups(
 ) -> Tensor:
     """The same, a group of rows at a time."""
     sizes, parts = [group.stop - group.start for group in packing.groups], []
-    sizes.append(states[0].shape[0] - sum(sizes))
+    if alone := states[0].shape[0] - sum(sizes):
+        sizes.append(alone)
     # torch.split, in place of slices: their gradients would each be as long as the batch.
-    split = [torch.split(x_TxAxD, sizes) for x_TxAxD in states]
+    split = [torch.split(x_TxAxD, sizes) if len(sizes) > 1 else (x_TxAxD,) for x_TxAxD in states]
     for group, *own in zip(packing.groups, *split, strict=False):
         query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
         parts.append(group.from_heads(_attend(group, query, key, value, causal, window, scaling, dropout)))
-    parts.append(split[2][-1])  # a token that attends to itself alone gets its own value
-    return torch.cat(parts)
+    if alone:  # a token that attends to itself alone gets its own value
+        parts.append(split[2][-1])
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _attend(

@@ -183,7 +183,7 @@ class SparseHead(Head):
 
     def __init__(self, model: PreTrainedModel, *, label_smoothing: float = 0.0) -> None:
         super().__init__(model)
-        self.label_smoothing, self.softmax = label_smoothing, softmax_in_place
+        self.label_smoothing, self.softmax, self._more = label_smoothing, softmax_in_place, 0
         self.sparse = self.short = self.fused = False
         self._last: Any = model.get_output_embeddings()
         self._target_index: Tensor | None = None
@@ -225,8 +225,8 @@ class SparseHead(Head):
             return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none", label_smoothing=smoothing)
         with left_out(self._last):
             hidden_NxH = self._logits(input_ids_T, packing, target_index_N, type_ids_T)
-        last = self._last
-        return linear_cross_entropy(hidden_NxH, last.weight, last.bias, target_ids_N, smoothing, self.softmax)
+        weight, bias = self._last.weight, self._last.bias
+        return linear_cross_entropy(hidden_NxH, weight, bias, target_ids_N, smoothing, self.softmax)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
@@ -244,10 +244,8 @@ class SparseHead(Head):
         inputs = self._inputs(input_ids_T, packing, type_ids_T)
         if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
             target_index_N = place_T[target_index_N]
-        if self.sparse and self.padding_free:  # further ones are at the first token of those that round up
-            more = to_round(len(target_index_N), input_ids_T.device)
-            target_index_N = F.pad(target_index_N, (0, more), value=len(input_ids_T))
         self._target_index = target_index_N if self.sparse else None
+        self._more = to_round(len(target_index_N), input_ids_T.device)
         try:
             logits_RxLxV: Tensor = self.model(**inputs).logits
         finally:
@@ -308,8 +306,7 @@ class SparseHead(Head):
 
     def _gather(self, module: nn.Module, inputs: object, output: Any) -> Any:
         if self._target_index is not None:
-            hidden_RxLxH = output.last_hidden_state
-            output.last_hidden_state = hidden_RxLxH.flatten(0, 1).index_select(0, self._target_index)[None]
+            output.last_hidden_state = self._at_targets(output.last_hidden_state, self._target_index)
         return output
 
     def _narrow(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -318,15 +315,20 @@ class SparseHead(Head):
         if index is None or 2 * len(index) > shape[0] * shape[1]:
             return None
         self._shape = shape
-        return tuple(hidden_RxLxH.flatten(0, 1).index_select(0, index)[None] for hidden_RxLxH in inputs)
+        return tuple(self._at_targets(hidden_RxLxH, index) for hidden_RxLxH in inputs)
 
     def _widen(self, module: nn.Module, inputs: object, output_1xNxH: Tensor) -> Any:
         """After the last one: each target back to its place, zeros elsewhere."""
         if self._shape is None or self._target_index is None:
             return None
-        (rows, length, width), self._shape = self._shape, None
-        hidden_RLxH = output_1xNxH.new_zeros(rows * length, width).index_copy(0, self._target_index, output_1xNxH[0])
-        return hidden_RLxH.view(rows, length, width)
+        index, (rows, length, width), self._shape = self._target_index, self._shape, None
+        zeros_RLxH = output_1xNxH.new_zeros(rows * length, width)
+        return zeros_RLxH.index_copy(0, index, output_1xNxH[0, : len(index)]).view(rows, length, width)
+
+    def _at_targets(self, hidden_RxLxH: Tensor, index_N: Tensor) -> Tensor:
+        """Of all tokens the targets, and rows of zeros to a round number."""
+        hidden_NxH = hidden_RxLxH.flatten(0, 1).index_select(0, index_N)
+        return (F.pad(hidden_NxH, (0, 0, 0, self._more)) if self._more else hidden_NxH)[None]
 
 
 def freeze_unused(head: Head) -> None:

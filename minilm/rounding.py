@@ -6,13 +6,12 @@ _LEAST = 32
 
 
 def to_round(count: int, device: torch.device) -> int:
-    """How many rows more make a product of `count` rows one that was had before, one at least; 0 where it is no matter.
+    """How many rows more make a product of `count` rows one that was had before; 0 where it is no matter.
 
     oneDNN, which takes products in bf16 on CPUs, compiles a kernel of a megabyte for each shape: a quarter of the time
-    where each batch has a number of tokens of its own. What is added is a sixteenth of `count` at most, or 32, and no
-    more than 32 to full blocks, whose number is a round one.
+    where each batch has a number of tokens of its own. What is added is less than a sixteenth of `count`, or than 32,
+    and nothing to full blocks, whose number is a round one.
     """
     if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return 0
-    multiple = max(_LEAST, 1 << max(0, count.bit_length() - 5))
-    return -count % multiple or _LEAST
+    return -count % max(_LEAST, 1 << max(0, count.bit_length() - 5))

@@ -72,7 +72,7 @@ JOBS = {
     "pydocs": Job(
         config=constant(PYDOCS, lr=2e-3),
         others=(TRAINER_DEFAULTS,),
-        rounds=Rounds(count=66, warm_up=0, block=50, evaluated=True),
+        rounds=Rounds(count=72, warm_up=0, block=50, evaluated=True),
         seconds=300,
     ),
 }

@@ -14,15 +14,16 @@ minilm's train_step, and has all that the rungs above it in the table have:
 - packing: no padding, and attention inside each document.
 - attention in bins: documents of at most 128 tokens share bins; there plain matrix products attend on CPUs, in place of
   the fused kernel.
-- fused AdamW; on CPUs, freed memory kept by the process, and the memory in huge pages; in fp32, few of oneDNN's kernels
-  kept.
+- fused AdamW, which clips the gradient too; on CPUs, freed memory kept by the process, and the memory in huge pages; in
+  fp32, few of oneDNN's kernels kept.
 - group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
 
 The first ratio is to the plain loop, in the same round; the gain is to the rung before. Further tables have minilm
 without and with what that model makes no use of:
 
 - on CPUs, dropout 0.1 by torch's masks and by minilm's own, whose losses differ by chance;
-- rotary embeddings by transformers' code and by minilm's, in the model of recipes/mlm_pydocs.py;
+- on CPUs, GELU of half of a product and of a copy of that half, in the model of recipes/mlm_pydocs.py;
+- rotary embeddings by transformers' code and by minilm's, in the same model;
 - GPT-2's GELU as transformers writes it out and by torch, in the causal LM of throughput.py on full blocks;
 - attention with a window (128 tokens, in two of three layers) as a whole and in chunks, in a ModernBERT as large as the
   RoBERTa, on full blocks of 1,024 tokens.
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trainer_side import padded_labels
 from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
+from transformers.activations import GELUActivation, NewGELUActivation
 
 import minilm.attention
 import minilm.hardware
@@ -77,6 +78,7 @@ RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, 
 ON_CPUS, IN_FP32 = (BINS, MEMORY, HUGE, KERNELS), (KERNELS,)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
 TORCH_TURN, OWN_TURN = "rotary by transformers", "rotary by minilm"
+HALF_GELU, COPIED_GELU = "GELU of a half", "GELU of a copy of it"
 LONG_GELU, OWN_GELU = "GELU written out", "GELU in one pass"
 WHOLE, CHUNKS = "window on whole rows", "window in chunks"
 APART = {EPOCH: "other steps", OWN_MASKS: "other masks"}
@@ -202,6 +204,8 @@ def without(side: Side, name: str) -> None:
         setattr(minilm.attention, "drop", F.dropout)  # noqa: B010
     if name == TORCH_TURN:
         setattr(minilm.swap, "with_fast_rotary", lambda model: None)  # noqa: B010
+    if name == HALF_GELU:
+        del minilm.swap.FASTER[GELUActivation]
     if name == LONG_GELU:
         del minilm.swap.FASTER[NewGELUActivation]
     if name == WHOLE:
@@ -275,7 +279,7 @@ def main() -> None:
         (WHOLE, CHUNKS): with_window(config),
     }
     if not cuda:
-        pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), **pairs}
+        pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), (HALF_GELU, COPIED_GELU): PYDOCS, **pairs}
     for names, own in pairs.items():
         rows += rows_of(names, compare(pair_of(names, own), machine.precision, rounds), machine)
 

@@ -264,7 +264,7 @@ def _unchanged(item: Any) -> Any:
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators by (seed, step, rank), so that dropout depends on nothing that came before."""
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed also notes who called it: half a millisecond
+    torch.default_generator.manual_seed(number)  # torch.manual_seed also writes down who called it
     if torch.accelerator.is_available():
         torch.get_device_module().manual_seed(number)
 

@@ -54,8 +54,12 @@ def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimize
     The fused kernel looks at the flag on its device, so that nobody waits. Under fp16 the scaler does the same.
     """
     if accelerator.scaler is None:
-        fused: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
-        fused.found_inf = (~grad_norm.isfinite()).float()
+        unwrapped(optimizer).found_inf = (~grad_norm.isfinite()).float()
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> Any:
+    """The optimizer inside accelerate's wrapper, if it is in one: what its fused kernel looks at must be set there."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def warmup_steps(optim: Optim, total: int) -> int:

@@ -8,7 +8,6 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minilm.head import Head
+from minilm.optim import unwrapped
 from minilm.zero import Moment, ZeroOptimizer, gathered, shard_by_zero, zero_stage
 
 log = logging.getLogger("minilm")
@@ -133,7 +133,7 @@ def clip(
     """
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.clip_and_step(max_norm)
-    fused: Any = getattr(optimizer, "optimizer", optimizer)  # it may be inside accelerate's wrapper
+    fused = unwrapped(optimizer)
     if accelerator.scaler is not None or accelerator.is_fsdp2 or not fused.defaults.get("fused"):
         return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
     parameters = [parameter for group in fused.param_groups for parameter in group["params"]]

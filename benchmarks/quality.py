@@ -145,14 +145,17 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--job", choices=[*JOBS], help="only this one")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and masks, for all sides (default: 0)")
     options = parser.parse_args()
     machine, rows = report.this_machine(), []
     for name in [options.job] if options.job else [*JOBS]:
         job = JOBS[name]
         names = (TRAINER, MINILM, *job.others)
-        taken = compare([contender(side, job.config) for side in names], machine.precision, job.rounds)
+        config = replace(job.config, run=replace(job.config.run, seed=options.seed))
+        taken = compare([contender(side, config) for side in names], machine.precision, job.rounds)
         rows += rows_of(name, job, dict(zip(names, taken, strict=True)))
     name = f"quality-{options.job}" if options.job else "quality"
+    name += f"-seed-{options.seed}" if options.seed else ""
     report.write(name, machine, {"rows": rows}, lambda figure: draw(figure, rows), (10, 4))
 
 

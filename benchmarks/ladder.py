@@ -155,12 +155,6 @@ class RandomPlan(Plan):
         return replace(step, micro_batches=[parts], padded_tokens=sum(self._seen(part) for part in parts))
 
 
-class PlainAdamW(torch.optim.AdamW):
-    """As it comes, which does not look at whether the gradient is finite."""
-
-    found_inf = property(lambda self: None, lambda self, value: None)
-
-
 def head_of(rungs: tuple[str, ...], network: PreTrainedModel, prepared: Prepared) -> Head:
     """The head of these rungs."""
     return PartialHead(network, rungs) if SPARSE in rungs else PlainHead(network)
@@ -187,7 +181,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
     if FUSED not in rungs:
         groups = build_optimizer(parts.model, config.optim).param_groups
         groups = [{key: group[key] for key in ("params", "weight_decay", "scale")} for group in groups]
-        plain = PlainAdamW(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
+        plain = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
         parts = replace(parts, optimizer=parts.accelerator.prepare(plain))
     return parts
 

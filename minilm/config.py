@@ -206,12 +206,13 @@ class Batch:
     """Longest example in tokens, special tokens included."""
     micro_tokens: int | Literal["auto"] = 4096
     """Most tokens, padding included, in a device's forward pass; auto tries a few sizes and takes the fastest that
-    fits. Changes speed and memory, not the result."""
+    fits. Changes speed and memory, and not the result but for what dropout draws."""
     layout: Literal["documents", "blocks", "packed"] = "documents"
     """An example is a document (or a piece of a long one), a full block cut from all documents joined together, or,
     packed, as many documents as max_length holds, each read alone."""
     group: Literal["step", "epoch"] = "step"
-    """Group examples by length inside each random step, or over the epoch (faster, but a step then sees one length)."""
+    """Group examples by length inside each random step, or over the epoch (for models that need padding: a step then
+    sees one length)."""
     workers: int = 0
     """Processes that prepare batches ahead of the training process. Changes speed, not the result."""
 

@@ -51,10 +51,20 @@ def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
 def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
     """Let the next `optimizer.step()` change nothing when the gradient's norm is infinite or not a number.
 
-    The fused kernel looks at the flag on its device, so that nobody waits. Under fp16 the scaler does the same.
+    A fused kernel looks at the flag on its device, so that nobody waits; another optimizer is left without gradients,
+    which waits for the device. Under fp16 the scaler does the same.
     """
-    if accelerator.scaler is None:
+    if accelerator.scaler is not None:
+        return
+    if is_fused(optimizer):
         unwrapped(optimizer).found_inf = (~grad_norm.isfinite()).float()
+    elif not grad_norm.isfinite():
+        optimizer.zero_grad()
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its update is one kernel, which also clips and looks at whether the gradient is finite."""
+    return bool(optimizer.param_groups[0].get("fused"))
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> Any:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minilm.head import Head
-from minilm.optim import unwrapped
+from minilm.optim import is_fused, unwrapped
 from minilm.zero import Moment, ZeroOptimizer, gathered, shard_by_zero, zero_stage
 
 log = logging.getLogger("minilm")
@@ -133,9 +133,9 @@ def clip(
     """
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.clip_and_step(max_norm)
-    fused = unwrapped(optimizer)
-    if accelerator.scaler is not None or accelerator.is_fsdp2 or not fused.defaults.get("fused"):
+    if accelerator.scaler is not None or accelerator.is_fsdp2 or not is_fused(optimizer):
         return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    fused = unwrapped(optimizer)
     parameters = [parameter for group in fused.param_groups for parameter in group["params"]]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     fused.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # as clip_grad_norm_ has it

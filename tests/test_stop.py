@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,19 @@ def test_a_second_interrupt_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def momentum(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """One of torch's that a fork may take, whose update is not one kernel."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
 @pytest.mark.scorecard(21)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_without_a_finite_gradient_changes_nothing(bad: float) -> None:
+@pytest.mark.parametrize("build", [partial(build_optimizer, optim=CONFIG.optim), momentum], ids=["ours", "not fused"])
+def test_a_step_without_a_finite_gradient_changes_nothing(
+    bad: float, build: Callable[[torch.nn.Module], torch.optim.Optimizer]
+) -> None:
     model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(model, CONFIG.optim)
+    optimizer = build(model)
     accelerator = Accelerator(cpu=True)
 
     def step(factor: float) -> dict[str, Tensor]:

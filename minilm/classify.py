@@ -27,7 +27,7 @@ from minilm.hub import loading
 from minilm.infer import classify
 from minilm.labels import Labels, read_labels
 from minilm.metrics import ClassEvaluator
-from minilm.model import evaluating
+from minilm.model import computes_again, evaluating
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
 from minilm.tokens import Examples, Prepared, load_tokenizer
@@ -153,7 +153,8 @@ class ClassHead(Head):
         if not self.layers:
             return
         layer = self.layers[-1]
-        for names in (*AFTER_ATTENTION, None):
+        # Within a layer that is computed again on the way back, first tokens would no longer be known.
+        for names in (None,) if computes_again(self.model) else (*AFTER_ATTENTION, None):
             try:
                 handle = (
                     layer.register_forward_hook(self._reduce_output)

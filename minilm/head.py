@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from minilm.attention import ATTENTION
 from minilm.losses import linear_cross_entropy, softmax_in_place
-from minilm.model import evaluating, left_out, longest_input, position_offset, vocabulary_size
+from minilm.model import computes_again, evaluating, left_out, longest_input, position_offset, vocabulary_size
 from minilm.packing import Packing, pack
 from minilm.rounding import to_round
 from minilm.swap import with_fast_modules
@@ -284,8 +284,7 @@ class SparseHead(Head):
 
     def _try_short(self, expected_NxV: Tensor) -> None:
         # A layer that is computed again on the way back would no longer know the targets.
-        again = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        if not self.sparse or not self.layers or again:
+        if not self.sparse or not self.layers or computes_again(self.model):
             return
         for names in AFTER_ATTENTION:
             try:

@@ -32,6 +32,9 @@ def linear_cross_entropy(
     forward, while the logits are there, so that nothing is computed twice: those of the sum over the targets, and a
     RuntimeError for anything else. `softmax` computes what `softmax_in_place` does.
     """
+    if not torch.is_grad_enabled():  # a Function asks its inputs whether they want a gradient, whatever the mode
+        hidden_NxH, weight_VxH = hidden_NxH.detach(), weight_VxH.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NxH, weight_VxH, bias_V, target_N, smoothing, softmax or softmax_in_place
     )

@@ -79,6 +79,11 @@ def load_model(
     return network
 
 
+def computes_again(network: PreTrainedModel) -> bool:
+    """Whether layers are computed again on the way back, by gradient checkpointing."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
 def _checkpoint_gradients(network: PreTrainedModel) -> None:
     if not network.supports_gradient_checkpointing:
         raise ValueError(f"{type(network).__name__} has no gradient checkpointing: leave it out")

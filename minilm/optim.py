@@ -36,7 +36,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     for what comes before them, the embeddings. Weights that a head shares with the embeddings are theirs.
     """
     network = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    count = network.config.num_hidden_layers
+    count: int = getattr(network.config.get_text_config(), "num_hidden_layers", -1)
     lists = [m for m in network.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise ValueError(f"{type(network).__name__} has no list of layers: leave optim.layer_decay at 1")
@@ -59,12 +59,14 @@ def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimize
     if is_fused(optimizer):
         unwrapped(optimizer).found_inf = (~grad_norm.isfinite()).float()
     elif not grad_norm.isfinite():
-        optimizer.zero_grad()
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            parameter.grad = None
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its update is one kernel, which also clips and looks at whether the gradient is finite."""
-    return bool(optimizer.param_groups[0].get("fused"))
+    """Whether its update is one kernel, which also clips and looks at whether the gradient is finite (not on MPS)."""
+    group = optimizer.param_groups[0]
+    return bool(group.get("fused")) and all(parameter.device.type != "mps" for parameter in group["params"])
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> Any:

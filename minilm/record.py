@@ -82,7 +82,7 @@ class Recorder:
         rate, mfu = tokens / seconds, flops / seconds / self.peak_flops
         self._rate = rate if math.isnan(self._rate) else 0.95 * self._rate + 0.05 * rate
         self._mfu = mfu if math.isnan(self._mfu) else 0.95 * self._mfu + 0.05 * mfu
-        figures = torch.stack((loss, grad_norm)).to("cpu", non_blocking=True)
+        figures = torch.stack((loss, grad_norm)).to("cpu", non_blocking=self._copied is not None)
         if self._copied is not None:
             self._copied.record()
         self._examples = examples

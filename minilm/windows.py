@@ -53,7 +53,7 @@ def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bo
     return group.keep(("chunks", *kind), lambda: _bias(group.real(like.device), *kind))
 
 
-@functools.lru_cache(maxsize=16)  # full blocks have the same in every step
+@functools.lru_cache(maxsize=2)  # full blocks have the same in every step
 def _bias_of_whole_rows(
     length: int, size: int, window: int, width: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -65,10 +65,11 @@ def _bias(
     real_RxL: Tensor, size: int, window: int, width: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     before = window - 1
-    seen_CxW = torch.arange(size)[:, None] - torch.arange(-before, width - before)  # how far behind the query
+    place_C, place_W = torch.arange(size, device=device), torch.arange(-before, width - before, device=device)
+    seen_CxW = place_C[:, None] - place_W  # how far behind the query
     itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
     real_RxNxW = F.pad(real_RxL, (before, width - before - size + -real_RxL.shape[1] % size)).unfold(1, width, size)
-    seen = (near_CxW.to(device) & real_RxNxW[:, None, :, None]) | itself_CxW.to(device)
+    seen = (near_CxW & real_RxNxW[:, None, :, None]) | itself_CxW
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 

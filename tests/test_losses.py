@@ -148,3 +148,17 @@ def test_a_vocabulary_that_is_rounded_up_gives_the_same(
     torch.testing.assert_close(ours(*values), expected[0], rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients(ours, values), expected[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_an_evaluation_takes_no_gradients() -> None:
+    wanted = []
+
+    def softmax(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+        wanted.append(arguments[-1])
+        return softmax_in_place(*arguments)
+
+    hidden, weight, bias, target = inputs(bias=True)
+    with torch.no_grad():
+        found = linear_cross_entropy(hidden, weight, bias, target, softmax=softmax)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, bias, target, softmax=softmax), found)
+    assert wanted == [False, True]

@@ -1,6 +1,7 @@
 """The learning rate against closed forms and transformers' schedules, the optimizer against torch's plain AdamW."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    PerceiverConfig,
+    PerceiverForMaskedLM,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from minilm.config import Optim
-from minilm.optim import build_optimizer, learning_rate
+from minilm.optim import build_optimizer, is_fused, layer_scales, learning_rate
 from minilm.sharding import clip
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
@@ -89,6 +95,17 @@ def test_frozen_parameters_are_left_out_and_no_other():
     grouped = [p for group in build_optimizer(model, Optim()).param_groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(grouped) == 4
+
+
+def test_on_mps_whose_kernel_neither_clips_nor_skips_the_update_is_not_taken_for_a_fused_one():
+    groups = [[{"fused": True, "params": [SimpleNamespace(device=torch.device(kind))]}] for kind in ("cpu", "mps")]
+    assert [is_fused(SimpleNamespace(param_groups=group)) for group in groups] == [True, False]
+
+
+def test_rates_by_layer_are_refused_for_a_model_that_has_no_number_of_layers():
+    model = PerceiverForMaskedLM(PerceiverConfig(num_latents=4, d_latents=8, d_model=8, num_self_attends_per_block=1))
+    with pytest.raises(ValueError, match=r"has no list of layers: leave optim\.layer_decay at 1"):
+        layer_scales(model, 0.5)
 
 
 def test_updates_are_those_of_plain_adamw():

@@ -306,6 +306,16 @@ def test_what_chunks_see_in_bfloat16_is_as_wide_as_its_softmax_is_fast(
         assert (found - reference).abs().max() <= 2**-8 * reference.abs().max()
 
 
+def test_queries_and_keys_that_rotary_embeddings_left_in_float32_attend_in_the_type_of_autocast() -> None:
+    query, key, value = states(260 + 250)
+    words: dict[str, Any] = {"packing": pack([260, 250]), "sliding_window": 22, "is_causal": True}
+    expected, _ = packed_attention(nn.Module(), query, key, value, None, **words)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_attention(nn.Module(), query, key, value.bfloat16(), None, **words)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("dtype", "length", "device", "products"),
     [

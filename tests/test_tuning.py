@@ -11,14 +11,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from minilm import Config, Model, Optim
 from minilm.attention import ATTENTION
 from minilm.batch import Batch, loss_sum
 from minilm.causal import CausalCollator
+from minilm.classify import ClassCollator, ClassHead
 from minilm.config import MaskedLM
-from minilm.head import SparseHead
+from minilm.head import SparseHead, freeze_unused
+from minilm.labels import Labels
 from minilm.masked import MaskedCollator
 from minilm.model import load_model
 from minilm.objectives import objective_of
@@ -27,6 +29,7 @@ from minilm.tokens import Prepared
 from minilm.train import train_step
 from tests.jobs import config_in, end_of, finish_all
 from tests.reference import NO_EXAMPLES, build, fields, full_logits
+from tests.test_classify import examples_for
 
 ROWS = [np.arange(7, 7 + length) for length in (30, 21, 9)]
 FROZEN = ("*.embeddings.*", "*.layer.0.*")
@@ -167,6 +170,30 @@ def test_layers_computed_again_give_the_same_gradients_and_keep_less(
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert less < 0.7 * kept
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
+def test_a_classifier_s_layers_computed_again_give_the_same_gradients(
+    kind: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    labels, results = Labels(problem="single-label", names=("no", "yes", "maybe")), []
+    collator = ClassCollator(examples_for(ROWS, np.array([0, 2, 1])))
+    for checkpointing in (False, True):
+        model = Model(type=kind, config=fields(kind), gradient_checkpointing=checkpointing)
+        auto, more = AutoModelForSequenceClassification, {**labels.fields(), "pad_token_id": tokenizer.pad_token_id}
+        network = load_model(model, tokenizer, max_length=32, seed=0, auto=auto, fields=more)
+        head = ClassHead(network, labels).train()
+        assert head.padding_free
+        freeze_unused(head)
+        torch.manual_seed(0)  # dropout
+        loss = loss_sum(head, collator(ROWS, np.arange(3), 0))
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in network.named_parameters() if p.requires_grad}))
+    (loss, gradients), (again, theirs) = results
+    torch.testing.assert_close(again, loss)
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -1,6 +1,7 @@
 """The `minilm` command: trained models, used and measured."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -149,12 +150,17 @@ def _texts(options: argparse.Namespace) -> list[str]:
     """The texts of the command line, `-` replaced by the lines of standard input; or those of --file."""
     if options.file is not None:
         return list(_documents(options)["text"])
-    return [
-        line
-        for text in options.texts or ["-"]
-        for line in (sys.stdin.read().splitlines() if text == "-" else [text])
-        if line
-    ]
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="\n")  # a lone carriage return ends no line
+    texts = [line for text in options.texts or ["-"] for line in (_lines() if text == "-" else [text]) if line]
+    if not texts:
+        raise ValueError("there is no text: give one, or --file, or lines on standard input")
+    return texts
+
+
+def _lines() -> list[str]:
+    """The lines of standard input as other programs count them: `splitlines` also cuts at U+2028 and its like."""
+    return [line.removesuffix("\r") for line in sys.stdin.read().split("\n")]
 
 
 def _documents(options: argparse.Namespace) -> Any:

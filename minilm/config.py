@@ -46,7 +46,7 @@ class Data:
 
     streaming: bool = False
     """Read the documents from the source as they are encoded, and store nothing but their tokens. Held out is then each
-    document at which another eval_fraction is full; of a hub dataset, no more is read than run.max_steps needs."""
+    document at which another eval_fraction is full. Of one hub dataset, no more is read than run.max_steps needs."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)

@@ -227,6 +227,8 @@ def classify(
     Scores are those of transformers' text-classification pipeline. Texts longer than the model's input are cut, and a
     warning says how many; texts of one length are read together, since padding changes what some models say.
     """
+    if not texts:
+        return []  # the tokenizer takes no empty list
     longest = longest_input(model)
     both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
     encoded = tokenizer(*both, truncation=longest is not None, max_length=longest, verbose=False)

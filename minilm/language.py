@@ -1,5 +1,6 @@
 """What masked and causal LM have in common: documents to examples, the head at the targets, loss and perplexity."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from minilm.stream import Stream, chained, stream_documents
 from minilm.tokens import Prepared, encode, load_tokenizer, token_bytes
 from minilm.vocabulary import Documents
 
+log = logging.getLogger("minilm")
+
 
 def _documents(config: Config) -> tuple[Documents, Documents]:
     """Training and evaluation documents, the latter from all parts that are to be evaluated."""
@@ -27,8 +30,16 @@ def _documents(config: Config) -> tuple[Documents, Documents]:
 
 
 def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
-    """The training and evaluation examples after which no more is read of a hub's stream; None where all is read."""
+    """The training and evaluation examples after which no more is read of a hub's stream; None where all is read.
+
+    That is so of several sources: how much of a run each makes up, with its weight, is known once it is read.
+    """
     if not isinstance(train, Stream) or not train.remote or config.run.max_steps is None:
+        return None, None
+    if len(config.data.sources) > 1:
+        log.warning(
+            "data.source: of several all is read, whatever run.max_steps needs; --data.split train[:5000] cuts each"
+        )
         return None, None
     needed, share = config.run.max_steps * config.batch.examples, config.data.eval_fraction
     if config.data.eval_source or config.data.eval_split:
@@ -60,10 +71,10 @@ class LanguageModel:
         train, held_out = _documents(config)
         needed = _needed(config, train)
         tokenizer = load_tokenizer(config.tokens, config.model.name, _first(train, needed[0]), causal=self.causal)
-        blocks = config.batch.layout == "blocks"
+        joined = config.batch.layout != "documents"  # how many documents an example takes is not known
         train_examples, eval_examples = (
             encode(
-                documents if blocks else _first(documents, count),
+                documents if joined else _first(documents, count),
                 tokenizer,
                 max_length=config.batch.max_length,
                 layout=config.batch.layout,
@@ -71,7 +82,7 @@ class LanguageModel:
                 causal=self.causal,
                 words=self.words and part == "training",
                 name=f"{part} documents",
-                enough=count * config.batch.max_length if blocks and count else None,
+                enough=count * config.batch.max_length if joined and count else None,
             )
             for part, documents, count in (("training", train, needed[0]), ("evaluation", held_out, needed[1]))
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.cache import building, cache_folder
 from minilm.flat import FlatFile
 from minilm.progress import progress_bar
-from minilm.tokens import Examples, fingerprint
+from minilm.tokens import Examples, fingerprint, state_of
 
 log = logging.getLogger("minilm")
 _BATCH = 2000  # documents encoded at a time
@@ -29,7 +29,7 @@ def encode_pairs(
     columns = [column for column in ("text", "pair") if column in documents.column_names]
     tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
     tokenizer.backend_tokenizer.no_padding()
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), "pairs", max_length, columns=columns)
+    key = fingerprint(documents, state_of(tokenizer), columns, max_length, columns=columns)
     folder = cache_folder() / f"ids-{key}"
     if not folder.exists():
         with building(folder) as temporary:

@@ -157,10 +157,14 @@ def _is_saved(path: str) -> bool:
 
 
 def local_files(source: str) -> list[str]:
-    """The files that a path, folder or glob stands for; none where it can only be a hub id or a saved dataset."""
+    """The files that a path, folder or glob stands for; none where it can only be a hub id or a saved dataset.
+
+    Of a folder, what is hidden or in a hidden folder below it is left out, as globs leave it out.
+    """
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+        below = ((file, file.relative_to(path).parts) for file in Path(path).rglob("*") if file.is_file())
+        found = sorted(str(file) for file, parts in below if not any(part.startswith(".") for part in parts))
     else:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if _is_saved(path):

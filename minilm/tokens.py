@@ -29,6 +29,17 @@ from minilm.words import begins_word
 
 _VERSION = 4  # of the files below in the cache
 _CHUNK = 2**20  # documents that are cut into examples at a time
+# What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
+_SETTINGS = (
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "special_tokens_map",
+    "split_special_tokens",
+    "truncation_side",
+)
 
 
 def load_tokenizer(
@@ -58,8 +69,13 @@ def load_tokenizer(
         raise ValueError(f"tokenizer {name!r} has no {role} token; pass another one with --tokens.name")
     if not tokens.extend:
         return tokenizer
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), tokens.extend)
+    key = fingerprint(documents, state_of(tokenizer), tokens.extend)
     return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
+
+
+def state_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What tells a tokenizer from others, as JSON types."""
+    return [tokenizer.backend_tokenizer.to_str(), *(getattr(tokenizer, name) for name in _SETTINGS)]
 
 
 def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
@@ -162,7 +178,7 @@ def encode(
     `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
     Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
     The ids are cached by content (of a stream by its identity), so that a second run starts at once; with `words`, also
-    where words begin. Once there are `enough` ids no more documents are read.
+    where words begin. Once there are `enough` ids, without those that are truncated, no more documents are read.
     """
     prefix, suffix = _special_around(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
@@ -171,11 +187,12 @@ def encode(
         prefix, suffix = prefix[:0], suffix[:0]
     room = max_length - len(prefix) - len(suffix)
     around = before.tolist(), after.tolist()
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), *around, enough)
+    most = room if enough and layout != "blocks" and overflow == "truncate" else None
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), *around, enough, *([most] if most else []))
     folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
     if not folder.exists():
         with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, *around, words, name, enough)
+            _write_ids(temporary, documents, tokenizer, *around, words, name, enough, most)
     ids = FlatFile(folder / "ids.npy")
     begins = FlatFile(folder / "begins.npy") if words else None
     offsets = np.load(folder / "offsets.npy")
@@ -215,18 +232,19 @@ def _write_ids(
     words: bool,
     name: str,
     enough: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
 
-    `before` and `after` go around each document; reading ends once there are `enough` ids. With `words`, write
-    `begins.npy` too: bool, which ids begin a word.
+    `before` and `after` go around each document; reading ends once there are `enough` ids, of a document at most `most`
+    counted. With `words`, write `begins.npy` too: bool, which ids begin a word.
     """
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # what it was saved with is not what it is
     backend.no_padding()
     encode_batch = backend.encode_batch if words else backend.encode_batch_fast  # the fast one knows no places
-    sizes = array("q", [0])
+    sizes, counted = array("q", [0]), 0
     with (
         growing(folder / "ids.npy", np.dtype(kind)) as file,
         growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
@@ -243,7 +261,8 @@ def _write_ids(
                 begins[len(before) : len(before) + len(starts)] = begins_word(text, starts)
                 begins.tofile(begins_file)
             bar.update(len(texts))
-            if enough is not None and file.tell() >= enough * np.dtype(kind).itemsize:
+            counted += sum(min(len(row), most or len(row)) for row in rows) if enough else 0
+            if enough and counted >= enough:
                 break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
 

@@ -212,6 +212,8 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        chat_template=tokenizer.chat_template,
         **roles,
     )
 

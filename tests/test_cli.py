@@ -1,6 +1,7 @@
 """The command: what it prints, what it reads, and one line with status 2 for what the user got wrong."""
 
 import gc
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from minilm.cli import guarded, quick_imports
+from minilm.commands import main
 from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
 from minilm.vocabulary import train_tokenizer
 
@@ -53,6 +55,23 @@ def test_a_dash_reads_a_text_from_each_line_of_standard_input(run, folder):
     for words in (["-"], []):
         _, piped, _ = run("fill-mask", folder, *words, "--json", stdin=lines)
         assert piped == given
+
+
+def test_a_line_ends_at_a_line_feed_alone(folder, capfd, monkeypatch):
+    texts = [f"The{mark}quick [MASK] fox." for mark in "\r\v\f\x1c\x85\u2028 "]
+    stdin = io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode()), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    main(["fill-mask", folder, "-", "-", "--json"])  # the second finds no more
+    assert [json.loads(line)["input"] for line in capfd.readouterr().out.split("\n")[:-1]] == texts
+
+
+@pytest.mark.parametrize("words", [[], ["-"], [""]])
+@pytest.mark.parametrize("command", ["fill-mask", "generate", "classify"])
+def test_no_text_is_refused_before_anything_is_loaded(command, words, run):
+    for stdin in ("", "\r\n\n"):
+        status, output, error = run(command, "nowhere", *words, stdin=stdin)
+        assert (status, output, len(error)) == (2, [], 1)
+        assert error[0].startswith("error: there is no text: ")
 
 
 def test_a_text_without_a_mask_is_refused_before_anything_is_printed(run, folder):

@@ -131,6 +131,12 @@ def test_a_folder_and_a_glob_stand_for_all_their_files(tmp_path: Path, source: s
     assert _all(Data(source=str(tmp_path / source))) == TEXTS_SORTED
 
 
+def test_what_is_hidden_below_a_folder_is_not_read_though_the_folder_itself_may_be(tmp_path: Path) -> None:
+    folder = tmp_path / ".data"
+    _write(folder, {"a.txt": LINES, ".ipynb_checkpoints/a-checkpoint.csv": b"text\nold\n", "in/.old/b/c.txt": b"old"})
+    assert _all(Data(source=str(folder))) == _all(Data(source=f"{folder}/../.data")) == TEXTS_SORTED
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_dataset_saved_to_disk_is_read_by_split(tmp_path: Path, split: str) -> None:
     DatasetDict({split: Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")

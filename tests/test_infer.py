@@ -18,6 +18,7 @@ from transformers import (
 
 from minilm.infer import (
     check_beginnings,
+    classify,
     fill_mask,
     generate,
     load_causal_lm,
@@ -134,6 +135,13 @@ def test_a_model_of_another_kind_is_refused_with_the_command_that_takes_it(
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"for a {saved.__name__} there is: minilm {command}$"):
         load(tmp_path)
+
+
+def test_of_no_texts_there_is_nothing_to_say(folder, causal):
+    model, tokenizer = load_masked_lm(folder)
+    classifier = BertForSequenceClassification(model.config)
+    assert classify(classifier, tokenizer, []) == fill_mask(model, tokenizer, []) == []
+    assert classify(classifier, tokenizer, [], []) == generate(*load_causal_lm(causal), []) == []
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.config import Batch, Config, Data, Run, Tokens
 from minilm.data import load_documents
 from minilm.masked import Masked
+from minilm.plan import fill_rows
 from minilm.stream import Stream, stream_documents
 from minilm.tokens import encode
 
@@ -169,6 +170,42 @@ def test_of_a_hub_stream_no_more_is_read_than_the_steps_need(hub: list[int], lay
     assert len(prepared.eval) >= 44
     assert max(hub) < most
     assert "abc" in stream_documents(config.data)[0].identity
+
+
+@pytest.mark.parametrize(("overflow", "max_length"), [("split", 64), ("truncate", 8)])
+def test_of_a_hub_stream_packed_rows_get_the_documents_that_fill_them(
+    hub: list[int], overflow: str, max_length: int
+) -> None:
+    config = Config(
+        data=Data(source="some/rows", streaming=True, eval_fraction=0.1),
+        tokens=Tokens(vocab_size=400, overflow=overflow),
+        batch=Batch(examples=30, max_length=max_length, layout="packed"),
+        run=Run(max_steps=100),
+    )
+    prepared = Masked(config.objective).prepare(config)
+    assert len(fill_rows(prepared.train.lengths, max_length, 0)) >= 3000
+    assert len(fill_rows(prepared.eval.lengths, max_length, 0)) >= 333
+    assert max(hub) < 60_000
+
+
+def test_of_several_hub_streams_all_is_read_so_that_each_has_its_share(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load_dataset(path: str, **options: Any) -> IterableDataset:
+        return Dataset.from_dict({"text": [f"{path} {number}" for number in range(300)]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    config = Config(
+        data=Data(source=("some/a", "some/b"), weights=(1, 0.5), streaming=True, eval_fraction=0.1),
+        tokens=Tokens(kind="characters"),
+        batch=Batch(examples=10),
+        run=Run(max_steps=2),
+    )
+    prepared = Masked(config.objective).prepare(config)
+    assert "b" in prepared.tokenizer.get_vocab()
+    assert [len(prepared.train), len(prepared.eval)] == [270 + 135, 30 + 30]
+    assert [message for message in caplog.messages if message.startswith("data.source: of several all is read")]
 
 
 REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {

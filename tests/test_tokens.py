@@ -1,9 +1,13 @@
 """Tokenizers and corpora: text comes back from ids, no token is lost, and nothing is encoded twice."""
 
+import copy
 import itertools
+import json
 import os
 import string
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import minilm.tokens
 from minilm.config import Data, Tokens
 from minilm.data import load_documents
 from minilm.flat import FlatFile
-from minilm.tokens import Examples, encode, fingerprint, load_tokenizer, token_bytes
+from minilm.pairs import encode_pairs
+from minilm.tokens import Examples, encode, fingerprint, load_tokenizer, state_of, token_bytes
 from minilm.vocabulary import train_tokenizer
 
 ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -262,6 +267,42 @@ def test_a_hash_is_of_the_columns_that_are_asked_for(cache: Path) -> None:
     assert fingerprint(documents.select_columns("text")) == keys[0]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "truncation_side", "left"),
+        lambda tokenizer: setattr(tokenizer, "model_input_names", ["input_ids", "token_type_ids"]),
+        lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
+    ],
+)
+def test_pairs_are_cached_for_the_settings_that_decide_their_ids_and_types(
+    tokenizer: PreTrainedTokenizerBase, cache: Path, change: Callable[[Any], None]
+) -> None:
+    documents = Dataset.from_dict({"text": ["A [MASK].", "The quick"], "pair": ["Another.", "It jumps over. " * 5]})
+
+    def rows(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        examples = encode_pairs(documents, tokenizer, np.zeros(2), max_length=20, name="documents")
+        types = [examples.row_types(i).tolist() for i in range(2)] if examples.types is not None else []
+        return [examples[i].tolist() for i in range(2)] + types
+
+    changed = copy.deepcopy(tokenizer)
+    change(changed)
+    before = rows(tokenizer)
+    expected = changed(documents["text"][:], documents["pair"][:], truncation=True, max_length=20)
+    assert rows(changed) == expected["input_ids"] + expected.get("token_type_ids", [])
+    assert rows(changed) != before
+    assert rows(tokenizer) == before
+
+
+def test_pairs_are_not_taken_for_single_texts_that_are_the_same_one_after_the_other(
+    tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> None:
+    pair, single = {"text": ["one"], "pair": ["two"]}, {"text": ["one", "two"]}
+    for rows in (pair, single):
+        documents, labels = Dataset.from_dict(rows), np.zeros(len(rows["text"]))
+        assert len(encode_pairs(documents, tokenizer, labels, max_length=20, name="documents")) == len(labels)
+
+
 @pytest.mark.parametrize(("size", "kind"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_ids_are_read_from_disk_in_the_smallest_type_that_holds_them(size: int, kind: type, cache: Path) -> None:
     backend = Tokenizer(models.WordLevel({str(number): number for number in range(size - 1)} | {"a": size - 1}))
@@ -307,6 +348,42 @@ def test_a_tokenizer_is_trained_once_for_each_content(
         for changed in (lambda: load(documents, 310), lambda: load(documents.select(range(59)))):
             with pytest.raises(TypeError):
                 changed()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_input_names", ["input_ids", "token_type_ids", "attention_mask"]),
+        ("model_max_length", 77),
+        ("padding_side", "left"),
+        ("clean_up_tokenization_spaces", True),
+        ("mask_token", "[UNK]"),
+    ],
+)
+def test_an_extended_tokenizer_comes_from_the_cache_with_the_settings_of_the_one_that_was_extended(
+    documents: Dataset, wordpiece: PreTrainedTokenizerBase, cache: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    for change in ({}, {name: value}):
+        wordpiece.save_pretrained(tmp_path)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        expected = getattr(AutoTokenizer.from_pretrained(tmp_path), name)
+        assert (expected == value) is bool(change)
+        for _ in range(2):  # the second time from the cache
+            assert getattr(load_tokenizer(Tokens(extend=3), str(tmp_path), documents), name) == expected
+    assert len([*cache.glob("tokenizer-*")]) == 2
+
+
+def test_a_tokenizer_has_one_state_in_each_process(wordpiece: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    wordpiece.save_pretrained(tmp_path)
+    program = (
+        "import json, sys; from transformers import AutoTokenizer; from minilm.tokens import state_of; "
+        "print(json.dumps(state_of(AutoTokenizer.from_pretrained(sys.argv[1]))))"
+    )
+    words, states = [sys.executable, "-c", program, str(tmp_path)], []
+    for seed in "12":
+        states.append(subprocess.run(words, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=-1, check=True).stdout)
+    assert states[0] == states[1] == json.dumps(state_of(AutoTokenizer.from_pretrained(tmp_path))).encode() + b"\n"
 
 
 def test_a_tokenizer_is_loaded_by_its_own_name_before_the_models(

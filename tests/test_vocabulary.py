@@ -226,7 +226,10 @@ def test_new_rows_are_the_mean_of_the_old_and_change_no_other_logit(
 
 def test_a_real_checkpoint_is_extended(tmp_path: Path) -> None:
     documents = Dataset.from_dict({"text": EVERYTHING * 2})
-    plain, extended = (load_tokenizer(Tokens(extend=size), REAL, documents) for size in (0, 4))
+    settings = {"truncation_side": "left", "chat_template": "{{ messages[0].content }}"}
+    AutoTokenizer.from_pretrained(REAL, **settings).save_pretrained(tmp_path)
+    plain, extended = (load_tokenizer(Tokens(extend=size, name=str(tmp_path)), REAL, documents) for size in (0, 4))
+    assert {name: getattr(extended, name) for name in settings} == settings
     assert len(extended) == len(plain) + 4
     assert len(extended(EVERYTHING[3])["input_ids"]) < len(plain(EVERYTHING[3])["input_ids"])
     assert extended.model_max_length == plain.model_max_length

@@ -46,7 +46,8 @@ def read_labels(
 
     The arrays are int64[E] for a single label, float32[E, C] of zeros and ones for several, float32[E] for a
     regression. `known` are the labels of a checkpoint that classifies already: where they cover the data's, they are
-    kept with their ids. Raises ValueError for labels that do not make a problem, or that training never sees.
+    kept with their ids. Evaluation examples are read by the names of their own column where both parts have names.
+    Raises ValueError for labels that do not make a problem, or that training never sees.
     """
     columns = [part["label"] for part in (train, held_out)]
     problem = _problem(columns[0][0]) if settings.problem == "auto" else settings.problem
@@ -55,11 +56,11 @@ def read_labels(
         numbers = [_numbers(column[:], part) for column, part in zip(columns, ("training", "evaluation"), strict=True)]
         return Labels(problem=problem, names=("LABEL_0",)), numbers[0], numbers[1]
     several = problem == "multi-label"
-    feature = train.features["label"]
-    feature = getattr(feature, "feature", feature)  # of a list, what it holds
-    given = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-    rows, unseen = ([_as_names(value, several, given) for value in column] for column in columns)
-    ids, names = (_numbered(given), given) if given else _ids(rows, known)
+    given = _given_names(train, held_out)
+    rows, unseen = (
+        [_as_names(value, several, names) for value in column] for column, names in zip(columns, given, strict=True)
+    )
+    ids, names = _ids(rows, given[0], known)
     for number, row in enumerate(unseen):
         if missing := [name for name in row if name not in ids]:
             text = held_out[number]["text"][:40]
@@ -69,12 +70,47 @@ def read_labels(
             )
     seen = {name for row in rows for name in row}
     if len(seen) < 2 and not several and set(names) != set(known):
-        raise ValueError(f"every training document has the label {rows[0][0]!r}: a classification needs two or more")
+        said = f"every training document has the label {rows[0][0]!r}: a classification needs two or more"
+        raise ValueError(said + _knows(known))
     if several:
         return Labels(problem=problem, names=names), _indicators(rows, ids), _indicators(unseen, ids)
     arrays = [np.array([ids[row[0]] for row in part], np.int64) for part in (rows, unseen)]
     weights = _balanced(arrays[0], len(names)) if settings.class_weights == "balanced" else None
     return Labels(problem=problem, names=names, weights=weights), arrays[0], arrays[1]
+
+
+def check_known(labels: Labels, known: Mapping[str, int]) -> None:
+    """Raise ValueError unless `labels` have the names and ids of a checkpoint whose labels are `known`.
+
+    To one without names, whose labels are LABEL_0 and so on, they may belong by number: this is warned of.
+    """
+    by_id = _by_id(known)
+    if labels.problem == "regression" or labels.names == by_id:
+        return
+    if len(labels.names) == len(by_id) and set(by_id) == {f"LABEL_{index}" for index in range(len(by_id))}:
+        pairs = ", ".join(f"{ours} is {name}" for ours, name in zip(by_id[:10], labels.names, strict=False))
+        log.warning(f"WARNING: the model has no names for its labels, which are taken by number: {pairs}")
+        return
+    unknown = ", ".join(repr(name) for name in [name for name in labels.names if name not in known][:10])
+    raise ValueError(f"the data have labels that the model was not trained for: {unknown}{_knows(known)}")
+
+
+def _by_id(known: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(sorted(known, key=lambda name: known[name]))
+
+
+def _knows(known: Mapping[str, int]) -> str:
+    """The end of an error message: what a checkpoint knows, where it classifies already."""
+    listed = ", ".join(_by_id(known)[:10]) + (", …" if len(known) > 10 else "")
+    return f" (the model knows {listed})" if known else ""
+
+
+def _given_names(train: Dataset, held_out: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names by which each part's column explains its numbers; numbers of training that have none stay numbers."""
+    features = [part.features["label"] for part in (train, held_out)]
+    features = [getattr(feature, "feature", feature) for feature in features]  # of a list, what it holds
+    first, second = (tuple(each.names) if isinstance(each, ClassLabel) else () for each in features)
+    return first, second if second and (first or "string" in features[0].dtype) else first
 
 
 def _problem(first: object) -> str:
@@ -108,32 +144,40 @@ def _as_names(value: Any, several: bool, given: tuple[str, ...]) -> list[str]:
         if index and given and not 0 <= item < len(given):
             raise ValueError(f"the label {item!r} lies outside 0..{len(given) - 1}")
         names.append(given[int(item)] if index and given else str(int(item)) if index else str(item))
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"the label {repr(value)[:40]} names {max(names, key=names.count)!r} twice: "
+            "a list has the numbers or names of the row's labels, each once"
+        )
     return names
 
 
-def _ids(rows: list[list[str]], known: Mapping[str, int]) -> tuple[dict[str, int], tuple[str, ...]]:
+def _ids(
+    rows: list[list[str]], given: tuple[str, ...], known: Mapping[str, int]
+) -> tuple[dict[str, int], tuple[str, ...]]:
     """The id of each label as the rows have it, and the names by id.
 
-    Both are the checkpoint's, where it knows the labels by name or by number; else words are sorted and numbers stay.
+    Both are the checkpoint's, where it knows the labels by name or by number; else those of the names that are `given`
+    with the data; else words are sorted and numbers stay.
     """
     seen = {name for row in rows for name in row}
-    by_id = tuple(sorted(known, key=lambda name: known[name]))
-    if seen <= known.keys():
-        return dict(known), by_id
-    if not all(name.removeprefix("-").isdecimal() for name in seen):
-        return _numbered(sorted(seen)), tuple(sorted(seen))
-    count = max(map(int, seen)) + 1
-    numbers = tuple(map(str, range(max(count, len(known)))))
-    if known and count <= len(known) and seen <= set(numbers):
-        return _numbered(numbers), by_id
-    if missing := sorted(set(numbers[:count]) - seen, key=int) or sorted(seen - set(numbers), key=int):
-        what = "is negative" if int(missing[0]) < 0 else "has none"
+    if set(given or seen) <= known.keys():
+        return dict(known), _by_id(known)
+    if given or not all(name.removeprefix("-").isdecimal() for name in seen):
+        names = given or tuple(sorted(seen))
+        return _numbered(names), names
+    theirs, numbers = (tuple(map(str, range(count))) for count in (len(known), len(seen)))
+    if seen <= set(theirs):
+        return _numbered(theirs), _by_id(known)
+    if strange := sorted(seen - set(numbers), key=int):
+        negative = int(strange[0]) < 0
+        culprit = f"{strange[0]} is negative" if negative else f"{next(n for n in numbers if n not in seen)} has none"
         listed = ", ".join(sorted(seen, key=int)[:10])
         raise ValueError(
             "labels that are whole numbers must run from 0 to n-1, each with a training example: "
-            f"{missing[0]} {what} (there are {listed}); write them as words to have them numbered"
+            f"{culprit} (there are {listed}); write them as words to have them numbered{_knows(known)}"
         )
-    return _numbered(numbers[:count]), numbers[:count]
+    return _numbered(numbers), numbers
 
 
 def _numbered(names: Iterable[str]) -> dict[str, int]:

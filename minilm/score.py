@@ -4,34 +4,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from minilm.config import CausalLM, Classification, Config, Data, MaskedLM, Model
+from minilm.classify import trained_labels
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
 from minilm.hub import loading
+from minilm.labels import check_known
 from minilm.launch import finish, start
 from minilm.micro import number_of
+from minilm.model import longest_input
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
 
-_LENGTH = 512  # tokens of the longest example of a model whose run is not known
+_LENGTH = 512  # tokens of the longest example of a model whose run is not known, where its positions allow as many
 _OBJECTIVES: dict[Any, type] = {
     AutoModelForMaskedLM: MaskedLM,
     AutoModelForCausalLM: CausalLM,
     AutoModelForSequenceClassification: Classification,
 }
+_PROBLEMS = {"multi_label_classification": "multi-label", "regression": "regression"}
 
 
 def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     """The figures of a model, a folder or hub id, on all documents of `data`.
 
     How it is evaluated (the objective, the length of examples, precision) is what its run.json says, or else what its
-    class says and the defaults of `minilm.config`. Without `data` the run's own evaluation is done again. Raises
-    ValueError where neither is known.
+    class says, as many as 512 tokens and the defaults of `minilm.config`; what labels mean is what the model was
+    trained for. Without `data` the run's own evaluation is done again. Raises ValueError where neither is known, and
+    for labels that the model does not know.
     """
     config = _config(str(name), data)
     objective = objective_of(config.objective)
     accelerator, _ = start(config.run)
     prepared = prepare(config)
+    if prepared.labels is not None:
+        check_known(prepared.labels, trained_labels(str(name)))
     head = objective.head(build(config, prepared).to(accelerator.device), prepared)
     multiple = 1 if accelerator.device.type == "cpu" else 8
     evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
@@ -49,13 +57,33 @@ def _config(name: str, data: Data | None) -> Config:
     elif data is None:
         raise ValueError(f"{name} has no run.json that says what to evaluate it on: give --data.source")
     else:
-        config = Config(objective=objective_for(name))
+        objective = objective_for(name)
+        length = _longest(name, objective_of(objective).auto)
+        config = Config(objective=objective, batch=Batch(max_length=length))
+    if isinstance(config.objective, Classification):
+        config = replace(config, objective=replace(config.objective, problem=_problem(name)))
     model = Model(name=name)
     if data is not None:
         if len(data.sources) > 1 or data.streaming:
             raise ValueError("data.source: evaluate takes one source at a time, and no stream")
         config = replace(config, data=replace(data, eval_source=data.sources[0], eval_split=data.split))
-    return replace(config, model=model, tokens=replace(config.tokens, name=None))
+    # The model's own tokenizer, which was extended already.
+    return replace(config, model=model, tokens=replace(config.tokens, name=None, extend=0))
+
+
+def _longest(name: str, auto: Any) -> int:
+    with loading(name, f"model {name!r} cannot be loaded"), torch.device("meta"):  # without weights
+        network = auto.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return min(_LENGTH, longest_input(network) or _LENGTH)
+
+
+def _problem(name: str) -> Any:
+    """What a classifier was trained for; transformers, too, takes one output of which nothing is said for a number."""
+    with loading(name, f"model {name!r} cannot be loaded"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.problem_type is None and config.num_labels == 1:
+        return "regression"
+    return _PROBLEMS.get(config.problem_type, "single-label")
 
 
 def objective_for(name: str) -> Any:

@@ -12,7 +12,14 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from sklearn import metrics
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    pipeline,
+)
 
 from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
 from minilm.batch import loss_sum
@@ -22,6 +29,7 @@ from minilm.labels import Labels, read_labels
 from minilm.metrics import Classified
 from minilm.model import load_model
 from minilm.pairs import encode_pairs
+from minilm.score import evaluate
 from minilm.tokens import Examples
 from minilm.train import train
 from tests.jobs import finish_all
@@ -193,6 +201,10 @@ NAMES = ClassLabel(names=["no", "yes", "maybe"])
         ([1, 0], NAMES, {}, ("no", "yes", "maybe"), [1, 0]),
         (["b", "a"], None, {"b": 0, "a": 1, "c": 2}, ("b", "a", "c"), [0, 1]),
         ([1, 0], NAMES, {"b": 0, "a": 1, "c": 2}, ("no", "yes", "maybe"), [1, 0]),
+        ([1, 0], NAMES, {"maybe": 0, "no": 1, "yes": 2}, ("maybe", "no", "yes"), [2, 1]),
+        ([1, 0], NAMES, {"other": 0, "maybe": 1, "no": 2, "yes": 3}, ("other", "maybe", "no", "yes"), [3, 2]),
+        ([1, 0], NAMES, {"no": 0, "yes": 1}, ("no", "yes", "maybe"), [1, 0]),
+        ([1, 0], NAMES, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, ("no", "yes", "maybe"), [1, 0]),
         ([2, 0], None, {"b": 0, "a": 1, "c": 2}, ("b", "a", "c"), [2, 0]),
         (["b", "a"], None, {"LABEL_0": 0, "LABEL_1": 1}, ("a", "b"), [1, 0]),
     ],
@@ -220,6 +232,24 @@ def test_several_labels_become_zeros_and_ones(values, feature) -> None:
     assert train.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("values", "feature", "ids"),
+    [
+        ([0, 1], ClassLabel(names=["yes", "no"]), [1, 0]),
+        ([0, 1], None, [0, 1]),  # numbers alone are numbers of the training documents' names
+        (["yes", "no"], None, [1, 0]),
+    ],
+)
+def test_evaluation_documents_are_read_by_names_of_their_own(values, feature, ids) -> None:
+    assert read_labels(labelled([1, 0], NAMES), labelled(values, feature), Classification(), {})[2].tolist() == ids
+
+
+def test_names_of_evaluation_documents_alone_explain_words_and_no_numbers() -> None:
+    held_out = labelled([0, 1], ClassLabel(names=["yes", "no"]))
+    for values, ids in ((["no", "yes"], [1, 0]), ([1, 0], [0, 1])):
+        assert read_labels(labelled(values), held_out, Classification(), {})[2].tolist() == ids
+
+
 def test_numbers_with_a_decimal_point_are_a_regression() -> None:
     column = labelled([2.5, 0.0])
     found, train, _ = read_labels(column, column, Classification(), {})
@@ -237,6 +267,10 @@ def test_numbers_with_a_decimal_point_are_a_regression() -> None:
         (["a", "b"], ["a", "bb"], Classification(), r"row 1 .* 'bb': did you mean 'b'\?"),
         ([1, 2], [1], Classification(), "from 0 to n-1.*: 0 has none"),
         ([-1, 0, 1], [1], Classification(), "from 0 to n-1.*: -1 is negative"),
+        ([-1, 1], [1], Classification(), "from 0 to n-1.*: -1 is negative"),
+        ([0, 1, 3], [1], Classification(), "from 0 to n-1.*: 2 has none .there are 0, 1, 3.;"),
+        ([0, 16225007011], [0], Classification(), "from 0 to n-1.*: 1 has none .there are 0, 16225007011.;"),
+        ([[0, 1, 0, 1], [1]], [[0]], Classification(), r"\[0, 1, 0, 1\] names '0' twice: a list has the numbers or"),
         ([0, 1], [2], Classification(), "row 0 .* label '2'"),
         (["a", "b"], ["a"], Classification(problem="regression"), "row 0 of the training .*'a': a regression needs"),
         ([0.5, 1.0], [1.0], Classification(problem="single-label"), "label 0.5 is no class: .*regression"),
@@ -431,7 +465,50 @@ def test_the_command_evaluates_as_training_did_and_on_other_data(
     figures = json.loads(run("evaluate", str(folder), "--data.source", str(one), *columns, "--json")[1][-1])
     assert figures["accuracy"] == 1.0
     strange = tmp_path / "strange.jsonl"
-    strange.write_text(json.dumps({"sentence": "the red fox", "other": "a dog", "colour": "pink"}))
-    status, _, error = run("evaluate", str(folder), "--data.source", str(strange), *columns)
-    assert (status, len(error)) == (2, 1)
-    assert "'pink'" in error[0]
+    row = {"sentence": "the red fox", "other": "a dog"}
+    for colours in (["pink"], ["pink", "red", "blue"], ["red", "pink", "green", "blue"], [7, 9]):
+        strange.write_text("".join(json.dumps({**row, "colour": colour}) + "\n" for colour in colours))
+        status, output, error = run("evaluate", str(folder), "--data.source", str(strange), *columns)
+        assert (status, output) == (2, [])
+        assert ("'pink'" if "pink" in colours else "7, 9") in error[-1]
+        assert error[-1].endswith("(the model knows blue, green, red)")
+
+
+def test_a_trained_classifier_is_evaluated_by_its_own_names_for_labels(trained, run, tmp_path: Path) -> None:
+    names, columns = ["red", "blue"], ("--data.column", "sentence", "--data.pair-column", "other")
+    features = Features({"sentence": Value("string"), "other": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"sentence": ["the red fox", "the blue fox"] * 3, "other": ["a dog"] * 6, "label": [0, 1] * 3}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    status, output, _ = run("evaluate", str(trained[0]), "--data.source", str(tmp_path / "saved"), *columns, "--json")
+    assert (status, json.loads(output[-1])["accuracy"]) == (None, 1.0)
+
+
+def saved(folder: Path, tokenizer, **fields: Any) -> str:
+    """A classifier that minilm did not train."""
+    size = {**SIZE, "max_position_embeddings": 64, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    BertForSequenceClassification(BertConfig(**size, **fields)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("said", [{"problem_type": "regression"}, {}])
+def test_a_regression_is_evaluated_as_one_where_all_numbers_are_whole(said, tokenizer, tmp_path: Path) -> None:
+    source = tmp_path / "scores.jsonl"
+    source.write_text("".join(json.dumps({"text": f"text {i}", "label": i % 4}) + "\n" for i in range(8)))
+    model = saved(tmp_path / "model", tokenizer, num_labels=1, **said)
+    assert evaluate(model, Data(source=str(source))).keys() == {"eval_loss", "pearson", "spearman", "mse"}
+
+
+def test_labels_of_a_model_without_names_are_taken_by_number_and_as_many(
+    tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, figures = saved(tmp_path / "model", tokenizer, num_labels=3), []
+    for name, feature in (("numbers", Value("int64")), ("names", NAMES)):
+        labelled([0, 2, 1, 1], feature).save_to_disk(tmp_path / name)
+        figures.append(evaluate(model, Data(source=str(tmp_path / name))))
+    assert figures[0] == figures[1]
+    said = "no names for its labels, which are taken by number: LABEL_0 is no, LABEL_1 is yes, LABEL_2 is maybe"
+    assert [said in message for message in caplog.messages if "WARNING" in message] == [True]
+    labelled([0, 1], ClassLabel(names=["no", "yes"])).save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"not trained for: 'no', 'yes' \(the model knows LABEL_0, LABEL_1, LABEL_2\)"):
+        evaluate(model, Data(source=str(tmp_path / "two")))

@@ -11,21 +11,32 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+)
 
+from minilm import Batch, Config, Data, Tokens
 from minilm.evaluate import Evaluation, Evaluator, unigram_nats
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
+from minilm.objectives import prepare
+from minilm.score import evaluate
+from minilm.settings import to_dict
 from minilm.tokens import Examples
 from tests.jobs import fork
 
 EXAMPLES = 23
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
 def tiny_head(tokenizer) -> SparseHead:
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, **size)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, **SIZE)
     return SparseHead(BertForMaskedLM(config))
 
 
@@ -90,6 +101,11 @@ def accelerator() -> Accelerator:
     torch.set_num_threads(1)  # on tensors as small as these a second thread only waits
     AcceleratorState._reset_state(reset_partial_state=True)  # whatever precision another test asked for
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def no_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # what is evaluated chooses its precision
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -176,3 +192,35 @@ def evaluate_in_this_process(folder: Path) -> int:
         name = f"{str(dtype)[6:]}-{accelerator.num_processes}-{accelerator.process_index}.json"
         (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))
     return 0
+
+
+def saved(folder: Path, model: PreTrainedModel, tokenizer) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_tokenizer_of_a_run_that_extended_it_is_not_extended_again(tokenizer, documents, tmp_path, no_accelerator):
+    folder = Path(saved(tmp_path / "model", tiny_head(tokenizer).model, tokenizer))
+    documents.save_to_disk(tmp_path / "documents")
+    figures = []
+    for extend in (0, 20):
+        config = Config(tokens=Tokens(extend=extend), batch=Batch(max_length=32))
+        (folder / "run.json").write_text(json.dumps({"config": to_dict(config)}))
+        figures.append(evaluate(folder, Data(source=str(tmp_path / "documents"))))
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(("kind", "positions", "length"), [("bert", 600, 512), ("bert", 64, 64), ("roberta", 34, 32)])
+def test_a_model_without_a_run_is_evaluated_at_the_length_that_it_takes(
+    kind, positions, length, tokenizer, documents, tmp_path, monkeypatch, no_accelerator
+):
+    fields = {**SIZE, "vocab_size": len(tokenizer), "max_position_embeddings": positions, "pad_token_id": 1}
+    model, lengths = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **fields)), []
+    folder = saved(tmp_path / "model", model, tokenizer)
+    documents.save_to_disk(tmp_path / "documents")
+    monkeypatch.setattr(
+        "minilm.score.prepare", lambda config: lengths.append(config.batch.max_length) or prepare(config)
+    )
+    assert evaluate(folder, Data(source=str(tmp_path / "documents")))["eval_loss"] > 0
+    assert lengths == [length]

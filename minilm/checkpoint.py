@@ -144,7 +144,7 @@ class Saver:
             with replacing(target) as temporary:
                 with quiet_transformers():
                     self.network.save_pretrained(temporary, state_dict=merged(self.network, weights))
-                    self.tokenizer.save_pretrained(temporary)
+                    save_tokenizer(self.tokenizer, temporary)
                 save_file(moments, temporary / OPTIMIZER)
                 if is_adapted(self.network):
                     save_file(adapter_weights(self.network, weights), temporary / ADAPTER)
@@ -160,6 +160,15 @@ class Saver:
             _rotate(self.folder, progress.step, self.config.run)
         except OSError as error:
             log.warning(f"{target} is saved, but an older checkpoint could not be removed: {error}")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save it in the Hugging Face format, in files alone.
+
+    Several chat templates go into tokenizer_config.json, in place of the folder that transformers would make of them.
+    """
+    several = isinstance(tokenizer.chat_template, dict)
+    tokenizer.save_pretrained(folder, save_jinja_files=not several)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
@@ -263,9 +272,17 @@ def copied(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def discard_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of an earlier run, and what killed ones left."""
-    for path in (*_checkpoints(folder), *_leftovers(folder)):
+    """Remove the checkpoints of an earlier run, and what killed ones left; folders of other programs stay."""
+    for path in _leftovers(folder):
         shutil.rmtree(path)
+    for path in filter(is_checkpoint, _checkpoints(folder)):
+        _discard(path)
+
+
+def in_the_way(folder: Path, steps: int) -> list[Path]:
+    """What has the name of a checkpoint of one of these steps and is none."""
+    others = [path for path in sorted(folder.glob("checkpoint-*")) if not is_checkpoint(path)]
+    return [path for path in others if _step(path).isdecimal() and int(_step(path)) <= steps]
 
 
 def _leftovers(folder: Path) -> list[Path]:
@@ -278,8 +295,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The folders named checkpoint-<step>, by step."""
     if not folder.is_dir():
         return []
-    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {_step(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
     return [steps[step] for step in sorted((s for s in steps if s.isdecimal()), key=int)]
+
+
+def _step(path: Path) -> str:
+    return path.name.removeprefix("checkpoint-")
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -293,7 +314,7 @@ def _rotate(folder: Path, step: int, run: Run) -> None:
     That is older checkpoints, and those ahead of it: the run went on from an earlier one than they are.
     """
     complete = _complete(folder)
-    ahead = [path for path in complete if int(path.name.removeprefix("checkpoint-")) > step]
+    ahead = [path for path in complete if int(_step(path)) > step]
     complete = complete[: len(complete) - len(ahead)]
     figures: dict[Path, float] = {}
     for path in complete:
@@ -304,7 +325,13 @@ def _rotate(folder: Path, step: int, run: Run) -> None:
     best = min(figures, key=lambda path: figures[path], default=None)
     for path in (*complete[: -run.keep_last], *ahead):
         if path != best:
-            discarded = path.with_name(f".{path.name}.discarded")
-            shutil.rmtree(discarded, ignore_errors=True)
-            os.rename(path, discarded)  # so that half a folder never looks like a checkpoint
-            shutil.rmtree(discarded)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(f"{path.name} is a symbolic link")
+    discarded = path.with_name(f".{path.name}.discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.rename(path, discarded)  # so that half a folder never looks like a checkpoint
+    shutil.rmtree(discarded)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
 from minilm.config import CausalLM, Classification, MaskedLM
-from minilm.disk import replacing
+from minilm.disk import replacing, sync
 from minilm.infer import load_causal_lm, load_classifier, load_masked_lm
 from minilm.model import longest_input
 from minilm.score import objective_for
@@ -32,6 +32,7 @@ _WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json")
 _BESIDE = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
 )
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 1.8e9  # bytes of weights within an ONNX file, which cannot hold 2 GiB
@@ -66,7 +67,10 @@ def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> bool:
     """Copy the files of these names; whether there was one."""
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     for path in files:
-        shutil.copyfile(path, target / path.name)
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        sync(copy)
     return bool(files)
 
 

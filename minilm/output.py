@@ -4,13 +4,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint
+from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint, in_the_way, save_tokenizer
 from minilm.config import Run
 from minilm.disk import sync
 from minilm.hub import quiet_transformers
@@ -46,11 +46,12 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     return folder, checkpoint
 
 
-def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
+def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: int = 0) -> None:
     """Create the folder, once all else was checked, and `run.push_to_hub` on the hub.
 
-    A run from the start removes the checkpoints of an earlier one. Raises ValueError, and leaves the folder as it is,
-    where there is no room for a checkpoint and the model, or the hub refuses the repository.
+    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is, where
+    there is no room for a checkpoint and the model, what is not minilm's has the name of a checkpoint of one of these
+    `steps`, the hub refuses the repository, or another run has taken the folder since it was chosen.
     """
     weights = sum(size_of(p) * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments besides
@@ -61,14 +62,33 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel) -> None:
                 f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: free "
                 "some or choose another one"
             )
+        if run.save_every and (others := in_the_way(folder, steps)):
+            raise ValueError(
+                f"run.output_dir {folder} holds {others[0].name}, which is not of minilm and where a checkpoint would "
+                "be: move it away, or choose another one"
+            )
     if run.push_to_hub is not None:
         claim_repo(run.push_to_hub)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if run.resume is None:
+        if run.overwrite:
             discard_checkpoints(folder)
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (folder / "adapter" / name).unlink(missing_ok=True)
+        elif run.resume is None:
+            _take(folder)
+
+
+def _take(folder: Path) -> None:
+    """Take an empty folder. Of several runs that find it empty one alone can create its log."""
+    with suppress(FileExistsError):
+        if not any(folder.iterdir()):
+            (folder / "log.jsonl").touch(exist_ok=False)
+            return
+    raise ValueError(
+        f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir, or start again "
+        "without one"
+    )
 
 
 def _nearest(folder: Path) -> Path:
@@ -127,7 +147,7 @@ def export(
     try:
         with quiet_transformers():
             network.save_pretrained(temporary, state_dict=merged(network, weights))
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         if is_adapted(network):
             save_adapter(network, weights, temporary / "adapter")
         new = [path for path in temporary.rglob("*") if path.is_file()]
@@ -137,7 +157,11 @@ def export(
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
+        names = [str(path.relative_to(temporary)) for path in new]
+        if "chat_template.jinja" not in names:  # those of an earlier model would go before this one's
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         sync(folder)
-        return [str(path.relative_to(temporary)) for path in new]
+        return names
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

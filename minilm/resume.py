@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from minilm.checkpoint import (
     Checkpoint,
     Progress,
     copied,
+    is_checkpoint,
     parameter_names,
     read_checkpoint,
 )
@@ -50,9 +52,11 @@ def resume(
     total: int,
     network: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
+    precision: str,
 ) -> Progress:
     """Put the model and the optimizer where the checkpoint was, and return how far that is; without one, the start.
 
+    precision: what this job computes in; where `auto` chose it and had chosen another one before, a warning says so.
     Raises ValueError when the checkpoint is of another run, TrainingStopped when its run is finished.
     """
     if checkpoint is None:
@@ -70,6 +74,12 @@ def resume(
         if config.run.patience is not None and checkpoint.progress.stale >= config.run.patience:
             more = "a larger --run.patience goes on from step"
             raise TrainingStopped(f"the run in {folder} stopped by run.patience; {more} {step}", 0)
+    before = _precision_of(checkpoint)
+    if config.run.precision == "auto" and before not in (None, precision):
+        log.warning(
+            f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
+            f"--run.precision {before} keeps it"
+        )
     log.info(f"resuming from {checkpoint.folder}")
     for line in changed:
         log.info(f"changed since: {line}")
@@ -78,10 +88,15 @@ def resume(
 
 
 def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
-    """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
+    """What changed since the checkpoint and may, a line each.
+
+    Raises ValueError for what changes the mathematics, and for `run.load_best` where the best weights were not kept.
+    """
     if checkpoint is None:
         return []
     before, now = flat(checkpoint.config), flat(to_dict(config))
+    if before.get("run.precision") == "auto" != config.run.precision:
+        before["run.precision"] = _precision_of(checkpoint) or "auto"
     changes = {
         name: f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
@@ -90,7 +105,21 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
     if refused:
         _refuse(checkpoint, refused)
+    folder, best = checkpoint.folder.parent, checkpoint.progress.best_step
+    if config.run.load_best and best and not is_checkpoint(folder / f"checkpoint-{best}"):
+        raise ValueError(
+            f"run.load_best: the best evaluation was after step {best}, and {folder} has no checkpoint of it: "
+            "leave run.load_best out, or run.resume to start anew"
+        )
     return [change for name, change in changes.items() if name not in _WHERE]
+
+
+def _precision_of(checkpoint: Checkpoint) -> str | None:
+    """What the run computed in when it was last started, by its run.json; None where that does not tell."""
+    found = None
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = json.loads((checkpoint.folder.parent / "run.json").read_text(encoding="utf-8"))["precision"]
+    return found if found in ("fp32", "bf16", "fp16") else None
 
 
 def _refuse(checkpoint: Checkpoint, changes: list[str]) -> NoReturn:
@@ -101,7 +130,13 @@ def _refuse(checkpoint: Checkpoint, changes: list[str]) -> NoReturn:
 
 
 def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
-    """Put the weights of a checkpoint of this run into its model. Raises ValueError when it is not usable any more."""
+    """Put the weights of a checkpoint of this run into its model; for step 0 it keeps its own, and a warning says so.
+
+    Raises ValueError when the checkpoint is not usable any more.
+    """
+    if step == 0:
+        log.warning("run.load_best: no evaluation gave a finite run.best_metric, the last weights are the result")
+        return
     _load_weights(read_checkpoint(folder / f"checkpoint-{step}"), network)
 
 

@@ -90,3 +90,27 @@ def test_a_run_without_improvement_ends_early_in_good_order(tmp_path: Path) -> N
         train(again)
     longer = train(replace(again, run=replace(again.run, patience=99)))
     assert longer["steps"] == 20
+
+
+def test_a_best_evaluation_without_a_checkpoint_is_told_at_the_resume(tmp_path: Path) -> None:
+    config = first_is_best(tmp_path)
+    train(replace(config, run=replace(config.run, max_steps=8)))  # the best one is step 2, which is not saved
+    before = sorted((tmp_path / "out").iterdir())
+    again = replace(config, run=replace(config.run, resume="latest", load_best=True))
+    with pytest.raises(ValueError, match=r"run\.load_best: .* step 2, .*: leave run\.load_best out[^\n]*$"):
+        train(again)
+    assert sorted((tmp_path / "out").iterdir()) == before
+    assert train(replace(again, run=replace(again.run, load_best=False)))["steps"] == 20
+
+
+def test_a_run_without_a_finite_evaluation_ends_with_its_last_weights_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Best, "seen", lambda self, figures, step: False)
+    config = first_is_best(tmp_path)
+    train(replace(config, run=replace(config.run, max_steps=8)))
+    again = replace(config, run=replace(config.run, resume="latest", load_best=True))
+    assert train(again)["steps"] == 20
+    ours, last = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("", "checkpoint-20"))
+    assert all(torch.equal(ours[name], last[name]) for name in last)
+    assert any("run.load_best: no evaluation" in message for message in caplog.messages)

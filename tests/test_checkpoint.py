@@ -1,6 +1,9 @@
 """A checkpoint is whole or it is refused: plain to load, equal to the bit, and what is damaged is named."""
 
+import copy
 import json
+import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,9 @@ from transformers import (
 )
 
 from minilm.checkpoint import Progress, find_checkpoint, read_checkpoint
-from minilm.resume import restore
+from minilm.config import Config, Run
+from minilm.export import export_model
+from minilm.resume import restore, resume
 from minilm.settings import to_dict
 from tests.checkpoints import (
     DATA,
@@ -53,9 +58,9 @@ def folder(two: Path, tmp_path: Path) -> Path:
 
 def refused(damaged: Path, named: str) -> None:
     """Reading the newest checkpoint and reading it by path fail in one line that names the file and the other one."""
-    for resume in ("latest", str(damaged)) if (damaged / MANIFEST).is_file() else (str(damaged),):
+    for asked in ("latest", str(damaged)) if (damaged / MANIFEST).is_file() else (str(damaged),):
         with pytest.raises(ValueError, match="no usable checkpoint") as caught:
-            find_checkpoint(resume, damaged.parent)
+            find_checkpoint(asked, damaged.parent)
         message = str(caught.value)
         assert "\n" not in message
         assert str(damaged) in message
@@ -71,6 +76,17 @@ def test_a_checkpoint_loads_plainly_with_the_same_logits_bit_for_bit_and_holds_n
     assert AutoTokenizer.from_pretrained(folder)("A short one.") == tokenizer("A short one.")
     assert names(folder) == sorted([*LISTED, MANIFEST])
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("template", ["one", {"default": "one", "tool_use": "two"}, {"rag": "three"}], ids=str)
+def test_a_checkpoint_keeps_every_chat_template_of_its_tokenizer(template, tokenizer, tmp_path):
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = template
+    save(saver_in(tmp_path, chatting), 7)
+    folder = read_checkpoint(tmp_path / "checkpoint-7").folder
+    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    export_model(folder, tmp_path / "alone", "safetensors")
+    assert AutoTokenizer.from_pretrained(tmp_path / "alone").chat_template == template
 
 
 def test_a_checkpoint_that_is_read_says_where_the_run_stood(tokenizer, tmp_path):
@@ -242,3 +258,47 @@ def test_a_name_with_a_line_break_in_a_manifest_is_refused_in_one_line(folder):
     with pytest.raises(ValueError, match="no usable checkpoint") as caught:
         find_checkpoint("latest", folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "says"),
+    [
+        (("auto", "auto", "fp32"), None),
+        (("auto", "fp32", "fp32"), None),
+        (("auto", "auto", "bf16"), "run.precision auto is bf16 now and was fp32: .* --run.precision fp32 keeps it"),
+        (("auto", "bf16", "bf16"), 'run.precision was "fp32", is "bf16"'),
+        (("fp32", "auto", "fp32"), 'run.precision was "fp32", is "auto"'),
+    ],
+    ids=str,
+)
+def test_a_resume_in_another_precision_than_the_one_that_auto_chose_is_told(
+    precisions, says, tokenizer, tmp_path, caplog
+):
+    before, now, chosen = precisions
+    saver = saver_in(tmp_path, tokenizer)
+    saver.config = Config(run=Run(precision=before))
+    (tmp_path / "run.json").write_text(json.dumps({"precision": "fp32"}))
+    save(saver, 1)
+    config = Config(run=Run(precision=now))
+
+    def go_on() -> None:
+        resume(find_checkpoint("latest", tmp_path), config, DATA, 9, saver.network, saver.optimizer, precision=chosen)
+
+    with caplog.at_level(logging.WARNING, logger="minilm"):
+        if says is None or now == before:
+            go_on()
+        else:
+            with pytest.raises(ValueError, match=says):
+                go_on()
+    assert len(caplog.messages) == (says is not None and now == before)
+    assert all(re.search(says, message) for message in caplog.messages)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"precision": 3}'])
+def test_a_resume_without_a_record_of_the_precision_is_silent(content, tokenizer, tmp_path, caplog):
+    saver = saver_in(tmp_path, tokenizer)
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    save(saver, 1)
+    resume(find_checkpoint("latest", tmp_path), saver.config, DATA, 9, saver.network, saver.optimizer, precision="bf16")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

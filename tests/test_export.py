@@ -1,5 +1,6 @@
 """`minilm export`: the model and its tokenizer alone, bit for bit, or as ONNX with the same logits."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -42,6 +43,18 @@ def test_safetensors_are_copied_to_the_byte_with_the_tokenizer_and_nothing_else(
     assert AutoTokenizer.from_pretrained(target).mask_token == "[MASK]"
     AutoModelForMaskedLM.from_pretrained(target)
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("template", ["one", {"default": "one", "tool_use": "two"}, {"rag": "three"}], ids=str)
+def test_every_chat_template_comes_along(template: object, folders, tokenizer, run, tmp_path: Path) -> None:
+    shutil.copytree(folders[BertForMaskedLM], tmp_path / "model")
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = template
+    chatting.save_pretrained(tmp_path / "model")  # as transformers does it: most of several in a folder
+    target = tmp_path / "new"
+    status, _, error = run("export", str(tmp_path / "model"), "--format", "safetensors", "--output", str(target))
+    assert (status, error) == (None, [])
+    assert AutoTokenizer.from_pretrained(target).chat_template == template
 
 
 def no_weights(folder: Path) -> None:

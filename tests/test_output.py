@@ -1,7 +1,9 @@
 """The output folder is claimed without harm, and an exported model is whole, plain and equal to the bit."""
 
+import copy
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,28 +70,57 @@ def earlier(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPat
 @pytest.fixture
 def folder(earlier: Path, tmp_path: Path) -> Path:
     """A copy of that folder, with files that a killed checkpoint left and a file of the user's."""
-    copy = tmp_path / "out" / "mlm"
-    shutil.copytree(earlier, copy)
-    (copy / "notes.txt").write_text("mine")
+    place = tmp_path / "out" / "mlm"
+    shutil.copytree(earlier, place)
+    (place / "notes.txt").write_text("mine")
     for name in LEFTOVERS:
-        (copy / name).mkdir()
-        (copy / name / "config.json").write_text("half")
-    return copy
+        (place / name).mkdir()
+        (place / name / "config.json").write_text("half")
+    return place
 
 
 def test_default_folders_are_numbered_and_one_that_is_empty_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("out/mlm-2").mkdir(parents=True)
     for folder in (Path("out/mlm"), Path("out/mlm-2"), Path("out/mlm-3")):
-        assert [claim(None) for _ in range(2)] == [(folder, None)] * 2
-        assert contents(folder) == {}
-        (folder / "run.json").write_text("mine")
+        assert claim(None) == (folder, None)
+        assert contents(folder) == {"log.jsonl": b""}
 
 
-def test_an_asked_folder_is_created_with_its_parents_and_an_empty_one_is_taken(tmp_path, monkeypatch):
+@pytest.mark.parametrize("there", [False, True])
+def test_an_asked_folder_is_created_with_its_parents_and_an_empty_one_is_taken(there, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for _ in range(2):
-        assert claim("~/a/b") == (tmp_path / "a" / "b", None)
-    assert contents(tmp_path / "a" / "b") == {}
+    if there:
+        (tmp_path / "a" / "b").mkdir(parents=True)
+    assert claim("~/a/b") == (tmp_path / "a" / "b", None)
+    assert contents(tmp_path / "a" / "b") == {"log.jsonl": b""}
+
+
+@pytest.mark.parametrize("moment", ["before the look", "after the look"])
+@pytest.mark.parametrize("asked", [None, "a/b"])
+def test_of_two_runs_that_chose_the_same_folder_one_gets_it(asked, moment, earlier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, model, iterdir = Run(output_dir=asked), BertForMaskedLM(BertConfig(**SMALLEST)), Path.iterdir
+    (first, _), (second, _) = (choose_output_dir(run, "mlm") for _ in range(2))
+
+    def claim_first() -> None:
+        claim_output_dir(first, run, model)
+        shutil.copytree(earlier / "checkpoint-2", first / "checkpoint-2")
+
+    def claimed_after(folder: Path) -> Iterator[Path]:
+        found = [*iterdir(folder)]
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+        claim_first()
+        return iter(found)
+
+    second.mkdir(parents=True)
+    if moment == "before the look":
+        claim_first()
+    else:
+        monkeypatch.setattr(Path, "iterdir", claimed_after)
+    with pytest.raises(ValueError, match=rf"^another run has taken run.output_dir {second} .*: give another [^\n]*$"):
+        claim_output_dir(second, run, model)
+    assert {Path(name).parts[0] for name in contents(first)} == {"log.jsonl", "checkpoint-2"}
 
 
 def test_a_folder_that_is_not_empty_is_refused_untouched_or_overwritten_when_asked(tmp_path):
@@ -199,7 +230,7 @@ def test_a_refused_folder_of_an_earlier_run_is_untouched(folder):
 
 
 def test_overwriting_removes_the_checkpoints_of_the_earlier_run_and_no_other_file(folder):
-    for name in ("checkpoint-best", "checkpoints"):  # folders of the user's
+    for name in ("checkpoint-best", "checkpoints", "checkpoint-500"):  # folders of the user's
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_text("mine")
     (folder / "checkpoint-3").write_text("a file of the user's")
@@ -212,9 +243,61 @@ def test_overwriting_removes_the_checkpoints_of_the_earlier_run_and_no_other_fil
         "notes.txt",
         "checkpoint-best/model.safetensors",
         "checkpoints/model.safetensors",
+        "checkpoint-500/model.safetensors",
         "checkpoint-3",
         ".checkpoint-list",
     }
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("asked", [{"overwrite": True}, {"resume": "latest"}])
+def test_what_is_not_of_minilm_and_in_the_way_of_a_checkpoint_is_refused_untouched(asked, kind, folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "trainer_state.json").write_text("mine")
+    place, model = folder / "checkpoint-500", BertForMaskedLM(BertConfig(**SMALLEST))
+    if kind == "folder":
+        shutil.copytree(tmp_path / "elsewhere", place)
+    elif kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"^run.output_dir .* holds checkpoint-500, which is not of minilm[^\n]*$"):
+        claim_output_dir(folder, Run(**asked), model, steps=500)
+    assert contents(tmp_path) == before
+    claim_output_dir(folder, Run(**asked), model, steps=499)
+    claim_output_dir(folder, Run(**asked, save_every=0), model, steps=500)
+    after = contents(tmp_path)
+    assert {name: after.get(name) for name in before if "500" in name or "elsewhere" in name}.items() <= before.items()
+
+
+def test_overwriting_a_folder_with_a_link_in_place_of_a_checkpoint_is_refused_untouched(folder, tmp_path):
+    (folder / "checkpoint-2").rename(tmp_path / "elsewhere")
+    (folder / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    for name in LEFTOVERS:
+        shutil.rmtree(folder / name)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="cannot be written: checkpoint-2 is a symbolic link"):
+        claim(folder, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_is_half_removed_by_an_overwrite_is_removed_by_the_next(folder, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def fail(path: Path, ignore_errors: bool = False) -> None:
+        if (path / "manifest.json").exists():
+            (path / "manifest.json").unlink()
+            (path / "training.json").unlink()
+            raise OSError(5, "Input/output error")
+        rmtree(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(ValueError, match="cannot be written: Input/output error"):
+            claim(folder, overwrite=True)
+    claim(folder, overwrite=True)
+    assert set(contents(folder)) == {"notes.txt"}
 
 
 def test_overwriting_a_folder_that_cannot_be_written_removes_nothing(folder, monkeypatch):
@@ -266,6 +349,16 @@ def test_an_exported_model_loads_plainly_with_the_same_logits_bit_for_bit(tokeni
     needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt"}
     assert set(contents(tmp_path)) == needed
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.name != "notes.txt"} == {0o644}
+
+
+@pytest.mark.parametrize("template", ["one", {"default": "one", "tool_use": "two"}, {"rag": "three"}, None], ids=str)
+def test_every_chat_template_is_exported_and_none_of_an_earlier_model(template, tokenizer, tmp_path):
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = {"default": "oldest", "rag": "oldest"}
+    chatting.save_pretrained(tmp_path)  # as transformers does it: in a folder
+    for chatting.chat_template in ("old", {"default": "older", "rag": "old"}, template):
+        export(network(tokenizer), chatting, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
 
 
 def test_an_export_takes_the_place_of_an_older_one(tokenizer, tmp_path):

@@ -73,6 +73,8 @@ class Checkpoint:
     """The configuration of the run that wrote it, as `minilm.settings.to_dict` gives it."""
     data: dict[str, Any]
     """What the run knew about its training examples."""
+    scaler: dict[str, Any]
+    """Where the loss scaling of fp16 stood; empty without it."""
 
 
 class Saver:
@@ -119,7 +121,15 @@ class Saver:
         moments = copied(_moments(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:
             return
-        self._thread = threading.Thread(target=self._write, args=(progress, weights, moments), name="checkpoint")
+        scaler = getattr(self.optimizer, "scaler", None)  # which accelerate's wrapper has under fp16
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "config": to_dict(self.config),
+            "data": self.data,
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        }
+        arguments = (progress.step, state, weights, moments)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -138,8 +148,8 @@ class Saver:
         complete = _complete(self.folder)
         return f"--run.resume latest goes on from {complete[-1].name}" if complete else "no checkpoint was saved"
 
-    def _write(self, progress: Progress, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        target = self.folder / f"checkpoint-{progress.step}"
+    def _write(self, step: int, state: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        target = self.folder / f"checkpoint-{step}"
         try:
             with replacing(target) as temporary:
                 with quiet_transformers():
@@ -148,7 +158,6 @@ class Saver:
                 save_file(moments, temporary / OPTIMIZER)
                 if is_adapted(self.network):
                     save_file(adapter_weights(self.network, weights), temporary / ADAPTER)
-                state = {"progress": dataclasses.asdict(progress), "config": to_dict(self.config), "data": self.data}
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
                 files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
@@ -157,7 +166,7 @@ class Saver:
             self._error = OSError(f"{target} could not be written: {reason}; older checkpoints are untouched")
             return
         try:
-            _rotate(self.folder, progress.step, self.config.run)
+            _rotate(self.folder, step, self.config.run)
         except OSError as error:
             log.warning(f"{target} is saved, but an older checkpoint could not be removed: {error}")
 
@@ -204,12 +213,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name!r} is no file of its own"
             )
             _hold(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
-        state = _read_json(folder / _STATE)
-        whole = state.keys() == {"progress", "config", "data"} and all(isinstance(v, dict) for v in state.values())
+        state = {"scaler": {}} | _read_json(folder / _STATE)  # which older ones lack
+        whole = state.keys() == {"progress", "config", "data", "scaler"}
+        whole = whole and all(isinstance(part, dict) for part in state.values())
         _hold(whole, f"{_STATE} does not have the parts that it should")
-        return Checkpoint(
-            folder=folder, progress=_progress(state["progress"]), config=state["config"], data=state["data"]
-        )
+        return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})
     except (OSError, ValueError) as error:
         others = [path.name for path in _complete(folder.parent) if path != folder]
         hint = f"; there is also {', '.join(others)}: give its path to go on from there" if others else ""

@@ -141,9 +141,15 @@ def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
 
 
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and moments back, bit for bit. Raises ValueError when they are not those of this model."""
+    """Put weights, moments and loss scaling back, bit for bit. Raises ValueError when they are not this model's."""
     _load_weights(checkpoint, network)
     _load_moments(checkpoint, optimizer, network)
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and checkpoint.scaler:
+        try:
+            scaler.load_state_dict(checkpoint.scaler)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{checkpoint.folder}: its loss scaling cannot be read: {error}") from error
 
 
 def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:

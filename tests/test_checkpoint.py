@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,37 @@ def test_a_checkpoint_that_is_read_says_where_the_run_stood(tokenizer, tmp_path)
     found = read_checkpoint(tmp_path / "checkpoint-7")
     assert (found.folder, found.progress) == (tmp_path / "checkpoint-7", progress)
     assert (found.config, found.data) == (to_dict(saver.config), DATA)
+
+
+def test_the_loss_scaling_of_fp16_goes_on_where_it_was(tokenizer, tmp_path):
+    def scaled(optimizer, scale):
+        optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # where accelerate's wrapper has it
+        optimizer.scaler.scale(torch.ones(()))
+        return optimizer
+
+    saver = saver_in(tmp_path, tokenizer)
+    scaled(saver.optimizer, 8.0).scaler.update(32.0)
+    save(saver, 1)
+    fresh = network(tokenizer, seed=1)
+    optimizer = scaled(trained(fresh), 2.0)
+    found = read_checkpoint(tmp_path / "checkpoint-1")
+    restore(found, fresh, optimizer)
+    assert optimizer.scaler.state_dict() == saver.optimizer.scaler.state_dict()
+    assert optimizer.scaler.get_scale() == 32
+    with pytest.raises(ValueError, match=r"checkpoint-1: its loss scaling cannot be read: 'growth_factor'"):
+        restore(replace(found, scaler={"scale": 1.0}), fresh, optimizer)
+
+
+def test_a_checkpoint_from_before_the_loss_scaling_was_kept_is_read(tokenizer, tmp_path):
+    saver = saver_in(tmp_path, tokenizer)
+    save(saver, 1)
+    folder = tmp_path / "checkpoint-1"
+    state = json.loads((folder / "training.json").read_text())
+    assert state.pop("scaler") == {}
+    (folder / "training.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"training.json": facts(folder / "training.json")}))
+    assert read_checkpoint(folder).scaler == {}
 
 
 def test_the_manifest_lists_every_other_file_with_its_size_and_hash(two):

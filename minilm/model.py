@@ -68,6 +68,7 @@ def load_model(
     if added and model.name is not None:
         _add_rows(network, known, len(tokenizer))
     _check_positions(max_length, longest_input(network))
+    _check_rotary(max_length, network.config.get_text_config())
     if model.gradient_checkpointing:
         _checkpoint_gradients(network)
     _choose_attention(network, model.attention)
@@ -138,6 +139,19 @@ def check_model(model: Model, *, max_length: int, auto: Any) -> None:
 def _check_positions(max_length: int, positions: int | None) -> None:
     if positions is not None and max_length > positions:
         raise ValueError(f"batch.max_length={max_length} is more than the model's {positions} positions: lower it")
+
+
+def _check_rotary(max_length: int, config: PretrainedConfig) -> None:
+    """LongRoPE (Ding et al. 2024) in transformers turns all rows of a batch otherwise where one is long."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):  # some have one for each type of layer
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            usual = each["original_max_position_embeddings"]
+            if max_length > usual:
+                raise ValueError(
+                    f"batch.max_length={max_length}: beside a row of more than {usual} tokens this model reads all "
+                    f"rows otherwise (longrope), so that results would depend on the batch: lower it to {usual}"
+                )
 
 
 def _configuration(model: Model, auto: Any) -> PretrainedConfig:

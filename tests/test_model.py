@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
 )
@@ -99,6 +100,21 @@ def test_what_cannot_be_built_is_refused_in_one_line(model, message, tokenizer):
     with pytest.raises(ValueError, match=message) as caught:
         load_model(model, tokenizer, max_length=32, seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("longest", [16, 17])
+def test_rotary_embeddings_that_depend_on_the_longest_row_of_a_batch_are_refused_where_they_do(longest, tokenizer):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    more = {"intermediate_size": 32, "original_max_position_embeddings": 16, "rope_parameters": rope}
+    model = Model(type="phi3", config={**size, **more})
+    arguments = {"max_length": longest, "seed": 0, "auto": AutoModelForCausalLM}
+    if longest == 16:
+        assert load_model(model, tokenizer, **arguments).config.model_type == "phi3"
+        return
+    with pytest.raises(ValueError, match=r"max_length=17: .* more than 16 tokens .* \(longrope\).*: lower it to 16"):
+        load_model(model, tokenizer, **arguments)
 
 
 def test_special_tokens_can_be_set_by_hand(tokenizer):

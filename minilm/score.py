@@ -37,14 +37,16 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     config = _config(str(name), data)
     objective = objective_of(config.objective)
     accelerator, _ = start(config.run)
-    prepared = prepare(config)
-    if prepared.labels is not None:
-        check_known(prepared.labels, trained_labels(str(name)))
-    head = objective.head(build(config, prepared).to(accelerator.device), prepared)
-    multiple = 1 if accelerator.device.type == "cpu" else 8
-    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
-    figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
-    finish(accelerator)
+    try:
+        prepared = prepare(config)
+        if prepared.labels is not None:
+            check_known(prepared.labels, trained_labels(str(name)))
+        head = objective.head(build(config, prepared).to(accelerator.device), prepared)
+        multiple = 1 if accelerator.device.type == "cpu" else 8
+        evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
+        figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
+    finally:
+        finish(accelerator)
     if data is not None:
         figures.pop("unigram_bits_per_byte", None)  # of tokens that training saw, which are not at hand
     return figures

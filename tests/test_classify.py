@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, List, Value
 from sklearn import metrics
 from transformers import (
@@ -512,3 +513,4 @@ def test_labels_of_a_model_without_names_are_taken_by_number_and_as_many(
     labelled([0, 1], ClassLabel(names=["no", "yes"])).save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"not trained for: 'no', 'yes' \(the model knows LABEL_0, LABEL_1, LABEL_2\)"):
         evaluate(model, Data(source=str(tmp_path / "two")))
+    assert not AcceleratorState._shared_state  # the next one may choose its precision

@@ -271,7 +271,7 @@ def main() -> None:
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
         # For the processes that are started from here: what they encode goes with the folder.
-        os.environ.update(MINILM_CACHE=f"{folder}/minilm", HF_HOME=f"{folder}/huggingface")
+        os.environ["HF_HOME"] = f"{folder}/huggingface"
         for name in chosen:
             parts[name] = PARTS[name][1](machine, options.quick)
             show(name, parts[name])

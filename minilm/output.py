@@ -86,8 +86,8 @@ def _take(folder: Path) -> None:
             (folder / "log.jsonl").touch(exist_ok=False)
             return
     raise ValueError(
-        f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir, or start again "
-        "without one"
+        f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir, or none, for which a "
+        "new start finds a free name"
     )
 
 

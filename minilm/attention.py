@@ -70,7 +70,7 @@ def packed_attention(
     if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
         raise ValueError(f"attention with {', '.join(unknown)} is not known to minilm")
     states = [x.squeeze(0).transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
-    # Under autocast rotary embeddings in float32, and norms, make queries and keys float32 beside values in half of it.
+    # Under autocast, rotary embeddings and norms leave queries and keys in float32, beside values in half precision.
     states = [x.to(value_1xAxTxD.dtype) for x in states]
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     shared = states[0].shape[1] // states[1].shape[1]

@@ -65,9 +65,8 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             if self._copied is not None:
                 self._copied.synchronize()
             number = 0 if self._asked is None else int(self._asked.max())
-            mine = torch.full(
-                (1,), self.signal, device=self.accelerator.device
-            )  # torch.tensor would wait for the device
+            # By torch.tensor it would be copied there, which waits for the device.
+            mine = torch.full((1,), self.signal, device=self.accelerator.device)
             self._asked = self.accelerator.gather(mine).to("cpu", non_blocking=True)
             if self._copied is not None:
                 self._copied.record()

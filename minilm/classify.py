@@ -17,17 +17,16 @@ from datasets import concatenate_datasets
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.batch import Batch, join
 from minilm.config import Classification, Config
 from minilm.data import load_documents
 from minilm.head import AFTER_ATTENTION, Head
-from minilm.hub import loading
 from minilm.infer import classify
 from minilm.labels import Labels, read_labels
 from minilm.metrics import ClassEvaluator
-from minilm.model import computes_again, evaluating
+from minilm.model import computes_again, evaluating, load_configuration
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
 from minilm.tokens import Examples, Prepared, load_tokenizer
@@ -285,7 +284,6 @@ def trained_labels(name: str | None) -> dict[str, int]:
     """The labels, by name, of a checkpoint that is a sequence classifier already; of any other model none."""
     if name is None:
         return {}
-    with loading(name, f"model {name!r} cannot be loaded"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_configuration(name)
     trained = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
     return dict(config.label2id) if trained else {}

@@ -154,6 +154,12 @@ def _check_rotary(max_length: int, config: PretrainedConfig) -> None:
                 )
 
 
+def load_configuration(name: str) -> Any:
+    """That of a model, a folder or hub id. ValueError where there is none; code that comes with it is not run."""
+    with loading(name, f"model {name!r} cannot be loaded"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def _configuration(model: Model, auto: Any) -> PretrainedConfig:
     """The configuration of `model.name`, or of `model.type` by default, with the head and the fields."""
     if model.name is None:
@@ -166,11 +172,9 @@ def _configuration(model: Model, auto: Any) -> PretrainedConfig:
                 f"model.type {model.type} has no {_head(auto)} head; these have: {', '.join(_types(auto))}"
             )
     else:
-        refusal = f"model {model.name!r} cannot be loaded"
-        with loading(model.name, refusal):
-            config = AutoConfig.from_pretrained(model.name, trust_remote_code=False)
+        config = load_configuration(model.name)
         if type(config) not in auto._model_mapping:
-            raise ValueError(f"{refusal}: {config.model_type} has no {_head(auto)} head")
+            raise ValueError(f"model {model.name!r} cannot be loaded: {config.model_type} has no {_head(auto)} head")
     known = {**config.to_dict(), **config.attribute_map}
     for field in model.config:
         if field not in known:

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from minilm.classify import trained_labels
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
-from minilm.hub import loading
 from minilm.labels import check_known
 from minilm.launch import finish, start
 from minilm.micro import number_of
-from minilm.model import longest_input
+from minilm.model import load_configuration, longest_input
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
 
@@ -74,15 +73,15 @@ def _config(name: str, data: Data | None) -> Config:
 
 
 def _longest(name: str, auto: Any) -> int:
-    with loading(name, f"model {name!r} cannot be loaded"), torch.device("meta"):  # without weights
-        network = auto.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    config = load_configuration(name)
+    with torch.device("meta"):  # without weights
+        network = auto.from_config(config)
     return min(_LENGTH, longest_input(network) or _LENGTH)
 
 
 def _problem(name: str) -> Any:
     """What a classifier was trained for; transformers, too, takes one output of which nothing is said for a number."""
-    with loading(name, f"model {name!r} cannot be loaded"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_configuration(name)
     if config.problem_type is None and config.num_labels == 1:
         return "regression"
     return _PROBLEMS.get(config.problem_type, "single-label")
@@ -90,8 +89,7 @@ def _problem(name: str) -> Any:
 
 def objective_for(name: str) -> Any:
     """The objective that a model's class was trained by, with default settings. ValueError for another class."""
-    with loading(name, f"model {name!r} cannot be loaded"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_configuration(name)
     for auto, settings in _OBJECTIVES.items():
         classes = auto._model_mapping.get(type(config), ())
         names = {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}

@@ -188,17 +188,27 @@ def encode(
     room = max_length - len(prefix) - len(suffix)
     around = before.tolist(), after.tolist()
     most = room if enough and layout != "blocks" and overflow == "truncate" else None
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), *around, enough, *([most] if most else []))
+    splits = tokenizer.split_special_tokens  # which the backend's state does not say
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough, most)
     folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
     if not folder.exists():
         with building(folder) as temporary:
             _write_ids(temporary, documents, tokenizer, *around, words, name, enough, most)
     ids = FlatFile(folder / "ids.npy")
     begins = FlatFile(folder / "begins.npy") if words else None
-    offsets = np.load(folder / "offsets.npy")
+    start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
+    if len(start) == 0:
+        raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
+    return Examples(ids=ids, start=start, stop=stop, prefix=prefix, suffix=suffix, fingerprint=key, begins=begins)
+
+
+def _examples_of(
+    offsets: NDArray[np.int64], room: int, layout: str, overflow: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the examples that hold an id begin and end, of at most `room` ids."""
     if layout == "blocks":
-        start = np.arange(0, len(ids), room)
-        stop = np.minimum(start + room, len(ids))
+        start = np.arange(0, offsets[-1], room)
+        stop = np.minimum(start + room, offsets[-1])
     elif overflow == "truncate":
         start, stop = offsets[:-1], np.minimum(offsets[1:], offsets[:-1] + room)
     else:
@@ -206,11 +216,7 @@ def encode(
         parts = [_pieces(offsets[at : at + _CHUNK + 1], room) for at in range(0, len(offsets), _CHUNK)]
         start, stop = (np.concatenate(side) for side in zip(*parts, strict=True))
     keep = stop > start
-    if not keep.all():
-        start, stop = start[keep], stop[keep]
-    if len(start) == 0:
-        raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
-    return Examples(ids=ids, start=start, stop=stop, prefix=prefix, suffix=suffix, fingerprint=key, begins=begins)
+    return (start, stop) if keep.all() else (start[keep], stop[keep])
 
 
 def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -267,6 +267,16 @@ def test_a_hash_is_of_the_columns_that_are_asked_for(cache: Path) -> None:
     assert fingerprint(documents.select_columns("text")) == keys[0]
 
 
+def test_ids_are_cached_for_whether_special_tokens_in_a_text_are_split(
+    tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> None:
+    documents, other = Dataset.from_dict({"text": ["A [MASK]."]}), copy.deepcopy(tokenizer)
+    other.split_special_tokens = True
+    whole, split = (encode(documents, each, max_length=32) for each in (tokenizer, other))
+    assert tokenizer.mask_token_id in whole[0]
+    assert tokenizer.mask_token_id not in split[0]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -171,7 +171,10 @@ def _documents(options: argparse.Namespace) -> Any:
     from minilm.data import read_documents
 
     pair_column = getattr(options, "pair_column", None)
-    return read_documents(Data(source=options.file, column=options.column, pair_column=pair_column))
+    try:
+        return read_documents(Data(source=options.file, column=options.column, pair_column=pair_column))
+    except ValueError as error:
+        raise ValueError(str(error).replace("--data.", "--")) from None  # the flags have other names here
 
 
 def _quiet_transformers() -> None:

@@ -448,6 +448,11 @@ def test_the_command_classifies_texts_pairs_and_files(trained: tuple[Path, dict[
     for wrong in (("x", "--file", str(source)), ("x", "--pair-column", "other"), ("--file", "none.jsonl")):
         status, output, error = run("classify", folder, *wrong)
         assert (status, output, len(error)) == (2, [], 1)
+    for words, flag in (
+        (("--column", "x"), "--column"),
+        (("--column", "sentence", "--pair-column", "x"), "--pair-column"),
+    ):
+        assert run("classify", folder, "--file", str(source), *words)[2][0].endswith(f"Pass {flag}")
 
 
 def test_the_command_evaluates_as_training_did_and_on_other_data(

@@ -13,7 +13,6 @@ benchmarks/results as JSON.
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -71,7 +70,7 @@ class Batches(Dataset[list[dict[str, Any]]]):
         self.plan = Plan(
             examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, seed=config.run.seed
         )
-        self.steps = math.ceil(config.run.epochs * self.plan.steps_per_epoch)
+        self.steps = config.run.steps(self.plan.steps_per_epoch)
 
     def __len__(self) -> int:
         return self.steps

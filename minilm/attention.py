@@ -75,7 +75,8 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
-    if _takes_rows_of_any_length(states[0], dropout):
+    # FlashAttention has one width for all three; DeepSeek's values are narrower than its queries.
+    if states[2].shape[-1] == states[0].shape[-1] and _takes_rows_of_any_length(states[0], dropout):
         attended_TxAxD = _attend_at_once(packing, states, causal, sliding_window, scaling)
     else:
         attended_TxAxD = _attend_in_groups(packing, states, causal, sliding_window, scaling, dropout)

@@ -153,7 +153,9 @@ class Saver:
         try:
             with replacing(target) as temporary:
                 with quiet_transformers():
-                    self.network.save_pretrained(temporary, state_dict=merged(self.network, weights))
+                    # By the model's own names, to be put back: the original format may have others.
+                    whole = merged(self.network, weights)
+                    self.network.save_pretrained(temporary, state_dict=whole, save_original_format=False)
                     save_tokenizer(self.tokenizer, temporary)
                 save_file(moments, temporary / OPTIMIZER)
                 if is_adapted(self.network):

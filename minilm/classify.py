@@ -29,6 +29,7 @@ from minilm.metrics import ClassEvaluator
 from minilm.model import computes_again, evaluating, load_configuration
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
+from minilm.probing import sees_padding
 from minilm.tokens import Examples, Prepared, load_tokenizer
 
 
@@ -81,7 +82,7 @@ class ClassHead(Head):
             self.alone = True
             expected_RxC = self._probe()
             self.alone = False
-            self.alone = self._differs(expected_RxC) != "" or self._sees_padding()
+            self.alone = self._differs(expected_RxC) != "" or sees_padding(model, self._probe, self._padding)
             if not self.alone:
                 self._try_first_tokens(expected_RxC)
 
@@ -123,30 +124,6 @@ class ClassHead(Head):
     def _probe(self) -> Tensor:
         input_ids_T, packing = self._probe_batch()
         return self.logits(input_ids_T, packing, (packing.position_T == 0).nonzero()[:, 0])
-
-    def _sees_padding(self) -> bool:
-        """Whether what stands in padding changes the logits, however little.
-
-        What ConvBERT's convolutions carry from there to a row's first token is next to nothing before training.
-        """
-        try:
-            embedding = self.model.get_input_embeddings()
-        except NotImplementedError:
-            return False
-        tied = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        tied = [module for module in tied if module.weight is getattr(embedding, "weight", None)]
-        before_RxC = self._probe()
-        handles = [module.register_forward_hook(self._disturb) for module in tied]
-        after_RxC = self._probe()
-        for handle in handles:
-            handle.remove()
-        return not bool((after_RxC - before_RxC).abs().max() <= 1e-6 * before_RxC.abs().max())
-
-    def _disturb(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        noise_H = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
-        padding: Tensor = inputs[0] == self._padding
-        padding[..., 0] = False  # no row begins with padding, and T5's decoder begins with the same token
-        return torch.where(padding[..., None], output + noise_H, output)
 
     def _try_first_tokens(self, expected_RxC: Tensor) -> None:
         if not self.layers:

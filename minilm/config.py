@@ -307,6 +307,10 @@ class Run:
     license: str | None = None
     """License of the model for its card, by the hub's name for it, such as apache-2.0."""
 
+    def steps(self, per_epoch: int) -> int:
+        """How many there are, `per_epoch` in an epoch. 1.1 * 100 is a little over 110, which is meant."""
+        return self.max_steps or max(1, int(-(-round(self.epochs * per_epoch, 6) // 1)))
+
     def __post_init__(self) -> None:
         check_choices("run", self)
         check(0 < self.epochs < float("inf"), f"run.epochs must be positive, not {self.epochs}")

@@ -56,7 +56,7 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     lines = [("output", f"{folder}, to which nothing is written now"), ("data", _data(prepared))]
     if own_loop:
         per_epoch = math.ceil(len(prepared.train.start) / config.batch.examples)
-        lines.append(("steps", f"{_total(config, per_epoch):,} of {config.batch.examples} examples"))
+        lines.append(("steps", f"{config.run.steps(per_epoch):,} of {config.batch.examples} examples"))
         lines.append(("time", "unknown, as are model and memory: this recipe has a loop of its own, to be tried"))
     else:
         lines += _planned(config, accelerator, precision, prepared)
@@ -64,10 +64,6 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
         for what, said in lines:
             print(f"{what:<9} {said}", flush=True)
     finish(accelerator)
-
-
-def _total(config: Config, steps_per_epoch: int) -> int:
-    return config.run.max_steps or math.ceil(config.run.epochs * steps_per_epoch)
 
 
 def _data(prepared: Prepared) -> str:
@@ -85,7 +81,7 @@ def _planned(
     head, config = build_head(config, accelerator, prepared)
     cost = count_flops(head, config.batch.max_length)
     plan, collator, _ = lay_out(config, accelerator, head, prepared)
-    total = _total(config, plan.steps_per_epoch)
+    total = config.run.steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
     state = weights + 3 * sum(p.numel() * p.element_size() for p in trained)  # gradients and two moments

@@ -3,7 +3,6 @@
 Such a loop writes no checkpoint and evaluates nothing, so that it is short; `minilm/train.py` shows how both are done.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Record
     """The plan of the steps, how many there are, and their recorder; claims the output folder and says what is run."""
     accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
     plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))
-    total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
+    total = config.run.steps(plan.steps_per_epoch)
     together(lambda: claim_output_dir(folder, config.run, head.model), main_only=True)
     peak = device_peak(accelerator.device, begun.precision.name)
     facts = run_facts(accelerator, head, plan, prepared, total, begun.precision, peak)

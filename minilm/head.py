@@ -18,6 +18,7 @@ from minilm.attention import ATTENTION
 from minilm.losses import linear_cross_entropy, softmax_in_place
 from minilm.model import computes_again, evaluating, left_out, longest_input, position_offset, vocabulary_size
 from minilm.packing import Packing, pack
+from minilm.probing import sees_padding, training_whole
 from minilm.rounding import to_round
 from minilm.swap import with_fast_modules
 
@@ -53,6 +54,7 @@ class Head(nn.Module):
         self._padding = max(0, getattr(config, "pad_token_id", None) or 0)
         ends = getattr(config, "eos_token_id", None)
         self._end: int | None = ends[0] if isinstance(ends, list) else ends
+        self._chunked = bool(getattr(config, "attention_chunk_size", None))  # Llama 4's attention, which masks cut
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._always: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
@@ -157,7 +159,8 @@ class Head(nn.Module):
         return not bool((after_3xV - before_3xV).abs().max() <= 1e-6 * before_3xV.abs().max())
 
     def _try_padding_free(self, expected_NxV: Tensor) -> None:
-        if not self.model._supports_attention_backend or getattr(self.model, "attention_is_chosen", False):
+        chosen = getattr(self.model, "attention_is_chosen", False)
+        if chosen or self._chunked or not self.model._supports_attention_backend:
             return
         original = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION)
@@ -192,7 +195,7 @@ class SparseHead(Head):
             self.alone = True
             expected_NxV = self._probe()
             self.alone = False
-            self.alone = self._differs(expected_NxV) != ""
+            self.alone = self._differs(expected_NxV) != "" or sees_padding(model, self._probe, self._padding)
             self.reason = "padding changes its logits" if self.alone else self._try_sparse(expected_NxV)
             if not self.alone:
                 self._try_padding_free(expected_NxV)
@@ -259,9 +262,8 @@ class SparseHead(Head):
     def _probe(self) -> Tensor:
         input_ids_T, packing = self._probe_batch()
         second, last = packing.lengths[0], len(input_ids_T)
-        others = torch.tensor([second, last - 8, last - 2])
         # More targets than any row has tokens: what takes them for a row's then shows.
-        target_index_N = torch.cat([torch.arange(second), others]).to(input_ids_T.device)
+        target_index_N = torch.tensor([*range(second), second, last - 8, last - 2]).to(input_ids_T.device)
         if not self.fused:
             return self.logits(input_ids_T, packing, target_index_N)
         with left_out(self._last):
@@ -337,13 +339,12 @@ def freeze_unused(head: Head) -> None:
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     ids_T, packing = head.trial([min(_PROBE, longest_input(head.model) or _PROBE) - 1, 1])
-    training = head.training
     try:
-        total = head.train().logits(ids_T, packing, torch.zeros_like(ids_T[:1])).sum()
-        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+        with training_whole(head):
+            logits_1xV = head.logits(ids_T, packing, torch.zeros_like(ids_T[:1]))
+            gradients = torch.autograd.grad(logits_1xV.sum(), trained, allow_unused=True)
     except (AssertionError, IndexError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{type(head.model).__name__} cannot be trained on rows of any length: {why}") from error
-    head.train(training)
     for parameter in [p for p, gradient in zip(trained, gradients, strict=True) if gradient is None]:
         parameter.requires_grad_(False)

@@ -4,7 +4,7 @@ import fnmatch
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,7 @@ def load_model(
         network, random = _load(model, model.name, auto, fields)
     if fields.get("pad_token_id") is not None:  # Gemma 3 looks for it in the configuration inside its own
         network.config.get_text_config().pad_token_id = network.config.pad_token_id
+    _attend_in_full(network)
     rows = vocabulary_size(network)
     known = len(tokenizer) - added
     if known > rows:
@@ -91,6 +92,16 @@ def _checkpoint_gradients(network: PreTrainedModel) -> None:
     # Its name from transformers 5.23 on, and the one before.
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _attend_in_full(network: PreTrainedModel) -> None:
+    """BigBird's attention is sparse until it sees a short row, and full from then on: make it so from the start."""
+    if getattr(network.config, "attention_type", None) == "block_sparse":
+        network.config.attention_type = "original_full"
+        modules: list[Any] = [module for module in network.modules() if hasattr(module, "set_attention_type")]
+        for module in modules:
+            module.set_attention_type("original_full")
+        log.warning("model.config.attention-type block_sparse is taken as original_full, which short rows need")
 
 
 def _choose_attention(network: PreTrainedModel, name: str) -> None:
@@ -272,6 +283,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+        for module in model.modules():
+            if callable(rescale := getattr(module, "_rescale_layers", None)):  # RWKV's, divided for an evaluation
+                rescale()
 
 
 @contextmanager
@@ -300,10 +314,9 @@ def check_causal(network: PreTrainedModel) -> None:
 
 def vocabulary_size(network: PreTrainedModel) -> int:
     """Rows of the embedding of the tokens, or what the configuration says of it."""
-    try:
+    embedding = None
+    with suppress(NotImplementedError):
         embedding = network.get_input_embeddings()
-    except NotImplementedError:
-        embedding = None
     if isinstance(embedding, nn.Embedding):
         return embedding.num_embeddings
     # Perceiver's inputs are latents, I-BERT's are quantized; CANINE has no table: it hashes any code point.

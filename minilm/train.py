@@ -114,7 +114,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
-    total = config.run.max_steps or math.ceil(config.run.epochs * plan.steps_per_epoch)
+    total = config.run.steps(plan.steps_per_epoch)
     data = prepared.train.facts()
     progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer, precision.name))
     best = together(lambda: Best(config.run, evaluator.names, progress))

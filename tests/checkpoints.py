@@ -33,10 +33,10 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model.eval()(IDS_BxL).logits
 
 
-def trained(model: PreTrainedModel) -> torch.optim.Optimizer:
+def trained(model: PreTrainedModel, labels: torch.Tensor = IDS_BxL) -> torch.optim.Optimizer:
     """An optimizer after one update, so that it has moments."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    model(IDS_BxL, labels=IDS_BxL).loss.backward()
+    model(IDS_BxL, labels=labels).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return optimizer

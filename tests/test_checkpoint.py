@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from minilm.checkpoint import Progress, find_checkpoint, read_checkpoint
+from minilm.checkpoint import Progress, Saver, find_checkpoint, read_checkpoint
 from minilm.config import Config, Run
 from minilm.export import export_model
+from minilm.objectives import objective_of
 from minilm.resume import restore, resume
 from minilm.settings import to_dict
 from tests.checkpoints import (
@@ -30,6 +31,7 @@ from tests.checkpoints import (
     MOMENTS,
     STATE,
     WEIGHTS,
+    IDS_BxL,
     facts,
     logits,
     names,
@@ -39,6 +41,8 @@ from tests.checkpoints import (
     saver_in,
     trained,
 )
+from tests.matrix import HEADS
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -334,3 +338,20 @@ def test_a_resume_without_a_record_of_the_precision_is_silent(content, tokenizer
     save(saver, 1)
     resume(find_checkpoint("latest", tmp_path), saver.config, DATA, 9, saver.network, saver.optimizer, precision="bf16")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+OTHER_NAMES = [("causal", "gpt_neox"), ("causal", "mixtral"), ("masked", "esm"), ("classification", "gemma3")]
+
+
+@pytest.mark.parametrize(("head", "kind"), OTHER_NAMES)
+def test_a_model_whose_original_format_has_other_names_goes_on_where_it_was(head, kind, tokenizer, tmp_path):
+    auto, config = objective_of(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
+    before, after = auto.from_config(config).eval(), auto.from_config(config).eval()
+    optimizer = trained(before, IDS_BxL if head != "classification" else torch.tensor([0, 1]))
+    save(Saver(tmp_path, before, optimizer, tokenizer, Config(), DATA, enabled=True), 1)
+    checkpoint = read_checkpoint(tmp_path / "checkpoint-1")
+    resumed = torch.optim.AdamW(after.parameters(), fused=True)
+    restore(checkpoint, after, resumed)
+    for other in (after, auto.from_pretrained(checkpoint.folder)):
+        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.state_dict().items())
+    assert len(resumed.state) == len(optimizer.state)

@@ -272,3 +272,16 @@ def test_importing_it_imports_neither_torch_nor_transformers(module: str) -> Non
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'datasets', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_fraction_of_epochs_is_the_steps_that_are_meant() -> None:
+    for epochs, per_epoch, steps in (
+        (1.1, 100, 110),
+        (2.2, 25, 55),
+        (0.3, 10, 3),
+        (0.5, 3, 2),
+        (1e-9, 10, 1),
+        (3.0, 7, 21),
+    ):
+        assert Run(epochs=epochs).steps(per_epoch) == steps
+    assert Run(epochs=1.1, max_steps=5).steps(100) == 5

@@ -5,10 +5,10 @@
 
 The settings are those of recipes/classify.py, whose flags are taken too. Trainer gets the same batches, learning rate,
 schedule, warm-up, betas, weight decay, clipping and seed, the same weights to start with, its own collator (padding to
-the longest) and fused AdamW: what differs are the draws of dropout. The two runs of a seed are processes of their own
-that work at the same time, each on half of the processors, so that whatever else slows the machine slows both. Both
-models are evaluated by minilm on the same examples; the time is that of the training steps alone. Results go to
-benchmarks/results as JSON.
+the longest) and fused AdamW: what differs are the draws of dropout, and that its warm-up is a step behind. The two runs
+of a seed are processes of their own that work at the same time, each on half of the processors, so that whatever else
+slows the machine slows both. Both models are evaluated by minilm on the same examples; the time is that of the training
+steps alone. Results go to benchmarks/results as JSON.
 """
 
 import argparse
@@ -68,7 +68,11 @@ class Batches(Dataset[list[dict[str, Any]]]):
         size = config.batch.examples
         self.rows = Rows(examples)
         self.plan = Plan(
-            examples.lengths, examples=size, micro_tokens=size * config.batch.max_length, seed=config.run.seed
+            examples.lengths,
+            examples=size,
+            micro_tokens=size * config.batch.max_length,
+            seed=config.run.seed,
+            group=config.batch.group,
         )
         self.steps = config.run.steps(self.plan.steps_per_epoch)
 
@@ -113,6 +117,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
     options, rest = parser.parse_known_args()
     config = parse(replace(CONFIG, model=Model(name=options.model)), arguments=rest)
+    for part, name in (("optim", "layer_decay"), ("objective", "label_smoothing"), ("batch", "micro_tokens")):
+        if getattr(getattr(config, part), name) != getattr(getattr(CONFIG, part), name):
+            parser.error(f"{part}.{name} is not taken here: Trainer's side does not have it")
     results: dict[str, list[dict[str, float]]] = {"HF Trainer": [], "minilm": []}
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_processors() // 2))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -166,7 +166,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if EPOCH in rungs:
         config = replace(config, batch=replace(config.batch, group="epoch"))
-    if BINS not in rungs:
+    if BINS not in rungs and not torch.cuda.is_available():  # where it is no rung
         minilm.packing.SHORT = 0
         setattr(minilm.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
     if MEMORY not in rungs:

@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20, help="operators to show (default: 20)")
     parser.add_argument("--trace", type=Path, default=Path("trace.json"), help="where to (default: trace.json)")
     options, flags = parser.parse_known_args()
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
     config = parse(runpy.run_path(str(options.recipe))["CONFIG"], arguments=flags)
     parts = labelled_parts(config)
     steps, cuda = turns_of(parts, WARM_UP + 2 * options.steps), parts.accelerator.device.type == "cuda"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sides import Precision, Taken
 
@@ -68,8 +69,9 @@ def figures(turns: list[Taken], first: list[Taken], peak: Peak) -> dict[str, flo
 
 
 def loss_difference(a: list[Taken], b: list[Taken]) -> float:
-    """The largest difference of their losses, turn by turn, in nats."""
-    return max(abs(x.loss - y.loss) for x, y in zip(a, b, strict=True))
+    """The largest difference of their losses, step by step, in nats; NaN where one is."""
+    ours, theirs = (np.concatenate([turn.losses for turn in turns]) for turns in (a, b))
+    return float(np.abs(ours - theirs).max())
 
 
 def line(name: str, row: dict[str, Any]) -> str:

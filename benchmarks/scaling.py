@@ -171,7 +171,7 @@ def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
             low=low,
             high=high,
             ideal=found[0][0] * count,
-            extra={"first_loss": turns[0].loss, **{key: median / rate for key, rate in whole.items()}},
+            extra={"first_loss": turns[0].losses[0], **{key: median / rate for key, rate in whole.items()}},
         )
         for count, (median, low, high), turns in zip(counts, found, taken, strict=True)
     ]

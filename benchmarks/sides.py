@@ -44,8 +44,8 @@ class Taken:
     """Real ones, as always: padding is never counted."""
     padded_tokens: int
     square_lengths: int
-    loss: float
-    """Mean over the turn's steps."""
+    losses: tuple[float, ...]
+    """Of the turn's steps."""
     memory: int
     """Most memory so far, bytes: of the GPU, or else resident memory of the process."""
     eval_loss: float | None = None
@@ -188,6 +188,7 @@ def _in_turn(
 def serve(side: Side, steps: Callable[[Side], None]) -> None:
     """One side, in its own process, on one GPU at most: Trainer would take them all."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    multiprocessing.set_start_method("fork", force=True)  # of its loader's workers: a server would import all anew
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("minilm").setLevel(logging.ERROR)
@@ -254,7 +255,7 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, eval
     )
     items, max_grad_norm = iter(loader), config.optim.max_grad_norm
 
-    def take(first: int, count: int) -> tuple[list[Step], float]:
+    def take(first: int, count: int) -> tuple[list[Step], tuple[float, ...]]:
         steps, losses = [], []
         for index in range(first, first + count):
             with record_function("data"):
@@ -266,13 +267,13 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, eval
             )
             steps.append(step)
             losses.append(result.loss)
-        return steps, float(torch.stack(losses).mean())  # waits for the device
+        return steps, tuple(torch.stack(losses).tolist())  # waits for the device
 
     for first in range(0, total, lead_in + block):
         if lead_in:
             take(first, lead_in)
         mark = time.perf_counter()
-        steps, loss = take(first + lead_in, block)
+        steps, losses = take(first + lead_in, block)
         seconds = time.perf_counter() - mark
         evaluation = parts.evaluator(parts.accelerator, parts.model).figures() if evaluated else {}
         if lead_in:
@@ -282,7 +283,7 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, eval
             tokens=sum(step.tokens for step in steps),
             padded_tokens=sum(step.padded_tokens for step in steps),
             square_lengths=sum(step.square_lengths for step in steps),
-            loss=loss,
+            losses=losses,
             memory=peak_memory(parts.accelerator.device),
             eval_loss=evaluation.get("eval_loss"),
         )

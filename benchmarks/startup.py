@@ -87,10 +87,12 @@ def by_trainer(folder: Path) -> None:
 
 def write_job(folder: Path) -> None:
     """What Trainer's side reads: the text, minilm's tokenizer, and the settings in Trainer's words."""
+    from accelerate import Accelerator
     from trainer_side import trainer_settings
 
     from minilm.config import Config, MaskedLM
     from minilm.data import load_documents
+    from minilm.hardware import choose_precision
     from minilm.objectives import build, prepare
 
     config: Config = runpy.run_path(str(RECIPE))["CONFIG"]
@@ -100,10 +102,11 @@ def write_job(folder: Path) -> None:
     with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents["text"])
     assert isinstance(config.objective, MaskedLM)
+    precision = choose_precision(config.run.precision, Accelerator().device).name
     job = {
         "length": config.batch.max_length,
         "config": build(config, prepared).config.to_diff_dict(),
-        "settings": trainer_settings(config, "fp32", config.run.max_steps or 1),
+        "settings": trainer_settings(config, precision, config.run.max_steps or 1),
         "rate": config.objective.rate,
     }
     (folder / "job.json").write_text(json.dumps(job, default=str))

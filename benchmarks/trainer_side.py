@@ -4,6 +4,7 @@ import copy
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class Turns(TrainerCallback):
             self._begin()
         if self.leading or len(self.losses) < self.side.block:
             return
-        loss = float(torch.stack(self.losses).mean())  # waits for the device
+        losses = tuple(torch.stack(self.losses).tolist())  # waits for the device
         seconds = time.perf_counter() - self.mark
         lengths = torch.cat(self.lengths)
         taken = Taken(
@@ -123,7 +124,7 @@ class Turns(TrainerCallback):
             tokens=int(lengths.sum()),
             padded_tokens=self.padded,
             square_lengths=int((lengths * lengths).sum()),
-            loss=loss,
+            losses=losses,
             memory=peak_memory(lengths.device),
             eval_loss=self._evaluate(kwargs["model"]) if self.side.evaluated else None,
         )
@@ -222,15 +223,16 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
     }
 
 
-def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False) -> None:
+def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, attention: str = "auto") -> None:
     """Trainer's side. Its sampling strategy is `grouping`, or nothing for minilm's examples in their order.
 
-    `compiled`: with `torch_compile`.
+    `compiled`: with `torch_compile`. `attention`: of transformers, by its name, or what transformers takes by itself.
 
     Loading is in its time, and padding too, but for a language model's examples in order: their masks must be minilm's,
     so that they are masked and padded beforehand.
     """
-    config, prepared = side.config, prepare(side.config)
+    config = replace(side.config, model=replace(side.config.model, attention=attention))
+    prepared = prepare(config)
     data, collate, size = _rows(config, prepared, side.steps, in_order=not grouping)
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, config.run.precision, side.steps)

@@ -206,6 +206,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises ValueError that names what is missing, damaged or out of place. Nothing in it is ever executed.
     """
     try:
+        _hold(folder.is_dir(), "there is no such folder; give the path of one, or latest")
         manifest = _read_json(folder / _MANIFEST)
         for name in (WEIGHTS, OPTIMIZER, _STATE):
             _hold(name in manifest, f"{name} is not in its {_MANIFEST}")

@@ -109,7 +109,7 @@ def _threads() -> Finding:
             f"OMP_NUM_THREADS={left} python in place of accelerate launch"
         )
     fix = ""
-    if threads < usable and os.environ.get("OMP_NUM_THREADS"):
+    if threads < usable and busy <= 0.5 and os.environ.get("OMP_NUM_THREADS"):
         fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} holds a process started without launcher down: unset it"
     elif threads > usable:
         fix = f"set OMP_NUM_THREADS={usable}: more threads than processors wait for each other"

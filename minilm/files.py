@@ -29,7 +29,9 @@ def text_encoding(files: list[str]) -> str:
     others = {name: line for name in files if (line := _line_that_is_not(name, "utf-8"))}
     for name, line in others.items():
         if len(others) < len(files) or _line_that_is_not(name, "cp1252"):
-            raise ValueError(f"{name}, line {line}: not UTF-8; convert the file, for example with iconv")
+            raise ValueError(
+                f"{name}, line {line}: not UTF-8, or with NUL characters, which are no text; convert the file"
+            )
         log.warning(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
     return "cp1252" if others else "utf-8"
 

@@ -251,7 +251,8 @@ def repeat_to_the_bit(wanted: bool) -> None:
 def describe(device: torch.device) -> dict[str, object]:
     """What the run ran on, for run.json and the model card."""
     capability = _cpu_capability()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} ({capability})"
+    told = ", as told" if os.environ.get("ATEN_CPU_CAPABILITY") else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} ({capability}{told})"
     return {
         "device": name,
         "cpu_capability": capability,

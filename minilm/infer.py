@@ -57,6 +57,8 @@ def load_classifier(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
     model, tokenizer = _load(name, AutoModelForCausalLM, "causal LM")
+    if other := _other_use(model):  # BERT's weights fit both
+        raise ValueError(f"{str(name)!r} is no causal LM{other}")
     check_causal(model)
     return model, tokenizer
 

@@ -72,6 +72,9 @@ def read_labels(
     if len(seen) < 2 and not several and set(names) != set(known):
         said = f"every training document has the label {rows[0][0]!r}: a classification needs two or more"
         raise ValueError(said + _knows(known))
+    if several and len({frozenset(row) for row in rows}) < 2 and set(names) != set(known):
+        said = f"every training document has the labels {', '.join(rows[0]) or 'none'}: there is nothing to learn"
+        raise ValueError(f"{said} (zeros and ones, one for each label, are to be numbers with a point: 0.0 and 1.0)")
     if several:
         return Labels(problem=problem, names=names), _indicators(rows, ids), _indicators(unseen, ids)
     arrays = [np.array([ids[row[0]] for row in part], np.int64) for part in (rows, unseen)]

@@ -30,7 +30,7 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     if run.resume is not None:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
     else:
-        folder, checkpoint = _new(run.output_dir, name), None
+        folder, checkpoint = _new(run.output_dir, name, overwrite=run.overwrite), None
     with _writing(folder):
         if (folder / "log.jsonl").is_symlink():  # all other files are replaced, this one is written to
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
@@ -104,11 +104,11 @@ def _writing(folder: Path) -> Iterator[None]:
         raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _new(asked: str | None, name: str) -> Path:
+def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
     if asked is not None:
         return Path(asked).expanduser()
     folder, number = Path("out", name), 1
-    while folder.exists() and any(folder.iterdir()):
+    while not overwrite and folder.exists() and any(folder.iterdir()):
         number += 1
         folder = Path("out", f"{name}-{number}")
     return folder

@@ -66,7 +66,9 @@ def resume(
         _refuse(checkpoint, [f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}"])
     step, folder = checkpoint.progress.step, checkpoint.folder.parent
     if step > total:
-        raise ValueError(f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for")
+        raise ValueError(
+            f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for: ask for more"
+        )
     if (folder / RESULTS).exists():
         if step == total:
             more = "a larger --run.max-steps goes on from step"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from minilm.checkpoint import is_checkpoint
 from minilm.classify import trained_labels
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
 from minilm.labels import check_known
@@ -52,7 +53,8 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
 
 
 def _config(name: str, data: Data | None) -> Config:
-    run = Path(name) / "run.json"
+    folder = Path(name)
+    run = (folder.absolute().parent if is_checkpoint(folder) else folder) / "run.json"
     if run.is_file():
         config = read_run(str(run))
     elif data is None:

@@ -196,4 +196,7 @@ def parse_data(arguments: Sequence[str]) -> Data | None:
 
     if not arguments:
         return None
-    return tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog="minilm evaluate DIR").data
+    data = tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog="minilm evaluate DIR").data
+    if not any(word.split("=")[0] == "--data.source" for word in arguments):
+        raise ValueError("give --data.source too: without any --data flag, a run's own evaluation is done again")
+    return data

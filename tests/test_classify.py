@@ -271,6 +271,7 @@ def test_numbers_with_a_decimal_point_are_a_regression() -> None:
         ([-1, 1], [1], Classification(), "from 0 to n-1.*: -1 is negative"),
         ([0, 1, 3], [1], Classification(), "from 0 to n-1.*: 2 has none .there are 0, 1, 3.;"),
         ([0, 16225007011], [0], Classification(), "from 0 to n-1.*: 1 has none .there are 0, 16225007011.;"),
+        ([[0, 1], [1, 0]], [[0, 1]], Classification(), "every training document has the labels 0, 1: .* 0.0 and 1.0"),
         ([[0, 1, 0, 1], [1]], [[0]], Classification(), r"\[0, 1, 0, 1\] names '0' twice: a list has the numbers or"),
         ([0, 1], [2], Classification(), "row 0 .* label '2'"),
         (["a", "b"], ["a"], Classification(problem="regression"), "row 0 of the training .*'a': a regression needs"),
@@ -461,6 +462,9 @@ def test_the_command_evaluates_as_training_did_and_on_other_data(
     folder, results = trained
     figures = json.loads(run("evaluate", str(folder), "--json")[1][-1])
     assert figures == {name: results[name] for name in figures}
+    checkpoint = folder / "checkpoint-60"  # the last one
+    assert json.loads(run("evaluate", str(checkpoint), "--json")[1][-1]) == figures
+    assert "give --data.source too" in run("evaluate", str(folder), "--data.eval-fraction", "0.1")[2][-1]
     source = write_colours(tmp_path / "more.jsonl")
     columns = ("--data.column", "sentence", "--data.pair-column", "other", "--data.label-column", "colour")
     status, output, _ = run("evaluate", str(folder), "--data.source", source, *columns)

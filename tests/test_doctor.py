@@ -85,7 +85,10 @@ def test_programs_that_take_processors_are_told_of_with_the_threads_left_over(mo
     monkeypatch.setattr(doctor, "usable_processors", lambda: 4)
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 3, 5}, raising=False)
     monkeypatch.setattr(doctor.psutil, "cpu_percent", lambda seconds, percpu: [90.0, 5.0, 100.0, 75.0, 100.0, 0.0])
-    found = doctor._threads().found
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as it says itself
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found, fix = doctor._threads().found, doctor._threads().fix
+    assert fix == ""
     assert "other programs take 1.7 of them now" in found
     assert "OMP_NUM_THREADS=2 python" in found
 

@@ -213,5 +213,5 @@ def test_line_breaks_are_spelt_out():
 
 
 def test_a_masked_lm_is_no_causal_lm(folder):
-    with pytest.raises(ValueError, match="BertLMHeadModel sees the tokens after the one that it predicts"):
+    with pytest.raises(ValueError, match="is no causal LM; for a BertForMaskedLM there is: minilm fill-mask"):
         load_causal_lm(folder)

@@ -123,6 +123,14 @@ def test_of_two_runs_that_chose_the_same_folder_one_gets_it(asked, moment, earli
     assert {Path(name).parts[0] for name in contents(first)} == {"log.jsonl", "checkpoint-2"}
 
 
+def test_an_overwrite_is_of_the_default_folder_where_none_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = claim(None)[0].name
+    (tmp_path / "out" / name / "log.jsonl").touch()
+    assert claim(None)[0].name == f"{name}-2"
+    assert claim(None, overwrite=True)[0].name == name
+
+
 def test_a_folder_that_is_not_empty_is_refused_untouched_or_overwritten_when_asked(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty: .* --run\.overwrite.* --run\.resume latest"):

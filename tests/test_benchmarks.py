@@ -115,6 +115,14 @@ def test_throughput(name: str, tmp_path: Path) -> None:
     check_sides(workload.contenders(config))
 
 
+def test_a_quick_comparison_has_trainers_fastest_attention_alone() -> None:
+    workload = throughput.WORKLOADS["masked-documents"]
+    for precision, best in (("bf16", "HF Trainer, group_by_length, eager"), ("fp32", "HF Trainer, group_by_length")):
+        names = {c.name for c in workload.contenders(workload.config, workload.attentions(precision, quick=True))}
+        assert names == {"HF Trainer", best, "minilm", "minilm, group=epoch"}
+    assert len(workload.contenders(workload.config, workload.attentions("bf16", quick=False))) == 5
+
+
 def test_classification_takes_the_same_steps(tmp_path: Path) -> None:
     config = toy(throughput.WORKLOADS["pair-classification"].config)
     texts = [" ".join(f"word{(i * j) % 50}" for j in range(80 + i % 7)) for i in range(60)]

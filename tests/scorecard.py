@@ -37,6 +37,15 @@ ROWS = {
     28: "what is saved, in plain transformers",
     29: "the terminal, during a long step and after ctrl-C",
     30: "bad input",
+    31: "situations from the field",
+    32: "rows written and read back, in every format",
+    33: "special ids, against plain transformers",
+    34: "the same update for every objective, fork and layout",
+    37: "a refused run in a Python process, then a good one",
+    40: "a damaged cache",
+    41: "changed inputs before a resume",
+    42: "signals to the process group",
+    43: "two runs in one folder",
 }
 
 

@@ -1,11 +1,15 @@
 """The `minilm` command: trained models, used and measured."""
 
 import argparse
+import ast
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from minilm.cli import guarded, quick_imports
@@ -18,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--completion", action=PrintCompletion, choices=SHELLS, help="print a script by which the shell completes words"
     )
+    parser.add_argument("--version", action="version", version=f"minilm {version('minilm')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fill = _add(commands, "fill-mask", _fill_mask, "the likeliest words for a mask", "masked LM")
     fill.description = 'Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."'
@@ -52,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_export(commands)
     _add_report(commands)
     _add_doctor(commands)
+    start = _command(commands, "train", _train, "which recipes there are, and how to start one")
+    start.description = "List the recipes. Training is started by one of them: accelerate launch recipes/NAME.py"
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "evaluate":
+    if rest and options.command not in ("evaluate", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     guarded(lambda: options.work(options), debug=options.debug)
@@ -292,6 +299,25 @@ def _doctor(options: argparse.Namespace) -> None:
             print(f"{'MEND' if fix else 'ok':<5} {finding.what:<10} {finding.found}{fix}", flush=True)
     if to_mend:
         sys.exit(1)
+
+
+def _train(options: argparse.Namespace) -> None:
+    """List the recipes of this checkout with their first lines, and how to start one."""
+    folder = Path(__file__).parents[1] / "recipes"
+    recipes = sorted(folder.glob("*.py"))
+    if not recipes:
+        raise ValueError(
+            "a recipe starts the training, a file of some 25 lines: clone the repository, which has them in recipes/, "
+            "or write one that ends in minilm.cli.run_recipe(CONFIG)"
+        )
+    print(f"A recipe starts the training. Those in {folder}:\n")
+    for recipe in recipes:
+        summary = (ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        print(f"  {recipe.name:<20} {summary}")
+    print(f"\nStart one:    accelerate launch {shlex.quote(str(folder / 'mlm_pydocs.py'))}")
+    print("See its flags: python RECIPE --help    See what it would do: python RECIPE --dry-run")
+    if options.rest:
+        raise ValueError(f"minilm train takes no arguments: pass {shlex.join(options.rest)} to a recipe")
 
 
 if __name__ == "__main__":

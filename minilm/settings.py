@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from minilm.checks import check, closest
 from minilm.config import Config, Data, MaskedLM, Run, Value
+from minilm.foreign_flags import refuse_foreign_flags
 from minilm.signals import first_to_tell
 
 
@@ -135,6 +136,7 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         # Columns and slices of another source mean nothing here.
         kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
         default = dataclasses.replace(default, data=kept)
+    refuse_foreign_flags(rest, default)
     default, rest = _take_fields(default, rest)
     description += (
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "

@@ -19,34 +19,35 @@ class Data:
     """Where the documents come from."""
 
     source: str | tuple[str, ...] = "pydocs"
-    """pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .parquet .arrow, or .gz of the
-    first four), a folder that save_to_disk wrote, or a hub dataset id; or several of them, one after the other."""
+    """Where the documents are: pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .parquet
+    .arrow, or .gz of the first four), a folder written by save_to_disk, or a hub dataset id. Several are read one
+    after the other."""
     weights: tuple[float, ...] = ()
-    """How often an epoch sees the training documents of each source: 2 is twice, 0.5 a half drawn by seed. Default: 1
-    each."""
+    """How often an epoch sees the training documents of each source: 2 means twice, 0.5 means a half drawn by seed.
+    Default: 1 for each source."""
     config: str | None = None
     """Configuration of a hub dataset, such as wikitext-2-raw-v1."""
     split: str = "train"
-    """Part to train on; slices such as train[:5000] work."""
+    """Split to train on. Slices such as train[:5000] work."""
     column: str = "text"
-    """Column that holds the text; a dotted path such as answers.text reaches into nested columns."""
+    """Column that holds the text. A dotted path such as answers.text reaches into nested columns."""
     pair_column: str | None = None
-    """Column of a second text that goes with the first, such as sentence2; GLUE's are known."""
+    """Column of a second text that belongs to the first, such as sentence2. Those of GLUE's tasks are known."""
     label_column: str = "label"
-    """Column of the labels where the objective needs them."""
+    """Column of the labels, for objectives that need labels."""
     document: Literal["line", "paragraph", "file"] = "line"
-    """What one document is in a .txt file: each line, each paragraph between blank lines, or all of it."""
+    """What one document of a .txt file is: a line, a paragraph between blank lines, or the whole file."""
     eval_source: str | None = None
-    """Evaluation documents, given like source. Default: eval_split, or else eval_fraction of the source."""
+    """Evaluation documents, given like source. Default: eval_split if it is set, else eval_fraction of the source."""
     eval_split: str | None = None
-    """Part of the source to evaluate on, such as validation; several, joined by +, are evaluated each by itself."""
+    """Split of the source to evaluate on, such as validation. Several splits joined by + are evaluated separately."""
     eval_fraction: float = 0.05
-    """Share of the documents held out by seed for evaluation (of pydocs: of the bytes, in whole modules; where a
-    document is a file: the end of each)."""
+    """Share of the documents that is held out for evaluation, drawn by seed. Of pydocs it is a share of the bytes, in
+    whole modules. Where a document is a file, it is the end of each file."""
 
     streaming: bool = False
-    """Read the documents from the source as they are encoded, and store nothing but their tokens. Held out is then each
-    document at which another eval_fraction is full. Of one hub dataset, no more is read than run.max_steps needs."""
+    """Read the documents while they are encoded, and store only their tokens. Every (1 / eval_fraction)-th document is
+    then held out. Of a single hub dataset, minilm reads only as much as run.max_steps needs."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)
@@ -76,15 +77,15 @@ class Tokens:
     """The tokenizer: the model's own, another one by name, or one trained on the documents."""
 
     name: str | None = None
-    """Hub id or folder of a tokenizer. Default: the model's; where the model is built from scratch, one is trained."""
+    """Hub id or folder of a tokenizer. Default: the checkpoint's tokenizer; for a new model, minilm trains one."""
     kind: Literal["bpe", "wordpiece", "unigram", "characters"] = "bpe"
-    """A trained tokenizer's algorithm: byte-level BPE, WordPiece (lower-cased), Unigram, or a token a character."""
+    """Algorithm of a trained tokenizer: byte-level BPE, lower-cased WordPiece, Unigram, or one token per character."""
     vocab_size: int = 8192
-    """Size of a trained tokenizer's vocabulary, special tokens included; of characters there are as many as occur."""
+    """Vocabulary size of a trained tokenizer, special tokens included. Not used with characters."""
     extend: int = 0
-    """Words of the documents to add to a checkpoint's tokenizer: the most frequent of those that it splits."""
+    """Number of words to add to a checkpoint's tokenizer: the most frequent words that it splits."""
     overflow: Literal["split", "truncate"] = "split"
-    """A document longer than batch.max_length becomes several examples (no token is dropped), or is cut off."""
+    """What happens to a document longer than batch.max_length: split makes several examples and drops no token."""
 
     def __post_init__(self) -> None:
         check_choices("tokens", self)
@@ -97,25 +98,25 @@ class Model:
     """The model: a checkpoint by name, or one built from a Hugging Face configuration with random weights."""
 
     name: str | None = None
-    """Hub id or folder of a checkpoint to start from. Default: build from type and config."""
+    """Hub id or folder of a checkpoint to start from. Default: build a new model from type and config."""
     type: str = "modernbert"
-    """Hugging Face model type to build (bert, roberta, modernbert, …) when no name is given."""
+    """Hugging Face model type of a new model (bert, roberta, modernbert, …), where no name is given."""
     config: dict[str, Value] = field(default_factory=dict)
-    """Fields of the Hugging Face configuration to set, such as hidden_dropout_prob 0.0; with a name: to override."""
+    """Fields of the Hugging Face configuration, such as hidden_dropout_prob 0.0. They override a checkpoint's."""
     freeze: tuple[str, ...] = ()
-    """Parameters to leave as they are, by patterns of their names, such as *.embeddings.* and *.layer.[0-3].*"""
+    """Parameters that are not trained, as patterns of their names, such as *.embeddings.* and *.layer.[0-3].*"""
     lora_rank: int = 0
-    """Train low-rank updates of this rank in place of the weights (LoRA, which takes peft); a classifier's head is
-    trained as it is. 0: train the weights."""
+    """Rank of the low-rank updates that are trained in place of the weights (LoRA; needs peft). A classifier's head is
+    trained as usual. 0: train the weights."""
     lora_alpha: float = 16.0
-    """The updates are scaled by lora_alpha / lora_rank: a constant, as in the paper, whatever the rank."""
+    """Scale of the updates: they are multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ()
-    """Linear layers to update, by patterns of the ends of their names, such as query or layer.[0-3].*; * is all of
-    them. Default: those that peft knows for the type of model, or else those of the attention."""
+    """Linear layers to update, as patterns of the ends of their names, such as query or layer.[0-3].*; * means all.
+    Default: the layers that peft knows for the model type, or else those of the attention."""
     gradient_checkpointing: bool = False
-    """Compute each layer again on the way back instead of keeping what it computed: less memory, a third more work."""
+    """Recompute each layer in the backward pass instead of storing its activations: less memory, a third more work."""
     attention: str = "auto"
-    """auto: without padding where that changes no logit; or transformers' own: sdpa, eager, flash_attention_2, …"""
+    """auto packs rows without padding where that changes no logit. Or one of transformers' own: sdpa, eager, …"""
 
     def __post_init__(self) -> None:
         check(self.lora_rank >= 0, f"model.lora_rank must be 0 or more, not {self.lora_rank}")
@@ -131,22 +132,22 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM:
-    """Masked LM (BERT, Devlin et al. 2019, section 3.1): most targets are masked, some replaced, the others kept."""
+    """Masked LM (BERT, Devlin et al. 2019, section 3.1): predict tokens that were masked, replaced or kept."""
 
     rate: float = 0.15
     """Share of the tokens that a training step predicts."""
     final_rate: float | None = None
-    """Share at the end of the run, where it is to change: linearly, from rate on."""
+    """Rate at the end of the run; the rate then changes linearly. Default: it stays the same."""
     unit: Literal["token", "word", "span"] = "token"
-    """What training chooses at random: tokens, whole words, or spans of 1 to 10 words. The share of tokens is rate."""
+    """What training chooses at random: tokens, whole words, or spans of 1 to 10 words, until rate is reached."""
     masked: float = 0.8
-    """Share of training's targets that a mask token stands for."""
+    """Share of the targets that training replaces with the mask token."""
     replaced: float = 0.1
-    """Share of training's targets that a random token stands for; those neither masked nor replaced stay visible."""
+    """Share of the targets that training replaces with a random token. The remaining targets stay visible."""
     eval_rate: float = 0.15
-    """Share of the tokens that evaluation predicts: always the same ones, split 80/10/10, whatever training does."""
+    """Share of the tokens that evaluation predicts: always the same tokens, 80% masked, 10% replaced, 10% kept."""
     label_smoothing: float = 0.0
-    """Share of a target's probability that training spreads over the whole vocabulary; evaluation has none."""
+    """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
         check_choices("objective", self)
@@ -164,7 +165,7 @@ class CausalLM:
     """Causal LM (Radford et al. 2019): each token of a document but the first is predicted from those before it."""
 
     label_smoothing: float = 0.0
-    """Share of a target's probability that training spreads over the whole vocabulary; evaluation has none."""
+    """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
         check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
@@ -172,15 +173,15 @@ class CausalLM:
 
 @dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Sequence classification: data.label_column is predicted from a text, or with data.pair_column from two."""
+    """Sequence classification: predict data.label_column from a text, or from two texts with data.pair_column."""
 
     problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
     """What a label is: a class, a list of labels, or a number. auto: lists are several labels, numbers with a
     decimal point a regression."""
     class_weights: Literal["equal", "balanced"] = "equal"
-    """What an example of a class counts in training: the same, or the less the more of them there are."""
+    """Weight of a class in training: equal, or balanced (inversely proportional to its number of examples)."""
     label_smoothing: float = 0.0
-    """Share of each training target that is spread over all classes; evaluation has none."""
+    """Share of each training target that is spread over all classes. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
         check_choices("objective", self)
@@ -201,20 +202,20 @@ class Batch:
     """What one optimizer step sees, and how it is cut to fit the device."""
 
     examples: int = 32
-    """Examples in a step, all processes and micro-batches together."""
+    """Examples in an optimizer step, over all processes and micro-batches."""
     max_length: int = 128
-    """Longest example in tokens, special tokens included."""
+    """Length of the longest example in tokens, special tokens included."""
     micro_tokens: int | Literal["auto"] = 4096
-    """Most tokens, padding included, in a device's forward pass; auto tries a few sizes and takes the fastest that
-    fits. Changes speed and memory, and not the result but for what dropout draws."""
+    """Maximum number of tokens in a forward pass of a device, padding included. auto tries a few sizes and takes the
+    fastest that fits. It changes speed and memory, but not the result, except for what dropout draws."""
     layout: Literal["documents", "blocks", "packed"] = "documents"
-    """An example is a document (or a piece of a long one), a full block cut from all documents joined together, or,
-    packed, as many documents as max_length holds, each read alone."""
+    """What an example is. documents: one document, or a piece of a long one. blocks: a full block cut from all
+    documents joined together. packed: as many documents as max_length holds, each still read alone."""
     group: Literal["step", "epoch"] = "step"
-    """Group examples by length inside each random step, or over the epoch (for models that need padding: a step then
-    sees one length)."""
+    """Where examples are grouped by length. step: inside each random step. epoch: over the whole epoch, so that a step
+    sees one length; this biases the batches and helps only models that need padding."""
     workers: int = 0
-    """Processes that prepare batches ahead of the training process. Changes speed, not the result."""
+    """Number of processes that prepare batches ahead of the training process. It changes speed, not the result."""
 
     def __post_init__(self) -> None:
         check_choices("batch", self)
@@ -232,9 +233,9 @@ class Optim:
     lr: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay from the peak to zero at the last step, or none."""
+    """Shape of the decay from the peak to zero at the last step. constant: no decay."""
     warmup: float = 0.06
-    """Linear warm-up: a share of all steps if below 1, else a number of steps."""
+    """Length of the linear warm-up: a share of all steps if below 1, else a number of steps."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -242,9 +243,9 @@ class Optim:
     eps: float = 1e-8
     """AdamW's epsilon."""
     layer_decay: float = 1.0
-    """The head learns at lr, each layer below at this share of the rate above it, the embeddings at the least."""
+    """Ratio of each layer's learning rate to that of the layer above it. The head learns at lr."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm when it is larger; 0 switches clipping off."""
+    """Norm to which a larger gradient is scaled down. 0 switches clipping off."""
 
     def __post_init__(self) -> None:
         check_choices("optim", self)
@@ -259,56 +260,57 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How long, how precise, and where to."""
+    """How long a run is, how precise, and where its output goes."""
 
     epochs: float = 3.0
-    """Passes over the training documents."""
+    """Number of passes over the training documents."""
     max_steps: int | None = None
-    """Stop after this many steps instead; the schedule then ends there."""
+    """Number of steps, in place of epochs. The schedule ends there."""
     seed: int = 0
-    """Decides initial weights, order, masks and dropout."""
+    """Seed of the initial weights, the order, the masks and dropout."""
     output_dir: str | None = None
-    """Folder for the model, its card and the logs. Default: out/<recipe>, or out/<recipe>-2, … where that exists."""
+    """Folder for the model, its card and the logs. Default: out/<recipe>, or the first free one of out/<recipe>-2, …"""
     overwrite: bool = False
-    """Write into an output_dir that is not empty: minilm's own files are replaced, all others are left alone."""
+    """Allow an output_dir that is not empty. minilm replaces its own files there and leaves all others alone."""
     resume: str | None = None
-    """Go on from a checkpoint of this very run, to the bit: latest (of output_dir), or the path of one."""
+    """Continue this run from a checkpoint, to the bit: latest (in output_dir), or the path of a checkpoint."""
     eval_every: int | None = None
-    """Steps between evaluations. Default: after each epoch. The end of the run is always evaluated."""
+    """Steps between evaluations. Default: one after each epoch. The end of the run is always evaluated."""
     save_every: int = 1000
-    """Steps between checkpoints; a run that is told to stop (SIGTERM, ctrl-C) saves one too. 0: none at all."""
+    """Steps between checkpoints. A run that is told to stop (SIGTERM, ctrl-C) saves one too. 0: save none."""
     keep_last: int = 2
-    """Checkpoints to keep: the newest ones, and besides them the best one by best_metric."""
+    """Number of newest checkpoints to keep. The best one by best_metric is kept besides."""
     best_metric: str = "eval_loss"
-    """Figure of the evaluation by which a checkpoint is the best one, such as accuracy or f1."""
+    """Evaluation figure that decides which checkpoint is the best, such as accuracy or f1."""
     load_best: bool = False
-    """End with the weights of the best evaluation in place of the last ones; each better one is then saved."""
+    """End with the weights of the best evaluation in place of the last ones. Each better checkpoint is then saved."""
     patience: int | None = None
-    """Stop after this many evaluations in a row that are no better than the best. Default: never."""
+    """Number of evaluations in a row without a new best after which the run stops. Default: it never stops early."""
     max_bad_steps: int = 10
-    """Give up after this many steps in a row without a finite gradient; such steps change nothing."""
+    """Number of steps in a row without a finite gradient after which the run gives up. Such steps change no weight."""
     timeout: int = 600
-    """Seconds that a process waits for the others in a step before it gives them up."""
+    """Seconds that a process waits for the other processes in a step before it gives up."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
+    """Precision of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
     compile: bool = False
-    """On a GPU, have torch.compile fuse layers and loss: faster steps after some 20 seconds. It takes a C compiler."""
+    """Fuse layers and loss with torch.compile, on a GPU: faster steps after about 20 seconds. Needs a C compiler."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are summed in over processes. bf16 halves what they send, and rounds: the sums are others."""
+    """Precision in which gradients are summed over processes. bf16 halves the traffic and rounds the sums."""
     deterministic: bool = False
-    """Only algorithms that repeat to the bit, on a GPU too; slower there. A CPU repeats without it."""
+    """Use only algorithms that repeat to the bit on a GPU too, where they are slower. A CPU repeats without it."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
-    """Where the figures of log.jsonl go as well; each is a package of its own, configured as it always is."""
+    """Trackers that also get the figures of log.jsonl. Each is a package that must be installed."""
     samples: tuple[str, ...] = ()
-    """Texts with a mask token to fill in, or beginnings to go on from, at the end and for the model card."""
+    """Texts that the trained model completes at the end and in the model card: with a mask token, or beginnings."""
     push_to_hub: str | None = None
-    """Repository on the Hugging Face hub, NAME or OWNER/NAME, to upload the result to at the end; whether the token
-    may is asked at the start. It is created, as public as the hub makes it by default, before the first step."""
+    """Repository on the Hugging Face hub, NAME or OWNER/NAME, to which the result is uploaded at the end. minilm checks
+    the token at the start, and creates the repository with the hub's default visibility before the first step."""
     license: str | None = None
-    """License of the model for its card, by the hub's name for it, such as apache-2.0."""
+    """License for the model card, by the hub's name for it, such as apache-2.0."""
 
     def steps(self, per_epoch: int) -> int:
-        """How many there are, `per_epoch` in an epoch. 1.1 * 100 is a little over 110, which is meant."""
+        """Return the number of steps of the run, with `per_epoch` steps in an epoch."""
+        # Rounded first: 1.1 * 100 is a little over 110 in floating point and must give 110.
         return self.max_steps or max(1, int(-(-round(self.epochs * per_epoch, 6) // 1)))
 
     def __post_init__(self) -> None:
@@ -334,7 +336,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run, a field for each group of flags. `train(config)` needs nothing else."""
+    """Everything that decides a run: one field for each group of flags. `train(config)` needs nothing else."""
 
     data: Data = field(default_factory=Data)
     tokens: Tokens = field(default_factory=Tokens)
@@ -346,5 +348,5 @@ class Config:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether the figure of an evaluation of this name is a loss."""
+    """Return whether the evaluation figure of this name is a loss."""
     return metric.startswith(("eval_loss", "perplexity", "bits_per_byte", "mse"))

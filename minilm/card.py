@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from minilm.cache import publish
 from minilm.config import Config, Data
+from minilm.disk import publish
 from minilm.energy import CPUS, GPUS
 from minilm.glue import with_glue_columns
 from minilm.hub import is_path

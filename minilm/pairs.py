@@ -9,7 +9,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from minilm.cache import building, cache_folder
+from minilm.cache import open_entry
 from minilm.flat import FlatFile
 from minilm.progress import progress_bar
 from minilm.tokens import Examples, fingerprint, state_of
@@ -30,11 +30,8 @@ def encode_pairs(
     tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
     tokenizer.backend_tokenizer.no_padding()
     key = fingerprint(documents, state_of(tokenizer), columns, max_length, columns=columns)
-    folder = cache_folder() / f"ids-{key}"
-    if not folder.exists():
-        with building(folder) as temporary:
-            _write(temporary, documents, columns, tokenizer, max_length, name)
-        tokenizer.backend_tokenizer.no_truncation()
+    folder = open_entry(f"ids-{key}", lambda folder: _write(folder, documents, columns, tokenizer, max_length, name))
+    tokenizer.backend_tokenizer.no_truncation()
     offsets = np.load(folder / "offsets.npy")
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if cut := facts["cut"]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from minilm.cache import cache_folder, publish
+from minilm.cache import open_entry
 
 # Bumped whenever the extraction below changes, so that no stale corpus is read from the cache.
 _VERSION = 2
@@ -34,11 +34,14 @@ def pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     files = sorted(_python_files(root))
     stamp = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
     key = hashlib.sha256(json.dumps([_VERSION, sys.version, eval_fraction, stamp]).encode()).hexdigest()[:16]
-    cached = cache_folder() / f"pydocs-{key}.json"
-    if not cached.exists():
+
+    def build(folder: Path) -> None:
         documents = [(module, text) for path in files for module, text in _documents(root, path)]
         train, held_out = _split_by_module(_without_near_duplicates(documents), eval_fraction)
-        publish(cached, json.dumps({"train": train, "eval": held_out}, ensure_ascii=False))
+        content = json.dumps({"train": train, "eval": held_out}, ensure_ascii=False)
+        (folder / "documents.json").write_text(content, encoding="utf-8")
+
+    cached = open_entry(f"pydocs-{key}", build) / "documents.json"
     corpus = json.loads(cached.read_text(encoding="utf-8"))
     return corpus["train"], corpus["eval"]
 

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from minilm.cache import publish
 from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config
+from minilm.disk import publish
 from minilm.hardware import Peak, Precision, describe, peak_memory
 from minilm.head import Head
 from minilm.optim import warmup_steps

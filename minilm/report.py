@@ -5,9 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minilm.cache import publish
 from minilm.charts import COLOURS, DARK_COLOURS, Panel, panels, style, svg, write_png
 from minilm.config import Config
+from minilm.disk import publish
 from minilm.logged import Logged, read_runs, shown
 from minilm.settings import from_dict, to_dict
 

@@ -13,8 +13,8 @@ import numpy as np
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
-from minilm.cache import publish
 from minilm.config import Config
+from minilm.disk import publish
 from minilm.launch import in_contact, join, one_job, together
 from minilm.output import choose_output_dir
 from minilm.signals import heard

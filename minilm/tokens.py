@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minilm.cache import building, cache_folder, publish
+from minilm.cache import open_entry
 from minilm.config import Tokens
 from minilm.flat import FlatFile, growing
 from minilm.hub import loading
@@ -80,10 +80,7 @@ def state_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
     """What `build` gives, from the cache where it was built before."""
-    folder = cache_folder() / f"tokenizer-{key}"
-    if not folder.exists():
-        with building(folder) as temporary:
-            build().save_pretrained(temporary)
+    folder = open_entry(f"tokenizer-{key}", lambda folder: build().save_pretrained(folder))
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -190,10 +187,10 @@ def encode(
     most = room if enough and layout != "blocks" and overflow == "truncate" else None
     splits = tokenizer.split_special_tokens  # which the backend's state does not say
     key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough, most)
-    folder = cache_folder() / f"{'words' if words else 'ids'}-{key}"
-    if not folder.exists():
-        with building(folder) as temporary:
-            _write_ids(temporary, documents, tokenizer, *around, words, name, enough, most)
+    folder = open_entry(
+        f"{'words' if words else 'ids'}-{key}",
+        lambda folder: _write_ids(folder, documents, tokenizer, *around, words, name, enough, most),
+    )
     ids = FlatFile(folder / "ids.npy")
     begins = FlatFile(folder / "begins.npy") if words else None
     start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
@@ -260,12 +257,12 @@ def _write_ids(
             encodings = encode_batch(texts, add_special_tokens=False)
             rows = [[*before, *encoding.ids, *after] for encoding in encodings]
             sizes.extend(map(len, rows))
-            np.fromiter(itertools.chain.from_iterable(rows), kind).tofile(file)
+            file.write(np.fromiter(itertools.chain.from_iterable(rows), kind).data)
             for text, encoding, row in zip(texts, encodings, rows, strict=True) if words else ():
                 begins = np.ones(len(row), bool)
                 starts = [start for start, _ in encoding.offsets]
                 begins[len(before) : len(before) + len(starts)] = begins_word(text, starts)
-                begins.tofile(begins_file)
+                begins_file.write(begins.data)
             bar.update(len(texts))
             counted += sum(min(len(row), most or len(row)) for row in rows) if enough else 0
             if enough and counted >= enough:
@@ -317,12 +314,12 @@ def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("
         return digest.hexdigest()
     name = digest.copy()
     name.update(json.dumps([documents._fingerprint, *columns]).encode())
-    known = cache_folder() / f"fingerprint-{name.hexdigest()}"
-    if known.exists():
-        return known.read_text(encoding="utf-8")
-    for batch in documents.iter(batch_size=BATCH):
-        for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
-            encoded = text.encode("utf-8", "surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    publish(known, digest.hexdigest())
-    return digest.hexdigest()
+
+    def build(folder: Path) -> None:
+        for batch in documents.iter(batch_size=BATCH):
+            for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
+                encoded = text.encode("utf-8", "surrogatepass")
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        (folder / "fingerprint").write_text(digest.hexdigest(), encoding="utf-8")
+
+    return (open_entry(f"fingerprint-{name.hexdigest()}", build) / "fingerprint").read_text(encoding="utf-8")

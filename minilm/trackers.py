@@ -18,8 +18,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from minilm.cache import publish
 from minilm.config import Config
+from minilm.disk import publish
 from minilm.settings import flat, to_dict
 
 log = logging.getLogger("minilm")

@@ -1,5 +1,6 @@
 """The cache: a file or a folder is there whole, or not at all."""
 
+import errno
 import os
 import stat
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from minilm import Data
-from minilm.cache import building, cache_folder, publish
+from minilm.cache import cache_folder, open_entry
+from minilm.disk import publish
 from tests.jobs import CONFIG, finish, write_text
 
 
@@ -45,7 +47,7 @@ def test_publish_that_fails_leaves_the_old_content_and_nothing_else(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    path, opened = tmp_path / "a.json", os.fdopen
+    path, opened = tmp_path / "a.json", Path.open
     if old is not None:
         path.write_text(old)
     if place == "write":
@@ -55,7 +57,7 @@ def test_publish_that_fails_leaves_the_old_content_and_nothing_else(
             file.write = fail
             return file
 
-        monkeypatch.setattr(os, "fdopen", unwritable)
+        monkeypatch.setattr(Path, "open", unwritable)
     else:
         monkeypatch.setattr(os, place, fail)
     with pytest.raises(type(error)):
@@ -71,36 +73,56 @@ def test_publish_renames_only_what_has_reached_the_disk(tmp_path: Path, monkeypa
     renamed = []
     monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append((os.stat(a).st_ino, len("new"))), replace(a, b)))
     publish(tmp_path / "a.json", "new")
-    assert renamed == synced != []
+    assert [*renamed, (tmp_path.stat().st_ino, tmp_path.stat().st_size)] == synced
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty cache."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return cache_folder()
+
+
+def write(folder: Path, text: str = "whole") -> None:
+    """An entry of a file, an empty one, and one in a folder."""
+    (folder / "file").write_text(text)
+    (folder / "empty").touch()
+    (folder / "below").mkdir()
+    (folder / "below" / "bytes").write_bytes(bytes(range(256)) * 100)
+
+
+def never(folder: Path) -> None:
+    raise AssertionError("what is in the cache was built again")
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
-def test_building_that_fails_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
-    def build() -> None:
-        with building(tmp_path / "made") as temporary:
-            (temporary / "half").write_text("half")
-            raise error
+def test_an_entry_whose_building_fails_leaves_nothing_behind(home: Path, error: BaseException) -> None:
+    def build(folder: Path) -> None:
+        write(folder)
+        raise error
 
     with pytest.raises(type(error)):
-        build()
-    assert os.listdir(tmp_path) == []
+        open_entry("made", build)
+    assert os.listdir(home) == []
 
 
-def test_building_shows_the_folder_only_when_it_is_done(tmp_path: Path) -> None:
-    with building(tmp_path / "made") as temporary:
-        (temporary / "file").write_text("whole")
-        assert not (tmp_path / "made").exists()
-    assert os.listdir(tmp_path) == ["made"]
-    assert (tmp_path / "made" / "file").read_text() == "whole"
+def test_an_entry_is_shown_only_when_it_is_done_and_is_built_once(home: Path) -> None:
+    def build(folder: Path) -> None:
+        write(folder)
+        assert not (home / "made").exists()
+
+    assert open_entry("made", build) == home / "made"
+    assert os.listdir(home) == ["made"]
+    assert (open_entry("made", never) / "file").read_text() == "whole"
 
 
-def test_two_builders_at_once_both_succeed_and_the_first_to_finish_wins(tmp_path: Path) -> None:
-    with building(tmp_path / "made") as slow:
-        (slow / "file").write_text("slow")
-        with building(tmp_path / "made") as fast:
-            (fast / "file").write_text("fast")
-    assert os.listdir(tmp_path) == ["made"]
-    assert (tmp_path / "made" / "file").read_text() == "fast"
+def test_of_two_that_build_at_once_the_first_to_finish_wins(home: Path) -> None:
+    def build(folder: Path) -> None:
+        write(folder, "slow")
+        open_entry("made", lambda folder: write(folder, "fast"))
+
+    assert (open_entry("made", build) / "file").read_text() == "fast"
+    assert os.listdir(home) == ["made"]
 
 
 def note_writes(folder: str, notes: str) -> None:
@@ -140,18 +162,18 @@ note_writes({str(cache)!r}, {str(notes)!r})
     kinds = [name.split("-")[0] for name in entries]
     assert kinds == ["fingerprint", "fingerprint", "fingerprint", "ids", "tokenizer", "words"]
     assert sorted(path for _, event, path in lines if event == "os.rename") == [str(cache / name) for name in entries]
-    assert len({path for _, event, path in lines if event == "os.mkdir" and Path(path).parent == cache}) == 3
+    assert len({path for _, event, path in lines if event == "os.mkdir" and Path(path).parent == cache}) == len(entries)
     assert len({process for process, event, path in lines if path != str(cache)}) == 1
     assert (tmp_path / "out" / "all_results.json").exists()
     files = [path for path in cache.rglob("*") if path.is_file()]
     figure(f"{len(entries)} entries with {len(files)} files, each built once, by one of two processes")
 
 
-def test_building_that_cannot_be_renamed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise PermissionError("read-only")
+def test_an_entry_that_cannot_be_renamed_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: object, target: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
 
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(PermissionError), building(tmp_path / "made"):
-        pass
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match=r"hf/minilm cannot be written: Permission denied; set HF_HOME to another"):
+        open_entry("made", write)
+    assert os.listdir(home) == []

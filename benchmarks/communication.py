@@ -1,4 +1,4 @@
-"""What synchronisation costs a step: a model on paper, not a measurement. docs/scaling.md explains it.
+"""What synchronisation costs a step: a model on paper, not a measurement. docs/network_costs.md explains it.
 
     python benchmarks/communication.py
     python benchmarks/communication.py --measure

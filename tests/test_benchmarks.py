@@ -278,7 +278,7 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_communication() -> None:
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "network_costs.md").read_text()
     assert [line for line in communication.table() if line not in page.splitlines()] == []
     assert communication.all_reduce(100e6, 2, 400e6) == 1.0
     assert communication.all_reduce(100e6, 4, 400e6) == 1.5

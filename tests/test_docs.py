@@ -159,7 +159,7 @@ def test_flags_and_recipes_that_are_named_exist() -> None:
 
 
 def test_the_loop_in_the_readme(tmp_path: Path) -> None:
-    (loop,) = [block.text for block in blocks(ROOT / "README.md") if block.kind == "python"]
+    (loop,) = [block.text for block in blocks(ROOT / "README.md") if "train_step(" in block.text]
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"Line {i} of a text." for i in range(40)), encoding="utf-8")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -180,6 +180,19 @@ def test_the_loop_in_the_readme(tmp_path: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert names["done"] == 3
     assert float(names["result"].loss) > 0
+
+
+def test_the_example_of_the_api_in_the_readme(tmp_path: Path) -> None:
+    (example,) = [block.text for block in blocks(ROOT / "README.md") if "figures = train(" in block.text]
+    assert example.count("epochs=2") == 1
+    (tmp_path / "my_text.txt").write_text("\n".join(f"Line {i} of a text." for i in range(40)), encoding="utf-8")
+    (tmp_path / "example.py").write_text(example.replace("epochs=2", "max_steps=2") + 'print(figures["steps"])\n')
+    assert re.search(r"^2(\.0)?$", forked(lambda: run_file(["example.py"]), tmp_path), re.MULTILINE)
+    assert (tmp_path / "out" / "python" / "model.safetensors").exists()
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
 
 
 def test_the_example_that_help_shows(tmp_path: Path) -> None:
@@ -222,6 +235,6 @@ def test_a_page_of_the_api_for_each_module(tmp_path: Path, monkeypatch: pytest.M
         pdoc.pdoc(*files, output_directory=tmp_path)
     pages = {path.stem for path in (tmp_path / "minilm").glob("*.html")}
     assert pages == {path.stem for path in files} - {"__init__"}
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "docs" / "README.md", ROOT / "CONTRIBUTING.md"):
         assert "pdoc minilm/*.py -o docs/api" in page.read_text(encoding="utf-8")
-    assert "Examples in a step, all processes" in (tmp_path / "minilm.html").read_text(encoding="utf-8")
+    assert "Examples in an optimizer step, over all processes" in (tmp_path / "minilm.html").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from minilm.config import CausalLM
 from minilm.infer import check_beginnings, generate
 from minilm.language import LanguageModel
 from minilm.model import check_causal
+from minilm.special_ids import is_token
 from minilm.tokens import Examples
 
 
@@ -26,7 +27,7 @@ class CausalCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool = False, multiple: int = 1) -> None:
-        self.possible = np.ones(len(tokenizer), bool)
+        self.possible = is_token(tokenizer)
         self.padded, self.multiple = padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:

@@ -26,7 +26,8 @@ from minilm.head import AFTER_ATTENTION, Head
 from minilm.infer import classify
 from minilm.labels import Labels, read_labels
 from minilm.metrics import ClassEvaluator
-from minilm.model import computes_again, evaluating, load_configuration
+from minilm.model import computes_again, evaluating
+from minilm.new_model import load_configuration
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
 from minilm.probing import sees_padding
@@ -215,7 +216,7 @@ class Classify:
             eval=examples[1],
             labels=meaning,
             eval_parts={name: len(part) for name, part in parts.items()},
-            fields={**meaning.fields(), "pad_token_id": tokenizer.pad_token_id},
+            fields=meaning.fields(),
         )
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> ClassHead:

@@ -13,6 +13,7 @@ from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import Evaluator, unigram_nats
 from minilm.head import SparseHead
+from minilm.special_ids import id_count
 from minilm.stream import Stream, chained, stream_documents
 from minilm.tokens import Prepared, encode, load_tokenizer, token_bytes
 from minilm.vocabulary import Documents
@@ -100,7 +101,7 @@ class LanguageModel:
             collator=collator,
             micro_tokens=micro_tokens,
             bytes_per_token=token_bytes(prepared.tokenizer),
-            unigram=unigram_nats(prepared.train.counts(len(prepared.tokenizer)) * collator.possible),
+            unigram=unigram_nats(prepared.train.counts(id_count(prepared.tokenizer)) * collator.possible),
         )
 
     def said(self, figures: dict[str, float]) -> str:

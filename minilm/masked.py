@@ -16,6 +16,7 @@ from minilm.batch import Batch, join
 from minilm.config import MaskedLM
 from minilm.infer import check_masks, fill_mask
 from minilm.language import LanguageModel
+from minilm.special_ids import is_token
 from minilm.tokens import Examples
 
 _Hashes = NDArray[np.uint64]
@@ -59,8 +60,7 @@ class MaskedCollator:
         if tokenizer.mask_token_id is None:
             name = tokenizer.name_or_path or "this one"
             raise ValueError(f"the tokenizer {name} has no mask token; masked LM needs one: pass --tokens.name")
-        vocabulary = len(tokenizer)
-        self.possible = np.ones(vocabulary, bool)
+        self.possible = is_token(tokenizer)
         self.possible[tokenizer.all_special_ids] = False
         self.replacements = np.flatnonzero(self.possible)
         self.mask_id = tokenizer.mask_token_id

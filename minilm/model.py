@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
-    AutoConfig,
     AutoModelForMaskedLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,6 +24,8 @@ from minilm.checks import closest
 from minilm.config import Model
 from minilm.hub import loading
 from minilm.lora import add_lora
+from minilm.new_model import build_model, configuration_of, head_name
+from minilm.special_ids import id_count
 
 log = logging.getLogger("minilm")
 
@@ -53,21 +54,20 @@ def load_model(
     fields = fields or {}
     random: list[str] = []
     if model.name is None:
-        network = _build(replace(model, config={**fields, **model.config}), tokenizer, auto)
+        network = build_model(replace(model, config={**fields, **model.config}), tokenizer, auto)
     else:
         network, random = _load(model, model.name, auto, fields)
-    if fields.get("pad_token_id") is not None:  # Gemma 3 looks for it in the configuration inside its own
-        network.config.get_text_config().pad_token_id = network.config.pad_token_id
     _attend_in_full(network)
-    rows = vocabulary_size(network)
-    known = len(tokenizer) - added
+    rows, ids = vocabulary_size(network), id_count(tokenizer)
+    known = ids - added
     if known > rows:
         raise ValueError(
-            f"the tokenizer has {known} tokens and the model's embedding {rows} rows: they do not belong "
-            "together; leave --tokens.name out to take the model's own"
+            f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: {_mend(model)}"
         )
     if added and model.name is not None:
-        _add_rows(network, known, len(tokenizer))
+        _add_rows(network, known, ids)
+    if head_name(auto) == "SequenceClassification" and tokenizer.pad_token_id is not None:
+        _tell_padding(network, tokenizer.pad_token_id)
     _check_positions(max_length, longest_input(network))
     _check_rotary(max_length, network.config.get_text_config())
     if model.gradient_checkpointing:
@@ -77,8 +77,18 @@ def load_model(
     if model.lora_rank:
         if added:
             raise ValueError("model.lora_rank would leave the tokens of tokens.extend untrained: leave one of them out")
-        add_lora(network, model, random, _head(auto))
+        add_lora(network, model, random, head_name(auto))
     return network
+
+
+def _mend(model: Model) -> str:
+    """What to do about a tokenizer with more ids than the embedding has rows."""
+    if model.name is None:
+        return "leave --model.config.vocab-size out, or raise it"
+    return (
+        "they do not belong together; --tokens.name takes the name of the tokenizer that the model was trained with, "
+        "by default the model's own"
+    )
 
 
 def computes_again(network: PreTrainedModel) -> bool:
@@ -138,7 +148,7 @@ def _freeze(network: PreTrainedModel, patterns: Sequence[str]) -> None:
 
 def check_model(model: Model, *, max_length: int, auto: Any) -> None:
     """Raise ValueError for what `load_model` refuses by the configuration alone, for which no tokenizer is needed."""
-    config = _configuration(model, auto)
+    config = configuration_of(model, auto)
     try:
         for name, value in model.config.items():
             setattr(config, name, value)
@@ -165,67 +175,44 @@ def _check_rotary(max_length: int, config: PretrainedConfig) -> None:
                 )
 
 
-def load_configuration(name: str) -> Any:
-    """That of a model, a folder or hub id. ValueError where there is none; code that comes with it is not run."""
-    with loading(name, f"model {name!r} cannot be loaded"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+def _tell_padding(network: PreTrainedModel, padding: int) -> None:
+    """Set `pad_token_id` of a built classifier that looks for a row's last token by it, as GPT-2's does.
 
+    The embedding, which is there already, neither loses a row to it nor counts positions from it. Any other model keeps
+    what its configuration says.
+    """
+    configs = (network.config, network.config.get_text_config())  # Gemma 3 looks for it in the second
+    before = [getattr(config, "pad_token_id", None) for config in configs]
+    end = getattr(configs[1], "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
+    word = min({*range(8)} - {padding, *before, *ends})
+    last = next((id for id in ends if id is not None and id not in (padding, *before)), word)
+    whole = torch.tensor([[word, word, last]])
+    padded, mask = torch.tensor([[word, word, last], [word, last, padding]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
 
-def _configuration(model: Model, auto: Any) -> PretrainedConfig:
-    """The configuration of `model.name`, or of `model.type` by default, with the head and the fields."""
-    if model.name is None:
+    def read(**inputs: Tensor) -> Tensor | None:
         try:
-            config = AutoConfig.for_model(model.type)
-        except ValueError:
-            raise ValueError(f"model.type {closest(model.type, _types(auto))}") from None
-        if type(config) not in auto._model_mapping:
-            raise ValueError(
-                f"model.type {model.type} has no {_head(auto)} head; these have: {', '.join(_types(auto))}"
-            )
-    else:
-        config = load_configuration(model.name)
-        if type(config) not in auto._model_mapping:
-            raise ValueError(f"model {model.name!r} cannot be loaded: {config.model_type} has no {_head(auto)} head")
-    known = {**config.to_dict(), **config.attribute_map}
-    for field in model.config:
-        if field not in known:
-            raise ValueError(f"model.config: {model.name or model.type} has no field {closest(field, list(known))}")
-    return config
+            with evaluating(network):
+                logits: Tensor = network(**inputs).logits
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return None
+        return logits
 
+    def tell(ids: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
+        for config, id in zip(configs, ids, strict=True):
+            config.pad_token_id = id
+        return read(input_ids=whole), read(input_ids=padded, attention_mask=mask)
 
-def _build(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
-    default = _configuration(model, auto)
-    special = {
-        f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "cls", "sep")
-    }
-    # A tokenizer with [CLS] and [SEP] begins and ends its texts with them.
-    for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
-        if special[name] is None:
-            special[name] = special[stand_in]
-    fields = {name: index for name, index in special.items() if name in default.to_dict()}
-    try:
-        config = AutoConfig.for_model(model.type, **{"vocab_size": len(tokenizer), **fields, **model.config})
-    except StrictDataclassError as error:
-        raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
-    try:
-        network: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:  # settings that do not go together
-        raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
-    return network
-
-
-def _types(auto: Any) -> list[str]:
-    return sorted({config.model_type for config in auto._model_mapping})
-
-
-def _head(auto: Any) -> str:
-    """MaskedLM, CausalLM, …"""
-    return str(auto.__name__).removeprefix("AutoModelFor")
+    (whole_before, padded_before), (whole_after, padded_after) = tell(before), tell([padding, padding])
+    changes = padded_after is not None and (padded_before is None or not torch.equal(padded_before, padded_after))
+    moves = whole_before is not None and whole_after is not None and not torch.equal(whole_before, whole_after)
+    if not changes or moves:
+        tell(before)
 
 
 def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its parameters that start at random."""
-    config, refusal = _configuration(model, auto), f"model {name!r} cannot be loaded"
+    config, refusal = configuration_of(model, auto), f"model {name!r} cannot be loaded"
     labels = config.num_labels
     with loading(name, refusal):
         for field, value in {**fields, **model.config}.items():
@@ -248,8 +235,8 @@ def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tupl
         log.warning(f"{name} was trained for other labels: {', '.join(other)} start at random")
     if missing := sorted(set(report["missing_keys"]) - set(other)):
         log.warning(
-            f"{name} comes without {len(missing)} weights that a {_head(auto)} model has, such as {missing[0]}: they "
-            f"start at random. This is usual for a checkpoint that was not trained for {_head(auto)}."
+            f"{name} comes without {len(missing)} weights that a {head_name(auto)} model has, such as {missing[0]}: "
+            f"they start at random. This is usual for a checkpoint that was not trained for {head_name(auto)}."
         )
     loaded: PreTrainedModel = network
     return loaded, [*missing, *other]

@@ -25,6 +25,7 @@ from minilm.plan import Ids, Plan
 from minilm.progress import progress_bar
 from minilm.settings import to_dict
 from minilm.sources import source_facts
+from minilm.special_ids import id_count
 from minilm.spikes import Spikes
 from minilm.tokens import Examples, Prepared
 from minilm.zero import size_of
@@ -241,7 +242,7 @@ def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
     """Share of the tokens that stand for what the tokenizer does not know."""
     if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never needs
         return 0.0
-    return float(examples.counts(len(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
+    return float(examples.counts(id_count(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
 
 
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:

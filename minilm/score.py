@@ -13,7 +13,8 @@ from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedL
 from minilm.labels import check_known
 from minilm.launch import finish, start
 from minilm.micro import number_of
-from minilm.model import load_configuration, longest_input
+from minilm.model import longest_input
+from minilm.new_model import load_configuration
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
 

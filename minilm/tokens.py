@@ -23,6 +23,7 @@ from minilm.flat import FlatFile, growing
 from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
+from minilm.special_ids import id_count, ids_around
 from minilm.stream import Stream
 from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
 from minilm.words import begins_word
@@ -177,7 +178,7 @@ def encode(
     The ids are cached by content (of a stream by its identity), so that a second run starts at once; with `words`, also
     where words begin. Once there are `enough` ids, without those that are truncated, no more documents are read.
     """
-    prefix, suffix = _special_around(tokenizer)
+    prefix, suffix = ids_around(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
     if causal:
         before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
@@ -242,10 +243,11 @@ def _write_ids(
     `before` and `after` go around each document; reading ends once there are `enough` ids, of a document at most `most`
     counted. With `words`, write `begins.npy` too: bool, which ids begin a word.
     """
-    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    kind = np.uint16 if id_count(tokenizer) <= 2**16 else np.uint32
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # what it was saved with is not what it is
     backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     encode_batch = backend.encode_batch if words else backend.encode_batch_fast  # the fast one knows no places
     sizes, counted = array("q", [0]), 0
     with (
@@ -270,14 +272,6 @@ def _write_ids(
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
 
 
-def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The special ids that the tokenizer puts before and after a single text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
-    return np.array(full[:at], np.int64), np.array(full[at + len(plain) :], np.int64)
-
-
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """UTF-8 bytes of the text that each id stands for, int64[vocabulary]; 0 for special and unknown tokens.
 
@@ -288,7 +282,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     byte_level = "ByteLevel" in json.dumps([backend["pre_tokenizer"], backend["decoder"]])
     continuing, fallback = backend["model"]["type"] == "WordPiece", backend["model"].get("byte_fallback", False)
     special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(len(tokenizer), np.int64)
+    sizes = np.zeros(id_count(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
         if index in special:
             continue

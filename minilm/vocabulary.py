@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.progress import progress_bar
+from minilm.special_ids import id_count
 from minilm.stream import Stream
 
 _SPECIAL = {
@@ -179,7 +180,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
     token where it is a whole word; WordPiece also at the beginning of one, and Unigram wherever it is the likeliest.
     Raises ValueError when there are fewer such words, or the tokenizer is of another kind.
     """
-    backend, known = tokenizer.backend_tokenizer, len(tokenizer)
+    backend, known = tokenizer.backend_tokenizer, id_count(tokenizer)
     state = json.loads(backend.to_str())
     model = state["model"]
     if model["type"] not in ("BPE", "WordPiece", "Unigram") or backend.pre_tokenizer is None:
@@ -187,6 +188,8 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
             "tokens.extend adds whole words to BPE, WordPiece and Unigram tokenizers that split texts into words; this "
             "one does not: leave it out"
         )
+    if model["type"] == "Unigram" and known > len(tokenizer):
+        raise ValueError("tokens.extend numbers the pieces of a Unigram tokenizer, whose ids have holes: leave it out")
     words = _split_words(backend, documents)
     if len(words) < size:
         raise ValueError(

@@ -145,13 +145,12 @@ def measure(head: str, kind: str) -> Result:
 def attempt(result: Result) -> None:
     """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
     objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
-    classes = {**LABELS.fields(), "pad_token_id": tokenizer.pad_token_id}
     prepared = Prepared(
         tokenizer=tokenizer,
         train=EXAMPLES,
         eval=EXAMPLES,
         labels=LABELS,
-        fields=classes if result.head == "classification" else {},
+        fields=LABELS.fields() if result.head == "classification" else {},
     )
     step = "not built"
     try:

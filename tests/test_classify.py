@@ -54,7 +54,7 @@ PROBLEMS = {
 def build(tokenizer, kind: str, labels: Labels) -> PreTrainedModel:
     own = OTHERS.get(kind, TYPES.get(kind))
     model = Model(type=kind, config=fields(kind, own))
-    more = {**labels.fields(), "pad_token_id": tokenizer.pad_token_id}
+    more = labels.fields()
     return load_model(
         model, tokenizer, max_length=48, seed=0, auto=AutoModelForSequenceClassification, fields=more
     ).train()

@@ -180,7 +180,7 @@ def test_a_classifier_s_layers_computed_again_give_the_same_gradients(
     collator = ClassCollator(examples_for(ROWS, np.array([0, 2, 1])))
     for checkpointing in (False, True):
         model = Model(type=kind, config=fields(kind), gradient_checkpointing=checkpointing)
-        auto, more = AutoModelForSequenceClassification, {**labels.fields(), "pad_token_id": tokenizer.pad_token_id}
+        auto, more = AutoModelForSequenceClassification, labels.fields()
         network = load_model(model, tokenizer, max_length=32, seed=0, auto=auto, fields=more)
         head = ClassHead(network, labels).train()
         assert head.padding_free

@@ -1,0 +1,63 @@
+"""The ids of a tokenizer: how many there are, which go around a text, and which a model's configuration is told."""
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase
+
+_NO_TOKEN = 2**32 - 1  # the largest id that the tokenizers library knows; it stands for a text
+_ROLES = ("bos", "eos", "cls", "sep", "mask", "unk")
+
+
+def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of the tokenizer, plus one: the rows that an embedding needs.
+
+    `len(tokenizer)` counts tokens, which are fewer where the ids have holes, as after a repeated line in a vocab.txt.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def is_token(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
+    """Whether each id has a token, bool[id_count]."""
+    known = np.zeros(id_count(tokenizer), bool)
+    known[[*tokenizer.get_vocab().values()]] = True
+    return known
+
+
+def unused_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id that no text gives: that of the unknown token where any byte has a token, else the one after the last."""
+    spelt = "ByteLevel" in str(tokenizer.backend_tokenizer.pre_tokenizer)
+    unknown = tokenizer.unk_token_id
+    others = [getattr(tokenizer, f"{role}_token_id") for role in _ROLES if role != "unk"]
+    return unknown if spelt and unknown is not None and unknown not in others else id_count(tokenizer)
+
+
+def ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The special ids that the tokenizer puts before and after a single text.
+
+    Its post-processor is asked, with an id that is no token's in place of a text: any text that one could write might
+    be unknown to the vocabulary.
+    """
+    post_processor = tokenizer.backend_tokenizer.post_processor
+    if post_processor is None:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    text = Tokenizer(models.WordLevel({"a": _NO_TOKEN}, unk_token="")).encode("a", add_special_tokens=False)
+    ids = post_processor.process(text, None, True).ids
+    at = ids.index(_NO_TOKEN)
+    return np.array(ids[:at], np.int64), np.array(ids[at + 1 :], np.int64)
+
+
+def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The special ids as fields of a configuration; None for `pad_token_id` where it is another token's id too.
+
+    Embeddings leave the row of `pad_token_id` at zero and do not train it. So it must not be the id of a token that
+    stands in texts, such as the end of a text.
+    """
+    fields = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", *_ROLES)}
+    if fields["pad"] in [fields[role] for role in _ROLES]:
+        fields["pad"] = None
+    # A tokenizer with [CLS] and [SEP] begins and ends its texts with them.
+    for role, stand_in in (("bos", "cls"), ("eos", "sep")):
+        if fields[role] is None:
+            fields[role] = fields[stand_in]
+    return {f"{role}_token_id": fields[role] for role in ("pad", "bos", "eos", "cls", "sep")}

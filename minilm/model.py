@@ -61,9 +61,8 @@ def load_model(
     rows, ids = vocabulary_size(network), id_count(tokenizer)
     known = ids - added
     if known > rows:
-        raise ValueError(
-            f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: {_mend(model)}"
-        )
+        advice = _advice(model, tokenizer, added)
+        raise ValueError(f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: {advice}")
     if added and model.name is not None:
         _add_rows(network, known, ids)
     if head_name(auto) == "SequenceClassification" and tokenizer.pad_token_id is not None:
@@ -81,14 +80,13 @@ def load_model(
     return network
 
 
-def _mend(model: Model) -> str:
+def _advice(model: Model, tokenizer: PreTrainedTokenizerBase, added: int) -> str:
     """What to do about a tokenizer with more ids than the embedding has rows."""
     if model.name is None:
         return "leave --model.config.vocab-size out, or raise it"
-    return (
-        "they do not belong together; --tokens.name takes the name of the tokenizer that the model was trained with, "
-        "by default the model's own"
-    )
+    if added or tokenizer.name_or_path == model.name:
+        return "they do not belong together; take the tokenizer that the model was trained with"
+    return "they do not belong together; leave --tokens.name out to take the model's own"
 
 
 def computes_again(network: PreTrainedModel) -> bool:

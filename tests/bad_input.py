@@ -160,7 +160,7 @@ ENTRIES: dict[str, Entry] = {
     "no mask token": Entry(flags="--model.name bert", prepare=without("mask_token"), says="no mask token"),
     "no pad token": Entry(flags="--model.name bert", prepare=without("pad_token"), says="--tokens.name"),
     "vocabulary larger than the embedding": Entry(
-        flags="--model.name small", says="the tokenizer has 382 tokens and the model's embedding 373 rows"
+        flags="--model.name small", says="the tokenizer has ids up to 381 and the model's embedding 373 rows"
     ),
     "more tokens than positions": Entry(flags="--model.name bert --batch.max-length 65", says="64 positions"),
     "every example too short": Entry(

@@ -30,7 +30,7 @@ from minilm.model import computes_again, evaluating
 from minilm.new_model import load_configuration
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
-from minilm.probing import sees_padding
+from minilm.probing import as_if_trained
 from minilm.tokens import Examples, Prepared, load_tokenizer
 
 
@@ -79,11 +79,8 @@ class ClassHead(Head):
         self._problem = labels.problem
         weights = None if labels.weights is None else torch.from_numpy(labels.weights)
         self._weight_C = None if weights is None else weights.to(model.device)
-        with evaluating(model):
-            self.alone = True
-            expected_RxC = self._probe()
-            self.alone = False
-            self.alone = self._differs(expected_RxC) != "" or sees_padding(model, self._probe, self._padding)
+        with evaluating(model), as_if_trained(model):
+            expected_RxC = self._try_padded()
             if not self.alone:
                 self._try_first_tokens(expected_RxC)
 
@@ -122,8 +119,7 @@ class ClassHead(Head):
             self._first_R = None
         return logits_RxC[: len(target_index_N)]
 
-    def _probe(self) -> Tensor:
-        input_ids_T, packing = self._probe_batch()
+    def _probe_one(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
         return self.logits(input_ids_T, packing, (packing.position_T == 0).nonzero()[:, 0])
 
     def _try_first_tokens(self, expected_RxC: Tensor) -> None:

@@ -16,15 +16,25 @@ from transformers import PreTrainedModel
 
 from minilm.attention import ATTENTION
 from minilm.losses import linear_cross_entropy, softmax_in_place
-from minilm.model import computes_again, evaluating, left_out, longest_input, position_offset, vocabulary_size
+from minilm.model import (
+    computes_again,
+    evaluating,
+    left_out,
+    longest_input,
+    position_offset,
+    replaced,
+    vocabulary_size,
+)
 from minilm.packing import Packing, pack
-from minilm.probing import sees_padding, training_whole
+from minilm.probing import CountingFromFar, as_if_trained, sees_padding, training_whole
 from minilm.rounding import to_round
 from minilm.swap import with_fast_modules
 
 log = logging.getLogger("minilm")
 
 _PROBE = 160  # tokens of the longest row on which a shortcut is tried: more than the usual window of local attention
+# The largest logits of the trials of what follows the last product: caps are far below the second.
+_PROBED_LOGITS = (1e2, 1e5)
 # First and last module of what follows attention in a layer; between the two, each token is by itself.
 AFTER_ATTENTION = (
     ("attention.output", "output"),  # BERT and its many relatives
@@ -48,8 +58,8 @@ class Head(nn.Module):
         """Rows lie one after the other without padding, and attention keeps them apart (`minilm.attention`)."""
         self.alone = False
         """Padding would change the logits: a forward sees rows of one length only."""
+        self._single = False  # a forward sees one row only, as the plain model that all is compared with
         self._offset = position_offset(model)
-        self._turned = False  # the first row of the probe, to see what of it others see
         config = model.config.get_text_config()
         self._padding = max(0, getattr(config, "pad_token_id", None) or 0)
         ends = getattr(config, "eos_token_id", None)
@@ -105,7 +115,8 @@ class Head(nn.Module):
     def _runs(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         """For each run of rows of the same length: that length, and the logits that the model gives for these alone."""
         at = 0
-        for length, rows in groupby(packing.lengths):
+        runs = [(length, [length]) for length in packing.lengths] if self._single else groupby(packing.lengths)
+        for length, rows in runs:
             tokens = slice(at, at := at + length * len(list(rows)))
             inputs = {"input_ids": input_ids_T[tokens].view(-1, length), "attention_mask": None, **self._always}
             if type_ids_T is not None:
@@ -124,16 +135,18 @@ class Head(nn.Module):
         packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
         return input_ids_T.to(device), packing
 
-    def _probe_batch(self) -> tuple[Tensor, Packing]:
-        """Four rows of different lengths."""
+    def _probe_batches(self) -> Iterator[tuple[Tensor, Packing]]:
+        """Two batches of four rows each, of odd and of even lengths: models pad to the multiple of a window."""
         longest = min(_PROBE, longest_input(self.model) or _PROBE)
-        input_ids_T, packing = self.trial([longest, longest - longest // 8, longest - longest // 8, 6])
-        if self._turned:
-            input_ids_T[:longest] = input_ids_T[:longest].flip(0)
-        return input_ids_T, packing
+        for first in (longest - 1 + longest % 2, 1 << (max(1, longest // 2).bit_length() - 1)):
+            yield self.trial([first, first - first // 8, first - first // 8, min(first, 6)])
 
     def _probe(self) -> Tensor:
-        """Logits of the small random batch as things are, N x V."""
+        """Logits of the small random batches as things are, N x V."""
+        return torch.cat([self._probe_one(*batch) for batch in self._probe_batches()])
+
+    def _probe_one(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
+        """Logits of one of them; the last three are of the last three rows."""
         raise NotImplementedError
 
     def _differs(self, expected_NxV: Tensor) -> str:
@@ -148,15 +161,32 @@ class Head(nn.Module):
         return ""
 
     def _leaks(self) -> bool:
-        """Whether the tokens of the first row change logits of the others, the probe's last three, however little.
+        """Whether the tokens of the first row change logits of the others, however little.
 
         What crosses rows outside attention, as LFM2's convolutions do, may be next to nothing before training.
         """
-        before_3xV = self._probe()[-3:]
-        self._turned = True
-        after_3xV = self._probe()[-3:]
-        self._turned = False
-        return not bool((after_3xV - before_3xV).abs().max() <= 1e-6 * before_3xV.abs().max())
+        for input_ids_T, packing in self._probe_batches():
+            first = packing.lengths[0]
+            turned_T = torch.cat([input_ids_T[:first].flip(0), input_ids_T[first:]])
+            before_3xV, after_3xV = (self._probe_one(ids_T, packing)[-3:] for ids_T in (input_ids_T, turned_T))
+            if not bool((after_3xV - before_3xV).abs().max() <= 1e-6 * before_3xV.abs().max()):
+                return True
+        return False
+
+    def _counts_rows(self, expected_NxV: Tensor) -> bool:
+        """Whether it matters where in the batch a row begins: attention in Llama 4 counts the tokens of the batch."""
+        with CountingFromFar({len(input_ids_T) for input_ids_T, _ in self._probe_batches()}):
+            return self._differs(expected_NxV) != ""
+
+    def _try_padded(self) -> Tensor:
+        """Choose whether rows can be padded, or else share a forward; returns the logits of each row by itself."""
+        self.alone = self._single = True
+        expected_NxV = self._probe()
+        self._single = False
+        self._single = self._differs(expected_NxV) != ""
+        self.alone = False
+        self.alone = self._differs(expected_NxV) != "" or sees_padding(self.model, self._probe, self._padding)
+        return expected_NxV
 
     def _try_padding_free(self, expected_NxV: Tensor) -> None:
         chosen = getattr(self.model, "attention_is_chosen", False)
@@ -165,7 +195,7 @@ class Head(nn.Module):
         original = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION)
         self.padding_free = True
-        if self._differs(expected_NxV) or self._leaks():
+        if self._differs(expected_NxV) or self._leaks() or self._counts_rows(expected_NxV):
             self.padding_free = False
             self.model.set_attn_implementation(original)
 
@@ -190,12 +220,11 @@ class SparseHead(Head):
         self.sparse = self.short = self.fused = False
         self._last: Any = model.get_output_embeddings()
         self._target_index: Tensor | None = None
+        self._ids: Tensor | None = None  # what the model takes, whose places the targets are among
+        self._gathered = False
         self._shape: torch.Size | None = None
-        with evaluating(model):
-            self.alone = True
-            expected_NxV = self._probe()
-            self.alone = False
-            self.alone = self._differs(expected_NxV) != "" or sees_padding(model, self._probe, self._padding)
+        with evaluating(model), as_if_trained(model):
+            expected_NxV = self._try_padded()
             self.reason = "padding changes its logits" if self.alone else self._try_sparse(expected_NxV)
             if not self.alone:
                 self._try_padding_free(expected_NxV)
@@ -247,20 +276,23 @@ class SparseHead(Head):
         inputs = self._inputs(input_ids_T, packing, type_ids_T)
         if not self.padding_free and (place_T := packing.groups[0].place_T) is not None:
             target_index_N = place_T[target_index_N]
-        self._target_index = target_index_N if self.sparse else None
+        self._target_index, self._ids, self._gathered = (
+            target_index_N if self.sparse else None,
+            inputs["input_ids"],
+            False,
+        )
         self._more = to_round(len(target_index_N), input_ids_T.device)
         try:
             logits_RxLxV: Tensor = self.model(**inputs).logits
         finally:
-            self._target_index = self._shape = None
-        if self.sparse:
+            self._target_index = self._ids = self._shape = None
+        if self._gathered:
             return logits_RxLxV[0]
         if not self.padding_free:
             logits_RxLxV = logits_RxLxV[:, : packing.groups[0].length]  # Perceiver has some for every place it knows
         return logits_RxLxV.flatten(0, 1)[target_index_N]
 
-    def _probe(self) -> Tensor:
-        input_ids_T, packing = self._probe_batch()
+    def _probe_one(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
         second, last = packing.lengths[0], len(input_ids_T)
         # More targets than any row has tokens: what takes them for a row's then shows.
         target_index_N = torch.tensor([*range(second), second, last - 8, last - 2]).to(input_ids_T.device)
@@ -277,7 +309,7 @@ class SparseHead(Head):
                 continue
             handle = base.register_forward_hook(self._gather)
             self.sparse = True
-            reason = self._differs(expected_NxV)
+            reason = self._differs(expected_NxV) or ("" if self._gathered else "its base model adds places of its own")
             self.sparse = reason == ""
             if self.sparse:
                 break
@@ -302,18 +334,34 @@ class SparseHead(Head):
                 handle.remove()
 
     def _try_fused(self, expected_NxV: Tensor) -> None:
-        self.fused = isinstance(self._last, nn.Linear)
-        self.fused = self.fused and not self._differs(expected_NxV)
+        if isinstance(self._last, nn.Linear) and not self._changes_logits(expected_NxV):
+            self.fused = True
+            self.fused = not self._differs(expected_NxV)
+
+    def _changes_logits(self, expected_NxV: Tensor) -> bool:
+        """Whether anything follows the last product, as a cap that only large logits show."""
+        product = self._last.forward
+        for size in _PROBED_LOGITS:
+            times = size / float(expected_NxV.abs().max().clamp(min=1e-9))
+            with replaced(self._last, lambda x, times=times: times * product(x)):
+                if self._differs(times * expected_NxV):
+                    return True
+        return False
 
     def _gather(self, module: nn.Module, inputs: object, output: Any) -> Any:
-        if self._target_index is not None:
+        if self._target_index is not None and self._is_of_all_places(output.last_hidden_state):
             output.last_hidden_state = self._at_targets(output.last_hidden_state, self._target_index)
+            self._gathered = True
         return output
+
+    def _is_of_all_places(self, hidden_RxLxH: Tensor) -> bool:
+        """Whether its places are those of the model's input: Longformer adds padding to them, Perceiver has its own."""
+        return self._ids is not None and hidden_RxLxH.shape[:2] == self._ids.shape
 
     def _narrow(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """Before the first module: only the targets go in. Where most tokens are targets, all of them do."""
         index, shape = self._target_index, inputs[0].shape
-        if index is None or 2 * len(index) > shape[0] * shape[1]:
+        if index is None or not self._is_of_all_places(inputs[0]) or 2 * len(index) > shape[0] * shape[1]:
             return None
         self._shape = shape
         return tuple(self._at_targets(hidden_RxLxH, index) for hidden_RxLxH in inputs)

@@ -3,8 +3,8 @@
 import fnmatch
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -274,13 +274,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def left_out(module: nn.Module) -> Iterator[None]:
-    """The module hands on what it is given, for a moment."""
-    module.forward = lambda x: x  # on this object, in front of the method of its class
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of the module's own, for a moment."""
+    module.forward = forward  # on this object, in front of the method of its class
     try:
         yield
     finally:
         del module.forward
+
+
+def left_out(module: nn.Module) -> AbstractContextManager[None]:
+    """The module hands on what it is given, for a moment."""
+    return replaced(module, lambda x: x)
 
 
 def check_causal(network: PreTrainedModel) -> None:

@@ -1,11 +1,12 @@
 """What a model is asked before it is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 
@@ -34,6 +35,56 @@ def sees_padding(model: PreTrainedModel, probe: Callable[[], Tensor], padding: i
     for handle in handles:
         handle.remove()
     return not bool((after - before).abs().max() <= 1e-6 * before.abs().max())
+
+
+_NOISE = 0.02  # the usual standard deviation of new matrices, beside which nothing is lost in rounding
+
+
+@contextmanager
+def as_if_trained(model: nn.Module) -> Iterator[None]:
+    """With noise in each parameter whose elements are all the same, for a moment.
+
+    Such a parameter has not been trained yet. A zero or a small scale hides what depends on it: nothing of a layer that
+    ends in a matrix of zeros is seen. The parameter then gets its one number again, to the bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    constant: list[tuple[nn.Parameter, Tensor]] = []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and parameter.is_floating_point() and _is_constant(parameter):
+                constant.append((parameter, parameter.flatten()[0].clone()))
+                noise = torch.randn(parameter.shape, generator=generator) * _NOISE
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in constant:
+                parameter.copy_(value)
+
+
+def _is_constant(x: Tensor) -> bool:
+    """Whether all elements are the same; a look at two of them is enough for most."""
+    flat = x.detach().flatten()
+    return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
+
+
+_FAR = 1 << 20  # more than the tokens of any batch
+
+
+class CountingFromFar(TorchFunctionMode):
+    """A context in which `torch.arange` of as many tokens as one of `sizes` begins far from zero.
+
+    A model that counts the tokens of a whole batch so shows it, whatever it does with the numbers.
+    """
+
+    def __init__(self, sizes: Collection[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result + _FAR if function is torch.arange and len(result) in self.sizes else result
 
 
 @contextmanager

@@ -34,7 +34,9 @@ def with_fast_rotary(model: nn.Module) -> None:
 def _fast(plain: Turn, keeps_type: bool) -> Turn:
     @functools.wraps(plain)
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and cos.dtype == sin.dtype == torch.float32:
+        # Where frequencies are trained, the factors want a gradient too.
+        fixed = not (cos.requires_grad or sin.requires_grad)
+        if torch.is_grad_enabled() and fixed and cos.dtype == sin.dtype == torch.float32:
             factors = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
             if all(_fits(x, factor) for x in (q, k) for factor in factors):
                 turned_q, turned_k = _Turn.apply(q, k, *factors, keeps_type)  # type: ignore[no-untyped-call]

@@ -69,6 +69,16 @@ def test_queries_and_keys_of_one_product_are_turned_in_one_go(monkeypatch: pytes
     assert all(rotary._together(*pair) is None for pair in ((k, q), (q, k.clone()), (q, k[:, :2]), (q.clone(), k)))
 
 
+def test_where_angles_are_trained_they_have_gradients() -> None:
+    q, k, cos, sin = drawn(torch.float32)
+    turn, angles = fast("llama"), (cos.requires_grad_(), sin.requires_grad_())
+
+    def gradients(turn: rotary.Turn) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((x**2).sum() for x in turn(q, k, cos, 2 * sin)), (q, k, *angles))
+
+    assert all(map(torch.equal, gradients(turn), gradients(turn.plain)))
+
+
 def test_in_half_precision_gradients_are_no_further_from_the_exact_ones() -> None:
     states, turn = drawn(torch.bfloat16), fast("modernbert")
     doubles = [x.detach().double().requires_grad_() for x in states]

@@ -26,6 +26,7 @@ from minilm.batch import Batch, loss_sum
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
 from minilm.packing import pack
+from minilm.probing import as_if_trained
 from minilm.rounding import to_round
 from tests.reference import TYPES, build, full_logits, pad_rows
 
@@ -351,7 +352,7 @@ def test_where_packed_attention_is_wrong_the_model_keeps_its_own_and_its_padding
     assert_same_update(head, plain, batch_for(head, tokenizer))
 
 
-PROBED = 67  # targets of the batch that a model with 64 positions is tried on
+PROBED = 66  # targets of the first batch that a model with 64 positions is tried on
 
 
 class Changed(nn.Module):
@@ -389,4 +390,43 @@ def test_where_the_last_layer_needs_all_tokens_it_gets_them(
     plain = deepcopy(model)
     head = SparseHead(model)
     assert (head.sparse, head.padding_free, head.short) == (True, padding_free, False)
+    assert_same_update(head, plain, batch_for(head, tokenizer))
+
+
+def test_for_a_trial_what_was_not_trained_gets_noise_and_then_its_own_value_to_the_bit(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = build(tokenizer)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.zero_()
+        model.bert.encoder.layer[1].output.LayerNorm.weight.fill_(1e-5)
+    before = deepcopy(model.state_dict())
+    with as_if_trained(model):
+        for name, parameter in model.named_parameters():
+            assert parameter.std() > 0, name
+            changed = (before[name] != before[name].flatten()[0]).any()
+            assert torch.equal(parameter, before[name]) == changed, name
+    assert all(torch.equal(after, before[name]) for name, after in model.state_dict().items())
+
+
+class Leaks(Changed):
+    """What crosses rows begins with a weight of zero."""
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__(output)
+        self.weight = nn.Parameter(torch.zeros(32))
+
+    def forward(self, hidden_RxLxI: Tensor, before_RxLxH: Tensor) -> Tensor:
+        after_RxLxH = self.output(hidden_RxLxI, before_RxLxH)
+        return after_RxLxH + self.weight * nn.functional.pad(after_RxLxH[:, :-1], (0, 0, 1, 0))
+
+
+def test_what_crosses_rows_is_seen_though_its_weight_is_zero(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build(tokenizer)
+    model.bert.encoder.layer[-1].output = Leaks(model.bert.encoder.layer[-1].output)
+    plain = deepcopy(model)
+    head = SparseHead(model)
+    assert (head.sparse, head.padding_free, head.short) == (True, False, False)
+    for each in (model, plain):
+        nn.init.ones_(each.bert.encoder.layer[-1].output.weight)
     assert_same_update(head, plain, batch_for(head, tokenizer))

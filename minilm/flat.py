@@ -30,10 +30,12 @@ class FlatFile:
     def __getitem__(self, part: slice) -> NDArray[Any]:
         start, stop, _ = part.indices(len(self))
         size = self.dtype.itemsize
+        wanted = max(0, stop - start) * size
         # Without a position of its own, the file may be shared with the processes that load batches.
-        return np.frombuffer(
-            os.pread(self._file.fileno(), max(0, stop - start) * size, self._begin + start * size), self.dtype
-        )
+        content = os.pread(self._file.fileno(), wanted, self._begin + start * size)
+        if len(content) < wanted:
+            raise OSError(f"{self._path} was cut while the run read it: start the run again, or resume it")
+        return np.frombuffer(content, self.dtype)
 
     def __reduce__(self) -> tuple[type["FlatFile"], tuple[Path]]:
         return FlatFile, (self._path,)

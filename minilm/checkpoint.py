@@ -297,8 +297,8 @@ def in_the_way(folder: Path, steps: int) -> list[Path]:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """Folders on their way to become checkpoints, or to be removed, when their run was killed."""
-    named = re.compile(r"\.checkpoint-\d+\.(writing|replaced|discarded)")
+    """Folders that a killed run left: checkpoints half written or half removed, and a model half saved."""
+    named = re.compile(r"\.checkpoint-\d+\.(writing|replaced|discarded)|\.export-\w+")
     return [path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_dir()]
 
 

@@ -20,11 +20,10 @@ from minilm.checkpoint import (
     Checkpoint,
     Progress,
     copied,
-    is_checkpoint,
     parameter_names,
     read_checkpoint,
 )
-from minilm.config import Config
+from minilm.config import Config, Run
 from minilm.lora import is_adapted, unmerged
 from minilm.settings import flat, to_dict
 from minilm.sharding import part_like
@@ -90,10 +89,7 @@ def resume(
 
 
 def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
-    """What changed since the checkpoint and may, a line each.
-
-    Raises ValueError for what changes the mathematics, and for `run.load_best` where the best weights were not kept.
-    """
+    """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
     if checkpoint is None:
         return []
     before, now = flat(checkpoint.config), flat(to_dict(config))
@@ -107,13 +103,25 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
     if refused:
         _refuse(checkpoint, refused)
-    folder, best = checkpoint.folder.parent, checkpoint.progress.best_step
-    if config.run.load_best and best and not is_checkpoint(folder / f"checkpoint-{best}"):
-        raise ValueError(
-            f"run.load_best: the best evaluation was after step {best}, and {folder} has no checkpoint of it: "
-            "leave run.load_best out, or run.resume to start anew"
-        )
     return [change for name, change in changes.items() if name not in _WHERE]
+
+
+def check_best(checkpoint: Checkpoint | None, run: Run) -> None:
+    """Raise ValueError where `run.load_best` could not load the best weights so far at the end of the run."""
+    if checkpoint is None or not run.load_best:
+        return
+    progress, folder = checkpoint.progress, checkpoint.folder.parent
+    if progress.best_step in (0, progress.step):
+        return
+    try:
+        found = read_checkpoint(folder / f"checkpoint-{progress.best_step}").progress
+        if (found.step, found.figure) != (progress.best_step, progress.best):
+            raise ValueError(f"{folder / f'checkpoint-{progress.best_step}'} is of another run")
+    except ValueError as error:
+        raise ValueError(
+            f"run.load_best: the best evaluation was after step {progress.best_step}, and {error}: "
+            "leave run.load_best out, or run.resume to start anew"
+        ) from error
 
 
 def _precision_of(checkpoint: Checkpoint) -> str | None:
@@ -139,7 +147,12 @@ def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
     if step == 0:
         log.warning("run.load_best: no evaluation gave a finite run.best_metric, the last weights are the result")
         return
-    _load_weights(read_checkpoint(folder / f"checkpoint-{step}"), network)
+    try:
+        _load_weights(read_checkpoint(folder / f"checkpoint-{step}"), network)
+    except ValueError as error:
+        raise ValueError(
+            f"run.load_best: {error}; --run.resume latest without run.load_best ends the run with its last weights"
+        ) from error
 
 
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

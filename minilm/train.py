@@ -38,7 +38,7 @@ from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results, write_samples
-from minilm.resume import check_settings, load_step, resume
+from minilm.resume import check_best, check_settings, load_step, resume
 from minilm.sharding import clip, distribute, is_sharded
 from minilm.stop import StopRequest, bad_gradients
 from minilm.tokens import Examples, Prepared
@@ -105,6 +105,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
     together(lambda: check_settings(checkpoint, config))
+    together(lambda: check_best(checkpoint, config.run), main_only=True)
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))
     prepared, objective = together(attempted), objective_of(config.objective)
@@ -128,7 +129,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     recorder = Recorder(folder, accelerator.log, total_steps=total, peak_flops=peaks, progress=progress, enabled=main)
     saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, data, enabled=main))
     model.train()
-    steps = load_steps(plan, prepared.train, collator, accelerator, range(progress.step, total), config.batch.workers)
+    first = total if best.exhausted else progress.step  # out of patience: the run was killed while it was ending
+    steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
     figures = early = None
     request = StopRequest(accelerator, saves=config.run.save_every > 0)
     with request, closing(recorder), metered(accelerator, progress.step) as energy, in_contact(saver.goes_on):

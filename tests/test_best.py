@@ -1,6 +1,8 @@
 """The best evaluation: kept, waited for, and loaded in the end."""
 
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +102,34 @@ def test_a_best_evaluation_without_a_checkpoint_is_told_at_the_resume(tmp_path: 
     with pytest.raises(ValueError, match=r"run\.load_best: .* step 2, .*: leave run\.load_best out[^\n]*$"):
         train(again)
     assert sorted((tmp_path / "out").iterdir()) == before
+    assert train(replace(again, run=replace(again.run, load_best=False)))["steps"] == 20
+
+
+def damage(folder: Path) -> None:
+    weights = folder / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def take_anothers(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoint-2")
+    shutil.copytree(folder / "checkpoint-7", folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(damage, r"model\.safetensors is not what its manifest\.json says"), (take_anothers, "is of another run")],
+)
+def test_a_spoilt_checkpoint_of_the_best_evaluation_is_told_before_a_resumed_run_begins(
+    spoil: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    config = first_is_best(tmp_path, load_best=True, keep_last=2)
+    train(replace(config, run=replace(config.run, max_steps=8)))
+    spoil(tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    again = replace(config, run=replace(config.run, resume="latest"))
+    with pytest.raises(ValueError, match=rf"^run\.load_best: .* step 2, .*{said}.*: leave run\.load_best out[^\n]*$"):
+        train(again)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert train(replace(again, run=replace(again.run, load_best=False)))["steps"] == 20
 
 

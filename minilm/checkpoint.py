@@ -188,11 +188,17 @@ def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
     Raises ValueError when there is none, or when it is damaged: then it names the file.
     """
     if resume != "latest":
-        return read_checkpoint(Path(resume).expanduser().resolve())
-    complete = _complete(folder)
-    if not complete:
+        path = Path(resume).expanduser().resolve()
+    elif complete := _complete(folder):
+        path = complete[-1]
+    else:
         raise ValueError(f"run.resume latest: there is no complete checkpoint in {folder}; leave it out to start anew")
-    return read_checkpoint(complete[-1])
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        others = [other.name for other in _complete(path.parent) if other != path]
+        hint = f"; there is also {', '.join(others)}: give its path to go on from there" if others else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -222,9 +228,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         _hold(whole, f"{_STATE} does not have the parts that it should")
         return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})
     except (OSError, ValueError) as error:
-        others = [path.name for path in _complete(folder.parent) if path != folder]
-        hint = f"; there is also {', '.join(others)}: give its path to go on from there" if others else ""
-        raise ValueError(f"{folder} is no usable checkpoint: {error}{hint}") from error
+        raise ValueError(f"{folder} is no usable checkpoint: {error}") from error
 
 
 def _hold(holds: bool, message: str) -> None:

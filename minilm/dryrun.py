@@ -14,6 +14,7 @@ from minilm.config import Config
 from minilm.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
 from minilm.head import Head
 from minilm.launch import attempt, finish, first_on_each_host, start, together
+from minilm.lock import unlocked_at_end
 from minilm.objectives import prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.output import choose_output_dir
@@ -49,7 +50,8 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
     accelerator, precision = start(config.run)
-    folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
+    with unlocked_at_end():
+        folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))
     prepared = together(attempted)

@@ -14,6 +14,7 @@ from minilm.config import Config
 from minilm.hardware import Precision, device_peak
 from minilm.head import Head
 from minilm.launch import attempt, finish, first_on_each_host, start, together
+from minilm.lock import unlock_folder
 from minilm.objectives import prepare
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan
@@ -92,4 +93,5 @@ def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str,
     finish(begun.accelerator)
     if main and begun.push_to_hub is not None:
         push(begun.push_to_hub, begun.folder, files)
+    unlock_folder(begun.folder)
     return results

@@ -10,10 +10,18 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.checkpoint import Checkpoint, discard_checkpoints, find_checkpoint, in_the_way, save_tokenizer
+from minilm.checkpoint import (
+    Checkpoint,
+    discard_checkpoints,
+    find_checkpoint,
+    in_the_way,
+    is_checkpoint,
+    save_tokenizer,
+)
 from minilm.config import Run
 from minilm.disk import sync
 from minilm.hub import quiet_transformers
+from minilm.lock import LOCK, lock_folder
 from minilm.lora import is_adapted, merged, save_adapter
 from minilm.push import check_access, claim_repo
 from minilm.zero import size_of
@@ -23,9 +31,10 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     """The output folder, and the checkpoint to go on from if that was asked for. Nothing is created or changed.
 
     A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that is not there or empty. A resumed one
-    gets the folder of its checkpoint: for `latest` without `run.output_dir`, of the newest in these folders. Raises
+    gets the folder of its checkpoint: for `latest` without `run.output_dir`, of the newest in these folders. A folder
+    that is there is locked (`minilm.lock`): call this inside `unlocked_at_end`. Raises
     ValueError when the folder cannot be written, when it is not empty and neither `resume` nor `overwrite` is set,
-    when there is no checkpoint, or when the hub would not take `run.push_to_hub`.
+    when another run is in it, when there is no checkpoint, or when the hub would not take `run.push_to_hub`.
     """
     if run.resume is not None:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
@@ -36,11 +45,12 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
         with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
             pass
-        if checkpoint is None and not run.overwrite and folder.exists() and any(folder.iterdir()):
+        if checkpoint is None and not run.overwrite and not _is_free(folder):
             raise ValueError(
                 f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
                 "--run.resume latest to go on with the run in it"
             )
+    _lock(folder)
     if run.push_to_hub is not None:
         check_access(run.push_to_hub, run.license)
     return folder, checkpoint
@@ -71,6 +81,7 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
         claim_repo(run.push_to_hub)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
         if run.overwrite:
             discard_checkpoints(folder)
             for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -82,13 +93,18 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
 def _take(folder: Path) -> None:
     """Take an empty folder. Of several runs that find it empty one alone can create its log."""
     with suppress(FileExistsError):
-        if not any(folder.iterdir()):
+        if _is_free(folder):
             (folder / "log.jsonl").touch(exist_ok=False)
             return
     raise ValueError(
         f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir, or none, for which a "
         "new start finds a free name"
     )
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there but what a killed run may have left of its lock."""
+    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
 
 
 def _nearest(folder: Path) -> Path:
@@ -108,7 +124,7 @@ def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
     if asked is not None:
         return Path(asked).expanduser()
     folder, number = Path("out", name), 1
-    while not overwrite and folder.exists() and any(folder.iterdir()):
+    while not overwrite and not _is_free(folder):
         number += 1
         folder = Path("out", f"{name}-{number}")
     return folder
@@ -123,14 +139,26 @@ def _newest(name: str) -> Path:
 
 
 def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoint]:
+    """The folder of the checkpoint, locked before the checkpoint is read: a run that is in it may remove it."""
     if resume == "latest":
         folder = Path(asked).expanduser() if asked is not None else _newest(name)
+        _lock(folder)
         return folder, find_checkpoint(resume, folder)
-    checkpoint = find_checkpoint(resume, Path())
-    folder = checkpoint.folder.parent
-    if asked is not None and Path(asked).expanduser().resolve() != folder.resolve():
-        raise ValueError(f"run.output_dir {asked} is not the folder of {resume}; leave it out to go on in {folder}")
-    return folder, checkpoint
+    path = Path(resume).expanduser().resolve()
+    if asked is not None and Path(asked).expanduser().resolve() != path.parent:
+        raise ValueError(
+            f"run.output_dir {asked} is not the folder of {resume}; leave it out to go on in {path.parent}"
+        )
+    if is_checkpoint(path):
+        _lock(path.parent)
+    return path.parent, find_checkpoint(resume, Path())
+
+
+def _lock(folder: Path) -> None:
+    """Lock the folder where it is there."""
+    with _writing(folder):
+        if folder.is_dir():
+            lock_folder(folder)
 
 
 def export(

@@ -16,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from minilm.config import Config
 from minilm.disk import publish
 from minilm.launch import in_contact, join, one_job, together
+from minilm.lock import lock_folder, unlocked_at_end
 from minilm.output import choose_output_dir
 from minilm.signals import heard
 from minilm.stop import TrainingStopped
@@ -26,6 +27,7 @@ SUMMARY = "seeds.json"
 
 
 @in_contact()
+@unlocked_at_end()
 def sweep(
     config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]
 ) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def sweep(
             clear_device_cache(garbage_collection=True)  # the next run has room for a model of its own
             summary = summarise(results)
             if main:
+                lock_folder(folder)  # which the first seed has created
                 publish(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if main:
         _show(summary, folder)

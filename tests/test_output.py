@@ -21,6 +21,7 @@ from transformers import (
 
 from minilm.checkpoint import Checkpoint, Progress, Saver
 from minilm.config import Config, Run
+from minilm.lock import LOCK, unlocked_at_end
 from minilm.output import choose_output_dir, claim_output_dir, export
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
@@ -39,9 +40,17 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder; an empty folder counts as a file without content."""
-    paths = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
+    """Every file below the folder but its lock; an empty folder counts as a file without content."""
+    found = [path for path in folder.rglob("*") if path.name != LOCK]
+    paths = [path for path in found if path.is_file() or {*path.iterdir()} <= {path / LOCK}]
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+@pytest.fixture(autouse=True)
+def unlocked() -> Iterator[None]:
+    """What a test locks is unlocked after it."""
+    with unlocked_at_end():
+        yield
 
 
 SMALLEST = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}

@@ -101,3 +101,5 @@ class LanguageCollator(Collator, Protocol):
 
     possible: NDArray[np.bool_]
     """bool[vocabulary], the ids that can be targets."""
+    ahead: int
+    """How many places after the one where it is predicted a target stands in its row."""

@@ -26,6 +26,8 @@ class CausalCollator:
     `padded` and `multiple` are those of `minilm.plan.Plan`.
     """
 
+    ahead = 1
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool = False, multiple: int = 1) -> None:
         self.possible = is_token(tokenizer)
         self.padded, self.multiple = padded, multiple

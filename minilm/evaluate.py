@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from minilm.batch import Batch, Collator, target_nats
+from minilm.batch import Batch, Collator, LanguageCollator, target_nats
 from minilm.model import evaluating
 from minilm.plan import cut_alike
 from minilm.progress import progress_bar
@@ -26,7 +26,7 @@ class Evaluation:
     targets: int
     """How many there are."""
     utf8_bytes: int
-    """UTF-8 bytes of the text that they stand for."""
+    """UTF-8 bytes of the documents' text that they stand for (`minilm.text_bytes`)."""
     unigram_nats: float
     """-ln p of the same targets under the unigram model of the training tokens."""
 
@@ -56,11 +56,10 @@ class Evaluator:
     """
 
     examples: Examples
-    collator: Collator
+    """With `text_bytes`."""
+    collator: LanguageCollator
     micro_tokens: int
     """Most tokens of a forward pass, padding included; the figures do not depend on it."""
-    bytes_per_token: NDArray[np.int64]
-    """UTF-8 bytes of each id, int64[vocabulary]."""
     unigram: NDArray[np.float64]
     """-ln p of each id under the unigram model, float64[vocabulary]."""
 
@@ -77,21 +76,29 @@ class Evaluator:
         The masks are those of the collator's epoch 0, and each forward pass is the same, whatever the number of
         processes. So the totals are the same to the bit where the model and a process's hardware and threads are.
         """
-        nats, targets_V = [], np.zeros(len(self.unigram), np.int64)
+        nats, utf8_bytes, targets_V = [], 0, np.zeros(len(self.unigram), np.int64)
         with evaluating(model):
-            for _, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
+            for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
+                utf8_bytes += self._bytes_of_targets(ids, batch)
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))
                 nats.append(target_nats(model, batch.to(accelerator.device)))
         # On the host: not every device has float64. So its bits travel as int64.
         sums = np.array([float(part.cpu().double().sum()) for part in nats])
         everyones = _gathered(accelerator, sums.view(np.int64)).view(np.float64)
-        targets_V = _gathered(accelerator, targets_V).sum(0)
+        *targets, utf8_bytes = _gathered(accelerator, np.append(targets_V, utf8_bytes)).sum(0)
+        targets_V = np.array(targets)
         return Evaluation(
             nats=math.fsum(everyones.flat),
             targets=int(targets_V.sum()),
-            utf8_bytes=int((targets_V * self.bytes_per_token).sum()),
+            utf8_bytes=int(utf8_bytes),
             unigram_nats=float((targets_V * self.unigram).sum()),
         )
+
+    def _bytes_of_targets(self, ids: NDArray[np.int64], batch: Batch) -> int:
+        if not batch.targets:
+            return 0
+        bytes_T = np.concatenate([self.examples.row_bytes(int(i)) for i in ids])
+        return int(bytes_T[batch.target_index_N.numpy() + self.collator.ahead].sum())
 
 
 def own_batches(

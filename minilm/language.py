@@ -15,7 +15,7 @@ from minilm.evaluate import Evaluator, unigram_nats
 from minilm.head import SparseHead
 from minilm.special_ids import id_count
 from minilm.stream import Stream, chained, stream_documents
-from minilm.tokens import Prepared, encode, load_tokenizer, token_bytes
+from minilm.tokens import Prepared, encode, load_tokenizer
 from minilm.vocabulary import Documents
 
 log = logging.getLogger("minilm")
@@ -82,6 +82,7 @@ class LanguageModel:
                 overflow=config.tokens.overflow,
                 causal=self.causal,
                 words=self.words and part == "training",
+                text_bytes=part == "evaluation",
                 name=f"{part} documents",
                 enough=count * config.batch.max_length if joined and count else None,
             )
@@ -100,7 +101,6 @@ class LanguageModel:
             examples=prepared.eval,
             collator=collator,
             micro_tokens=micro_tokens,
-            bytes_per_token=token_bytes(prepared.tokenizer),
             unigram=unigram_nats(prepared.train.counts(id_count(prepared.tokenizer)) * collator.possible),
         )
 
@@ -116,6 +116,6 @@ class LanguageModel:
         """What the figures mean, for the model card."""
         return (
             f"The evaluation predicts {self.predicted} of documents that training did not see.\n"
-            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of their text; the unigram model has the "
-            "frequencies of the\ntraining tokens."
+            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with the spaces\n"
+            "before them; the unigram model has the frequencies of the training tokens."
         )

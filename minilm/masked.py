@@ -43,6 +43,8 @@ class MaskedCollator:
     that begin a word, bool. rate: at the start of the run; it changes linearly to `final_rate` (Ankner et al. 2023).
     """
 
+    ahead = 0
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

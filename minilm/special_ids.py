@@ -1,10 +1,17 @@
 """The ids of a tokenizer: how many there are, which go around a text, and which a model's configuration is told."""
 
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger("minilm")
 _NO_TOKEN = 2**32 - 1  # the largest id that the tokenizers library knows; it stands for a text
 _ROLES = ("bos", "eos", "cls", "sep", "mask", "unk")
 
@@ -61,3 +68,53 @@ def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
         if fields[role] is None:
             fields[role] = fields[stand_in]
     return {f"{role}_token_id": fields[role] for role in ("pad", "bos", "eos", "cls", "sep")}
+
+
+class SpecialInTexts:
+    """Which special tokens stand in texts, in how many, and how the first of these begins.
+
+    A tokenizer takes a text such as `</s>` in a page of HTML for the token of that name.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}  # what is unknown is no word of the text's
+        self._special = np.array(sorted(ids), np.int64)
+        self.texts: dict[int, int] = {}
+        """By id, in how many texts it stands."""
+        self.first: dict[int, str] = {}
+        """By id, how the first of these texts begins."""
+
+    def count(self, texts: Sequence[str], rows: Sequence[Sequence[int]], around: Sequence[int]) -> NDArray[np.int64]:
+        """Go on with texts and their rows of ids, which end with or begin by those of `around`; return all the ids."""
+        ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+        own = [id for id in around if id in self._special]
+        if np.isin(ids, self._special).sum() > len(own) * len(rows):
+            special = {*self._special.tolist()}
+            for text, row in zip(texts, rows, strict=True):
+                for id in {*row} & special:
+                    if row.count(id) > own.count(id):
+                        self.texts[id] = self.texts.get(id, 0) + 1
+                        self.first.setdefault(id, text[:40])
+        return ids
+
+    def write(self, folder: Path) -> None:
+        """Keep what was counted in `folder`."""
+        counted = [[id, self.texts[id], self.first[id]] for id in sorted(self.texts)]
+        (folder / "special.json").write_text(json.dumps(counted), encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> list[tuple[int, int, str]]:
+        """What was kept: the id, in how many texts it stands, and how the first of these begins."""
+        return [(id, count, text) for id, count, text in json.loads((folder / "special.json").read_text("utf-8"))]
+
+
+def warn_of_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, counted: Sequence[tuple[int, int, str]], name: str
+) -> None:
+    """Say which special tokens stand in texts; `name` is what the texts are called."""
+    for id, count, text in counted:
+        token = tokenizer.convert_ids_to_tokens(id)
+        log.warning(
+            f"{count:,} of the {name} hold the special token {token}, the first of them the one that begins {text!r}: "
+            "change it there if it is meant as text"
+        )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minilm.cache import open_entry
@@ -23,8 +24,9 @@ from minilm.flat import FlatFile, growing
 from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
-from minilm.special_ids import id_count, ids_around
+from minilm.special_ids import SpecialInTexts, id_count, ids_around, warn_of_special_tokens
 from minilm.stream import Stream
+from minilm.text_bytes import bytes_by_token, name_lengths
 from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
 from minilm.words import begins_word
 
@@ -105,6 +107,8 @@ class Examples:
     """A hash of the documents and the tokenizer that they were encoded by."""
     begins: NDArray[np.bool_] | FlatFile | None = None
     """Whether each of `ids` begins a word; None where nobody asked."""
+    text_bytes: NDArray[np.integer] | FlatFile | None = None
+    """UTF-8 bytes of the text that each of `ids` stands for; None where nobody asked."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -125,6 +129,13 @@ class Examples:
         begins = np.ones(at + stop - start + len(self.suffix), bool)  # `lengths` would be those of all rows, for each
         begins[at + 1 : at + stop - start] = self.begins[start + 1 : stop]
         return begins
+
+    def row_bytes(self, index: int) -> NDArray[np.int64]:
+        """UTF-8 bytes of the text that each token of row `index` stands for, 0 of what goes around a text."""
+        assert self.text_bytes is not None
+        middle = self.text_bytes[self.start[index] : self.stop[index]]
+        around = (np.zeros(len(ids), np.int64) for ids in (self.prefix, self.suffix))
+        return np.concatenate((next(around), middle, next(around)), dtype=np.int64, casting="same_kind")
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -167,6 +178,7 @@ def encode(
     overflow: str = "split",
     causal: bool = False,
     words: bool = False,
+    text_bytes: bool = False,
     name: str = "documents",
     enough: int | None = None,
 ) -> Examples:
@@ -176,7 +188,8 @@ def encode(
     `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
     Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
     The ids are cached by content (of a stream by its identity), so that a second run starts at once; with `words`, also
-    where words begin. Once there are `enough` ids, without those that are truncated, no more documents are read.
+    where words begin, and with `text_bytes` the bytes of text that each stands for. A warning says where texts hold
+    special tokens. Once there are `enough` ids, without those that are truncated, no more documents are read.
     """
     prefix, suffix = ids_around(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
@@ -188,16 +201,20 @@ def encode(
     most = room if enough and layout != "blocks" and overflow == "truncate" else None
     splits = tokenizer.split_special_tokens  # which the backend's state does not say
     key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough, most)
+    kind = "-".join(["corpus", *["words"] * words, *["bytes"] * text_bytes, key])
     folder = open_entry(
-        f"{'words' if words else 'ids'}-{key}",
-        lambda folder: _write_ids(folder, documents, tokenizer, *around, words, name, enough, most),
+        kind, lambda folder: _write_ids(folder, documents, tokenizer, *around, words, text_bytes, name, enough, most)
     )
     ids = FlatFile(folder / "ids.npy")
     begins = FlatFile(folder / "begins.npy") if words else None
+    sizes = FlatFile(folder / "bytes.npy") if text_bytes else None
+    warn_of_special_tokens(tokenizer, SpecialInTexts.read(folder), name)
     start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
     if len(start) == 0:
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
-    return Examples(ids=ids, start=start, stop=stop, prefix=prefix, suffix=suffix, fingerprint=key, begins=begins)
+    return Examples(
+        ids=ids, start=start, stop=stop, prefix=prefix, suffix=suffix, fingerprint=key, begins=begins, text_bytes=sizes
+    )
 
 
 def _examples_of(
@@ -234,6 +251,7 @@ def _write_ids(
     before: list[int],
     after: list[int],
     words: bool,
+    text_bytes: bool,
     name: str,
     enough: int | None = None,
     most: int | None = None,
@@ -241,59 +259,48 @@ def _write_ids(
     """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
 
     `before` and `after` go around each document; reading ends once there are `enough` ids, of a document at most `most`
-    counted. With `words`, write `begins.npy` too: bool, which ids begin a word.
+    counted. With `words`, write `begins.npy` too: bool, which ids begin a word; with `text_bytes`, `bytes.npy`: uint32,
+    the bytes of text that each stands for. Which special tokens are in the texts is written beside.
     """
     kind = np.uint16 if id_count(tokenizer) <= 2**16 else np.uint32
     backend = tokenizer.backend_tokenizer
+    if text_bytes:  # RoBERTa's post-processor moves the ends of tokens that are spaces
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.post_processor = None
+        weight_V = name_lengths(tokenizer)
     backend.no_truncation()  # what it was saved with is not what it is
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    encode_batch = backend.encode_batch if words else backend.encode_batch_fast  # the fast one knows no places
-    sizes, counted = array("q", [0]), 0
+    # The fast one does not know places.
+    encode_batch = backend.encode_batch if words or text_bytes else backend.encode_batch_fast
+    sizes, counted, special = array("q", [0]), 0, SpecialInTexts(tokenizer)
     with (
         growing(folder / "ids.npy", np.dtype(kind)) as file,
         growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
+        growing(folder / "bytes.npy", np.dtype(np.uint32)) as bytes_file,
         progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
         for texts in in_batches(documents):
             encodings = encode_batch(texts, add_special_tokens=False)
             rows = [[*before, *encoding.ids, *after] for encoding in encodings]
             sizes.extend(map(len, rows))
-            file.write(np.fromiter(itertools.chain.from_iterable(rows), kind).data)
+            file.write(special.count(texts, rows, [*before, *after]).astype(kind).data)
             for text, encoding, row in zip(texts, encodings, rows, strict=True) if words else ():
                 begins = np.ones(len(row), bool)
                 starts = [start for start, _ in encoding.offsets]
                 begins[len(before) : len(before) + len(starts)] = begins_word(text, starts)
                 begins_file.write(begins.data)
+            for text, encoding, row in zip(texts, encodings, rows, strict=True) if text_bytes else ():
+                of_tokens = np.zeros(len(row), np.uint32)
+                weight_L = weight_V[encoding.ids]
+                of_tokens[len(before) : len(before) + len(weight_L)] = bytes_by_token(text, encoding.offsets, weight_L)
+                bytes_file.write(of_tokens.data)
             bar.update(len(texts))
             counted += sum(min(len(row), most or len(row)) for row in rows) if enough else 0
             if enough and counted >= enough:
                 break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
-    """UTF-8 bytes of the text that each id stands for, int64[vocabulary]; 0 for special and unknown tokens.
-
-    Knows the notations of byte-level BPE (a character a byte), WordPiece (`##`) and SentencePiece (a space as U+2581,
-    bytes as <0x0A>). WordPiece does not count spaces and the others do: bits per byte compare within a kind only.
-    """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    byte_level = "ByteLevel" in json.dumps([backend["pre_tokenizer"], backend["decoder"]])
-    continuing, fallback = backend["model"]["type"] == "WordPiece", backend["model"].get("byte_fallback", False)
-    special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(id_count(tokenizer), np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        if index in special:
-            continue
-        if byte_level:
-            sizes[index] = len(token)
-        elif fallback and token.startswith("<0x") and token.endswith(">") and len(token) == 6:
-            sizes[index] = 1
-        else:
-            plain = token.removeprefix("##") if continuing else token
-            sizes[index] = len(plain.replace("\u2581", " ").encode())
-    return sizes
+    special.write(folder)
 
 
 def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:

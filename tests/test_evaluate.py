@@ -62,12 +62,12 @@ def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> Ev
         stop=ends[1:],
         prefix=np.array([tokenizer.cls_token_id]),
         suffix=np.array([tokenizer.sep_token_id]),
+        text_bytes=rng.integers(0, 9, ends[-1]),
     )
     return Evaluator(
         examples=examples,
         collator=Recording(tokenizer, padded),
         micro_tokens=micro_tokens,
-        bytes_per_token=rng.integers(0, 9, len(tokenizer)),
         unigram=unigram_nats(rng.integers(0, 50, len(tokenizer))),
     )
 
@@ -84,7 +84,7 @@ def one_by_one(evaluator: Evaluator, head: SparseHead) -> Evaluation:
         for position, target in zip(batch.target_index_N.tolist(), batch.target_ids_N.tolist(), strict=True):
             nats -= float(log_p_LxV[position, target])
             targets += 1
-            utf8_bytes += int(evaluator.bytes_per_token[target])
+            utf8_bytes += int(evaluator.examples.row_bytes(index)[position])
             unigram += float(evaluator.unigram[target])
     return Evaluation(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
 

@@ -116,6 +116,6 @@ class LanguageModel:
         """What the figures mean, for the model card."""
         return (
             f"The evaluation predicts {self.predicted} of documents that training did not see.\n"
-            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with the spaces\n"
+            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with spaces\n"
             "before them; the unigram model has the frequencies of the training tokens."
         )

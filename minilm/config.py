@@ -237,13 +237,14 @@ class Optim:
     warmup: float = 0.06
     """Length of the linear warm-up: a share of all steps if below 1, else a number of steps."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    """Decoupled weight decay of weight matrices and embeddings; vectors, biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     layer_decay: float = 1.0
-    """Ratio of each layer's learning rate to that of the layer above it. The head learns at lr."""
+    """Ratio of each layer's learning rate to that of the layer above it. The head learns at lr, the embeddings at the
+    lowest rate."""
     max_grad_norm: float = 1.0
     """Norm to which a larger gradient is scaled down. 0 switches clipping off."""
 

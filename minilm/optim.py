@@ -1,6 +1,8 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,19 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm.config import Optim
+from minilm.depth import parameter_depths
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Fused AdamW over groups: matrices and embeddings with weight decay, vectors (biases, norms) without.
+    """Fused AdamW over groups: weights with weight decay, and those of `without_decay` without.
 
     With a layer decay there are two groups for each depth; a group's `scale` is its share of the learning rate. Raises
     ValueError where the model has no layers to tell apart.
     """
     scales = {} if optim.layer_decay == 1 else layer_scales(model, optim.layer_decay)
+    exempt = without_decay(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((scales.get(parameter, 1.0), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((scales.get(parameter, 1.0), parameter not in exempt), []).append(parameter)
     settings = [
         {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0, "scale": scale}
         for (scale, decays), parameters in groups.items()
@@ -29,23 +33,50 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
+# Names of a norm, as transformers' Trainer knows them.
+_NORM = re.compile(r"layernorm|rmsnorm|(^|_)norm$")
+
+
+def without_decay(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that weight decay leaves alone: biases, norms, and all vectors.
+
+    A bias or a norm is one by its own name or by the name or class of the module that holds it, whatever its shape: the
+    biases of GPT-OSS's experts are matrices. That is the rule of transformers' Trainer but for two things. Trainer
+    decays vectors of other names, such as attention sinks and Mamba's `A_log`. And it takes the names of all modules
+    around into account, so that it decays nothing in `roberta_prelayernorm`, weights of linear layers included.
+    """
+    exempt = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        own, kind = path.rpartition(".")[2].lower(), type(module).__name__.lower()
+        role = "bias" in own or _NORM.search(own) or re.search(r"norm(\dd)?$", kind)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.ndim < 2 or role or "bias" in name.lower() or _NORM.search(name.lower()):
+                exempt.add(parameter)
+    return exempt
+
+
 def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """Each parameter's share of the learning rate, decay^depth (Clark et al. 2020, appendix B; Bao et al. 2022).
 
-    The depth is 0 for what follows the layers (norms, poolers, heads), 1 to n for the n layers from the top, and n + 1
-    for what comes before them, the embeddings. Weights that a head shares with the embeddings are theirs.
+    The depth is that of `minilm.depth.parameter_depths`: 0 for what follows the layers (norms, poolers, heads), 1 to n
+    for the n layers from the top, and n + 1 for the embeddings. Weights that a head shares with the embeddings are
+    theirs, and weights that several models share are those of the model in which they lie deepest.
     """
-    network = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    count: int = getattr(network.config.get_text_config(), "num_hidden_layers", -1)
-    lists = [m for m in network.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise ValueError(f"{type(network).__name__} has no list of layers: leave optim.layer_decay at 1")
-    below = {parameter: count - number for number, layer in enumerate(lists[0]) for parameter in layer.parameters()}
-    depth, scales = count + 1, {}
-    for parameter in network.base_model.parameters():  # in the order in which they are used
-        depth = below.get(parameter, depth if depth > count else 0)
-        scales[parameter] = decay**depth
+    scales: dict[nn.Parameter, float] = {}
+    for network in _networks(model):
+        if any(parameter.requires_grad for parameter in network.parameters()):
+            for parameter, depth in parameter_depths(network).items():
+                scales[parameter] = min(decay**depth, scales.get(parameter, 1.0))
     return scales
+
+
+def _networks(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The models of transformers inside `model`, those inside another one left out."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from _networks(child)
 
 
 def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:

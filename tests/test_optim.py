@@ -102,9 +102,10 @@ def test_on_mps_whose_kernel_neither_clips_nor_skips_the_update_is_not_taken_for
     assert [is_fused(SimpleNamespace(param_groups=group)) for group in groups] == [True, False]
 
 
-def test_rates_by_layer_are_refused_for_a_model_that_has_no_number_of_layers():
-    model = PerceiverForMaskedLM(PerceiverConfig(num_latents=4, d_latents=8, d_model=8, num_self_attends_per_block=1))
-    with pytest.raises(ValueError, match=r"has no list of layers: leave optim\.layer_decay at 1"):
+def test_rates_by_layer_are_refused_for_a_model_that_uses_its_layers_several_times():
+    size = {"num_latents": 4, "d_latents": 8, "d_model": 8, "num_self_attends_per_block": 1, "num_blocks": 2}
+    model = PerceiverForMaskedLM(PerceiverConfig(**size))
+    with pytest.raises(ValueError, match=r"uses a layer several times.*leave optim\.layer_decay at 1"):
         layer_scales(model, 0.5)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from minilm.config import Classification, Config
 from minilm.data import load_documents
 from minilm.head import AFTER_ATTENTION, Head
 from minilm.infer import classify
-from minilm.labels import Labels, read_labels
+from minilm.labels import Labels, evaluates_only, read_labels
 from minilm.metrics import ClassEvaluator
 from minilm.model import computes_again, evaluating
 from minilm.new_model import load_configuration
@@ -193,26 +193,33 @@ class Classify:
     def prepare(self, config: Config) -> Prepared:
         if config.batch.layout == "blocks":
             raise ValueError(f"batch.layout {config.batch.layout} joins documents; a classification needs them whole")
-        train, parts = load_documents(config.data, config.run.seed, labels=True)
-        held_out = concatenate_datasets([*parts.values()])
+        data = config.data
+        train, parts = load_documents(data, config.run.seed, labels=True)
         known = trained_labels(config.model.name)
-        meaning, *arrays = read_labels(train, held_out, self.settings, known)
+        labels, *arrays = read_labels(
+            train, parts, self.settings, known, column=data.label_column, separator=data.label_separator
+        )
         tokenizer = load_tokenizer(config.tokens, config.model.name, train)
-        examples = []
-        for name, documents, labels in zip(("training", "evaluation"), (train, held_out), arrays, strict=True):
-            found = encode_pairs(
-                documents, tokenizer, labels, max_length=config.batch.max_length, name=f"{name} documents"
-            )
+
+        def encode(documents: Dataset, values: NDArray[Any], name: str) -> Examples:
+            found = encode_pairs(documents, tokenizer, values, max_length=config.batch.max_length, name=name)
             digest = hashlib.blake2b(found.fingerprint.encode(), digest_size=12)
-            digest.update(json.dumps([meaning.problem, meaning.names]).encode() + labels.tobytes())
-            examples.append(replace(found, fingerprint=digest.hexdigest()))
+            digest.update(json.dumps([labels.problem, labels.names]).encode() + values.tobytes())
+            return replace(found, fingerprint=digest.hexdigest())
+
+        if evaluates_only(train, parts):
+            train_examples = eval_examples = encode(train, arrays[1], "documents")
+        else:
+            held_out = concatenate_datasets([part.remove_columns("label") for part in parts.values()])
+            train_examples = encode(train, arrays[0], "training documents")
+            eval_examples = encode(held_out, arrays[1], "evaluation documents")
         return Prepared(
             tokenizer=tokenizer,
-            train=examples[0],
-            eval=examples[1],
-            labels=meaning,
+            train=train_examples,
+            eval=eval_examples,
+            labels=labels,
             eval_parts={name: len(part) for name, part in parts.items()},
-            fields=meaning.fields(),
+            fields=labels.fields(),
         )
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> ClassHead:
@@ -254,10 +261,11 @@ class Classify:
         return f'minilm classify {folder} "…"'
 
 
-def trained_labels(name: str | None) -> dict[str, int]:
-    """The labels, by name, of a checkpoint that is a sequence classifier already; of any other model none."""
+def trained_labels(name: str | None) -> tuple[str, ...]:
+    """The labels, by id, of a checkpoint that is a sequence classifier already; of any other model none."""
     if name is None:
-        return {}
+        return ()
     config = load_configuration(name)
     trained = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
-    return dict(config.label2id) if trained else {}
+    # id2label is what transformers answers with. label2id may be missing, or may say something else.
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label)) if trained else ()

@@ -25,7 +25,7 @@ def take_columns(
     """`rows` reduced to `text`, and `pair` and `label` where they are asked for, each read from a dotted path.
 
     Texts are strings; a list of strings inside a nested column is joined with a space. A label keeps its type: an
-    integer, a float, a string or a list of integers or strings, and of a ClassLabel the names. Where labels are asked
+    integer, a float, a string, a truth value or a list of them, and of a ClassLabel the names. Where labels are asked
     for, no row may lack one or have a blank text. The result is memory-mapped: in the folder `kept`, else beside the
     rows. Raises ValueError that names the column or the row.
     """
@@ -111,20 +111,12 @@ def text_of(value: Any, keys: list[str], source: str, column: str, row: int, fla
 
 
 def _label(value: Any, where: str) -> Any:
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{where} holds no label; give it one or take the row out")
-    several = isinstance(value, list)
-    items = value if several else [value]
-    if not all(isinstance(item, (int, str) if several else (int, float, str)) for item in items) or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):
-        what = "None in a list" if several and None in value else repr(value)[:40]
-        raise ValueError(
-            f"{where} holds {what} where a label is expected: a number, a name, or a list of whole numbers or names"
-        )
-    if any(item == -1 and isinstance(item, int) for item in items):
-        raise ValueError(
-            f"{where} holds -1, which stands for a label that is kept secret (as in GLUE's test parts); "
-            "pass another --data.split or --data.eval-split, or number the labels from 0"
-        )
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool | int | str) or (isinstance(item, float) and math.isfinite(item)):
+            continue
+        what = "None in a list" if item is None else repr(value)[:40]
+        raise ValueError(f"{where} holds {what} where a label is expected: a number, a name, or a list of them")
     return value

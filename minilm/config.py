@@ -35,6 +35,9 @@ class Data:
     """Column of a second text that belongs to the first, such as sentence2. Those of GLUE's tasks are known."""
     label_column: str = "label"
     """Column of the labels, for objectives that need labels."""
+    label_separator: str | None = None
+    """Text between the labels of a cell that lists several, such as the comma of joy,anger. A blank cell then has no
+    label. Default: each cell is one label."""
     document: Literal["line", "paragraph", "file"] = "line"
     """What one document of a .txt file is: a line, a paragraph between blank lines, or the whole file."""
     eval_source: str | None = None
@@ -64,6 +67,7 @@ class Data:
         )
         for weight in self.weights:
             check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
+        check(self.label_separator != "", "data.label_separator is empty: give the character between labels")
         check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
 
     @property
@@ -177,7 +181,7 @@ class Classification:
 
     problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
     """What a label is: a class, a list of labels, or a number. auto: lists are several labels, numbers with a
-    decimal point a regression."""
+    decimal point a regression, and words and whole numbers classes."""
     class_weights: Literal["equal", "balanced"] = "equal"
     """Weight of a class in training: equal, or balanced (inversely proportional to its number of examples)."""
     label_smoothing: float = 0.0

@@ -24,7 +24,8 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
 
     Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of each source drawn by `seed`,
     in this order. There is one set of them, named "", or where `data.eval_split` joins several by `+`, one for each of
-    their names. Raises ValueError in one line that names the file, the row, the column or the split at fault.
+    their names. Where they are the training documents, both are one dataset. Raises ValueError in one line that names
+    the file, the row, the column or the split at fault.
     """
     data = with_glue_columns(data)
     if data.streaming:
@@ -38,6 +39,9 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
         train = [_read(data, source, data.split, labels) for source in data.sources]
         splits = (data.eval_split or "train").split("+")
         sources = (data.eval_source,) if data.eval_source else data.sources
+        if not data.weights and (sources, splits) == (data.sources, [data.split]):
+            documents = _joined(train, data)
+            return documents, {"": documents}
         held_out = {
             split if len(splits) > 1 else "": _joined([_read(data, source, split, labels) for source in sources], data)
             for split in splits

@@ -1,21 +1,21 @@
-"""From a column of labels to numbers: which problem it is, what the classes are called, what each weighs.
+"""From a column of labels to numbers: the problem, the names of the classes, and what each weighs.
 
 Axes: E examples, C labels.
 """
 
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from minilm.checks import closest
 from minilm.config import Classification
-
-log = logging.getLogger("minilm")
+from minilm.label_column import SECRET, LabelColumn
+from minilm.label_names import LabelIds, fold, list_names, match_labels
+from minilm.label_report import Rows, report_classes, report_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,13 @@ class Labels:
     problem: str
     """`single-label`, `multi-label` or `regression`."""
     names: tuple[str, ...]
-    """Of the C labels, by id; one name for a regression."""
+    """The names of the C labels, by id; one name for a regression."""
     weights: NDArray[np.float32] | None = None
     """float32[C], what an example of each class counts; None: all the same."""
+    kept: bool = False
+    """Whether they are the labels of the checkpoint, so that its head is kept. Otherwise the head starts anew."""
+    summary: tuple[str, ...] = ()
+    """Lines that say how the labels were read, for people."""
 
     def fields(self) -> dict[str, Any]:
         """Fields of the model's configuration, as Hugging Face calls them."""
@@ -35,168 +39,164 @@ class Labels:
         return {
             "problem_type": problem.get(self.problem, self.problem),
             "id2label": dict(enumerate(self.names)),
-            "label2id": _numbered(self.names),
+            "label2id": {name: index for index, name in enumerate(self.names)},
         }
 
 
 def read_labels(
-    train: Dataset, held_out: Dataset, settings: Classification, known: Mapping[str, int]
+    train: Dataset,
+    parts: Mapping[str, Dataset],
+    settings: Classification,
+    known: Sequence[str] = (),
+    column: str = "label",
+    separator: str | None = None,
 ) -> tuple[Labels, NDArray[Any], NDArray[Any]]:
-    """(what the labels mean, those of the training examples, those of the evaluation examples).
+    """Return what the labels mean, those of the training examples, and those of all evaluation parts in turn.
 
     The arrays are int64[E] for a single label, float32[E, C] of zeros and ones for several, float32[E] for a
-    regression. `known` are the labels of a checkpoint that classifies already: where they cover the data's, they are
-    kept with their ids. Evaluation examples are read by the names of their own column where both parts have names.
-    Raises ValueError for labels that do not make a problem, or that training never sees.
+    regression. `known` are the labels of a checkpoint by id: where the data have its labels, its ids are kept. `parts`
+    holds `train` itself where a trained model is evaluated. `separator` stands between the labels of a cell that lists
+    several. The summary says what was understood, and calls the label column `column`. Raises ValueError for labels
+    that do not make a problem, and for those of the evaluation that training does not see.
     """
-    columns = [part["label"] for part in (train, held_out)]
-    problem = _problem(columns[0][0]) if settings.problem == "auto" else settings.problem
+    columns = _read_columns(train, parts, separator)
+    problem = _problem_of(columns[0]) if settings.problem == "auto" else settings.problem
     settings.check_problem(problem)
     if problem == "regression":
-        numbers = [_numbers(column[:], part) for column, part in zip(columns, ("training", "evaluation"), strict=True)]
-        return Labels(problem=problem, names=("LABEL_0",)), numbers[0], numbers[1]
-    several = problem == "multi-label"
-    given = _given_names(train, held_out)
-    rows, unseen = (
-        [_as_names(value, several, names) for value in column] for column, names in zip(columns, given, strict=True)
+        numbers = [part.numbers() for part in columns]
+        summary = report_numbers(columns, numbers, column, is_auto=settings.problem == "auto")
+        kept = len(known) == 1
+        names = tuple(known) if kept else ("LABEL_0",)
+        labels = Labels(problem=problem, names=names, kept=kept, summary=tuple(summary))
+        return labels, numbers[0], np.concatenate(numbers[1:])
+    if problem == "single-label" and len(known) < 2:
+        # A model with one output does not tell classes apart.
+        known = ()
+    multi_hot = problem == "multi-label" and columns[0].is_multi_hot(known)
+    places = columns[0].usual_length() if multi_hot else None
+    if places is not None:
+        rows = [_names_of_places(part.multi_hot(places)) for part in columns]
+    elif problem == "multi-label":
+        rows = [part.name_lists() for part in columns]
+    else:
+        rows = [[[name] for name in part.class_names()] for part in columns]
+    _check_secret(columns, rows, known)
+    match = _match(columns, rows, known, places)
+    if columns[0] is not columns[-1]:
+        _check_unseen(columns[1:], rows[1:], match)
+        _check_variety(rows[0], problem, match, known)
+    summary = report_classes(columns, rows, match, problem, column, places, is_auto=settings.problem == "auto")
+    labels = Labels(problem=problem, names=match.names, kept=match.kept, summary=tuple(summary))
+    if problem == "multi-label":
+        indicators = [_indicators(part, match) for part in rows]
+        return labels, indicators[0], np.concatenate(indicators[1:])
+    ids = [np.array([match.ids[name] for (name,) in part], np.int64) for part in rows]
+    if settings.class_weights == "balanced":
+        labels = replace(labels, weights=_balanced(ids[0], len(match.names)))
+    return labels, ids[0], np.concatenate(ids[1:])
+
+
+def evaluates_only(train: Dataset, parts: Mapping[str, Dataset]) -> bool:
+    """Whether the documents of the evaluation are the only ones: a model that is trained already takes no others."""
+    return all(part is train for part in parts.values())
+
+
+def check_known(labels: Labels, known: Sequence[str]) -> None:
+    """Raise ValueError unless a model whose labels are `known` was trained for these `labels`."""
+    if labels.kept:
+        return
+    if labels.problem == "regression":
+        raise ValueError(f"the model predicts {len(known)} numbers, and the data have one{describe_known(known)}")
+    unknown = [name for name in labels.names if fold(name) not in map(fold, known)] or labels.names
+    raise ValueError(
+        f"the data have labels that the model was not trained for: {list_names([*map(repr, unknown)])}"
+        f"{describe_known(known)}. Write them as the model's names, or as their numbers 0 to {len(known) - 1}"
     )
-    ids, names = _ids(rows, given[0], known)
-    for number, row in enumerate(unseen):
-        if missing := [name for name in row if name not in ids]:
-            text = held_out[number]["text"][:40]
-            raise ValueError(
-                f"row {number} of the evaluation documents ({text!r}…) has the label {closest(missing[0], names)} "
-                "No training example has it: give the training documents one, or take it out"
-            )
-    seen = {name for row in rows for name in row}
-    if len(seen) < 2 and not several and set(names) != set(known):
-        said = f"every training document has the label {rows[0][0]!r}: a classification needs two or more"
-        raise ValueError(said + _knows(known))
-    if several and len({frozenset(row) for row in rows}) < 2 and set(names) != set(known):
-        said = f"every training document has the labels {', '.join(rows[0]) or 'none'}: there is nothing to learn"
-        raise ValueError(f"{said} (zeros and ones, one for each label, are to be numbers with a point: 0.0 and 1.0)")
-    if several:
-        return Labels(problem=problem, names=names), _indicators(rows, ids), _indicators(unseen, ids)
-    arrays = [np.array([ids[row[0]] for row in part], np.int64) for part in (rows, unseen)]
-    weights = _balanced(arrays[0], len(names)) if settings.class_weights == "balanced" else None
-    return Labels(problem=problem, names=names, weights=weights), arrays[0], arrays[1]
 
 
-def check_known(labels: Labels, known: Mapping[str, int]) -> None:
-    """Raise ValueError unless `labels` have the names and ids of a checkpoint whose labels are `known`.
-
-    To one without names, whose labels are LABEL_0 and so on, they may belong by number: this is warned of.
-    """
-    by_id = _by_id(known)
-    if labels.problem == "regression" or labels.names == by_id:
-        return
-    if len(labels.names) == len(by_id) and set(by_id) == {f"LABEL_{index}" for index in range(len(by_id))}:
-        pairs = ", ".join(f"{ours} is {name}" for ours, name in zip(by_id[:10], labels.names, strict=False))
-        log.warning(f"WARNING: the model has no names for its labels, which are taken by number: {pairs}")
-        return
-    unknown = ", ".join(repr(name) for name in [name for name in labels.names if name not in known][:10])
-    raise ValueError(f"the data have labels that the model was not trained for: {unknown}{_knows(known)}")
+def describe_known(known: Sequence[str]) -> str:
+    """The end of an error message: what a checkpoint knows, if it is a classifier."""
+    return f" (the model knows {list_names(known)})" if known else ""
 
 
-def _by_id(known: Mapping[str, int]) -> tuple[str, ...]:
-    return tuple(sorted(known, key=lambda name: known[name]))
+def _read_columns(train: Dataset, parts: Mapping[str, Dataset], separator: str | None) -> list[LabelColumn]:
+    """The label columns of the training documents and of each part."""
+    if evaluates_only(train, parts):
+        only = LabelColumn.read(train, "documents", separator, problem_is_open=False)
+        return [only] * (1 + len(parts))
+    names = [f"evaluation documents {name}".rstrip() for name in parts]
+    columns = [LabelColumn.read(train, "training documents", separator)]
+    columns += [LabelColumn.read(part, name, separator) for part, name in zip(parts.values(), names, strict=True)]
+    if columns[0].has_class_names:
+        # Numbers that the evaluation documents have no names for are numbers of the training documents' names.
+        columns[1:] = [
+            replace(part, names=columns[0].names) if part.dtype == "int" and not part.names else part
+            for part in columns[1:]
+        ]
+    elif columns[0].dtype != "string":
+        # Where the training documents have numbers, the evaluation documents' numbers count, and not their names.
+        columns[1:] = [replace(part, names=()) if part.has_class_names else part for part in columns[1:]]
+    return columns
 
 
-def _knows(known: Mapping[str, int]) -> str:
-    """The end of an error message: what a checkpoint knows, where it classifies already."""
-    listed = ", ".join(_by_id(known)[:10]) + (", …" if len(known) > 10 else "")
-    return f" (the model knows {listed})" if known else ""
-
-
-def _given_names(train: Dataset, held_out: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names by which each part's column explains its numbers; numbers of training that have none stay numbers."""
-    features = [part.features["label"] for part in (train, held_out)]
-    features = [getattr(feature, "feature", feature) for feature in features]  # of a list, what it holds
-    first, second = (tuple(each.names) if isinstance(each, ClassLabel) else () for each in features)
-    return first, second if second and (first or "string" in features[0].dtype) else first
-
-
-def _problem(first: object) -> str:
-    if isinstance(first, list):
+def _problem_of(column: LabelColumn) -> str:
+    if column.several:
         return "multi-label"
-    return "regression" if isinstance(first, float) else "single-label"
+    return "regression" if column.dtype == "float" else "single-label"
 
 
-def _numbers(values: list[object], part: str) -> NDArray[np.float32]:
-    for number, value in enumerate(values):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
-            raise ValueError(
-                f"row {number} of the {part} documents has the label {value!r}: a regression needs numbers"
-            )
-    return np.array(values, np.float32)
+def _names_of_places(places_ExC: NDArray[np.float32]) -> Rows:
+    return [[str(place) for place in row.nonzero()[0]] for row in places_ExC]
 
 
-def _as_names(value: Any, several: bool, given: tuple[str, ...]) -> list[str]:
-    """The labels of one example by name: whole numbers are names too."""
-    if isinstance(value, list) != several:
-        wanted = "a list of labels" if several else "a single label"
-        raise ValueError(f"the label {value!r} is not {wanted}: set --objective.problem to what the column holds")
-    items = value if several else [value]
-    if several and any(isinstance(item, float) for item in items):  # zeros and ones, one for each label
-        items = [index for index, item in enumerate(items) if item]
-    names = []
-    for item in items:
-        if isinstance(item, float) and not item.is_integer():
-            raise ValueError(f"the label {item!r} is no class: pass --objective.problem regression")
-        index = isinstance(item, int | float) and not isinstance(item, bool)
-        if index and given and not 0 <= item < len(given):
-            raise ValueError(f"the label {item!r} lies outside 0..{len(given) - 1}")
-        names.append(given[int(item)] if index and given else str(int(item)) if index else str(item))
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"the label {repr(value)[:40]} names {max(names, key=names.count)!r} twice: "
-            "a list has the numbers or names of the row's labels, each once"
-        )
-    return names
+def _match(columns: Sequence[LabelColumn], rows: Sequence[Rows], known: Sequence[str], places: int | None) -> LabelIds:
+    """Names and ids of the training documents' labels, and of what else a checkpoint knows in the evaluation."""
+    train = {name for row in rows[0] for name in row}
+    anywhere = {name for part in rows for row in part for name in row}
+    match = match_labels(anywhere, columns[0].names, known, places)
+    return match if match.kept else match_labels(train, columns[0].names, known, places)
 
 
-def _ids(
-    rows: list[list[str]], given: tuple[str, ...], known: Mapping[str, int]
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The id of each label as the rows have it, and the names by id.
-
-    Both are the checkpoint's, where it knows the labels by name or by number; else those of the names that are `given`
-    with the data; else words are sorted and numbers stay.
-    """
-    seen = {name for row in rows for name in row}
-    if set(given or seen) <= known.keys():
-        return dict(known), _by_id(known)
-    if given or not all(name.removeprefix("-").isdecimal() for name in seen):
-        names = given or tuple(sorted(seen))
-        return _numbered(names), names
-    theirs, numbers = (tuple(map(str, range(count))) for count in (len(known), len(seen)))
-    if seen <= set(theirs):
-        return _numbered(theirs), _by_id(known)
-    if strange := sorted(seen - set(numbers), key=int):
-        negative = int(strange[0]) < 0
-        culprit = f"{strange[0]} is negative" if negative else f"{next(n for n in numbers if n not in seen)} has none"
-        listed = ", ".join(sorted(seen, key=int)[:10])
-        raise ValueError(
-            "labels that are whole numbers must run from 0 to n-1, each with a training example: "
-            f"{culprit} (there are {listed}); write them as words to have them numbered{_knows(known)}"
-        )
-    return _numbered(numbers), numbers
+def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[Rows], known: Sequence[str]) -> None:
+    """Raise ValueError for a part whose labels are all -1, unless that is a class of the checkpoint or in training."""
+    seen = [{name for row in part for name in row} for part in rows]
+    if "-1" in known or "-1" in seen[0] != {"-1"}:
+        return
+    for part, names in zip(columns, seen, strict=True):
+        if names == {"-1"} and part.dtype == "int":
+            raise ValueError(f"every label of the {part.part} is -1. {SECRET}")
 
 
-def _numbered(names: Iterable[str]) -> dict[str, int]:
-    return {name: index for index, name in enumerate(names)}
+def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[Rows], match: LabelIds) -> None:
+    for part, labels_of_rows in zip(columns, rows, strict=True):
+        for number, row in enumerate(labels_of_rows):
+            if missing := next((name for name in row if name not in match.ids), None):
+                what = SECRET if missing == "-1" else "Give the training documents one, or take the row out"
+                part.refuse(number, f"no training document has {closest(missing, match.names)} {what}")
 
 
-def _indicators(rows: list[list[str]], ids: Mapping[str, int]) -> NDArray[np.float32]:
+def _check_variety(rows: Rows, problem: str, match: LabelIds, known: Sequence[str]) -> None:
+    if match.kept or len({frozenset(row) for row in rows}) > 1:
+        return
+    if problem == "multi-label":
+        labels = list_names([*map(repr, rows[0])]) or "none"
+        raise ValueError(f"every training document has the labels {labels}: there is nothing to learn")
+    raise ValueError(
+        f"every training document has the label {rows[0][0]!r}: a classification needs two or more"
+        f"{describe_known(known)}"
+    )
+
+
+def _indicators(rows: Rows, match: LabelIds) -> NDArray[np.float32]:
     """Zeros, and ones for the labels that an example has, float32[E, C]."""
-    result = np.zeros((len(rows), len(ids)), np.float32)
+    result = np.zeros((len(rows), len(match.names)), np.float32)
     for number, row in enumerate(rows):
-        result[number, [ids[name] for name in row]] = 1
+        result[number, [match.ids[name] for name in row]] = 1
     return result
 
 
 def _balanced(labels_E: NDArray[np.int64], count: int) -> NDArray[np.float32]:
-    """E / (C' x examples of the class), C' being the classes that have one: their mean over the examples is 1."""
+    """Return E / (C' x examples of the class), where C' classes have an example: their mean over the examples is 1."""
     examples_C = np.bincount(labels_E, minlength=count)
     present = examples_C > 0
     weights = np.zeros(count, np.float32)

@@ -23,7 +23,9 @@ from minilm.attention import ATTENTION
 from minilm.checks import closest
 from minilm.config import Model
 from minilm.hub import loading
+from minilm.label_names import list_names
 from minilm.lora import add_lora
+from minilm.new_head import find_label_parameters, start_anew
 from minilm.new_model import build_model, configuration_of, head_name
 from minilm.special_ids import id_count
 
@@ -41,11 +43,13 @@ def load_model(
     auto: Any = AutoModelForMaskedLM,
     fields: Mapping[str, Any] | None = None,
     added: int = 0,
+    new_labels: bool = False,
 ) -> PreTrainedModel:
     """The model in float32: `model.name`, or built from `model.type` and `model.config` with weights drawn by `seed`.
 
     `auto` is the class of transformers that knows the models with the head wanted, `fields` what the data decide in the
-    model's configuration, `added` how many of the tokenizer's last tokens are new to the model that is loaded. Raises
+    model's configuration, `added` how many of the tokenizer's last tokens are new to the model that is loaded. With
+    `new_labels` the part of a classifier's head that belongs to the checkpoint's labels starts at random. Raises
     ValueError when the name cannot be loaded, a configuration field does not exist, the vocabulary is larger than the
     embedding, the model has fewer positions than `max_length`, or `freeze`, `lora_targets`, `attention` or
     `gradient_checkpointing` do not fit the model.
@@ -56,7 +60,7 @@ def load_model(
     if model.name is None:
         network = build_model(replace(model, config={**fields, **model.config}), tokenizer, auto)
     else:
-        network, random = _load(model, model.name, auto, fields)
+        network, random = _load(model, model.name, auto, fields, new_labels=new_labels)
     _attend_in_full(network)
     rows, ids = vocabulary_size(network), id_count(tokenizer)
     known = ids - added
@@ -208,10 +212,12 @@ def _tell_padding(network: PreTrainedModel, padding: int) -> None:
         tell(before)
 
 
-def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+def _load(
+    model: Model, name: str, auto: Any, fields: Mapping[str, Any], *, new_labels: bool
+) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its parameters that start at random."""
     config, refusal = configuration_of(model, auto), f"model {name!r} cannot be loaded"
-    labels = config.num_labels
+    labels = [str(label) for label in (config.id2label or {}).values()]
     with loading(name, refusal):
         for field, value in {**fields, **model.config}.items():
             setattr(config, field, value)
@@ -226,11 +232,18 @@ def _load(model: Model, name: str, auto: Any, fields: Mapping[str, Any]) -> tupl
             ignore_mismatched_sizes=bool(fields),  # of a head that knows other labels
         )
     if other := sorted(key for key, *_ in report["mismatched_keys"]):
-        relabelled = ((labels,), (network.config.num_labels,))  # the first axis of what gives the classes
+        relabelled = ((len(labels),), (network.config.num_labels,))  # the first axis of what gives the classes
         for key, *shapes in report["mismatched_keys"]:
             if tuple(tuple(shape[:1]) for shape in shapes) != relabelled or shapes[0][1:] != shapes[1][1:]:
                 raise ValueError(f"{refusal}: its {key} has another shape than its configuration says")
-        log.warning(f"{name} was trained for other labels: {', '.join(other)} start at random")
+    if new_labels:
+        of_labels = find_label_parameters(network.config, auto) - report["missing_keys"] - set(other)
+        start_anew(network, of_labels)
+        other = sorted({*other, *of_labels})
+    if other:
+        log.warning(
+            f"WARNING: {name} was trained for other labels ({list_names(labels)}): {', '.join(other)} start at random"
+        )
     if missing := sorted(set(report["missing_keys"]) - set(other)):
         log.warning(
             f"{name} comes without {len(missing)} weights that a {head_name(auto)} model has, such as {missing[0]}: "

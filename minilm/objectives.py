@@ -114,4 +114,5 @@ def build(config: Config, prepared: Prepared) -> PreTrainedModel:
         auto=objective_of(config.objective).auto,
         fields=prepared.fields,
         added=config.tokens.extend,
+        new_labels=prepared.labels is not None and not prepared.labels.kept,
     )

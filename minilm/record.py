@@ -228,6 +228,7 @@ def run_facts(
         "vocabulary": len(prepared.tokenizer),
         "train": {**prepared.train.facts(), "unknown": _unknown(prepared.train, prepared.tokenizer)},
         "eval": {**prepared.eval.facts(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
+        "labels": prepared.labels.summary if prepared.labels is not None else (),
         "steps": total_steps,
         "padding_share": round(plan.padding_share(), 4),
         "processes": accelerator.num_processes,
@@ -253,6 +254,8 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
         log.info(f"{part}: {facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
+    for line in facts["labels"]:
+        log.log(logging.WARNING if line.startswith("WARNING") else logging.INFO, line)
     log.info(
         f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
         f"{facts['head']}"

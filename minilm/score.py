@@ -1,5 +1,6 @@
 """Evaluate a model that is there: on data of one's own, or again as its run did."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from minilm.model import longest_input
 from minilm.new_model import load_configuration
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
+
+log = logging.getLogger("minilm")
 
 _LENGTH = 512  # tokens of the longest example of a model whose run is not known, where its positions allow as many
 _OBJECTIVES: dict[Any, type] = {
@@ -42,6 +45,9 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
         prepared = prepare(config)
         if prepared.labels is not None:
             check_known(prepared.labels, trained_labels(str(name)))
+            for line in prepared.labels.summary:
+                if line.startswith("WARNING"):
+                    log.warning(line)
         head = objective.head(build(config, prepared).to(accelerator.device), prepared)
         multiple = 1 if accelerator.device.type == "cpu" else 8
         evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)

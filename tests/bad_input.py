@@ -217,20 +217,37 @@ ENTRIES: dict[str, Entry] = {
     ),
     "value of the wrong type": Entry(flags="--batch.examples many", says="many"),
     "label outside 0..n-1": classified(
-        labelled(*[1, 2] * 10), "from 0 to n-1, each with a training example: 0 has none"
+        in_turn(labelled(0, 3), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled(*[0, 1, 2] * 10)),
+        "no training document has '3'. There are: 0, 1, 2",
+        PAIRS + " --data.eval-source more.jsonl",
     ),
-    "negative label": classified(labelled(0, -2, *[1] * 20), "-2 is negative"),
+    "multi-hot lists of two lengths": classified(
+        labelled(*[[1.0, 0.0], [0.0, 1.0], [1.0]] * 10), "multi-hot lists have one for each of 2 labels"
+    ),
+    "a list in place of a class": classified(
+        in_turn(labelled([1], [0]), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled(*[0, 1, 2] * 10)),
+        "a list is not a single label",
+        PAIRS + " --data.eval-source more.jsonl",
+    ),
+    "a separator between nothing": classified(
+        labelled(*["joy", "joy,", "anger", "joy,anger"] * 10),
+        "of which a part is empty",
+        PAIRS + " --data.label-separator ,",
+    ),
+    "a separator in lists": classified(
+        labelled(*[["joy"], ["anger"]] * 10), "and not text to split", PAIRS + " --data.label-separator ,"
+    ),
     "unseen label": classified(
         in_turn(
             labelled("yes", "maybe"), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled("yes", "no", "yes", "no")
         ),
-        "'maybe'. There are: no, yes. No training example has it",
+        "no training document has 'maybe'. There are: no, yes. Give",
         PAIRS + " --data.eval-source more.jsonl",
     ),
     "a single class": classified(labelled(*["yes"] * 20), "every training document has the label 'yes'"),
     "no label": classified(labelled("yes", None, "no", "no"), "row 1"),
     "no second text": classified(labelled("yes", "no", "no", "no", sentence2=None), "row 1"),
-    "hidden labels of a test set": classified(labelled(0, -1, 1, 0), "-1"),
+    "hidden labels of a test set": classified(labelled(*[-1] * 20), "-1 stands for a label that is kept secret"),
     "no label column": classified(
         labelled("yes", "no", "no", "no"), "'lable': did you mean 'label'?", PAIRS + " --data.label-column lable"
     ),
@@ -248,7 +265,7 @@ ENTRIES: dict[str, Entry] = {
         labelled("yes", "no", "no", "no"), "batch.layout blocks joins documents", PAIRS + " --batch.layout blocks"
     ),
     "unknown figure": classified(
-        labelled(*["yes", "no"] * 20),
+        labelled(*[0, 1] * 20),
         "run.best_metric 'acuracy': did you mean 'accuracy'?",
         PAIRS + " --run.best-metric acuracy",
     ),

@@ -106,17 +106,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "blank pair": ({"other": ""}, PAIR, "row 2 of column 'other' holds no text"),
     "number for a pair": ({"other": None}, PAIR, "row 2 of column 'other' holds NoneType where text"),
     "no label": ({"label": None}, {}, "row 2 of column 'label' holds no label"),
-    "hidden label": ({"label": -1}, {}, "row 2 of column 'label' holds -1, .* kept secret .* --data.eval-split"),
     "unknown label column": ({}, {"label_column": "labl"}, "'labl': did you mean 'label'.* --data.label-column"),
     "unknown pair column": ({}, {"pair_column": "othr"}, "'othr': did you mean 'other'.* --data.pair-column"),
 }
 BAD_LABELS: dict[str, tuple[Any, str]] = {
     "an object": ({"a": 1}, "holds {'a': 1} where a label is expected"),
-    "floats in a list": ([0.5], r"holds \[0.5\] where a label"),
+    "no finite number in a list": ([float("inf")], r"holds \[inf\] where a label"),
     "None in a list": ([1, None], "holds None in a list"),
     "an empty name": ("", "holds no label"),
     "no finite number": (float("nan"), "holds nan where a label"),
-    "hidden in a list": ([-1], "holds -1"),
+    "a blank name": (" ", "holds no label"),
 }
 
 

@@ -26,7 +26,7 @@ from minilm.hub import loading
 from minilm.label_names import list_names
 from minilm.lora import add_lora
 from minilm.new_head import find_label_parameters, start_anew
-from minilm.new_model import build_model, configuration_of, head_name
+from minilm.new_model import build_model, change_configuration, configuration_of, head_name
 from minilm.special_ids import id_count
 
 log = logging.getLogger("minilm")
@@ -152,8 +152,7 @@ def check_model(model: Model, *, max_length: int, auto: Any) -> None:
     """Raise ValueError for what `load_model` refuses by the configuration alone, for which no tokenizer is needed."""
     config = configuration_of(model, auto)
     try:
-        for name, value in model.config.items():
-            setattr(config, name, value)
+        change_configuration(config, model.config)
     except StrictDataclassError as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
     _check_positions(max_length, _stated_positions(config))
@@ -219,8 +218,7 @@ def _load(
     config, refusal = configuration_of(model, auto), f"model {name!r} cannot be loaded"
     labels = [str(label) for label in (config.id2label or {}).values()]
     with loading(name, refusal):
-        for field, value in {**fields, **model.config}.items():
-            setattr(config, field, value)
+        change_configuration(config, {**fields, **model.config})
         # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
         network, report = auto.from_pretrained(
             name,

@@ -36,11 +36,22 @@ def configuration_of(model: Model, auto: Any) -> PretrainedConfig:
             raise ValueError(
                 f"model {model.name!r} cannot be loaded: {config.model_type} has no {head_name(auto)} head"
             )
-    known = {**config.to_dict(), **config.attribute_map}
+    known = {**_fields_of(config.get_text_config()), **_fields_of(config)}
     for field in model.config:
         if field not in known:
             raise ValueError(f"model.config: {model.name or model.type} has no field {closest(field, list(known))}")
     return config
+
+
+def _fields_of(config: PretrainedConfig) -> dict[str, Any]:
+    return {**config.to_dict(), **config.attribute_map}
+
+
+def change_configuration(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
+    """Set each field where it is: in the configuration, or in that of the text model inside."""
+    for field, value in fields.items():
+        inner = field not in _fields_of(config) and field in _fields_of(config.get_text_config())
+        setattr(config.get_text_config() if inner else config, field, value)
 
 
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
@@ -69,7 +80,9 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> 
 def _from_fields(model: Model, fields: Mapping[str, Any], auto: Any) -> PreTrainedModel:
     """A new model with these fields, but for those that `model.config` gives itself."""
     try:
-        config = AutoConfig.for_model(model.type, **model.config)
+        own = _fields_of(AutoConfig.for_model(model.type))
+        config = AutoConfig.for_model(model.type, **{name: x for name, x in model.config.items() if name in own})
+        change_configuration(config, {name: value for name, value in model.config.items() if name not in own})
         for part in (config, config.get_text_config()):  # Gemma 3 has one inside its own
             for name, value in fields.items():
                 if name not in model.config and name in part.to_dict() | part.attribute_map:

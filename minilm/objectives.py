@@ -16,6 +16,7 @@ from minilm.head import Head
 from minilm.lora import check_installed
 from minilm.masked import Masked
 from minilm.model import check_model, load_model
+from minilm.own_loss import check_own_loss
 from minilm.tokens import Examples, Prepared
 
 
@@ -104,9 +105,9 @@ def prepare(config: Config) -> Prepared:
     return objective.prepare(config)
 
 
-def build(config: Config, prepared: Prepared) -> PreTrainedModel:
-    """The model of a run, loaded or new."""
-    return load_model(
+def build(config: Config, prepared: Prepared, *, trained: bool = True) -> PreTrainedModel:
+    """The model of a run, loaded or new; ValueError for one that cannot be `trained` as it asks to be."""
+    network = load_model(
         config.model,
         prepared.tokenizer,
         max_length=config.batch.max_length,
@@ -116,3 +117,5 @@ def build(config: Config, prepared: Prepared) -> PreTrainedModel:
         added=config.tokens.extend,
         new_labels=prepared.labels is not None and not prepared.labels.kept,
     )
+    check_own_loss(network, trained=trained)
+    return network

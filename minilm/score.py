@@ -48,7 +48,7 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
             for line in prepared.labels.summary:
                 if line.startswith("WARNING"):
                     log.warning(line)
-        head = objective.head(build(config, prepared).to(accelerator.device), prepared)
+        head = objective.head(build(config, prepared, trained=False).to(accelerator.device), prepared)
         multiple = 1 if accelerator.device.type == "cpu" else 8
         evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
         figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()

@@ -4,19 +4,29 @@ The head of a model is built while its weights are new, as `train` does. Then th
 A step of rows of several lengths is compared with what the plain model makes of each row alone.
 """
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from minilm.config import Batch, CausalLM, Config, Data, Model, Optim, Run
 from minilm.head import Head
 from minilm.objectives import objective_of
+from minilm.own_loss import check_own_loss
+from minilm.score import evaluate
+from minilm.settings import parse
 from minilm.tokens import Prepared
-from tests.matrix import HEADS, LABELS, gradient_error, reference, tokenizer_for, update
+from minilm.train import train
+from tests.jobs import write_text
+from tests.matrix import HEADS, LABELS, gradient_error, reference, tokenizer_for, types_of, update
 from tests.reference import NO_EXAMPLES
 from tests.tiny import tiny_config
 
@@ -128,3 +138,96 @@ def test_losses_and_gradients_are_those_of_the_plain_model(situation: str, lengt
     loss, gradient = differences(SITUATIONS[situation], LENGTHS[lengths])
     assert loss <= 1e-5
     assert gradient <= 1e-3
+
+
+ROUTERS, ADVICE = "output_router_logits", r"--model\.config\.output-router-logits False"
+
+
+def routed(kind: str) -> bool:
+    """Whether configurations of this type can ask for a loss of routers; `dots3_note_text` stands for `dots3_note`."""
+    if kind == "dots3_note":
+        return False
+    try:
+        return hasattr(AutoConfig.for_model(kind).get_text_config(), ROUTERS)
+    except (StrictDataclassError, ValueError):  # of a type that has no configuration by default
+        return False
+
+
+def own_loss(network: Any) -> float:
+    """What the model itself makes of a row."""
+    ids_1xL = torch.randint(5, 300, (1, 31), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return float(network.eval()(input_ids=ids_1xL, labels=ids_1xL).loss)
+
+
+def test_of_all_types_those_whose_routers_would_add_to_the_loss_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    refused, kinds = set(), [kind for kind in types_of("causal") if routed(kind)]
+    for kind in kinds:
+        plain, asked = (build(Situation(kind=kind, changed={ROUTERS: value})) for value in (False, True))
+        check_own_loss(plain)
+        more = own_loss(asked) - own_loss(plain)
+        if abs(more) > 1e-5:
+            refused.add(kind)
+            with pytest.raises(ValueError, match=ADVICE):
+                check_own_loss(asked)
+        else:
+            check_own_loss(asked)
+        assert getattr(asked.config.get_text_config(), ROUTERS) is True
+        assert not [record for record in caplog.records if record.name == "minilm"], kind
+    assert {"mixtral", "qwen2_moe", "olmoe", "jetmoe", "dbrx", "qwen3_5_moe", "gpt_oss"} <= refused
+    assert {"llama4_text", "deepseek_v3"} <= {*kinds} - refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "flag"),
+    [
+        ("mixtral", {ROUTERS: True, "router_aux_loss_coef": 0.0}, None),
+        ("bamba", {"z_loss_coefficient": 0.1}, "--model.config.z-loss-coefficient 0.0"),
+        ("prophetnet", {"eps": 0.1}, "--model.config.eps 0.0"),
+        ("prophetnet", {}, "warning"),  # predicts the token after the next, too
+        ("gpt2", {}, None),
+        ("bart", {}, None),  # does not shift the labels by itself
+    ],
+)
+def test_other_additions_to_the_loss_are_named(
+    kind: str, changed: dict[str, Any], flag: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = build(Situation(kind=kind, changed=changed))
+    if flag and flag.startswith("--"):
+        with pytest.raises(ValueError, match=flag):
+            check_own_loss(network)
+        return
+    check_own_loss(network)
+    said = [record.levelno for record in caplog.records if record.name == "minilm"]
+    assert said == [logging.WARNING] * (flag == "warning")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_5_moe"])
+def test_the_advice_about_routers_works_for_a_checkpoint(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tokenizer_for("causal", kind)
+    torch.manual_seed(0)
+    config = tiny_config(kind, tokenizer)
+    setattr(config.get_text_config(), ROUTERS, True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    if config.get_text_config() is not config:
+        config.architectures = ["Qwen3_5MoeForCausalLM"]
+        config.save_pretrained(tmp_path / "model")  # as such checkpoints come: with the text model's inside
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = Config(
+        data=Data(source=write_text(tmp_path / "text.txt"), eval_fraction=0.1),
+        model=Model(name=str(tmp_path / "model")),
+        objective=CausalLM(),
+        batch=Batch(examples=4, max_length=24, micro_tokens=64),
+        optim=Optim(),
+        run=Run(output_dir=str(tmp_path / "out"), max_steps=2, precision="fp32"),
+    )
+    with pytest.raises(ValueError, match=ADVICE):
+        train(asked)
+    assert not (tmp_path / "out").exists()
+    train(parse(asked, "", ["--model.config.output-router-logits", "False"]))
+    caplog.clear()
+    figures = evaluate(tmp_path / "model", Data(source=asked.data.source))
+    assert np.isfinite(figures["eval_loss"])
+    assert ["cross entropy alone" in record.message for record in caplog.records].count(True) == 1

@@ -117,5 +117,6 @@ def build(config: Config, prepared: Prepared, *, trained: bool = True) -> PreTra
         added=config.tokens.extend,
         new_labels=prepared.labels is not None and not prepared.labels.kept,
     )
-    check_own_loss(network, trained=trained)
+    if prepared.labels is None:
+        check_own_loss(network, trained=trained)
     return network

@@ -114,7 +114,11 @@ def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], w
     command = _command(commands, name, work, what)
     _add_model(command, kind)
     command.add_argument("texts", metavar="TEXT", nargs="*", help="none or - reads lines from standard input")
-    command.add_argument("--file", metavar="FILE", help="take the texts from a file, one by one (.txt: lines)")
+    command.add_argument(
+        "--file",
+        metavar="FILE",
+        help="take the texts from a file: each row, blank ones too, with its number from 0 (.txt: lines)",
+    )
     command.add_argument("--column", default="text", metavar="NAME", help="column of --file (default: text)")
     return command
 
@@ -154,20 +158,33 @@ def _share(text: str) -> float:
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
-    """The texts of the command line, `-` replaced by the lines of standard input; or those of --file."""
+    """The texts of the command line, with the lines of standard input for `-`, or those of --file; blank ones too."""
     if options.file is not None:
         return list(_documents(options)["text"])
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(newline="\n")  # a lone carriage return ends no line
-    texts = [line for text in options.texts or ["-"] for line in (_lines() if text == "-" else [text]) if line]
-    if not texts:
+        # A carriage return alone does not end a line.
+        sys.stdin.reconfigure(newline="\n")
+    texts = [line for text in options.texts or ["-"] for line in (_lines() if text == "-" else [text])]
+    if not any(texts):
         raise ValueError("there is no text: give one, or --file, or lines on standard input")
     return texts
 
 
 def _lines() -> list[str]:
     """The lines of standard input as other programs count them: `splitlines` also cuts at U+2028 and its like."""
-    return [line.removesuffix("\r") for line in sys.stdin.read().split("\n")]
+    lines = sys.stdin.read().split("\n")
+    # What follows the last end of a line is a line only if there is something.
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def _row_number(options: argparse.Namespace, row: int, rows: int) -> str:
+    """The number of a row of --file, from 0, before a line of output; nothing for other texts."""
+    return "" if options.file is None else f"{row:>{len(str(rows - 1))}}  "
+
+
+def _row_field(options: argparse.Namespace, row: int) -> dict[str, Any]:
+    """The number of a row of --file, from 0, as a field of JSON; no field for other texts."""
+    return {} if options.file is None else {"row": row}
 
 
 def _documents(options: argparse.Namespace) -> Any:
@@ -179,9 +196,13 @@ def _documents(options: argparse.Namespace) -> Any:
 
     pair_column = getattr(options, "pair_column", None)
     try:
-        return read_documents(Data(source=options.file, column=options.column, pair_column=pair_column))
+        rows = read_documents(Data(source=options.file, column=options.column, pair_column=pair_column))
     except ValueError as error:
-        raise ValueError(str(error).replace("--data.", "--")) from None  # the flags have other names here
+        # The flags have other names here.
+        raise ValueError(str(error).replace("--data.", "--")) from None
+    if not any(text.strip() for text in rows["text"]):
+        raise ValueError(f"{options.file}: there is no text in it")
+    return rows
 
 
 def _quiet_transformers() -> None:
@@ -207,9 +228,11 @@ def _generate(options: argparse.Namespace) -> None:
     for number, text in enumerate(texts):
         if number and not options.json:
             print()
+        if not options.json:
+            print(_row_number(options, number, len(texts)), end="", flush=True)
         (result,) = generate(model, tokenizer, [text], **settings, stream=not options.json)
         if options.json:
-            _print_json({"input": text, "text": result})
+            _print_json({**_row_field(options, number), "input": text, "text": result})
 
 
 def _fill_mask(options: argparse.Namespace) -> None:
@@ -218,16 +241,24 @@ def _fill_mask(options: argparse.Namespace) -> None:
     _quiet_transformers()
     texts = _texts(options)
     model, tokenizer = load_masked_lm(options.model)
-    check_masks(model, tokenizer, texts)
+    check_masks(model, tokenizer, [text for text in texts if text.strip()])
     for number, text in enumerate(texts):
         if number and not options.json:
             print()
+        field, prefix = _row_field(options, number), _row_number(options, number, len(texts))
+        if not text.strip():
+            # A blank row has nothing to fill, and keeps its place.
+            if options.json:
+                _print_json({**field, "input": text, "mask": None, "fills": []})
+            else:
+                print(prefix.rstrip())
+            continue
         for mask, fills in enumerate(fill_mask(model, tokenizer, [text], top_k=options.top_k)[0]):
             if options.json:
-                _print_json({"input": text, "mask": mask, "fills": [asdict(fill) for fill in fills]})
+                _print_json({**field, "input": text, "mask": mask, "fills": [asdict(fill) for fill in fills]})
             else:
                 for fill in fills:
-                    print(f"{fill.probability:6.1%}  {fill.token:<16}  {on_one_line(fill.text)}")
+                    print(f"{prefix}{fill.probability:6.1%}  {fill.token:<16}  {on_one_line(fill.text)}")
 
 
 def _classify(options: argparse.Namespace) -> None:
@@ -248,12 +279,17 @@ def _classify(options: argparse.Namespace) -> None:
     for index, found in enumerate(classify(model, tokenizer, texts, pairs)):
         if options.json:
             pair = {} if pairs is None else {"pair": pairs[index]}
-            _print_json({"input": texts[index], **pair, "labels": [asdict(label) for label in found[: options.top_k]]})
+            labels = [asdict(label) for label in found[: options.top_k]]
+            _print_json({**_row_field(options, index), "input": texts[index], **pair, "labels": labels})
             continue
-        text = texts[index] if pairs is None else f"{texts[index]} | {pairs[index]}"
+        text = on_one_line(texts[index] if pairs is None else f"{texts[index]} | {pairs[index]}")
+        prefix = _row_number(options, index, len(texts))
         for label in found[: options.top_k]:
             score = f"{label.score:8.4f}" if number else f"{label.score:6.1%}  {label.label:<16}"
-            print(f"{score}  {on_one_line(text)}")
+            print(f"{prefix}{score}  {text}")
+        if not found:
+            # A text without a token has no label, and keeps its place.
+            print(f"{prefix}{'-':>8}  {text}" if number else f"{prefix}{'-':>6}  {'-':<16}  {text}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -99,12 +99,12 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 @quiet_datasets()
 def read_documents(data: Data) -> Dataset:
-    """All documents of `data.split`, one source after the other, with the columns of `load_documents`."""
-    return _joined([_read(data, source, data.split, labels=False) for source in data.sources], data)
+    """All rows of `data.split`, blank ones too, one source after the other, with the columns of `load_documents`."""
+    return _joined([_read(data, source, data.split, labels=False, blank=True) for source in data.sources], data)
 
 
-def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
-    """One source as a dataset with the columns that are asked for; without labels, no blank document."""
+def _read(data: Data, source: str, split: str, labels: bool, *, blank: bool = False) -> Dataset:
+    """One source as a dataset with the columns that are asked for; unless `blank`, without blank documents."""
     files: list[str] = []
     if labels and (source == "pydocs" or is_text(source)):
         what = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
@@ -120,7 +120,7 @@ def _read(data: Data, source: str, split: str, labels: bool) -> Dataset:
         rows = take_columns(rows, source, column, data.pair_column, data.label_column if labels else None, kept)
     except UnicodeDecodeError as error:  # a file of JSON is decoded here, row by row
         raise ValueError(where_damaged(files) or f"data source {source}: {error}") from error
-    if not labels:
+    if not labels and not blank:
         rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
     if len(rows) == 0:
         raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")

@@ -143,20 +143,26 @@ def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: i
 def check_beginnings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
 ) -> None:
-    """Raise ValueError for a text that leaves the model no room for as many new tokens; warn of unknown characters."""
+    """Raise ValueError for a text that leaves the model no room for as many new tokens, or that gives it no token."""
     longest = longest_input(model)
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"]
+        if not ids and _first_id(tokenizer) is None:
+            raise ValueError(
+                f"the text {text!r} has no tokens, and no token begins documents: give a text to go on from"
+            )
         if longest is not None and len(ids) + max_new_tokens > longest:
             left = f"leave out --max-new-tokens, or pass {longest - len(ids)} or fewer"
             raise ValueError(
                 f"the text {_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is more than "
                 f"the model's {longest}: {left if len(ids) < longest else 'shorten it'}"
             )
-        if unknown := ids.count(tokenizer.unk_token_id):
-            log.warning(
-                f"{unknown} of the {len(ids)} tokens of {_beginning(text)} are unknown to the model's tokenizer"
-            )
+
+
+def _first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that begins a document, or else of the one that ends it."""
+    first: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return first
 
 
 def _beginning(text: str) -> str:
@@ -180,18 +186,22 @@ def generate(
     By default these are 100, or as many as the model has room for. They come from the `top_k` likeliest tokens (Fan et
     al. 2018, section 5.4; 0: from all), of which the likeliest that make up `top_p` are kept (Holtzman et al. 2020,
     section 3.1), at `temperature`; with temperature 0 the likeliest is taken. An empty text is begun by the token that
-    begins documents. `stream` prints the tokens as they come. Raises ValueError when a text is too long for the model.
+    begins documents. `stream` prints the tokens as they come. A warning tells of unknown characters. Raises ValueError
+    when a text is too long for the model.
     """
     check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
     longest = longest_input(model) or math.inf
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     choice: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     draw: Any = model.generate
     results = []
     for text in texts:
-        ids_L = tokenizer(text)["input_ids"] or [first]
+        ids_L = tokenizer(text)["input_ids"] or [_first_id(tokenizer)]
+        if unknown := ids_L.count(tokenizer.unk_token_id):
+            log.warning(
+                f"{unknown} of the {len(ids_L)} tokens of {_beginning(text)} are unknown to the model's tokenizer"
+            )
         inputs_1xL = torch.tensor([ids_L], device=model.device)
         torch.manual_seed(seed)
         with torch.inference_mode():
@@ -227,7 +237,8 @@ def classify(
     """The labels of each text, or of each text with its second one, the likeliest first.
 
     Scores are those of transformers' text-classification pipeline. Texts longer than the model's input are cut, and a
-    warning says how many; texts of one length are read together, since padding changes what some models say.
+    warning says how many; texts of one length are read together, since padding changes what some models say. A text
+    without a token, such as an empty one for GPT-2, has no labels.
     """
     if not texts:
         return []  # the tokenizer takes no empty list
@@ -239,7 +250,7 @@ def classify(
     rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
     names: Any = model.config.id2label
     lengths = [len(row["input_ids"]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: lengths[index])
+    order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: lengths[index])
     runs = [list(run) for _, run in groupby(order, key=lambda index: lengths[index])]
     results: list[list[Class]] = [[] for _ in rows]
     for ids in (run[at : at + batch_size] for run in runs for at in range(0, len(run), batch_size)):

@@ -203,6 +203,7 @@ def test_what_the_tokenizer_does_not_know_is_said(causal, caplog):
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
     with caplog.at_level("WARNING", logger="minilm"):
         check_beginnings(model, tokenizer, ["qqq", "x"])
+        generate(model, tokenizer, ["qqq", "x"], max_new_tokens=1)
     assert [record.message for record in caplog.records] == [
         "3 of the 3 tokens of 'qqq' are unknown to the model's tokenizer"
     ]

@@ -1,0 +1,529 @@
+"""Labels as they come in the field: each column beside the classes, ids and numbers that are right."""
+
+import json
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    pipeline,
+)
+
+from minilm import Batch, Classification, Config, Data, Model, Optim, Run
+from minilm.classify import trained_labels
+from minilm.infer import classify
+from minilm.labels import check_known, read_labels
+from minilm.model import load_model
+from minilm.score import evaluate
+from minilm.train import train
+
+pytestmark = pytest.mark.scorecard(31)
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+NO_YES = ClassLabel(names=["no", "yes"])
+
+
+def labelled(values: list[Any], feature: Any = None) -> Dataset:
+    rows = {"text": [f"text {i}" for i in range(len(values))], "label": values}
+    return Dataset.from_dict(rows, features=feature and Features({"text": Value("string"), "label": feature}))
+
+
+def read(values: list[Any], feature: Any = None, known: tuple[str, ...] = (), **options: Any) -> Any:
+    column = labelled(values, feature)
+    problem = options.pop("problem", "auto")
+    # A copy, since the same dataset would be an evaluation alone.
+    return read_labels(column, {"": labelled(values, feature)}, Classification(problem=problem), known, **options)
+
+
+# situation: (values, type, checkpoint's labels, names by id, ids)
+CLASSES: dict[str, tuple[list[Any], Any, tuple[str, ...], tuple[str, ...], list[int]]] = {
+    "numbers 0..n-1": ([2, 0, 1, 1], None, (), ("0", "1", "2"), [2, 0, 1, 1]),
+    "stars 1 to 5": ([5, 1, 3, 2, 4], None, (), ("1", "2", "3", "4", "5"), [4, 0, 2, 1, 3]),
+    "sentiment -1, 0, 1": ([1, -1, 0, -1], None, (), ("-1", "0", "1"), [2, 0, 1, 0]),
+    "sentiment -1 and 1": ([1, -1, -1], None, (), ("-1", "1"), [1, 0, 0]),
+    "numbers with gaps": ([10, 2, 33], None, (), ("2", "10", "33"), [1, 0, 2]),
+    "large numbers": ([16225007011, 3], None, (), ("3", "16225007011"), [1, 0]),
+    "negative numbers": ([-3, -20, 5], None, (), ("-20", "-3", "5"), [1, 0, 2]),
+    "unsigned bytes": ([200, 7], Value("uint8"), (), ("7", "200"), [1, 0]),
+    "numbers as text": (["10", "2", "1"], None, (), ("1", "2", "10"), [2, 1, 0]),
+    "codes with a leading zero": (["10", "02", "01"], None, (), ("01", "02", "10"), [2, 1, 0]),
+    "other digits": (["２", "1"], None, (), ("1", "２"), [1, 0]),
+    "LABEL_0 and so on": (["LABEL_10", "LABEL_2", "LABEL_1"], None, (), ("LABEL_1", "LABEL_2", "LABEL_10"), [2, 1, 0]),
+    "words": (["b", "a", "b"], None, (), ("a", "b"), [1, 0, 1]),
+    "words with space": (["not good", " good"], None, (), (" good", "not good"), [1, 0]),
+    "None and NaN as words": (["None", "NaN", "null"], None, (), ("NaN", "None", "null"), [1, 0, 2]),
+    "truth values": ([True, False], None, (), ("False", "True"), [1, 0]),
+    "a ClassLabel": ([1, 0], ClassLabel(names=["z", "a"]), (), ("z", "a"), [1, 0]),
+    "a ClassLabel with a class that no row has": (
+        [1, 0],
+        ClassLabel(names=["z", "a", "b"]),
+        (),
+        ("z", "a", "b"),
+        [1, 0],
+    ),
+    "names in the checkpoint's order": (["pos", "neg"], None, ("pos", "neg"), ("pos", "neg"), [0, 1]),
+    "names in other case": (["neutral", "positive"], None, ("POSITIVE", "NEUTRAL"), ("POSITIVE", "NEUTRAL"), [1, 0]),
+    "names with space around them": ([" yes", "no "], None, ("yes", "no"), ("yes", "no"), [0, 1]),
+    "a ClassLabel in other order and case": ([0, 1], NO_YES, ("Yes", "No"), ("Yes", "No"), [1, 0]),
+    "some of the checkpoint's names": (["c", "a"], None, ("a", "b", "c"), ("a", "b", "c"), [2, 0]),
+    "label_1 for LABEL_1": (["label_1", "label_0"], None, ("LABEL_0", "LABEL_1"), ("LABEL_0", "LABEL_1"), [1, 0]),
+    "numbers for LABEL_0": ([1, 0], None, ("LABEL_0", "LABEL_1"), ("LABEL_0", "LABEL_1"), [1, 0]),
+    "numbers for names": ([2, 0], None, ("b", "a", "c"), ("b", "a", "c"), [2, 0]),
+    "numbers that are names": ([1, 5], None, ("1", "2", "3", "4", "5"), ("1", "2", "3", "4", "5"), [0, 4]),
+    "numbers that are names in another order": ([1, -1], None, ("1", "0", "-1"), ("1", "0", "-1"), [0, 2]),
+}
+NEW: dict[str, tuple[list[Any], Any, tuple[str, ...], tuple[str, ...], list[int]]] = {
+    "other names, as many": (["b", "a"], None, ("x", "y"), ("a", "b"), [1, 0]),
+    "words for LABEL_0": (["b", "a"], None, ("LABEL_0", "LABEL_1"), ("a", "b"), [1, 0]),
+    "numbers from 0 for names from 1": ([0, 1], None, ("1", "2"), ("0", "1"), [0, 1]),
+    "stars for names of stars": ([5, 1], None, ("1 star", "2 stars"), ("1", "5"), [1, 0]),
+    "one name too many": (["a", "b", "c"], None, ("a", "b"), ("a", "b", "c"), [0, 1, 2]),
+    "two names that the checkpoint has as one": (["Yes", "yes"], None, ("YES", "no"), ("Yes", "yes"), [0, 1]),
+    "a ClassLabel of other names": ([1, 0], NO_YES, ("b", "a"), ("no", "yes"), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("situation", CLASSES | NEW)
+def test_classes_have_the_names_that_the_rows_have(situation: str) -> None:
+    values, feature, known, names, ids = (CLASSES | NEW)[situation]
+    labels, train_ids, eval_ids = read(values, feature, known)
+    assert (labels.problem, labels.names) == ("single-label", names)
+    assert train_ids.tolist() == eval_ids.tolist() == ids
+    assert labels.kept == bool(known and situation in CLASSES)
+
+
+HOT = [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+# situation: (values, type, options, names by id, zeros and ones, what is said of the reading)
+SEVERAL: dict[str, tuple[list[Any], Any, dict[str, Any], tuple[str, ...], list[list[int]], str]] = {
+    "multi-hot floats": ([[float(x) for x in row] for row in HOT], None, {}, ("0", "1", "2"), HOT, "multi-hot lists"),
+    "multi-hot integers": (HOT, None, {}, ("0", "1", "2"), HOT, "multi-hot lists"),
+    "multi-hot truth values": ([[x == 1 for x in r] for r in HOT], None, {}, ("0", "1", "2"), HOT, "multi-hot lists"),
+    "one-hot pairs": ([[0, 1], [1, 0]], None, {}, ("0", "1"), [[0, 1], [1, 0]], "multi-hot lists"),
+    "multi-hot for a checkpoint": (HOT, None, {"known": ("x", "y", "z")}, ("x", "y", "z"), HOT, "multi-hot lists"),
+    "lists of numbers": (
+        [[2, 0], [], [1]],
+        None,
+        {},
+        ("0", "1", "2"),
+        [[1, 0, 1], [0] * 3, [0, 1, 0]],
+        "lists of numbers",
+    ),
+    "lists of numbers from 1": (
+        [[3, 1], [2, 1]],
+        None,
+        {},
+        ("1", "2", "3"),
+        [[1, 0, 1], [1, 1, 0]],
+        "lists of numbers",
+    ),
+    "lists of one number": ([[0], [1]], None, {}, ("0", "1"), [[1, 0], [0, 1]], "lists of numbers"),
+    "lists of names": (
+        [["b", "a"], [], ["c"]],
+        None,
+        {},
+        ("a", "b", "c"),
+        [[1, 1, 0], [0] * 3, [0, 0, 1]],
+        "lists of names",
+    ),
+    "lists of a ClassLabel": ([[1], [0, 1]], List(NO_YES), {}, ("no", "yes"), [[0, 1], [1, 1]], "lists of"),
+    "cells with commas": (
+        ["joy, anger", "joy", " ", "anger"],
+        None,
+        {"separator": ","},
+        ("anger", "joy"),
+        [[1, 1], [0, 1], [0, 0], [1, 0]],
+        "lists of names",
+    ),
+    "multi-hot cells": (
+        ["0 1 1", "1 0 0"],
+        None,
+        {"separator": " "},
+        ("0", "1", "2"),
+        [[0, 1, 1], [1, 0, 0]],
+        "multi-hot",
+    ),
+    "names of a checkpoint in lists": (
+        [["Joy"], ["anger", "joy"]],
+        None,
+        {"known": ("x", "joy", "Anger")},
+        None,
+        None,
+        "differ in case",
+    ),
+    "lists for a checkpoint": (
+        [["JOY"], ["anger"]],
+        None,
+        {"known": ("joy", "Anger")},
+        ("joy", "Anger"),
+        [[1, 0], [0, 1]],
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", SEVERAL)
+def test_several_labels_are_read_in_one_way_which_is_said(situation: str) -> None:
+    values, feature, options, names, expected, said = SEVERAL[situation]
+    labels, train_places, eval_places = read(values, feature, **options)
+    assert labels.problem == "multi-label"
+    assert said in " ".join(labels.summary)
+    if names is not None:
+        assert labels.names == names
+        assert train_places.tolist() == eval_places.tolist() == expected
+
+
+# situation: (values, type, problem, numbers, what is said)
+NUMBERS: dict[str, tuple[list[Any], Any, str, list[float], str]] = {
+    "decimals": ([0.5, 4.5], None, "auto", [0.5, 4.5], "regression, train 0.5 to 4.5, mean 2.5; eval 0.5 to 4.5"),
+    "whole decimals": ([1.0, 3.0], None, "auto", [1, 3], "all numbers are whole. If they are classes"),
+    "whole numbers -3 to 3": ([-3, 0, 3], None, "regression", [-3, 0, 3], "train -3 to 3, mean 0"),
+    "numbers as text": (["-1.5", " 2", "1e1"], None, "regression", [-1.5, 2, 10], "train -1.5 to 10"),
+    "a ClassLabel of numbers": ([0, 1], ClassLabel(names=["1", "5"]), "regression", [1, 5], "train 1 to 5"),
+    "a ClassLabel of words": ([0, 1], NO_YES, "regression", [0, 1], "stand for classes, in the order of 'no', 'yes'"),
+}
+
+
+@pytest.mark.parametrize("situation", NUMBERS)
+def test_a_regression_has_the_numbers_of_the_rows(situation: str) -> None:
+    values, feature, problem, expected, said = NUMBERS[situation]
+    labels, numbers, _ = read(values, feature, problem=problem)
+    assert (labels.problem, labels.names, numbers.tolist()) == ("regression", ("LABEL_0",), expected)
+    assert said in " ".join(labels.summary)
+
+
+# situation: (training labels, evaluation labels, options, what the one line says)
+REFUSED: dict[str, tuple[Dataset, Dataset, dict[str, Any], str]] = {
+    "a part whose labels are all -1": (
+        labelled([0, 1]),
+        labelled([-1, -1]),
+        {},
+        "every label of the evaluation doc.* is -1",
+    ),
+    "no part with a label": (labelled([-1, -1]), labelled([-1]), {}, "every label of the training documents is -1"),
+    "-1 of a ClassLabel": (labelled([0, 1, -1], NO_YES), labelled([0], NO_YES), {}, "row 2 of .* kept secret"),
+    "-1 in the evaluation alone": (labelled([0, 1]), labelled([0, -1]), {}, "row 1 of the evaluation .* kept secret"),
+    "a class of the evaluation alone": (
+        labelled(["a", "b"]),
+        labelled(["a", "c"]),
+        {},
+        "row 1 of the eval.*no training",
+    ),
+    "multi-hot of two lengths": (
+        labelled([[1.0, 0.0], [1.0]]),
+        labelled([[1.0, 0.0]]),
+        {},
+        "row 1 of .* 1 entries, but",
+    ),
+    "a multi-hot list with halves": (labelled([[1.0, 0.5]] * 2), labelled([[1.0, 0.0]]), {}, "holds a 0 or 1 for each"),
+    "counts in lists": (labelled([[2, 2], [0, 1]]), labelled([[0, 1]]), {}, "row 0 of .*'2' is there twice"),
+    "a decimal as a class": (
+        labelled([0.5, 1.0]),
+        labelled([1.0]),
+        {"problem": "single-label"},
+        "not a class; pass --obj",
+    ),
+    "a decimal comma": (
+        labelled(["0,5", "1"]),
+        labelled(["1"]),
+        {"problem": "regression"},
+        "row 0 .*'0,5': a regression",
+    ),
+    "truth values as numbers": (labelled([True, False]), labelled([True]), {"problem": "regression"}, "needs numbers"),
+    "a separator of a ClassLabel": (
+        labelled([0, 1], NO_YES),
+        labelled([0], NO_YES),
+        {"separator": ","},
+        "not text to split",
+    ),
+    "a separator at the end": (
+        labelled(["a,b", "a,"]),
+        labelled(["a"]),
+        {"separator": ","},
+        "row 1 .* a part is empty",
+    ),
+    "a class beside lists": (labelled([["a"], ["b"]]), labelled(["a"]), {}, "row 0 of the eval.* not a list of labels"),
+}
+
+
+@pytest.mark.parametrize("situation", REFUSED)
+def test_what_is_no_problem_is_refused_in_one_true_line(situation: str) -> None:
+    documents, held_out, options, said = REFUSED[situation]
+    options = dict(options)
+    chosen = Classification(problem=options.pop("problem", "auto"))
+    with pytest.raises(ValueError, match=rf"^[^\n]*{said}[^\n]*\Z"):
+        read_labels(documents, {"": held_out}, chosen, **options)
+
+
+def test_minus_one_is_a_class_of_an_evaluation_where_training_has_it() -> None:
+    labels, _, ids = read_labels(labelled([-1, 0, 1]), {"": labelled([-1, -1])}, Classification())
+    assert (labels.names, ids.tolist()) == (("-1", "0", "1"), [0, 0])
+    documents = labelled([-1, -1])
+    labels, _, ids = read_labels(documents, {"": documents}, Classification(), ("-1", "0", "1"))
+    check_known(labels, ("-1", "0", "1"))
+    assert ids.tolist() == [0, 0]
+
+
+def test_each_part_of_the_evaluation_is_read_by_names_of_its_own() -> None:
+    parts = {"a": labelled([0, 1], NO_YES), "b": labelled([0, 1], ClassLabel(names=["yes", "no"]))}
+    assert read_labels(labelled([1, 0], NO_YES), parts, Classification())[2].tolist() == [0, 1, 1, 0]
+
+
+# situation: (labels, what the lines before training say)
+SAID: dict[str, tuple[list[Any], str]] = {
+    "names and counts": (
+        ["b", "a", "b"],
+        "labels in 'label': single-label, 2 classes: 'a' (1 train, 1 eval), 'b' (2 train, 2",
+    ),
+    "ten names of many": ([*range(25)], "'9' (1 train, 1 eval) and 15 more"),
+    "whole numbers": ([1, 2, 3], "taken as classes. To predict a number, pass --objective.problem regression"),
+    "scores as text": (["0.5", "1.5", "2"], "numbers written as text, which are taken as classes"),
+    "several in a cell": (
+        ["joy", "anger", "joy,anger"],
+        "'joy,anger' is a class of its own. If it lists several labels",
+    ),
+    "lists as text": (["['a']", "['a', 'b']"], """is a class of its own. If it is meant as a list"""),
+    "case apart": (["Good", "good", "bad"], "'Good', 'good' differ in case or space alone"),
+    "free text": ([f"text {i}" for i in range(12)], "12 of the 12 classes have a single training example"),
+}
+
+
+@pytest.mark.parametrize("situation", SAID)
+def test_what_was_understood_is_said(situation: str) -> None:
+    values, said = SAID[situation]
+    assert said in "\n".join(read(values)[0].summary)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(str.strip)
+COLUMNS = st.one_of(
+    st.lists(NAMES, min_size=2, max_size=30),
+    st.lists(st.integers(-(2**40), 2**40), min_size=2, max_size=30),
+    st.lists(st.integers(-3, 5), min_size=2, max_size=30),
+    st.lists(st.booleans(), min_size=2, max_size=30),
+).filter(lambda column: len(set(column)) > 1)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(column=COLUMNS, order=st.randoms(use_true_random=False))
+def test_names_through_ids_and_back_are_what_was_written_in_any_order(column: list[Any], order: Any) -> None:
+    labels, ids, _ = read(column)
+    assert [labels.names[index] for index in ids] == [str(value) for value in column]
+    assert sorted(set(ids.tolist())) == [*range(len(set(column)))]
+    places = [*range(len(column))]
+    order.shuffle(places)
+    other, other_ids, _ = read([column[place] for place in places])
+    assert (other.names, other_ids.tolist()) == (labels.names, [ids[place] for place in places])
+    config = BertConfig(**labels.fields()).to_dict()
+    again = BertConfig(**json.loads(json.dumps(config)))
+    assert (tuple(again.id2label[i] for i in range(len(labels.names))), again.num_labels) == (
+        labels.names,
+        len(set(column)),
+    )
+    # A checkpoint keeps them, whatever the order of its ids.
+    known = tuple(reversed(labels.names))
+    kept, kept_ids, _ = read(column, known=known)
+    assert kept.kept
+    assert [known[index] for index in kept_ids] == [str(value) for value in column]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(rows=st.lists(st.lists(st.sampled_from("abcde"), unique=True), min_size=2, max_size=20))
+def test_lists_and_cells_that_list_labels_mean_the_same(rows: list[list[str]]) -> None:
+    if len({frozenset(row) for row in rows}) < 2:
+        return
+    labels, places, _ = read(rows, List(Value("string")))
+    cells, cell_places, _ = read([" ; ".join(row) for row in rows], separator=";")
+    assert (labels.names, places.tolist()) == (cells.names, cell_places.tolist())
+    for row, hot in zip(rows, places, strict=True):
+        assert {labels.names[place] for place in hot.nonzero()[0]} == set(row)
+    if len(labels.names) > 1:
+        assert read(places.tolist())[1].tolist() == places.tolist()
+
+
+def saved(folder: Path, tokenizer: Any, kind: Any = BertForSequenceClassification, **fields: Any) -> str:
+    """A checkpoint that minilm did not write."""
+    size = {**SIZE, "max_position_embeddings": 64, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(7)
+    kind(BertConfig(**size, **fields)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def names(*labels: str) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
+def load(name: str, tokenizer: Any, values: list[Any]) -> Any:
+    labels, _, _ = read(values, known=trained_labels(name))
+    fields, auto = labels.fields(), AutoModelForSequenceClassification
+    return load_model(
+        Model(name=name), tokenizer, max_length=16, seed=1, auto=auto, fields=fields, new_labels=not labels.kept
+    )
+
+
+def test_a_head_of_other_labels_starts_anew_and_one_of_the_same_is_kept(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = saved(tmp_path / "model", tokenizer, **names("NEUTRAL", "POSITIVE"))
+    before = AutoModelForSequenceClassification.from_pretrained(name).state_dict()
+    kept = load(name, tokenizer, ["positive", "neutral"])
+    assert kept.config.id2label == {0: "NEUTRAL", 1: "POSITIVE"}
+    assert all(torch.equal(weight, before[key]) for key, weight in kept.state_dict().items())
+    assert "other labels" not in caplog.text
+    new = load(name, tokenizer, ["good", "bad"])
+    assert new.config.id2label == {0: "bad", 1: "good"}
+    changed = {key for key, weight in new.state_dict().items() if not torch.equal(weight, before[key])}
+    assert changed == {"classifier.weight"}  # the bias is zero in both
+    assert (
+        "was trained for other labels (NEUTRAL, POSITIVE): classifier.bias, classifier.weight start at" in caplog.text
+    )
+    again = load(name, tokenizer, ["good", "bad"])
+    assert torch.equal(again.classifier.weight, new.classifier.weight)
+
+
+def test_the_head_of_a_tagger_is_not_taken_for_that_of_a_classifier(tokenizer: Any, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", tokenizer, BertForTokenClassification, **names("a", "b"))
+    before = BertForTokenClassification.from_pretrained(name).classifier.weight
+    assert trained_labels(name) == ()
+    assert not torch.equal(load(name, tokenizer, ["a", "b"]).classifier.weight, before)
+
+
+def test_labels_of_a_checkpoint_are_those_that_its_pipeline_answers_with(tokenizer: Any, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", tokenizer, **names("b", "a"))
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    del config["label2id"]
+    path.write_text(json.dumps(config))
+    answered = {row["label"] for row in pipeline("text-classification", model=name, top_k=None)("a text")[0]}
+    assert set(trained_labels(name)) == answered == {"a", "b"}
+    assert trained_labels(name) == ("b", "a")
+
+
+def rows_in(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+BLANK = ["a text", "", "another", " ", "the last"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "stdin"])
+def test_classify_keeps_every_row_and_prints_its_number(kind: str, tokenizer: Any, tmp_path: Path, run: Any) -> None:
+    name = saved(tmp_path / "model", tokenizer, **names("b", "a", "c"))
+    (tmp_path / "rows.txt").write_text("\n".join(BLANK) + "\n")
+    rows_in(tmp_path / "rows.jsonl", [{"text": text} for text in BLANK])
+    words = () if kind == "stdin" else ("--file", str(tmp_path / f"rows.{kind}"))
+    stdin = "\n".join(BLANK) + "\n" if kind == "stdin" else ""
+    lines = [json.loads(line) for line in run("classify", name, *words, "--json", stdin=stdin)[1]]
+    expected = pipeline("text-classification", model=name)(BLANK)
+    assert [line["input"] for line in lines] == BLANK
+    assert [line["labels"][0]["label"] for line in lines] == [row["label"] for row in expected]
+    assert [line.get("row") for line in lines] == ([None] * 5 if kind == "stdin" else [0, 1, 2, 3, 4])
+    plain = run("classify", name, *words, stdin=stdin)[1]
+    assert len(plain) == 5
+    if kind != "stdin":
+        assert [line.split()[0] for line in plain] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_text_without_a_token_has_no_label_and_keeps_its_place(tokenizer: Any, tmp_path: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(saved(tmp_path / "model", tokenizer)).eval()
+    plain = type(tokenizer).from_pretrained(tmp_path / "model")
+    plain.backend_tokenizer.post_processor = processors.Sequence([])
+    found = classify(model, plain, ["a text", "", "another"])
+    assert [len(labels) for labels in found] == [2, 0, 2]
+
+
+def test_fill_mask_and_generate_keep_blank_rows(tokenizer: Any, tmp_path: Path, run: Any) -> None:
+    masked = saved(tmp_path / "masked", tokenizer, BertForMaskedLM)
+    mask = tokenizer.mask_token
+    file = rows_in(tmp_path / "rows.jsonl", [{"text": text} for text in (f"a {mask}", "", f"{mask} and {mask}")])
+    lines = [json.loads(line) for line in run("fill-mask", masked, "--file", file, "--json")[1]]
+    assert [(line["row"], line["mask"], len(line["fills"])) for line in lines] == [
+        (0, 0, 5),
+        (1, None, 0),
+        (2, 0, 5),
+        (2, 1, 5),
+    ]
+    plain = [line for line in run("fill-mask", masked, "--file", file, "--top-k", "1")[1] if line]
+    assert [line.split()[0] for line in plain] == ["0", "1", "2", "2"]
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer))).save_pretrained(
+        tmp_path / "causal"
+    )
+    tokenizer.save_pretrained(tmp_path / "causal")
+    file = rows_in(tmp_path / "more.jsonl", [{"text": text} for text in ("a text", "", "another")])
+    words = ("--file", file, "--max-new-tokens", "1")
+    lines = [json.loads(line) for line in run("generate", str(tmp_path / "causal"), *words, "--json")[1]]
+    assert [(line["row"], line["input"]) for line in lines] == [(0, "a text"), (1, ""), (2, "another")]
+
+
+def test_unknown_characters_are_told_once(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, run: Any
+) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer)))
+    model.save_pretrained(tmp_path / "causal")
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q", add_special_tokens=False)["input_ids"][0])
+    tokenizer.save_pretrained(tmp_path / "causal")
+    with caplog.at_level(logging.WARNING, logger="minilm"):
+        assert run("generate", str(tmp_path / "causal"), "qqq", "--max-new-tokens", "1")[0] is None
+    assert sum("unknown to the model's tokenizer" in message for message in caplog.messages) == 1
+
+
+def test_stars_are_trained_evaluated_and_answered_by_their_numbers(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, run: Any
+) -> None:
+    words = ("bad", "poor", "fair", "good", "great")
+    rows = [{"text": f"it is {words[i % 5]} {'a' * (i % 4)}", "stars": i % 5 + 1, "sentence2": "x"} for i in range(100)]
+    source = rows_in(tmp_path / "stars.jsonl", rows)
+    config = Config(
+        data=Data(source=source, label_column="stars", eval_fraction=0.2),
+        model=Model(name=saved(tmp_path / "model", tokenizer, initializer_range=0.2)),
+        objective=Classification(),
+        batch=Batch(examples=20, max_length=32),
+        optim=Optim(lr=1e-2),
+        run=Run(max_steps=60, output_dir=str(tmp_path / "out"), precision="fp32", samples=("it is great",)),
+    )
+    with caplog.at_level(logging.INFO, logger="minilm"):
+        results = train(config)
+    assert results["accuracy"] == 1.0
+    out = str(tmp_path / "out")
+    said = [
+        message for message in caplog.messages if message.startswith("labels in 'stars': single-label, 5 classes: '1'")
+    ]
+    assert len(said) == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["labels"][0] == said[0]
+    assert AutoConfig.from_pretrained(out).id2label == {i: str(i + 1) for i in range(5)}
+    answers = pipeline("text-classification", model=out)([row["text"] for row in rows])
+    assert [answer["label"] for answer in answers] == [str(row["stars"]) for row in rows]
+    assert "it is great → 5" in (tmp_path / "out" / "README.md").read_text()
+    caplog.clear()
+    few = rows_in(tmp_path / "few.jsonl", [row for row in rows if row["stars"] == 4])
+    assert evaluate(out, Data(source=few, label_column="stars"))["accuracy"] == 1.0
+    strange = rows_in(tmp_path / "strange.jsonl", [{**row, "stars": row["stars"] - 1} for row in rows])
+    with pytest.raises(ValueError, match=r"not trained for: '0' \(the model knows 1, 2, 3, 4, 5\)"):
+        evaluate(out, Data(source=strange, label_column="stars"))
+
+
+def test_evaluate_tells_of_a_second_text_once(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = saved(tmp_path / "model", tokenizer, **names("a", "b"))
+    row = {"sentence1": "a text " * 30, "sentence2": "another", "label": "a"}
+    source = rows_in(tmp_path / "rows.jsonl", [row, {**row, "label": "b"}])
+    evaluate(name, Data(source=source, column="sentence1"))
+    assert sum("there is sentence2 too" in message for message in caplog.messages) == 1
+    assert [message for message in caplog.messages if "tokens: cut" in message] == [
+        "2 of 2 documents have more than batch.max_length=64 tokens: cut"
+    ]

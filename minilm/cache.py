@@ -37,15 +37,17 @@ _BLOCK_BYTES = 2**20
 def cache_folder() -> Path:
     """`$HF_HOME/minilm` (default `~/.cache/huggingface/minilm`), beside the caches of the other libraries.
 
-    Raises ValueError where it cannot be created.
+    Raises CacheError where it cannot be created.
     """
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
-    )
-    folder = Path(home, "minilm")
-    with _naming(folder):
+    folder = _home() / "minilm"
+    with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _home() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface"))
 
 
 def open_entry(name: str, build: Callable[[Path], object]) -> Path:
@@ -58,7 +60,7 @@ def open_entry(name: str, build: Callable[[Path], object]) -> Path:
 
     The files are on disk before the entry can be seen. Of several processes that build one entry at a time, the first
     to finish wins, and the others take what it built. A damaged entry is built anew, with a warning that names the
-    file; a process that has the old files open keeps them. Raises ValueError where the cache cannot be read or written,
+    file; a process that has the old files open keeps them. Raises CacheError where the cache cannot be read or written,
     or its disk is full. All entries follow the umask, so that several users can share a cache.
     """
     folder = cache_folder() / name
@@ -67,7 +69,7 @@ def open_entry(name: str, build: Callable[[Path], object]) -> Path:
         return folder
     if os.path.lexists(folder):
         log.warning(f"the cache is damaged and is built anew: {damage}")
-    with _naming(folder.parent), replacing(folder, needed=lambda: _find_damage(folder) is not None) as temporary:
+    with cache_errors(folder.parent), replacing(folder, needed=lambda: _find_damage(folder) is not None) as temporary:
         build(temporary)
         _write_manifest(temporary, name)
     return folder
@@ -121,28 +123,40 @@ def _find_damage(folder: Path) -> str | None:
     return None
 
 
-def _unreadable(folder: Path, error: OSError) -> ValueError:
-    return ValueError(
+def _unreadable(folder: Path, error: OSError) -> "CacheError":
+    return CacheError(
         f"the cache entry {folder} cannot be read: {error.strerror}; set HF_HOME to a folder of your own, or ask the "
         "owner of this one for access"
     )
 
 
+class CacheError(ValueError):
+    """The cache cannot be read or written; the message says where it is and what to do."""
+
+
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Make of an error at writing the cache a ValueError that says where that was and what to do."""
+def cache_errors(below: Path | None = None) -> Iterator[None]:
+    """Make a CacheError of an error at writing below this folder, or of a full disk at writing any cache in HF_HOME."""
     try:
         yield
+    except CacheError:
+        raise
     except Exception as error:  # the libraries that write tokenizers and tables raise what they like
-        causes = [error, error.__cause__, error.__context__]
+        causes = [*_causes(error)]
         numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
         if numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(error):
-            raise ValueError(
-                f"the disk is full while the cache {folder} is written: free some space, or set HF_HOME to a folder on "
-                "another disk"
+            raise CacheError(
+                f"the disk is full while the cache {below or _home()} is written: free some space, or set HF_HOME to a "
+                "folder on another disk"
             ) from error
-        if isinstance(error, OSError) and str(error.filename or "").startswith(str(folder)):
+        if isinstance(error, OSError) and below is not None and str(error.filename or "").startswith(str(below)):
             gone = isinstance(error, FileNotFoundError)
             what = "was removed meanwhile: start again" if gone else f"{error.strerror}; set HF_HOME to another folder"
-            raise ValueError(f"the cache {folder} cannot be written: {what}") from error
+            raise CacheError(f"the cache {below} cannot be written: {what}") from error
         raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

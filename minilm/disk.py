@@ -66,6 +66,28 @@ def replacing(target: Path, *, needed: Callable[[], bool] | None = None) -> Iter
             remove(leftover)
 
 
+@contextlib.contextmanager
+def replacing_files(folder: Path, *, last: str) -> Iterator[Path]:
+    """A temporary folder inside `folder`, whose files then take the places of those of the same names in `folder`.
+
+    Each file is whole at any time, and those that end in `last` come last.
+    """
+    temporary = folder / f".export-{uuid.uuid4().hex[:12]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        follow_umask(temporary)
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (path.suffix == last, path.name)):
+            sync(path)
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        sync(folder)
+    finally:
+        remove(temporary)
+
+
 def _put(temporary: Path, target: Path, old: Path) -> None:
     """Rename `temporary` to `target`, and what was there to `old`."""
     if os.path.lexists(target):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.batch import Collator
+from minilm.cache import cache_errors
 from minilm.causal import Causal
 from minilm.classify import Classify
 from minilm.config import CausalLM, Classification, Config, MaskedLM
@@ -102,7 +103,8 @@ def prepare(config: Config) -> Prepared:
     objective = objective_of(config.objective)
     check_installed(config.model)  # before the work
     check_model(config.model, max_length=config.batch.max_length, auto=objective.auto)
-    return objective.prepare(config)
+    with cache_errors():
+        return objective.prepare(config)
 
 
 def build(config: Config, prepared: Prepared, *, trained: bool = True) -> PreTrainedModel:

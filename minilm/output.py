@@ -19,7 +19,7 @@ from minilm.checkpoint import (
     save_tokenizer,
 )
 from minilm.config import Run
-from minilm.disk import sync
+from minilm.disk import replacing_files, sync
 from minilm.hub import quiet_transformers
 from minilm.lock import LOCK, lock_folder
 from minilm.lora import is_adapted, merged, save_adapter
@@ -171,25 +171,15 @@ def export(
     into place, the weights last: each file is whole at any time.
     """
     weights = network.state_dict() if weights is None else weights
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
-    try:
+    with replacing_files(folder, last=".safetensors") as temporary:
         with quiet_transformers():
             network.save_pretrained(temporary, state_dict=merged(network, weights))
             save_tokenizer(tokenizer, temporary)
         if is_adapted(network):
             save_adapter(network, weights, temporary / "adapter")
-        new = [path for path in temporary.rglob("*") if path.is_file()]
-        for path in sorted(new, key=lambda path: (path.suffix == ".safetensors", path.name)):
-            sync(path)
-            os.chmod(path, 0o644)
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
-        names = [str(path.relative_to(temporary)) for path in new]
-        if "chat_template.jinja" not in names:  # those of an earlier model would go before this one's
-            (folder / "chat_template.jinja").unlink(missing_ok=True)
-        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-        sync(folder)
-        return names
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+    if "chat_template.jinja" not in names:  # those of an earlier model would go before this one's
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    sync(folder)
+    return names

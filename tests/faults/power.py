@@ -8,6 +8,7 @@ cut takes nothing of a file that was not synced, half of it, or all.
 
 import builtins
 import contextlib
+import ctypes
 import io
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers.modeling_utils
 
@@ -170,6 +172,20 @@ def every_error(place: Path, tokenizer: Any) -> str:
         save(saver, 4)
         assert find_checkpoint("latest", saver.folder).progress.step == 4
     return f"{calls}/{calls} errors: {told} told with the path, {calls - told} of no consequence"
+
+
+@contextlib.contextmanager
+def disk_of(size: str, place: Path) -> Iterator[Path]:
+    """A disk of this size, mounted at a new folder in `place`; skips the test where that is not allowed."""
+    disk = place / "disk"
+    disk.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", 0, f"size={size}".encode()) != 0:
+        pytest.skip(f"mounting a small tmpfs needs CAP_SYS_ADMIN ({os.strerror(ctypes.get_errno())})")
+    try:
+        yield disk
+    finally:
+        assert libc.umount2(os.fsencode(disk), 2) == 0
 
 
 def main() -> None:

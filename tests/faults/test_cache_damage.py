@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import xxhash
 
-from minilm import cache
+from minilm import Data, cache
 from minilm.cache import cache_folder, open_entry
 from minilm.disk import file_facts
 from minilm.flat import FlatFile, growing
 from tests.faults.damage import DAMAGES, configs, trial
-from tests.jobs import config_in, end_of, finish
+from tests.faults.power import disk_of
+from tests.jobs import CONFIG, config_in, end_of, finish, start
 
 pytestmark = pytest.mark.scorecard(40)
 
@@ -146,3 +148,25 @@ def test_an_entry_is_checked_faster_than_sha256_would(home: Path, figure: Callab
     file_facts(folder / "file")
     assert seconds < time.process_time() - begin
     figure(f"checked at {size / seconds / 1e9:.0f} GB/s")
+
+
+@pytest.mark.parametrize(("size", "streaming"), [("16k", False), ("2m", False), ("256k", True)])
+def test_a_full_disk_below_the_cache_is_named(size: str, streaming: bool, tmp_path: Path) -> None:
+    text = "\n".join(f"{number} {number * 7919 % 10007} a line like many others, and long" for number in range(20_000))
+    (tmp_path / "text.txt").write_text(text)
+    config = replace(CONFIG, data=Data(source=str(tmp_path / "text.txt"), eval_fraction=0.1, streaming=streaming))
+    with disk_of(size, tmp_path) as disk:
+        planted = (
+            f"import os, datasets; os.environ['HF_HOME'] = {str(disk)!r}\n"
+            f"datasets.config.HF_DATASETS_CACHE = {str(disk / 'datasets')!r}"
+        )
+        run = replace(config.run, max_steps=1, output_dir=str(tmp_path / "out"))
+        job = start("fork", replace(config, run=run), tmp_path, processes=1, planted=planted)
+        assert job.status() == 2
+        line = job.stderr.read_text().splitlines()[-1]
+        full = (
+            rf"error: the disk is full while the cache {disk}(/minilm)? is written: free some space, or set HF_HOME .*"
+        )
+        assert re.fullmatch(full, line)
+        assert not list(disk.glob("minilm/.*"))
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,5 @@
 """The short form of tests/faults/power.py, and a disk that is full indeed."""
 
-import ctypes
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from minilm.checkpoint import find_checkpoint, read_checkpoint
-from tests.faults.power import every_cut, every_error
+from tests.faults.power import disk_of, every_cut, every_error
 from tests.jobs import config_in, start
 
 
@@ -32,13 +30,8 @@ def test_an_error_at_any_call_of_a_save_costs_no_checkpoint_and_names_the_new_on
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", 0, b"size=1m") != 0:
-        pytest.skip(f"mounting a small tmpfs needs CAP_SYS_ADMIN ({os.strerror(ctypes.get_errno())})")
-    yield disk
-    assert libc.umount2(os.fsencode(disk), 2) == 0
+    with disk_of("1m", tmp_path) as disk:
+        yield disk
 
 
 @pytest.mark.scorecard(14)

@@ -193,6 +193,9 @@ class Classify:
     def prepare(self, config: Config) -> Prepared:
         if config.batch.layout == "blocks":
             raise ValueError(f"batch.layout {config.batch.layout} joins documents; a classification needs them whole")
+        for field in ("id2label", "label2id", "problem_type"):
+            if field in config.model.config:
+                raise ValueError(f"model.config.{field}: the labels of the data decide it; leave it out")
         data = config.data
         train, parts = load_documents(data, config.run.seed, labels=True)
         known = trained_labels(config.model.name)

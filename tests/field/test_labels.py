@@ -3,6 +3,7 @@
 import json
 import logging
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -527,3 +528,35 @@ def test_evaluate_tells_of_a_second_text_once(tokenizer: Any, tmp_path: Path, ca
     assert [message for message in caplog.messages if "tokens: cut" in message] == [
         "2 of 2 documents have more than batch.max_length=64 tokens: cut"
     ]
+
+
+def test_the_configuration_does_not_override_what_the_labels_decide(tokenizer: Any, tmp_path: Path) -> None:
+    source = rows_in(tmp_path / "rows.jsonl", [{"text": f"a text {i}", "label": i % 3} for i in range(12)])
+    for field, value in (("label2id", ["a"]), ("problem_type", "regression"), ("id2label", ["a", "b", "c"])):
+        model = Model(type="bert", config={**SIZE, field: value})
+        with pytest.raises(ValueError, match=rf"^model\.config\.{field}: the labels of the data decide it"):
+            train(Config(data=Data(source=source), model=model, objective=Classification(), run=Run(precision="fp32")))
+
+
+def test_a_permuted_checkpoint_keeps_its_classes(tokenizer: Any, tmp_path: Path, run: Any) -> None:
+    rows = [{"text": f"it is {'good' if i % 2 else 'bad'} {'a' * (i % 4)}", "label": i % 2} for i in range(40)]
+    for row in rows:
+        row["label"] = ("negative", "positive")[row["label"]]
+    source = rows_in(tmp_path / "rows.jsonl", rows)
+    first = Config(
+        data=Data(source=source, eval_source=source),
+        model=Model(name=saved(tmp_path / "model", tokenizer, initializer_range=0.2, **names("POSITIVE", "NEGATIVE"))),
+        objective=Classification(),
+        batch=Batch(examples=20, max_length=32),
+        optim=Optim(lr=1e-2),
+        run=Run(max_steps=30, output_dir=str(tmp_path / "out"), precision="fp32"),
+    )
+    assert train(first)["accuracy"] == 1.0
+    answers = pipeline("text-classification", model=str(tmp_path / "out"))([row["text"] for row in rows])
+    assert [answer["label"] for answer in answers] == [row["label"].upper() for row in rows]
+    # A step that changes next to nothing finds the trained head, with its classes in their places.
+    model, optim = Model(name=str(tmp_path / "out")), Optim(lr=1e-9)
+    again = replace(
+        first, model=model, optim=optim, run=replace(first.run, max_steps=1, output_dir=str(tmp_path / "2"))
+    )
+    assert train(again)["accuracy"] == 1.0

@@ -120,6 +120,7 @@ def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], w
         help="take the texts from a file: each row, blank ones too, with its number from 0 (.txt: lines)",
     )
     command.add_argument("--column", default="text", metavar="NAME", help="column of --file (default: text)")
+    command.add_argument("--delimiter", metavar="CHARACTER", help="between the fields of --file, where it is a .csv")
     return command
 
 
@@ -196,7 +197,9 @@ def _documents(options: argparse.Namespace) -> Any:
 
     pair_column = getattr(options, "pair_column", None)
     try:
-        rows = read_documents(Data(source=options.file, column=options.column, pair_column=pair_column))
+        rows = read_documents(
+            Data(source=options.file, column=options.column, delimiter=options.delimiter, pair_column=pair_column)
+        )
     except ValueError as error:
         # The flags have other names here.
         raise ValueError(str(error).replace("--data.", "--")) from None

@@ -31,6 +31,9 @@ class Data:
     """Split to train on. Slices such as train[:5000] work."""
     column: str = "text"
     """Column that holds the text. A dotted path such as answers.text reaches into nested columns."""
+    delimiter: str | None = None
+    """Character between the fields of .csv and .tsv files, or the word tab. Default: the comma, semicolon, tab or
+    vertical bar of the header."""
     pair_column: str | None = None
     """Column of a second text that belongs to the first, such as sentence2. Those of GLUE's tasks are known."""
     label_column: str = "label"
@@ -54,6 +57,8 @@ class Data:
 
     def __post_init__(self) -> None:
         check_choices("data", self)
+        one = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n\0')
+        check(one or self.delimiter == "tab", f"data.delimiter must be one character or tab, not {self.delimiter!r}")
         check(not self.streaming or "pydocs" not in self.sources, "data.streaming: pydocs is no stream; leave it out")
         check(
             not self.streaming or self.document != "file",

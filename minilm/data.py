@@ -4,14 +4,11 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
-from minilm.cache import cache_folder
-from minilm.columns import take_columns
 from minilm.config import Data
-from minilm.files import where_damaged
 from minilm.glue import with_glue_columns
-from minilm.hub import is_path
 from minilm.pydocs import pydocs
-from minilm.sources import is_text, quiet_datasets, read_rows
+from minilm.rows import Blank
+from minilm.sources import check_columns, is_text, quiet_datasets, read_rows
 
 
 @quiet_datasets()
@@ -28,6 +25,7 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
     the file, the row, the column or the split at fault.
     """
     data = with_glue_columns(data)
+    check_columns(data)
     if data.streaming:
         raise ValueError("data.streaming: is for language models; leave it out where there are labels")
     if "pydocs" in data.sources and data.eval_split:
@@ -100,28 +98,19 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 @quiet_datasets()
 def read_documents(data: Data) -> Dataset:
     """All rows of `data.split`, blank ones too, one source after the other, with the columns of `load_documents`."""
-    return _joined([_read(data, source, data.split, labels=False, blank=True) for source in data.sources], data)
+    check_columns(data)
+    return _joined([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
 
 
-def _read(data: Data, source: str, split: str, labels: bool, *, blank: bool = False) -> Dataset:
-    """One source as a dataset with the columns that are asked for; unless `blank`, without blank documents."""
-    files: list[str] = []
+def _read(data: Data, source: str, split: str, labels: bool, *, blank: Blank = "drop") -> Dataset:
+    """One source as a dataset with the columns that are asked for; with labels, a blank document is refused."""
     if labels and (source == "pydocs" or is_text(source)):
         what = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
         raise ValueError(f"{what} no labels; give .jsonl, .csv, .tsv or .parquet")
     if source == "pydocs":
-        rows = Dataset.from_dict({"text": pydocs()[0]})
-    else:
-        rows, files = read_rows(data, source, split)
-    column = "text" if is_text(source) else data.column  # a .txt file has no other
-    # The folder of a saved dataset stays as it is.
-    kept = cache_folder() if is_path(source) and not files else None
-    try:
-        rows = take_columns(rows, source, column, data.pair_column, data.label_column if labels else None, kept)
-    except UnicodeDecodeError as error:  # a file of JSON is decoded here, row by row
-        raise ValueError(where_damaged(files) or f"data source {source}: {error}") from error
-    if not labels and not blank:
-        rows = rows.filter(lambda texts: [bool(text.strip()) for text in texts], input_columns="text", batched=True)
+        return Dataset.from_dict({"text": pydocs()[0]})
+    rows = read_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)
     if len(rows) == 0:
-        raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
+        at = "" if is_text(source) else f", column {data.column!r}"
+        raise ValueError(f"{source}: there is no document with text in it (split {split!r}{at})")
     return rows

@@ -1,19 +1,27 @@
-"""Data files as they lie on the disk: their endings and encodings, and where one is damaged, by line or row group."""
+"""Data files as they lie on the disk: endings, content, encodings, lines, and where a file is damaged."""
 
 import codecs
 import gzip
-import json
+import hashlib
+import io
 import logging
+import os
+import time
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, cast
-
-import pyarrow
-from pyarrow import parquet
+from typing import IO, Any, TextIO, cast
 
 log = logging.getLogger("minilm")
 
-_BLOCK = 2**22  # bytes that are decoded at a time
+_BLOCK = 2**20  # bytes that are decoded or hashed at a time
+_HASHED_BYTES = 2**30  # a longer file would take seconds to hash at each start
+_SAMPLES, _SAMPLE_BYTES = 64, 2**20
+# A file that changed less than this ago can change again without another time of change.
+_CLOCK_SECONDS = 2.0
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def ending(path: str) -> str:
@@ -21,7 +29,69 @@ def ending(path: str) -> str:
     return Path(path.removesuffix(".gz")).suffix.lower()
 
 
-def text_encoding(files: list[str]) -> str:
+def form(path: str) -> str:
+    """All of a name that tells what a file is: `.csv.gz` of `data.CSV.gz`."""
+    return ending(path) + (".gz" if path.endswith(".gz") else "")
+
+
+def file_content(path: str) -> dict[str, Any]:
+    """What tells the content of a file, as JSON types: its size in bytes and its SHA-256, whatever its name and time.
+
+    A file of more than 1 GiB is told by its size, its time of change, and the SHA-256 of 64 blocks of 1 MiB: the first,
+    the last and others at equal distances. A copy of such a file counts as another one unless it keeps the time.
+    """
+    stat = os.stat(path)
+    # Writing always sets the time of change of the inode, which a program cannot set back.
+    identity = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    settled = time.time() - stat.st_ctime > _CLOCK_SECONDS
+    return dict(_hash(*identity) if settled else _hash.__wrapped__(*identity))
+
+
+@lru_cache(maxsize=4096)
+def _hash(path: str, device: int, inode: int, size: int, modified_ns: int, changed_ns: int) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        if size <= _HASHED_BYTES:
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.sha256()
+        for number in range(_SAMPLES):
+            file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+        return {"bytes": size, "modified_ns": modified_ns, "sha256_of_samples": digest.hexdigest()}
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """The content of a file, unpacked where its name ends in .gz."""
+    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
+
+
+@contextmanager
+def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
+    """The text of a file without a byte-order mark; a line ends at `newline` alone, which is left as it is.
+
+    What cannot be read or decoded inside the block becomes a ValueError that names the line.
+    """
+    try:
+        with open_bytes(path) as file:
+            _refuse_utf_16(path, file)
+            yield io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        line = _line_that_is_not(path, encoding)
+        raise ValueError(f"{path}, line {line}: not UTF-8; convert the file" if line else f"{path}: {error}") from error
+
+
+def line_end(path: str) -> str:
+    """What ends the lines of a file: a line feed; where there is none in all of it, a carriage return.
+
+    So a carriage return inside a line is text, and the files of old Macintoshes have lines.
+    """
+    with open_text(path, "latin-1") as file:
+        while block := file.read(_BLOCK):
+            if "\n" in block:
+                return "\n"
+    return "\r"
+
+
+def text_encoding(files: Sequence[str]) -> str:
     """`utf-8`; or, with a warning, `cp1252` (Windows-1252, Latin-1's letters) where that is what the files are in.
 
     Raises ValueError that names the file and the line where they are in neither, or not all in the same.
@@ -36,29 +106,19 @@ def text_encoding(files: list[str]) -> str:
     return "cp1252" if others else "utf-8"
 
 
-def refuse_null_rows(files: list[str]) -> None:
-    """Raise ValueError for a row `null`: pyarrow's reader of JSON crashes where one comes first in what it reads."""
-    for name in files:
-        number = 0
-        try:
-            with _opened(name) as file:
-                for number, line in enumerate(file, start=1):
-                    start = line.lstrip(b"\xef\xbb\xbf \t\r")
-                    if start.startswith(b"null") or (start.startswith(b"[") and None in json.loads(line + file.read())):
-                        raise ValueError(f"{name}, line {number}: null where an object with the text is expected")
-        except (OSError, EOFError, zlib.error, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
-            return  # the reader will say what is wrong
-
-
-def _opened(name: str) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(name)) if name.endswith(".gz") else open(name, "rb")
+def _refuse_utf_16(path: str, file: IO[bytes]) -> None:
+    """Raise ValueError where the file begins with a byte-order mark of UTF-16."""
+    if file.read(2) in _UTF_16:
+        raise ValueError(f"{path}, line 1: is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
+    file.seek(0)
 
 
 def _line_that_is_not(name: str, encoding: str) -> int:
     """The number of the first line, from 1, that cannot be decoded or holds a NUL; 0 when there is none."""
     number = 0
     try:
-        with _opened(name) as file:
+        with open_bytes(name) as file:
+            _refuse_utf_16(name, file)
             if _is_text(file, encoding):
                 return 0
             file.seek(0)
@@ -69,7 +129,8 @@ def _line_that_is_not(name: str, encoding: str) -> int:
     except UnicodeDecodeError:
         return number
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name}, after line {number}: cannot be read; copy the file again ({error})") from error
+        what = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
+        raise ValueError(f"{name}, after line {number}: cannot be read; {what} ({error})") from error
     return 0
 
 
@@ -84,61 +145,3 @@ def _is_text(file: IO[bytes], encoding: str) -> bool:
     except (UnicodeDecodeError, OSError, EOFError, zlib.error):
         return False
     return True
-
-
-def where_damaged(files: list[str]) -> str:
-    """Where the first of these files is damaged: line or row group; nothing where that cannot be told."""
-    for name in files:
-        if ending(name) in _DAMAGED:
-            if found := _DAMAGED[ending(name)](name):
-                return found
-        elif line := _line_that_is_not(name, "utf-8"):
-            return f"{name}, line {line}: not UTF-8"
-        elif ending(name) in (".json", ".jsonl") and (found := _damaged_json(name)):
-            return found
-    return ""
-
-
-def _damaged_json(name: str) -> str:
-    with _opened(name) as file:
-        first = file.readline()
-        file.seek(0)
-        lines = [file.read()] if first.lstrip().startswith(b"[") else file
-        for number, line in enumerate(lines, start=1):
-            try:
-                json.loads(line or b"0")
-            except (ValueError, RecursionError) as error:
-                at = number + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
-                return f"{name}, line {at}: no JSON, or cut off ({str(error).split(':')[0]})"
-    return ""
-
-
-def _damaged_parquet(name: str) -> str:
-    group = None
-    try:
-        with parquet.ParquetFile(name) as file:
-            for group in range(file.num_row_groups):
-                file.read_row_group(group)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        where = "no Parquet, or cut off" if group is None else f"row group {group} of {file.num_row_groups} is damaged"
-        return f"{name}: {where} ({' '.join(str(error).split())})"
-    return ""
-
-
-def _damaged_arrow(name: str) -> str:
-    """Whether it is neither a stream nor a file of Arrow that can be read to its end."""
-    with pyarrow.memory_map(name) as file:
-        try:
-            try:
-                for _ in pyarrow.ipc.open_stream(file):
-                    pass
-            except pyarrow.ArrowInvalid:
-                reader = pyarrow.ipc.open_file(file)
-                for batch in range(reader.num_record_batches):
-                    reader.get_batch(batch)
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            return f"{name}: no Arrow, or cut off ({' '.join(str(error).split())})"
-    return ""
-
-
-_DAMAGED = {".parquet": _damaged_parquet, ".arrow": _damaged_arrow}

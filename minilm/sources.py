@@ -1,7 +1,6 @@
-"""From a name to rows: files, folders, globs, saved datasets and the hub, read or streamed by the datasets library."""
+"""From a name to rows: files, folders, globs, saved datasets and the hub."""
 
 import glob
-import hashlib
 import logging
 import os
 import re
@@ -12,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from huggingface_hub import HfApi
 
 from minilm.checks import closest
+from minilm.columnar import where_damaged
+from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import ending, refuse_null_rows, text_encoding, where_damaged
+from minilm.files import ending, file_content
 from minilm.hub import expect, is_path, reason
+from minilm.rows import Blank, DatasetTable, FileTable, Table, map_rows, read_batches
 
 log = logging.getLogger("minilm")
 
-# The file endings that are read, and the builder of the datasets library that reads each.
-_BUILDERS = {
+# The file endings that are read. Files of one kind can make up a source together.
+_KINDS = {
     ".txt": "text",
     ".json": "json",
     ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
+    ".csv": "delimited",
+    ".tsv": "delimited",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
@@ -55,62 +57,98 @@ def is_text(source: str) -> bool:
     return bool(files) and ending(files[0]) == ".txt"
 
 
-def read_rows(data: Data, source: str, split: str) -> tuple[Dataset, list[str]]:
-    """The rows of a split of a source, and the files that they come from if it is files."""
-    files = local_files(source)
-    if files:
-        rows = _load(source, _BUILDERS[ending(files[0])], files, split=split, **_options(data, source, split, files))
-        return rows, files
+def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
+    """The columns that are asked for."""
+    columns = [Column(role="text", name=data.column)]
+    if data.pair_column is not None:
+        columns.append(Column(role="pair", name=data.pair_column))
+    if labels:
+        columns.append(Column(role="label", name=data.label_column))
+    return columns
+
+
+def check_columns(data: Data) -> None:
+    """Raise ValueError for a column of texts where no source has columns."""
+    sources = [source for source in (*data.sources, data.eval_source) if source is not None]
+    if data.column != Data.column and all(source == "pydocs" or is_text(source) for source in sources):
+        what = "pydocs has" if sources == ["pydocs"] else "a .txt file has"
+        raise ValueError(f"--data.column {data.column}: {what} no columns; leave it out")
+
+
+def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: Blank = "keep") -> Dataset:
+    """The rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
+
+    Texts are strings. A label is a whole number, a number, a string, a truth value or a list of these, the same in all
+    rows, or a ClassLabel where the source has one. What happens to rows without a visible character, `blank` says.
+    Raises ValueError that names the file and the line, the row, the column or the split at fault.
+    """
+    table, part = open_table(data, source, split)
+    columns = columns_of(data, labels=labels)
+    _look_for_second_text(table, columns)
+    return map_rows(table, columns, split=part, blank=blank)
+
+
+def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
+    """The texts of `read_rows` that have a visible character, in batches, with nothing stored.
+
+    A slice of a split is of numbers of rows.
+    """
+    table, part = open_table(data, source, split, streaming=True, revision=revision)
+    for batch in read_batches(table, columns_of(data)[:1], split=part):
+        yield batch["text"]
+
+
+def open_table(
+    data: Data, source: str, split: str, *, streaming: bool = False, revision: str | None = None
+) -> tuple[Table, str]:
+    """(the rows of a source, the part of them that `split` stands for)."""
+    sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
+    if streaming and sliced is None:
+        raise ValueError(f"{source}: a stream takes no part such as {split}, only numbers of rows such as train[:5000]")
+    if files := local_files(source):
+        _check_files(source, split, files)
+        return FileTable(files, data), split
+    if streaming and not is_path(source):
+        assert sliced is not None
+        rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
+        start, stop = int(sliced[2] or 0), sliced[3]
+        rows = rows.skip(start) if start else rows
+        return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
     cached = expect(source, "dataset")
-    rows = _load(source, os.path.expanduser(source), [], name=data.config, split=split)
+    rows = _load(source, os.path.expanduser(source), name=data.config, split=split)
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
-    return rows, files
+    # A saved dataset keeps its fingerprint whatever its files hold.
+    saved = [file_content(file) for file in files_of(source)]
+    return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
 
 
-def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> tuple[IterableDataset, list[str]]:
-    """As `read_rows`, but row by row, with nothing stored. A slice of a split is of numbers of rows."""
-    whole = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
-    if whole is None:
-        raise ValueError(f"{source}: a stream takes no part such as {split}, only numbers of rows such as train[:5000]")
-    name, start, stop = whole[1], int(whole[2] or 0), whole[3]
-    files = local_files(source)
-    if files:
-        options = _options(data, source, split, files)
-        rows = _load(source, _BUILDERS[ending(files[0])], files, split=name, streaming=True, **options)
-    elif is_path(source):
-        rows = _load(source, os.path.expanduser(source), [], split=name).to_iterable_dataset()
-    else:
-        rows = _load(source, source, [], name=data.config, split=name, revision=revision, streaming=True)
-    rows = rows.skip(start) if start else rows
-    return (rows.take(max(0, int(stop) - start)) if stop else rows), files
+_second_texts = set[tuple[str, ...]]()
+
+
+def _look_for_second_text(table: Table, columns: list[Column]) -> None:
+    """Warn, once for a set of columns, where labels belong to pairs of texts and only the first is asked for."""
+    text = columns[0].name
+    sibling = text.removesuffix("1") + "2"
+    if [column.role for column in columns] != ["text", "label"] or not text.endswith("1"):
+        return
+    if sibling in (names := table.names(columns)) and (told := (text, *names)) not in _second_texts:
+        _second_texts.add(told)
+        log.warning(f"WARNING: there is {sibling} too, which is not read; for pairs pass --data.pair-column {sibling}")
 
 
 def source_facts(data: Data) -> dict[str, Any]:
-    """What tells the content of each source: the size and SHA-256 of its files, or the hub's revision, as JSON types.
-
-    Files of more than 1 GB in all are told by their sizes alone.
-    """
+    """What tells the content of each source, as JSON types: its files as `file_content` has them, or a revision."""
     facts: dict[str, Any] = {}
     for source in dict.fromkeys((*data.sources, data.eval_source)):
         if source in ("pydocs", None):
             continue
         with suppress(ValueError, OSError):  # a dataset from the cache, when the hub does not answer
-            if not (files := files_of(source)):
+            if files := files_of(source):
+                facts[source] = [{"file": name, **file_content(name)} for name in files]
+            else:
                 facts[source] = {"revision": revision(source)}
-                continue
-            sizes = {name: os.path.getsize(name) for name in files}
-            hashed = sum(sizes.values()) <= 10**9
-            facts[source] = [
-                {"file": name, "bytes": size, "sha256": _sha256(name) if hashed else None}
-                for name, size in sizes.items()
-            ]
     return facts
-
-
-def _sha256(name: str) -> str:
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(source: str) -> list[str]:
@@ -129,25 +167,22 @@ def revision(source: str) -> str:
         raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
 
 
-def _options(data: Data, source: str, split: str, files: list[str]) -> dict[str, object]:
-    """How the reader of these files is to read them. Raises ValueError where they cannot be read, by file and line."""
-    builder = _BUILDERS[ending(files[0])]
+def _check_files(source: str, split: str, files: list[str]) -> None:
+    """Raise ValueError where files cannot have this split, or are empty."""
     if split.partition("[")[0] != "train":
         raise ValueError(
             f"data source {source}: files have no split {split!r}, only train and parts of it such as train[:90%]"
         )
+    try:
+        datasets.ReadInstruction.from_spec(split)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"data source {source}: {_not_a_split(split)}") from error
     if not any(map(os.path.getsize, files)):
         raise ValueError(f"data source {source}: is empty")
-    options: dict[str, object] = {}
-    if builder in ("text", "csv"):
-        options["encoding"] = text_encoding(files)
-    if builder == "json":
-        refuse_null_rows(files)
-    if builder == "csv":  # of all cells only an empty one is missing, and not NA or None
-        options |= {"sep": "\t" if ending(files[0]) == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
-    if builder == "text":
-        options["sample_by"] = "document" if data.document == "file" else data.document
-    return options
+
+
+def _not_a_split(split: str) -> str:
+    return f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
 
 
 def _is_saved(path: str) -> bool:
@@ -169,41 +204,39 @@ def local_files(source: str) -> list[str]:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if _is_saved(path):
         return []
-    files = [name for name in found if ending(name) in _BUILDERS]
+    files = [name for name in found if ending(name) in _KINDS]
     endings = sorted({ending(name) for name in files})
-    if len({_BUILDERS[ending] for ending in endings}) > 1:
+    if len({_KINDS[ending] for ending in endings}) > 1:
         raise ValueError(
             f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
         )
-    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in _BUILDERS
+    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in _KINDS
     if not files and (found or looks_like_a_path or is_path(source)):
         what = (
             "no such file or folder"
             if not found and not os.path.isdir(path)
-            else f"no file ending in {' '.join(_BUILDERS)}"
+            else f"no file ending in {' '.join(_KINDS)}"
         )
         raise ValueError(f"data source {source}: {what}")
     return files
 
 
-def _load(source: str, builder: str, files: list[str], **options: object) -> Any:
-    """The rows of `files`, or of a saved dataset or one on the hub, as the datasets library reads them."""
-    if files:
-        options["data_files"] = [glob.escape(file) for file in files]
+def _load(source: str, path: str, **options: Any) -> Any:
+    """The rows of a saved dataset or of one on the hub, as the datasets library reads them."""
     split = str(options["split"])
     try:
-        if not files and os.path.isdir(builder):
-            return _split_of(datasets.load_from_disk(builder), split)
-        return datasets.load_dataset(builder, **options)
-    except StopIteration:  # the reader of JSON met no line
-        raise ValueError(f"data source {source}: is empty") from None
-    except Exception as error:  # the readers of files raise what they like
+        if os.path.isdir(path):
+            return _split_of(datasets.load_from_disk(path), split)
+        return datasets.load_dataset(path, **options)
+    except Exception as error:  # the library raises what it likes
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
         if why.startswith("Unrecognized instruction"):
-            why = f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
-        looked_at = files or sorted(glob.glob(os.path.join(glob.escape(builder), "**", "*.arrow"), recursive=True))
-        raise ValueError(where_damaged(looked_at) or f"data source {source}: {why}") from error
+            why = _not_a_split(split)
+        for file in files_of(source) if os.path.isdir(path) else ():
+            if ending(file) == ".arrow" and (damage := where_damaged(file)):
+                why = damage
+        raise ValueError(f"data source {source}: {why}") from error
 
 
 def _split_of(saved: Dataset | datasets.DatasetDict, split: str) -> Dataset:

@@ -3,21 +3,13 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from datasets import IterableDataset
-
-from minilm.checks import closest
-from minilm.columns import text_of
 from minilm.config import Data
-from minilm.files import where_damaged
+from minilm.files import file_content, form
 from minilm.glue import with_glue_columns
-from minilm.hub import reason
-from minilm.sources import files_of, is_text, quiet_datasets, revision, stream_rows
-
-_BATCH = 1000  # rows read at a time
+from minilm.sources import check_columns, files_of, is_text, quiet_datasets, revision, stream_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +18,7 @@ class Stream:
 
     texts: Callable[[], Iterator[str]]
     identity: str
-    """What decides the texts: the names, sizes and times of the files or the revision on the hub, and what is taken."""
+    """What decides the texts: the content of the files or the revision on the hub, and what is taken of it."""
     remote: bool
     """They come from the hub, where reading costs more than time."""
 
@@ -51,6 +43,7 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
     Where a share is held out, it is document i when i + 1 documents hold one more in `data.eval_fraction` than i do.
     """
     data = with_glue_columns(data)
+    check_columns(data)
     if data.eval_source is None and data.eval_split is None:
         whole = [_stream(data, source, data.split) for source in data.sources]
         train = [_share(stream, data.eval_fraction, inside=False) for stream in whole]
@@ -77,40 +70,23 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
 
 def _stream(data: Data, source: str, split: str) -> Stream:
     """The documents of one split of a source that have a visible character."""
-    column = "text" if is_text(source) else data.column  # a .txt file has no other
     files = files_of(source)
     commit = None if files else revision(source)
-    what = {"column": column, "document": data.document, "config": data.config, "split": split}
-    origin = [(name, os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files] if files else commit
+    # A copy of a file, or one with another time, has the same texts.
+    origin = [[form(name), file_content(name)] for name in files] if files else [source, commit, data.config]
+    what = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
 
     def texts() -> Iterator[str]:
         with quiet_datasets():
             empty = True
-            for text in _texts_of(*stream_rows(data, source, split, commit), source, column):
-                if text.strip():
-                    empty = False
-                    yield text
+            for batch in stream_rows(data, source, split, commit):
+                yield from batch
+                empty &= not batch
             if empty:
-                raise ValueError(f"{source}: there is no document with text in it (split {split!r}, column {column!r})")
+                at = "" if is_text(source) else f", column {data.column!r}"
+                raise ValueError(f"{source}: there is no document with text in it (split {split!r}{at})")
 
-    return Stream(texts=texts, identity=json.dumps([source, origin, what]), remote=not files)
-
-
-def _texts_of(rows: IterableDataset, files: list[str], source: str, column: str) -> Iterator[str]:
-    name, *keys = column.split(".")
-    batches, row = rows.iter(batch_size=_BATCH), itertools.count()
-    while True:
-        try:
-            batch = next(batches, None)
-        except Exception as error:  # the readers of files raise what they like
-            why = reason(error.__cause__ or error, "dataset")
-            raise ValueError(where_damaged(files) or f"data source {source}: {why}") from error
-        if batch is None:
-            return
-        if name not in batch:
-            raise ValueError(f"{source}: no column {closest(name, list(batch))} Pass --data.column")
-        for cell in batch[name]:
-            yield text_of(cell, keys, source, column, next(row))
+    return Stream(texts=texts, identity=json.dumps([origin, what]), remote=not files)
 
 
 def _repeated(stream: Stream, weight: float, source: str) -> Stream:

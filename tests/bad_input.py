@@ -65,11 +65,11 @@ ENTRIES: dict[str, Entry] = {
     "null for a row": Entry(
         flags="--data.source docs.jsonl", prepare=text("docs.jsonl", "null\n"), says="line 1: null"
     ),
-    "None for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", "b", None), says="row 2"),
-    "a number for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl(3, 4), says="row 0"),
-    "a list for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl(["a"], ["b"]), says="row 0"),
-    "text, then a number": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", 3), says="row 1"),
-    "text, then a list": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", ["b"]), says="row 1"),
+    "None for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", "b", None), says="line 3"),
+    "a number for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl(3, 4), says="line 1"),
+    "a list for a text": Entry(flags="--data.source docs.jsonl", prepare=jsonl(["a"], ["b"]), says="line 1"),
+    "text, then a number": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", 3), says="line 2"),
+    "text, then a list": Entry(flags="--data.source docs.jsonl", prepare=jsonl("a", ["b"]), says="line 2"),
     "invalid UTF-8": Entry(prepare=text("docs.txt", b"ok\n\x81\n"), says="docs.txt, line 2: not UTF-8"),
     "invalid UTF-8 in jsonl": Entry(
         flags="--data.source docs.jsonl",
@@ -245,8 +245,8 @@ ENTRIES: dict[str, Entry] = {
         PAIRS + " --data.eval-source more.jsonl",
     ),
     "a single class": classified(labelled(*["yes"] * 20), "every training document has the label 'yes'"),
-    "no label": classified(labelled("yes", None, "no", "no"), "row 1"),
-    "no second text": classified(labelled("yes", "no", "no", "no", sentence2=None), "row 1"),
+    "no label": classified(labelled("yes", None, "no", "no"), "line 2"),
+    "no second text": classified(labelled("yes", "no", "no", "no", sentence2=None), "line 2"),
     "hidden labels of a test set": classified(labelled(*[-1] * 20), "-1 stands for a label that is kept secret"),
     "no label column": classified(
         labelled("yes", "no", "no", "no"), "'lable': did you mean 'label'?", PAIRS + " --data.label-column lable"

@@ -102,10 +102,10 @@ def test_without_labels_only_blank_documents_are_dropped_and_the_pair_stays(tmp_
 
 PAIR = {"pair_column": "other"}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "blank text": ({"text": " \n"}, {}, "row 2 of column 'text' holds no text"),
-    "blank pair": ({"other": ""}, PAIR, "row 2 of column 'other' holds no text"),
-    "number for a pair": ({"other": None}, PAIR, "row 2 of column 'other' holds NoneType where text"),
-    "no label": ({"label": None}, {}, "row 2 of column 'label' holds no label"),
+    "blank text": ({"text": " \n"}, {}, "line 3: column 'text' holds no text"),
+    "blank pair": ({"other": ""}, PAIR, "line 3: column 'other' holds no text"),
+    "number for a pair": ({"other": None}, PAIR, "line 3: column 'other' holds NoneType where text"),
+    "no label": ({"label": None}, {}, "line 3: column 'label' holds no label"),
     "unknown label column": ({}, {"label_column": "labl"}, "'labl': did you mean 'label'.* --data.label-column"),
     "unknown pair column": ({}, {"pair_column": "othr"}, "'othr': did you mean 'other'.* --data.pair-column"),
 }
@@ -131,7 +131,7 @@ def test_a_row_without_a_text_or_label_is_refused_by_its_number(tmp_path: Path, 
 @pytest.mark.parametrize("case", BAD_LABELS)
 def test_what_is_no_label_is_refused_by_its_row(tmp_path: Path, case: str) -> None:
     value, said = BAD_LABELS[case]
-    with pytest.raises(ValueError, match=rf"^[^\n]*row 0 of column 'label' {said}[^\n]*\Z"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*line 1: column 'label' {said}[^\n]*\Z"):
         _read(_source(tmp_path, [{"text": "a", "label": value}] * 2))
 
 

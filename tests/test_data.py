@@ -35,7 +35,8 @@ def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _table(separator: str) -> bytes:
-    rows = (separator.join((str(number), f'"{text}"')) for number, text in enumerate(TEXTS))
+    quote = '"' if separator == "," else ""
+    rows = (separator.join((str(number), f"{quote}{text}{quote}")) for number, text in enumerate(TEXTS))
     return "\n".join((separator.join(("number", "text")), *rows)).encode()
 
 
@@ -269,7 +270,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
             {"a.jsonl": _jsonl([{**more, "text": text} for text in ("fine" if like is None else like, value)])},
             "a.jsonl",
             {},
-            f"row {1 if like is None else 0}.* of column 'text' holds {type(value).__name__}",
+            f"line {2 if like is None else 1}: column 'text' holds {type(value).__name__}",
         )
         for value in NOT_TEXT
         for where, more in (("alone", {}), ("beside another column", {"x": 1}))
@@ -279,7 +280,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
         {"a.jsonl": _jsonl([{"a": {"text": ["fine"]}}, {"a": {"text": ["fine", None]}}])},
         "a.jsonl",
         {"column": "a.text"},
-        "row 1 of column 'a.text' holds",
+        "line 2: column 'a.text' holds",
     ),
     "unknown nested column": ({"a.jsonl": _jsonl(NESTED)}, "a.jsonl", {"column": "answers.txt"}, "did you mean 'text'"),
 }

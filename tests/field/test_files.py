@@ -1,0 +1,677 @@
+"""Files as they are in the field: every row is what was written, or one line names where it is not.
+
+The right rows come from Python's csv and json, from pyarrow, or are written down; never from minilm itself.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import tracemalloc
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from pyarrow import parquet
+
+from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
+from minilm.data import load_documents, read_documents
+from minilm.files import file_content
+from minilm.objectives import prepare
+from minilm.sources import read_rows, source_facts, stream_rows
+from minilm.stream import stream_documents
+from minilm.train import train
+
+pytestmark = pytest.mark.scorecard(31)
+
+PARAPHRASES = (
+    "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    '1\t11\t21\tThe pie business does not suit us .\t" The pie business is not for us .\n'
+    '0\t12\t22\tHe looked forward to it .\tHis wife said he was " 100 percent behind it " and glad .\n'
+    "0\t13\t23\tThe dollar was flat .\tThe dollar was down 0.1 percent .\n"
+    "1\t14\t24\tThey wait until October .\tThey decide in October .\n"
+)
+PARAPHRASE_ROWS = [line.split("\t") for line in PARAPHRASES.splitlines()[1:]]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Files, and the rows that are in them or what is said of them."""
+
+    files: dict[str, bytes | str]
+    rows: Sequence[dict[str, Any]] = ()
+    says: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    warns: str = ""
+    source: str = ""
+    """Below the folder of the files; by default the only file."""
+
+
+def texts(*rows: str) -> list[dict[str, str]]:
+    return [{"text": text} for text in rows]
+
+
+def labelled(*rows: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"text": text, "label": label} for text, label in rows]
+
+
+def lines(*rows: Any) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def written(rows: Sequence[Sequence[str]], **options: Any) -> str:
+    """Rows as Python's csv writes them."""
+    file = io.StringIO()
+    csv.writer(file, **options).writerows(rows)
+    return file.getvalue()
+
+
+def as_parquet(table: pyarrow.Table) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(table, file, row_group_size=2)
+    return file.getvalue()
+
+
+def as_arrow(table: pyarrow.Table, kind: Any = pyarrow.ipc.new_stream) -> bytes:
+    file = io.BytesIO()
+    with kind(file, table.schema) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
+def with_classes(*names: str) -> bytes:
+    file = io.BytesIO()
+    features = Features({"text": Value("string"), "label": ClassLabel(names=[*names])})
+    Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).to_parquet(file)
+    return file.getvalue()
+
+
+LABEL = {"label_column": "label"}
+ODD = ["form\ffeed", "line\u2028separator", "next\u0085line", "vertical\vtab", "unit\x1fseparator", "zero\u200bwidth"]
+COLUMNS = pyarrow.table({"text": ["a", "b", "c"], "other": [1, 2, 3], "label": [2, 0, 1]})
+DELIMITED = {
+    # Quotes
+    "a file of GLUE, whose quotes are text": Situation(
+        {"a.tsv": PARAPHRASES},
+        [{"text": row[3], "pair": row[4], "label": int(row[0])} for row in PARAPHRASE_ROWS],
+        options={"column": "#1 String", "pair_column": "#2 String", "label_column": "Quality"},
+    ),
+    "a quote opens the last field of the last line of a .tsv": Situation(
+        {"a.tsv": 'text\tlabel\na\tb\nc\t"d\n'}, labelled(("a", "b"), ("c", '"d')), options=LABEL
+    ),
+    "a .tsv whose quotes are whole words": Situation(
+        {"a.tsv": 'id\ttext\n1\t"Hello," he said\n'}, texts('"Hello," he said')
+    ),
+    "a .tsv with one field that is all in quotes": Situation(
+        {"a.tsv": 'id\ttext\n1\t"Yes."\n2\tNo.\n'}, texts('"Yes."', "No.")
+    ),
+    "a .tsv by a program that quotes, with tabs and line ends in texts": Situation(
+        {"a.tsv": written([["text", "n"], ["a\tb", "1"], ['say "c"\nd', "2"]], delimiter="\t")},
+        texts("a\tb", 'say "c"\nd'),
+    ),
+    "a .tsv by a program that quotes, with no more than quotes in texts": Situation(
+        {"a.tsv": written([["text", "n"], ['say "c"', "1"], ["d", "2"]], delimiter="\t")}, texts('say "c"', "d")
+    ),
+    "a .tsv with all in quotes": Situation(
+        {"a.tsv": written([["text", "n"], ["a", "1"], ["b", "2"]], delimiter="\t", quoting=csv.QUOTE_ALL)},
+        texts("a", "b"),
+    ),
+    "a .tsv that fits neither with quotes nor without": Situation(
+        {"a.tsv": 'text\tlabel\na\t1\nb\n"c\t2\n'}, says="a.tsv, line 3: 1 field where the header "
+    ),
+    "a .tsv with too many tabs, and a quote elsewhere": Situation(
+        {"a.tsv": 'text\tlabel\n"a\t1\nb\t1\t2\n'},
+        says="a.tsv, line 3: 3 fields where the header in line 1 has 2. Nor .* line 2: the quote that opens here",
+    ),
+    "a .csv with quotes, commas and line ends": Situation(
+        {"a.csv": written([["text", "n"], ["a, b", "1"], ['say "c"', "2"], ["d\ne\r\nf", "3"], ["", "4"]])},
+        texts("a, b", 'say "c"', "d\ne\r\nf", ""),
+    ),
+    "a quote inside a field of a .csv": Situation({"a.csv": 'text,n\na 5" disk,1\n'}, texts('a 5" disk')),
+    "text behind a closing quote": Situation(
+        {"a.csv": 'text,n\na,1\n"b" c,2\n'}, says="a.csv, line 3: text follows a closing quote"
+    ),
+    "quotes that a backslash escapes": Situation(
+        {"a.csv": 'text,n\n"he said \\"no\\" twice",1\n'}, says="a.csv, line 2: text follows a closing quote"
+    ),
+    "a quote that is not closed": Situation(
+        {"a.csv": 'text,n\na,1\n"b,2\nc,3\n' + "d,4\n" * 500},
+        says="a.csv, line 3: the quote that opens here is not closed",
+    ),
+    "a quote that is not closed, behind one over several lines": Situation(
+        {"a.csv": 'text,n\n"a\n\nb","c\nd,4\n'}, says="a.csv, line 4: the quote that opens here is not closed"
+    ),
+    "a quote that swallows rows": Situation(
+        {"a.csv": 'text,n\n"a,1\nb,2\nc","d",3\n'},
+        says="a.csv, line 2: 3 fields where the header has 2; quotes hold 2 line ends",
+    ),
+    # Counts
+    "a comma in a text without quotes": Situation(
+        {"a.csv": "text,label\nJones,f\nSmith, John,m\n"},
+        says="a.csv, line 3: 3 fields where the header has 2",
+        options=LABEL,
+    ),
+    "a comma at the end of a row": Situation(
+        {"a.csv": "text,n\na,1\nb,2,\n"}, says="a.csv, line 3: 3 fields where the header has 2"
+    ),
+    "a comma at the end of all rows and of the header": Situation({"a.csv": "text,n,\na,1,\nb,2,\n"}, texts("a", "b")),
+    "a row that is too short": Situation(
+        {"a.csv": "n,text\n1,a\n2\n"}, says="a.csv, line 3: 1 field where the header has 2"
+    ),
+    "a short row of a .tsv": Situation(
+        {"a.tsv": "n\ttext\n1\ta\n2\n"}, says="a.tsv, line 3: 1 field where the header has 2"
+    ),
+    "a short row behind rows over several lines": Situation(
+        {"a.csv": 'text,n\n"a\nb\nc",1\nd\n'}, says="a.csv, line 5: 1 field where the header has 2"
+    ),
+    "blank lines": Situation({"a.csv": "\ntext,n\n\na,1\n  \nb,2\n\n"}, texts("a", "b")),
+    "blank lines of a .tsv": Situation({"a.tsv": "\ntext\tn\n\na\t1\n  \nb\t2\n\n"}, texts("a", "b")),
+    # Types
+    "classes with leading zeros, in more than 10,000 rows": Situation(
+        {"a.csv": "id,text,label\n" + "".join(f"{n},t{n},{'01' if n % 2 else '1'}\n" for n in range(25_000))},
+        labelled(*((f"t{n}", "01" if n % 2 else "1") for n in range(25_000))),
+        options=LABEL,
+    ),
+    "a long number in a column that nobody asked for": Situation(
+        {"a.csv": "id,text\n" + "".join(f"{n or 10**21},t{n}\n" for n in reversed(range(12_000)))},
+        texts(*(f"t{n}" for n in reversed(range(12_000)))),
+    ),
+    "texts that look like numbers, dates and missing values": Situation(
+        {"a.csv": "text,n\n007,1\n1.50,2\nNA,3\n2020-01-01,4\nTrue,5\n1e5,6\nnan,7\n"},
+        texts("007", "1.50", "NA", "2020-01-01", "True", "1e5", "nan"),
+    ),
+    "whole numbers as labels": Situation(
+        {"a.csv": "text,label\na,3\nb, 0\nc,7\n"}, labelled(("a", 3), ("b", 0), ("c", 7)), options=LABEL
+    ),
+    "a label with a point far down": Situation(
+        {"a.csv": "text,label\n" + "a,1\n" * 11_000 + "b,1.5\n"},
+        labelled(*[("a", 1.0)] * 11_000, ("b", 1.5)),
+        options=LABEL,
+    ),
+    "a word among whole numbers far down": Situation(
+        {"a.csv": "text,label\n" + "a,1\n" * 11_000 + "b,one\n"},
+        labelled(*[("a", "1")] * 11_000, ("b", "one")),
+        options=LABEL,
+    ),
+    "whole numbers in one file, numbers in the next": Situation(
+        {"in/a.csv": "text,label\na,1\n", "in/b.csv": "label,text\n2.5,b\n"},
+        labelled(("a", 1.0), ("b", 2.5)),
+        options=LABEL,
+        source="in",
+    ),
+    "an empty label": Situation(
+        {"a.csv": "text,label\na,1\nb,\n"}, says="a.csv, line 3: column 'label' holds no label", options=LABEL
+    ),
+    "whole numbers beyond 64 bits as labels": Situation(
+        {"a.csv": f"text,label\na,{10**20}\nb,7\n"}, labelled(("a", str(10**20)), ("b", "7")), options=LABEL
+    ),
+    # Delimiters, encodings, names
+    **{
+        f"a .csv with {name}": Situation({"a.csv": f"n{mark}text\n1{mark}a, b\n2{mark}c\n"}, texts("a, b", "c"))
+        for name, mark in (("semicolons", ";"), ("tabs", "\t"), ("bars", "|"))
+    },
+    "a .csv that says what separates it": Situation({"a.csv": "sep=;\r\nn;text\r\n1;a,b\r\n"}, texts("a,b")),
+    "a delimiter that is not recognised": Situation(
+        {"a.csv": "n^text\n1^a\n"}, says=r"no column 'text'.*n\^text.* --data.delimiter"
+    ),
+    "a delimiter that is given": Situation({"a.csv": "n^text\n1^a\n"}, texts("a"), options={"delimiter": "^"}),
+    "a .csv with commas in the text and tabs that are given": Situation(
+        {"a.csv": "n\ttext\n1\ta, b\n"}, texts("a, b"), options={"delimiter": "tab"}
+    ),
+    "a byte-order mark before a header": Situation({"a.csv": "\ufefftext,n\na,1\n"}, texts("a")),
+    "a byte-order mark before a header in quotes": Situation({"a.csv": '\ufeff"text","n"\n"a","1"\n'}, texts("a")),
+    "UTF-16, as a spreadsheet saves it": Situation(
+        {"a.tsv": "text\tn\na\t1\n".encode("utf-16")}, says="a.tsv, line 1: is UTF-16; convert"
+    ),
+    "lines that end in CR LF": Situation({"a.csv": "n,text\r\n1,a\r\n2,b\r\n"}, texts("a", "b")),
+    "lines of a .tsv that end in CR LF": Situation({"a.tsv": "n\ttext\r\n1\ta\r\n2\tb\r\n"}, texts("a", "b")),
+    "lines that end in CR alone": Situation({"a.csv": "n,text\r1,a\r2,b\r"}, texts("a", "b")),
+    "a CR inside a text": Situation({"a.csv": "n,text\n1,a\rb\n2,c\n"}, texts("a\rb", "c")),
+    "a CR inside a text in quotes": Situation({"a.csv": 'n,text\n1,"a\rb\r\nc"\n'}, texts("a\rb\r\nc")),
+    "characters that other programs take for line ends": Situation(
+        {"a.csv": written([["text", "n"], *([text, "1"] for text in ODD)])}, texts(*ODD)
+    ),
+    "the same of a .tsv": Situation({"a.tsv": "text\tn\n" + "".join(f"{text}\t1\n" for text in ODD)}, texts(*ODD)),
+    "a repeated name, the first": Situation(
+        {"a.csv": "text,text\na,b\n"}, texts("a"), warns="'text' is the name of 2 columns; the first is read"
+    ),
+    "a repeated name, the second": Situation({"a.csv": "text,text\na,b\n"}, texts("b"), options={"column": "text.1"}),
+    "a column without a name": Situation({"a.csv": ",text\n0,a\n1,b\n"}, texts("a", "b")),
+    "a name with a point": Situation(
+        {"a.csv": "id,reviews.text\n1,a\n"}, texts("a"), options={"column": "reviews.text"}
+    ),
+    "columns in another order in the next file": Situation(
+        {"in/a.csv": "text,n\na,1\n", "in/b.csv": "n;text;more\n2;b;x\n"}, texts("a", "b"), source="in"
+    ),
+    "a column that the next file lacks": Situation(
+        {"in/a.csv": "text,n\na,1\n", "in/b.csv": "n,body\n2,b\n"},
+        says="b.csv, line 1: no column 'text'. There are: body, n",
+        source="in",
+    ),
+    "a field of 300,000 characters": Situation({"a.csv": f"text,n\n{'x' * 300_000},1\n"}, texts("x" * 300_000)),
+    "gzip": Situation(
+        {"a.tsv.gz": gzip.compress(PARAPHRASES.encode())},
+        texts(*(r[4] for r in PARAPHRASE_ROWS)),
+        options={"column": "#2 String"},
+    ),
+}
+LATE = [{"text": f"t{n}", "extra": n} for n in range(15_000)]
+JSON = {
+    "a field that changes its type late": Situation(
+        {"a.jsonl": lines(*LATE, {"text": "end", "extra": {"a": [1, "b"]}})},
+        texts(*(row["text"] for row in LATE), "end"),
+    ),
+    "a field that is missing in the second file, and another order": Situation(
+        {"in/a.jsonl": lines({"text": "a", "x": 1}), "in/b.jsonl": lines({"y": [1], "text": "b"})},
+        texts("a", "b"),
+        source="in",
+    ),
+    "records that look like agent traces": Situation(
+        {"a.jsonl": lines(*({"type": "user", "message": {"role": "user"}, "text": t} for t in "ab"))}, texts("a", "b")
+    ),
+    "a repeated key far down": Situation(
+        {"a.jsonl": lines(*LATE, '{"text": "a", "text": "b"}')}, says="line 15001: the key 'text' stands twice"
+    ),
+    "a repeated key, written with an escape": Situation(
+        {"a.jsonl": lines('{"text": "a", "te\\u0078t": "b"}')}, says="line 1: the key 'text' stands twice"
+    ),
+    "a repeated key that nobody asked for": Situation(
+        {"a.jsonl": lines('{"n": 1, "text": "a", "n": 2, "m": {"text": 1, "text": 2}}')}, texts("a")
+    ),
+    "a repeated key with the same value": Situation({"a.jsonl": lines('{"text": "a", "text": "a"}')}, texts("a")),
+    "half a surrogate pair far down": Situation(
+        {"a.jsonl": lines(*LATE, '{"text": "a\\ud83d"}')}, says="line 15001: column 'text' holds half a surrogate pair"
+    ),
+    "half a surrogate pair that nobody asked for": Situation(
+        {"a.jsonl": lines('{"text": "a", "n": "\\ud83d"}')}, texts("a")
+    ),
+    "a whole surrogate pair": Situation({"a.jsonl": lines('{"text": "\\ud83d\\ude00"}')}, texts("😀")),
+    "a label that changes its type": Situation(
+        {"a.jsonl": lines({"text": "a", "label": 1}, {"text": "b", "label": "1"})},
+        says="line 2: column 'label' holds '1', a text, and .*a.jsonl, line 1 a whole number",
+        options=LABEL,
+    ),
+    "whole numbers and numbers as labels": Situation(
+        {"a.jsonl": lines({"text": "a", "label": 1}, {"text": "b", "label": 1.5})},
+        labelled(("a", 1.0), ("b", 1.5)),
+        options=LABEL,
+    ),
+    "a label beyond 64 bits": Situation(
+        {"a.jsonl": lines({"text": "a", "label": 10**20})},
+        says="line 1: column 'label' holds 10000.*at most 64 bits",
+        options=LABEL,
+    ),
+    "numbers that nobody asked for": Situation(
+        {
+            "a.jsonl": lines(
+                '{"n": NaN, "text": "a"}', '{"n": -Infinity, "text": "b"}', f'{{"n": {"9" * 5000}, "text": "c"}}'
+            )
+        },
+        texts("a", "b", "c"),
+    ),
+    "a label that is not a number": Situation(
+        {"a.jsonl": lines('{"text": "a", "label": 1.5}', '{"text": "b", "label": NaN}')},
+        says="line 2: column 'label' holds nan",
+        options=LABEL,
+    ),
+    "a row that nests deeply": Situation(
+        {"a.jsonl": lines(f'{{"n": {"[" * 400 + "]" * 400}, "text": "a"}}')}, texts("a")
+    ),
+    "a row that nests too deeply": Situation(
+        {"a.jsonl": lines({"text": "a"}, "[" * 10**5 + "]" * 10**5)}, says="a.jsonl, line 2: "
+    ),
+    "blank lines": Situation({"a.jsonl": '\n{"text": "a"}\n\n  \n{"text": "b"}\n'}, texts("a", "b")),
+    "line ends of JSON": Situation({"a.jsonl": '{"text": "a"}\r\n{"text": "b"}\r\n'}, texts("a", "b")),
+    "CR alone between rows": Situation({"a.jsonl": '{"text": "a"}\r{"text": "b"}\r'}, texts("a", "b")),
+    "a byte-order mark": Situation({"a.jsonl": '\ufeff{"text": "a"}\n'}, texts("a")),
+    "characters that other programs take for line ends": Situation(
+        {"a.jsonl": "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ODD)}, texts(*ODD)
+    ),
+    "an array": Situation({"a.json": json.dumps(texts("a", "b", "[c]"), indent=2)}, texts("a", "b", "[c]")),
+    "an array on one line, longer than what is read at a time": Situation(
+        {"a.json": json.dumps(texts(*(f"{n} {'x' * 1000}" for n in range(2500))))},
+        texts(*(f"{n} {'x' * 1000}" for n in range(2500))),
+    ),
+    "an empty array": Situation({"in/a.json": "[]", "in/b.json": '[{"text": "a"}]'}, texts("a"), source="in"),
+    "an array with a fault": Situation(
+        {"a.json": '[\n{"text": "a"},\n{"text": "b"}\n{"text": "c"}]'},
+        says="a.json, line 4: no JSON, or cut off .a comma",
+    ),
+    "an array that is not closed": Situation(
+        {"a.json": '[\n{"text": "a"},\n{"text": "b"}\n'}, says="a.json, line 4: no JSON, or cut off"
+    ),
+    "objects laid out over lines": Situation(
+        {"a.json": "\n".join(json.dumps(row, indent=1) for row in texts("a", "b"))}, texts("a", "b")
+    ),
+    "a row that is cut off": Situation(
+        {"a.jsonl": '{"text": "a"}\n{"text": "b\n{"text": "c"}\n'}, says="a.jsonl, line 2: no JSON"
+    ),
+    "a row that is not an object": Situation(
+        {"a.jsonl": '{"text": "a"}\n"b"\n'}, says="line 2: a string where an object"
+    ),
+    "null for a row": Situation({"a.jsonl": '{"text": "a"}\nnull\n'}, says="line 2: null where an object"),
+    "a row without the text": Situation(
+        {"a.jsonl": lines({"text": "a"}, {"txet": "b"})},
+        says="line 2: no column 'text': did you mean 'txet'.* --data.column",
+    ),
+    "null for a text": Situation(
+        {"a.jsonl": lines({"text": "a"}, {"text": None})}, says="line 2: column 'text' holds NoneType"
+    ),
+    "bytes that are not UTF-8": Situation(
+        {"a.jsonl": b'{"text": "a"}\n{"text": "\xe9"}\n'}, says="a.jsonl, line 2: not UTF-8"
+    ),
+    "a name with a point": Situation(
+        {"a.jsonl": lines({"reviews.text": "a"})}, texts("a"), options={"column": "reviews.text"}
+    ),
+    "a path with a point in a name": Situation(
+        {"a.jsonl": lines({"x.y": {"z": "a"}})}, texts("a"), options={"column": "x.y.z"}
+    ),
+    "a name before a path": Situation(
+        {"a.jsonl": lines({"a": {"b": "no"}, "a.b": "yes"})}, texts("yes"), options={"column": "a.b"}
+    ),
+    "a file without rows": Situation({"a.jsonl": "\n\n"}),
+    "a file without rows beside another": Situation(
+        {"in/a.jsonl": "", "in/b.jsonl": lines({"text": "b"})}, texts("b"), source="in"
+    ),
+    "a carriage return and a NUL inside texts": Situation({"a.jsonl": lines({"text": "a\rb\0c"})}, texts("a\rb\0c")),
+}
+COLUMNAR = {
+    **{
+        f"{name}, of which others differ": Situation(
+            {
+                f"in/a{ending}": write(COLUMNS),
+                f"in/b{ending}": write(COLUMNS.drop_columns("other").append_column("n", [["x"] * 3])),
+            },
+            labelled(*[("a", 2), ("b", 0), ("c", 1)] * 2),
+            options=LABEL,
+            source="in",
+        )
+        for name, ending, write in (
+            ("columns of Parquet", ".parquet", as_parquet),
+            ("columns of a stream of Arrow", ".arrow", as_arrow),
+            ("columns of a file of Arrow", ".arrow", lambda table: as_arrow(table, pyarrow.ipc.new_file)),
+        )
+    },
+    "a dictionary": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": pyarrow.array(["a", "b", "a"]).dictionary_encode()}))},
+        texts("a", "b", "a"),
+    ),
+    **{
+        f"{kind} of Arrow": Situation(
+            {"a.arrow": as_arrow(pyarrow.table({"text": pyarrow.array(["a", "b"], kind)}))}, texts("a", "b")
+        )
+        for kind in (pyarrow.large_string(), pyarrow.string_view())
+    },
+    "different widths of labels": Situation(
+        {
+            "in/a.parquet": as_parquet(COLUMNS),
+            "in/b.parquet": as_parquet(COLUMNS.set_column(2, "label", [pyarrow.array([2, 0, 1], "uint8")])),
+        },
+        labelled(*[("a", 2), ("b", 0), ("c", 1)] * 2),
+        options=LABEL,
+        source="in",
+    ),
+    "decimal labels": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": ["a", "b"], "label": [Decimal("1.50"), Decimal("2.00")]}))},
+        labelled(("a", 1.5), ("b", 2.0)),
+        options=LABEL,
+    ),
+    "times for texts": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": pyarrow.array([1], pyarrow.timestamp("ns"))}))},
+        says=r"a.parquet: column 'text' holds the type timestamp\[ns\] where text",
+    ),
+    "bytes for texts": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": [b"a"]}))}, says="column 'text' holds the type binary"
+    ),
+    "numbers for texts": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": [1]}))}, says="row 0: column 'text' holds int"
+    ),
+    "a name with a point beside a path": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"a": [{"b": "no"}], "a.b": ["yes"]}))},
+        texts("yes"),
+        options={"column": "a.b"},
+    ),
+    "a path": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"a": [{"b": "yes", "c": 1}]}))}, texts("yes"), options={"column": "a.b"}
+    ),
+    "a missing text": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": ["a", "b", None]}))}, says="row 2: column 'text' holds NoneType"
+    ),
+    "names of classes": Situation(
+        {"a.parquet": with_classes("no", "yes")}, labelled(("a", 1), ("b", 0)), options=LABEL
+    ),
+    "other names of classes in the next file": Situation(
+        {"in/a.parquet": with_classes("no", "yes"), "in/b.parquet": with_classes("yes", "no")},
+        says="b.parquet: the classes of column 'label' are yes, no, and in",
+        options=LABEL,
+        source="in",
+    ),
+    "gzip": Situation({"a.parquet.gz": gzip.compress(as_parquet(COLUMNS))}, texts("a", "b", "c")),
+}
+TEXT = {
+    "a byte-order mark": Situation({"a.txt": "\ufeffa\nb\n"}, texts("a", "b")),
+    "a byte-order mark in gzip": Situation({"a.txt.gz": gzip.compress("\ufeffa\nb\n".encode())}, texts("a", "b")),
+    "UTF-16": Situation(
+        {"a.txt": "a\nb\n".encode("utf-16-be").join([b"\xfe\xff", b""])}, says="a.txt, line 1: is UTF-16"
+    ),
+    "CR LF": Situation({"a.txt": "a\r\nb\r\n"}, texts("a", "b")),
+    "CR alone": Situation({"a.txt": "a\rb\r"}, texts("a", "b")),
+    "a CR inside a line": Situation({"a.txt": "a\rb\nc\n"}, texts("a\rb", "c")),
+    "characters that other programs take for line ends": Situation({"a.txt": "\n".join(ODD)}, texts(*ODD)),
+    "paragraphs": Situation(
+        {"a.txt": "a\nb\n\n\n \nc\r\nd\n"}, texts("a\nb", "c\nd"), options={"document": "paragraph"}
+    ),
+}
+SITUATIONS = {
+    f"{kind}: {name}": situation
+    for kind, table in (("delimited", DELIMITED), ("JSON", JSON), ("columns", COLUMNAR), ("text", TEXT))
+    for name, situation in table.items()
+}
+
+
+def put(folder: Path, situation: Situation) -> Data:
+    """Write the files of a situation, and return the settings that read them."""
+    for name, content in situation.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = situation.source or next(iter(situation.files))
+    return Data(source=str(folder / source), **situation.options)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_the_rows_are_those_that_were_written_or_one_line_names_where_not(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    situation = SITUATIONS[name]
+    data = put(tmp_path, situation)
+    labels = "label_column" in situation.options
+    if situation.says:
+        with pytest.raises(ValueError, match=rf"^[^\n]*{situation.says}[^\n]*\Z"):
+            read_rows(data, data.sources[0], "train", labels=labels)
+        if not labels:
+            with pytest.raises(ValueError, match=rf"^[^\n]*{situation.says}[^\n]*\Z"):
+                [*stream_rows(data, data.sources[0], "train")]
+        return
+    found = read_rows(data, data.sources[0], "train", labels=labels)
+    assert [*found] == [*situation.rows]
+    for value, right in zip(found["label"] if labels else (), (row["label"] for row in situation.rows), strict=False):
+        assert type(value) is type(right)
+    streamed = [text for batch in stream_rows(data, data.sources[0], "train") for text in batch]
+    assert streamed == [row["text"] for row in situation.rows if row["text"].strip()]
+    assert situation.warns in caplog.text
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def run_of(data: Data, folder: Path, objective: Any) -> Config:
+    """A step on four documents."""
+    return Config(
+        data=data,
+        objective=objective,
+        model=Model(type="bert", config=SMALL),
+        tokens=Tokens(kind="characters"),
+        batch=Batch(examples=4, max_length=128),
+        run=Run(max_steps=1, output_dir=str(folder), overwrite=True),
+    )
+
+
+def texts_of(prepared: Any, part: str = "train") -> list[str]:
+    """The texts of a run's examples, by its tokenizer of characters."""
+    examples = getattr(prepared, part)
+    return [prepared.tokenizer.decode(examples[index], skip_special_tokens=True) for index in range(len(examples))]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_a_file_of_glue_gives_all_its_rows_in_a_training_run(tmp_path: Path, streaming: bool) -> None:
+    source = tmp_path / "train.tsv"
+    source.write_text(PARAPHRASES)
+    data = Data(source=str(source), eval_source=str(source), column="#2 String", streaming=streaming)
+    config = run_of(data, tmp_path / "out", MaskedLM())
+    assert texts_of(prepare(config)) == [row[4] for row in PARAPHRASE_ROWS]
+    train(config)
+
+
+def test_a_file_of_glue_gives_all_its_rows_to_a_classifier(tmp_path: Path) -> None:
+    source = tmp_path / "train.tsv"
+    source.write_text(PARAPHRASES)
+    columns = {"column": "#1 String", "pair_column": "#2 String", "label_column": "Quality"}
+    data = Data(source=str(source), eval_source=str(source), **columns)
+    rows = [{"text": row[3], "pair": row[4], "label": int(row[0])} for row in PARAPHRASE_ROWS]
+    assert [*load_documents(data, 0, labels=True)[0]] == rows
+    labels = prepare(run_of(data, tmp_path / "out", Classification())).train.labels
+    assert labels is not None
+    assert labels.tolist() == [row["label"] for row in rows]
+
+
+def test_a_part_of_a_delimited_file_has_the_labels_of_all_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "a,1\n" * 6 + "b,2.5\n" * 2 + "c,\n")
+    data = Data(source=str(tmp_path / "a.csv"))
+    parts = {
+        "train[:5]": [1.0] * 5,
+        "train[5:8]": [1.0, 2.5, 2.5],
+        "train[:34%]": [1.0] * 3,
+        "train[6:7]+train[:1]": [2.5, 1.0],
+    }
+    for split, right in parts.items():
+        found = read_rows(data, data.sources[0], split, labels=True)["label"][:]
+        assert found == right
+        assert all(isinstance(label, float) for label in found)
+    with pytest.raises(ValueError, match="line 10: column 'label' holds no label"):
+        read_rows(data, data.sources[0], "train[5:]", labels=True)
+
+
+def test_a_column_where_no_source_has_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a\nb\n" * 20)
+    (tmp_path / "a.csv").write_text("body\na\nb\n")
+    data = Data(source=str(tmp_path / "a.txt"), column="body")
+    for read in (lambda: load_documents(data, 0), lambda: stream_documents(replace(data, streaming=True))):
+        with pytest.raises(ValueError, match=r"^--data\.column body: a \.txt file has no columns; leave it out"):
+            read()
+    both = Data(
+        source=(str(tmp_path / "a.txt"), str(tmp_path / "a.csv")), eval_source=str(tmp_path / "a.csv"), column="body"
+    )
+    assert len(load_documents(both, 0)[0]) == 42
+
+
+WRITERS = {
+    "a.txt": lambda rows: lines(*rows),
+    "a.csv": lambda rows: written([["text"], *([row] for row in rows)]),
+    "a.jsonl": lambda rows: lines(*({"text": row} for row in rows)),
+    "a.parquet": lambda rows: as_parquet(pyarrow.table({"text": rows})),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, name: str, streaming: bool) -> None:
+    path = tmp_path / name
+    data = Data(source=str(path), eval_source=str(path), streaming=streaming)
+
+    def put(word: str) -> list[str]:
+        rows = [f"{word} {number}" for number in range(10)]
+        content = WRITERS[name](rows)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.utime(path, ns=(10**18, 10**18))
+        return rows
+
+    for word in ("apple", "grape", "apple"):
+        right = put(word)
+        config = run_of(data, tmp_path / "out", MaskedLM())
+        assert texts_of(prepare(config)) == right
+        (facts,) = source_facts(data)[str(path)]
+        assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        if streaming:
+            assert [*stream_documents(data)[0].texts()] == right
+        else:
+            assert load_documents(data, 0)[0]["text"][:] == read_documents(data)["text"][:] == right
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("change", ["touched", "copied"])
+def test_a_run_goes_on_with_the_same_bytes_whatever_their_time_or_name(
+    tmp_path: Path, change: str, streaming: bool
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(40)))
+    config = run_of(Data(source=str(path), streaming=streaming), tmp_path / "out", MaskedLM())
+    before = prepare(config).train.fingerprint
+    if change == "touched":
+        os.utime(path, ns=(10**18, 10**18))
+    else:
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        path.chmod(0o600)
+    assert prepare(config).train.fingerprint == before
+
+
+def test_a_large_file_is_told_by_its_size_time_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minilm.files._HASHED_BYTES", 100)
+    monkeypatch.setattr("minilm.files._SAMPLE_BYTES", 2)
+    path = tmp_path / "a.txt"
+    found = []
+    for content, time in ((b"a" * 200, 1), (b"a" * 198 + b"bb", 1), (b"a" * 200, 2), (b"a" * 201, 1), (b"a" * 200, 1)):
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+        found.append(json.dumps(file_content(str(path))))
+    assert found[0] == found[4]
+    assert len({*found}) == 4
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a\n" * 3000)
+    batches = stream_rows(Data(source=str(path)), str(path), "train")
+    next(batches)
+    path.write_text("b\n" * 3000)
+    with pytest.raises(ValueError, match=r"a\.txt: was changed while it was read; start again"):
+        list(batches)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt"])
+def test_reading_holds_a_part_of_a_file_in_memory(tmp_path: Path, name: str) -> None:
+    text = "x" * 999
+    rows = {
+        "a.csv": "text,n\n" + f"{text},1\n" * 16_000,
+        "a.tsv": "text\tn\n" + f"{text}\t1\n" * 16_000,
+        "a.jsonl": f'{{"text": "{text}"}}\n' * 16_000,
+        "a.json": "[" + ",".join([f'{{"text": "{text}"}}'] * 16_000) + "]",
+        "a.txt": f"{text}\n" * 16_000,
+    }
+    (tmp_path / name).write_text(rows.pop(name))
+    rows.clear()
+    tracemalloc.start()
+    count = sum(map(len, stream_rows(Data(source=str(tmp_path / name)), str(tmp_path / name), "train")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 16_000
+    assert peak < 12 * MIB  # of 16

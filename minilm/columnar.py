@@ -174,17 +174,18 @@ def _naming_damage(path: str) -> Iterator[None]:
 
 def where_damaged(path: str) -> str:
     """What is wrong with a file that cannot be read: the row group, where that can be told; nothing where it can."""
-    group = None
+    group, count = None, 0
     try:
         with _table(path) as table:
             if isinstance(table, _Arrow):
                 for _ in table.batches(table.schema.names):
                     pass
             else:
-                for group in range(table.file.num_row_groups):
+                count = table.file.num_row_groups
+                for group in range(count):
                     table.file.read_row_group(group)
                 group = None
     except (OSError, EOFError, ValueError, pyarrow.ArrowException):
         kind = "Parquet" if ending(path) == ".parquet" else "Arrow"
-        return f"no {kind}, or cut off" if group is None else f"row group {group} is damaged"
+        return f"no {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"
     return ""

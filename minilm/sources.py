@@ -175,7 +175,9 @@ def _check_files(source: str, split: str, files: list[str]) -> None:
         )
     try:
         datasets.ReadInstruction.from_spec(split)
-    except (ValueError, AssertionError) as error:
+    except AssertionError as error:
+        raise ValueError(f"data source {source}: the split {split!r}: {error}") from error
+    except ValueError as error:
         raise ValueError(f"data source {source}: {_not_a_split(split)}") from error
     if not any(map(os.path.getsize, files)):
         raise ValueError(f"data source {source}: is empty")
@@ -235,7 +237,7 @@ def _load(source: str, path: str, **options: Any) -> Any:
             why = _not_a_split(split)
         for file in files_of(source) if os.path.isdir(path) else ():
             if ending(file) == ".arrow" and (damage := where_damaged(file)):
-                why = damage
+                raise ValueError(f"{file}: {damage}") from error
         raise ValueError(f"data source {source}: {why}") from error
 
 

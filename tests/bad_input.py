@@ -114,7 +114,7 @@ ENTRIES: dict[str, Entry] = {
     "second source without the column": Entry(
         flags="--data.source docs.jsonl more.jsonl",
         prepare=in_turn(jsonl(*["a word"] * 40), text("more.jsonl", '{"body": "b"}\n' * 40)),
-        says="more.jsonl: no column 'text'",
+        says="more.jsonl, line 1: no column 'text'",
     ),
     "labels of two types": classified(
         in_turn(labelled(*["yes", "no"] * 20), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled(*[0, 1] * 20)),

@@ -175,10 +175,10 @@ def _check_files(source: str, split: str, files: list[str]) -> None:
         )
     try:
         datasets.ReadInstruction.from_spec(split)
-    except AssertionError as error:
-        raise ValueError(f"data source {source}: the split {split!r}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"data source {source}: {_not_a_split(split)}") from error
+    except (ValueError, AssertionError) as error:
+        unknown = str(error).startswith("Unrecognized instruction")
+        why = _not_a_split(split) if unknown else f"the split {split!r}: {error}"
+        raise ValueError(f"data source {source}: {why}") from error
     if not any(map(os.path.getsize, files)):
         raise ValueError(f"data source {source}: is empty")
 

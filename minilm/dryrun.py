@@ -57,7 +57,7 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     prepared = together(attempted)
     lines = [("output", f"{folder}, to which nothing is written now"), ("data", _data(prepared))]
     if prepared.labels is not None:
-        lines += [("labels", line.removeprefix("labels ")) for line in prepared.labels.summary]
+        lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
     if own_loop:
         per_epoch = math.ceil(len(prepared.train.start) / config.batch.examples)
         lines.append(("steps", f"{config.run.steps(per_epoch):,} of {config.batch.examples} examples"))

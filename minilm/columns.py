@@ -23,6 +23,8 @@ class Column:
     role: Literal["text", "pair", "label"]
     name: str
     """The name of a column, or a dotted path into one: what has the whole name comes before a path."""
+    lists_labels: bool = False
+    """Whether a cell of text lists labels with a separator between them: a blank one then has none."""
 
     def heads(self) -> list[str]:
         """The columns that can hold it, the likeliest first: `a.b.c`, `a.b` and `a` for the name `a.b.c`."""
@@ -89,7 +91,10 @@ def check_text(cell: Any, column: Column, where: str, *, blank: bool) -> None:
 def check_label(value: Any, column: Column, where: str) -> None:
     """Raise ValueError unless a cell holds a label: a finite number, a name, or a list of these."""
     where = f"{where}: column {column.name!r}"
-    if value is None or (isinstance(value, str) and not value.strip()):
+    blank = value is None or (isinstance(value, str) and not value.strip())
+    if blank and column.lists_labels:
+        return
+    if blank:
         raise ValueError(f"{where} holds no label; give it one or take the row out")
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, bool | int | str) or (isinstance(item, float) and math.isfinite(item)):

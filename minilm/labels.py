@@ -84,7 +84,7 @@ def read_labels(
     match = _match(columns, rows, known, places)
     if columns[0] is not columns[-1]:
         _check_unseen(columns[1:], rows[1:], match)
-        _check_variety(rows[0], problem, match, known)
+    _check_variety(columns[0].part, rows[0], problem, match, known)
     summary = report_classes(columns, rows, match, problem, column, places, is_auto=settings.problem == "auto")
     labels = Labels(problem=problem, names=match.names, kept=match.kept, summary=tuple(summary))
     if problem == "multi-label":
@@ -175,15 +175,15 @@ def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[Rows], match: L
                 part.refuse(number, f"no training document has {closest(missing, match.names)} {what}")
 
 
-def _check_variety(rows: Rows, problem: str, match: LabelIds, known: Sequence[str]) -> None:
+def _check_variety(part: str, rows: Rows, problem: str, match: LabelIds, known: Sequence[str]) -> None:
+    """Raise ValueError for rows that all have the same labels, unless a checkpoint knows these labels."""
     if match.kept or len({frozenset(row) for row in rows}) > 1:
         return
     if problem == "multi-label":
         labels = list_names([*map(repr, rows[0])]) or "none"
-        raise ValueError(f"every training document has the labels {labels}: there is nothing to learn")
+        raise ValueError(f"all {part} have the labels {labels}: there is nothing to learn{describe_known(known)}")
     raise ValueError(
-        f"every training document has the label {rows[0][0]!r}: a classification needs two or more"
-        f"{describe_known(known)}"
+        f"all {part} have the label {rows[0][0]!r}: a classification needs two or more{describe_known(known)}"
     )
 
 

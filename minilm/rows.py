@@ -298,7 +298,7 @@ def _survey(asked: _Asked) -> Survey:
     for batch in table.batches([column]):
         rows += len(batch.places)
         for place, cell in zip(batch.places, batch.cells[0], strict=True) if column.role == "label" else ():
-            found = _kind(cell) if table.typed else _kind_of_text(cell or "")
+            found = _kind(cell) if table.typed else "string" if column.lists_labels else _kind_of_text(cell or "")
             if cell is None or (kind and found == kind):
                 continue
             where = batch.where(place)
@@ -379,7 +379,7 @@ def map_rows(table: Table, columns: Sequence[Column], *, split: str, blank: Blan
 
     Its place in the cache and its fingerprint are decided by the content of what is read and by what is taken of it.
     """
-    taken = [[column.role, column.name] for column in columns]
+    taken = [[column.role, column.name, column.lists_labels] for column in columns]
     content = json.dumps([_VERSION, table.identity, taken, split, blank])
     key = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     folder = open_entry(f"rows-{key}", lambda folder: _write(folder / "rows.arrow", table, columns, split, blank))

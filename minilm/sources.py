@@ -63,7 +63,8 @@ def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
     if data.pair_column is not None:
         columns.append(Column(role="pair", name=data.pair_column))
     if labels:
-        columns.append(Column(role="label", name=data.label_column))
+        lists_labels = data.label_separator is not None
+        columns.append(Column(role="label", name=data.label_column, lists_labels=lists_labels))
     return columns
 
 

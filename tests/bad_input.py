@@ -244,7 +244,7 @@ ENTRIES: dict[str, Entry] = {
         "no training document has 'maybe'. There are: no, yes. Give",
         PAIRS + " --data.eval-source more.jsonl",
     ),
-    "a single class": classified(labelled(*["yes"] * 20), "every training document has the label 'yes'"),
+    "a single class": classified(labelled(*["yes"] * 20), "all training documents have the label 'yes'"),
     "no label": classified(labelled("yes", None, "no", "no"), "line 2"),
     "no second text": classified(labelled("yes", "no", "no", "no", sentence2=None), "line 2"),
     "hidden labels of a test set": classified(labelled(*[-1] * 20), "-1 stands for a label that is kept secret"),

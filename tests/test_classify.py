@@ -266,11 +266,11 @@ def test_numbers_with_a_decimal_point_are_a_regression() -> None:
 @pytest.mark.parametrize(
     ("train_values", "eval_values", "settings", "message"),
     [
-        (["a", "a"], ["a"], Classification(), "every training document has the label 'a'"),
+        (["a", "a"], ["a"], Classification(), "all training documents have the label 'a'"),
         (["a", "b"], ["a", "bb"], Classification(), r"row 1 .* no training document has 'bb': did you mean 'b'\?"),
         ([-1, -1], [1], Classification(), "every label of the training documents is -1.* kept secret"),
         ([0, 1], [-1], Classification(), "every label of the evaluation documents is -1.* kept secret"),
-        ([[1, 0, 1], [1, 0, 1]], [[0, 1, 1]], Classification(), "every training document has the labels '0', '2': "),
+        ([[1, 0, 1], [1, 0, 1]], [[0, 1, 1]], Classification(), "all training documents have the labels '0', '2': "),
         ([[0, 1, 0, 1], [1]], [[0]], Classification(), r"row 0 .*\[0, 1, 0, 1\]: '0' is there twice. A list holds"),
         ([0, 1], [2], Classification(), "row 0 .* label 2: no training document has '2'"),
         (["a", "b"], ["a"], Classification(problem="regression"), "row 0 of the training .*'a': a regression needs"),

@@ -1,5 +1,6 @@
 """Labels as they come in the field: each column beside the classes, ids and numbers that are right."""
 
+import csv
 import json
 import logging
 from copy import deepcopy
@@ -25,11 +26,13 @@ from transformers import (
     pipeline,
 )
 
-from minilm import Batch, Classification, Config, Data, Model, Optim, Run
+from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
 from minilm.classify import trained_labels
+from minilm.data import load_documents
 from minilm.infer import classify
 from minilm.labels import check_known, read_labels
 from minilm.model import load_model
+from minilm.objectives import prepare
 from minilm.score import evaluate
 from minilm.train import train
 
@@ -208,7 +211,10 @@ def test_a_regression_has_the_numbers_of_the_rows(situation: str) -> None:
 
 
 # situation: (training labels, evaluation labels, options, what the one line says)
+ONE_CLASS = labelled(["a", "a"])
 REFUSED: dict[str, tuple[Dataset, Dataset, dict[str, Any], str]] = {
+    "a single class": (ONE_CLASS, labelled(["a"]), {}, "all training documents have the label 'a'"),
+    "a single class to train and evaluate on": (ONE_CLASS, ONE_CLASS, {}, "all documents have the label 'a'"),
     "a part whose labels are all -1": (
         labelled([0, 1]),
         labelled([-1, -1]),
@@ -560,3 +566,44 @@ def test_a_permuted_checkpoint_keeps_its_classes(tokenizer: Any, tmp_path: Path,
         first, model=model, optim=optim, run=replace(first.run, max_steps=1, output_dir=str(tmp_path / "2"))
     )
     assert train(again)["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_file_whose_cells_list_labels_is_read_to_its_end(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    cells = ["joy,anger", "joy", "", "anger", "1.50", "01,joy"] * 4
+    rows = [{"text": f"a text {i}", "label": cell} for i, cell in enumerate(cells)]
+    source = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        rows_in(source, rows)
+    else:
+        with source.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    data = Data(source=str(source), eval_source=str(source), label_separator=",")
+    config = Config(
+        data=data,
+        model=Model(type="bert", config={**SIZE, "max_position_embeddings": 64}),
+        tokens=Tokens(kind="wordpiece", vocab_size=300),
+        objective=Classification(),
+        batch=Batch(examples=24, max_length=16),
+        run=Run(max_steps=1, output_dir=str(tmp_path / "out"), precision="fp32"),
+    )
+    prepared = prepare(config)
+    assert prepared.labels is not None
+    assert prepared.labels.names == ("01", "1.50", "anger", "joy")
+    written = [{name for name in cell.split(",") if name} for cell in cells]
+    assert prepared.train.labels is not None
+    read = [{prepared.labels.names[i] for i in row.nonzero()[0]} for row in prepared.train.labels]
+    assert read == written
+    assert "4 documents have none" in " ".join(prepared.labels.summary)
+    train(config)
+    saved_config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert saved_config.problem_type == "multi_label_classification"
+    assert evaluate(str(tmp_path / "out"), data).keys() == {"eval_loss", "accuracy", "f1", "f1_macro"}
+
+
+def test_a_blank_cell_is_no_label_without_a_separator(tmp_path: Path) -> None:
+    source = rows_in(tmp_path / "rows.jsonl", [{"text": "a", "label": "joy"}, {"text": "b", "label": " "}])
+    with pytest.raises(ValueError, match="holds no label"):
+        load_documents(Data(source=source, eval_source=source), seed=0, labels=True)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch.multiprocessing.spawn import spawn
 
-from minilm.cache import cache_folder
+from minilm.cache import CacheError, cache_folder
 from minilm.hardware import choose_precision, describe, device_peak, usable_processors
 
 _PATIENCE = 120.0  # seconds for processes to meet, which takes a few on a machine that has nothing else to do
@@ -151,16 +151,16 @@ def _disk() -> Finding:
 def _caches() -> Iterator[Finding]:
     try:
         folder = cache_folder()
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        folder, writable = Path(error.filename or "?"), False
-    if writable:
+        if not os.access(folder, os.W_OK):
+            raise CacheError(f"the cache {folder} cannot be written; set HF_HOME to a folder that can be")
+    except CacheError as error:
+        found, _, fix = str(error).partition("; ")
+        yield Finding(what="cache", found=found, fix=fix)
+    else:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(folder).free
         found = f"{folder}: {size / 1e9:.2f} GB of prepared data and tokenizers, {free / 1e9:.1f} GB free"
         yield Finding(what="cache", found=found, fix="set HF_HOME to a folder with room" if free < _LITTLE else "")
-    else:
-        yield Finding(what="cache", found=f"{folder} cannot be written", fix="set HF_HOME to a folder that can be")
     offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name, "0") not in ("0", "")]
     said = (
         f"not asked: {' and '.join(offline)} set" if offline else "asked for models and data that are not in its cache"

@@ -110,11 +110,10 @@ def test_memory_of_a_container_counts_and_little_disk_is_told(monkeypatch):
     assert "HF_HOME" in next(doctor._caches()).fix
 
 
-def test_a_cache_that_cannot_be_written_and_a_hub_that_is_not_asked(monkeypatch):
-    def refuse():
-        raise PermissionError(13, "Permission denied", "/nowhere")
-
-    monkeypatch.setattr(doctor, "cache_folder", refuse)
+def test_a_cache_that_cannot_be_written_and_a_hub_that_is_not_asked(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     cache, hub = doctor._caches()
-    assert cache == Finding(what="cache", found="/nowhere cannot be written", fix="set HF_HOME to a folder that can be")
+    assert cache.found == f"the cache {tmp_path}/file/minilm cannot be written: Not a directory"
+    assert cache.fix == "set HF_HOME to another folder"
     assert hub.found == "not asked: HF_HUB_OFFLINE set"

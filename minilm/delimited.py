@@ -31,8 +31,8 @@ def read_delimited(
     header decides it: that of the file's ending, or else the first of `, ; tab |` by which it names the columns.
 
     A file whose delimiter is a tab is not quoted, so that quotes are text, where each line has the header's number of
-    tabs; unless each field with a quote is written as a quoted one, and one holds doubled quotes, or the whole header
-    is in quotes: only a program that quotes writes that.
+    tabs; unless each field with a quote is written as a quoted one, and one holds doubled quotes or a CR, or the whole
+    header is in quotes: only a program that quotes writes that.
 
     Raises ValueError that names the line: for another number of fields than the header's, for a quote that is not
     closed, for text behind a closing quote, and for a column that is not there.
@@ -86,11 +86,15 @@ def _find_delimiter(path: str, columns: Sequence[Column], encoding: str, newline
             return stated[1]
     candidates = [usual, *(each for each in _DELIMITERS if each != usual)]
     headers = {each: _header(path, each, encoding, newline) for each in candidates}
-    for each, header in headers.items():
-        if all(column.name in _unique(header) for column in columns):
-            if each != usual:
-                log.info(f"{path}: {_NAMES.get(each, each)} separates the fields, by the header")
-            return each
+    fitting = [each for each in candidates if all(column.name in _unique(headers[each]) for column in columns)]
+    fitting = [each for each in fitting if each == usual or headers[each] != headers[usual]]
+    if len(fitting) > 1:
+        listed = " and ".join(_NAMES.get(each, each) for each in fitting)
+        raise ValueError(f"{path}, line 1: {listed} could separate the fields; pass --data.delimiter")
+    if fitting:
+        if fitting[0] != usual:
+            log.info(f"{path}: {_NAMES.get(fitting[0], fitting[0])} separates the fields, by the header")
+        return fitting[0]
     if len(headers[usual]) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
         return several[0]
     return usual
@@ -204,7 +208,7 @@ def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
             for field in fields:
                 if '"' in field:
                     well_formed &= _QUOTED_FIELD.fullmatch(field) is not None
-                    sign |= '""' in field
+                    sign |= '""' in field or "\r" in field
     return "", well_formed and sign
 
 

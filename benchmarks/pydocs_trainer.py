@@ -55,7 +55,9 @@ def run_trainer(
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, precision, steps)
         arguments = TrainingArguments(output_dir=folder, logging_steps=100, **settings)
-        collator = objective_of(config.objective).collator(tokenizer, examples, seed=config.run.seed)
+        collator = objective_of(config.objective).collator(
+            tokenizer, examples, seed=config.run.seed, padded=False, multiple=1
+        )
         model = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
         trainer = Trainer(
             model=model,

@@ -73,7 +73,7 @@ def read(folder: str, streaming: bool) -> Found:
     prepared = objective.prepare(config)
     encoded = time.perf_counter()
     plan = Plan(prepared.train.lengths, examples=256, micro_tokens=number_of(config))
-    collator = objective.collator(prepared.tokenizer, prepared.train, seed=0)
+    collator = objective.collator(prepared.tokenizer, prepared.train, seed=0, padded=False, multiple=1)
     first = 0.0
     for _ in load_steps(plan, prepared.train, collator, Accelerator(cpu=True), range(STEPS), workers=0):
         first = first or time.perf_counter() - encoded

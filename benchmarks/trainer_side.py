@@ -273,7 +273,9 @@ def _rows(config: Config, prepared: Prepared, steps: int, *, in_order: bool) -> 
         collate: Any = DataCollatorForLanguageModeling(
             prepared.tokenizer,
             mlm=not isinstance(objective, Causal),
-            mlm_probability=objective.collator(prepared.tokenizer, examples, seed=config.run.seed).rate(),
+            mlm_probability=objective.collator(
+                prepared.tokenizer, examples, seed=config.run.seed, padded=False, multiple=1
+            ).rate(),
             pad_to_multiple_of=padding_multiple(),
         )
         return Rows(examples), collate, size

@@ -28,7 +28,7 @@ class CausalCollator:
 
     ahead = 1
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool = False, multiple: int = 1) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool, multiple: int) -> None:
         self.possible = is_token(tokenizer)
         self.padded, self.multiple = padded, multiple
 
@@ -65,8 +65,8 @@ class Causal(LanguageModel):
         examples: Examples,
         *,
         seed: int | None,
-        padded: bool = False,
-        multiple: int = 1,
+        padded: bool,
+        multiple: int,
     ) -> CausalCollator:
         return CausalCollator(tokenizer, padded=padded, multiple=multiple)
 

@@ -37,7 +37,7 @@ from minilm.tokens import Examples, Prepared, load_tokenizer
 class ClassCollator:
     """Joins rows of token ids; each row has one target, its label. `padded` and `multiple` are `minilm.plan.Plan`'s."""
 
-    def __init__(self, examples: Examples, *, padded: bool = False, multiple: int = 1) -> None:
+    def __init__(self, examples: Examples, *, padded: bool, multiple: int) -> None:
         assert examples.labels is not None
         self.labels, self.examples = examples.labels, examples
         self.padded, self.multiple = padded, multiple
@@ -235,8 +235,8 @@ class Classify:
         examples: Examples,
         *,
         seed: int | None,
-        padded: bool = False,
-        multiple: int = 1,
+        padded: bool,
+        multiple: int,
     ) -> ClassCollator:
         return ClassCollator(examples, padded=padded, multiple=multiple)
 

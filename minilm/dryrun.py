@@ -13,7 +13,7 @@ from minilm.batch import Collator
 from minilm.config import Config
 from minilm.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
 from minilm.head import Head
-from minilm.launch import attempt, finish, first_on_each_host, start, together
+from minilm.launch import attempt, finish, first_on_each_host, nothing_left, start, together
 from minilm.lock import unlocked_at_end
 from minilm.objectives import prepare
 from minilm.optim import build_optimizer, learning_rate
@@ -41,6 +41,7 @@ class Probe:
     """Bytes that the process held at most."""
 
 
+@nothing_left()
 def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     """Print the plan of the run that `train(config, name)` would be. It reads data and fills the cache as that does.
 

@@ -101,6 +101,11 @@ class Head(nn.Module):
                 inputs["token_type_ids"] = F.pad(type_ids_T, (0, more))[None]
             return inputs
         (group,) = packing.groups
+        if group.owner_RL is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} takes padded rows, and this batch was made for a model without padding: "
+                "give the collator the plan's `padded` and `multiple`"
+            )
         inputs = {"input_ids": group.pad(input_ids_T), "attention_mask": None, **self._always}
         if type_ids_T is not None:
             inputs["token_type_ids"] = group.pad(type_ids_T)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -40,14 +40,20 @@ T = TypeVar("T")
 
 
 _staying = [False]  # in the process group after a run, for the next
+_joined = [False]  # the process group, which the process was not in before
+_STATES = (PartialState, AcceleratorState, GradientState)
+_undo = list[Callable[[], None]]()  # brings back what the process had before the run
 
 
 def join(run: Run) -> PartialState:
     """Meet the other processes of the job, once, and know its place among them. ValueError for a wrong launch."""
+    _remember_process()
     cpu = _on_cpu()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
+    outside = not dist.is_initialized()
     with killed_by_signals(), hidden_from_accelerate():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
+    _joined[0] |= outside and dist.is_initialized()
     check_launch(state.num_processes, os.environ)
     return state
 
@@ -57,7 +63,20 @@ def _on_cpu() -> bool:
 
 
 def start(run: Run) -> tuple[Accelerator, Precision]:
-    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch."""
+    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch.
+
+    `finish` or `nothing_left` brings back the state of the process; where neither did, this begins with it.
+    """
+    if not _staying[0]:
+        restore_process()
+    try:
+        return _start(run)
+    except BaseException:
+        restore_process()
+        raise
+
+
+def _start(run: Run) -> tuple[Accelerator, Precision]:
     sharding = asked_for_sharding(os.environ)
     state = join(run)
     if threads := fair_threads(os.environ):
@@ -84,6 +103,7 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
         raise ValueError("fp16 has not been tried with sharding: use --run.precision bf16, or fp32")
     if zero and state.device.type == "cpu" and torch.accelerator.is_available():
         raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
+    _check_earlier(mode, state.device)
     with hidden_from_accelerate():
         accelerator = Accelerator(
             mixed_precision=mode,
@@ -99,6 +119,61 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise ValueError(f"{kind.value} was asked for at launch and has not been tried with minilm: use --multi_gpu")
     return accelerator, precision
+
+
+def _remember_process() -> None:
+    """Note what `restore_process` brings back: torch's settings, and what accelerate shares in the whole process."""
+    if _undo:
+        return
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    shared = [(state._shared_state, dict(state._shared_state)) for state in _STATES]
+
+    def undo() -> None:
+        for now, before in shared:
+            now.clear()
+            now.update(before)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+    _undo.append(undo)
+
+
+def restore_process() -> None:
+    """Bring back the state that the process had before the run, which an Accelerator of the user's is part of."""
+    while _undo:
+        _undo.pop()()
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Inside it an error, whatever it is, leaves no state of the run behind: another `train` can follow.
+
+    The process group stays, for processes that end or go on together.
+    """
+    try:
+        yield
+    except BaseException:
+        restore_process()
+        raise
+
+
+def _check_earlier(mode: str, device: torch.device) -> None:
+    """Raise ValueError for an Accelerator of the user's that computes otherwise: there is one state in a process."""
+    if not (earlier := AcceleratorState._shared_state):
+        return
+    theirs = earlier["_mixed_precision"]
+    if theirs != mode:
+        names = [{"no": "fp32"}.get(name, name) for name in (theirs, mode)]
+        raise ValueError(
+            f"this process made an Accelerator before, for {names[0]}, and the run is in {names[1]}: set run.precision "
+            f"to {names[0]}, or make that Accelerator after the run"
+        )
+    if earlier["device"].type != device.type:
+        raise ValueError(
+            f"this process made an Accelerator before, for {earlier['device'].type}, and the run is on {device.type}: "
+            "make that Accelerator after the run"
+        )
 
 
 def attempt(work: Callable[[], T]) -> Callable[[], T]:
@@ -186,13 +261,11 @@ def finish(accelerator: Accelerator) -> None:
     DDP must be gone by then. Were it the last to let go of the group, its destructor would wait for threads of gloo
     that wait for Python's global lock, which it holds.
     """
-    if _staying[0]:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    else:
-        accelerator.end_training()
-        leave_zero()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if not _staying[0]:
+        _leave_group()
+    restore_process()
 
 
 @contextlib.contextmanager
@@ -206,7 +279,13 @@ def one_job() -> Iterator[None]:
         yield
     finally:
         _staying[0] = False
-    if dist.is_initialized():
+    _leave_group()
+    restore_process()
+
+
+def _leave_group() -> None:
+    """Leave the process group, unless the process was in one before minilm."""
+    if _joined[0] and dist.is_initialized():
         dist.destroy_process_group()
+    _joined[0] = False
     leave_zero()
-    AcceleratorState._reset_state(reset_partial_state=True)

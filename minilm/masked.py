@@ -56,8 +56,8 @@ class MaskedCollator:
         masked: float = 0.8,
         replaced: float = 0.1,
         word_starts: Callable[[int], NDArray[np.bool_]] | None = None,
-        padded: bool = False,
-        multiple: int = 1,
+        padded: bool,
+        multiple: int,
     ) -> None:
         if tokenizer.mask_token_id is None:
             name = tokenizer.name_or_path or "this one"
@@ -182,8 +182,8 @@ class Masked(LanguageModel):
         examples: Examples,
         *,
         seed: int | None,
-        padded: bool = False,
-        multiple: int = 1,
+        padded: bool,
+        multiple: int,
     ) -> MaskedCollator:
         layout: dict[str, Any] = {"padded": padded, "multiple": multiple}
         if seed is None:

@@ -65,8 +65,8 @@ class Objective(Protocol):
         examples: Examples,
         *,
         seed: int | None,
-        padded: bool = False,
-        multiple: int = 1,
+        padded: bool,
+        multiple: int,
     ) -> Collator:
         """The collator of training, or with `seed=None` that of evaluation, which is the same in every run."""
 

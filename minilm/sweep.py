@@ -15,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from minilm.config import Config
 from minilm.disk import publish
-from minilm.launch import in_contact, join, one_job, together
+from minilm.launch import in_contact, join, nothing_left, one_job, together
 from minilm.lock import lock_folder, unlocked_at_end
 from minilm.output import choose_output_dir
 from minilm.signals import heard
@@ -27,6 +27,7 @@ SUMMARY = "seeds.json"
 
 
 @in_contact()
+@nothing_left()
 @unlocked_at_end()
 def sweep(
     config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]

@@ -30,7 +30,7 @@ from minilm.energy import metered
 from minilm.hardware import count_flops, device_peak
 from minilm.head import Head, freeze_unused
 from minilm.hub import quiet_transformers
-from minilm.launch import attempt, finish, first_on_each_host, in_contact, start, together
+from minilm.launch import attempt, finish, first_on_each_host, in_contact, nothing_left, start, together
 from minilm.lock import unlocked_at_end
 from minilm.micro import number_of, settle_micro_tokens
 from minilm.objectives import Evaluation, build, objective_of, prepare
@@ -96,6 +96,7 @@ def train_step(
 
 
 @in_contact()
+@nothing_left()
 @unlocked_at_end()
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.

@@ -24,7 +24,7 @@ from minilm.cli import run_recipe
 from minilm.fork import begin, end, lay_out
 from minilm.hardware import count_flops
 from minilm.head import SparseHead, freeze_unused
-from minilm.launch import in_contact, together
+from minilm.launch import in_contact, nothing_left, together
 from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.optim import build_optimizer, learning_rate
@@ -85,13 +85,17 @@ class Electra(nn.Module):
 
 
 @in_contact()
+@nothing_left()
 def train(config: Config, name: str) -> dict[str, float]:
     begun = begin(config, name)
     accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim
     electra = together(lambda: Electra(config, prepared.tokenizer)).to(accelerator.device)
     costs = [count_flops(head, config.batch.max_length) for head in (electra.generator, electra.discriminator)]
     plan, total, recorder = lay_out(begun, config, electra.discriminator)
-    collator = objective_of(config.objective).collator(prepared.tokenizer, prepared.train, seed=config.run.seed)
+    objective, seed = objective_of(config.objective), config.run.seed
+    collator = objective.collator(
+        prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
+    )
     model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim))
     model.train()
     with closing(recorder):

@@ -23,7 +23,7 @@ from minilm.cli import run_recipe
 from minilm.fork import begin, end, lay_out
 from minilm.hardware import count_flops
 from minilm.head import Head, SparseHead, freeze_unused
-from minilm.launch import in_contact, together
+from minilm.launch import in_contact, nothing_left, together
 from minilm.model import evaluating, load_model
 from minilm.optim import build_optimizer, learning_rate
 from minilm.packing import Group, Packing
@@ -63,9 +63,11 @@ class Distiller(Head):
         super().__init__(student)
         self.student, self.teacher = SparseHead(student), SparseHead(teacher).requires_grad_(False)
         self.padding_free, self._kept = self.student.padding_free and self.teacher.padding_free, list[Tensor]()
+        if not self.padding_free:
+            raise ValueError("this recipe takes models that need no padding: leave model.attention at auto")
         for model, layer in ((student, -1), (teacher, TEACHER_LAYER)):
             attention = [module for module in model.modules() if all(hasattr(module, name) for name in STATES)]
-            if not attention or model.config.hidden_size % HEADS or not self.padding_free:
+            if not attention or model.config.hidden_size % HEADS:
                 raise ValueError(f"{type(model).__name__} is not like BERT, or its width no multiple of {HEADS}")
             for name in STATES:
                 attention[layer].get_submodule(name).register_forward_hook(lambda m, x, y: self._kept.append(y[0]))
@@ -90,6 +92,7 @@ class Distiller(Head):
 
 
 @in_contact()
+@nothing_left()
 def train(config: Config, name: str) -> dict[str, float]:
     begun = begin(config, name)
     accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim

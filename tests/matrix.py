@@ -193,13 +193,13 @@ def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTr
     """Put minilm's loss and gradients beside the reference's, and Trainer's loss."""
     kind, rows = HEADS[result.head], rows_of(result.head, tokenizer)
     objective = objective_of(kind.settings)
-    collate = objective.collator(tokenizer, EXAMPLES, seed=0)
+    collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1)
     examples = kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS)
     expected, gradients = reference(plain, examples)
     result.trainer = trainers(plain, examples, expected)
     result.shortcuts = {name: bool(getattr(head, name)) for name in SHORTCUTS if hasattr(head, name)}
     result.reason = getattr(head, "reason", "")
-    collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=not head.padding_free)
+    collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=not head.padding_free, multiple=1)
     losses, errors = [], []
     for cut in CUTS:
         loss, ours = update(head, [collate([rows[i] for i in part], np.array(part), 0) for part in cut])

@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_each_document_read_alone(
     assert (head.sparse, head.padding_free) == (True, kind not in PADDED)
     assert head.fused == (kind not in CAPPED)
     rows = rows_for()
-    collator = CausalCollator(causal_tokenizer, padded=not head.padding_free)
+    collator = CausalCollator(causal_tokenizer, padded=not head.padding_free, multiple=1)
     loss = loss_sum(head, collator(rows, np.arange(len(rows)), 0))
     expected = reference_loss(plain, rows)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -127,12 +127,12 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once(
     padded: bool, causal_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = rows_for()
-    batch = CausalCollator(causal_tokenizer, padded=padded)(rows, np.arange(len(rows)), 0)
+    batch = CausalCollator(causal_tokenizer, padded=padded, multiple=1)(rows, np.arange(len(rows)), 0)
     assert batch.input_ids_T.tolist() == np.concatenate(rows).tolist()
     assert batch.target_ids_N.tolist() == [int(i) for row in rows for i in row[1:]]
     before = [int(i) for row in rows for i in row[:-1]]
     assert batch.input_ids_T[batch.target_index_N].tolist() == before
-    assert CausalCollator(causal_tokenizer)([], np.zeros(0, np.int64), 0).targets == 0
+    assert CausalCollator(causal_tokenizer, padded=False, multiple=1)([], np.zeros(0, np.int64), 0).targets == 0
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
@@ -148,7 +148,9 @@ def test_each_document_ends_with_the_end_of_text_wherever_it_is_cut_and_padding_
     assert [int(id) for row in rows for id in row] == joined
     assert max(map(len, rows)) <= max_length
     assert examples.counts(len(causal_tokenizer))[end] == len(documents)
-    batch = objective_of(CausalLM()).collator(causal_tokenizer, NO_EXAMPLES, seed=0)(rows, np.arange(len(rows)), 0)
+    batch = objective_of(CausalLM()).collator(causal_tokenizer, NO_EXAMPLES, seed=0, padded=False, multiple=1)(
+        rows, np.arange(len(rows)), 0
+    )
     ends = sum(row[1:].tolist().count(end) for row in rows)
     assert int((batch.target_ids_N == end).sum()) == ends > 0
 

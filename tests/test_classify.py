@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_those_that_transformers_takes(
     rows, two = rows_for(), kind in ("bert", "electra", "albert")
     types_T = np.concatenate([np.arange(len(row)) > len(row) // 2 for row in rows]).astype(np.uint8) if two else None
     examples = examples_for(rows, values, types_T)
-    batch = ClassCollator(examples, padded=not head.padding_free)(rows, np.arange(6), 0)
+    batch = ClassCollator(examples, padded=not head.padding_free, multiple=1)(rows, np.arange(6), 0)
     loss = loss_sum(head, batch) / 6
     ids_RxL, mask_RxL = pad_rows(torch.from_numpy(np.concatenate(rows)), LENGTHS, tokenizer.pad_token_id)
     more = {"token_type_ids": pad_rows(torch.from_numpy(types_T).long(), LENGTHS, 0)[0]} if two else {}
@@ -123,7 +123,7 @@ def test_a_text_has_the_same_scores_among_longer_ones_even_where_padding_would_c
 def test_rows_are_padded_to_the_longest_of_their_own_batch() -> None:
     rows = rows_for((50, 59, 47, 67, 59, 50, 62, 32))
     examples = examples_for(rows, np.zeros(8, np.int64))
-    (group,) = ClassCollator(examples, padded=True)(rows, np.arange(8), 0).packing.groups
+    (group,) = ClassCollator(examples, padded=True, multiple=1)(rows, np.arange(8), 0).packing.groups
     assert (group.rows, group.length) == (8, 67)
     (group,) = ClassCollator(examples, padded=True, multiple=8)(rows, np.arange(8), 0).packing.groups
     assert group.length == 72
@@ -133,7 +133,7 @@ def test_a_batch_without_examples_has_no_loss_and_every_gradient(tokenizer) -> N
     for kind in ("bert", "gpt2"):
         head = ClassHead(build(tokenizer, kind, SINGLE), SINGLE)
         examples = examples_for(rows_for(), np.zeros(6, np.int64))
-        batch = ClassCollator(examples, padded=not head.padding_free)([], np.zeros(0, np.int64), 0)
+        batch = ClassCollator(examples, padded=not head.padding_free, multiple=1)([], np.zeros(0, np.int64), 0)
         loss = loss_sum(head, batch)
         loss.backward()
         assert (batch.targets, loss.item()) == (0, 0.0)
@@ -150,7 +150,7 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
     rows = rows_for()
     examples = examples_for(rows, ids[3:])
     heads = [ClassHead(model, labels) for labels in (balanced, replace(balanced, weights=None))]
-    batches = [ClassCollator(examples)([rows[i]], np.array([i]), 0) for i in range(6)]
+    batches = [ClassCollator(examples, padded=False, multiple=1)([rows[i]], np.array([i]), 0) for i in range(6)]
     for i, batch in enumerate(batches):
         weighed, plain = (loss_sum(head, batch).item() for head in heads)
         assert weighed == pytest.approx(balanced.weights[ids[3:][i]] * plain, rel=1e-5)
@@ -159,7 +159,7 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
 def test_smoothed_labels_are_those_of_torch_and_of_no_evaluation(tokenizer) -> None:
     rows, labels = rows_for(), np.array([0, 2, 1, 1, 0, 2])
     head = ClassHead(build(tokenizer, "bert", SINGLE), SINGLE, label_smoothing=0.2)
-    batch = ClassCollator(examples_for(rows, labels))(rows, np.arange(6), 0)
+    batch = ClassCollator(examples_for(rows, labels), padded=False, multiple=1)(rows, np.arange(6), 0)
     logits = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N)
     expected = torch.nn.functional.cross_entropy(logits, batch.target_ids_N, label_smoothing=0.2, reduction="sum")
     assert loss_sum(head, batch).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -39,7 +39,10 @@ def test_losses_and_gradients_are_the_plain_ones_for_batches_of_any_size(
 ) -> None:
     plain, compiled = heads
     compile_layers(compiled)
-    examples, collator = encode(documents, tokenizer, max_length=48), MaskedCollator(tokenizer, rate=0.3, seed=0)
+    examples, collator = (
+        encode(documents, tokenizer, max_length=48),
+        MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1),
+    )
     for number, count in enumerate((16, 9, 23)):
         ids = np.argsort(-examples.lengths)[number : number + count]
         batch = collator([examples[int(i)] for i in ids], ids, 0)
@@ -62,7 +65,9 @@ def test_an_evaluation_compiles_nothing(
     compile_layers(compiled)
     examples = encode(documents, tokenizer, max_length=48)
     ids = np.arange(8)
-    batch = MaskedCollator(tokenizer, rate=0.3, seed=0)([examples[int(i)] for i in ids], ids, 0)
+    batch = MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
+        [examples[int(i)] for i in ids], ids, 0
+    )
     before = torch._dynamo.utils.counters["frames"].copy()
     with evaluating(compiled):
         found = loss_sum(compiled, batch)

@@ -52,7 +52,10 @@ def test_a_step_never_waits_for_the_gpu(
     accelerator: Accelerator, head: SparseHead, examples: Examples, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, optimizer = accelerator.prepare(head, build_optimizer(head, Optim()))
-    plan, collator = Plan(examples.lengths, examples=12, micro_tokens=128), MaskedCollator(tokenizer, rate=0.3, seed=0)
+    plan, collator = (
+        Plan(examples.lengths, examples=12, micro_tokens=128),
+        MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1),
+    )
     losses = []
     try:
         steps = load_steps(plan, examples, collator, accelerator, range(STEPS), 0)
@@ -67,7 +70,9 @@ def test_a_step_never_waits_for_the_gpu(
 
 def one_batch(examples: Examples, tokenizer: PreTrainedTokenizerBase, first: int = 0, count: int = 16) -> Batch:
     ids = np.argsort(-examples.lengths)[first : first + count]
-    return MaskedCollator(tokenizer, rate=0.3, seed=0)([examples[int(i)] for i in ids], ids, 0)
+    return MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
+        [examples[int(i)] for i in ids], ids, 0
+    )
 
 
 def test_loss_and_gradients_in_fp32_are_those_of_the_cpu(

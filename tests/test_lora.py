@@ -116,12 +116,16 @@ def losses(
     if job == "classes":
         labels = np.array([0, 2, 1, 1])
         head: Any = ClassHead(network, LABELS)
-        collator: Callable[..., Any] = ClassCollator(examples_for(ROWS, labels))
+        collator: Callable[..., Any] = ClassCollator(examples_for(ROWS, labels), padded=False, multiple=1)
     else:
         head = SparseHead(network)
         assert head.sparse
         assert head.fused
-        collator = MaskedCollator(tokenizer, rate=0.3, seed=0) if job == "masked" else CausalCollator(tokenizer)
+        collator = (
+            MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)
+            if job == "masked"
+            else CausalCollator(tokenizer, padded=False, multiple=1)
+        )
     assert head.padding_free
     freeze_unused(head)
     batch = collator(ROWS, np.arange(len(ROWS)), 0)

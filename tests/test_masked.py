@@ -46,7 +46,7 @@ def prepared() -> Callable[[str, str], tuple[PreTrainedTokenizerBase, Examples]]
 def _collator(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, seed: int = 0, **fields: object
 ) -> MaskedCollator:
-    return objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=seed)
+    return objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=seed, padded=False, multiple=1)
 
 
 def _batch(collator: MaskedCollator, examples: Examples, ids: NDArray[np.int64], epoch: int) -> Batch:
@@ -230,7 +230,12 @@ def test_evaluation_knows_nothing_of_what_training_chooses(
     ids = np.arange(len(examples))
 
     def evaluation(**fields: object) -> Batch:
-        return _batch(objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=None), examples, ids, 0)
+        return _batch(
+            objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=None, padded=False, multiple=1),
+            examples,
+            ids,
+            0,
+        )
 
     reference = evaluation()
     for fields in (

@@ -146,7 +146,7 @@ def test_masks_of_another_seed_epoch_example_or_position_are_independent(
 ) -> None:
     rows, examples = list(np.full((1000, 512), len(tokenizer) - 1)), np.arange(1000) + 1
     first = _chosen(_collator(tokenizer)(rows, examples, 1), 1000)
-    other = objective_of(MaskedLM(rate=RATE)).collator(tokenizer, NO_EXAMPLES, seed=seed)
+    other = objective_of(MaskedLM(rate=RATE)).collator(tokenizer, NO_EXAMPLES, seed=seed, padded=False, multiple=1)
     second = np.roll(_chosen(other(rows, examples + example, 1 + epoch), 1000), position, axis=1)
     assert _within(second.sum(), second.size, RATE)
     assert _within((first & second).sum(), first.size, RATE**2)
@@ -182,7 +182,9 @@ def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer
     rows, examples = list(np.full((100, 512), len(tokenizer) - 1)), np.arange(100)
 
     def evaluation(objective: MaskedLM) -> Batch:
-        return objective_of(objective).collator(tokenizer, NO_EXAMPLES, seed=None)(rows, examples, 0)
+        return objective_of(objective).collator(tokenizer, NO_EXAMPLES, seed=None, padded=False, multiple=1)(
+            rows, examples, 0
+        )
 
     first, second = evaluation(MaskedLM(eval_rate=0.3)), evaluation(MaskedLM(rate=0.5, eval_rate=0.3))
     assert torch.equal(first.input_ids_T, second.input_ids_T)

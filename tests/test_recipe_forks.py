@@ -147,7 +147,7 @@ def test_electras_loss_is_that_of_transformers(
 ) -> None:
     monkeypatch.setattr(fork_electra, "draw", lambda logits_NxV: logits_NxV.argmax(-1))
     electra = fork_electra.Electra(configs["fork_electra"], tokenizer).eval()
-    batch = MaskedCollator(tokenizer, rate=0.4, seed=0)(ROWS, np.arange(4), 0)
+    batch = MaskedCollator(tokenizer, rate=0.4, seed=0, padded=False, multiple=1)(ROWS, np.arange(4), 0)
     electra.targets_per_token = torch.tensor(batch.targets / len(batch.input_ids_T))
     lengths = [len(row) for row in ROWS]
     original_T = torch.from_numpy(np.concatenate(ROWS))

@@ -41,7 +41,7 @@ def batch_for(
 ) -> Batch:
     rng = np.random.default_rng(0)
     rows = [rng.integers(5, len(tokenizer), size) for size in lengths]
-    collator = MaskedCollator(tokenizer, rate=rate, seed=1, padded=not head.padding_free)
+    collator = MaskedCollator(tokenizer, rate=rate, seed=1, padded=not head.padding_free, multiple=1)
     batch = collator(rows, np.arange(len(rows)), epoch=0)
     assert batch.targets > 5
     return batch

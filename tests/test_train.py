@@ -73,7 +73,7 @@ def config(documents: Dataset, folder: Path, **run: Any) -> Config:
 def test_steps_equal_plain_torch(
     examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, max_grad_norm: float
 ) -> None:
-    collator = MaskedCollator(tokenizer, rate=0.15, seed=0)
+    collator = MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1)
     plain = copy.deepcopy(network)
     decayed = [p for p in plain.parameters() if p.ndim >= 2]
     others = [p for p in plain.parameters() if p.ndim < 2]
@@ -129,7 +129,7 @@ def test_a_step_in_bf16_casts_a_weight_once_for_all_micro_batches_and_changes_no
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         plan, collator = (
             Plan(examples.lengths, examples=12, micro_tokens=100),
-            MaskedCollator(tokenizer, rate=0.15, seed=0),
+            MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
         )
         ((_, micro_batches),) = load_steps(plan, examples, collator, accelerator, range(1), 0)
         counts, weights = [], []
@@ -154,7 +154,10 @@ def test_a_step_in_bf16_casts_a_weight_once_for_all_micro_batches_and_changes_no
 def test_workers_of_any_number_prepare_the_same_batches_and_masks(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
 ) -> None:
-    accelerator, collator = Accelerator(cpu=True), MaskedCollator(tokenizer, rate=0.15, seed=0)
+    accelerator, collator = (
+        Accelerator(cpu=True),
+        MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
+    )
     plan = Plan(examples.lengths, examples=12, micro_tokens=100)
 
     def prepared(workers: int) -> list[tuple[Any, ...]]:
@@ -179,7 +182,10 @@ def test_a_run_goes_on_in_the_middle_of_a_million_examples_at_once(
     ends = np.cumsum(rng.integers(1, 60, 1_000_001))
     ids, none = rng.integers(5, len(tokenizer), ends[-1]).astype(np.uint16), np.zeros(0, np.int64)
     examples = Examples(ids=ids, start=ends[:-1], stop=ends[1:], prefix=none, suffix=none)
-    accelerator, collator = Accelerator(cpu=True), MaskedCollator(tokenizer, rate=0.15, seed=0)
+    accelerator, collator = (
+        Accelerator(cpu=True),
+        MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
+    )
     start = time.perf_counter()
     plan = Plan(examples.lengths, examples=32, micro_tokens=1024)
     plan.padding_share()
@@ -197,7 +203,7 @@ def test_overfits_one_batch(
     examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
 ) -> None:
     accelerator = Accelerator(cpu=True)
-    collator = MaskedCollator(tokenizer, rate=0.15, seed=0)
+    collator = MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1)
     head = SparseHead(network)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, Optim()))
     plan = Plan(examples.lengths, examples=8, micro_tokens=400)

@@ -36,7 +36,7 @@ FROZEN = ("*.embeddings.*", "*.layer.0.*")
 
 
 def masked(tokenizer: PreTrainedTokenizerBase) -> Batch:
-    return MaskedCollator(tokenizer, rate=0.3, seed=0)(ROWS, np.arange(3), 0)
+    return MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(ROWS, np.arange(3), 0)
 
 
 def load(tokenizer: PreTrainedTokenizerBase, kind: str = "bert", **settings: Any) -> Any:
@@ -146,7 +146,7 @@ def test_layers_computed_again_give_the_same_gradients_and_keep_less(
             from transformers import AutoModelForCausalLM
 
             network = load_model(model, tokenizer, max_length=32, seed=0, auto=AutoModelForCausalLM)
-            batch = CausalCollator(tokenizer)(ROWS, np.arange(3), 0)
+            batch = CausalCollator(tokenizer, padded=False, multiple=1)(ROWS, np.arange(3), 0)
         else:
             network, batch = load(tokenizer, kind, gradient_checkpointing=checkpointing), masked(tokenizer)
         head = SparseHead(network).train()
@@ -177,7 +177,7 @@ def test_a_classifier_s_layers_computed_again_give_the_same_gradients(
     kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     labels, results = Labels(problem="single-label", names=("no", "yes", "maybe")), []
-    collator = ClassCollator(examples_for(ROWS, np.array([0, 2, 1])))
+    collator = ClassCollator(examples_for(ROWS, np.array([0, 2, 1])), padded=False, multiple=1)
     for checkpointing in (False, True):
         model = Model(type=kind, config=fields(kind), gradient_checkpointing=checkpointing)
         auto, more = AutoModelForSequenceClassification, labels.fields()
@@ -202,7 +202,7 @@ def test_a_chosen_attention_is_kept_and_gives_the_same_loss(attention: str, toke
     assert (usual.model.config._attn_implementation, usual.padding_free) == (ATTENTION, True)
     assert (chosen.model.config._attn_implementation, chosen.padding_free) == (attention, False)
     batch = masked(tokenizer)
-    padded = MaskedCollator(tokenizer, rate=0.3, seed=0, padded=True)(ROWS, np.arange(3), 0)
+    padded = MaskedCollator(tokenizer, rate=0.3, seed=0, padded=True, multiple=1)(ROWS, np.arange(3), 0)
     torch.testing.assert_close(loss_sum(chosen, padded), loss_sum(usual, batch))
 
 

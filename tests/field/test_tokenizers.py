@@ -147,7 +147,7 @@ def test_a_model_has_a_row_for_each_id_and_trains_on_them(
     network = load_model(Model(type="bert", config=fields), tokenizer, max_length=16, seed=0)
     assert network.config.vocab_size == size
     objective = objective_of(MaskedLM(rate=0.5))
-    collator = MaskedCollator(tokenizer, rate=0.5, seed=0)
+    collator = MaskedCollator(tokenizer, rate=0.5, seed=0, padded=False, multiple=1)
     assert {*collator.replacements} == {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
     head = SparseHead(network)
     rows = [examples[i] for i in range(2)]
@@ -208,7 +208,7 @@ def test_a_new_causal_model_learns_what_comes_after_the_end_of_a_text(kind: str,
     rows = [row.astype(np.int64) for row in np.array_split(ids, 12)]
     head = SparseHead(network)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    collator = CausalCollator(tokenizer, padded=not head.padding_free)
+    collator = CausalCollator(tokenizer, padded=not head.padding_free, multiple=1)
     for step in range(60):
         batch = collator(rows, np.arange(len(rows)), step)
         train_step(Accelerator(cpu=True), head.train(), optimizer, [batch], lr=1e-2, max_grad_norm=1.0)

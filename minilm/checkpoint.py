@@ -28,8 +28,10 @@ from minilm.config import Config, Run, lower_is_better
 from minilm.disk import file_facts, replacing
 from minilm.hub import quiet_transformers
 from minilm.lora import adapter_weights, is_adapted, merged
+from minilm.optim import unwrapped
 from minilm.settings import to_dict
 from minilm.sharding import whole
+from minilm.zero import ZeroOptimizer
 
 log = logging.getLogger("minilm")
 
@@ -75,6 +77,8 @@ class Checkpoint:
     """What the run knew about its training examples."""
     scaler: dict[str, Any]
     """Where the loss scaling of fp16 stood; empty without it."""
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `optimizer_facts` gives; empty in checkpoints of minilm 0.1, which do not say it."""
 
 
 class Saver:
@@ -127,6 +131,7 @@ class Saver:
             "config": to_dict(self.config),
             "data": self.data,
             "scaler": {} if scaler is None else scaler.state_dict(),
+            "optimizer": optimizer_facts(self.optimizer),
         }
         arguments = (progress.step, state, weights, moments)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
@@ -222,8 +227,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name!r} is no file of its own"
             )
             _hold(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
-        state = {"scaler": {}} | _read_json(folder / _STATE)  # which older ones lack
-        whole = state.keys() == {"progress", "config", "data", "scaler"}
+        state = {"scaler": {}, "optimizer": {}} | _read_json(folder / _STATE)  # which older ones lack
+        whole = state.keys() == {"progress", "config", "data", "scaler", "optimizer"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
         _hold(whole, f"{_STATE} does not have the parts that it should")
         return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})
@@ -263,13 +268,45 @@ def parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in network.named_parameters()}
 
 
+# Settings of torch's optimizers that decide what they keep of a parameter.
+_DECIDING = ("momentum", "amsgrad", "centered")
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What tells the optimizer's state from another's, as JSON types.
+
+    `name` is that of its class, with the settings that add to its state: "SGD with momentum". `numbers` are the parts
+    of the state of a parameter that are no tensors, such as the step of some optimizers.
+    """
+    if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed's AdamW, whose checkpoints are those of torch's
+        return {"name": "AdamW", "numbers": []}
+    group = optimizer.param_groups[0]
+    deciding = [name for name in _DECIDING if group.get(name)]
+    numbers = {slot for slots in optimizer.state.values() for slot, value in slots.items() if _is_number(value)}
+    name = type(unwrapped(optimizer)).__name__ + (f" with {' and '.join(deciding)}" if deciding else "")
+    return {"name": name, "numbers": sorted(numbers)}
+
+
+def keeps_nothing(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer needs no state: SGD without momentum."""
+    return bool(optimizer_facts(optimizer)["name"] == "SGD")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
-    """The optimizer's tensors by `<slot>/<name of the parameter>`."""
+    """The optimizer's tensors, and its numbers as tensors, by `<slot>/<name of the parameter>`.
+
+    SGD keeps a None for its momentum where it has none.
+    """
     names = parameter_names(network)
     return {
-        f"{slot}/{names[parameter]}": tensor
+        f"{slot}/{names[parameter]}": torch.tensor(value, dtype=torch.float64) if _is_number(value) else value
         for parameter, slots in optimizer.state.items()
-        for slot, tensor in slots.items()
+        for slot, value in slots.items()
+        if value is not None
     }
 
 

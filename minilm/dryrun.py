@@ -56,12 +56,15 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     with first_on_each_host(accelerator):
         attempted = attempt(lambda: prepare(config))
     prepared = together(attempted)
-    lines = [("output", f"{folder}, to which nothing is written now"), ("data", _data(prepared))]
+    rows = config.batch.max_length if config.batch.layout == "packed" else None
+    plan = Plan(
+        prepared.train.lengths, examples=config.batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed
+    )
+    lines = [("output", f"{folder}, to which nothing is written now"), ("data", _data(prepared, plan))]
     if prepared.labels is not None:
         lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
     if own_loop:
-        per_epoch = math.ceil(len(prepared.train.start) / config.batch.examples)
-        lines.append(("steps", f"{config.run.steps(per_epoch):,} of {config.batch.examples} examples"))
+        lines.append(("steps", f"{config.run.steps(plan.steps_per_epoch):,} of {config.batch.examples} {plan.unit}"))
         lines.append(("time", "unknown, as are model and memory: this recipe has a loop of its own, to be tried"))
     else:
         lines += _planned(config, accelerator, precision, prepared)
@@ -71,12 +74,9 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     finish(accelerator)
 
 
-def _data(prepared: Prepared) -> str:
+def _data(prepared: Prepared, plan: Plan) -> str:
     train, held = prepared.train.facts(), prepared.eval.facts()
-    return (
-        f"{train['examples']:,} examples, {train['tokens']:,} tokens; "
-        f"to evaluate: {held['examples']:,} examples, {held['tokens']:,} tokens"
-    )
+    return f"{plan.counted(train['tokens'])}; to evaluate: {held['examples']:,} examples, {held['tokens']:,} tokens"
 
 
 def _planned(
@@ -112,7 +112,7 @@ def _planned(
         ),
         (
             "steps",
-            f"{total:,} of {config.batch.examples} examples: {epochs:.2f} epochs, {tokens:,.0f} tokens, "
+            f"{total:,} of {config.batch.examples} {plan.unit}: {epochs:.2f} epochs, {tokens:,.0f} tokens, "
             f"{plan.padding_share():.1%} padding",
         ),
         ("FLOPs", f"{flops:.3g}, {flops / tokens:.3g} a token"),

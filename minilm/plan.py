@@ -69,6 +69,8 @@ class Plan:
         self._rows = None if row_tokens is None else fill_rows(lengths, row_tokens, seed)
         self._weights = lengths if self._rows is None else np.array([lengths[row].sum() for row in self._rows])
         self.steps_per_epoch = math.ceil(len(self._weights) / examples)
+        self.rows = None if self._rows is None else len(self._rows)
+        """How many rows the examples fill where a step takes rows, else None."""
         self._latest: tuple[int, Ids, Ids] | None = None  # the epoch that was asked for last
 
     def step(self, index: int) -> Step:
@@ -88,6 +90,16 @@ class Plan:
             square_lengths=int((lengths * lengths).sum()),
             padded_tokens=sum(self._seen(part) for parts in micro_batches for part in parts),
         )
+
+    def counted(self, tokens: int) -> str:
+        """The examples and their `tokens` in words, by what a step takes: rows, or single examples."""
+        rows = "" if self.rows is None else f"{self.rows:,} rows of "
+        return f"{rows}{len(self.lengths):,} examples, {tokens:,} tokens"
+
+    @property
+    def unit(self) -> str:
+        """What `examples` counts in a step, in words."""
+        return "examples" if self.rows is None else "rows"
 
     def padding_share(self, steps: int = 20) -> float:
         """Share of padding among the tokens of the first `steps` steps."""

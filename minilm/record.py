@@ -226,7 +226,11 @@ def run_facts(
         "parameters": sum(map(size_of, head.model.parameters())),
         "head": head.described,
         "vocabulary": len(prepared.tokenizer),
-        "train": {**prepared.train.facts(), "unknown": _unknown(prepared.train, prepared.tokenizer)},
+        "train": {
+            **({} if plan.rows is None else {"rows": plan.rows}),
+            **prepared.train.facts(),
+            "unknown": _unknown(prepared.train, prepared.tokenizer),
+        },
         "eval": {**prepared.eval.facts(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
         "labels": prepared.labels.summary if prepared.labels is not None else (),
         "steps": total_steps,
@@ -253,7 +257,8 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
-        log.info(f"{part}: {facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
+        rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
+        log.info(f"{part}: {rows}{facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
     for line in facts["labels"]:
         log.log(logging.WARNING if line.startswith("WARNING") else logging.INFO, line)
     log.info(
@@ -266,7 +271,8 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
         f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
     )
     log.info(f"output folder: {folder}")
-    log.info(f"{facts['steps']:,} steps of {config.batch.examples} examples, {facts['padding_share']:.1%} padding")
+    unit = "rows" if "rows" in facts["train"] else "examples"
+    log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
     if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
         log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: it never gets to optim.lr")
 

@@ -20,6 +20,8 @@ from minilm.checkpoint import (
     Checkpoint,
     Progress,
     copied,
+    keeps_nothing,
+    optimizer_facts,
     parameter_names,
     read_checkpoint,
 )
@@ -193,6 +195,7 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
         stored = load_file(checkpoint.folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
+    _check_optimizer(checkpoint, optimizer, stored)
     names = parameter_names(network)
     parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if isinstance(optimizer, ZeroOptimizer):  # whose groups hold what DeepSpeed makes of the parameters
@@ -200,11 +203,45 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
     slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
     if sum(map(len, slots)) != len(stored):
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
-    state = {index: own for index, own in enumerate(slots) if own}
+    numbers = checkpoint.optimizer.get("numbers", [])
+    state: dict[int, dict[str, Any]] = {
+        index: {slot: _number(value) if slot in numbers else value for slot, value in own.items()}
+        for index, own in enumerate(slots)
+        if own
+    }
     if isinstance(optimizer, ZeroOptimizer):
         optimizer.restore({parameters[index]: own for index, own in state.items()})
     else:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # the state of the optimizer of every checkpoint that does not name one
+
+
+def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+    """Raise ValueError where the checkpoint's optimizer is another one, or keeps its state where no checkpoint is."""
+    now, before = optimizer_facts(optimizer)["name"], checkpoint.optimizer.get("name")
+    slots = {key.partition("/")[0] for key in stored}
+    anew = "leave run.resume out to start anew"
+    if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
+        raise ValueError(
+            f"{checkpoint.folder}: {OPTIMIZER} holds {', '.join(sorted(slots))}, which is not the state of {now}, the "
+            f"optimizer of this run: take the one that wrote it, or {anew}"
+        )
+    if before not in (None, now):
+        raise ValueError(
+            f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: take {before}, or {anew}"
+        )
+    if not slots and checkpoint.progress.step > 0 and not keeps_nothing(optimizer):
+        raise ValueError(
+            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (an optimizer is saved by "
+            f"its state_dict): {anew}"
+        )
+
+
+def _number(value: Tensor) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
-from minilm.config import Config
+from minilm.config import Config, Run
 from minilm.disk import publish
 from minilm.launch import in_contact, join, nothing_left, one_job, together
-from minilm.lock import lock_folder, unlocked_at_end
+from minilm.lock import LOCK, lock_folder, unlock_folder, unlocked_at_end
 from minilm.output import choose_output_dir
 from minilm.signals import heard
 from minilm.stop import TrainingStopped
@@ -40,7 +41,7 @@ def sweep(
     results: dict[int, dict[str, float]] = {}
     with one_job():
         main = join(config.run).is_main_process
-        folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
+        folder = together(lambda: _claim(config.run, name), main_only=True)
         for number, seed in enumerate(seeds, start=1):
             _stop_if_told(config, results)
             log.info(f"seed {seed}, {number} of {len(seeds)}")
@@ -48,11 +49,34 @@ def sweep(
             clear_device_cache(garbage_collection=True)  # the next run has room for a model of its own
             summary = summarise(results)
             if main:
-                lock_folder(folder)  # which the first seed has created
                 publish(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if main:
         _show(summary, folder)
     return summary
+
+
+def _claim(run: Run, name: str) -> Path:
+    """Make the sweep's folder and lock it before the first seed, so that two sweeps that start together never share it.
+
+    Raises ValueError where the folder is taken or cannot be written.
+    """
+    folder, _ = choose_output_dir(run, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+        free = run.overwrite or not any(path.name != LOCK for path in folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
+    if not free:
+        raise ValueError(f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir")
+    return folder
+
+
+def _give_up(folder: Path) -> None:
+    """Leave no folder of a sweep whose first seed was refused."""
+    unlock_folder(folder)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _run(
@@ -66,6 +90,10 @@ def _run(
     place = str(folder / f"seed-{seed}")
     try:
         return trains(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name)
+    except ValueError:
+        if not finished:
+            _give_up(folder)
+        raise
     except TrainingStopped as stopped:
         alone = f"--run.seed {seed} --run.output-dir {place} in place of --seeds"
         raise TrainingStopped(f"{stopped} (with {alone}); {_said(finished)}", stopped.status) from stopped

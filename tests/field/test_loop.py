@@ -1,6 +1,9 @@
 """The loop's surroundings, as users meet them: what an error leaves in the process, and what is counted."""
 
+import contextlib
 import itertools
+import json
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -19,13 +22,15 @@ from accelerate.state import AcceleratorState, GradientState
 import minilm.train
 from minilm import Config, Data, MaskedLM, Model
 from minilm.batch import loss_sum
+from minilm.checkpoint import Progress, Saver, read_checkpoint
 from minilm.dryrun import dry_run
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
+from minilm.resume import restore
 from minilm.signals import SIGNALS
 from minilm.stop import TrainingStopped
 from minilm.train import train
-from tests.jobs import CONFIG, finish_all, write_text
+from tests.jobs import CONFIG, finish_all, start, write_text
 from tests.launch import read_log
 from tests.reference import build
 
@@ -261,3 +266,172 @@ def test_a_collator_that_does_not_fit_the_model_is_refused(tokenizer: Any) -> No
         loss_sum(head, batch)
     with pytest.raises(TypeError, match="padded"):
         MaskedCollator(tokenizer, rate=0.4, seed=0)
+
+
+@pytest.fixture
+def saved(tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """Save a checkpoint of a few steps of an optimizer, and return its folder and the network."""
+
+    def save(make: Callable[..., torch.optim.Optimizer], steps: int = 2) -> tuple[Path, Any]:
+        network = build(tokenizer)
+        optimizer = make(network.parameters())
+        for _ in range(steps):
+            network(input_ids=torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
+            optimizer.step()
+        saver = Saver(tmp_path, network, optimizer, tokenizer, CONFIG, {}, enabled=True)
+        saver.save(Progress(step=steps))
+        saver.wait()
+        return tmp_path / f"checkpoint-{steps}", network
+
+    return save
+
+
+class Hidden(torch.optim.Optimizer):
+    """SGD with momentum that keeps its state in an attribute of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.buffers: dict[Any, Any] = {}
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.buffers[parameter] = 0.9 * self.buffers.get(parameter, 0) + parameter.grad
+            parameter.data -= 0.1 * self.buffers[parameter]
+
+
+class Counting(torch.optim.Optimizer):
+    """SGD that counts its steps as a number, as some optimizers do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
+            parameter.data -= 0.1 / self.state[parameter]["count"] * parameter.grad
+
+
+ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": lambda parameters: ADAMW(parameters, fused=True),
+    "Adam": torch.optim.Adam,
+    "AdamW with amsgrad": lambda parameters: ADAMW(parameters, amsgrad=True),
+    "SGD": lambda parameters: SGD(parameters, lr=0.1),
+    "SGD with momentum": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9),
+    "Counting": Counting,
+}
+
+
+@pytest.mark.parametrize("after", OPTIMIZERS)
+@pytest.mark.parametrize("before", OPTIMIZERS)
+def test_a_checkpoint_goes_on_with_its_own_optimizer_alone(
+    before: str, after: str, saved: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, network = saved(OPTIMIZERS[before])
+    optimizer, checkpoint = OPTIMIZERS[after](network.parameters()), read_checkpoint(folder)
+    if before != after:
+        with pytest.raises(ValueError, match=f"its optimizer is {before}, and that of this run is {after}: ") as caught:
+            restore(checkpoint, network, optimizer)
+        assert "\n" not in str(caught.value)
+        return
+    restore(checkpoint, network, optimizer)
+    if before == "Counting":
+        assert {type(slots["count"]) for slots in optimizer.state.values()} == {int}
+        assert {slots["count"] for slots in optimizer.state.values()} == {2}
+
+
+def test_an_optimizer_that_hides_its_state_is_refused_by_name(saved: Callable[..., tuple[Path, Any]]) -> None:
+    folder, network = saved(Hidden)
+    with pytest.raises(ValueError, match="holds no state, so Hidden cannot go on from it"):
+        restore(read_checkpoint(folder), network, Hidden(network.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "works"),
+    [("AdamW", "AdamW", True), ("AdamW", "SGD", False), ("SGD", "AdamW", False), ("SGD", "SGD", True)],
+)
+def test_a_checkpoint_that_names_no_optimizer_goes_on_where_its_state_fits(
+    before: str, after: str, works: bool, saved: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, network = saved(OPTIMIZERS[before])
+    checkpoint = replace(read_checkpoint(folder), optimizer={})
+    optimizer = OPTIMIZERS[after](network.parameters())
+    with contextlib.nullcontext() if works else pytest.raises(ValueError, match=r"not the state of|holds no state"):
+        restore(checkpoint, network, optimizer)
+
+
+TWO_SWEEPS = """
+import os, sys
+from dataclasses import replace
+import minilm.train
+from minilm.sweep import sweep
+train = minilm.train.train
+
+def both(config):
+    first = 2 * config.run.seed
+    sweep(config, "mine", [first, first + 1], lambda config, name: train(config))
+
+minilm.train.train = both
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_two_sweeps_that_start_together_never_share_a_summary(named: bool, config: Config, tmp_path: Path) -> None:
+    jobs = []
+    for seed in (0, 1):
+        own = changed(config, {"run": {"seed": seed, "max_steps": 1, "output_dir": str(tmp_path / "out")}})
+        place = tmp_path / f"job-{seed}"
+        place.mkdir()
+        planted = f"import os\nos.chdir({str(tmp_path)!r})\n" + TWO_SWEEPS
+        jobs.append(
+            start(
+                "fork",
+                own if named else changed(own, {"run": {"output_dir": None}}),
+                place,
+                processes=1,
+                planted=planted,
+            )
+        )
+    assert all(job.gone(200) for job in jobs)
+    status = sorted(job.status() for job in jobs)
+    summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("out/**/seeds.json"))]
+    found = sorted(sorted(map(int, summary["eval_loss"]["values"])) for summary in summaries)
+    for path in tmp_path.glob("out/**/seeds.json"):
+        seeds = {int(folder.name.removeprefix("seed-")) for folder in path.parent.glob("seed-*")}
+        assert seeds == set(map(int, json.loads(path.read_text())["eval_loss"]["values"]))
+    if status == [0, 0]:
+        assert found == [[0, 1], [2, 3]]
+    else:
+        assert status == [0, 2]
+        assert found in ([[0, 1]], [[2, 3]])
+        assert any(
+            "in use by another run" in job.stderr.read_text()
+            or "taken" in job.stderr.read_text()
+            or "not empty" in job.stderr.read_text()
+            for job in jobs
+        )
+
+
+@pytest.mark.parametrize("layout", ["documents", "blocks", "packed"])
+def test_a_dry_run_the_log_and_the_run_count_the_same(
+    layout: Any, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = changed(
+        config,
+        {
+            "batch": {"layout": layout, "examples": 4},
+            "run": {"max_steps": None, "epochs": 1.0, "output_dir": str(tmp_path / "out")},
+        },
+    )
+    dry_run(asked, "test", own_loop=True)
+    planned = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    with caplog.at_level("INFO", "minilm"):
+        steps = int(train(asked)["steps"])
+    unit = "rows" if layout == "packed" else "examples"
+    assert planned["steps"].strip() == f"{steps} of 4 {unit}"
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    count = facts["train"]["rows"] if layout == "packed" else facts["train"]["examples"]
+    assert math.ceil(count / 4) == steps == facts["steps"]
+    assert planned["data"].startswith(f"{count:,} {unit}")
+    assert f"train: {count:,} {unit}" in caplog.text
+    assert f"{steps} steps of 4 {unit}" in caplog.text

@@ -294,7 +294,7 @@ class _Asked:
 @lru_cache(maxsize=16)
 def _survey(asked: _Asked) -> Survey:
     table, column = asked.table, asked.column
-    rows, kind, first = 0, "", ""
+    rows, kind, first, missing = 0, "", "", ""
     for batch in table.batches([column]):
         rows += len(batch.places)
         for place, cell in zip(batch.places, batch.cells[0], strict=True) if column.role == "label" else ():
@@ -302,6 +302,9 @@ def _survey(asked: _Asked) -> Survey:
             if cell is None or (kind and found == kind):
                 continue
             where = batch.where(place)
+            if not table.typed and cell.strip().lower() in _MISSING:
+                missing = missing or f"{where}: column {column.name!r} holds {cell!r}"
+                continue
             if not found:
                 check_label(cell, column, where)
                 raise ValueError(
@@ -315,6 +318,8 @@ def _survey(asked: _Asked) -> Survey:
                     "write all labels alike"
                 )
             kind, first = both, first or where
+    if missing and kind in ("int64", "float64"):
+        raise ValueError(f"{missing}, and {first} {_said(kind)}; give the row a number or take it out")
     return Survey(rows, kind or "string")
 
 
@@ -325,6 +330,8 @@ def _said(kind: str) -> str:
     return f"a list of {said}s" if item != kind else said
 
 
+# What programs write for a number that is not there. Among words it is a word.
+_MISSING = {"nan", "-nan", "na", "n/a", "<na>", "null", "none", "inf", "-inf", "infinity", "-infinity"}
 _WHOLE = re.compile(r" *-?(0|[1-9][0-9]*) *")
 _NUMBER = re.compile(r" *-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)? *")
 

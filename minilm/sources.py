@@ -204,7 +204,8 @@ def local_files(source: str) -> list[str]:
         below = ((file, file.relative_to(path).parts) for file in Path(path).rglob("*") if file.is_file())
         found = sorted(str(file) for file, parts in below if not any(part.startswith(".") for part in parts))
     else:
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        matches = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        found = [path] if os.path.exists(path) else matches
     if _is_saved(path):
         return []
     files = [name for name in found if ending(name) in _KINDS]

@@ -207,6 +207,16 @@ DELIMITED = {
         options=LABEL,
         source="in",
     ),
+    "a word for a missing number among numbers": Situation(
+        {"a.csv": "text,label\na,1.5\nb,NaN\n"},
+        says="a.csv, line 3: column 'label' holds 'NaN', and .*a.csv, line 2 a number",
+        options=LABEL,
+    ),
+    "words for missing numbers among words": Situation(
+        {"a.csv": "text,label\na,NaN\nb,None\nc,word\nd,1\n"},
+        labelled(("a", "NaN"), ("b", "None"), ("c", "word"), ("d", "1")),
+        options=LABEL,
+    ),
     "an empty label": Situation(
         {"a.csv": "text,label\na,1\nb,\n"}, says="a.csv, line 3: column 'label' holds no label", options=LABEL
     ),
@@ -255,6 +265,14 @@ DELIMITED = {
         {"in/a.csv": "text,n\na,1\n", "in/b.csv": "n,body\n2,b\n"},
         says="b.csv, line 1: no column 'text'. There are: body, n",
         source="in",
+    ),
+    "a header that two delimiters fit": Situation(
+        {"a.csv": "c;x,c\n1;2\n"},
+        says="line 1: , and ; could separate the fields; pass --data.delimiter",
+        options={"column": "c"},
+    ),
+    "a folder with the name of a file": Situation(
+        {"in.csv/b.csv": "text\na\n", "c.csv": "text\nb\n"}, texts("b"), source="*.csv"
     ),
     "a field of 300,000 characters": Situation({"a.csv": f"text,n\n{'x' * 300_000},1\n"}, texts("x" * 300_000)),
     "gzip": Situation(

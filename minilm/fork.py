@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from minilm.checkpoint import Progress
 from minilm.config import Config
 from minilm.hardware import Precision, device_peak
-from minilm.head import Head
+from minilm.head import Head, SparseHead
 from minilm.launch import attempt, finish, first_on_each_host, start, together
 from minilm.lock import unlock_folder
 from minilm.objectives import prepare
@@ -24,6 +24,7 @@ from minilm.sharding import is_sharded
 from minilm.tokens import Prepared
 from minilm.trackers import open_trackers
 from minilm.train import lay_plan
+from minilm.verify_head import verify_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ def begin(config: Config, name: str) -> Begun:
 def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
     """The plan of the steps, how many there are, and their recorder; claims the output folder and says what is run."""
     accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
+    if isinstance(head, SparseHead):
+        verify_head(config, head, prepared)
     plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))
     total = config.run.steps(plan.steps_per_epoch)
     together(lambda: claim_output_dir(folder, config.run, head.model), main_only=True)

@@ -6,6 +6,7 @@ Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V 
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -44,6 +45,10 @@ AFTER_ATTENTION = (
 )
 
 
+# What changes no logit where it is on, the cheapest to give up first; and that rows of a batch share a forward at all.
+_SHORTCUTS, SHARED = ("fused", "short", "padding_free", "sparse"), "padding"
+
+
 class Head(nn.Module):
     """A model that gives the losses of a packed batch's targets.
 
@@ -58,6 +63,7 @@ class Head(nn.Module):
         """Rows lie one after the other without padding, and attention keeps them apart (`minilm.attention`)."""
         self.alone = False
         """Padding would change the logits: a forward sees rows of one length only."""
+        self._own_attention = model.config._attn_implementation
         self._single = False  # a forward sees one row only, as the plain model that all is compared with
         self._offset = position_offset(model)
         config = model.config.get_text_config()
@@ -80,6 +86,44 @@ class Head(nn.Module):
     def described(self) -> str:
         """The kind of head, for people to read."""
         raise NotImplementedError
+
+    @property
+    def shortcuts(self) -> tuple[str, ...]:
+        """The names of the shortcuts that are taken."""
+        return tuple(name for name in _SHORTCUTS if getattr(self, name, False))
+
+    @contextmanager
+    def without(self, *names: str) -> Iterator[None]:
+        """Without these shortcuts, of those that are taken, for a moment."""
+        self.give_up(names)
+        try:
+            yield
+        finally:
+            for name in names:
+                setattr(self, name, True)
+            if "padding_free" in names:
+                self.model.set_attn_implementation(ATTENTION)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """The model as it came, which sees one row at a time, for a moment."""
+        before = self.alone, self._single
+        self.alone = self._single = True
+        try:
+            with self.without(*self.shortcuts):
+                yield
+        finally:
+            self.alone, self._single = before
+
+    def give_up(self, names: Sequence[str]) -> None:
+        """Take these shortcuts no more."""
+        for name in names:
+            if name == SHARED:
+                self.alone = self._single = True
+            else:
+                setattr(self, name, False)
+        if "padding_free" in names:
+            self.model.set_attn_implementation(self._own_attention)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
@@ -197,12 +241,10 @@ class Head(nn.Module):
         chosen = getattr(self.model, "attention_is_chosen", False)
         if chosen or self._chunked or not self.model._supports_attention_backend:
             return
-        original = self.model.config._attn_implementation
         self.model.set_attn_implementation(ATTENTION)
         self.padding_free = True
         if self._differs(expected_NxV) or self._leaks() or self._counts_rows(expected_NxV):
-            self.padding_free = False
-            self.model.set_attn_implementation(original)
+            self.give_up(["padding_free"])
 
 
 class SparseHead(Head):
@@ -366,7 +408,12 @@ class SparseHead(Head):
     def _narrow(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """Before the first module: only the targets go in. Where most tokens are targets, all of them do."""
         index, shape = self._target_index, inputs[0].shape
-        if index is None or not self._is_of_all_places(inputs[0]) or 2 * len(index) > shape[0] * shape[1]:
+        if (
+            index is None
+            or not self.short
+            or not self._is_of_all_places(inputs[0])
+            or 2 * len(index) > shape[0] * shape[1]
+        ):
             return None
         self._shape = shape
         return tuple(self._at_targets(hidden_RxLxH, index) for hidden_RxLxH in inputs)

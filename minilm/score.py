@@ -18,6 +18,7 @@ from minilm.model import longest_input
 from minilm.new_model import load_configuration
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
+from minilm.verify_head import verify_head
 
 log = logging.getLogger("minilm")
 
@@ -49,6 +50,7 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
                 if line.startswith("WARNING"):
                     log.warning(line)
         head = objective.head(build(config, prepared, trained=False).to(accelerator.device), prepared)
+        verify_head(config, head, prepared, trained=False)
         multiple = 1 if accelerator.device.type == "cpu" else 8
         evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
         figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()

@@ -44,6 +44,7 @@ from minilm.sharding import clip, distribute, is_sharded
 from minilm.stop import StopRequest, bad_gradients
 from minilm.tokens import Examples, Prepared
 from minilm.trackers import open_trackers
+from minilm.verify_head import verify_head
 
 log = logging.getLogger("minilm")
 
@@ -190,6 +191,7 @@ def build_head(
     together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
     head = objective.head(network.to(accelerator.device), prepared)
     freeze_unused(head)
+    verify_head(config, head, prepared)
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
     return head, settle_micro_tokens(config, accelerator, head, checkpoint, first)
 

@@ -4,7 +4,10 @@ The head of a model is built while its weights are new, as `train` does. Then th
 A step of rows of several lengths is compared with what the plain model makes of each row alone.
 """
 
+import json
 import logging
+import shutil
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,17 +18,25 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from minilm.config import Batch, CausalLM, Config, Data, Model, Optim, Run
-from minilm.head import Head
+import minilm.head
+import minilm.verify_head
+from minilm.attention import ATTENTION, packed_attention
+from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.fork import begin, lay_out
+from minilm.head import Head, SparseHead
+from minilm.launch import finish
+from minilm.losses import linear_cross_entropy
+from minilm.objectives import build as build_network
 from minilm.objectives import objective_of
 from minilm.own_loss import check_own_loss
 from minilm.score import evaluate
 from minilm.settings import parse
 from minilm.tokens import Prepared
 from minilm.train import train
-from tests.jobs import write_text
+from minilm.verify_head import verify_head
+from tests.jobs import WORDS, write_text
 from tests.matrix import HEADS, LABELS, gradient_error, reference, tokenizer_for, types_of, update
 from tests.reference import NO_EXAMPLES
 from tests.tiny import tiny_config
@@ -231,3 +242,100 @@ def test_the_advice_about_routers_works_for_a_checkpoint(
     figures = evaluate(tmp_path / "model", Data(source=asked.data.source))
     assert np.isfinite(figures["eval_loss"])
     assert ["cross entropy alone" in record.message for record in caplog.records].count(True) == 1
+
+
+def run_of(folder: Path, name: str, **changed: Any) -> Config:
+    """Some steps on rows of words that are longer than those of trials."""
+    words = WORDS.split()
+    lines = [" ".join(words[i * j % len(words)] for j in range(1, 6 + i * 37 % 230)) for i in range(40)]
+    (folder / "long.txt").write_text("\n".join(lines))
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return Config(
+        data=Data(source=str(folder / "long.txt"), eval_fraction=0.3),
+        tokens=Tokens(vocab_size=300),
+        model=Model(type="bert", config={**small, "max_position_embeddings": 256}, **changed),
+        objective=MaskedLM(rate=0.3),
+        batch=Batch(examples=8, max_length=256, micro_tokens=600),
+        run=Run(output_dir=str(folder / name), max_steps=3, precision="fp32", save_every=1, keep_last=3),
+    )
+
+
+def losses_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def wrong_where_rows_are_long(*states: Any, packing: Any = None, **words: Any) -> Any:
+    """Attention that is right for every row of a trial, and for no row of more tokens."""
+    attended, weights = packed_attention(*states, packing=packing, **words)
+    return attended * (-4.0 if packing is not None and packing.longest > 160 else 1.0), weights
+
+
+@pytest.fixture
+def wrong_attention() -> Iterator[None]:
+    AttentionInterface.register(ATTENTION, wrong_where_rows_are_long)
+    yield
+    AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def test_a_shortcut_that_is_wrong_on_the_runs_own_rows_is_named_and_left_out(
+    tmp_path: Path, wrong_attention: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(run_of(tmp_path, "plain", attention="eager"))
+    assert "shortcut" not in caplog.text
+    config = run_of(tmp_path, "packed")
+    train(config)
+    assert "gives other losses or gradients than transformers by minilm's shortcut padding_free" in caplog.text
+    assert losses_of(tmp_path / "packed") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+    # A run that goes on decides as it did at its start, though its weights have changed.
+    whole = (tmp_path / "packed" / "model.safetensors").read_bytes()
+    stopped = replace(config, run=replace(config.run, output_dir=str(tmp_path / "stopped"), max_steps=3))
+    train(stopped)
+    for name in ("all_results.json", "checkpoint-3"):
+        path = tmp_path / "stopped" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(replace(stopped, run=replace(stopped.run, resume="latest")))
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == whole
+    assert caplog.text.count("shortcut padding_free") == 3
+
+
+def test_an_evaluation_and_a_fork_look_at_their_rows_too(
+    tmp_path: Path, wrong_attention: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(run_of(tmp_path, "plain", attention="eager"))
+    config = run_of(tmp_path, "fork")
+    begun = begin(config, "fork")
+    head = SparseHead(build_network(config, begun.prepared))
+    assert head.padding_free
+    lay_out(begun, config, head)
+    assert not head.padding_free
+    finish(begun.accelerator)
+    caplog.clear()
+    figures = evaluate(tmp_path / "plain")
+    assert "shortcut padding_free" in caplog.text
+    expected = json.loads((tmp_path / "plain" / "all_results.json").read_text())
+    assert figures["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+
+
+def test_only_what_is_wrong_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(Situation(kind="bert", head="masked"))
+    tokenizer = tokenizer_for("masked", "bert")
+    rows = np.random.default_rng(0).integers(5, len(tokenizer), 2000)
+    start = np.array([0, 100, 300, 450, 460])
+    examples = replace(NO_EXAMPLES, ids=rows, start=start, stop=np.array([90, 270, 420, 457, 640]))
+    prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+    head = head_of(Situation(kind="bert", head="masked"), network)
+    taken = head.shortcuts
+    assert taken == ("fused", "short", "padding_free", "sparse")
+    with monkeypatch.context() as patch:
+        patch.setattr(minilm.verify_head, "together", lambda work: work())
+        patch.setattr(minilm.verify_head, "gather_object", lambda found: found)
+        config, before = Config(objective=MaskedLM()), torch.get_rng_state()
+        verify_head(config, head, prepared)
+        assert head.shortcuts == taken
+        assert torch.equal(torch.get_rng_state(), before)
+        patch.setattr(
+            minilm.head, "linear_cross_entropy", lambda hidden, *rest: linear_cross_entropy(1.1 * hidden, *rest)
+        )
+        verify_head(config, head, prepared)
+    assert head.shortcuts == ("short", "padding_free", "sparse")

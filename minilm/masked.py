@@ -14,10 +14,11 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 
 from minilm.batch import Batch, join
 from minilm.config import MaskedLM
+from minilm.head import SparseHead
 from minilm.infer import check_masks, fill_mask
 from minilm.language import LanguageModel
 from minilm.special_ids import is_token
-from minilm.tokens import Examples
+from minilm.tokens import Examples, Prepared
 
 _Hashes = NDArray[np.uint64]
 _P, _LONGEST = 0.2, 10  # of the lengths of spans, in words (Joshi et al. 2020, section 3.1)
@@ -163,6 +164,7 @@ def _uniform(x: _Hashes) -> NDArray[np.float64]:
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+_NEVER = 1e-12  # chance of what will not happen in a run
 _ELSEWHERE = ("eval_rate", "label_smoothing")  # settings that are not the collator's
 
 
@@ -191,6 +193,26 @@ class Masked(LanguageModel):
         chosen = {name: value for name, value in vars(self.settings).items() if name not in _ELSEWHERE}
         starts = examples.word_starts if self.words else None
         return MaskedCollator(tokenizer, seed=seed, word_starts=starts, **chosen, **layout)
+
+    def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
+        for examples in (prepared.train, prepared.eval):
+            self._check_rest(network, prepared.tokenizer, examples)
+        return super().head(network, prepared)
+
+    def _check_rest(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
+        """Raise ValueError where a row may become nothing but masks, and the model divides by what is left of it."""
+        divides = any(getattr(module, "token_dropout", False) is True for module in network.modules())
+        around = {*examples.prefix.tolist(), *examples.suffix.tolist()}
+        if not divides or not len(examples) or around & {*tokenizer.all_special_ids}:
+            return
+        settings, shortest = self.settings, int(examples.lengths.min())
+        rate = max(settings.rate, settings.final_rate or 0.0, settings.eval_rate)
+        if rate ** (1 if self.words else shortest) > _NEVER:  # words and spans may be as long as the row
+            raise ValueError(
+                f"{type(network).__name__} divides by the share of a row that is not masked (token_dropout), and the "
+                f"tokenizer puts no special token around a text: all of a row of {shortest} tokens may be masked. Pass "
+                "--model.config.token-dropout False, or longer rows"
+            )
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         check_masks(network, tokenizer, texts)

@@ -339,3 +339,35 @@ def test_only_what_is_wrong_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
         )
         verify_head(config, head, prepared)
     assert head.shortcuts == ("short", "padding_free", "sparse")
+
+
+@pytest.mark.parametrize(
+    ("changed", "shortest", "special", "refused"),
+    [
+        ({"token_dropout": True}, 1, False, True),
+        ({"token_dropout": True}, 5, False, True),
+        ({"token_dropout": True}, 40, False, False),
+        ({"token_dropout": True}, 1, True, False),
+        ({"token_dropout": False}, 1, False, False),
+    ],
+)
+def test_esm_is_refused_where_all_of_a_row_may_be_masked(
+    changed: dict[str, Any], shortest: int, special: bool, refused: bool
+) -> None:
+    situation = Situation(kind="esm", head="masked", changed=changed)
+    tokenizer, network = tokenizer_for("masked", "esm"), build(situation)
+    mask_1x1 = torch.full((1, 1), tokenizer.mask_token_id)
+    plain = network(input_ids=mask_1x1).logits  # what transformers makes of a row of nothing but masks
+    assert bool(plain.isnan().any()) == changed["token_dropout"]
+    end = [tokenizer.sep_token_id] * special
+    start = np.array([0, 50])
+    examples = replace(
+        NO_EXAMPLES, ids=np.full(100, 7), start=start, stop=start + np.array([50, shortest]), suffix=np.array(end, int)
+    )
+    prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+    objective = objective_of(MaskedLM())
+    if refused:
+        with pytest.raises(ValueError, match=r"--model\.config\.token-dropout False"):
+            objective.head(network, prepared)
+    else:
+        objective.head(network, prepared)

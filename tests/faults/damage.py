@@ -141,17 +141,22 @@ def warnings_of_minilm() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def trial(config: Config, show: Callable[[str], None] = lambda line: None) -> tuple[int, int, list[str]]:
-    """Damage each file that the run has in the cache: how many files, how many damages, and what went wrong."""
+def trial(
+    config: Config, ways: int = len(DAMAGES), show: Callable[[str], None] = lambda line: None
+) -> tuple[int, int, list[str]]:
+    """Damage each file that the run has in the cache: how many files, how many damages, and what went wrong.
+
+    Each file is damaged in so many of the ways, and the next file in the next ones.
+    """
     cache = cache_folder()
     with warnings_of_minilm() as usual:
         right = content_of(config)
         del usual[:]
         assert content_of(config) == right
     whole, wrong, damages = files_below(cache), list[str](), 0
-    for name in sorted(whole):
+    for number, name in enumerate(sorted(whole)):
         others = [other for other in whole if Path(other).name == Path(name).name and whole[other] != whole[name]]
-        for damage in DAMAGES:
+        for damage in ([*DAMAGES] * 2 * ways)[number * ways % len(DAMAGES) :][:ways]:
             if (not others and damage is swap) or (not whole[name] and damage in (cut, empty, zero, flip)):
                 continue
             # A copy, since the files may be open.
@@ -190,7 +195,7 @@ def main() -> None:
             runs["pydocs"] = replace(CONFIG, data=Data(source="pydocs"))
         for number, (name, config) in enumerate(runs.items()):
             os.environ["HF_HOME"] = str(place / f"home-{number}")
-            files, damages, wrong = trial(config, print)
+            files, damages, wrong = trial(config, show=print)
             print(f"{name}: {files} files, {damages} damages, {len(wrong)} wrong results", *wrong, sep="\n")
 
 

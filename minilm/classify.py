@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from minilm.agreement import check_agreement
 from minilm.batch import Batch, join
 from minilm.config import Classification, Config
 from minilm.data import load_documents
@@ -27,7 +28,7 @@ from minilm.infer import classify
 from minilm.labels import Labels, evaluates_only, read_labels
 from minilm.metrics import ClassEvaluator
 from minilm.model import computes_again, evaluating
-from minilm.new_model import load_configuration
+from minilm.new_model import load_configuration, takes_token_types
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
 from minilm.probing import as_if_trained
@@ -83,6 +84,7 @@ class ClassHead(Head):
             expected_RxC = self._try_padded()
             if not self.alone:
                 self._try_first_tokens(expected_RxC)
+            self.misread = self._find_misread()
 
     @property
     def described(self) -> str:
@@ -203,6 +205,9 @@ class Classify:
             train, parts, self.settings, known, column=data.label_column, separator=data.label_separator
         )
         tokenizer = load_tokenizer(config.tokens, config.model.name, train)
+        if not takes_token_types(config.model, self.auto):
+            names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the second is saved
 
         def encode(documents: Dataset, values: NDArray[Any], name: str) -> Examples:
             found = encode_pairs(documents, tokenizer, values, max_length=config.batch.max_length, name=name)
@@ -227,7 +232,9 @@ class Classify:
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> ClassHead:
         assert prepared.labels is not None
-        return ClassHead(network, prepared.labels, label_smoothing=self.settings.label_smoothing)
+        head = ClassHead(network, prepared.labels, label_smoothing=self.settings.label_smoothing)
+        check_agreement(head, prepared)
+        return head
 
     def collator(
         self,

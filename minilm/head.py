@@ -65,11 +65,17 @@ class Head(nn.Module):
         """Padding would change the logits: a forward sees rows of one length only."""
         self._own_attention = model.config._attn_implementation
         self._single = False  # a forward sees one row only, as the plain model that all is compared with
+        self.misread: tuple[int, ...] = ()
+        """Special ids that inside a row would be read otherwise than by the model that has the row for itself."""
         self._offset = position_offset(model)
+        self._inside: int | None = None  # a special id that stands in the rows of a trial
+        self._masked = False  # without a mask, the model takes any token of padding's id for padding
         config = model.config.get_text_config()
         self._padding = max(0, getattr(config, "pad_token_id", None) or 0)
         ends = getattr(config, "eos_token_id", None)
         self._end: int | None = ends[0] if isinstance(ends, list) else ends
+        named = (self._padding, self._end, getattr(config, "pad_index", None), _padding_row(model))
+        self._special = sorted({id for id in named if id is not None and id < vocabulary_size(model)})
         self._chunked = bool(getattr(config, "attention_chunk_size", None))  # Llama 4's attention, which masks cut
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
@@ -140,7 +146,8 @@ class Head(nn.Module):
             ids_T = F.pad(input_ids_T, (0, more), value=self._padding)
             inputs = {"input_ids": ids_T[None], "attention_mask": mask, "packing": packing, **self._always}
             if self._takes_positions:
-                inputs["position_ids"] = F.pad(packing.position_T, (0, more))[None] + self._offset
+                position_T = self._positions(input_ids_T, packing)
+                inputs["position_ids"] = F.pad(position_T, (0, more), value=self._offset)[None]
             if type_ids_T is not None:
                 inputs["token_type_ids"] = F.pad(type_ids_T, (0, more))[None]
             return inputs
@@ -150,7 +157,8 @@ class Head(nn.Module):
                 f"{type(self.model).__name__} takes padded rows, and this batch was made for a model without padding: "
                 "give the collator the plan's `padded` and `multiple`"
             )
-        inputs = {"input_ids": group.pad(input_ids_T), "attention_mask": None, **self._always}
+        ids_RxL = group.pad(input_ids_T)
+        inputs = {"input_ids": ids_RxL, "attention_mask": self._mask_of_all(ids_RxL), **self._always}
         if type_ids_T is not None:
             inputs["token_type_ids"] = group.pad(type_ids_T)
         if group.place_T is not None:
@@ -161,13 +169,27 @@ class Head(nn.Module):
                 inputs["token_type_ids"] = inputs["token_type_ids"].masked_fill(~real_RxL, 0)
         return inputs
 
+    def _positions(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
+        """The position of each token as the model itself counts: RoBERTa gives none to a token of padding's id."""
+        if not self._offset:
+            return packing.position_T
+        real_T = (input_ids_T != self._offset - 1).long()
+        count_T = real_T.cumsum(0)
+        before_T = ((count_T - real_T) * (packing.position_T == 0)).cummax(0).values  # of the rows before
+        return (count_T - before_T) * real_T + self._offset - 1
+
+    def _mask_of_all(self, ids_RxL: Tensor) -> Tensor | None:
+        """The mask of rows without padding: none, where the model does not guess it from the ids."""
+        return torch.ones_like(ids_RxL) if self._masked else None
+
     def _runs(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         """For each run of rows of the same length: that length, and the logits that the model gives for these alone."""
         at = 0
         runs = [(length, [length]) for length in packing.lengths] if self._single else groupby(packing.lengths)
         for length, rows in runs:
             tokens = slice(at, at := at + length * len(list(rows)))
-            inputs = {"input_ids": input_ids_T[tokens].view(-1, length), "attention_mask": None, **self._always}
+            ids_RxL = input_ids_T[tokens].view(-1, length)
+            inputs = {"input_ids": ids_RxL, "attention_mask": self._mask_of_all(ids_RxL), **self._always}
             if type_ids_T is not None:
                 inputs["token_type_ids"] = type_ids_T[tokens].view(-1, length)
             yield length, self.model(**inputs).logits
@@ -176,11 +198,13 @@ class Head(nn.Module):
         """Random ids of rows of these lengths, which end as texts do and hold no padding, and how they lie."""
         device, size = next(self.model.parameters()).device, vocabulary_size(self.model)
         input_ids_T = torch.randint(0, size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-        special = {self._padding, self._end}
-        for id in special - {None}:
-            input_ids_T[input_ids_T == id] = min({0, 1, 2} - special)
+        for id in self._special:
+            input_ids_T[input_ids_T == id] = min({*range(9)} - {*self._special})
         if self._end is not None and self._end != self._padding and self._end < size:
             input_ids_T[torch.tensor(lengths).cumsum(0) - 1] = self._end  # BART reads a row's class off this token
+        if self._inside is not None:
+            starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+            input_ids_T[starts[::2] + torch.tensor(lengths)[::2] // 2] = self._inside
         packing = pack(lengths, grouped=self.padding_free).map(lambda tensor: tensor.to(device))
         return input_ids_T.to(device), packing
 
@@ -229,6 +253,7 @@ class Head(nn.Module):
 
     def _try_padded(self) -> Tensor:
         """Choose whether rows can be padded, or else share a forward; returns the logits of each row by itself."""
+        self._masked = self._guesses_mask()
         self.alone = self._single = True
         expected_NxV = self._probe()
         self._single = False
@@ -236,6 +261,39 @@ class Head(nn.Module):
         self.alone = False
         self.alone = self._differs(expected_NxV) != "" or sees_padding(self.model, self._probe, self._padding)
         return expected_NxV
+
+    def _guesses_mask(self) -> bool:
+        """Whether a special id inside a row that comes without a mask is taken for padding, as in XLM."""
+        for id in self._special:
+            self._inside = id
+            row_1xL = self.trial([7])[0][None]
+            self._inside = None
+            try:
+                guessed, told = (
+                    self.model(input_ids=row_1xL, attention_mask=mask, **self._always).logits
+                    for mask in (None, torch.ones_like(row_1xL))
+                )
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                continue
+            if guessed.shape != told.shape or not (guessed - told).abs().max() <= 1e-4 * told.abs().max():
+                return True
+        return False
+
+    def _find_misread(self) -> tuple[int, ...]:
+        """`misread`, once the shortcuts are chosen."""
+        found, chosen = [], (self.alone, self._single)
+        for id in self._special:
+            self._inside = id
+            self.alone = self._single = True
+            try:
+                expected_NxV = self._probe()
+            except (IndexError, RuntimeError, ValueError):
+                expected_NxV = torch.zeros(0)
+            self.alone, self._single = chosen
+            if self._differs(expected_NxV):
+                found.append(id)
+        self._inside = None
+        return tuple(found)
 
     def _try_padding_free(self, expected_NxV: Tensor) -> None:
         chosen = getattr(self.model, "attention_is_chosen", False)
@@ -245,6 +303,15 @@ class Head(nn.Module):
         self.padding_free = True
         if self._differs(expected_NxV) or self._leaks() or self._counts_rows(expected_NxV):
             self.give_up(["padding_free"])
+
+
+def _padding_row(model: PreTrainedModel) -> int | None:
+    """The id whose embedding is not trained."""
+    try:
+        padding: int | None = getattr(model.get_input_embeddings(), "padding_idx", None)
+    except NotImplementedError:
+        return None
+    return padding
 
 
 class SparseHead(Head):
@@ -277,6 +344,7 @@ class SparseHead(Head):
                 self._try_padding_free(expected_NxV)
                 self._try_short(expected_NxV)
             self._try_fused(expected_NxV)
+            self.misread = self._find_misread()
         if not self.sparse:
             saved = " but for its last product" if self.fused else ""
             log.warning(f"{type(model).__name__} runs its head on all tokens{saved}: {self.reason}")

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
+from minilm.agreement import check_agreement
 from minilm.batch import LanguageCollator
 from minilm.config import Config
 from minilm.data import load_documents
@@ -92,7 +93,9 @@ class LanguageModel:
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
         """The network with its head at the targets alone."""
-        return SparseHead(network, label_smoothing=self.settings.label_smoothing)
+        head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
+        check_agreement(head, prepared)
+        return head
 
     def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         """Loss, perplexity and bits per byte, beside a unigram model's."""

@@ -187,7 +187,8 @@ def _tell_padding(network: PreTrainedModel, padding: int) -> None:
     end = getattr(configs[1], "eos_token_id", None)
     ends = end if isinstance(end, list) else [end]
     word = min({*range(8)} - {padding, *before, *ends})
-    last = next((id for id in ends if id is not None and id not in (padding, *before)), word)
+    known = vocabulary_size(network)
+    last = next((id for id in ends if id is not None and id < known and id not in (padding, *before)), word)
     whole = torch.tensor([[word, word, last]])
     padded, mask = torch.tensor([[word, word, last], [word, last, padding]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
 

@@ -1,5 +1,6 @@
 """New models: the configuration of a type, and a model of it with random weights."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from minilm.checks import closest
 from minilm.config import Model
 from minilm.hub import loading
-from minilm.special_ids import id_count, special_fields, unused_id
+from minilm.special_ids import PADDING_FIELDS, id_count, special_fields, unused_id
 
 
 def load_configuration(name: str) -> Any:
@@ -54,6 +55,17 @@ def change_configuration(config: PretrainedConfig, fields: Mapping[str, Any]) ->
         setattr(config.get_text_config() if inner else config, field, value)
 
 
+def takes_token_types(model: Model, auto: Any) -> bool:
+    """Whether the model can be told which of two texts a token is of: DistilBERT takes no types, RoBERTa knows one."""
+    config = configuration_of(model, auto)
+    kinds = auto._model_mapping[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds
+    if "token_type_ids" not in inspect.signature(kind.forward).parameters:
+        return False
+    count: Any = model.config.get("type_vocab_size", getattr(config, "type_vocab_size", None))
+    return count is None or int(count) > 1
+
+
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
     """A model of `model.type` and `model.config`, with random weights and the special ids of the tokenizer."""
     default, size = configuration_of(model, auto), id_count(tokenizer)
@@ -71,7 +83,8 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> 
         # holds, if need be of a row more.
         torch.set_rng_state(generator)
         padding = unused_id(tokenizer)
-        network = _from_fields(model, {"vocab_size": max(size, padding + 1), **fields, "pad_token_id": padding}, auto)
+        fields |= {name: padding for name in PADDING_FIELDS if name in fields}
+        network = _from_fields(model, {"vocab_size": max(size, padding + 1), **fields}, auto)
     if network.can_generate() and network.generation_config is not None:
         network.generation_config.pad_token_id = tokenizer.pad_token_id
     return network

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.cache import open_entry
 from minilm.flat import FlatFile
 from minilm.progress import progress_bar
+from minilm.special_ids import SpecialInTexts, warn_of_special_tokens
 from minilm.tokens import Examples, fingerprint, state_of
 
 log = logging.getLogger("minilm")
@@ -30,12 +31,13 @@ def encode_pairs(
     tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
     tokenizer.backend_tokenizer.no_padding()
     key = fingerprint(documents, state_of(tokenizer), columns, max_length, columns=columns)
-    folder = open_entry(f"ids-{key}", lambda folder: _write(folder, documents, columns, tokenizer, max_length, name))
+    folder = open_entry(f"pairs-{key}", lambda folder: _write(folder, documents, columns, tokenizer, max_length, name))
     tokenizer.backend_tokenizer.no_truncation()
     offsets = np.load(folder / "offsets.npy")
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if cut := facts["cut"]:
         log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
+    warn_of_special_tokens(tokenizer, SpecialInTexts.read(folder), name)
     none = np.zeros(0, np.int64)
     return Examples(
         ids=FlatFile(folder / "ids.npy"),
@@ -57,7 +59,7 @@ def _write(
     max_length: int,
     name: str,
 ) -> None:
-    ids, types, sizes, cut = [], [], [0], 0
+    ids, types, sizes, cut, special = [], [], [0], 0, SpecialInTexts(tokenizer)
     with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
         for batch in documents.iter(batch_size=_BATCH):
             encoded = tokenizer(
@@ -72,7 +74,10 @@ def _write(
                 types.append(np.array(row.type_ids, np.uint8))
                 sizes.append(len(row.ids))
                 cut += bool(row.overflowing)
+            own = [np.extract(np.equal(row.special_tokens_mask, 0), row.ids).tolist() for row in encoded.encodings]
+            special.count(batch["text"], own, ())
             bar.update(len(batch["text"]))
+    special.write(folder)
     if "token_type_ids" not in tokenizer.model_input_names:  # its models have no use for them
         types = [np.zeros_like(row) for row in types]
     np.save(folder / "ids.npy", np.concatenate(ids))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("minilm")
 _NO_TOKEN = 2**32 - 1  # the largest id that the tokenizers library knows; it stands for a text
+PADDING_FIELDS = ("pad_token_id", "pad_index")  # the second is XLM's
 _ROLES = ("bos", "eos", "cls", "sep", "mask", "unk")
 
 
@@ -55,7 +56,7 @@ def ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], N
 
 
 def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """The special ids as fields of a configuration; None for `pad_token_id` where it is another token's id too.
+    """The special ids as fields of a configuration; None for padding's where it is another token's id too.
 
     Embeddings leave the row of `pad_token_id` at zero and do not train it. So it must not be the id of a token that
     stands in texts, such as the end of a text.
@@ -67,7 +68,8 @@ def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     for role, stand_in in (("bos", "cls"), ("eos", "sep")):
         if fields[role] is None:
             fields[role] = fields[stand_in]
-    return {f"{role}_token_id": fields[role] for role in ("pad", "bos", "eos", "cls", "sep")}
+    names = {f"{role}_token_id": fields[role] for role in ("pad", "bos", "eos", "cls", "sep", "mask")}
+    return {**names, **dict.fromkeys(PADDING_FIELDS, fields["pad"])}
 
 
 class SpecialInTexts:

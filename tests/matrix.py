@@ -39,14 +39,15 @@ from minilm.head import Head, freeze_unused
 from minilm.labels import Labels
 from minilm.model import load_model
 from minilm.objectives import objective_of
-from minilm.tokens import Prepared, train_tokenizer
+from minilm.special_ids import PADDING_FIELDS
+from minilm.tokens import Examples, Prepared, train_tokenizer
 from minilm.train import train_step
 from tests.reference import NO_EXAMPLES, pad_rows
 from tests.tiny import tiny_config
 
 LENGTHS = (30, 17, 17, 12, 5, 2, 1)
 CUTS = ((range(7),), (range(1), range(1, 4), range(4, 7)))  # a step as one micro-batch, and as three
-LONGEST, VOCABULARY, LIMIT = 32, 300, 60  # tokens, tokens, seconds of a processor
+LONGEST, VOCABULARY, LIMIT = 32, 300, 120  # tokens, tokens, seconds of a processor
 TOLERANCE, GRADIENT = 1e-5, 1e-4  # relative; the second for float32 sums over the tokens in another order
 NO_TARGET = -100
 SHORTCUTS = ("sparse", "padding_free", "alone", "fused")
@@ -122,6 +123,8 @@ class Result:
     """The same of a parameter's gradient."""
     shortcuts: dict[str, bool] = field(default_factory=dict)
     reason: str = ""
+    special: dict[str, str] = field(default_factory=dict)
+    """By situation of special ids: `equal`, `refused` before training, or what is wrong."""
     trainer: str = ""
     """`right`, or how many times the right loss Trainer's is, with one micro-batch and with three; or why it fails."""
 
@@ -182,6 +185,8 @@ def attempt(result: Result) -> None:
             count_flops(head, LONGEST)
         step = "fails"
         compare(result, head.train(), plain, tokenizer)
+        for situation in SITUATIONS:
+            result.special[situation] = special(result, situation)
     except Exception as error:
         known = type(error) is ValueError and "\n" not in str(error)
         result.refused |= step == "refused" and known
@@ -208,14 +213,98 @@ def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTr
     result.loss, result.gradient, result.measured = max(losses), max(errors), True
 
 
+def special(result: Result, situation: str) -> str:
+    """What becomes of a model in one of the SITUATIONS: `equal`, `refused` before training, or what is wrong."""
+    kind, tokenizer = HEADS[result.head], tokenizer_for(result.head, result.kind)
+    objective, changed, rows = objective_of(kind.settings), *SITUATIONS[situation](result.head, tokenizer)
+    config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
+    for part in (config, config.get_text_config()):
+        for name, id in changed.items():
+            if name in part.to_dict():
+                setattr(part, name, id)
+    step = "not built"
+    try:
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            objective.auto.from_config(config).save_pretrained(folder)
+            step, fields = "refused", LABELS.fields() if result.head == "classification" else {}
+            model = Model(name=folder)
+            network = load_model(model, tokenizer, max_length=LONGEST, seed=0, auto=objective.auto, fields=fields)
+        objective.check(network, tokenizer, ())
+        plain, examples = deepcopy(network).train(), examples_of(rows)
+        prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples, labels=LABELS, fields=fields)
+        head = objective.head(network, prepared).train()
+        freeze_unused(head)
+        step = "fails"
+        collate, padded = (
+            objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1),
+            not head.padding_free,
+        )
+        expected, gradients = reference(plain, kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS))
+        collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=padded, multiple=1)
+        for cut in CUTS:
+            batches = [collate([rows[i] for i in part], np.array(part), 0) for part in cut]
+            loss, ours = update(head, batches)
+            wrong, error = abs(loss - expected) / expected, gradient_error(ours, gradients)
+            if not (wrong <= TOLERANCE and error <= GRADIENT):
+                return f"WRONG: loss {wrong:.1e}, gradients {error:.1e}"
+    except Exception as error:
+        one_line = type(error) is ValueError and "\n" not in str(error)
+        return (
+            "refused" if step == "refused" and one_line else f"{step if step != 'refused' else 'fails'}: {said(error)}"
+        )
+    return "equal"
+
+
+def examples_of(rows: Sequence[Any]) -> Examples:
+    """The rows as the corpus that they could come from."""
+    ends = np.cumsum([0, *map(len, rows)])
+    return replace(EXAMPLES, ids=np.concatenate(rows), start=ends[:-1], stop=ends[1:])
+
+
+def _with_special(head: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[Any]]:
+    rows = [row.copy() for row in rows_of(head, tokenizer)]
+    for row in rows[:4]:
+        row[2 : 2 + len(tokenizer.all_special_ids)] = tokenizer.all_special_ids
+    rows[4][1] = tokenizer.pad_token_id
+    return {}, rows
+
+
+def _with_other_padding(head: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[Any]]:
+    rows = [row.copy() for row in rows_of(head, tokenizer)]
+    for row in rows[:5]:
+        row[[0, 2]] = _OTHER
+    return dict.fromkeys(PADDING_FIELDS, _OTHER), rows
+
+
+def _without_end(head: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[Any]]:
+    rows = [row.copy() for row in rows_of(head, tokenizer)]
+    for row in rows:
+        row[-1] = 9
+    return {}, rows
+
+
+_OTHER = 7  # an id that texts hold
+# What changes in a checkpoint's configuration, and the rows.
+SITUATIONS: dict[str, Callable[[str, PreTrainedTokenizerBase], tuple[dict[str, int], list[Any]]]] = {
+    "each special token in texts": _with_special,
+    "another padding id": _with_other_padding,
+    "no end token": _without_end,
+}
+
+
 def reference(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Gradients]:
     """Mean cross entropy of the targets in float64, and its gradients, by a plain forward of each row alone."""
-    words = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    takes = inspect.signature(model.forward).parameters
+    words = {"use_cache": False} if "use_cache" in takes else {}
     targets = sum(int((example.targets != NO_TARGET).sum()) for example in examples)
     total = 0.0
     model.zero_grad()
     for example in examples:
-        logits = model(input_ids=example.input_ids_L[None], **words).logits
+        ids_1xL = example.input_ids_L[None]
+        # As tokenizers give it: without a mask XLM takes any token of padding's id for padding.
+        mask = {"attention_mask": torch.ones_like(ids_1xL)} if "attention_mask" in takes else {}
+        logits = model(input_ids=ids_1xL, **mask, **words).logits
         logits_LxV = logits.reshape(-1, logits.shape[-1])[: example.targets.numel()].double()
         log_p_LxV = logits_LxV - logits_LxV.logsumexp(-1, keepdim=True)
         wanted_L = example.targets.reshape(-1)
@@ -338,7 +427,12 @@ def line(result: Result) -> str:
     layout = "packed" if result.shortcuts["padding_free"] else "alone" if result.shortcuts["alone"] else "padded"
     fused = "fused" if result.shortcuts.get("fused") else ""
     notes = "; ".join(filter(None, ["with is_decoder=True" * result.decoder, result.reason[:100]]))
-    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5}  Trainer: {result.trainer[:110]:22} {notes}"
+    odd = [f"{name}: {what[:80]}" for name, what in result.special.items() if what not in ("equal", "refused")]
+    told = ", ".join(name for name, what in result.special.items() if what == "refused")
+    special = "; ".join(odd) or f"special ids equal{f', refused: {told}' if told else ''}"
+    return f"{result.kind:26} {equal:6} {head:6} {layout:6} {fused:5}  {special:17}  Trainer: " + (
+        f"{result.trainer[:110]:22} {notes}"
+    )
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:
@@ -348,6 +442,9 @@ def summary(results: Sequence[Result]) -> dict[str, int]:
         "built": sum(result.built for result in results),
         "refused as it comes": sum(result.refused for result in results),
         "loss and gradients equal": sum(result.equal for result in results),
+        "special ids right": sum(
+            bool(result.special) and {*result.special.values()} <= {"equal", "refused"} for result in results
+        ),
         "sparse": sum(result.shortcuts.get("sparse", False) for result in results),
         "packed": sum(result.shortcuts.get("padding_free", False) for result in results),
         "fused": sum(result.shortcuts.get("fused", False) for result in results),

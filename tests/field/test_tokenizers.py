@@ -1,35 +1,58 @@
 """Tokenizers and checkpoints from the field: what surrounds a text, holes in the ids, padding that is a token too."""
 
+import json
+import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertTokenizerFast,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     pipeline,
 )
 
+from minilm import Batch, Classification, Config, Data, Run, Tokens
+from minilm.batch import collate_whole, join
 from minilm.causal import CausalCollator
-from minilm.config import MaskedLM, Model
+from minilm.classify import ClassHead
+from minilm.config import CausalLM, MaskedLM, Model
 from minilm.head import SparseHead
+from minilm.labels import Labels
 from minilm.masked import MaskedCollator
 from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.special_ids import id_count, ids_around
-from minilm.tokens import encode
-from minilm.train import train_step
+from minilm.tokens import Prepared, encode
+from minilm.train import train, train_step
 from minilm.vocabulary import extend_tokenizer, train_tokenizer
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.scorecard(31)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run chooses its precision
+
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 AROUND = processors.TemplateProcessing(
@@ -195,8 +218,6 @@ def test_a_new_causal_model_learns_what_comes_after_the_end_of_a_text(kind: str,
         "gemma3": {},
     }
     if kind == "gemma3":
-        from transformers import Gemma3TextConfig
-
         inner = Gemma3TextConfig(**LLAMA, head_dim=16, vocab_size=300).to_dict()
         sizes["gemma3"] = {
             "text_config": inner,
@@ -222,3 +243,280 @@ def test_a_new_causal_model_learns_what_comes_after_the_end_of_a_text(kind: str,
     if kind != "gemma3":  # whose pipeline wants a processor of images
         generate = pipeline("text-generation", str(tmp_path), max_new_tokens=3, do_sample=False)
         assert len(generate(["Once upon", "The fox"], batch_size=2)) == 2
+
+
+def checkpoint(kind: str, folder: Path, auto: Any, rows: int, **changed: Any) -> None:
+    config = tiny_config(kind, trained_tokenizer())
+    for name, value in {"vocab_size": rows, **changed}.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    auto.from_config(config).save_pretrained(folder)
+
+
+@cache
+def trained_tokenizer() -> PreTrainedTokenizerBase:
+    texts = [f"{i} and {i * i} make {i + i * i}, all told." for i in range(60)]
+    return train_tokenizer(Dataset.from_dict({"text": texts}), "bpe", 300)
+
+
+POSITIONS: dict[str, tuple[str, int | None, str]] = {
+    "a RoBERTa whose padding id is an ordinary word of the tokenizer": ("roberta", 9, "1 and 1 make 2, all told."),
+    "a RoBERTa of the usual padding id and a tokenizer of BERT's": ("roberta", 1, "[UNK] 1 and [UNK] 4 make 5."),
+    "padding in a text of RoBERTa": ("roberta", None, "12 [PAD] 144 make [PAD][PAD] 156"),
+    "padding in a text of XLM-R": ("xlm-roberta", None, "[PAD] 12 [PAD] 144 make 156"),
+    "padding in a text of CamemBERT": ("camembert", None, "12 [PAD] 144 make 156"),
+    "padding in a text of BERT": ("bert", None, "12 [PAD] 144 make 156"),
+    "padding in a text of XLM, which guesses a mask": ("xlm", None, "12 [PAD] 144 make 156"),
+    "no special token in a text of RoBERTa": ("roberta", None, "12 and 144 make 156"),
+}
+
+
+@pytest.mark.parametrize("head", ["masked", "classification"])
+@pytest.mark.parametrize("situation", POSITIONS)
+def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
+    situation: str, head: str, tmp_path: Path
+) -> None:
+    kind, padding, text = POSITIONS[situation]
+    tokenizer = trained_tokenizer()
+    changed = {} if padding is None else {"pad_token_id": padding}
+    texts = [text, "7 and 49 make 56, all told.", text + " " + text, "3"]
+    auto = AutoModelForMaskedLM if head == "masked" else AutoModelForSequenceClassification
+    checkpoint(kind, tmp_path, auto, id_count(tokenizer), **changed, num_labels=3)
+    plain = auto.from_pretrained(tmp_path).eval()
+    encoded = [tokenizer(each, return_tensors="pt") for each in texts]
+    with torch.no_grad():
+        logits = [plain(input_ids=e["input_ids"], attention_mask=e["attention_mask"]).logits[0] for e in encoded]
+    network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=50, seed=0, auto=auto)
+    assert network.config.pad_token_id == plain.config.pad_token_id
+    rows = [e["input_ids"][0].numpy() for e in encoded]
+    if head == "masked":
+        ours: Any = SparseHead(network).eval()
+        batch = collate_whole(rows, np.arange(4), 0, 0.0)
+        if not ours.padding_free:
+            ids_T, packing = join(rows, padded=True, multiple=1)
+            batch = replace(batch, packing=packing)
+        with torch.no_grad():
+            found = ours(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N)
+        expected = torch.cat(
+            [F.cross_entropy(x, e["input_ids"][0], reduction="none") for x, e in zip(logits, encoded, strict=True)]
+        )
+    else:
+        ours = ClassHead(network, Labels(problem="single-label", names=("a", "b", "c"))).eval()
+        ids_T, packing = join(rows, padded=not ours.padding_free, multiple=1)
+        first_R = (packing.position_T == 0).nonzero()[:, 0]
+        with torch.no_grad():
+            found = ours(torch.from_numpy(ids_T), packing, first_R)
+        expected = torch.stack(logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def write_rows(path: Path, texts: list[str]) -> str:
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+TEXTS = [f"{i} and {i * i} make {i + i * i}, all told." for i in range(30)]
+REFUSED: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
+    "an end token inside a text of BART": (
+        "bart",
+        [*TEXTS, "a page of HTML </s> with a tag"],
+        {},
+        r"1 of the (training|evaluation) texts hold the special token </s> .*begins 'a page of HTML.*': take it out",
+    ),
+    "no end token at all for BART": (
+        "bart",
+        TEXTS,
+        {"single": "$A"},
+        r"BartForSequenceClassification reads the class of a text at the token that ends it, .*</s> .*--tokens\.name",
+    ),
+    "an end token inside a text of T5": (
+        "t5",
+        [*TEXTS, "a page of HTML </s> with a tag"],
+        {},
+        r"1 of the (training|evaluation) texts hold the special token </s>",
+    ),
+}
+
+
+def ended(single: str = "$A </s>") -> PreTrainedTokenizerBase:
+    """As BART's: its texts end with </s>."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "</s>", "<unk>", "<mask>"]
+    backend.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", mask_token="<mask>")
+
+
+@pytest.mark.parametrize("situation", REFUSED)
+def test_a_text_that_the_model_would_misread_is_found_before_the_first_step(situation: str, tmp_path: Path) -> None:
+    kind, texts, around, message = REFUSED[situation]
+    tokenizer = ended(**around)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny_config(kind, tokenizer)
+    config.num_labels = 3
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    asked = Config(
+        data=Data(source=write_rows(tmp_path / "rows.jsonl", texts), label_column="label", eval_fraction=0.3),
+        model=Model(name=str(tmp_path / "model")),
+        batch=Batch(max_length=48, examples=4),
+        objective=Classification(),
+        run=Run(max_steps=2, output_dir=str(tmp_path / "out")),
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        train(asked)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def typed(cls: int = 0) -> PreTrainedTokenizerBase:
+    """As BERT's: it gives token types, 1 to a second text."""
+    tokenizer = words_of(*"0123456789", "and", "make", unknown="[UNK]")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"[CLS]:{cls} $A [SEP]",
+        pair=f"[CLS]:{cls} $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]", model_input_names=names, **ROLES
+    )
+
+
+def on_pairs(folder: Path, tokenizer: PreTrainedTokenizerBase, model: Model) -> Config:
+    """A short run on pairs, with this tokenizer."""
+    rows = [{"a": f"{i % 10} and {i % 7}", "b": f"make {i % 9}", "label": i % 2} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    columns = {"column": "a", "pair_column": "b", "label_column": "label"}
+    return Config(
+        data=Data(source=str(folder / "pairs.jsonl"), eval_fraction=0.25, **columns),
+        tokens=Tokens(name=str(folder / "tokenizer")),
+        model=model,
+        batch=Batch(max_length=48, examples=4),
+        objective=Classification(),
+        run=Run(max_steps=2, output_dir=str(folder / "out")),
+    )
+
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "types"),
+    [
+        ("roberta", {**SMALL, "type_vocab_size": 1}, False),
+        ("distilbert", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}, False),
+        ("bert", SMALL, True),
+    ],
+    ids=["RoBERTa of one token type", "DistilBERT, which takes none", "BERT of two"],
+)
+def test_pairs_train_whatever_token_types_the_model_knows(
+    kind: str, size: dict[str, Any], types: bool, tmp_path: Path
+) -> None:
+    train(on_pairs(tmp_path, typed(), Model(type=kind, config=size)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert ("token_type_ids" in tokenizer("1", "2")) == types
+    classify = pipeline("text-classification", str(tmp_path / "out"))
+    pairs = [{"text": "1 and 1", "text_pair": "make 2"}, {"text": "3", "text_pair": "4"}]
+    assert len(classify(pairs, batch_size=2)) == 2
+
+
+def test_more_token_types_than_the_model_knows_are_refused(tmp_path: Path) -> None:
+    asked = on_pairs(tmp_path, typed(cls=2), Model(type="bert", config=SMALL))
+    with pytest.raises(ValueError, match=r"token types up to 2 and BertForSequenceClassification knows 2: .*-size 3"):
+        train(asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "causal", "token"),
+    [
+        ("a [MASK] in a text", False, "[MASK]"),
+        ("a [PAD] in a text", False, "[PAD]"),
+        ("a [SEP] in a text", False, "[SEP]"),
+        ("two<|endoftext|>documents", True, "<|endoftext|>"),
+        ("no token", False, None),
+        ("no token", True, None),
+    ],
+)
+def test_special_tokens_in_texts_are_told_once(
+    text: str, causal: bool, token: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    documents = Dataset.from_dict({"text": ["one", "two", text, text, f"{text} {causal}"]})
+    tokenizer = train_tokenizer(documents, "bpe", 300, causal=causal)
+    for layout in ("documents", "blocks"):
+        for _ in range(2):  # from the cache too
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, "minilm"):
+                encode(documents, tokenizer, max_length=16, layout=layout, causal=causal, name="training documents")
+            told = [record.message for record in caplog.records if "special token" in record.message]
+            assert len(told) == (token is not None)
+            if token:
+                assert f"3 of the training documents hold the special token {token}, the first of them" in told[0]
+                assert repr(text) in told[0]
+
+
+def test_special_tokens_that_model_and_tokenizer_name_differently_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = trained_tokenizer()
+    checkpoint("roberta", tmp_path, AutoModelForMaskedLM, id_count(tokenizer), pad_token_id=9, eos_token_id=11)
+    network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=40, seed=0)
+    examples = encode(Dataset.from_dict({"text": TEXTS}), tokenizer, max_length=40)
+    prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+    with caplog.at_level(logging.WARNING, "minilm"):
+        objective_of(MaskedLM()).head(network, prepared)
+    (told,) = [record.message for record in caplog.records if "name other special tokens" in record.message]
+    assert "pad_token_id is 9 and 0" in told
+
+
+def test_a_checkpoint_whose_end_of_text_is_padding_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    documents = Dataset.from_dict({"text": TEXTS})
+    tokenizer = train_tokenizer(documents, "bpe", 300, causal=True)
+    config = tiny_config("llama", tokenizer)
+    assert config.pad_token_id == tokenizer.eos_token_id
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=32, seed=0, auto=AutoModelForCausalLM)
+    examples = encode(documents, tokenizer, max_length=32, causal=True)
+    with caplog.at_level(logging.WARNING, "minilm"):
+        objective_of(CausalLM()).head(network, Prepared(tokenizer=tokenizer, train=examples, eval=examples))
+    assert "<|endoftext|>, which ends texts, is padding in the model's configuration" in caplog.text
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0), (7, 0), (0, 0)], ids=["none", "another", "the same"])
+def test_a_classifier_of_last_tokens_is_told_the_padding_and_trains_its_embedding(
+    before: int | None, after: int, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(Dataset.from_dict({"text": TEXTS}), "bpe", 300, causal=True)
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "num_labels": 3}
+    config = GPT2Config(vocab_size=id_count(tokenizer), pad_token_id=before, **size)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    auto = AutoModelForSequenceClassification
+    network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=32, seed=0, auto=auto)
+    assert network.config.pad_token_id == after
+    network.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    classify = pipeline("text-classification", str(tmp_path / "out"))
+    alone = [classify(text)[0]["score"] for text in TEXTS[8:12]]
+    assert [found["score"] for found in classify(TEXTS[8:12], batch_size=4)] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("named", "advice"),
+    [
+        (True, "leave --tokens.name out to take the model's own"),
+        (False, "take the tokenizer that the model was trained with"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_told_as_it_came(named: bool, advice: str, tmp_path: Path) -> None:
+    tokenizer = trained_tokenizer()
+    checkpoint("bert", tmp_path / "model", AutoModelForMaskedLM, 100)
+    folder = tmp_path / ("other" if named else "model")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"ids up to .* 100 rows: .*{advice}"):
+        load_model(Model(name=str(tmp_path / "model")), AutoTokenizer.from_pretrained(folder), max_length=16, seed=0)

@@ -1,0 +1,118 @@
+"""What a model, its tokenizer and the examples must agree on, checked before the first step."""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.head import Head
+from minilm.model import evaluating
+from minilm.special_ids import id_count
+from minilm.tokens import Examples, Prepared
+
+log = logging.getLogger("minilm")
+
+_ROLES = ("pad", "bos", "eos", "cls", "sep", "mask")
+_PART = 2**22  # ids that are looked at in one go
+
+
+def check_agreement(head: Head, prepared: Prepared) -> None:
+    """Raise ValueError for examples that the model would read otherwise than transformers does, or not at all.
+
+    Warns of special tokens that the model's configuration and the tokenizer name differently, and of an end of text
+    whose embedding is not trained.
+    """
+    _compare_special_ids(head.model, prepared.tokenizer)
+    for part, examples in (("training", prepared.train), ("evaluation", prepared.eval)):
+        _check_types(head.model, examples)
+        for id in head.misread if len(examples) else ():
+            _check_inside(head, prepared.tokenizer, part, examples, id)
+
+
+def _compare_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = network.config.get_text_config()
+    other = []
+    for role in _ROLES:
+        ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(config, f"{role}_token_id", None)
+        # A tokenizer without a token for padding pads with the end of a text.
+        if ours is None or theirs is None or (role == "pad" and ours == tokenizer.eos_token_id):
+            continue
+        if ours != theirs and not (isinstance(theirs, list) and ours in theirs):
+            other.append(f"{role}_token_id is {theirs} and {ours}")
+    if other:
+        log.warning(
+            f"the model's configuration and the tokenizer name other special tokens ({', '.join(other)}): the model "
+            "keeps its own"
+        )
+    padding = getattr(network.get_input_embeddings() if _has_embeddings(network) else None, "padding_idx", None)
+    if padding is not None and padding == tokenizer.eos_token_id:
+        log.warning(
+            f"{tokenizer.eos_token}, which ends texts, is padding in the model's configuration (pad_token_id "
+            f"{padding}): its row of the embedding is not trained"
+        )
+
+
+def _has_embeddings(network: PreTrainedModel) -> bool:
+    try:
+        return network.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
+
+
+def _check_types(network: PreTrainedModel, examples: Examples) -> None:
+    known = getattr(network.config.get_text_config(), "type_vocab_size", None)
+    if examples.types is None or not isinstance(known, int) or known < 1:
+        return
+    largest = max(int(types.max(initial=0)) for types in _parts(examples.types))
+    if largest >= known:
+        raise ValueError(
+            f"the tokenizer gives token types up to {largest} and {type(network).__name__} knows {known}: pass the "
+            "model's own tokenizer with --tokens.name, or for a new model --model.config.type-vocab-size "
+            f"{largest + 1}"
+        )
+
+
+def _check_inside(head: Head, tokenizer: PreTrainedTokenizerBase, part: str, examples: Examples, id: int) -> None:
+    """Raise ValueError for a text with the id in it; rows that are classified may all have it equally often."""
+    count_E = np.concatenate([*_counts(examples, id)])
+    usual = 0 if examples.labels is None else int(np.bincount(count_E).argmax())
+    name, token = type(head.model).__name__, tokenizer.convert_ids_to_tokens(id) if id < id_count(tokenizer) else ""
+    if usual == 0 and not _can_read(head.model, examples[int(count_E.argmin())]):
+        raise ValueError(
+            f"{name} reads the class of a text at the token that ends it, by its configuration {token} (eos_token_id "
+            f"{id}), and the tokenizer puts none there: pass the model's own tokenizer with --tokens.name"
+        )
+    if (others := np.flatnonzero(count_E != usual)).size:
+        text = str(tokenizer.decode(examples[int(others[0])], skip_special_tokens=True)).strip()
+        raise ValueError(
+            f"{len(others):,} of the {part} texts hold the special token {token} (id {id}), by which {name} finds "
+            f"where a row ends; the first of them begins {text[:40]!r}: take it out of the text"
+        )
+
+
+def _can_read(network: PreTrainedModel, row: NDArray[np.int64]) -> bool:
+    try:
+        with evaluating(network):
+            network(input_ids=torch.from_numpy(row)[None].to(network.device))
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _counts(examples: Examples, id: int) -> Iterator[NDArray[np.int64]]:
+    """How often each example's text holds the id, some examples at a time."""
+    at = 0
+    while at < len(examples):
+        stop = max(at + 1, int(np.searchsorted(examples.stop, examples.start[at] + _PART)))
+        first = int(examples.start[at])
+        hits = np.append(0, np.cumsum(examples.ids[first : int(examples.stop[stop - 1])] == id))
+        yield hits[examples.stop[at:stop] - first] - hits[examples.start[at:stop] - first]
+        at = stop
+
+
+def _parts(flat: object) -> Iterator[NDArray[np.uint8]]:
+    for at in range(0, len(flat), _PART):  # type: ignore[arg-type]
+        yield flat[at : at + _PART]  # type: ignore[index]

@@ -5,6 +5,7 @@ import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, TextIO
 
 from minilm.columns import Column
@@ -14,6 +15,8 @@ log = logging.getLogger("minilm")
 
 _DELIMITERS = (",", ";", "\t", "|")
 _NAMES = {"\t": "a tab"}
+# A file is read several times: for training, for evaluation, for its labels.
+_say = lru_cache(maxsize=None)(log.warning)
 # An unclosed quote takes all that follows: it must not fill the memory.
 csv.field_size_limit(2**28)
 _SEPARATOR = re.compile(r"sep=(.)[\r\n]*")
@@ -93,7 +96,7 @@ def _find_delimiter(path: str, columns: Sequence[Column], encoding: str, newline
         raise ValueError(f"{path}, line 1: {listed} could separate the fields; pass --data.delimiter")
     if fitting:
         if fitting[0] != usual:
-            log.info(f"{path}: {_NAMES.get(fitting[0], fitting[0])} separates the fields, by the header")
+            _say(f"{path}: {_NAMES.get(fitting[0], fitting[0])} separates the fields, by the header")
         return fitting[0]
     if len(headers[usual]) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
         return several[0]
@@ -126,7 +129,7 @@ def _places(header: list[str], columns: Sequence[Column], where: str) -> list[in
             error = column.missing(where, names)
             raise ValueError(f"{error}, or pass --data.delimiter" if len(names) == 1 else str(error))
         if header.count(column.name) > 1:
-            log.warning(
+            _say(
                 f"WARNING: {where}: {column.name!r} is the name of {header.count(column.name)} columns; the first is "
                 f"read, and the next is {column.name}.1"
             )
@@ -192,7 +195,7 @@ def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Itera
 
 def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
     """(why a file with tabs is not one without quoting, or nothing; whether it is to be read with quotes)."""
-    tabs, first, well_formed, sign = -1, 0, True, False
+    tabs, first, well_formed, sign, opens = -1, 0, True, False, False
     with open_text(path, encoding, newline) as file:
         for number, line in enumerate(file, start=1 + _skip_separator(file)):
             text = _without_end(line, newline)
@@ -209,6 +212,9 @@ def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
                 if '"' in field:
                     well_formed &= _QUOTED_FIELD.fullmatch(field) is not None
                     sign |= '""' in field or "\r" in field
+                    opens |= field.startswith('"')
+    if opens and not (well_formed and sign):
+        _say(f"{path}: quotes are text, as every line has the header's number of tabs")
     return "", well_formed and sign
 
 

@@ -103,6 +103,7 @@ DELIMITED = {
         {"a.tsv": PARAPHRASES},
         [{"text": row[3], "pair": row[4], "label": int(row[0])} for row in PARAPHRASE_ROWS],
         options={"column": "#1 String", "pair_column": "#2 String", "label_column": "Quality"},
+        warns="a.tsv: quotes are text, as every line has the header's number of tabs",
     ),
     "a quote opens the last field of the last line of a .tsv": Situation(
         {"a.tsv": 'text\tlabel\na\tb\nc\t"d\n'}, labelled(("a", "b"), ("c", '"d')), options=LABEL

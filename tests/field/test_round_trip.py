@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import random
 import re
 import tempfile
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=FILES)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.getLogger("minilm").setLevel(logging.ERROR)
     start = time.perf_counter()
     for form, count in sorted(try_files(options.files, options.seed).items()):
         print(f"{form:<12} {count:,} files")

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from transformers import pipeline as hf_pipeline
 
+import minilm.train
 from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.batch import Batch as TensorBatch
 from minilm.head import SparseHead
@@ -220,10 +221,18 @@ def test_deterministic_algorithms_are_on_when_asked_for_and_off_again_and_change
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     outs = [str(tmp_path / name) for name in ("plain", "deterministic", "plain again")]
-    switches = []
+    switches: list[tuple[bool, str | None]] = []
+    step = minilm.train.train_step
+
+    def watched(*args: Any, **options: Any) -> Any:
+        now = (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        switches.extend([now] if switches[-1:] != [now] else [])
+        return step(*args, **options)
+
+    monkeypatch.setattr(minilm.train, "train_step", watched)
     for out, asked in zip(outs, (False, True, False), strict=True):
         train(config(documents, tmp_path, output_dir=out, deterministic=asked))
-        switches.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        assert not torch.are_deterministic_algorithms_enabled()
     assert switches == [(False, None), (True, ":4096:8"), (False, ":4096:8")]
     weights = [Path(out, "model.safetensors").read_bytes() for out in outs]
     assert weights[0] == weights[1] == weights[2]

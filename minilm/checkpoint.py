@@ -73,8 +73,8 @@ class Checkpoint:
     progress: Progress
     config: dict[str, Any]
     """The configuration of the run that wrote it, as `minilm.settings.to_dict` gives it."""
-    data: dict[str, Any]
-    """What the run knew about its training examples."""
+    inputs: dict[str, Any]
+    """What its result depends on besides, as `minilm.inputs.inputs_of` gives it."""
     scaler: dict[str, Any]
     """Where the loss scaling of fp16 stood; empty without it."""
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,12 +96,12 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
         config: Config,
-        data: dict[str, Any],
+        inputs: dict[str, Any],
         *,
         enabled: bool,
     ) -> None:
         self.folder, self.network, self.optimizer, self.tokenizer = folder, network, optimizer, tokenizer
-        self.config, self.data = config, data
+        self.config, self.inputs = config, inputs
         self.enabled = enabled and config.run.save_every > 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -129,7 +129,7 @@ class Saver:
         state = {
             "progress": dataclasses.asdict(progress),
             "config": to_dict(self.config),
-            "data": self.data,
+            "inputs": self.inputs,
             "scaler": {} if scaler is None else scaler.state_dict(),
             "optimizer": optimizer_facts(self.optimizer),
         }
@@ -228,7 +228,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             )
             _hold(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
         state = {"scaler": {}, "optimizer": {}} | _read_json(folder / _STATE)  # which older ones lack
-        whole = state.keys() == {"progress", "config", "data", "scaler", "optimizer"}
+        if "data" in state and "inputs" not in state:  # of older ones
+            state["inputs"] = {"training examples": state.pop("data")}
+        whole = state.keys() == {"progress", "config", "inputs", "scaler", "optimizer"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
         _hold(whole, f"{_STATE} does not have the parts that it should")
         return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})

@@ -26,6 +26,7 @@ from minilm.checkpoint import (
     read_checkpoint,
 )
 from minilm.config import Config, Run
+from minilm.inputs import changed_inputs, changed_versions
 from minilm.lora import is_adapted, unmerged
 from minilm.settings import flat, to_dict
 from minilm.sharding import part_like
@@ -34,11 +35,12 @@ from minilm.zero import ZeroOptimizer, writable
 
 log = logging.getLogger("minilm")
 
-# Settings that may change when a run goes on: they decide how it runs and how long, not what a step computes. Those of
-# the first line are about where it is, and no news.
-_WHERE = ("run.output_dir", "run.overwrite", "run.resume")
+# Settings that may change when a run goes on. They decide how it runs and how long, not what a step computes.
+_WHERE = ("run.output_dir", "run.overwrite", "run.resume")  # the run's own place, which is no news
+_SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name")  # what they hold is compared in their place
 _MAY_CHANGE = (
     *_WHERE,
+    *_SOURCES,
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
@@ -49,7 +51,7 @@ _MAY_CHANGE = (
 def resume(
     checkpoint: Checkpoint | None,
     config: Config,
-    data: dict[str, Any],
+    inputs: dict[str, Any],
     total: int,
     network: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
@@ -57,14 +59,16 @@ def resume(
 ) -> Progress:
     """Put the model and the optimizer where the checkpoint was, and return how far that is; without one, the start.
 
+    inputs: what the result depends on besides the settings, by `minilm.inputs.inputs_of`.
     precision: what this job computes in; where `auto` chose it and had chosen another one before, a warning says so.
     Raises ValueError when the checkpoint is of another run, TrainingStopped when its run is finished.
     """
     if checkpoint is None:
         return Progress()
     changed = check_settings(checkpoint, config)
-    if checkpoint.data != data:
-        _refuse(checkpoint, [f"the training examples were {json.dumps(checkpoint.data)}, are {json.dumps(data)}"])
+    origin = checkpoint.config.get("model", {}).get("name") != config.model.name
+    if others := changed_inputs(checkpoint.inputs, inputs, origin=origin, base=is_adapted(network)):
+        _refuse(checkpoint, "", others)
     step, folder = checkpoint.progress.step, checkpoint.folder.parent
     if step > total:
         raise ValueError(
@@ -83,6 +87,8 @@ def resume(
             f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
             f"--run.precision {before} keeps it"
         )
+    if versions := changed_versions(checkpoint.inputs, inputs):
+        log.warning(f"the run may not repeat to the bit with other versions: {versions}")
     log.info(f"resuming from {checkpoint.folder}")
     for line in changed:
         log.info(f"changed since: {line}")
@@ -94,7 +100,9 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
     if checkpoint is None:
         return []
-    before, now = flat(checkpoint.config), flat(to_dict(config))
+    # An older checkpoint lacks settings that are new, which had no effect but their default's.
+    defaults = to_dict(Config(objective=type(config.objective)()))
+    before, now = flat(defaults) | flat(checkpoint.config), flat(to_dict(config))
     if before.get("run.precision") == "auto" != config.run.precision:
         before["run.precision"] = _precision_of(checkpoint) or "auto"
     changes = {
@@ -104,7 +112,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     }
     refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
     if refused:
-        _refuse(checkpoint, refused)
+        _refuse(checkpoint, " with other settings", refused)
     return [change for name, change in changes.items() if name not in _WHERE]
 
 
@@ -134,9 +142,9 @@ def _precision_of(checkpoint: Checkpoint) -> str | None:
     return found if found in ("fp32", "bf16", "fp16") else None
 
 
-def _refuse(checkpoint: Checkpoint, changes: list[str]) -> NoReturn:
+def _refuse(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
     raise ValueError(
-        f"cannot resume from {checkpoint.folder} with other settings: {'; '.join(changes)}; "
+        f"cannot resume from {checkpoint.folder}{why}: {'; '.join(changes)}; "
         "set them back, or leave run.resume out to start anew"
     )
 

@@ -60,6 +60,32 @@ def heard() -> int:
     return _heard[0]
 
 
+@contextmanager
+def hold_back_signals() -> Iterator[None]:
+    """Let SIGNALS wait until the end of the block, and for ever in the processes that are started inside it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """Take no notice of SIGNALS, unless the parent process sends them (`worker_init_fn` of a DataLoader).
+
+    Process managers signal all processes of a job. A worker that obeyed would take away the batches of the last step.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_wait_for_parent, name="signals", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def die_with_parent() -> None:
     """Get SIGTERM when the launcher dies: a launcher of one process does not hand signals on (Linux only)."""
     if sys.platform == "linux" and not os.environ.keys().isdisjoint(

@@ -1,8 +1,10 @@
 """Ends before the end: signals, and numbers that are no numbers."""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from types import FrameType
 
 import torch
@@ -13,6 +15,8 @@ from minilm.config import Run
 from minilm.plan import Plan
 from minilm.record import Recorder
 from minilm.signals import SIGNALS, die_with_parent, heard, remember
+
+ECHO_SECONDS = 2.0  # torchrun hands a signal on within milliseconds; a person takes longer to press ctrl-C again
 
 
 class TrainingStopped(Exception):  # noqa: N818 - it is no error
@@ -26,6 +30,8 @@ class TrainingStopped(Exception):  # noqa: N818 - it is no error
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     """Inside it, each of SIGNALS asks for an end after the step that is running; a second SIGINT ends at once.
 
+    A launcher of several processes hands on what it gets. So a second SIGINT within two seconds may be the first one.
+
     The processes of a job hear of a signal at different moments and agree on a step by `agreed`. `saves` tells whether
     a checkpoint is written then. A signal that comes after the last `agreed` is remembered (`minilm.signals.heard`).
     """
@@ -33,6 +39,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
         self.accelerator, self.saves = accelerator, saves
         self.signal, self._answered = heard(), False
+        self._noted = -ECHO_SECONDS  # when the last signal came
         self._asked: Tensor | None = None
         self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
         self._before: dict[signal.Signals, object] = {}
@@ -50,10 +57,11 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             remember(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._noted < ECHO_SECONDS
+        if self.signal and number == signal.SIGINT and not echo:
             self._answered = True
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._noted = number, time.monotonic()
 
     def agreed(self, step: int) -> TrainingStopped | None:
         """The end after `step` that all processes agree on; every process calls it after each of its steps.

@@ -30,6 +30,7 @@ from minilm.energy import metered
 from minilm.hardware import count_flops, device_peak
 from minilm.head import Head, freeze_unused
 from minilm.hub import quiet_transformers
+from minilm.inputs import inputs_of
 from minilm.launch import attempt, finish, first_on_each_host, in_contact, nothing_left, start, together
 from minilm.lock import unlocked_at_end
 from minilm.micro import number_of, settle_micro_tokens
@@ -41,6 +42,7 @@ from minilm.push import push
 from minilm.record import Recorder, announce, run_facts, write_results, write_samples
 from minilm.resume import check_best, check_settings, load_step, resume
 from minilm.sharding import clip, distribute, is_sharded
+from minilm.signals import hold_back_signals, leave_signals_to_parent
 from minilm.stop import StopRequest, bad_gradients
 from minilm.tokens import Examples, Prepared
 from minilm.trackers import open_trackers
@@ -115,13 +117,13 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     prepared, objective = together(attempted), objective_of(config.objective)
     head, config = build_head(config, accelerator, prepared, checkpoint)
     network, cost = head.model, count_flops(head, config.batch.max_length)
+    inputs = inputs_of(prepared, network)
     if config.run.compile:
         together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
     total = config.run.steps(plan.steps_per_epoch)
-    data = prepared.train.facts()
-    progress = together(lambda: resume(checkpoint, config, data, total, network, optimizer, precision.name))
+    progress = together(lambda: resume(checkpoint, config, inputs, total, network, optimizer, precision.name))
     best = together(lambda: Best(config.run, evaluator.names, progress))
     together(lambda: claim_output_dir(folder, config.run, network, total), main_only=True)
     peak = device_peak(accelerator.device, precision.name)
@@ -131,7 +133,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         announce(folder, config, facts)
         open_trackers(accelerator, config, folder, progress.step)
     recorder = Recorder(folder, accelerator.log, total_steps=total, peak_flops=peaks, progress=progress, enabled=main)
-    saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, data, enabled=main))
+    saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=main))
     model.train()
     first = total if best.exhausted else progress.step  # out of patience: the run was killed while it was ending
     steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
@@ -246,6 +248,14 @@ class _Steps(Dataset[Item]):
         return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch, done) for ids in parts]
 
 
+class _StepLoader(DataLoader[Item]):
+    """A DataLoader whose workers leave signals to this process, from their first moment on."""
+
+    def __iter__(self) -> Any:
+        with hold_back_signals():
+            return super().__iter__()
+
+
 def load_steps(
     plan: Plan, examples: Examples, collator: Collate, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
@@ -254,13 +264,14 @@ def load_steps(
     `steps` goes to the end of the run: a rate that changes over the run is a function of step / steps.stop.
     """
     dataset = _Steps(plan, examples, collator, accelerator.process_index, steps.stop)
-    return DataLoader(
+    return _StepLoader(
         dataset,
         batch_size=None,
         sampler=steps,
         num_workers=workers,
         collate_fn=_unchanged,  # in place of a default that would look for arrays to convert
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
     )
 
 

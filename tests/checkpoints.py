@@ -19,7 +19,15 @@ from minilm.config import Config, Run
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "training.json", "manifest.json"
 LISTED = ["config.json", WEIGHTS, MOMENTS, "tokenizer.json", "tokenizer_config.json", STATE]
-DATA = {"examples": 3, "tokens": 15, "fingerprint": "abc"}
+INPUTS = {
+    "training examples": {"examples": 3, "tokens": 15, "fingerprint": "abc"},
+    "evaluation examples": {"examples": 1, "tokens": 5, "fingerprint": "def", "parts": {}},
+    "tokenizer": "ghi",
+    "model configuration": {"hidden_act": "gelu"},
+    "generation configuration": {},
+    "weights at the start": {"trained": "jkl", "frozen": "mno"},
+    "versions": {"torch": "2.13.0"},
+}
 
 
 def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> BertForMaskedLM:
@@ -47,7 +55,7 @@ def saver_in(
 ) -> Saver:
     model = network(tokenizer)
     config = Config(run=Run(save_every=save_every, keep_last=keep_last))
-    return Saver(folder, model, trained(model), tokenizer, config, DATA, enabled=enabled)
+    return Saver(folder, model, trained(model), tokenizer, config, INPUTS, enabled=enabled)
 
 
 def save(saver: Saver, step: int, figure: float | None = None) -> None:

@@ -138,10 +138,11 @@ def words(launcher: str, processes: int) -> list[str]:
     """The command line of a launcher on this host."""
     several = ("--multi_gpu", "--num_processes", str(processes)) if processes > 1 else ()
     module = {
+        "python": (),
         "accelerate": ("accelerate.commands.launch", *several, "--main_process_port", "0"),
         "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
     }[launcher]
-    return [sys.executable, "-m", *module]
+    return [sys.executable, *(("-m", *module) if module else ())]
 
 
 def write_recipe(place: Path, config: Config, planted: str) -> Path:
@@ -155,16 +156,28 @@ def write_recipe(place: Path, config: Config, planted: str) -> Path:
 
 
 def start(
-    launcher: str, config: Config, place: Path, *, processes: int = 2, planted: str = "", command: Sequence[str] = ()
+    launcher: str,
+    config: Config,
+    place: Path,
+    *,
+    processes: int = 2,
+    planted: str = "",
+    command: Sequence[str] = (),
+    group: bool = False,
 ) -> Job:
-    """Begin the run `config` under `launcher`, or forked; each process first does what is `planted`."""
+    """Begin the run `config` under `launcher`, or forked; each process first does what is `planted`.
+
+    group: under a launcher, in a process group of its own.
+    """
     stderr = place / f"stderr-{launcher}"
     if launcher == "fork":
         return Job(None, fork(lambda: _train(config, planted), stderr, processes), stderr)
     command = [*(command or words(launcher, processes)), str(write_recipe(place, config, planted))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with stderr.open("wb") as file:
-        job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+        job = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=file, start_new_session=group
+        )
     return Job(job, [psutil.Process(job.pid)], stderr)
 
 

@@ -25,7 +25,7 @@ from minilm.objectives import objective_of
 from minilm.resume import restore, resume
 from minilm.settings import to_dict
 from tests.checkpoints import (
-    DATA,
+    INPUTS,
     LISTED,
     MANIFEST,
     MOMENTS,
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_is_read_says_where_the_run_stood(tokenizer, tmp_path)
     saver.wait()
     found = read_checkpoint(tmp_path / "checkpoint-7")
     assert (found.folder, found.progress) == (tmp_path / "checkpoint-7", progress)
-    assert (found.config, found.data) == (to_dict(saver.config), DATA)
+    assert (found.config, found.inputs) == (to_dict(saver.config), INPUTS)
 
 
 def test_the_loss_scaling_of_fp16_goes_on_where_it_was(tokenizer, tmp_path):
@@ -318,7 +318,7 @@ def test_a_resume_in_another_precision_than_the_one_that_auto_chose_is_told(
     config = Config(run=Run(precision=now))
 
     def go_on() -> None:
-        resume(find_checkpoint("latest", tmp_path), config, DATA, 9, saver.network, saver.optimizer, precision=chosen)
+        resume(find_checkpoint("latest", tmp_path), config, INPUTS, 9, saver.network, saver.optimizer, precision=chosen)
 
     with caplog.at_level(logging.WARNING, logger="minilm"):
         if says is None or now == before:
@@ -336,7 +336,9 @@ def test_a_resume_without_a_record_of_the_precision_is_silent(content, tokenizer
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     save(saver, 1)
-    resume(find_checkpoint("latest", tmp_path), saver.config, DATA, 9, saver.network, saver.optimizer, precision="bf16")
+    resume(
+        find_checkpoint("latest", tmp_path), saver.config, INPUTS, 9, saver.network, saver.optimizer, precision="bf16"
+    )
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
@@ -348,7 +350,7 @@ def test_a_model_whose_original_format_has_other_names_goes_on_where_it_was(head
     auto, config = objective_of(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
     before, after = auto.from_config(config).eval(), auto.from_config(config).eval()
     optimizer = trained(before, IDS_BxL if head != "classification" else torch.tensor([0, 1]))
-    save(Saver(tmp_path, before, optimizer, tokenizer, Config(), DATA, enabled=True), 1)
+    save(Saver(tmp_path, before, optimizer, tokenizer, Config(), INPUTS, enabled=True), 1)
     checkpoint = read_checkpoint(tmp_path / "checkpoint-1")
     resumed = torch.optim.AdamW(after.parameters(), fused=True)
     restore(checkpoint, after, resumed)

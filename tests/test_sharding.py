@@ -289,7 +289,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_but_for_rounding(config, tmp
 
 
 def test_a_run_goes_on_with_the_sums_that_it_began_with(config, tmp_path) -> None:
-    before = Checkpoint(folder=tmp_path, progress=Progress(), config=to_dict(config), data={}, scaler={})
+    before = Checkpoint(folder=tmp_path, progress=Progress(), config=to_dict(config), inputs={}, scaler={})
     assert check_settings(before, config) == []
     with pytest.raises(ValueError, match=r'run\.reduce_dtype was "fp32", is "bf16"'):
         check_settings(before, rounded(config))

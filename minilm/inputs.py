@@ -1,0 +1,99 @@
+"""What the result of a run depends on besides its settings, in a form that a resumed run can compare."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minilm.record import versions
+from minilm.tokens import Prepared, state_of
+
+# Fields of a configuration that say where a model comes from, not what it computes. Weights are always float32 here.
+_ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
+
+
+def inputs_of(prepared: Prepared, network: PreTrainedModel) -> dict[str, Any]:
+    """Everything that the result depends on besides the settings, by name, as JSON types.
+
+    This is the only such list: what belongs to it is added here, and `minilm.resume` compares it. A checkpoint holds
+    all weights, so that those at the start matter to LoRA alone, and as the origin that a record names.
+    """
+    inputs = {
+        "training examples": prepared.train.facts(),
+        "evaluation examples": {**prepared.eval.facts(), "parts": prepared.eval_parts},
+        "tokenizer": _digest(state_of(prepared.tokenizer)),
+        "model configuration": _fields(network.config.to_dict()),
+        "generation configuration": _fields(network.generation_config.to_dict()) if network.can_generate() else {},
+        "weights at the start": {
+            kind: _checksum({n: p for n, p in network.named_parameters() if p.requires_grad == (kind == "trained")})
+            for kind in ("trained", "frozen")
+        },
+        "versions": versions(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(inputs, default=str))
+    return plain
+
+
+def _digest(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, and of those inside it, that decide what a model computes."""
+    return {
+        name: _fields(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if not str(name).startswith("_") and name not in _ORIGIN
+    }
+
+
+def _checksum(parameters: dict[str, Tensor]) -> str:
+    """A checksum of the bits of parameters in float32: sums of them as whole numbers, which take next to no time."""
+    bits = {name: parameter.detach().float().contiguous().view(torch.int32) for name, parameter in parameters.items()}
+    return _digest({name: int(tensor.sum(dtype=torch.int64)) for name, tensor in bits.items()})
+
+
+def changed_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
+    """What differs between two results of `inputs_of`, a line each, without the versions.
+
+    origin: the model to start from is another one by its name, so that its weights are compared. base: LoRA has frozen
+    weights, which are not in its checkpoints. What an older checkpoint does not hold is not compared.
+    """
+    changes = []
+    for part in ("training examples", "evaluation examples"):
+        if part in before and before[part] != now[part]:
+            changes.append(f"the {part} were {json.dumps(before[part])}, are {json.dumps(now[part])}")
+    if before.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+        changes.append("the tokenizer is another one: its vocabulary, its rules or its special tokens have changed")
+    same_library = _library(before) == _library(now)
+    for part in ("model configuration", "generation configuration"):
+        fields, others = _part(before, part, now[part]), now[part]
+        for field in sorted(fields.keys() | others.keys() if same_library else fields.keys() & others.keys()):
+            if (old := fields.get(field)) != (new := others.get(field)):
+                changes.append(f"{field} of the {part} was {json.dumps(old)}, is {json.dumps(new)}")
+    weights, others = _part(before, "weights at the start", {}), now["weights at the start"]
+    if (origin or base) and weights.get("frozen", others["frozen"]) != others["frozen"]:
+        changes.append("model.name is no longer the model that the run began with: its weights are others")
+    elif origin and weights.get("trained", others["trained"]) != others["trained"]:
+        changes.append("model.name is another model than the one that the run began with: its weights are others")
+    return changes
+
+
+def changed_versions(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The libraries that are others, in words."""
+    old, new = _part(before, "versions", {}), now["versions"]
+    return ", ".join(f"{name} was {old[name]}, is {new[name]}" for name in new if old.get(name, new[name]) != new[name])
+
+
+def _library(inputs: dict[str, Any]) -> Any:
+    """The release of transformers, of which each has fields of its own."""
+    return _part(inputs, "versions", {}).get("transformers")
+
+
+def _part(inputs: dict[str, Any], name: str, missing: dict[str, Any]) -> dict[str, Any]:
+    """A part of what a checkpoint holds, which may be anybody's work."""
+    value = inputs.get(name, missing)
+    return value if isinstance(value, dict) else {}

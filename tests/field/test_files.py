@@ -694,3 +694,13 @@ def test_reading_holds_a_part_of_a_file_in_memory(tmp_path: Path, name: str) -> 
     tracemalloc.stop()
     assert count == 16_000
     assert peak < 12 * MIB  # of 16
+
+
+def test_a_command_takes_the_delimiter_of_its_file(tmp_path: Path, run: Any) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("n^text\n1^a [MASK]\n")
+    status, _, error = run("fill-mask", str(tmp_path / "none"), "--file", str(path))
+    assert (status, len(error)) == (2, 1)
+    assert error[0].endswith("Pass --column, or pass --delimiter")
+    _, _, error = run("fill-mask", str(tmp_path / "none"), "--file", str(path), "--delimiter", "^")
+    assert "there is no such folder" in error[0]

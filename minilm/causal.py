@@ -71,7 +71,7 @@ class Causal(LanguageModel):
         return CausalCollator(tokenizer, padded=padded, multiple=multiple)
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
-        check_causal(network)
+        check_causal(network, "; where the model can be made one, pass --model.config.is-decoder True")
         check_beginnings(network, tokenizer, texts)
 
     def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -300,8 +300,11 @@ def left_out(module: nn.Module) -> AbstractContextManager[None]:
     return replaced(module, lambda x: x)
 
 
-def check_causal(network: PreTrainedModel) -> None:
-    """Raise ValueError when the logits of a token depend on the tokens after it, as BERT's do under a causal head."""
+def check_causal(network: PreTrainedModel, advice: str = "") -> None:
+    """Raise ValueError when the logits of a token depend on the tokens after it, as BERT's do under a causal head.
+
+    `advice` ends the message: what the caller's user can do.
+    """
     ids_2xL = torch.ones(2, 6, dtype=torch.int64, device=next(network.parameters()).device)
     ids_2xL[1, -1] = 2
     with evaluating(network):
@@ -309,8 +312,8 @@ def check_causal(network: PreTrainedModel) -> None:
     first, second = logits_2xLxV[:, :-1]
     if (first - second).abs().max() > 1e-4 * logits_2xLxV.abs().max():
         raise ValueError(
-            f"{type(network).__name__} sees the tokens after the one that it predicts, so that it is no causal LM; "
-            "where the model can be made one, pass --model.config.is-decoder True"
+            f"{type(network).__name__} sees the tokens after the one that it predicts, so that it is not a causal LM"
+            f"{advice}"
         )
 
 

@@ -44,7 +44,7 @@ class Recording(MaskedCollator):
     """A collator that remembers which examples it was given."""
 
     def __init__(self, tokenizer, padded: bool = False) -> None:
-        super().__init__(tokenizer, rate=0.2, seed=3, padded=padded)
+        super().__init__(tokenizer, rate=0.2, seed=3, padded=padded, multiple=1)
         self.seen = []
 
     def __call__(self, rows, examples, epoch):

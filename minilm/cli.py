@@ -16,6 +16,7 @@ from typing import NoReturn
 from minilm.checks import check
 from minilm.completion import RECIPE, recipe_completion
 from minilm.config import Config
+from minilm.job import is_main, is_one_of_several
 from minilm.settings import parse, take_seeds
 from minilm.signals import ended_by_signals, first_to_tell
 
@@ -84,7 +85,7 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
     number for a signal, and its own for what stops a run in good order. Anything else is a bug and shows its traceback,
     as everything does with `debug`.
     """
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    several = is_one_of_several(os.environ)
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:
@@ -129,4 +130,4 @@ def _show_log() -> None:
     logger = logging.getLogger("minilm")
     logger.propagate = False
     logger.handlers = [logging.StreamHandler()]
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(logging.INFO if is_main(os.environ) else logging.ERROR)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilm.head import Head
+from minilm.job import is_one_of_several, processes_here
 from minilm.plan import Step
 
 # Dense peaks in TFLOP/s from the makers' datasheets: (substring of the device's name, bf16 and fp16, fp32).
@@ -294,18 +295,21 @@ def check_launch(processes: int, environment: Mapping[str, str]) -> None:
 
     `processes` is what accelerate made of the environment. Raises ValueError with the command that works.
     """
-    wanted = int(environment.get("WORLD_SIZE", "1"))
+    wanted = int(environment.get("WORLD_SIZE") or 1)
     if wanted != processes:
         raise ValueError(f"the launcher started {wanted} processes but each of them runs alone; {_RIGHT_LAUNCH}")
     # `accelerate launch --cpu --num_processes 2` sets a rendezvous address for the one process that it starts.
     alone = "WORLD_SIZE" not in environment and "ACCELERATE_MIXED_PRECISION" in environment
-    if alone and environment.get("MASTER_ADDR") == "127.0.0.1":
-        raise ValueError(f"accelerate was asked for several processes and started only one; {_RIGHT_LAUNCH}")
+    if alone and environment.get("MASTER_ADDR") == "127.0.0.1" and "MASTER_PORT" in environment:
+        raise ValueError(
+            f"accelerate was asked for several processes and started only one; {_RIGHT_LAUNCH}; if you asked for one, "
+            "unset MASTER_ADDR, which another program left in the environment"
+        )
 
 
 def check_devices(devices: int, environment: Mapping[str, str]) -> None:
     """Refuse more processes on this machine than it has GPUs, of which each process takes one; 0 means CPUs."""
-    here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    here = processes_here(environment)
     if devices and here > devices:
         raise ValueError(
             f"{here} processes were started and there are {devices} GPUs here: "
@@ -323,7 +327,7 @@ def fair_threads(environment: Mapping[str, str]) -> int | None:
 
     Launchers set OMP_NUM_THREADS=1 for want of a better guess; None where the variable says anything else.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in environment or "LOCAL_WORLD_SIZE" in environment
+    launched = "ACCELERATE_MIXED_PRECISION" in environment or is_one_of_several(environment)
     if not launched or environment.get("OMP_NUM_THREADS") != "1":
         return None
-    return max(1, usable_processors() // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_processors() // processes_here(environment))

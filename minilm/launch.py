@@ -32,6 +32,7 @@ from minilm.hardware import (
     keep_freed_memory,
     repeat_to_the_bit,
 )
+from minilm.job import check_job, leftovers_hidden
 from minilm.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
 from minilm.signals import killed_by_signals
 from minilm.zero import hidden_from_accelerate, leave_zero, zero_stage
@@ -51,7 +52,9 @@ def join(run: Run) -> PartialState:
     cpu = _on_cpu()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
     outside = not dist.is_initialized()
-    with killed_by_signals(), hidden_from_accelerate():
+    if outside:
+        check_job(os.environ)
+    with killed_by_signals(), hidden_from_accelerate(), leftovers_hidden():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     _joined[0] |= outside and dist.is_initialized()
     check_launch(state.num_processes, os.environ)
@@ -104,7 +107,7 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     if zero and state.device.type == "cpu" and torch.accelerator.is_available():
         raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
     _check_earlier(mode, state.device)
-    with hidden_from_accelerate():
+    with hidden_from_accelerate(), leftovers_hidden():
         accelerator = Accelerator(
             mixed_precision=mode,
             cpu=_on_cpu(),

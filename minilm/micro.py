@@ -16,6 +16,7 @@ from minilm.checkpoint import Checkpoint
 from minilm.config import Config
 from minilm.hardware import peak_memory
 from minilm.head import Head
+from minilm.job import processes_here
 from minilm.sharding import is_sharded
 
 log = logging.getLogger("minilm")
@@ -121,8 +122,8 @@ class _Room:
         if self.device.type == "cuda":
             self.held, self.free = torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
         else:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self.held, self.free = psutil.Process().memory_info().rss, psutil.virtual_memory().available // processes
+            share = psutil.virtual_memory().available // processes_here(os.environ)
+            self.held, self.free = psutil.Process().memory_info().rss, share
 
     def for_twice(self) -> bool:
         """Whether twice the work of what was done until now would fit, beside the optimizer's moments."""

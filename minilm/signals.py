@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from minilm.job import is_main, is_one_of_several
+
 # SIGUSR1 is the notice that SLURM's --signal=USR1@120 gives before it takes the machines away.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _heard = [0]
@@ -108,6 +110,8 @@ def _orphaned() -> bool:
 
 def first_to_tell() -> bool:
     """Whether no other process of the job on this host has told why it ends; where that is unknown: the main one."""
+    if not is_one_of_several(os.environ):
+        return True
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         try:
             # In the temporary folder that the launcher has for the processes that it started.
@@ -116,5 +120,5 @@ def first_to_tell() -> bool:
         except FileExistsError:
             return False
         except OSError:
-            pass
-    return os.environ.get("RANK", "0") == "0"
+            return True  # the launcher is gone with its folder, and these are variables that it left behind
+    return is_main(os.environ)

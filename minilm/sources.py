@@ -20,6 +20,7 @@ from minilm.columns import Column
 from minilm.config import Data
 from minilm.files import ending, file_content
 from minilm.hub import expect, is_path, reason
+from minilm.job import is_main
 from minilm.rows import Blank, DatasetTable, FileTable, Table, map_rows, read_batches
 
 log = logging.getLogger("minilm")
@@ -41,7 +42,7 @@ def quiet_datasets() -> Iterator[None]:
     """The datasets library without its log, whose errors are raised too; with its bars only at a terminal, once."""
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    if not sys.stderr.isatty() or not is_main(os.environ):
         datasets.disable_progress_bars()
     try:
         yield

@@ -222,6 +222,12 @@ def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "
             job.kill()
 
 
+def launched(rank: int, processes: int = 2, port: str = "29500") -> dict[str, str]:
+    """The variables that torchrun gives to a process."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.Process]:
     """Forked processes that end with the status that `work` gives, with the environment that torchrun would give."""
     attempt = stderr.with_name(f"{stderr.name}-attempt")
@@ -239,8 +245,7 @@ def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.P
                     os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
                 sys.stdout, sys.stderr = (open(n, "w", 1, encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
                 if processes > 1:
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(processes)}
+                    os.environ |= launched(rank, processes, port)
                     os.environ["TORCHELASTIC_ERROR_FILE"] = str(attempt / "0" / "error.json")
                 os.environ["ACCELERATE_USE_CPU"] = "true"
                 AcceleratorState._reset_state(reset_partial_state=True)  # of a test that ran in this process before

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from minilm.cli import guarded, quick_imports
 from minilm.commands import main
 from minilm.infer import fill_mask, generate, load_causal_lm, load_masked_lm
 from minilm.vocabulary import train_tokenizer
+from tests.jobs import launched
 
 TEXT, TWO_MASKS = "The quick [MASK] fox.", "If [MASK] file [MASK]."
 
@@ -114,18 +116,20 @@ def fail(error: BaseException):
     return work
 
 
-@pytest.mark.parametrize(("rank", "seen"), [(None, True), ("0", True), ("1", False)])
+@pytest.mark.parametrize(("rank", "seen"), [(None, True), (0, True), (1, False)])
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [(ValueError("column 'x'"), 2, "error: column 'x'"), (KeyboardInterrupt(), 130, "interrupted")],
 )
 def test_errors_end_with_their_status_and_are_told_once_in_a_job(error, status, line, rank, seen, capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    for name, value in launched(rank).items() if rank is not None else ():
+        monkeypatch.setenv(name, value)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)  # how a process of several ends at a signal
     with pytest.raises(SystemExit) as caught:
         guarded(fail(error))
     assert caught.value.code == status
+    assert ended in ([], [status])
     assert capsys.readouterr().err.strip() == (line if seen else "")
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.settings import from_dict, parse, to_dict
+from tests.jobs import launched
 
 GROUPS = {name: MaskedLM if name == "objective" else kind for name, kind in typing.get_type_hints(Config).items()}
 FIELDS = {f"{name}.{field.name}": field for name, kind in GROUPS.items() for field in dataclasses.fields(kind)}
@@ -249,14 +250,12 @@ def test_from_run_without_a_file_is_refused() -> None:
         (["--batch.examples"], "--batch.examples"),
     ],
 )
-@pytest.mark.parametrize("rank", [None, "0", "1"])
+@pytest.mark.parametrize("rank", [None, 0, 1])
 def test_a_bad_flag_exits_with_status_2_and_only_the_first_process_speaks(
-    flags: list[str], said: str, rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str], said: str, rank: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if rank is None:
-        monkeypatch.delenv("RANK", raising=False)
-    else:
-        monkeypatch.setenv("RANK", rank)
+    for name, value in launched(rank).items() if rank is not None else ():
+        monkeypatch.setenv(name, value)
     stderr = sys.stderr
     with pytest.raises(SystemExit) as end:
         parse(Config(), arguments=flags)
@@ -264,7 +263,7 @@ def test_a_bad_flag_exits_with_status_2_and_only_the_first_process_speaks(
     assert end.value.code == 2
     assert sys.stderr is stderr
     assert output.out == ""
-    assert (output.err == "") if rank == "1" else (said in output.err)
+    assert (output.err == "") if rank == 1 else (said in output.err)
 
 
 @pytest.mark.parametrize("module", ["minilm", "minilm.config"])

@@ -31,6 +31,7 @@ from minilm.hardware import (
 from minilm.head import SparseHead
 from minilm.packing import pack
 from minilm.plan import Step
+from tests.jobs import launched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS, HIDDEN, INNER, VOCABULARY = 2, 32, 48, 90
@@ -193,14 +194,15 @@ def test_a_step_costs_three_forwards_of_its_real_tokens():
 
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.scorecard(20)
 def test_more_processes_than_gpus_are_refused_with_the_number_that_works():
-    for devices, here in ((1, "2"), (2, "8")):
+    for devices, here in ((1, 2), (2, 8)):
         with pytest.raises(ValueError, match=rf"^{here} processes .* type .*--num_processes {devices} [^\n]*$"):
-            check_devices(devices, {"LOCAL_WORLD_SIZE": here})
-    for devices, environment in ((0, {"LOCAL_WORLD_SIZE": "2"}), (2, {"LOCAL_WORLD_SIZE": "2"}), (2, {})):
+            check_devices(devices, launched(0, here))
+    for devices, environment in ((0, launched(0)), (2, launched(0)), (2, {}), (1, {"LOCAL_WORLD_SIZE": "2"})):
         check_devices(devices, environment)
 
 
@@ -208,7 +210,7 @@ def test_more_processes_than_gpus_are_refused_with_the_number_that_works():
 @pytest.mark.parametrize(
     ("processes", "environment"),
     [
-        (1, {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}),  # --cpu --num_processes 2
+        (1, {**LAUNCHED, **ADDRESS, "ACCELERATE_USE_CPU": "True"}),  # --cpu --num_processes 2
         (1, {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),  # --multi_gpu --num_processes 2, no GPU
         (2, {}),
     ],
@@ -227,7 +229,8 @@ def test_launches_that_do_not_do_what_they_say_are_refused_with_the_command_that
         (1, {**LAUNCHED, "ACCELERATE_USE_CPU": "True"}),
         (2, {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
         (2, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),  # torchrun
-        (1, {"MASTER_ADDR": "127.0.0.1"}),  # left over in a shell
+        (1, ADDRESS),  # left over in a shell
+        (1, {**LAUNCHED, "MASTER_ADDR": "127.0.0.1"}),
     ],
 )
 def test_right_launches_pass(processes, environment):
@@ -242,9 +245,10 @@ def test_right_launches_pass(processes, environment):
         ({**LAUNCHED, "OMP_NUM_THREADS": "3"}, None),
         (LAUNCHED, None),
         ({**LAUNCHED, "OMP_NUM_THREADS": "1"}, 8),
-        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 4),
-        ({"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),
-        ({"LOCAL_WORLD_SIZE": "20", "OMP_NUM_THREADS": "1"}, 1),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, None),  # left over in a shell
+        ({**launched(0, 2), "OMP_NUM_THREADS": "1"}, 4),
+        ({**launched(0, 3), "OMP_NUM_THREADS": "1"}, 2),
+        ({**launched(0, 20), "OMP_NUM_THREADS": "1"}, 1),
     ],
 )
 def test_a_process_gets_its_share_of_the_cores_where_a_launcher_took_them(environment, threads, monkeypatch):

@@ -1,5 +1,7 @@
 """What a process says when it loses the others, and which one says it."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from minilm.checkpoint import Progress
 from minilm.cli import guarded
 from minilm.launch import in_contact
 from tests.checkpoints import saver_in
+from tests.jobs import launched
 
 CLOSED = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:53400. This is "
@@ -52,10 +55,12 @@ def test_of_the_processes_of_a_host_the_first_to_end_tells_why(tmp_path, monkeyp
     def lose() -> None:
         raise ConnectionError("lost")
 
-    for rank, said in (("1", "error: lost\n"), ("0", "")):
-        (tmp_path / rank).mkdir()
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path(tmp_path, rank, "error.json")))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for rank, said in ((1, "error: lost\n"), (0, "")):
+        (tmp_path / str(rank)).mkdir()
+        for name, value in launched(rank).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path(tmp_path, str(rank), "error.json")))
         with pytest.raises(SystemExit):
             guarded(lose)
         assert capsys.readouterr().err == said

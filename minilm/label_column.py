@@ -148,14 +148,20 @@ class LabelColumn:
 
     def numbers(self) -> NDArray[np.float32]:
         """The number of each row, float32[E]; text that writes one counts. Raises ValueError for anything else."""
-        names = () if self.class_names_that_are_not_numbers else self.names
+        numbers = []
         for row, value in enumerate(self.values):
             text = isinstance(value, str)
             if self.several or self.dtype == "bool" or (text and not DECIMAL.fullmatch(value.strip())):
                 self.refuse(row, "a regression needs numbers, such as 3 or 4.5")
-            if not text and not np.isfinite(value):
-                self.refuse(row, "a regression needs numbers that are finite")
-        return np.array([names[value] if names else value for value in self.values], np.float64).astype(np.float32)
+            name = self._name(row, value) if self.names else value
+            numbers.append(float(value if self.class_names_that_are_not_numbers else name))
+        with np.errstate(over="ignore"):
+            result = np.array(numbers, np.float64).astype(np.float32)
+        # Finite text or float64 can become infinite too: float("1e400"), or 1e39 as float32.
+        if not np.isfinite(result).all():
+            row = int(np.isfinite(result).argmin())
+            self.refuse(row, "a regression needs finite numbers, of at most 3.4e38 since they become float32")
+        return result
 
     def _check_several(self) -> None:
         if not self.several:
@@ -182,9 +188,10 @@ class LabelColumn:
 def _split(documents: Dataset, part: str, separator: str) -> list[list[str]]:
     """The labels of each cell, without the space around them; a blank cell holds none."""
     feature = documents.features["label"]
-    if isinstance(feature, ClassLabel) or getattr(feature, "dtype", "list") not in ("string", "large_string", "int64"):
+    if isinstance(feature, ClassLabel) or getattr(feature, "dtype", "list") not in ("string", "large_string"):
         raise ValueError(
-            f"data.label_separator: the label column of the {part} holds {feature}, and not text to split: leave it out"
+            f"data.label_separator: the label column of the {part} holds {feature}, and not text to split: leave the "
+            "separator out, or write the labels as text"
         )
     result = []
     for row, value in enumerate(documents["label"][:]):

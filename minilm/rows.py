@@ -27,7 +27,7 @@ from minilm.columns import Column, check_label, check_text
 from minilm.config import Data
 from minilm.files import ending, file_content, form, line_end, open_text, text_encoding
 
-_VERSION = 1  # of what is kept in the cache
+_VERSION = 2  # of what is kept in the cache
 _ROWS, _CHARACTERS = 1000, 2**20  # of a batch, at most; a single row can be longer
 _DELIMITED, _JSON, _COLUMNAR = (".csv", ".tsv"), (".json", ".jsonl"), (".parquet", ".arrow")
 
@@ -210,7 +210,8 @@ def read_batches(
         refused then too.
 
     A column of labels means one thing in all rows of all files: whole numbers, numbers, names, or lists of them. Where
-    all cells are texts, `01` is a name. Raises ValueError that names the line or row at fault.
+    all cells are texts, `01` is a name, and `+1` is one unless the column has decimals such as `0.5`: then all are
+    numbers. Raises ValueError that names the line or row at fault.
     """
     kinds = {column.role: survey(table, column).kind for column in columns if column.role == "label"}
     for batch in _sliced(table, columns, _parts_of(table, columns, split)):
@@ -308,8 +309,8 @@ def _survey(asked: _Asked) -> Survey:
             if not found:
                 check_label(cell, column, where)
                 raise ValueError(
-                    f"{where}: column {column.name!r} holds {cell!r:.40} where a label is expected: a number of at "
-                    "most 64 bits, a name, or a list of numbers or of names"
+                    f"{where}: column {column.name!r} holds {cell!r:.40} where a label is expected: a number (a "
+                    "whole one from -2**63 to 2**63 - 1), a name, or a list of numbers or of names"
                 )
             both = _common(kind, found, typed=table.typed) if kind else found
             if not both:
@@ -318,6 +319,7 @@ def _survey(asked: _Asked) -> Survey:
                     "write all labels alike"
                 )
             kind, first = both, first or where
+    kind = "string" if kind == "whole" else kind
     if missing and kind in ("int64", "float64"):
         raise ValueError(f"{missing}, and {first} {_said(kind)}; give the row a number or take it out")
     return Survey(rows, kind or "string")
@@ -331,16 +333,39 @@ def _said(kind: str) -> str:
 
 
 # What programs write for a number that is not there. Among words it is a word.
-_MISSING = {"nan", "-nan", "na", "n/a", "<na>", "null", "none", "inf", "-inf", "infinity", "-infinity"}
-_WHOLE = re.compile(r" *-?(0|[1-9][0-9]*) *")
-_NUMBER = re.compile(r" *-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)? *")
+_MISSING = {
+    "nan",
+    "-nan",
+    "na",
+    "n/a",
+    "<na>",
+    "null",
+    "none",
+    "inf",
+    "+inf",
+    "-inf",
+    "infinity",
+    "+infinity",
+    "-infinity",
+}
+_NUMBER = re.compile(r" *[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)? *")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+# What cells of text can be. The later of two kinds holds cells of both.
+_KINDS_OF_TEXT = ("int64", "whole", "float64", "string")
 
 
 def _kind_of_text(cell: str) -> str:
-    """What a cell of text is: a number only where it is written as numbers are, which `01` and `-0` are not."""
-    if _WHOLE.fullmatch(cell):
-        return "int64" if -(2**63) <= int(cell) < 2**63 and cell.strip() != "-0" else "string"
-    return "float64" if _NUMBER.fullmatch(cell) and math.isfinite(float(cell)) else "string"
+    """What a cell of text is: a number only where it is written as numbers are, which `01` is not.
+
+    `whole` is a whole number that int64 does not write in the same way: `+1`, `-0`, or one beyond 64 bits. It is a
+    number beside decimals. Otherwise it is a name, since as a class it would be called `1`.
+    """
+    if not _NUMBER.fullmatch(cell) or not math.isfinite(float(cell)):
+        return "string"
+    digits = cell.strip(" ")
+    if not _WHOLE.fullmatch(digits):
+        return "float64"
+    return "int64" if -(2**63) <= int(digits) < 2**63 and str(int(digits)) == digits else "whole"
 
 
 def _kind(cell: Any) -> str:
@@ -357,6 +382,8 @@ def _kind(cell: Any) -> str:
 
 def _common(one: str, other: str, *, typed: bool) -> str | None:
     """The kind that holds cells of both kinds; None where there is none."""
+    if not typed:
+        return max(one, other, key=_KINDS_OF_TEXT.index)
     if one == other or (one.startswith("list of ") and other == "list of "):
         return one
     if other.startswith("list of ") and one == "list of ":
@@ -365,7 +392,7 @@ def _common(one: str, other: str, *, typed: bool) -> str | None:
     alike = one.startswith("list of ") == other.startswith("list of ")
     if kinds == {"int64", "float64"} and alike:
         return one.replace("int64", "float64")
-    return None if typed else "string"
+    return None
 
 
 def _as_kind(cell: Any, kind: str) -> Any:

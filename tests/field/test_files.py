@@ -218,6 +218,31 @@ DELIMITED = {
         labelled(("a", "NaN"), ("b", "None"), ("c", "word"), ("d", "1")),
         options=LABEL,
     ),
+    "decimals with a plus": Situation(
+        {"a.csv": "text,label\na,+1.5\nb,0.5\nc,+2\nd,1\ne,-0\n"},
+        labelled(("a", 1.5), ("b", 0.5), ("c", 2.0), ("d", 1.0), ("e", -0.0)),
+        options=LABEL,
+    ),
+    "a point far below whole numbers with a plus": Situation(
+        {"a.csv": "text,label\n" + "a,+1\nb,1\n" * 6_000 + "c,1.5\n"},
+        labelled(*[("a", 1.0), ("b", 1.0)] * 6_000, ("c", 1.5)),
+        options=LABEL,
+    ),
+    "whole numbers with a plus": Situation(
+        {"a.csv": "text,label\na,+1\nb,-1\nc,0\n"}, labelled(("a", "+1"), ("b", "-1"), ("c", "0")), options=LABEL
+    ),
+    "telephone numbers": Situation(
+        {"a.csv": "text,label\na,+4930123\nb,030123\n"}, labelled(("a", "+4930123"), ("b", "030123")), options=LABEL
+    ),
+    "a leading zero beside decimals": Situation(
+        {"a.csv": "text,label\na,01\nb,1.5\n"}, labelled(("a", "01"), ("b", "1.5")), options=LABEL
+    ),
+    "plus infinity beside numbers": Situation(
+        {"a.csv": "text,label\na,1.5\nb,+inf\n"}, says="line 3: column 'label' holds '.inf'", options=LABEL
+    ),
+    "a whole number beyond 64 bits beside decimals": Situation(
+        {"a.csv": f"text,label\na,{10**20}\nb,0.5\n"}, labelled(("a", 1e20), ("b", 0.5)), options=LABEL
+    ),
     "an empty label": Situation(
         {"a.csv": "text,label\na,1\nb,\n"}, says="a.csv, line 3: column 'label' holds no label", options=LABEL
     ),
@@ -325,7 +350,7 @@ JSON = {
     ),
     "a label beyond 64 bits": Situation(
         {"a.jsonl": lines({"text": "a", "label": 10**20})},
-        says="line 1: column 'label' holds 10000.*at most 64 bits",
+        says=r"line 1: column 'label' holds 10000.*a whole one from -2\*\*63 to 2\*\*63 - 1",
         options=LABEL,
     ),
     "numbers that nobody asked for": Situation(
@@ -437,6 +462,11 @@ COLUMNAR = {
         labelled(*[("a", 2), ("b", 0), ("c", 1)] * 2),
         options=LABEL,
         source="in",
+    ),
+    "an unsigned label beyond what int64 holds": Situation(
+        {"a.parquet": as_parquet(pyarrow.table({"text": ["a"], "label": pyarrow.array([2**63 + 1], "uint64")}))},
+        says=r"row 0: column 'label' holds 9223372036854775809 .*a whole one from -2\*\*63 to 2\*\*63 - 1",
+        options=LABEL,
     ),
     "decimal labels": Situation(
         {"a.parquet": as_parquet(pyarrow.table({"text": ["a", "b"], "label": [Decimal("1.50"), Decimal("2.00")]}))},

@@ -113,13 +113,18 @@ def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], w
     """A command that takes texts."""
     command = _command(commands, name, work, what)
     _add_model(command, kind)
-    command.add_argument("texts", metavar="TEXT", nargs="*", help="none or - reads lines from standard input")
+    command.add_argument(
+        "texts",
+        metavar="TEXT",
+        nargs="*",
+        help="none or - reads lines from standard input: each line, blank ones too, with its number from 0",
+    )
     command.add_argument(
         "--file",
         metavar="FILE",
         help="take the texts from a file: each row, blank ones too, with its number from 0 (.txt: lines)",
     )
-    command.add_argument("--column", default="text", metavar="NAME", help="column of --file (default: text)")
+    command.add_argument("--column", metavar="NAME", help="column of --file (default: text)")
     command.add_argument("--delimiter", metavar="CHARACTER", help="between the fields of --file, where it is a .csv")
     return command
 
@@ -162,6 +167,9 @@ def _texts(options: argparse.Namespace) -> list[str]:
     """The texts of the command line, with the lines of standard input for `-`, or those of --file; blank ones too."""
     if options.file is not None:
         return list(_documents(options)["text"])
+    for flag in ("column", "delimiter"):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is about the rows of --file: give --file too, or leave --{flag} out")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A carriage return alone does not end a line.
         sys.stdin.reconfigure(newline="\n")
@@ -178,14 +186,19 @@ def _lines() -> list[str]:
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
+def _has_rows(options: argparse.Namespace) -> bool:
+    """Whether texts come from a file or from standard input, so that the output is joined to them by numbers."""
+    return options.file is not None or not options.texts or "-" in options.texts
+
+
 def _row_number(options: argparse.Namespace, row: int, rows: int) -> str:
-    """The number of a row of --file, from 0, before a line of output; nothing for other texts."""
-    return "" if options.file is None else f"{row:>{len(str(rows - 1))}}  "
+    """The number of a row, from 0, before a line of output; nothing where all texts are on the command line."""
+    return f"{row:>{len(str(rows - 1))}}  " if _has_rows(options) else ""
 
 
 def _row_field(options: argparse.Namespace, row: int) -> dict[str, Any]:
-    """The number of a row of --file, from 0, as a field of JSON; no field for other texts."""
-    return {} if options.file is None else {"row": row}
+    """The number of a row, from 0, as a field of JSON; no field where all texts are on the command line."""
+    return {"row": row} if _has_rows(options) else {}
 
 
 def _documents(options: argparse.Namespace) -> Any:
@@ -195,11 +208,10 @@ def _documents(options: argparse.Namespace) -> Any:
     from minilm.config import Data
     from minilm.data import read_documents
 
-    pair_column = getattr(options, "pair_column", None)
+    names = ("column", "delimiter", "pair_column")
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     try:
-        rows = read_documents(
-            Data(source=options.file, column=options.column, delimiter=options.delimiter, pair_column=pair_column)
-        )
+        rows = read_documents(Data(source=options.file, **given))
     except ValueError as error:
         # The flags have other names here.
         raise ValueError(str(error).replace("--data.", "--")) from None

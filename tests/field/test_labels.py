@@ -194,6 +194,8 @@ def test_several_labels_are_read_in_one_way_which_is_said(situation: str) -> Non
 # situation: (values, type, problem, numbers, what is said)
 NUMBERS: dict[str, tuple[list[Any], Any, str, list[float], str]] = {
     "decimals": ([0.5, 4.5], None, "auto", [0.5, 4.5], "regression, train 0.5 to 4.5, mean 2.5; eval 0.5 to 4.5"),
+    "the largest of float32": ([0.0, 2.0**128 - 2.0**104], None, "auto", [0, 2.0**128 - 2.0**104], "train 0 to 3.4"),
+    "numbers with a plus as text": (["+1.5", "+2", "-3"], None, "regression", [1.5, 2, -3], "train -3 to 2"),
     "whole decimals": ([1.0, 3.0], None, "auto", [1, 3], "all numbers are whole. If they are classes"),
     "whole numbers -3 to 3": ([-3, 0, 3], None, "regression", [-3, 0, 3], "train -3 to 3, mean 0"),
     "numbers as text": (["-1.5", " 2", "1e1"], None, "regression", [-1.5, 2, 10], "train -1.5 to 10"),
@@ -256,6 +258,34 @@ REFUSED: dict[str, tuple[Dataset, Dataset, dict[str, Any], str]] = {
         labelled([0], NO_YES),
         {"separator": ","},
         "not text to split",
+    ),
+    "a separator of whole numbers": (labelled([0, 1]), labelled([0]), {"separator": "|"}, "int64.*not text to split"),
+    "a separator of numbers": (labelled([0.5, 1.0]), labelled([1.0]), {"separator": "|"}, "not text to split"),
+    "a separator of truth values": (labelled([True, False]), labelled([True]), {"separator": "|"}, "not text to split"),
+    "a separator of lists": (labelled([["a|b"], ["c"]]), labelled([["c"]]), {"separator": "|"}, "not text to split"),
+    "a separator of whole numbers in the evaluation": (
+        labelled(["0|1", "1"]),
+        labelled([0, 1]),
+        {"separator": "|"},
+        "label column of the eval.*not text to split",
+    ),
+    "a decimal beyond float32": (labelled([0.5, 1e39]), labelled([0.5]), {}, "row 1 of the train.*1e.39: .*finite"),
+    "a decimal beyond float32 to evaluate on": (labelled([0.5, 1.5]), labelled([-1e39]), {}, "row 0 of the eval.*fini"),
+    "a decimal just beyond float32": (labelled([3.4028236e38]), labelled([0.5]), {}, "row 0 of .*finite"),
+    "text beyond float32": (labelled(["1", "1e39"]), labelled(["1"]), {"problem": "regression"}, "row 1 of .*finite"),
+    "text beyond float64": (labelled(["1", "-1e400"]), labelled(["1"]), {"problem": "regression"}, "row 1 of .*finite"),
+    "a text of 400 digits": (labelled(["1", "9" * 400]), labelled(["1"]), {"problem": "regression"}, "row 1 .*finite"),
+    "a ClassLabel beyond float32": (
+        labelled([0, 1], ClassLabel(names=["1", "1e39"])),
+        labelled([0], ClassLabel(names=["1", "1e39"])),
+        {"problem": "regression"},
+        "row 1 of .*finite",
+    ),
+    "-1 of a ClassLabel of numbers": (
+        labelled([0, -1], ClassLabel(names=["1", "5"])),
+        labelled([0], ClassLabel(names=["1", "5"])),
+        {"problem": "regression"},
+        "row 1 of .* kept secret",
     ),
     "a separator at the end": (
         labelled(["a,b", "a,"]),
@@ -439,11 +469,45 @@ def test_classify_keeps_every_row_and_prints_its_number(kind: str, tokenizer: An
     expected = pipeline("text-classification", model=name)(BLANK)
     assert [line["input"] for line in lines] == BLANK
     assert [line["labels"][0]["label"] for line in lines] == [row["label"] for row in expected]
-    assert [line.get("row") for line in lines] == ([None] * 5 if kind == "stdin" else [0, 1, 2, 3, 4])
+    assert [line["row"] for line in lines] == [0, 1, 2, 3, 4]
     plain = run("classify", name, *words, stdin=stdin)[1]
     assert len(plain) == 5
-    if kind != "stdin":
-        assert [line.split()[0] for line in plain] == ["0", "1", "2", "3", "4"]
+    assert [line.split()[0] for line in plain] == ["0", "1", "2", "3", "4"]
+
+
+def test_the_output_of_texts_on_the_command_line_has_no_numbers(tokenizer: Any, tmp_path: Path, run: Any) -> None:
+    name = saved(tmp_path / "model", tokenizer, **names("b", "a", "c"))
+    assert "row" not in json.loads(run("classify", name, "a text", "--json")[1][0])
+    assert run("classify", name, "a text")[1][0].split()[1] in ("b", "a", "c")
+    mixed = [json.loads(line) for line in run("classify", name, "a text", "-", "--json", stdin="\nmore\n")[1]]
+    assert [(line["row"], line["input"]) for line in mixed] == [(0, "a text"), (1, ""), (2, "more")]
+
+
+@pytest.mark.parametrize("command", ["classify", "fill-mask", "generate"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--file", "FILE", "--column", "foo"), "--column foo: a .txt file has no columns; leave it out"),
+        (("--column", "foo"), "--column is about the rows of --file: give --file too, or leave --column out"),
+        (("a text", "--column", "text"), "--column is about the rows of --file"),
+        (("a text", "--delimiter", ";"), "--delimiter is about the rows of --file"),
+    ],
+)
+def test_a_flag_about_a_file_is_not_ignored(
+    command: str, words: tuple[str, ...], said: str, tmp_path: Path, run: Any
+) -> None:
+    (tmp_path / "rows.txt").write_text("a text\n")
+    words = tuple(word.replace("FILE", str(tmp_path / "rows.txt")) for word in words)
+    status, output, error = run(command, "nowhere", *words, stdin="a text\n")
+    assert (status, output, len(error)) == (2, [], 1)
+    assert said in error[0]
+
+
+def test_a_second_text_needs_a_file_with_columns(tmp_path: Path, run: Any) -> None:
+    (tmp_path / "rows.txt").write_text("a text\n")
+    status, output, error = run("classify", "nowhere", "--file", str(tmp_path / "rows.txt"), "--pair-column", "foo")
+    assert (status, output, len(error)) == (2, [], 1)
+    assert error[0].endswith("no column 'foo'. There are: text. Pass --pair-column")
 
 
 def test_a_text_without_a_token_has_no_label_and_keeps_its_place(tokenizer: Any, tmp_path: Path) -> None:
@@ -465,6 +529,8 @@ def test_fill_mask_and_generate_keep_blank_rows(tokenizer: Any, tmp_path: Path, 
         (2, 0, 5),
         (2, 1, 5),
     ]
+    piped = run("fill-mask", masked, "--json", stdin=f"a {mask}\n\n{mask} and {mask}\n")[1]
+    assert [json.loads(line) for line in piped] == lines
     plain = [line for line in run("fill-mask", masked, "--file", file, "--top-k", "1")[1] if line]
     assert [line.split()[0] for line in plain] == ["0", "1", "2", "2"]
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer))).save_pretrained(
@@ -475,6 +541,11 @@ def test_fill_mask_and_generate_keep_blank_rows(tokenizer: Any, tmp_path: Path, 
     words = ("--file", file, "--max-new-tokens", "1")
     lines = [json.loads(line) for line in run("generate", str(tmp_path / "causal"), *words, "--json")[1]]
     assert [(line["row"], line["input"]) for line in lines] == [(0, "a text"), (1, ""), (2, "another")]
+    stdin = "a text\n\nanother\n"
+    piped = run("generate", str(tmp_path / "causal"), *words[2:], "--json", stdin=stdin)[1]
+    assert [json.loads(line) for line in piped] == lines
+    plain = run("generate", str(tmp_path / "causal"), *words[2:], stdin=stdin)[1]
+    assert plain[0].startswith("0  a text")
 
 
 def test_unknown_characters_are_told_once(

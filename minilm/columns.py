@@ -62,9 +62,15 @@ class Column:
 
     def missing(self, where: str, known: Sequence[str], part: str = "") -> ValueError:
         """The error about a column, or a part of its path, that is not there."""
-        part = part or self.name
-        inside = f" inside {self.name!r}" if part != self.name else ""
-        return ValueError(f"{where}: no column {closest(part, known)}{inside} Pass {_FLAGS[self.role]}")
+        outer = self.name.removesuffix(part) if part else ""
+        if outer and not known:
+            return ValueError(
+                f"{where}: no column {self.name!r}, as {outer[:-1]!r} has no columns inside; "
+                f"pass another {_FLAGS[self.role]}"
+            )
+        return ValueError(
+            f"{where}: no column {closest(self.name, [outer + name for name in known])} Pass {_FLAGS[self.role]}"
+        )
 
     def not_text(self, where: str, what: str) -> ValueError:
         """The error about a cell that holds `what` in place of a text."""

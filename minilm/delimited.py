@@ -2,21 +2,15 @@
 
 import csv
 import itertools
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, TextIO
 
 from minilm.columns import Column
-from minilm.files import ending, line_end, open_text
-
-log = logging.getLogger("minilm")
+from minilm.files import check_mark, ending, line_end, open_text, warn_once
 
 _DELIMITERS = (",", ";", "\t", "|")
 _NAMES = {"\t": "a tab"}
-# A file is read several times: for training, for evaluation, for its labels.
-_say = lru_cache(maxsize=None)(log.warning)
 # An unclosed quote takes all that follows: it must not fill the memory.
 csv.field_size_limit(2**28)
 _SEPARATOR = re.compile(r"sep=(.)[\r\n]*")
@@ -42,11 +36,11 @@ def read_delimited(
     """
     newline = line_end(path)
     delimiter = delimiter or _find_delimiter(path, columns, encoding, newline)
-    problem, quoted = "", True
+    problem, quoted, first = "", True, True
     if delimiter == "\t":
         problem, quoted = _find_quoting(path, encoding, newline)
     with open_text(path, encoding, newline) as file:
-        rows = _quoted_rows(path, file, delimiter, newline) if quoted else _plain_rows(file, newline)
+        rows = _quoted_rows(path, file, delimiter, newline) if quoted else _plain_rows(path, file, newline)
         header: list[str] = []
         try:
             for line, fields in rows:
@@ -58,7 +52,9 @@ def read_delimited(
                 if len(fields) != len(header):
                     if len(fields) == 1 < len(header) and not fields[0].strip():
                         continue  # a line of spaces
-                    raise ValueError(_wrong_count(path, line, fields, header, delimiter))
+                    others = (fields for _, fields in rows) if first else None
+                    raise ValueError(_wrong_count(path, line, fields, header, delimiter, others))
+                first = False
                 cells: list[Any] = [fields[place] for place in places]
                 if labels:
                     cells = [
@@ -96,7 +92,7 @@ def _find_delimiter(path: str, columns: Sequence[Column], encoding: str, newline
         raise ValueError(f"{path}, line 1: {listed} could separate the fields; pass --data.delimiter")
     if fitting:
         if fitting[0] != usual:
-            _say(f"{path}: {_NAMES.get(fitting[0], fitting[0])} separates the fields, by the header")
+            warn_once(f"{path}: {_NAMES.get(fitting[0], fitting[0])} separates the fields, by the header")
         return fitting[0]
     if len(headers[usual]) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
         return several[0]
@@ -106,7 +102,7 @@ def _find_delimiter(path: str, columns: Sequence[Column], encoding: str, newline
 def _header(path: str, delimiter: str, encoding: str, newline: str, *, quoted: bool = True) -> list[str]:
     """The fields of the first row; none where the file has none, or where its quotes are wrong."""
     with open_text(path, encoding, newline) as file:
-        rows = _quoted_rows(path, file, delimiter, newline) if quoted else _plain_rows(file, newline)
+        rows = _quoted_rows(path, file, delimiter, newline) if quoted else _plain_rows(path, file, newline)
         try:
             return next(rows, (0, []))[1]
         except ValueError:
@@ -129,7 +125,7 @@ def _places(header: list[str], columns: Sequence[Column], where: str) -> list[in
             error = column.missing(where, names)
             raise ValueError(f"{error}, or pass --data.delimiter" if len(names) == 1 else str(error))
         if header.count(column.name) > 1:
-            _say(
+            warn_once(
                 f"WARNING: {where}: {column.name!r} is the name of {header.count(column.name)} columns; the first is "
                 f"read, and the next is {column.name}.1"
             )
@@ -149,9 +145,10 @@ def _unique(header: list[str]) -> list[str]:
     return names
 
 
-def _plain_rows(file: TextIO, newline: str) -> Iterator[tuple[int, list[str]]]:
+def _plain_rows(path: str, file: TextIO, newline: str) -> Iterator[tuple[int, list[str]]]:
     """The rows of a file without quoting, whose delimiter is a tab."""
     for number, line in enumerate(file, start=1 + _skip_separator(file)):
+        check_mark(path, number, line)
         if text := _without_end(line, newline):
             yield number, text.split("\t")
 
@@ -166,13 +163,16 @@ def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Itera
     skipped = _skip_separator(file)
     # csv takes a carriage return for the end of a row, which inside a line it is not. A NUL stands for it meanwhile:
     # the text has none.
-    hidden = False
+    hidden, begins = False, True
 
     def hide(lines: Iterable[str]) -> Iterator[str]:
-        nonlocal hidden
-        for line in lines:
+        nonlocal hidden, begins
+        for number, line in enumerate(lines, start=1 + skipped):
+            if begins:
+                check_mark(path, number, line)
+                begins = False
             if "\r" in line and newline == "\n":
-                body = line.removesuffix("\r\n")
+                body = _without_end(line, newline)
                 if "\r" in body:
                     hidden = True
                     line = body.replace("\r", "\0") + line[len(body) :]
@@ -180,7 +180,7 @@ def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Itera
 
     reader = csv.reader(hide(file), delimiter=delimiter, strict=True)
     while True:
-        start = reader.line_num + 1 + skipped
+        start, begins = reader.line_num + 1 + skipped, True
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -214,7 +214,7 @@ def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
                     sign |= '""' in field or "\r" in field
                     opens |= field.startswith('"')
     if opens and not (well_formed and sign):
-        _say(f"{path}: quotes are text, as every line has the header's number of tabs")
+        warn_once(f"{path}: quotes are text, as every line has the header's number of tabs")
     return "", well_formed and sign
 
 
@@ -222,15 +222,43 @@ def _fields(count: int) -> str:
     return f"{count} field{'s' if count > 1 else ''}"
 
 
-def _wrong_count(path: str, line: int, fields: list[str], header: list[str], delimiter: str) -> str:
+def _wrong_count(
+    path: str, line: int, fields: list[str], header: list[str], delimiter: str, others: Iterator[list[str]] | None
+) -> str:
+    """What is wrong with a row of too few or too many fields; `others` are the rows after it where it is the first."""
     what = f"{path}, line {line}: {_fields(len(fields))} where the header has {len(header)}"
     ends = sum(field.count("\n") for field in fields)
     if ends:
         return f"{what}; quotes hold {ends} line ends of this row: double a quote that is text, and quote its field"
     name = _NAMES.get(delimiter, delimiter)
+    if len(fields) == len(header) + 1:
+        extra, blank = _compare_counts(fields, others, len(header) + 1)
+        if extra and blank:
+            return f"{what}, and every row ends in {name}; end the header in {name} too"
+        if extra:
+            return f"{what}, and every row has one field more than the header; add the name of the first column to it"
+        if not fields[-1]:
+            return f"{what}; remove the {name} at the end of the row"
+    if len(fields) + 1 == len(header) and not header[-1]:
+        return f"{what}; remove the {name} at the end of the header"
     if len(fields) > len(header):
         return f"{what}; put a text that holds {name} in quotes, or pass --data.delimiter"
     return f"{what}; give the row its missing fields, or pass --data.delimiter"
+
+
+def _compare_counts(fields: list[str], others: Iterator[list[str]] | None, count: int) -> tuple[bool, bool]:
+    """(whether every row has `count` fields, whether the last of them is always empty)."""
+    if others is None:
+        return False, False
+    blank = not fields[-1]
+    try:
+        for row in others:
+            if len(row) != count:
+                return False, False
+            blank &= not row[-1]
+    except ValueError:  # a later row cannot be read
+        return False, False
+    return True, blank
 
 
 def _wrong_quote(path: str, file: TextIO, start: int, line: int, delimiter: str, newline: str, error: csv.Error) -> str:

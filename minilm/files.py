@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,13 @@ _HASHED_BYTES = 2**30  # a longer file would take seconds to hash at each start
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 # A file that changed less than this ago can change again without another time of change.
 _CLOCK_SECONDS = 2.0
+# What is logged about a file is logged once, however often a run reads it.
+warn_once = lru_cache(maxsize=None)(log.warning)
+# A character of several bytes in UTF-8. Text in Windows-1252 has next to none.
+_MULTIBYTE = re.compile(
+    rb"[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
+    rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
+)
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -92,7 +100,7 @@ def line_end(path: str) -> str:
 
 
 def text_encoding(files: Sequence[str]) -> str:
-    """`utf-8`; or, with a warning, `cp1252` (Windows-1252, Latin-1's letters) where that is what the files are in.
+    """`utf-8`; or, with a warning, `cp1252` (Windows-1252) where no bytes of the files are multi-byte UTF-8.
 
     Raises ValueError that names the file and the line where they are in neither, or not all in the same.
     """
@@ -102,7 +110,12 @@ def text_encoding(files: Sequence[str]) -> str:
             raise ValueError(
                 f"{name}, line {line}: not UTF-8, or with NUL characters, which are no text; convert the file"
             )
-        log.warning(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
+        if other := _first_multibyte_line(name):
+            raise ValueError(
+                f"{name}, line {line}: not UTF-8, though line {other} holds UTF-8; "
+                "correct the line, or convert the file"
+            )
+        warn_once(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
     return "cp1252" if others else "utf-8"
 
 
@@ -132,6 +145,23 @@ def _line_that_is_not(name: str, encoding: str) -> int:
         what = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
         raise ValueError(f"{name}, after line {number}: cannot be read; {what} ({error})") from error
     return 0
+
+
+def _first_multibyte_line(name: str) -> int:
+    """Return the number of the first line, from 1, that holds a multi-byte character of UTF-8, or 0."""
+    with open_bytes(name) as file:
+        return next((number for number, line in enumerate(file, start=1) if _MULTIBYTE.search(line)), 0)
+
+
+def check_mark(path: str, number: int, line: str) -> None:
+    """Raise ValueError where a line after the first begins with a byte-order mark, which is not text.
+
+    Files that were joined have it there. `open_text` has removed the mark of the first line.
+    """
+    if number > 1 and line.startswith("\ufeff"):
+        raise ValueError(
+            f"{path}, line {number}: begins with a byte-order mark (U+FEFF), as where files were joined; remove it"
+        )
 
 
 def _is_text(file: IO[bytes], encoding: str) -> bool:

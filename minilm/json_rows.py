@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from minilm.columns import Column, RepeatedKeys
-from minilm.files import open_text
+from minilm.files import check_mark, open_text
 
 _CHUNK = 2**20  # characters that are read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -129,6 +129,7 @@ def _values_of_lines(path: str, file: TextIO, parse: _Parser) -> Iterator[tuple[
         except RecursionError as error:
             raise _too_deep(path, number) from error
         except json.JSONDecodeError as error:
+            check_mark(path, number, line)
             if line.strip(" \t\r\n"):
                 raise _not_json(path, number, error.msg) from error
 
@@ -149,6 +150,7 @@ def _items(window: "_Window") -> Iterator[tuple[int, Any]]:
             raise _not_json(window.path, window.line, missing)
     window.move(window.place + 1)
     if window.mark():
+        check_mark(window.path, window.line, window.text[window.place :])
         raise _not_json(window.path, window.line, "text follows the end of the array")
 
 
@@ -186,6 +188,7 @@ class _Window:
                 if cut and self._fill():
                     continue
                 line = self.line + self.text.count("\n", self.place, error.pos)
+                check_mark(self.path, line, self.text[error.pos :])
                 raise _not_json(self.path, line, error.msg) from error
             if end > len(self.text) - _UNFINISHED and self._fill():
                 continue  # a number can go on

@@ -25,7 +25,7 @@ from minilm import columnar, delimited, json_rows
 from minilm.cache import open_entry
 from minilm.columns import Column, check_label, check_text
 from minilm.config import Data
-from minilm.files import ending, file_content, form, line_end, open_text, text_encoding
+from minilm.files import check_mark, ending, file_content, form, line_end, open_text, text_encoding
 
 _VERSION = 2  # of what is kept in the cache
 _ROWS, _CHARACTERS = 1000, 2**20  # of a batch, at most; a single row can be longer
@@ -169,6 +169,7 @@ def _read_text(path: str, encoding: str, document: str) -> Rows:
     first, lines = 1, list[str]()
     with open_text(path, encoding, newline) as file:
         for number, line in enumerate(file, start=1):
+            check_mark(path, number, line)
             text = line.removesuffix(newline)
             text = text.removesuffix("\r") if newline == "\n" else text
             if document == "line":

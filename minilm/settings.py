@@ -137,6 +137,7 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
         default = dataclasses.replace(default, data=kept)
     refuse_foreign_flags(rest, default)
+    inherited = not any(word.split("=")[0] == "--data.document" for word in rest)
     default, rest = _take_fields(default, rest)
     description += (
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
@@ -154,7 +155,18 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
         if said.getvalue() and first_to_tell():  # one message for a job, not one from each process
             sys.stderr.write(said.getvalue())
         raise
-    return config
+    return _without_document(config) if inherited else config
+
+
+def _without_document(config: Config) -> Config:
+    """The configuration without a recipe's own `data.document` where no source is plain text."""
+    from minilm.sources import is_text  # imports slowly
+
+    data = config.data
+    sources = [source for source in (*data.sources, data.eval_source) if source not in (None, "pydocs")]
+    if data.document == Data.document or any(map(is_text, sources)):
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(data, document=Data.document))
 
 
 def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[str]]:

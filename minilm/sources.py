@@ -1,6 +1,7 @@
 """From a name to rows: files, folders, globs, saved datasets and the hub."""
 
 import glob
+import json
 import logging
 import os
 import re
@@ -69,12 +70,40 @@ def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
     return columns
 
 
-def check_columns(data: Data) -> None:
-    """Raise ValueError for a column of texts where no source has columns."""
+def check_settings(data: Data, *, labels: bool) -> None:
+    """Raise ValueError for a setting that no source can follow, or that needs labels where none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
-    if data.column != Data.column and all(source == "pydocs" or is_text(source) for source in sources):
+    # The ending of a source's files; nothing for pydocs, saved datasets and the hub.
+    endings = {source: ending((local_files(source) or [""])[0]) if source != "pydocs" else "" for source in sources}
+
+    def refuse(setting: str, why: str) -> None:
+        value = getattr(data, setting)
+        raise ValueError(f"--data.{setting.replace('_', '-')} {value}: {why}; leave it out")
+
+    if all(source == "pydocs" or endings[source] == ".txt" for source in sources):
         what = "pydocs has" if sources == ["pydocs"] else "a .txt file has"
-        raise ValueError(f"--data.column {data.column}: {what} no columns; leave it out")
+        if data.column != Data.column:
+            refuse("column", f"{what} no columns")
+        if data.pair_column is not None:
+            refuse("pair_column", f"{what} no columns")
+    if data.delimiter is not None and not {".csv", ".tsv"} & {*endings.values()}:
+        refuse("delimiter", "no source is .csv or .tsv")
+    if data.document != Data.document and ".txt" not in endings.values():
+        refuse("document", "no source is .txt")
+    if data.config is not None and not any(map(_is_on_hub, sources)):
+        refuse("config", "no source is a dataset on the hub")
+    if "pydocs" in data.sources and data.split != Data.split:
+        refuse("split", "pydocs has no splits")
+    if data.eval_source == "pydocs" and data.eval_split not in (None, "train"):
+        refuse("eval_split", "pydocs has no splits")
+    if not labels and data.label_column != Data.label_column:
+        refuse("label_column", "the objective reads no labels")
+    if not labels and data.label_separator is not None:
+        refuse("label_separator", "the objective reads no labels")
+
+
+def _is_on_hub(source: str) -> bool:
+    return source != "pydocs" and not is_path(source) and not files_of(source)
 
 
 def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: Blank = "keep") -> Dataset:
@@ -231,7 +260,7 @@ def _load(source: str, path: str, **options: Any) -> Any:
     split = str(options["split"])
     try:
         if os.path.isdir(path):
-            return _split_of(datasets.load_from_disk(path), split)
+            return _load_saved(path, split)
         return datasets.load_dataset(path, **options)
     except Exception as error:  # the library raises what it likes
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
@@ -244,10 +273,16 @@ def _load(source: str, path: str, **options: Any) -> Any:
         raise ValueError(f"data source {source}: {why}") from error
 
 
-def _split_of(saved: Dataset | datasets.DatasetDict, split: str) -> Dataset:
-    """A part of a saved dataset, or a slice of one."""
-    parts = {"train": saved} if isinstance(saved, Dataset) else saved
-    if (name := split.partition("[")[0]) not in parts:
-        raise ValueError(f"no split {closest(name, list(parts))}")
-    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(parts[name])})
-    return parts[name].select(range(part.from_ or 0, len(parts[name]) if part.to is None else part.to))
+def _load_saved(path: str, split: str) -> Dataset:
+    """A part of a saved dataset, or a slice of one; other parts are not read."""
+    name = split.partition("[")[0]
+    listing = Path(path, datasets.config.DATASETDICT_JSON_FILENAME)
+    names = json.loads(listing.read_text())["splits"] if listing.is_file() else ["train"]
+    if name not in names:
+        raise ValueError(f"no split {closest(name, names)}")
+    folder = Path(path, name) if listing.is_file() else Path(path)
+    if not json.loads((folder / datasets.config.DATASET_STATE_JSON_FILENAME).read_text())["_data_files"]:
+        raise ValueError("is empty")
+    rows = datasets.load_from_disk(str(folder))
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))

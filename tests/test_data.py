@@ -282,7 +282,12 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
         {"column": "a.text"},
         "line 2: column 'a.text' holds",
     ),
-    "unknown nested column": ({"a.jsonl": _jsonl(NESTED)}, "a.jsonl", {"column": "answers.txt"}, "did you mean 'text'"),
+    "unknown nested column": (
+        {"a.jsonl": _jsonl(NESTED)},
+        "a.jsonl",
+        {"column": "answers.txt"},
+        "did you mean 'answers.text'",
+    ),
 }
 
 

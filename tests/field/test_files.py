@@ -13,18 +13,20 @@ import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
 from minilm.data import load_documents, read_documents
 from minilm.files import file_content
 from minilm.objectives import prepare
+from minilm.settings import parse
 from minilm.sources import read_rows, source_facts, stream_rows
 from minilm.stream import stream_documents
 from minilm.train import train
@@ -98,6 +100,42 @@ LABEL = {"label_column": "label"}
 ODD = ["form\ffeed", "line\u2028separator", "next\u0085line", "vertical\vtab", "unit\x1fseparator", "zero\u200bwidth"]
 COLUMNS = pyarrow.table({"text": ["a", "b", "c"], "other": [1, 2, 3], "label": [2, 0, 1]})
 DELIMITED = {
+    "a byte-order mark where files without quotes were joined": Situation(
+        {"a.tsv": "text\tn\na\t1\n\ufefftext\tn\nb\t2\n"}, says="a.tsv, line 3: begins with a byte-order mark"
+    ),
+    "a byte-order mark where files with quotes were joined": Situation(
+        {"a.csv": 'text,n\n"a\n\ufeffa",1\n\n\ufeff"b",2\n'}, says="a.csv, line 5: begins with a byte-order mark"
+    ),
+    "a byte-order mark at a line inside quotes, and inside a line": Situation(
+        {"a.csv": 'text,n\n"a\n\ufeffb",1\n"\ufeffc",2\n'}, texts("a\n\ufeffb", "\ufeffc")
+    ),
+    "CR LF, cut after the last CR": Situation(
+        {"a.csv": '"text","n"\r\n"a","1"\r\n"b","2"\r'}, texts("a", "b"), options={"delimiter": ","}
+    ),
+    "row names without a name in the header": Situation(
+        {"a.csv": '"text","n"\n"1","a",1\n"2","b",2\n'},
+        says="a.csv, line 2: 3 fields where the header has 2, and every row has one field more than the header; "
+        "add the name of the first column to it",
+    ),
+    "row names without a name in a header of tabs": Situation(
+        {"a.tsv": '"text"\t"n"\n"1"\t"a"\t1\n"2"\t"b"\t2\n'},
+        says="every row has one field more than the header; add the",
+    ),
+    "a comma ends every row": Situation(
+        {"a.csv": "text,n\na,1,\nb,2,\n"}, says="line 2: .*every row ends in ,; end the header in , too"
+    ),
+    "a comma ends a row": Situation(
+        {"a.csv": "text,n\na,1,\nb,2\n"},
+        says="line 2: 3 fields where the header has 2; remove the , at the end of the row",
+    ),
+    "a comma ends the header": Situation(
+        {"a.csv": "text,n,\na,1\nb,2\n"},
+        says="line 2: 2 fields where the header has 3; remove the , at the end of the header",
+    ),
+    "a comma in the first row alone": Situation(
+        {"a.csv": "text,n\na,b,1\nb,2\n"},
+        says="line 2: 3 fields where the header has 2; put a text that holds , in quotes",
+    ),
     # Quotes
     "a file of GLUE, whose quotes are text": Situation(
         {"a.tsv": PARAPHRASES},
@@ -309,6 +347,27 @@ DELIMITED = {
 }
 LATE = [{"text": f"t{n}", "extra": n} for n in range(15_000)]
 JSON = {
+    "a byte-order mark where files were joined": Situation(
+        {"a.jsonl": '{"text": "a"}\n\ufeff{"text": "b"}\n'}, says="a.jsonl, line 2: begins with a byte-order mark"
+    ),
+    "a byte-order mark where arrays were joined": Situation(
+        {"a.json": '[{"text": "a"}]\n\ufeff[{"text": "b"}]\n'}, says="a.json, line 2: begins with a byte-order mark"
+    ),
+    "a byte-order mark where objects over lines were joined": Situation(
+        {"a.json": '{\n"text": "a"\n}\n\ufeff{\n"text": "b"\n}\n'}, says="a.json, line 4: begins with a byte-order mark"
+    ),
+    "a byte-order mark inside a text": Situation({"a.jsonl": '{"text": "\ufeffa"}\n' * 2}, texts(*["\ufeffa"] * 2)),
+    "a mistyped name inside a column": Situation(
+        {"a.jsonl": lines({"reviews": {"text": "a", "body": "b"}})},
+        says=r"line 1: no column 'reviews\.txt': did you mean 'reviews\.text'\? "
+        r"There are: reviews\.body, reviews\.text\. Pass --data\.column",
+        options={"column": "reviews.txt"},
+    ),
+    "a name inside a column of texts": Situation(
+        {"a.jsonl": lines({"reviews": "a"})},
+        says=r"line 1: no column 'reviews\.text', as 'reviews' has no columns inside; pass another --data.column",
+        options={"column": "reviews.text"},
+    ),
     "a field that changes its type late": Situation(
         {"a.jsonl": lines(*LATE, {"text": "end", "extra": {"a": [1, "b"]}})},
         texts(*(row["text"] for row in LATE), "end"),
@@ -506,6 +565,23 @@ COLUMNAR = {
     "gzip": Situation({"a.parquet.gz": gzip.compress(as_parquet(COLUMNS))}, texts("a", "b", "c")),
 }
 TEXT = {
+    "a byte-order mark in a line, and two at the beginning": Situation(
+        {"a.txt": "\ufeff\ufeffa\nb\ufeffc\n"}, texts("\ufeffa", "b\ufeffc")
+    ),
+    "a byte-order mark where files were joined": Situation(
+        {"a.txt": "\ufeffa\nb\n\ufeffc\n"}, says=r"a.txt, line 3: begins with a byte-order mark \(U\+FEFF\).*remove"
+    ),
+    "a line in Windows-1252 among UTF-8": Situation(
+        {"a.txt": "naïve\n".encode() * 3 + "naïve\n".encode("cp1252") + b"a\n"},
+        says="a.txt, line 4: not UTF-8, though line 1 holds UTF-8; correct the line, or convert the file",
+    ),
+    "UTF-8 that is cut in its last character": Situation(
+        {"a.txt": "a\n日本\n".encode() + "日".encode()[:2]}, says="a.txt, line 3: not UTF-8, though line 2 holds UTF-8"
+    ),
+    "Windows-1252 whose letters stand alone": Situation(
+        {"a.txt": "a\nnaïve “x”\n".encode("cp1252")}, texts("a", "naïve “x”"), warns="line 2: not UTF-8, so the file is"
+    ),
+    "a last line that is cut after its CR": Situation({"a.txt": "a\r\nb\r"}, texts("a", "b")),
     "a byte-order mark": Situation({"a.txt": "\ufeffa\nb\n"}, texts("a", "b")),
     "a byte-order mark in gzip": Situation({"a.txt.gz": gzip.compress("\ufeffa\nb\n".encode())}, texts("a", "b")),
     "UTF-16": Situation(
@@ -629,6 +705,99 @@ def test_a_column_where_no_source_has_columns_is_refused(tmp_path: Path) -> None
         source=(str(tmp_path / "a.txt"), str(tmp_path / "a.csv")), eval_source=str(tmp_path / "a.csv"), column="body"
     )
     assert len(load_documents(both, 0)[0]) == 42
+
+
+# (the files, the settings, the one line; nothing where the settings are right)
+SETTINGS = {
+    "a delimiter of .jsonl": ("a.jsonl", {"delimiter": ";"}, "--data.delimiter ;: no source is .csv or .tsv"),
+    "a delimiter of .txt": ("a.txt", {"delimiter": ";"}, "--data.delimiter ;: no source is .csv or .tsv"),
+    "a delimiter of pydocs": ("pydocs", {"delimiter": "tab"}, "--data.delimiter tab: no source is .csv or .tsv"),
+    "a delimiter of a saved dataset": ("saved", {"delimiter": ","}, "--data.delimiter ,: no source is .csv or .tsv"),
+    "a delimiter of .csv": ("a.csv", {"delimiter": ","}, ""),
+    "a delimiter of .csv to evaluate on": ("a.txt", {"delimiter": ",", "eval_source": "a.csv"}, ""),
+    "paragraphs of .jsonl": ("a.jsonl", {"document": "paragraph"}, "--data.document paragraph: no source is .txt"),
+    "paragraphs of a saved dataset": ("saved", {"document": "paragraph"}, "--data.document paragraph: no source is"),
+    "paragraphs of pydocs": ("pydocs", {"document": "file"}, "--data.document file: no source is .txt"),
+    "paragraphs of .txt": ("a.txt", {"document": "paragraph"}, ""),
+    "a configuration of .csv": ("a.csv", {"config": "en"}, "--data.config en: no source is a dataset on the hub"),
+    "a configuration of a saved dataset": ("saved", {"config": "en"}, "--data.config en: no source is a dataset on"),
+    "a configuration of pydocs": ("pydocs", {"config": "en"}, "--data.config en: no source is a dataset on the hub"),
+    "a split of pydocs": ("pydocs", {"split": "train[:10]"}, r"--data.split train\[:10\]: pydocs has no splits"),
+    "a split of pydocs to evaluate on": (
+        "a.txt",
+        {"eval_source": "pydocs", "eval_split": "test"},
+        "--data.eval-split test: pydocs has no splits",
+    ),
+    "a second text of pydocs": ("pydocs", {"pair_column": "b"}, "--data.pair-column b: pydocs has no columns"),
+    "a second text of .txt": ("a.txt", {"pair_column": "b"}, "--data.pair-column b: a .txt file has no columns"),
+    "labels for a language model": ("a.csv", {"label_column": "n"}, "--data.label-column n: the objective reads no"),
+    "a label separator for a language model": ("a.csv", {"label_separator": "|"}, "--data.label-separator |: the obj"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_no_source_can_follow_is_refused_before_anything_is_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a\n\nb\n" * 20)
+    Path("a.csv").write_text("text,n\n" + "a,1\n" * 40)
+    Path("a.jsonl").write_text('{"text": "a"}\n' * 40)
+    Dataset.from_dict({"text": ["a"] * 40}).save_to_disk("saved")
+    source, options, says = SETTINGS[name]
+    data = Data(source=source, **options)
+    if not says:
+        assert len(load_documents(data, 0)[0]) > 0
+        return
+    streamed = (
+        [] if "pydocs" in (source, data.eval_source) or data.document == "file" else [replace(data, streaming=True)]
+    )
+    monkeypatch.setattr("minilm.rows.file_content", lambda path: pytest.fail("a file was read"))
+    for read in (lambda: load_documents(data, 0), *(partial(stream_documents, each) for each in streamed)):
+        with pytest.raises(ValueError, match=rf"^{says.replace('|', '[|]')}[^\n]*; leave it out\Z"):
+            read()
+
+
+def test_a_recipe_keeps_its_own_kind_of_document_only_for_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "a.txt").write_text("a\n")
+    recipe = Config(data=Data(source="input.txt", document="file"))
+    sources = {name: ["--data.source", str(tmp_path / name)] for name in ("a.jsonl", "a.txt")}
+    assert parse(recipe, arguments=sources["a.jsonl"]).data.document == "line"
+    assert parse(recipe, arguments=sources["a.txt"]).data.document == "file"
+    given = parse(recipe, arguments=[*sources["a.jsonl"], "--data.document", "paragraph"])
+    with pytest.raises(ValueError, match=r"--data\.document paragraph: no source is \.txt; leave it out"):
+        load_documents(given.data, 0)
+
+
+def test_what_is_said_of_a_file_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    contents = {"a.csv": "text;n\n" + "a;1\n" * 40, "b.txt": "a\nna\xefve\n" * 20}
+    for name, said in (("a.csv", "separates the fields, by the header"), ("b.txt", "is read as Windows-1252")):
+        path = tmp_path / name
+        path.write_text(contents[name], encoding="cp1252")
+        for streaming in (False, True):
+            data = Data(source=str(path), eval_source=str(path), streaming=streaming)
+            if streaming:
+                train, parts = stream_documents(data)
+                for stream in (train, *parts.values()):
+                    assert len([*stream.texts()]) == 40
+            else:
+                load_documents(data, 0)
+        assert caplog.text.count(said) == 1
+
+
+def test_a_saved_dataset_without_rows_is_empty(tmp_path: Path) -> None:
+    columns = Features({"text": Value("string")})
+    nothing = Dataset.from_dict({"text": []}, features=columns)
+    nothing.save_to_disk(tmp_path / "nothing")
+    DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}), test=nothing).save_to_disk(tmp_path / "parts")
+    for streaming in (False, True):
+        for name, split in (("nothing", "train"), ("parts", "test"), ("nothing", "train[:5]")):
+            data = Data(source=str(tmp_path / name), split=split, streaming=streaming)
+            with pytest.raises(ValueError, match=rf"^data source {tmp_path / name}: is empty\Z"):
+                [*stream_rows(data, data.sources[0], split)] if streaming else read_rows(data, data.sources[0], split)
+    data = Data(source=str(tmp_path / "parts"))
+    assert read_rows(data, data.sources[0], "train")["text"][:] == ["a", "b"]
 
 
 WRITERS = {

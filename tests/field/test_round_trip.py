@@ -75,6 +75,8 @@ def make(draw: random.Random, long: bool = False) -> Written:
     place = draw.randrange(len(columns) - (labels is not None))
     if form not in ("jsonl", "json", "parquet", "arrow"):
         rows = [[str(cell) for cell in row] for row in rows]
+        # A byte-order mark at the beginning of a line is refused.
+        rows = [[cell.lstrip("\ufeff") for cell in row] for row in rows]
     options: dict[str, Any] = {"column": columns[place]}
     rows, content, ending = WRITERS[form](draw, columns, rows, place, options)
     if form not in ("parquet", "arrow") and draw.random() < 0.2:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
 from minilm.cache import cache_folder
@@ -80,10 +81,12 @@ def configs(place: Path) -> dict[str, Config]:
     lines = Path(text).read_text().splitlines()
     rows = [{"text": line, "pair": line[::-1], "label": number % 2} for number, line in enumerate(lines)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).save_to_disk(place / "saved")
     masked = replace(CONFIG, data=Data(source=text, eval_fraction=0.1))
     pairs = Data(source=str(place / "rows.jsonl"), eval_fraction=0.2, pair_column="pair")
     return {
         "masked LM with words": masked,
+        "masked LM of a saved dataset": replace(masked, data=Data(source=str(place / "saved"), eval_fraction=0.1)),
         "causal LM of a stream": replace(
             masked,
             data=replace(pairs, pair_column=None, streaming=True),

@@ -32,7 +32,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache_folder()
 
 
-@pytest.mark.parametrize("name", ["masked LM with words", "causal LM of a stream", "classified pairs"])
+@pytest.mark.parametrize(
+    "name", ["masked LM with words", "masked LM of a saved dataset", "causal LM of a stream", "classified pairs"]
+)
 def test_each_file_is_damaged_in_several_ways(
     name: str, home: Path, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minilm.hardware import describe
 from minilm.record import versions
 from minilm.tokens import Prepared, state_of
 
 # Fields of a configuration that say where a model comes from, not what it computes. Weights are always float32 here.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
+_CHUNK = 2**20  # numbers of a parameter that are summed at a time
+_WEIGHTS = "weights before training"
 
 
-def inputs_of(prepared: Prepared, network: PreTrainedModel) -> dict[str, Any]:
+def inputs_of(prepared: Prepared, network: PreTrainedModel, processes: int) -> dict[str, Any]:
     """Everything that the result depends on besides the settings, by name, as JSON types.
 
     This is the only such list: what belongs to it is added here, and `minilm.resume` compares it. A checkpoint holds
-    all weights, so that those at the start matter to LoRA alone, and as the origin that a record names.
+    all weights, so that those before training matter to LoRA alone, and as the origin that a record names. The
+    generation configuration changes no step, but a run exports it.
     """
     inputs = {
         "training examples": prepared.train.facts(),
@@ -27,11 +31,16 @@ def inputs_of(prepared: Prepared, network: PreTrainedModel) -> dict[str, Any]:
         "tokenizer": _digest(state_of(prepared.tokenizer)),
         "model configuration": _fields(network.config.to_dict()),
         "generation configuration": _fields(network.generation_config.to_dict()) if network.can_generate() else {},
-        "weights at the start": {
+        _WEIGHTS: {
             kind: _checksum({n: p for n, p in network.named_parameters() if p.requires_grad == (kind == "trained")})
             for kind in ("trained", "frozen")
         },
         "versions": versions(),
+        "machine": {
+            "processes": processes,
+            **describe(network.device),
+            "attention": network.config._attn_implementation,
+        },
     }
     plain: dict[str, Any] = json.loads(json.dumps(inputs, default=str))
     return plain
@@ -51,13 +60,20 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(parameters: dict[str, Tensor]) -> str:
-    """A checksum of the bits of parameters in float32: sums of them as whole numbers, which take next to no time."""
-    bits = {name: parameter.detach().float().contiguous().view(torch.int32) for name, parameter in parameters.items()}
-    return _digest({name: int(tensor.sum(dtype=torch.int64)) for name, tensor in bits.items()})
+    """A checksum of the bits of parameters in float32 and of their order."""
+    return _digest({name: _sums(parameter.detach()) for name, parameter in parameters.items()})
+
+
+def _sums(parameter: Tensor) -> list[int]:
+    """The sum of each chunk's numbers, read as whole numbers and multiplied by 1, 3, 5 and so on, modulo 2**64."""
+    bits = parameter.float().flatten().view(torch.int32)
+    factors = torch.arange(1, 2 * min(_CHUNK, len(bits)) + 1, 2, device=bits.device)
+    sums: list[int] = [int((chunk * factors[: len(chunk)]).sum()) for chunk in torch.split(bits, _CHUNK)]
+    return sums
 
 
 def changed_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
-    """What differs between two results of `inputs_of`, a line each, without the versions.
+    """What differs between two results of `inputs_of`, a line each, without the versions and the machine.
 
     origin: the model to start from is another one by its name, so that its weights are compared. base: LoRA has frozen
     weights, which are not in its checkpoints. What an older checkpoint does not hold is not compared.
@@ -74,7 +90,7 @@ def changed_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
         for field in sorted(fields.keys() | others.keys() if same_library else fields.keys() & others.keys()):
             if (old := fields.get(field)) != (new := others.get(field)):
                 changes.append(f"{field} of the {part} was {json.dumps(old)}, is {json.dumps(new)}")
-    weights, others = _part(before, "weights at the start", {}), now["weights at the start"]
+    weights, others = _part(before, _WEIGHTS, {}), now[_WEIGHTS]
     if (origin or base) and weights.get("frozen", others["frozen"]) != others["frozen"]:
         changes.append("model.name is no longer the model that the run began with: its weights are others")
     elif origin and weights.get("trained", others["trained"]) != others["trained"]:
@@ -82,10 +98,13 @@ def changed_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
     return changes
 
 
-def changed_versions(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The libraries that are others, in words."""
-    old, new = _part(before, "versions", {}), now["versions"]
-    return ", ".join(f"{name} was {old[name]}, is {new[name]}" for name in new if old.get(name, new[name]) != new[name])
+def changed_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs in the libraries and the machine, a line each: the same steps may have other bits."""
+    changes = []
+    for part in ("versions", "machine"):
+        old, new = _part(before, part, {}), now[part]
+        changes += [f"{name} was {old[name]}, is {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
+    return changes
 
 
 def _library(inputs: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from minilm.checkpoint import (
     read_checkpoint,
 )
 from minilm.config import Config, Run
-from minilm.inputs import changed_inputs, changed_versions
+from minilm.inputs import changed_circumstances, changed_inputs
 from minilm.lora import is_adapted, unmerged
 from minilm.settings import flat, to_dict
 from minilm.sharding import part_like
@@ -46,6 +46,8 @@ _MAY_CHANGE = (
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention"),
 )
+# Those of them by which a step's sums are taken in another order, or dropout draws other numbers.
+_ROUNDING = ("batch.micro_tokens", "model.gradient_checkpointing", "model.attention", "run.deterministic")
 
 
 def resume(
@@ -87,11 +89,15 @@ def resume(
             f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
             f"--run.precision {before} keeps it"
         )
-    if versions := changed_versions(checkpoint.inputs, inputs):
-        log.warning(f"the run may not repeat to the bit with other versions: {versions}")
+    rounding = [line for line in changed if line.startswith(_ROUNDING)] + changed_circumstances(
+        checkpoint.inputs, inputs
+    )
+    if rounding:
+        log.warning(f"the run may not repeat to the bit: {'; '.join(rounding)}")
     log.info(f"resuming from {checkpoint.folder}")
     for line in changed:
-        log.info(f"changed since: {line}")
+        if line not in rounding:
+            log.info(f"changed since: {line}")
     restore(checkpoint, network, optimizer)
     return checkpoint.progress
 

@@ -117,7 +117,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     prepared, objective = together(attempted), objective_of(config.objective)
     head, config = build_head(config, accelerator, prepared, checkpoint)
     network, cost = head.model, count_flops(head, config.batch.max_length)
-    inputs = inputs_of(prepared, network)
+    inputs = inputs_of(prepared, network, accelerator.num_processes)
     if config.run.compile:
         together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))

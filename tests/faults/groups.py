@@ -14,16 +14,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from minilm import Config
 from minilm.signals import SIGNALS
-from tests.jobs import config_in, end_of, finish_all, start
+from tests.jobs import LAUNCHERS, config_in, end_of, finish_all, start
 
 STEPS = 120
 Case = tuple[str, int, int, signal.Signals]
-"""Launcher, processes, loader workers of each, signal."""
+"""Launcher or fork, processes, loader workers of each, signal."""
 CASES: list[Case] = [
     case
     for case in itertools.product(("python", "accelerate", "torchrun"), (1, 2), (0, 2), SIGNALS)
@@ -34,15 +33,17 @@ CASES: list[Case] = [
 def interrupted(config: Config, place: Path, case: Case) -> str:
     """Begin a run and send the signal to its processes after a few steps; what is wrong with how it ended.
 
-    Processes that are together in a group get it at once, as from a terminal; a launcher's are in groups of their own.
+    Processes that are together in a group get it at once, as from a terminal; those of a launcher, and forked ones, are
+    in groups of their own.
     """
     launcher, processes, workers, number = case
     place.mkdir()
     folder = Path(config.run.output_dir or "")
-    job = start(launcher, config, place, processes=processes, group=True)
+    own_group = "import os; os.setpgid(0, 0)" if launcher == "fork" else ""
+    job = start(launcher, config, place, processes=processes, planted=own_group, group=True)
     try:
         job.wait_for_steps(folder, 5)
-        job.processes = [psutil.Process(job.processes[0].pid), *job.processes[0].children(recursive=True)]
+        job.processes = [one for first in job.processes for one in (first, *first.children(recursive=True))]
         assert len(job.processes) >= processes * (1 + workers)
         began = time.monotonic()
         for group in {os.getpgid(process.pid) for process in job.processes}:
@@ -61,7 +62,7 @@ def interrupted(config: Config, place: Path, case: Case) -> str:
         return "half-written, or finished"
     # A launcher that dies of the signal has its processes told of SIGTERM.
     reasons = re.findall(r"(?:stopped: |interrupted by |error: )(\w+)", told)
-    if reasons not in ([number.name], ["SIGTERM"] if launcher != "python" else []):
+    if reasons not in ([number.name], ["SIGTERM"] if launcher in LAUNCHERS else []):
         return f"told: {reasons} {told[-1500:]}"
     return ""
 

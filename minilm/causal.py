@@ -16,6 +16,7 @@ from minilm.config import CausalLM
 from minilm.infer import check_beginnings, generate
 from minilm.language import LanguageModel
 from minilm.model import check_causal
+from minilm.shell import shell_line
 from minilm.special_ids import is_token
 from minilm.tokens import Examples
 
@@ -78,4 +79,4 @@ class Causal(LanguageModel):
         return generate(network, tokenizer, [text])[0].removeprefix(text)
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-        return f'minilm generate {folder} "…"'
+        return shell_line("generate", folder, "…")

@@ -32,6 +32,7 @@ from minilm.new_model import load_configuration, takes_token_types
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
 from minilm.probing import as_if_trained
+from minilm.shell import shell_line
 from minilm.tokens import Examples, Prepared, load_tokenizer
 
 
@@ -268,7 +269,7 @@ class Classify:
         return ", ".join(f"{label.label} ({label.score:.2f})" for label in best[:3])
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-        return f'minilm classify {folder} "…"'
+        return shell_line("classify", folder, "…")
 
 
 def trained_labels(name: str | None) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from minilm.completion import RECIPE, recipe_completion
 from minilm.config import Config
 from minilm.job import is_main, is_one_of_several
 from minilm.settings import parse, take_seeds
+from minilm.shell import outlasting_readers, reader_is_gone
 from minilm.signals import ended_by_signals, first_to_tell
 
 
@@ -58,7 +59,8 @@ def run_recipe(
         else:
             (trains or train)(resolved, name)
 
-    guarded(work, debug="--debug" in sys.argv)
+    with outlasting_readers():
+        guarded(work, debug="--debug" in sys.argv)
 
 
 @contextmanager
@@ -82,13 +84,16 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
     """Run `work`; what ends it becomes one line on stderr, from one process of a job, and an exit status.
 
     That is 2 for a ValueError (what the user got wrong), 1 for an OSError (a full disk, a lost process), 128 and its
-    number for a signal, and its own for what stops a run in good order. Anything else is a bug and shows its traceback,
-    as everything does with `debug`.
+    number for a signal, 141 without a line where the reader of stdout has gone, and its own for what stops a run in
+    good order. Anything else is a bug and shows its traceback, as everything does with `debug`.
     """
     several = is_one_of_several(os.environ)
     try:
         work()
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout):
+            sys.exit(128 + signal.SIGPIPE)
         status, said = _verdict(error)
         if said is None or debug:
             if not several:

@@ -17,6 +17,7 @@ from minilm.config import MaskedLM
 from minilm.head import SparseHead
 from minilm.infer import check_masks, fill_mask
 from minilm.language import LanguageModel
+from minilm.shell import shell_line
 from minilm.special_ids import is_token
 from minilm.tokens import Examples, Prepared
 
@@ -222,4 +223,4 @@ class Masked(LanguageModel):
         return ", ".join(f"{fill.token} ({fill.probability:.0%})" for fill in best)
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-        return f'minilm fill-mask {folder} "… {tokenizer.mask_token} …"'
+        return shell_line("fill-mask", folder, f"… {tokenizer.mask_token} …")

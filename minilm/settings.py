@@ -160,11 +160,13 @@ def parse(default: Config, description: str = "", arguments: Sequence[str] | Non
 
 def _without_document(config: Config) -> Config:
     """The configuration without a recipe's own `data.document` where no source is plain text."""
-    from minilm.sources import is_text  # imports slowly
-
     data = config.data
+    if data.document == Data.document:
+        return config
+    from minilm.sources import is_text  # imports the datasets library, for which no other command line waits
+
     sources = [source for source in (*data.sources, data.eval_source) if source not in (None, "pydocs")]
-    if data.document == Data.document or any(map(is_text, sources)):
+    if any(map(is_text, sources)):
         return config
     return dataclasses.replace(config, data=dataclasses.replace(data, document=Data.document))
 

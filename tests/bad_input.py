@@ -17,6 +17,7 @@ from tests.mistakes import (
     in_turn,
     jsonl,
     labelled,
+    lower_cased,
     no_bf16,
     no_peft,
     no_permission,
@@ -364,10 +365,12 @@ ENTRIES: dict[str, Entry] = {
     "resume from another folder": Entry(flags="--run.resume bert", says="bert"),
     "resume with another model": Entry(
         flags="--run.resume latest --run.output-dir run --model.name other/model",
-        says='model.name was "bert", is "other/model"',
+        says="model 'other/model' cannot be loaded",
     ),
     "resume with another tokenizer": Entry(
-        flags="--run.resume latest --run.output-dir run --tokens.name gpt2", says="tokens.name"
+        flags="--run.resume latest --run.output-dir run --tokens.name gpt2 --run.max-steps 3",
+        prepare=lower_cased,
+        says="the tokenizer is another one",
     ),
     "resume with other documents": Entry(
         flags="--run.resume latest --run.output-dir run --run.max-steps 3",
@@ -411,7 +414,7 @@ ENTRIES: dict[str, Entry] = {
     "hub not reachable, dataset": Entry(flags="--data.source some/dataset", says="reach", hub="unreachable"),
     "hub not reachable, resume with another model": Entry(
         flags="--run.resume latest --run.output-dir run --model.name other/model",
-        says="model.name",
+        says="model 'other/model' cannot be loaded",
         hub="unreachable",
     ),
 }

@@ -137,3 +137,9 @@ def no_peft() -> None:
 
     find = importlib.util.find_spec
     importlib.util.find_spec = lambda name, package=None: None if name == "peft" else find(name, package)
+
+
+def lower_cased() -> None:
+    """The tokenizer in `gpt2`, which makes texts lower-case now."""
+    path = Path("gpt2", "tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))

@@ -28,6 +28,8 @@ def check_agreement(head: Head, prepared: Prepared) -> None:
     _compare_special_ids(head.model, prepared.tokenizer)
     for part, examples in (("training", prepared.train), ("evaluation", prepared.eval)):
         _check_types(head.model, examples)
+        for id in getattr(head.model, "read_before_padding", ()) if len(examples) else ():
+            _check_ends(head.model, prepared.tokenizer, part, examples, id)
         for id in head.misread if len(examples) else ():
             _check_inside(head, prepared.tokenizer, part, examples, id)
 
@@ -86,11 +88,40 @@ def _check_inside(head: Head, tokenizer: PreTrainedTokenizerBase, part: str, exa
             f"{id}), and the tokenizer puts none there: pass the model's own tokenizer with --tokens.name"
         )
     if (others := np.flatnonzero(count_E != usual)).size:
-        text = str(tokenizer.decode(examples[int(others[0])], skip_special_tokens=True)).strip()
+        first = _name_first(tokenizer, examples, id, int(others[0]))
         raise ValueError(
             f"{len(others):,} of the {part} texts hold the special token {token} (id {id}), by which {name} finds "
-            f"where a row ends; the first of them begins {text[:40]!r}: take it out of the text"
+            f"where a row ends; the first of them{first}: take it out of the text"
         )
+
+
+def _check_ends(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: str, examples: Examples, id: int
+) -> None:
+    """Raise ValueError for a row of several tokens that ends with the id, by which the model looks for the last one."""
+    holding = np.flatnonzero(np.concatenate([*_counts(examples, id)]).astype(bool) & (examples.lengths > 1))
+    ended = [int(index) for index in holding if examples[int(index)][-1] == id]
+    if not ended:
+        return
+    first = _name_first(tokenizer, examples, id, ended[0])
+    token = tokenizer.convert_ids_to_tokens(id) if id < id_count(tokenizer) else ""
+    raise ValueError(
+        f"{len(ended):,} of the {part} texts end with the token {token} (id {id}), which is padding for "
+        f"{type(network).__name__} in a batch: it would read their class at the token before; the first of "
+        f"them{first}. Take the token off the end of the text, or name a token that ends no text as pad_token in "
+        "the tokenizer's tokenizer_config.json"
+    )
+
+
+def _name_first(tokenizer: PreTrainedTokenizerBase, examples: Examples, id: int, example: int) -> str:
+    """The number and the beginning of the first text with the special id, or else what the tokens of `example` say."""
+    number, text = examples.special.get(id, (0, ""))
+    # A text that is classified is one example.
+    if number and (examples.labels is None or number == example + 1):
+        return f", number {number:,}, begins {text!r}"
+    middle = examples.ids[examples.start[example] : examples.stop[example]]
+    said = "" if examples.labels is None else f", number {example + 1:,},"
+    return f"{said} begins {str(tokenizer.decode(middle)).strip()[:40]!r} by its tokens"
 
 
 def _can_read(network: PreTrainedModel, row: NDArray[np.int64]) -> bool:

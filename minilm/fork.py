@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from minilm.agreement import check_agreement
 from minilm.checkpoint import Progress
 from minilm.config import Config
 from minilm.hardware import Precision, device_peak
@@ -63,6 +64,7 @@ def begin(config: Config, name: str) -> Begun:
 def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
     """The plan of the steps, how many there are, and their recorder; claims the output folder and says what is run."""
     accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
+    check_agreement(head, prepared)
     if isinstance(head, SparseHead):
         verify_head(config, head, prepared)
     plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))

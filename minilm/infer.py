@@ -21,6 +21,7 @@ from transformers import (
 
 from minilm.hub import loading
 from minilm.model import check_causal, longest_input
+from minilm.unencodable import naming_texts
 
 log = logging.getLogger("minilm")
 
@@ -88,7 +89,8 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     """Raise ValueError for a text without a mask token, or one that is longer than the model's input."""
     longest = longest_input(model)
     for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        with naming_texts(tokenizer, [text]):
+            ids = tokenizer(text, verbose=False)["input_ids"]
         if tokenizer.mask_token_id not in ids:
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
         if longest is not None and len(ids) > longest:
@@ -146,7 +148,8 @@ def check_beginnings(
     """Raise ValueError for a text that leaves the model no room for as many new tokens, or that gives it no token."""
     longest = longest_input(model)
     for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        with naming_texts(tokenizer, [text]):
+            ids = tokenizer(text, verbose=False)["input_ids"]
         if not ids and _first_id(tokenizer) is None:
             raise ValueError(
                 f"the text {text!r} has no tokens, and no token begins documents: give a text to go on from"
@@ -244,7 +247,8 @@ def classify(
         return []  # the tokenizer takes no empty list
     longest = longest_input(model)
     both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-    encoded = tokenizer(*both, truncation=longest is not None, max_length=longest, verbose=False)
+    with naming_texts(tokenizer, [text for column in both for text in column]):
+        encoded = tokenizer(*both, truncation=longest is not None, max_length=longest, verbose=False)
     if cut := sum(bool(row.overflowing) for row in encoded.encodings):
         log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")
     rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]

@@ -66,9 +66,14 @@ def load_model(
     known = ids - added
     if known > rows:
         advice = _advice(model, tokenizer, added)
-        raise ValueError(f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: {advice}")
+        without = [name for name, id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if id >= rows]
+        raise ValueError(
+            f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: {list_names(without, 3)} "
+            f"({type(tokenizer).__name__}) have none; {advice}"
+        )
     if added and model.name is not None:
         _add_rows(network, known, ids)
+    _check_forward(network)
     if head_name(auto) == "SequenceClassification" and tokenizer.pad_token_id is not None:
         _tell_padding(network, tokenizer.pad_token_id)
     _check_positions(max_length, longest_input(network))
@@ -89,7 +94,11 @@ def _advice(model: Model, tokenizer: PreTrainedTokenizerBase, added: int) -> str
     if model.name is None:
         return "leave --model.config.vocab-size out, or raise it"
     if added or tokenizer.name_or_path == model.name:
-        return "they do not belong together; take the tokenizer that the model was trained with"
+        # A class such as Qwen2Tokenizer adds its own special tokens to any vocabulary.
+        return (
+            "they do not belong together; take the tokenizer that the model was trained with, or give the model rows "
+            "for these with resize_token_embeddings"
+        )
     return "they do not belong together; leave --tokens.name out to take the model's own"
 
 
@@ -176,11 +185,33 @@ def _check_rotary(max_length: int, config: PretrainedConfig) -> None:
                 )
 
 
+def _check_forward(network: PreTrainedModel) -> None:
+    """Raise ValueError for a configuration of which a model can be built, and which cannot read a row."""
+    config = network.config.get_text_config()
+    end, known = getattr(config, "eos_token_id", None), vocabulary_size(network)
+    row = [min(5, known - 1)] * 5
+    ends = [id for id in (end if isinstance(end, list) else [end]) if id is not None and id < known]
+    # BART reads the class of a row at its end token. A text without one is found with the texts (minilm.agreement).
+    if not ends and network.config.is_encoder_decoder:
+        return
+    try:
+        with evaluating(network):
+            network(input_ids=torch.tensor([[*row, ends[0] if ends else row[0]]]))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{type(network).__name__} cannot read a row of {len(row) + 1} tokens as it is configured "
+            f"({' '.join(str(error).split())}): change its settings with --model.config"
+        ) from error
+
+
 def _tell_padding(network: PreTrainedModel, padding: int) -> None:
     """Set `pad_token_id` of a built classifier that looks for a row's last token by it, as GPT-2's does.
 
     The embedding, which is there already, neither loses a row to it nor counts positions from it. Any other model keeps
-    what its configuration says.
+    what its configuration says. `read_before_padding` of the model becomes the ids at the end of a row that move its
+    last token, as they did not by the configuration that it came with.
     """
     configs = (network.config, network.config.get_text_config())  # Gemma 3 looks for it in the second
     before = [getattr(config, "pad_token_id", None) for config in configs]
@@ -210,6 +241,8 @@ def _tell_padding(network: PreTrainedModel, padding: int) -> None:
     moves = whole_before is not None and whole_after is not None and not torch.equal(whole_before, whole_after)
     if not changes or moves:
         tell(before)
+    elif before[1] != padding:
+        network.read_before_padding = [id for id in (padding, before[1]) if id is not None]  # type: ignore[assignment]
 
 
 def _load(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from minilm.flat import FlatFile
 from minilm.progress import progress_bar
 from minilm.special_ids import SpecialInTexts, warn_of_special_tokens
 from minilm.tokens import Examples, fingerprint, state_of
+from minilm.unencodable import naming_texts
 
 log = logging.getLogger("minilm")
 _BATCH = 2000  # documents encoded at a time
@@ -37,7 +39,8 @@ def encode_pairs(
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if cut := facts["cut"]:
         log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
-    warn_of_special_tokens(tokenizer, SpecialInTexts.read(folder), name)
+    counted = SpecialInTexts.read(folder)
+    warn_of_special_tokens(tokenizer, counted, name)
     none = np.zeros(0, np.int64)
     return Examples(
         ids=FlatFile(folder / "ids.npy"),
@@ -48,6 +51,7 @@ def encode_pairs(
         types=FlatFile(folder / "types.npy") if facts["typed"] else None,
         labels=labels,
         fingerprint=key,
+        special={id: (number, text) for id, _, number, text in counted},
     )
 
 
@@ -62,13 +66,16 @@ def _write(
     ids, types, sizes, cut, special = [], [], [0], 0, SpecialInTexts(tokenizer)
     with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
         for batch in documents.iter(batch_size=_BATCH):
-            encoded = tokenizer(
-                *(batch[column] for column in columns),
-                truncation=True,
-                max_length=max_length,
-                return_attention_mask=False,
-                return_token_type_ids=True,
-            )
+            with ExitStack() as stack:
+                for column in columns:
+                    stack.enter_context(naming_texts(tokenizer, batch[column], name, first=len(sizes)))
+                encoded = tokenizer(
+                    *(batch[column] for column in columns),
+                    truncation=True,
+                    max_length=max_length,
+                    return_attention_mask=False,
+                    return_token_type_ids=True,
+                )
             for row in encoded.encodings:
                 ids.append(np.array(row.ids, np.uint32))
                 types.append(np.array(row.type_ids, np.uint8))

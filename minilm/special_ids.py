@@ -73,7 +73,7 @@ def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
 
 
 class SpecialInTexts:
-    """Which special tokens stand in texts, in how many, and how the first of these begins.
+    """Which special tokens stand in texts, in how many, and which text is the first of these.
 
     A tokenizer takes a text such as `</s>` in a page of HTML for the token of that name.
     """
@@ -83,8 +83,9 @@ class SpecialInTexts:
         self._special = np.array(sorted(ids), np.int64)
         self.texts: dict[int, int] = {}
         """By id, in how many texts it stands."""
-        self.first: dict[int, str] = {}
-        """By id, how the first of these texts begins."""
+        self.first: dict[int, tuple[int, str]] = {}
+        """By id, the number of the first of these texts, from 1, and how it begins."""
+        self._read = 0  # texts so far
 
     def count(self, texts: Sequence[str], rows: Sequence[Sequence[int]], around: Sequence[int]) -> NDArray[np.int64]:
         """Go on with texts and their rows of ids, which end with or begin by those of `around`; return all the ids."""
@@ -92,31 +93,33 @@ class SpecialInTexts:
         own = [id for id in around if id in self._special]
         if np.isin(ids, self._special).sum() > len(own) * len(rows):
             special = {*self._special.tolist()}
-            for text, row in zip(texts, rows, strict=True):
+            for number, (text, row) in enumerate(zip(texts, rows, strict=True), self._read + 1):
                 for id in {*row} & special:
                     if row.count(id) > own.count(id):
                         self.texts[id] = self.texts.get(id, 0) + 1
-                        self.first.setdefault(id, text[:40])
+                        self.first.setdefault(id, (number, text[:40]))
+        self._read += len(texts)
         return ids
 
     def write(self, folder: Path) -> None:
         """Keep what was counted in `folder`."""
-        counted = [[id, self.texts[id], self.first[id]] for id in sorted(self.texts)]
+        counted = [[id, self.texts[id], *self.first[id]] for id in sorted(self.texts)]
         (folder / "special.json").write_text(json.dumps(counted), encoding="utf-8")
 
     @staticmethod
-    def read(folder: Path) -> list[tuple[int, int, str]]:
-        """What was kept: the id, in how many texts it stands, and how the first of these begins."""
-        return [(id, count, text) for id, count, text in json.loads((folder / "special.json").read_text("utf-8"))]
+    def read(folder: Path) -> list[tuple[int, int, int, str]]:
+        """What was kept: the id, in how many texts it stands, the number of the first of these and how it begins."""
+        counted = json.loads((folder / "special.json").read_text("utf-8"))
+        return [(id, count, number, text) for id, count, number, text in counted]
 
 
 def warn_of_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, counted: Sequence[tuple[int, int, str]], name: str
+    tokenizer: PreTrainedTokenizerBase, counted: Sequence[tuple[int, int, int, str]], name: str
 ) -> None:
     """Say which special tokens stand in texts; `name` is what the texts are called."""
-    for id, count, text in counted:
+    for id, count, number, text in counted:
         token = tokenizer.convert_ids_to_tokens(id)
         log.warning(
-            f"{count:,} of the {name} hold the special token {token}, the first of them the one that begins {text!r}: "
-            "change it there if it is meant as text"
+            f"{count:,} of the {name} hold the special token {token}, the first of them number {number:,}, which "
+            f"begins {text!r}: change it there if it is meant as text"
         )

@@ -27,10 +27,11 @@ from minilm.progress import progress_bar
 from minilm.special_ids import SpecialInTexts, id_count, ids_around, warn_of_special_tokens
 from minilm.stream import Stream
 from minilm.text_bytes import bytes_by_token, name_lengths
+from minilm.unencodable import naming_texts
 from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
 from minilm.words import begins_word
 
-_VERSION = 4  # of the files below in the cache
+_VERSION = 5  # of the files below in the cache
 _CHUNK = 2**20  # documents that are cut into examples at a time
 # What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
 _SETTINGS = (
@@ -109,6 +110,8 @@ class Examples:
     """Whether each of `ids` begins a word; None where nobody asked."""
     text_bytes: NDArray[np.integer] | FlatFile | None = None
     """UTF-8 bytes of the text that each of `ids` stands for; None where nobody asked."""
+    special: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """By id of a special token in the texts, the number of the first such text, from 1, and how it begins."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -208,12 +211,21 @@ def encode(
     ids = FlatFile(folder / "ids.npy")
     begins = FlatFile(folder / "begins.npy") if words else None
     sizes = FlatFile(folder / "bytes.npy") if text_bytes else None
-    warn_of_special_tokens(tokenizer, SpecialInTexts.read(folder), name)
+    counted = SpecialInTexts.read(folder)
+    warn_of_special_tokens(tokenizer, counted, name)
     start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
     if len(start) == 0:
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
     return Examples(
-        ids=ids, start=start, stop=stop, prefix=prefix, suffix=suffix, fingerprint=key, begins=begins, text_bytes=sizes
+        ids=ids,
+        start=start,
+        stop=stop,
+        prefix=prefix,
+        suffix=suffix,
+        fingerprint=key,
+        begins=begins,
+        text_bytes=sizes,
+        special={id: (number, text) for id, _, number, text in counted},
     )
 
 
@@ -281,7 +293,8 @@ def _write_ids(
         progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
         for texts in in_batches(documents):
-            encodings = encode_batch(texts, add_special_tokens=False)
+            with naming_texts(tokenizer, texts, name, first=len(sizes)):
+                encodings = encode_batch(texts, add_special_tokens=False)
             rows = [[*before, *encoding.ids, *after] for encoding in encodings]
             sizes.extend(map(len, rows))
             file.write(special.count(texts, rows, [*before, *after]).astype(kind).data)

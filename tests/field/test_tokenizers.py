@@ -520,3 +520,125 @@ def test_a_tokenizer_that_does_not_fit_is_told_as_it_came(named: bool, advice: s
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match=f"ids up to .* 100 rows: .*{advice}"):
         load_model(Model(name=str(tmp_path / "model")), AutoTokenizer.from_pretrained(folder), max_length=16, seed=0)
+
+
+DECODERS = ["llama", "gpt2", "opt", "mistral", "phi"]
+ENDS = {
+    "the end token at the end of a text": ("12 and 144 </s>", r"1 of the training texts end with the token </s> .*"),
+    "two end tokens at the end of a text": (
+        "12 </s></s>",
+        r"1 of the training texts end with .*number 31, begins '12.*",
+    ),
+    "the end token inside a text": ("12 </s> 144", None),
+    "no end token in a text": ("12 and 144", None),
+}
+
+
+def decoder_folder(kind: str, folder: Path, **changed: Any) -> PreTrainedTokenizerBase:
+    """A classifier of this type without an id for padding, and a tokenizer without one."""
+    made = ended(single="$A")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    config = tiny_config(kind, tokenizer)
+    config.num_labels = 3
+    for name, value in {"pad_token_id": None, "eos_token_id": tokenizer.eos_token_id, **changed}.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return tokenizer
+
+
+def short_run(folder: Path, texts: list[str], model: Model) -> Config:
+    return Config(
+        data=Data(
+            source=write_rows(folder / "rows.jsonl", texts),
+            eval_source=write_rows(folder / "held.jsonl", TEXTS[:6]),
+            label_column="label",
+        ),
+        model=model,
+        batch=Batch(max_length=48, examples=4),
+        objective=Classification(),
+        run=Run(max_steps=1, output_dir=str(folder / "out")),
+    )
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("situation", ENDS)
+def test_a_decoder_reads_the_class_at_the_last_token_of_each_text_or_says_that_it_cannot(
+    situation: str, kind: str, tmp_path: Path
+) -> None:
+    text, message = ENDS[situation]
+    tokenizer = decoder_folder(kind, tmp_path / "model")
+    asked = short_run(tmp_path, [*TEXTS, text], Model(name=str(tmp_path / "model")))
+    objective = objective_of(asked.objective)
+    if message is not None:
+        with pytest.raises(ValueError, match=message) as caught:
+            train(asked)
+        assert "\n" not in str(caught.value)
+        return
+    prepared = objective.prepare(asked)
+    network = load_model(
+        asked.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
+    )
+    head = objective.head(network, prepared).eval()
+    ids_T, packing = join([prepared.train[30], prepared.train[3]], padded=not head.padding_free, multiple=1)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        found = head.logits(torch.from_numpy(ids_T), packing, (packing.position_T == 0).nonzero()[:, 0])
+        expected = [plain(**tokenizer(each, return_tensors="pt")).logits[0] for each in (text, TEXTS[3])]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["<b>x</s>y", "A </s> and </s>"])
+def test_a_text_with_a_special_token_is_named_by_its_number_and_quoted_as_it_is(text: str, tmp_path: Path) -> None:
+    tokenizer = ended()
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny_config("bart", tokenizer)
+    config.num_labels = 3
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="number 31, begins") as caught:
+        train(short_run(tmp_path, [*TEXTS, text], Model(name=str(tmp_path / "model"))))
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("head", ["causal", "classification"])
+def test_a_configuration_that_cannot_read_a_row_is_refused_in_one_line(head: str) -> None:
+    settings: Any = {"causal": CausalLM(), "classification": Classification()}[head]
+    kind = "mistral"
+    config: dict[str, Any] = {**LLAMA, "num_key_value_heads": 8}
+    with pytest.raises(ValueError, match=r"cannot read a row .*--model\.config") as caught:
+        load_model(
+            Model(type=kind, config=config),
+            trained_tokenizer(),
+            max_length=32,
+            seed=0,
+            auto=objective_of(settings).auto,
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("objective", [MaskedLM(), Classification()], ids=["masked", "classification"])
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+def test_a_text_that_the_vocabulary_cannot_spell_is_named(objective: Any, part: str, tmp_path: Path) -> None:
+    digits_only = words_of(*"0123456789")
+    digits_only.save_pretrained(tmp_path / "tokenizer")
+    good, bad = [str(i % 10) for i in range(12)], ["1 2", "3 x"]
+    asked = replace(
+        short_run(tmp_path, good + (bad if part == "training" else []), Model(type="bert", config=SMALL)),
+        objective=objective,
+        tokens=Tokens(name=str(tmp_path / "tokenizer")),
+    )
+    if part == "evaluation":
+        write_rows(tmp_path / "held.jsonl", good + bad)
+    with pytest.raises(ValueError, match=f"number 14 of the {part} documents, which begins '3 x'") as caught:
+        train(asked)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokens_that_a_class_of_tokenizers_adds_to_any_vocabulary_are_named(tmp_path: Path) -> None:
+    decoder_folder("qwen2", tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"ids up to 300 .* 300 rows: <\|endoftext\|> \(Qwen2.*resize_token_embeddings"
+    ):
+        train(short_run(tmp_path, TEXTS, Model(name=str(tmp_path / "model"))))

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, LargeList, List
 from pyarrow import parquet
 
 from minilm.columns import Column
-from minilm.files import ending
+from minilm.files import DENIED, ending
 
 _ROWS = 1000  # that are made into Python's objects at a time
 
@@ -167,6 +167,8 @@ def _naming_damage(path: str) -> Iterator[None]:
     """Make of what pyarrow raises about a file a ValueError that names it, and the row group where that is known."""
     try:
         yield
+    except PermissionError as error:
+        raise ValueError(f"{path}: {DENIED}") from error
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{path}: {where_damaged(path) or 'cannot be read'} ({why})") from error
@@ -185,6 +187,8 @@ def where_damaged(path: str) -> str:
                 for group in range(count):
                     table.file.read_row_group(group)
                 group = None
+    except PermissionError:
+        return DENIED
     except (OSError, EOFError, ValueError, pyarrow.ArrowException):
         kind = "Parquet" if ending(path) == ".parquet" else "Arrow"
         return f"no {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"

@@ -17,6 +17,8 @@ from typing import IO, Any, TextIO, cast
 
 log = logging.getLogger("minilm")
 
+DENIED = "cannot be read (Permission denied)"  # after the name of a file
+
 _BLOCK = 2**20  # bytes that are decoded or hashed at a time
 _HASHED_BYTES = 2**30  # a longer file would take seconds to hash at each start
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20

@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from minilm.files import DENIED
+
 log = logging.getLogger("minilm")
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -57,11 +59,14 @@ def loading(name: str, refusal: str) -> Iterator[None]:
 def expect(name: str, kind: str) -> bool:
     """Before a `model` or `dataset` is loaded: turn to the cache at once when the hub does not answer, and say so.
 
-    The libraries would ask it for a minute, file by file. Raises ValueError for a path that is not there.
+    The libraries would ask it for a minute, file by file. Raises ValueError for a path that is not there or
+    may not be read.
     """
     if is_path(name):
         if not os.path.exists(os.path.expanduser(name)):
             raise ValueError("there is no such folder")
+        if not os.access(os.path.expanduser(name), os.R_OK):
+            raise ValueError(f"{name}: {DENIED}")
         return False
     if constants.is_offline_mode():
         return False
@@ -85,6 +90,8 @@ def reason(error: BaseException, kind: str = "model") -> str:
     def found(*kinds: type) -> bool:
         return any(isinstance(one, kinds) for one in causes)
 
+    if file := next(filter(None, map(_denied_file, causes)), None):
+        return f"{file}: {DENIED}"
     if found(GatedRepoError) or "is a gated dataset" in said:
         return f"it is gated: accept its terms on its page on the hub, then {LOG_IN}"
     if found(RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError):
@@ -111,6 +118,15 @@ def reason(error: BaseException, kind: str = "model") -> str:
     if found(json.JSONDecodeError, UnicodeDecodeError):
         return f"one of its files is no JSON, so copy or download it again ({said})"
     return said if len(said) < 200 else said.split(". ")[0][:400]
+
+
+def _denied_file(error: BaseException) -> str | None:
+    """The file that an error is about, where this user may not read it."""
+    if not isinstance(error, OSError):
+        return None
+    # safetensors says of each file that it cannot open that there is none.
+    file = str(error.filename or str(error).removeprefix("No such file or directory: "))
+    return file if os.path.exists(file) and not os.access(file, os.R_OK) else None
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

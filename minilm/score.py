@@ -1,5 +1,6 @@
 """Evaluate a model that is there: on data of one's own, or again as its run did."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from minilm.model import longest_input
 from minilm.new_model import load_configuration
 from minilm.objectives import build, objective_of, prepare
 from minilm.settings import read_run
+from minilm.sources import source_facts
 from minilm.verify_head import verify_head
 
 log = logging.getLogger("minilm")
@@ -36,14 +38,16 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
 
     How it is evaluated (the objective, the length of examples, precision) is what its run.json says, or else what its
     class says, as many as 512 tokens and the defaults of `minilm.config`; what labels mean is what the model was
-    trained for. Without `data` the run's own evaluation is done again. Raises ValueError where neither is known, and
-    for labels that the model does not know.
+    trained for. Without `data` the run's own evaluation is done again, with a warning for each file that has changed
+    since. Raises ValueError where neither is known, and for labels that the model does not know.
     """
     config = _config(str(name), data)
     objective = objective_of(config.objective)
     accelerator, _ = start(config.run)
     try:
         prepared = prepare(config)
+        if data is None:
+            _warn_of_changes(_run_file(str(name)), config.data)
         if prepared.labels is not None:
             check_known(prepared.labels, trained_labels(str(name)))
             for line in prepared.labels.summary:
@@ -61,9 +65,33 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     return figures
 
 
-def _config(name: str, data: Data | None) -> Config:
+def _run_file(name: str) -> Path:
     folder = Path(name)
-    run = (folder.absolute().parent if is_checkpoint(folder) else folder) / "run.json"
+    return (folder.absolute().parent if is_checkpoint(folder) else folder) / "run.json"
+
+
+def _warn_of_changes(run: Path, data: Data) -> None:
+    """Warn of each file to evaluate on whose content is not what `run` tells; older runs tell nothing."""
+    told = json.loads(run.read_text(encoding="utf-8")).get("sources", {})
+    facts = source_facts(Data(source=data.eval_source or data.source))
+    for source in told.keys() & facts.keys():
+        before, now = (_by_file(source, of[source]) for of in (told, facts))
+        if [*before.values()] == [*now.values()]:  # whatever the names of the files
+            continue
+        for file in sorted(before.keys() | now.keys()):
+            if before.get(file) != now.get(file):
+                what = "is new" if file not in before else "is gone" if file not in now else "has changed"
+                log.warning(f"{file} {what} since the run: the figures may differ from the run's")
+
+
+def _by_file(source: str, facts: Any) -> dict[str, dict[str, Any]]:
+    """What `source_facts` tells of the content of a source, by file, without times; a revision by the source's name."""
+    files = facts if isinstance(facts, list) else [{"file": source, **facts}]
+    return {file["file"]: {k: v for k, v in file.items() if k not in ("file", "modified_ns")} for file in files}
+
+
+def _config(name: str, data: Data | None) -> Config:
+    run = _run_file(name)
     if run.is_file():
         config = read_run(str(run))
     elif data is None:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +30,9 @@ from minilm.objectives import prepare
 from minilm.score import evaluate
 from minilm.settings import to_dict
 from minilm.tokens import Examples
-from tests.jobs import fork
+from minilm.train import train
+from tests.faults.damage import warnings_of_minilm
+from tests.jobs import CONFIG, fork, write_text
 
 EXAMPLES = 23
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -224,3 +228,64 @@ def test_a_model_without_a_run_is_evaluated_at_the_length_that_it_takes(
     )
     assert evaluate(folder, Data(source=str(tmp_path / "documents")))["eval_loss"] > 0
     assert lengths == [length]
+
+
+def copied(path: Path) -> None:
+    """The same bytes in a file of its own."""
+    shutil.copyfile(path, f"{path}.copy")
+    os.replace(f"{path}.copy", path)
+
+
+# What happens to a file after the run, and what is said of it.
+SINCE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "nothing": ("held/a.txt", lambda path: None, ""),
+    "touched": ("held/a.txt", lambda path: os.utime(path, (0, 0)), ""),
+    "copied": ("held/a.txt", copied, ""),
+    "renamed": ("held/a.txt", lambda path: path.rename(path.with_name("aa.txt")), ""),
+    "training text": ("text.txt", lambda path: path.write_text("another"), ""),
+    "another text": ("held/b.txt", lambda path: path.write_text(path.read_text() + " more"), "has changed"),
+    "the same size": ("held/a.txt", lambda path: path.write_text(path.read_text()[::-1]), "has changed"),
+    "a new file": ("held/c.txt", lambda path: path.write_text("one more"), "is new"),
+    "a file less": ("held/b.txt", lambda path: path.unlink(), "is gone"),
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what a run read and of the run, `out`."""
+    place = tmp_path_factory.mktemp("since")
+    lines = Path(write_text(place / "text.txt")).read_text().splitlines()
+    (place / "held").mkdir()
+    for name, part in (("a.txt", lines[:20]), ("b.txt", lines[20:40])):
+        (place / "held" / name).write_text("\n".join(part))
+    data = Data(source=str(place / "text.txt"), eval_source=str(place / "held"))
+    train(replace(CONFIG, data=data, run=replace(CONFIG.run, max_steps=1, output_dir=str(place / "out"))))
+    return place
+
+
+@pytest.mark.parametrize("what", SINCE)
+def test_what_changed_since_the_run_is_named_by_file(
+    what: str, evaluated: Path, tmp_path: Path, no_accelerator: None
+) -> None:
+    file, act, said = SINCE[what]
+    shutil.copytree(evaluated, kept := tmp_path / "kept")
+    try:
+        act(evaluated / file)
+        with warnings_of_minilm() as told:
+            evaluate(evaluated / "out")
+    finally:
+        shutil.rmtree(evaluated)
+        shutil.copytree(kept, evaluated)
+    line = f"{evaluated / file} {said} since the run: the figures may differ from the run's"
+    assert [line for line in told if "since the run" in line] == ([line] if said else [])
+
+
+def test_a_run_that_did_not_tell_its_files_is_evaluated_without_a_word(
+    evaluated: Path, tmp_path: Path, no_accelerator: None
+) -> None:
+    shutil.copytree(evaluated / "out", folder := tmp_path / "out")
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({"config": run["config"]}))
+    with warnings_of_minilm() as told:
+        assert evaluate(folder) == evaluate(evaluated / "out")
+    assert not any("since the run" in line for line in told)

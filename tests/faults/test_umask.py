@@ -10,16 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from minilm import Config
+from minilm import Config, Data
 from minilm.cache import open_entry
 from minilm.cli import guarded
+from minilm.columnar import names_of
 from minilm.export import export_model
+from minilm.hub import loading
 from minilm.report import write_report
+from minilm.sources import read_rows
 from minilm.sweep import sweep
 from minilm.train import train
 from tests.faults.damage import configs, content_of
 from tests.jobs import config_in, fork
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.scorecard(40)
 
@@ -153,3 +159,45 @@ def test_a_second_user_prepares_the_same_data_from_a_shared_cache(name: str, sha
         status, said = as_child(work, shared, user=user)
         assert status == 0, said
     assert (shared / f"content-{SECOND}").read_text() == (shared / "content-0").read_text()
+
+
+def load(path: Path) -> None:
+    with loading(str(path), "model.name"):
+        AutoTokenizer.from_pretrained(path)
+        AutoModelForMaskedLM.from_pretrained(path)
+
+
+def read(path: Path) -> None:
+    read_rows(Data(source=str(path)), str(path), "train")
+
+
+@pytest.mark.parametrize(
+    ("file", "act", "read_from"),
+    [
+        ("model/config.json", load, "model"),
+        ("model/model.safetensors", load, "model"),
+        ("model/tokenizer.json", load, "model"),
+        ("model/tokenizer_config.json", load, "model"),
+        ("model", load, "model"),
+        ("rows.parquet", lambda path: names_of(str(path)), "rows.parquet"),
+        ("rows.arrow", lambda path: names_of(str(path)), "rows.arrow"),
+        ("rows.parquet", read, "rows.parquet"),
+        ("saved/data-00000-of-00001.arrow", read, "saved"),
+        ("saved/state.json", read, "saved"),
+    ],
+)
+def test_a_file_that_a_user_may_not_read_is_named_with_the_cause(
+    file: str, act: Callable[[Path], object], read_from: str, shared: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    AutoModelForMaskedLM.from_config(tiny_config("bert", tokenizer)).save_pretrained(shared / "model")
+    tokenizer.save_pretrained(shared / "model")
+    rows = Dataset.from_dict({"text": ["one", "two"]})
+    rows.save_to_disk(shared / "saved")
+    rows.to_parquet(shared / "rows.parquet")
+    shutil.copyfile(shared / "saved" / "data-00000-of-00001.arrow", shared / "rows.arrow")
+    shared.chmod(0o777)
+    (shared / file).chmod(0)
+    status, said = as_child(lambda: act(shared / read_from), shared, user=SECOND)
+    assert status == 2
+    line = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert line.endswith(f"{shared / file}: cannot be read (Permission denied)")

@@ -1,5 +1,6 @@
 """What a model, its tokenizer and the examples must agree on, checked before the first step."""
 
+import inspect
 import logging
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.head import Head
 from minilm.model import evaluating
-from minilm.special_ids import id_count
+from minilm.special_ids import encode_stand_in, id_count
 from minilm.tokens import Examples, Prepared
 
 log = logging.getLogger("minilm")
@@ -22,10 +23,12 @@ _PART = 2**22  # ids that are looked at in one go
 def check_agreement(head: Head, prepared: Prepared) -> None:
     """Raise ValueError for examples that the model would read otherwise than transformers does, or not at all.
 
-    Warns of special tokens that the model's configuration and the tokenizer name differently, and of an end of text
-    whose embedding is not trained.
+    Warns of special tokens that the model's configuration and the tokenizer name differently, of an end of text whose
+    embedding is not trained, and of token types that a language model does not read.
     """
     _compare_special_ids(head.model, prepared.tokenizer)
+    if prepared.labels is None:
+        _warn_of_types(head.model, prepared.tokenizer)
     for part, examples in (("training", prepared.train), ("evaluation", prepared.eval)):
         _check_types(head.model, examples)
         for id in getattr(head.model, "read_before_padding", ()) if len(examples) else ():
@@ -74,6 +77,22 @@ def _check_types(network: PreTrainedModel, examples: Examples) -> None:
             f"the tokenizer gives token types up to {largest} and {type(network).__name__} knows {known}: pass the "
             "model's own tokenizer with --tokens.name, or for a new model --model.config.type-vocab-size "
             f"{largest + 1}"
+        )
+
+
+def _warn_of_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the model would read a row otherwise with the types that the tokenizer gives to a single text."""
+    named = "token_type_ids" in tokenizer.model_input_names
+    if not named or "token_type_ids" not in inspect.signature(network.forward).parameters:
+        return
+    known = getattr(network.config.get_text_config(), "type_vocab_size", None)
+    types = sorted({*encode_stand_in(tokenizer).type_ids})
+    # Without types these models take all to be 0, but for those that look types up elsewhere, as GPT-2 among its words.
+    if known is None or (known > 0 and any(types)):
+        log.warning(
+            f"the tokenizer gives texts the token types {', '.join(map(str, types))}, which a language model is "
+            "trained and evaluated without here: to use the saved model so too, take token_type_ids out of "
+            "model_input_names in its tokenizer_config.json"
         )
 
 

@@ -6,6 +6,7 @@ E all examples.
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,15 @@ from minilm.infer import classify
 from minilm.labels import Labels, evaluates_only, read_labels
 from minilm.metrics import ClassEvaluator
 from minilm.model import computes_again, evaluating
-from minilm.new_model import load_configuration, takes_token_types
+from minilm.new_model import count_token_types, load_configuration
 from minilm.packing import Packing
 from minilm.pairs import encode_pairs
 from minilm.probing import as_if_trained
 from minilm.shell import shell_line
+from minilm.special_ids import encode_stand_in
 from minilm.tokens import Examples, Prepared, load_tokenizer
+
+log = logging.getLogger("minilm")
 
 
 class ClassCollator:
@@ -206,12 +210,23 @@ class Classify:
             train, parts, self.settings, known, column=data.label_column, separator=data.label_separator
         )
         tokenizer = load_tokenizer(config.tokens, config.model.name, train)
-        if not takes_token_types(config.model, self.auto):
+        count = count_token_types(config.model, self.auto)
+        if count is not None and count < 2 and "token_type_ids" in tokenizer.model_input_names:
+            if any(encode_stand_in(tokenizer, pair="pair" in train.column_names).type_ids):
+                apart = "none" if count == 0 else "only one"
+                log.warning(f"the tokenizer gives token types and the model tells {apart} apart: they are left out")
             names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
             tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the second is saved
 
         def encode(documents: Dataset, values: NDArray[Any], name: str) -> Examples:
-            found = encode_pairs(documents, tokenizer, values, max_length=config.batch.max_length, name=name)
+            found = encode_pairs(
+                documents,
+                tokenizer,
+                values,
+                max_length=config.batch.max_length,
+                name=name,
+                zero_types=count is None,
+            )
             digest = hashlib.blake2b(found.fingerprint.encode(), digest_size=12)
             digest.update(json.dumps([labels.problem, labels.names]).encode() + values.tobytes())
             return replace(found, fingerprint=digest.hexdigest())

@@ -55,15 +55,18 @@ def change_configuration(config: PretrainedConfig, fields: Mapping[str, Any]) ->
         setattr(config.get_text_config() if inner else config, field, value)
 
 
-def takes_token_types(model: Model, auto: Any) -> bool:
-    """Whether the model can be told which of two texts a token is of: DistilBERT takes no types, RoBERTa knows one."""
+def count_token_types(model: Model, auto: Any) -> int | None:
+    """How many token types the model tells apart: 1 of RoBERTa, 0 where it takes none, as DistilBERT.
+
+    None where its configuration does not count them: GPT-2 looks them up among its words, XLNet compares them.
+    """
     config = configuration_of(model, auto)
     kinds = auto._model_mapping[type(config)]
     kind = kinds[0] if isinstance(kinds, tuple) else kinds
     if "token_type_ids" not in inspect.signature(kind.forward).parameters:
-        return False
+        return 0
     count: Any = model.config.get("type_vocab_size", getattr(config, "type_vocab_size", None))
-    return count is None or int(count) > 1
+    return None if count is None else int(count)
 
 
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:

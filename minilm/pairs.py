@@ -22,12 +22,19 @@ _BATCH = 2000  # documents encoded at a time
 
 
 def encode_pairs(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, labels: NDArray[np.generic], *, max_length: int, name: str
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: NDArray[np.generic],
+    *,
+    max_length: int,
+    name: str,
+    zero_types: bool = False,
 ) -> Examples:
     """One example a document: its `text`, and its `pair` where there is that column, as the tokenizer joins them.
 
     What is longer than `max_length` tokens loses tokens from the end of its longer text; a warning says how many did.
-    Token types are kept where any is not 0. The ids are cached by content.
+    Token types are kept where any is not 0, or with `zero_types` where the tokenizer gives them at all: GPT-2 adds the
+    embedding of type 0 to that of a word. The ids are cached by content.
     """
     columns = [column for column in ("text", "pair") if column in documents.column_names]
     tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
@@ -41,6 +48,7 @@ def encode_pairs(
         log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
     counted = SpecialInTexts.read(folder)
     warn_of_special_tokens(tokenizer, counted, name)
+    typed = facts["typed"] or (zero_types and "token_type_ids" in tokenizer.model_input_names)
     none = np.zeros(0, np.int64)
     return Examples(
         ids=FlatFile(folder / "ids.npy"),
@@ -48,7 +56,7 @@ def encode_pairs(
         stop=offsets[1:],
         prefix=none,
         suffix=none,
-        types=FlatFile(folder / "types.npy") if facts["typed"] else None,
+        types=FlatFile(folder / "types.npy") if typed else None,
         labels=labels,
         fingerprint=key,
         special={id: (number, text) for id, _, number, text in counted},

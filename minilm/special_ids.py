@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models
+from tokenizers import Encoding, Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("minilm")
@@ -43,16 +43,19 @@ def unused_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The special ids that the tokenizer puts before and after a single text.
 
-    Its post-processor is asked, with an id that is no token's in place of a text: any text that one could write might
-    be unknown to the vocabulary.
+    Any text that one could write might be unknown to the vocabulary, so an id that is not a token's stands for it.
     """
-    post_processor = tokenizer.backend_tokenizer.post_processor
-    if post_processor is None:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    text = Tokenizer(models.WordLevel({"a": _NO_TOKEN}, unk_token="")).encode("a", add_special_tokens=False)
-    ids = post_processor.process(text, None, True).ids
+    ids = encode_stand_in(tokenizer).ids
     at = ids.index(_NO_TOKEN)
     return np.array(ids[:at], np.int64), np.array(ids[at + 1 :], np.int64)
+
+
+def encode_stand_in(tokenizer: PreTrainedTokenizerBase, *, pair: bool = False) -> Encoding:
+    """What the tokenizer's post-processor makes of a text, or pair of texts, of one id that is not a token's."""
+    stand_in = Tokenizer(models.WordLevel({"a": _NO_TOKEN}, unk_token=""))
+    if (post_processor := tokenizer.backend_tokenizer.post_processor) is not None:
+        stand_in.post_processor = post_processor
+    return stand_in.encode("a", "a" if pair else None)
 
 
 def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

@@ -374,17 +374,21 @@ def test_a_text_that_the_model_would_misread_is_found_before_the_first_step(situ
     assert not (tmp_path / "out").exists()
 
 
-def typed(cls: int = 0) -> PreTrainedTokenizerBase:
+def typed(cls: int = 0, text: int = 0) -> PreTrainedTokenizerBase:
     """As BERT's: it gives token types, 1 to a second text."""
     tokenizer = words_of(*"0123456789", "and", "make", unknown="[UNK]")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"[CLS]:{cls} $A [SEP]",
+        single=f"[CLS]:{cls} $A:{text} [SEP]:{text}",
         pair=f"[CLS]:{cls} $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]", model_input_names=names, **ROLES
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token="[UNK]",
+        eos_token="[SEP]",
+        model_input_names=names,
+        **ROLES,
     )
 
 
@@ -408,23 +412,106 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attenti
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "types"),
+    ("kind", "size", "types", "told"),
     [
-        ("roberta", {**SMALL, "type_vocab_size": 1}, False),
-        ("distilbert", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}, False),
-        ("bert", SMALL, True),
+        ("roberta", {**SMALL, "type_vocab_size": 1}, False, "only one"),
+        ("bert", {**SMALL, "type_vocab_size": 1}, False, "only one"),
+        ("distilbert", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}, False, "none"),
+        ("bert", SMALL, True, None),
     ],
-    ids=["RoBERTa of one token type", "DistilBERT, which takes none", "BERT of two"],
+    ids=["RoBERTa of one token type", "BERT of one", "DistilBERT, which takes none", "BERT of two"],
 )
 def test_pairs_train_whatever_token_types_the_model_knows(
-    kind: str, size: dict[str, Any], types: bool, tmp_path: Path
+    kind: str,
+    size: dict[str, Any],
+    types: bool,
+    told: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    train(on_pairs(tmp_path, typed(), Model(type=kind, config=size)))
+    with caplog.at_level(logging.WARNING, "minilm"):
+        train(on_pairs(tmp_path, typed(), Model(type=kind, config=size)))
+    lines = [record.message for record in caplog.records if "token types" in record.message]
+    assert [f"tells {told} apart: they are left out" in line for line in lines] == [True] * (told is not None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert ("token_type_ids" in tokenizer("1", "2")) == types
     classify = pipeline("text-classification", str(tmp_path / "out"))
     pairs = [{"text": "1 and 1", "text_pair": "make 2"}, {"text": "3", "text_pair": "4"}]
     assert len(classify(pairs, batch_size=2)) == 2
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["texts", "pairs"])
+@pytest.mark.parametrize("named", [False, True], ids=["a tokenizer without types", "a tokenizer with types"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_classifier_reads_the_token_types_that_the_plain_model_reads(
+    kind: str, named: bool, paired: bool, tmp_path: Path
+) -> None:
+    tokenizer = typed()
+    if not named:
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
+    asked = on_pairs(tmp_path, tokenizer, Model(name=str(tmp_path / "model")))
+    (tmp_path / "held.jsonl").write_text((tmp_path / "pairs.jsonl").read_text())
+    data = Data(
+        source=asked.data.source,
+        eval_source=str(tmp_path / "held.jsonl"),
+        column="a",
+        pair_column="b" if paired else None,
+        label_column="label",
+    )
+    asked = replace(asked, data=data)
+    torch.manual_seed(1)
+    config = tiny_config(kind, tokenizer)
+    config.pad_token_id, config.initializer_range = tokenizer.pad_token_id, 0.5
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    objective = objective_of(asked.objective)
+    prepared = objective.prepare(asked)
+    network = load_model(
+        asked.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
+    )
+    head = objective.head(network, prepared).eval()
+    examples = prepared.train
+    collator = objective.collator(prepared.tokenizer, examples, seed=None, padded=not head.padding_free, multiple=1)
+    batch = collator([examples[i] for i in (3, 4)], np.array([3, 4]), 0)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    texts = [("3 and 3", "make 3"), ("4 and 4", "make 4")]
+    with torch.no_grad():
+        found = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N, batch.type_ids_T)
+        expected = [plain(**tokenizer(*each[: 1 + paired], return_tensors="pt")).logits[0] for each in texts]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+NO_TYPES = "which a language model is trained and evaluated without"
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "text", "named", "told"),
+    [
+        (MaskedLM(), "bert", 1, True, "types 0, 1, "),
+        (MaskedLM(), "bert", 1, False, None),
+        (MaskedLM(), "bert", 0, True, None),
+        (MaskedLM(), "distilbert", 1, True, None),  # it takes no types at all
+        (CausalLM(), "bert", 1, True, "types 0, 1, "),
+        (CausalLM(), "bert", 0, True, None),
+        (CausalLM(), "gpt2", 0, True, "types 0, "),
+        (CausalLM(), "gpt2", 0, False, None),
+    ],
+)
+def test_token_types_that_a_language_model_does_not_read_are_told(
+    objective: Any, kind: str, text: int, named: bool, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = typed(text=text)
+    if not named:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = tiny_config(kind, tokenizer)
+    config.is_decoder = isinstance(objective, CausalLM)
+    auto: Any = AutoModelForCausalLM if isinstance(objective, CausalLM) else AutoModelForMaskedLM
+    examples = encode(Dataset.from_dict({"text": ["1 and 2", "3"]}), tokenizer, max_length=16)
+    with caplog.at_level(logging.WARNING, "minilm"):
+        objective_of(objective).head(
+            auto.from_config(config), Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+        )
+    lines = [record.message for record in caplog.records if "token types" in record.message]
+    assert [told is not None and told in line and NO_TYPES in line for line in lines] == [True] * (told is not None)
 
 
 def test_more_token_types_than_the_model_knows_are_refused(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ INPUTS = {
     "tokenizer": "ghi",
     "model configuration": {"hidden_act": "gelu"},
     "generation configuration": {},
-    "weights at the start": {"trained": "jkl", "frozen": "mno"},
+    "weights before training": {"trained": "jkl", "frozen": "mno"},
     "versions": {"torch": "2.13.0"},
+    "machine": {"processes": 1},
 }
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.commands import main
 from minilm.vocabulary import train_tokenizer
+from tests.jobs import forget_other_tests
 from tests.scorecard import Scorecard
 
 SENTENCES = [
@@ -29,6 +30,12 @@ SENTENCES = [
 
 
 torch.set_num_threads(1)  # at these sizes a second one only waits; and bitwise comparisons need the same number
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_process() -> None:
+    """The tests of a file begin without the state of accelerate that those of another have left."""
+    forget_other_tests()
 
 
 @pytest.fixture(scope="session")

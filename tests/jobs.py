@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 from accelerate.state import AcceleratorState
 
+import minilm.launch
 import minilm.train
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.cli import guarded
@@ -228,6 +229,12 @@ def launched(rank: int, processes: int = 2, port: str = "29500") -> dict[str, st
     return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
+def forget_other_tests() -> None:
+    """Drop the state of accelerate and of runs that other tests of this process have left."""
+    minilm.launch._undo.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.Process]:
     """Forked processes that end with the status that `work` gives, with the environment that torchrun would give."""
     attempt = stderr.with_name(f"{stderr.name}-attempt")
@@ -248,7 +255,7 @@ def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.P
                     os.environ |= launched(rank, processes, port)
                     os.environ["TORCHELASTIC_ERROR_FILE"] = str(attempt / "0" / "error.json")
                 os.environ["ACCELERATE_USE_CPU"] = "true"
-                AcceleratorState._reset_state(reset_partial_state=True)  # of a test that ran in this process before
+                forget_other_tests()
                 status = work()
             except BaseException:
                 traceback.print_exc()

@@ -260,7 +260,7 @@ def test_a_run_that_the_hub_refuses_leaves_no_file(hub: Hub, tmp_path: Path) -> 
 def test_a_loop_of_ones_own_publishes_each_model(hub: Hub, tokenizer, tmp_path: Path) -> None:
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     network = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **size))
-    accelerator = SimpleNamespace(is_main_process=True, free_memory=lambda: None, end_training=lambda: None)
+    accelerator = SimpleNamespace(is_main_process=True, free_memory=lambda: None, trackers=[])
     prepared = SimpleNamespace(tokenizer=tokenizer)
     begun = Begun(accelerator=accelerator, precision=None, folder=tmp_path, prepared=prepared, push_to_hub=REPO)
     end(begun, SimpleNamespace(conclude=lambda figures: {"steps": 1}), {".": network, "generator": network})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minilm import Config
@@ -154,7 +155,12 @@ def test_of_two_resumes_at_once_one_goes_on(reference: dict[str, object], live: 
     jobs = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        jobs.append(start("fork", again, tmp_path / name, processes=1))
+        planted = WAITING.format(go=str(live.go))  # so that the first is alive until the second was refused
+        jobs.append(start("fork", again, tmp_path / name, processes=1, planted=planted))
+    processes, gone, end = [process for job in jobs for process in job.processes], list[psutil.Process](), 60
+    while not gone and (end := end - 1):
+        gone, _ = psutil.wait_procs(processes, timeout=1)
+    live.go.touch()
     statuses = [job.status() for job in jobs]
     assert sorted(statuses) == [0, 2]
     refused = jobs[statuses.index(2)].stderr.read_text()

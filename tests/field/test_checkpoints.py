@@ -36,7 +36,7 @@ from minilm.settings import parse
 from minilm.tokens import Prepared
 from minilm.train import train
 from minilm.verify_head import verify_head
-from tests.jobs import WORDS, write_text
+from tests.jobs import WORDS, forget_other_tests, write_text
 from tests.matrix import HEADS, LABELS, gradient_error, reference, tokenizer_for, types_of, update
 from tests.reference import NO_EXAMPLES
 from tests.tiny import tiny_config
@@ -217,6 +217,7 @@ def test_other_additions_to_the_loss_are_named(
 def test_the_advice_about_routers_works_for_a_checkpoint(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    forget_other_tests()  # a run chooses its precision
     tokenizer = tokenizer_for("causal", kind)
     torch.manual_seed(0)
     config = tiny_config(kind, tokenizer)

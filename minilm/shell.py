@@ -34,6 +34,22 @@ def outlasting_readers() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Drop what a library itself writes to stdout: the tokenizers library panics there when no reader is left."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # the program has no stdout
+        yield
+        return
+    _write_to_nothing(1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def reader_is_gone(stream: TextIO) -> bool:
     """Whether nothing reads what is written to a stream any more; what it still holds is then dropped."""
     try:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.progress import progress_bar
+from minilm.shell import silent_stdout
 from minilm.special_ids import id_count
 from minilm.stream import Stream
 
@@ -85,7 +86,8 @@ def _train_bpe(documents: Documents, vocab_size: int, special: list[AddedToken])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_of(documents))
+    with silent_stdout():
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_of(documents))
     return tokenizer
 
 
@@ -100,10 +102,12 @@ def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedT
     # The trainer numbers the ## letters, which decide ties, in an order that differs from run to run. So learn them
     # first, hand them over sorted as if they were special, and build the tokenizer anew from the vocabulary.
     tokenizer = empty()
-    tokenizer.train_from_iterator(texts_of(documents), trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
+    with silent_stdout():
+        tokenizer.train_from_iterator(texts_of(documents), trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
     letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
-    tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_of(documents))
+    with silent_stdout():
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_of(documents))
     tokenizer = empty(tokenizer.get_vocab())
     tokenizer.add_special_tokens(special)
     return tokenizer

@@ -54,7 +54,7 @@ import minilm.hardware
 import minilm.launch
 import minilm.packing
 import minilm.swap
-from minilm.batch import Batch
+from minilm.batch import MicroBatch
 from minilm.config import Config, Model
 from minilm.head import Head, SparseHead
 from minilm.optim import build_optimizer
@@ -104,7 +104,7 @@ class PlainHead(Head):
     ) -> Tensor:
         """-log p at each place of the padded batch, nats, float32[R L], 0 where there is no target."""
         logits_RxLxV = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
-        batch = Batch(
+        batch = MicroBatch(
             input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=target_ids_N
         )
         return F.cross_entropy(logits_RxLxV.flatten(0, 1).float(), padded_labels(batch).flatten(), reduction="none")

@@ -25,12 +25,12 @@ from minilm.hardware import Cost, count_flops, peak_memory
 from minilm.head import Head, freeze_unused
 from minilm.launch import start
 from minilm.micro import settle_micro_tokens
-from minilm.objectives import Evaluation, build, objective_of, prepare
+from minilm.objectives import Evaluator, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
 from minilm.sharding import distribute
 from minilm.tokens import Prepared
-from minilm.train import first_step, lay_out, load_steps, seed_dropout, train_step
+from minilm.train import build_plan, first_step, load_steps, seed_dropout, train_step
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -207,7 +207,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     plan: Plan
     collator: Collator
-    evaluator: Evaluation
+    evaluator: Evaluator
     work: Work | None
     """None: that of another contender counts."""
 
@@ -225,7 +225,7 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head
     if config.run.compile:
         compile_layers(head)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
-    plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
+    plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
     model.train()
     return Parts(
         config=config,

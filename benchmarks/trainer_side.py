@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from minilm.batch import Batch
+from minilm.batch import MicroBatch
 from minilm.causal import Causal
 from minilm.config import Config, Optim
 from minilm.hardware import peak_memory
@@ -52,7 +52,7 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
 
-def padded_labels(batch: Batch, shift: int = 0) -> Tensor:
+def padded_labels(batch: MicroBatch, shift: int = 0) -> Tensor:
     """The targets of a padded batch as transformers wants them: int64, R x L, -100 where there is none.
 
     `shift`: 1 where the label is to be at the token itself, and the target where it is predicted from.

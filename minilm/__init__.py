@@ -14,11 +14,11 @@ What a configuration is made of is imported from here; `help(minilm.Data)` says 
 
     minilm.cli         run_recipe: a Config as a program, with a flag for each field
     minilm.train       train; for a loop of your own train_step, load_steps, seed_dropout
-    minilm.fork        begin, lay_out, end: what a loop of your own begins and ends with
+    minilm.fork        begin, start_recording, end: what a loop of your own begins and ends with
     minilm.objectives  prepare (data and tokenizer), build (the model), objective_of (its collator, head, evaluation)
     minilm.tokens      Prepared and Examples, what `prepare` returns
     minilm.plan        Plan: which examples make up step i, and how they are cut into micro-batches
-    minilm.batch       Batch, a micro-batch on its way to the model, and its loss
+    minilm.batch       MicroBatch, on its way to the model, and its loss
     minilm.head        SparseHead: a model of transformers that gives the losses of a batch's targets
     minilm.optim       build_optimizer, learning_rate
     minilm.record      Recorder: log.jsonl and the progress bar

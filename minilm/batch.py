@@ -16,7 +16,7 @@ from minilm.packing import Packing, pack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class MicroBatch:
     """A micro-batch on its way to the model: its rows one after the other, without padding."""
 
     input_ids_T: Tensor
@@ -35,16 +35,16 @@ class Batch:
         """Number of targets; read from the shape, so that asking never waits for a device."""
         return self.target_ids_N.shape[0]
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "MicroBatch":
         """The batch on `device`; the copy from pinned memory does not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "MicroBatch":
         """The batch in page-locked memory (called by DataLoader)."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        return MicroBatch(
             input_ids_T=change(self.input_ids_T),
             packing=self.packing.map(change),
             target_index_N=change(self.target_index_N),
@@ -53,33 +53,37 @@ class Batch:
         )
 
 
-def join(rows: Sequence[NDArray[np.int64]], *, padded: bool, multiple: int) -> tuple[NDArray[np.int64], Packing]:
+def concatenate_rows(
+    rows: Sequence[NDArray[np.int64]], *, padded: bool, multiple: int
+) -> tuple[NDArray[np.int64], Packing]:
     """The rows one after the other, and where they lie. No rows give one token without a target, so that a process that
     has nothing to do in a step can still join its collectives."""
     ids_T = np.concatenate(rows) if rows else np.zeros(1, np.int64)
     return ids_T, pack([len(row) for row in rows] or [1], grouped=not padded, multiple=multiple)
 
 
-def collate_whole(rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float) -> Batch:
+def collate_whole(
+    rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float
+) -> MicroBatch:
     """The rows as they are, unpadded, each token a target: for a loss that compares models."""
-    ids, packing = join(rows, padded=False, multiple=1)
+    ids, packing = concatenate_rows(rows, padded=False, multiple=1)
     ids_T, every_N = torch.from_numpy(ids), torch.arange(len(ids) if rows else 0)
-    return Batch(input_ids_T=ids_T, packing=packing, target_index_N=every_N, target_ids_N=ids_T[every_N])
+    return MicroBatch(input_ids_T=ids_T, packing=packing, target_index_N=every_N, target_ids_N=ids_T[every_N])
 
 
-def target_nats(model: nn.Module, batch: Batch) -> Tensor:
+def target_nats(model: nn.Module, batch: MicroBatch) -> Tensor:
     """-log p of each target in nats, float32[N], by a model like `SparseHead`."""
     nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T)
     return nats_N
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The cross entropy of the batch summed over its targets, nats, float32 scalar."""
     return target_nats(model, batch).sum()
 
 
 # (rows, the ids of their examples, the epoch, the share of the run that is done)
-Collate = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], Batch]
+Collate = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]
 
 
 class Collator(Protocol):
@@ -93,7 +97,7 @@ class Collator(Protocol):
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
-    ) -> Batch: ...
+    ) -> MicroBatch: ...
 
 
 class LanguageCollator(Collator, Protocol):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.batch import Batch, join
+from minilm.batch import MicroBatch, concatenate_rows
 from minilm.config import CausalLM
 from minilm.infer import check_beginnings, generate
 from minilm.language import LanguageModel
@@ -39,11 +39,11 @@ class CausalCollator:
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
-    ) -> Batch:
+    ) -> MicroBatch:
         """As `MaskedCollator`; of examples, epoch and progress nothing depends on."""
-        ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
+        ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
         index_N = np.delete(np.arange(len(ids_T)), np.cumsum([len(row) for row in rows] or [1]) - 1)
-        return Batch(
+        return MicroBatch(
             input_ids_T=torch.from_numpy(ids_T),
             packing=packing,
             target_index_N=torch.from_numpy(index_N),

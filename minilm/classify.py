@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.agreement import check_agreement
-from minilm.batch import Batch, join
+from minilm.batch import MicroBatch, concatenate_rows
 from minilm.config import Classification, Config
 from minilm.data import load_documents
 from minilm.head import AFTER_ATTENTION, Head
@@ -54,13 +54,13 @@ class ClassCollator:
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
-    ) -> Batch:
+    ) -> MicroBatch:
         """`rows[i]`: the ids of example `examples[i]`. Of epoch and progress nothing depends."""
-        ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
+        ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
         types_T = None
         if self.examples.types is not None:
             types_T = np.concatenate([self.examples.row_types(int(i)) for i in examples] or [np.zeros(1, np.int64)])
-        return Batch(
+        return MicroBatch(
             input_ids_T=torch.from_numpy(ids_T),
             packing=packing,
             target_index_N=(packing.position_T == 0).nonzero()[: len(rows), 0],

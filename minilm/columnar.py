@@ -46,7 +46,7 @@ def cells_of(
         start += batch.num_rows
 
 
-def names_of(path: str) -> list[str]:
+def read_columnar_names(path: str) -> list[str]:
     """The names of a file's columns."""
     with _naming_damage(path), _table(path) as table:
         return [*table.schema.names]

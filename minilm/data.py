@@ -8,7 +8,7 @@ from minilm.config import Data
 from minilm.glue import with_glue_columns
 from minilm.pydocs import pydocs
 from minilm.rows import Blank
-from minilm.sources import check_settings, is_text, quiet_datasets, read_rows
+from minilm.sources import check_data_settings, is_text, quiet_datasets, read_rows
 
 
 @quiet_datasets()
@@ -25,7 +25,7 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
     the file, the row, the column or the split at fault.
     """
     data = with_glue_columns(data)
-    check_settings(data, labels=labels)
+    check_data_settings(data, labels=labels)
     if data.streaming:
         raise ValueError("data.streaming: is for language models; leave it out where there are labels")
     if "pydocs" in data.sources and data.eval_split:
@@ -98,7 +98,7 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 @quiet_datasets()
 def read_documents(data: Data) -> Dataset:
     """All rows of `data.split`, blank ones too, one source after the other, with the columns of `load_documents`."""
-    check_settings(data, labels=False)
+    check_data_settings(data, labels=False)
     return _joined([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
 
 

@@ -69,7 +69,7 @@ def read_delimited(
             raise ValueError(f"{path}, {problem}. Nor can the file be read with quotes: {error}") from error
 
 
-def names_of(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
+def read_delimited_names(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
     """The names of a file's columns."""
     newline = line_end(path)
     delimiter = delimiter or _find_delimiter(path, columns, encoding, newline)

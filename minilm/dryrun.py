@@ -21,7 +21,7 @@ from minilm.output import choose_output_dir
 from minilm.plan import Plan, Step
 from minilm.sharding import distribute
 from minilm.tokens import Examples, Prepared
-from minilm.train import build_head, lay_out, load_steps, seed_dropout, train_step
+from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
 from minilm.zero import size_of
 
 _FEWEST, _SECONDS = 3, 3.0  # steps of the probe that are timed, and the time that it takes if they are short
@@ -85,7 +85,7 @@ def _planned(
     """Model, steps, FLOPs, memory and time, the last two from a probe of steps on a model that is then dropped."""
     head, config = build_head(config, accelerator, prepared)
     cost = count_flops(head, config.batch.max_length)
-    plan, collator, _ = lay_out(config, accelerator, head, prepared)
+    plan, collator, _ = build_plan(config, accelerator, head, prepared)
     total = config.run.steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())

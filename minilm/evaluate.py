@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from minilm.batch import Batch, Collator, LanguageCollator, target_nats
+from minilm.batch import Collator, LanguageCollator, MicroBatch, target_nats
 from minilm.model import evaluating
 from minilm.plan import cut_alike
 from minilm.progress import progress_bar
@@ -18,7 +18,7 @@ from minilm.tokens import Examples
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvaluationTotals:
     """Totals over the evaluation's targets, from which every figure follows."""
 
     nats: float
@@ -49,7 +49,7 @@ def unigram_nats(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluator:
+class LanguageEvaluator:
     """The evaluation of a language model on held-out examples; call it with the accelerator and the prepared model.
 
     Raises ValueError when the examples hold no target.
@@ -70,7 +70,7 @@ class Evaluator:
 
     names = ("eval_loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte")
 
-    def __call__(self, accelerator: Accelerator, model: nn.Module) -> Evaluation:
+    def __call__(self, accelerator: Accelerator, model: nn.Module) -> EvaluationTotals:
         """Evaluate every example once, shared among the processes, all of which return the same totals.
 
         The masks are those of the collator's epoch 0, and each forward pass is the same, whatever the number of
@@ -87,14 +87,14 @@ class Evaluator:
         everyones = _gathered(accelerator, sums.view(np.int64)).view(np.float64)
         *targets, utf8_bytes = _gathered(accelerator, np.append(targets_V, utf8_bytes)).sum(0)
         targets_V = np.array(targets)
-        return Evaluation(
+        return EvaluationTotals(
             nats=math.fsum(everyones.flat),
             targets=int(targets_V.sum()),
             utf8_bytes=int(utf8_bytes),
             unigram_nats=float((targets_V * self.unigram).sum()),
         )
 
-    def _bytes_of_targets(self, ids: NDArray[np.int64], batch: Batch) -> int:
+    def _bytes_of_targets(self, ids: NDArray[np.int64], batch: MicroBatch) -> int:
         if not batch.targets:
             return 0
         bytes_T = np.concatenate([self.examples.row_bytes(int(i)) for i in ids])
@@ -103,7 +103,7 @@ class Evaluator:
 
 def own_batches(
     accelerator: Accelerator, examples: Examples, collator: Collator, micro_tokens: int
-) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+) -> Iterator[tuple[NDArray[np.int64], MicroBatch]]:
     """This process's share of the examples in batches, each with the ids of its examples: every one is one process's.
 
     All processes have the same number of batches, which are those that one process would have.

@@ -61,7 +61,7 @@ def begin(config: Config, name: str) -> Begun:
     )
 
 
-def lay_out(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
+def start_recording(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
     """The plan of the steps, how many there are, and their recorder; claims the output folder and says what is run."""
     accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
     check_agreement(head, prepared)

@@ -29,7 +29,7 @@ def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[
         yield line, [column.find(row, where) for column in columns]
 
 
-def names_of(path: str) -> list[str]:
+def read_json_names(path: str) -> list[str]:
     """The names in the first row of a file."""
     row = next(_rows(path, _Parser(())), (0, None))[1]
     return list(row) if isinstance(row, dict) else []

@@ -12,7 +12,7 @@ from minilm.agreement import check_agreement
 from minilm.batch import LanguageCollator
 from minilm.config import Config
 from minilm.data import load_documents
-from minilm.evaluate import Evaluator, unigram_nats
+from minilm.evaluate import LanguageEvaluator, unigram_nats
 from minilm.head import SparseHead
 from minilm.special_ids import id_count
 from minilm.stream import Stream, chained, stream_documents
@@ -97,10 +97,10 @@ class LanguageModel:
         check_agreement(head, prepared)
         return head
 
-    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
+    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> LanguageEvaluator:
         """Loss, perplexity and bits per byte, beside a unigram model's."""
         collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
-        return Evaluator(
+        return LanguageEvaluator(
             examples=prepared.eval,
             collator=collator,
             micro_tokens=micro_tokens,

@@ -46,7 +46,7 @@ _STATES = (PartialState, AcceleratorState, GradientState)
 _undo = list[Callable[[], None]]()  # brings back what the process had before the run
 
 
-def join(run: Run) -> PartialState:
+def join_job(run: Run) -> PartialState:
     """Meet the other processes of the job, once, and know its place among them. ValueError for a wrong launch."""
     _remember_process()
     cpu = _on_cpu()
@@ -81,7 +81,7 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
 
 def _start(run: Run) -> tuple[Accelerator, Precision]:
     sharding = asked_for_sharding(os.environ)
-    state = join(run)
+    state = join_job(run)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
     keep_freed_memory(state.device)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.batch import Batch, join
+from minilm.batch import MicroBatch, concatenate_rows
 from minilm.config import MaskedLM
 from minilm.head import SparseHead
 from minilm.infer import check_masks, fill_mask
@@ -78,9 +78,9 @@ class MaskedCollator:
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
-    ) -> Batch:
+    ) -> MicroBatch:
         """`rows[i]`: the ids of example `examples[i]`. `progress` decides the rate."""
-        ids_T, packing = join(rows, padded=self.padded, multiple=self.multiple)
+        ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
         index_N = new_N = np.zeros(0, np.int64)
         if rows:
             hash_T = self._hash(packing.position_T.numpy(), np.repeat(examples, [len(row) for row in rows]), epoch)
@@ -89,7 +89,7 @@ class MaskedCollator:
             new_N = self._replace(ids_T[index_N], hash_T[index_N], fate_T[index_N])
         targets_N = ids_T[index_N]
         ids_T[index_N] = new_N
-        return Batch(
+        return MicroBatch(
             input_ids_T=torch.from_numpy(ids_T),
             packing=packing,
             target_index_N=torch.from_numpy(index_N),

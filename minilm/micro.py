@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from minilm.batch import Batch, loss_sum
+from minilm.batch import MicroBatch, loss_sum
 from minilm.checkpoint import Checkpoint
 from minilm.config import Config
 from minilm.hardware import peak_memory
@@ -34,7 +34,7 @@ def settle_micro_tokens(
     accelerator: Accelerator,
     head: Head,
     checkpoint: Checkpoint | None,
-    first_step: Callable[[Config], Sequence[Batch]],
+    first_step: Callable[[Config], Sequence[MicroBatch]],
 ) -> Config:
     """`config` with a number of tokens in place of `auto`; the same one on every process.
 
@@ -77,7 +77,7 @@ def _with(config: Config, micro_tokens: int) -> Config:
 
 
 def _try_sizes(
-    accelerator: Accelerator, head: Head, micro_batches: Callable[[int], Sequence[Batch]]
+    accelerator: Accelerator, head: Head, micro_batches: Callable[[int], Sequence[MicroBatch]]
 ) -> dict[int, float]:
     """Seconds a token by size, while larger ones fit and promise to be faster."""
     found: dict[int, float] = {}
@@ -100,7 +100,7 @@ def _try_sizes(
     return found
 
 
-def _seconds(accelerator: Accelerator, head: Head, batch: Batch) -> float:
+def _seconds(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
     """Of a forward and a backward."""
     mark = time.perf_counter()
     with accelerator.autocast():

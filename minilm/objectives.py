@@ -28,7 +28,7 @@ class Figures(Protocol):
         """By name, `eval_loss` among them."""
 
 
-class Evaluation(Protocol):
+class Evaluator(Protocol):
     """The evaluation of a model on examples that training does not see."""
 
     @property
@@ -70,7 +70,7 @@ class Objective(Protocol):
     ) -> Collator:
         """The collator of training, or with `seed=None` that of evaluation, which is the same in every run."""
 
-    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluation:
+    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         """The evaluation; `micro_tokens` bounds a forward pass and changes no figure."""
 
     def said(self, figures: dict[str, float]) -> str:

@@ -36,7 +36,7 @@ Blank: TypeAlias = Literal["keep", "drop", "refuse"]
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """Some rows of a table: the place of each, and the cells of each column that is asked for."""
 
     where: Callable[[int], str]
@@ -44,8 +44,8 @@ class Batch:
     places: Sequence[int]
     cells: Sequence[Sequence[Any]]
 
-    def __getitem__(self, part: slice) -> "Batch":
-        return Batch(self.where, self.places[part], [column[part] for column in self.cells])
+    def __getitem__(self, part: slice) -> "RowBatch":
+        return RowBatch(self.where, self.places[part], [column[part] for column in self.cells])
 
 
 class Table(Protocol):
@@ -56,7 +56,7 @@ class Table(Protocol):
     typed: bool
     """Whether cells are numbers, texts and lists; otherwise all are texts."""
 
-    def batches(self, columns: Sequence[Column]) -> Iterator[Batch]:
+    def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         """The cells of these columns."""
 
     def names(self, columns: Sequence[Column]) -> list[str]:
@@ -80,7 +80,7 @@ class FileTable:
         # No names and no times: a copy of a file has the same rows.
         self.identity = [[*map(form, files)], self.contents, data.document, self.delimiter]
 
-    def batches(self, columns: Sequence[Column]) -> Iterator[Batch]:
+    def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         unit = "row" if ending(self.files[0]) in _COLUMNAR else "line"
         for file, content in zip(self.files, self.contents, strict=True):
             rows = self._rows(file, columns)
@@ -107,10 +107,10 @@ class FileTable:
     def names(self, columns: Sequence[Column]) -> list[str]:
         file, kind = self.files[0], ending(self.files[0])
         if kind in _DELIMITED:
-            return delimited.names_of(file, columns, self._encoding, self.delimiter)
+            return delimited.read_delimited_names(file, columns, self._encoding, self.delimiter)
         if kind in _JSON:
-            return json_rows.names_of(file)
-        return columnar.names_of(file) if kind in _COLUMNAR else ["text"]
+            return json_rows.read_json_names(file)
+        return columnar.read_columnar_names(file) if kind in _COLUMNAR else ["text"]
 
     def class_names(self, column: Column) -> tuple[str, ...]:
         if ending(self.files[0]) not in _COLUMNAR:
@@ -134,7 +134,7 @@ class DatasetTable:
     def __init__(self, rows: Dataset | IterableDataset, source: str, identity: Any) -> None:
         self.rows, self.source, self.identity = rows, source, identity
 
-    def batches(self, columns: Sequence[Column]) -> Iterator[Batch]:
+    def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         read = self._kept if isinstance(self.rows, Dataset) else self._streamed
         return _in_batches(read(columns), lambda row: f"{self.source}, row {row}")
 
@@ -187,7 +187,7 @@ def _read_text(path: str, encoding: str, document: str) -> Rows:
             yield first, ["\n".join(lines)]
 
 
-def _in_batches(rows: Rows, where: Callable[[int], str]) -> Iterator[Batch]:
+def _in_batches(rows: Rows, where: Callable[[int], str]) -> Iterator[RowBatch]:
     """Rows in batches that are no longer than memory is meant for."""
     places, cells, characters = list[int](), list[list[Any]](), 0
     for place, row in rows:
@@ -195,10 +195,10 @@ def _in_batches(rows: Rows, where: Callable[[int], str]) -> Iterator[Batch]:
         cells.append(row)
         characters += sum(len(cell) for cell in row if isinstance(cell, str))
         if len(places) == _ROWS or characters >= _CHARACTERS:
-            yield Batch(where, places, [list(column) for column in zip(*cells, strict=True)])
+            yield RowBatch(where, places, [list(column) for column in zip(*cells, strict=True)])
             places, cells, characters = [], [], 0
     if places:
-        yield Batch(where, places, [list(column) for column in zip(*cells, strict=True)])
+        yield RowBatch(where, places, [list(column) for column in zip(*cells, strict=True)])
 
 
 def read_batches(
@@ -230,7 +230,7 @@ def read_batches(
         yield result
 
 
-def _check_texts(column: Column, cells: Sequence[Any], batch: Batch, blank: Blank) -> None:
+def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: Blank) -> None:
     try:
         "".join(cells).encode()
         good = blank != "refuse" or not any(not text or text.isspace() for text in cells)
@@ -255,7 +255,7 @@ def _parts_of(table: Table, columns: Sequence[Column], split: str) -> list[tuple
     return [(part.from_ or 0, part.to) for part in parts]
 
 
-def _sliced(table: Table, columns: Sequence[Column], parts: list[tuple[int, int | None]]) -> Iterator[Batch]:
+def _sliced(table: Table, columns: Sequence[Column], parts: list[tuple[int, int | None]]) -> Iterator[RowBatch]:
     """The rows of the parts, part after part."""
     for start, stop in parts:
         row = 0

@@ -70,7 +70,7 @@ def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
     return columns
 
 
-def check_settings(data: Data, *, labels: bool) -> None:
+def check_data_settings(data: Data, *, labels: bool) -> None:
     """Raise ValueError for a setting that no source can follow, or that needs labels where none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     # The ending of a source's files; nothing for pydocs, saved datasets and the hub.

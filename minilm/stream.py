@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from minilm.config import Data
 from minilm.files import file_content, form
 from minilm.glue import with_glue_columns
-from minilm.sources import check_settings, files_of, is_text, quiet_datasets, revision, stream_rows
+from minilm.sources import check_data_settings, files_of, is_text, quiet_datasets, revision, stream_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
     Where a share is held out, it is document i when i + 1 documents hold one more in `data.eval_fraction` than i do.
     """
     data = with_glue_columns(data)
-    check_settings(data, labels=False)
+    check_data_settings(data, labels=False)
     if data.eval_source is None and data.eval_split is None:
         whole = [_stream(data, source, data.split) for source in data.sources]
         train = [_share(stream, data.eval_fraction, inside=False) for stream in whole]

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from minilm.config import Config, Run
 from minilm.disk import publish
-from minilm.launch import in_contact, join, nothing_left, one_job, together
+from minilm.launch import in_contact, join_job, nothing_left, one_job, together
 from minilm.lock import LOCK, lock_folder, unlock_folder, unlocked_at_end
 from minilm.output import choose_output_dir
 from minilm.signals import heard
@@ -40,7 +40,7 @@ def sweep(
     """
     results: dict[int, dict[str, float]] = {}
     with one_job():
-        main = join(config.run).is_main_process
+        main = join_job(config.run).is_main_process
         folder = together(lambda: _claim(config.run, name), main_only=True)
         for number, seed in enumerate(seeds, start=1):
             _stop_if_told(config, results)
@@ -101,7 +101,7 @@ def _run(
 
 def _stop_if_told(config: Config, finished: Mapping[int, object]) -> None:
     """TrainingStopped on all processes where one of them has heard of a signal that came too late for its run."""
-    join(config.run)
+    join_job(config.run)
     if number := max(gather_object([heard()])):
         raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_said(finished)}", 128 + number)
 

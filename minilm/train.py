@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.batch import Batch, Collate, Collator, loss_sum
+from minilm.batch import Collate, Collator, MicroBatch, loss_sum
 from minilm.best import Best
 from minilm.card import write_card
 from minilm.checkpoint import Checkpoint, Saver, copied
@@ -34,7 +34,7 @@ from minilm.inputs import inputs_of
 from minilm.launch import attempt, finish, first_on_each_host, in_contact, nothing_left, start, together
 from minilm.lock import unlocked_at_end
 from minilm.micro import number_of, settle_micro_tokens
-from minilm.objectives import Evaluation, build, objective_of, prepare
+from minilm.objectives import Evaluator, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
@@ -65,7 +65,7 @@ def train_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[MicroBatch],
     *,
     lr: float,
     max_grad_norm: float,
@@ -121,7 +121,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     if config.run.compile:
         together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
-    plan, collator, evaluator = lay_out(config, accelerator, head, prepared)
+    plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
     total = config.run.steps(plan.steps_per_epoch)
     progress = together(lambda: resume(checkpoint, config, inputs, total, network, optimizer, precision.name))
     best = together(lambda: Best(config.run, evaluator.names, progress))
@@ -198,19 +198,19 @@ def build_head(
     return head, settle_micro_tokens(config, accelerator, head, checkpoint, first)
 
 
-def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[Batch]:
+def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[MicroBatch]:
     """This process's micro-batches of the first step."""
-    plan, collator, _ = lay_out(config, accelerator, head, prepared)
+    plan, collator, _ = build_plan(config, accelerator, head, prepared)
     item: Item = next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))
     return item[1]
 
 
-def lay_out(
+def build_plan(
     config: Config,
     accelerator: Accelerator,
     head: Head,
     prepared: Prepared,
-) -> tuple[Plan, Collator, Evaluation]:
+) -> tuple[Plan, Collator, Evaluator]:
     """The plan of the steps, the collator that fills them, and the evaluation."""
     objective, plan = objective_of(config.objective), lay_plan(config, accelerator, head, prepared.train)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
@@ -233,7 +233,7 @@ def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Exa
     )
 
 
-Item = tuple[Step, list[Batch]]
+Item = tuple[Step, list[MicroBatch]]
 
 
 class _Steps(Dataset[Item]):

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minilm.batch import Batch, Collator, target_nats
+from minilm.batch import Collator, MicroBatch, target_nats
 from minilm.config import Config
 from minilm.head import SHARED, Head
 from minilm.launch import together
@@ -95,7 +95,7 @@ def _choose(examples: Examples, draw: int) -> NDArray[np.int64]:
     return chosen
 
 
-def _batch(head: Head, collator: Collator, examples: Examples, chosen: NDArray[np.int64]) -> Batch:
+def _batch(head: Head, collator: Collator, examples: Examples, chosen: NDArray[np.int64]) -> MicroBatch:
     """The rows of these examples, each cut to a length for which there is time and memory."""
     batch = collator([examples[int(i)] for i in chosen], chosen, 0)
     on_cpu = next(head.model.parameters()).device.type == "cpu"
@@ -105,7 +105,7 @@ def _batch(head: Head, collator: Collator, examples: Examples, chosen: NDArray[n
     return _cut(batch, longest, padded=collator.padded, multiple=collator.multiple)
 
 
-def _cut(batch: Batch, longest: int, *, padded: bool, multiple: int) -> Batch:
+def _cut(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -> MicroBatch:
     """The first tokens of each row, and its last one."""
     lengths = torch.tensor(batch.packing.lengths)
     last_T = torch.zeros_like(batch.input_ids_T, dtype=torch.bool)
@@ -122,7 +122,7 @@ def _cut(batch: Batch, longest: int, *, padded: bool, multiple: int) -> Batch:
     )
 
 
-def _outcome(head: Head, batch: Batch, *, by_loss: bool, trained: bool) -> list[Tensor]:
+def _outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: bool) -> list[Tensor]:
     """Losses or logits of the targets, and the gradients of a sum of them, large ones by sums over rows and columns."""
     parameters = [parameter for parameter in head.model.parameters() if parameter.requires_grad and trained]
     batch = batch.to(next(head.model.parameters()).device)

@@ -21,7 +21,7 @@ from transformers import AutoModelForPreTraining, PreTrainedTokenizerBase
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.cli import run_recipe
-from minilm.fork import begin, end, lay_out
+from minilm.fork import begin, end, start_recording
 from minilm.hardware import count_flops
 from minilm.head import SparseHead, freeze_unused
 from minilm.launch import in_contact, nothing_left, together
@@ -91,7 +91,7 @@ def train(config: Config, name: str) -> dict[str, float]:
     accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim
     electra = together(lambda: Electra(config, prepared.tokenizer)).to(accelerator.device)
     costs = [count_flops(head, config.batch.max_length) for head in (electra.generator, electra.discriminator)]
-    plan, total, recorder = lay_out(begun, config, electra.discriminator)
+    plan, total, recorder = start_recording(begun, config, electra.discriminator)
     objective, seed = objective_of(config.objective), config.run.seed
     collator = objective.collator(
         prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple

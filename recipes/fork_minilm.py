@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from minilm import Config, Model, Optim, Run
 from minilm.batch import collate_whole
 from minilm.cli import run_recipe
-from minilm.fork import begin, end, lay_out
+from minilm.fork import begin, end, start_recording
 from minilm.hardware import count_flops
 from minilm.head import Head, SparseHead, freeze_unused
 from minilm.launch import in_contact, nothing_left, together
@@ -104,7 +104,7 @@ def train(config: Config, name: str) -> dict[str, float]:
     distiller = together(lambda: Distiller(load(student), load(teacher))).to(accelerator.device)
     freeze_unused(distiller)
     cost = count_flops(distiller.student, config.batch.max_length)
-    plan, total, recorder = lay_out(begun, config, distiller)
+    plan, total, recorder = start_recording(begun, config, distiller)
     model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim))
     model.train()
     with closing(recorder):

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from minilm import CausalLM, Classification, MaskedLM, Model
-from minilm.batch import Batch
+from minilm.batch import MicroBatch
 from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
 from minilm.labels import Labels
@@ -65,7 +65,7 @@ class Example:
     """int64, the same as a model of transformers wants to be told; of a row that is classified a scalar."""
 
 
-def masked_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
+def masked_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
     """The collator's own choice of targets, put back into rows."""
     targets_T = torch.full_like(batch.input_ids_T, NO_TARGET)
     targets_T[batch.target_index_N] = batch.target_ids_N
@@ -73,13 +73,13 @@ def masked_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
     return [Example(input_ids_L=ids_L, targets=targets_L, labels=targets_L) for ids_L, targets_L in rows]
 
 
-def causal_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
+def causal_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
     """Each token is to say the next one of its row."""
     rows = batch.input_ids_T.split(list(lengths))
     return [Example(input_ids_L=ids, targets=F.pad(ids[1:], (0, 1), value=NO_TARGET), labels=ids) for ids in rows]
 
 
-def classification_examples(batch: Batch, lengths: Sequence[int]) -> list[Example]:
+def classification_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
     """Each row has a class."""
     rows = zip(batch.input_ids_T.split(list(lengths)), batch.target_ids_N, strict=True)
     return [Example(input_ids_L=ids_L, targets=label[None], labels=label) for ids_L, label in rows]
@@ -90,7 +90,7 @@ class Kind:
     """A head: the objective that trains it, and its examples one by one."""
 
     settings: MaskedLM | CausalLM | Classification
-    examples: Callable[[Batch, Sequence[int]], list[Example]]
+    examples: Callable[[MicroBatch, Sequence[int]], list[Example]]
 
 
 # A head more is an entry more: its settings, and how a batch of its collator is put back into rows.
@@ -315,7 +315,7 @@ def reference(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[floa
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def update(head: Head, batches: Sequence[Batch]) -> tuple[float, Gradients]:
+def update(head: Head, batches: Sequence[MicroBatch]) -> tuple[float, Gradients]:
     """Loss and gradients of a step of the loop's own, which changes nothing."""
     gradients: Gradients = {}
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from minilm import Batch, Config, Data, Tokens
-from minilm.evaluate import Evaluation, Evaluator, unigram_nats
+from minilm.evaluate import EvaluationTotals, LanguageEvaluator, unigram_nats
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
 from minilm.objectives import prepare
@@ -56,7 +56,7 @@ class Recording(MaskedCollator):
         return super().__call__(rows, examples, epoch)
 
 
-def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> Evaluator:
+def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> LanguageEvaluator:
     """Over examples of random ordinary ids, 3 to 40 long, with bytes and frequencies of no special form."""
     rng = np.random.default_rng(0)
     ends = np.cumsum(rng.integers(1, 39, EXAMPLES + 1))
@@ -68,7 +68,7 @@ def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> Ev
         suffix=np.array([tokenizer.sep_token_id]),
         text_bytes=rng.integers(0, 9, ends[-1]),
     )
-    return Evaluator(
+    return LanguageEvaluator(
         examples=examples,
         collator=Recording(tokenizer, padded),
         micro_tokens=micro_tokens,
@@ -76,7 +76,7 @@ def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> Ev
     )
 
 
-def one_by_one(evaluator: Evaluator, head: SparseHead) -> Evaluation:
+def one_by_one(evaluator: LanguageEvaluator, head: SparseHead) -> EvaluationTotals:
     """The same totals from one example, and one target, at a time, through the full head."""
     nats = unigram = 0.0
     targets = utf8_bytes = 0
@@ -90,10 +90,10 @@ def one_by_one(evaluator: Evaluator, head: SparseHead) -> Evaluation:
             targets += 1
             utf8_bytes += int(evaluator.examples.row_bytes(index)[position])
             unigram += float(evaluator.unigram[target])
-    return Evaluation(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
+    return EvaluationTotals(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
 
 
-def assert_same(ours: Evaluation, theirs: Evaluation, nats: float) -> None:
+def assert_same(ours: EvaluationTotals, theirs: EvaluationTotals, nats: float) -> None:
     """`nats`: relative tolerance of the model's nats; all else is exact."""
     assert (ours.targets, ours.utf8_bytes) == (theirs.targets, theirs.utf8_bytes)
     assert ours.unigram_nats == pytest.approx(theirs.unigram_nats, rel=1e-12)
@@ -132,7 +132,7 @@ def test_totals_do_not_depend_on_the_micro_batches(micro_tokens, dtype, toleranc
 
 
 def test_figures_follow_from_the_totals():
-    figures = Evaluation(nats=60.0, targets=20, utf8_bytes=50, unigram_nats=100.0).figures()
+    figures = EvaluationTotals(nats=60.0, targets=20, utf8_bytes=50, unigram_nats=100.0).figures()
     assert figures == pytest.approx(
         {
             "eval_loss": 3.0,
@@ -144,7 +144,7 @@ def test_figures_follow_from_the_totals():
 
 
 def test_a_hopeless_model_and_targets_without_bytes_still_have_figures():
-    figures = Evaluation(nats=1e6, targets=1, utf8_bytes=0, unigram_nats=1.0).figures()
+    figures = EvaluationTotals(nats=1e6, targets=1, utf8_bytes=0, unigram_nats=1.0).figures()
     assert all(math.isfinite(figure) for figure in figures.values())
 
 
@@ -179,7 +179,7 @@ def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, ac
         for processes in (2, 3):
             ranks = [json.loads((tmp_path / f"{name}-{processes}-{i}.json").read_text()) for i in range(processes)]
             assert all(rank["totals"] == ranks[0]["totals"] for rank in ranks)
-            shared = Evaluation(**ranks[0]["totals"])
+            shared = EvaluationTotals(**ranks[0]["totals"])
             assert shared == alone  # to the bit
             assert sorted(index for rank in ranks for index in rank["seen"]) == list(range(EXAMPLES))
             figure(f"{processes} processes, {name}: the same to the bit")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import minilm.attention
 from minilm import Optim, short_rows
-from minilm.batch import Batch, loss_sum
+from minilm.batch import MicroBatch, loss_sum
 from minilm.compiling import compile_layers
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
@@ -68,7 +68,7 @@ def test_a_step_never_waits_for_the_gpu(
     assert torch.stack(losses).isfinite().all()
 
 
-def one_batch(examples: Examples, tokenizer: PreTrainedTokenizerBase, first: int = 0, count: int = 16) -> Batch:
+def one_batch(examples: Examples, tokenizer: PreTrainedTokenizerBase, first: int = 0, count: int = 16) -> MicroBatch:
     ids = np.argsort(-examples.lengths)[first : first + count]
     return MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
         [examples[int(i)] for i in ids], ids, 0

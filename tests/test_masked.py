@@ -11,7 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from minilm.batch import Batch
+from minilm.batch import MicroBatch
 from minilm.config import MaskedLM
 from minilm.masked import MaskedCollator, _mix, _spans
 from minilm.objectives import objective_of
@@ -49,17 +49,17 @@ def _collator(
     return objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=seed, padded=False, multiple=1)
 
 
-def _batch(collator: MaskedCollator, examples: Examples, ids: NDArray[np.int64], epoch: int) -> Batch:
+def _batch(collator: MaskedCollator, examples: Examples, ids: NDArray[np.int64], epoch: int) -> MicroBatch:
     return collator([examples[int(i)] for i in ids], ids, epoch)
 
 
-def _chosen(batch: Batch) -> NDArray[np.bool_]:
+def _chosen(batch: MicroBatch) -> NDArray[np.bool_]:
     chosen_T = np.zeros(len(batch.input_ids_T), bool)
     chosen_T[batch.target_index_N.numpy()] = True
     return chosen_T
 
 
-def _original(batch: Batch) -> NDArray[np.int64]:
+def _original(batch: MicroBatch) -> NDArray[np.int64]:
     return batch.input_ids_T.index_copy(0, batch.target_index_N, batch.target_ids_N).numpy()
 
 
@@ -209,7 +209,7 @@ def test_the_rate_of_a_step_is_the_same_wherever_the_run_begins(
     collator = _collator(tokenizer, examples, rate=0.9, final_rate=0.1)
     plan, accelerator = Plan(examples.lengths, examples=16, micro_tokens=400), Accelerator(cpu=True)
 
-    def batches(first: int, workers: int) -> list[Batch]:
+    def batches(first: int, workers: int) -> list[MicroBatch]:
         return [
             batch
             for _, part in load_steps(plan, examples, collator, accelerator, range(first, 8), workers)
@@ -229,7 +229,7 @@ def test_evaluation_knows_nothing_of_what_training_chooses(
     tokenizer, examples = prepared("unigram", "english")
     ids = np.arange(len(examples))
 
-    def evaluation(**fields: object) -> Batch:
+    def evaluation(**fields: object) -> MicroBatch:
         return _batch(
             objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=None, padded=False, multiple=1),
             examples,

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 import minilm.micro
 from minilm import Config, Data
-from minilm.batch import Batch
+from minilm.batch import MicroBatch
 from minilm.micro import fastest, settle_micro_tokens
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
@@ -89,7 +89,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], tuple
     """What is tried where a forward takes these seconds a token."""
     batch = type("Some", (), {"to": lambda self, device: self})
 
-    def of(size: int) -> Batch:
+    def of(size: int) -> MicroBatch:
         some: Any = batch()
         some.input_ids_T = torch.zeros(size)
         return some
@@ -99,7 +99,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], tuple
     def tried(seconds: dict[int, float]) -> tuple[Config, Head]:
         head: Any = Head(seconds)
 
-        def first_step(config: Config) -> list[Batch]:
+        def first_step(config: Config) -> list[MicroBatch]:
             size = minilm.micro.number_of(config)
             return [of(size)] if size == 2048 else [of(size), of(1)]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minilm.batch import Batch, loss_sum, target_nats
+from minilm.batch import MicroBatch, loss_sum, target_nats
 from minilm.config import MaskedLM
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
@@ -46,7 +46,7 @@ def _collator(
     )
 
 
-def _chosen(batch: Batch, rows: int) -> NDArray[np.bool_]:
+def _chosen(batch: MicroBatch, rows: int) -> NDArray[np.bool_]:
     """Which tokens are targets, B x L, of so many rows of one length."""
     chosen_T = np.zeros(len(batch.input_ids_T), bool)
     chosen_T[batch.target_index_N.numpy()] = True
@@ -68,13 +68,13 @@ def rows(tokenizer: PreTrainedTokenizerBase, special: list[int]) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def batch(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Batch:
+def batch(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> MicroBatch:
     return _collator(tokenizer)(rows, np.arange(len(rows)), 0)
 
 
 @pytest.mark.scorecard(8)
 def test_the_rate_is_kept_and_no_special_token_is_chosen(
-    batch: Batch, rows: Rows, special: list[int], figure: Callable[[str], None]
+    batch: MicroBatch, rows: Rows, special: list[int], figure: Callable[[str], None]
 ) -> None:
     ordinary_BxL = ~np.isin(rows, special)
     chosen_BxL = _chosen(batch, len(rows))
@@ -87,7 +87,7 @@ def test_the_rate_is_kept_and_no_special_token_is_chosen(
 
 @pytest.mark.scorecard(8)
 def test_80_10_10(
-    batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int], figure: Callable[[str], None]
+    batch: MicroBatch, tokenizer: PreTrainedTokenizerBase, special: list[int], figure: Callable[[str], None]
 ) -> None:
     new_N = batch.input_ids_T[batch.target_index_N]
     masked, same = int((new_N == tokenizer.mask_token_id).sum()), int((new_N == batch.target_ids_N).sum())
@@ -100,7 +100,7 @@ def test_80_10_10(
 
 @pytest.mark.scorecard(8)
 def test_replacements_are_uniform_over_the_ordinary_tokens(
-    batch: Batch, tokenizer: PreTrainedTokenizerBase, special: list[int], figure: Callable[[str], None]
+    batch: MicroBatch, tokenizer: PreTrainedTokenizerBase, special: list[int], figure: Callable[[str], None]
 ) -> None:
     new_N = batch.input_ids_T[batch.target_index_N].numpy()
     drawn = new_N[(new_N != batch.target_ids_N.numpy()) & (new_N != tokenizer.mask_token_id)]
@@ -112,7 +112,7 @@ def test_replacements_are_uniform_over_the_ordinary_tokens(
     figure(f"of the replacements' uniformity {z_score:+.1f}, 0 special ones drawn")
 
 
-def test_every_position_and_example_is_chosen_alike(batch: Batch, rows: Rows, special: list[int]) -> None:
+def test_every_position_and_example_is_chosen_alike(batch: MicroBatch, rows: Rows, special: list[int]) -> None:
     chosen_BxL, ordinary_BxL = _chosen(batch, len(rows)), ~np.isin(rows, special)
     for axis in (0, 1):
         hits, trials = chosen_BxL.sum(axis), ordinary_BxL.sum(axis)
@@ -120,7 +120,7 @@ def test_every_position_and_example_is_chosen_alike(batch: Batch, rows: Rows, sp
         assert abs((z_score**2).sum() - len(hits)) < 4 * math.sqrt(2 * len(hits))
 
 
-def test_targets_are_the_original_ids_and_everything_else_is_left_alone(batch: Batch, rows: Rows) -> None:
+def test_targets_are_the_original_ids_and_everything_else_is_left_alone(batch: MicroBatch, rows: Rows) -> None:
     restored = batch.input_ids_T.clone()
     restored[batch.target_index_N] = batch.target_ids_N
     assert np.array_equal(restored.reshape(len(rows), -1), rows)
@@ -181,7 +181,7 @@ def test_a_mask_does_not_depend_on_the_rest_of_its_batch(tokenizer: PreTrainedTo
 def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer: PreTrainedTokenizerBase) -> None:
     rows, examples = list(np.full((100, 512), len(tokenizer) - 1)), np.arange(100)
 
-    def evaluation(objective: MaskedLM) -> Batch:
+    def evaluation(objective: MaskedLM) -> MicroBatch:
         return objective_of(objective).collator(tokenizer, NO_EXAMPLES, seed=None, padded=False, multiple=1)(
             rows, examples, 0
         )

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from minilm.attention import ATTENTION, packed_attention
-from minilm.batch import Batch, loss_sum
+from minilm.batch import MicroBatch, loss_sum
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
 from minilm.packing import pack
@@ -38,7 +38,7 @@ SHORT_ROWS = (24, 9, 17, 1)
 
 def batch_for(
     head: SparseHead, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, ...] = SHORT_ROWS, rate: float = 0.3
-) -> Batch:
+) -> MicroBatch:
     rng = np.random.default_rng(0)
     rows = [rng.integers(5, len(tokenizer), size) for size in lengths]
     collator = MaskedCollator(tokenizer, rate=rate, seed=1, padded=not head.padding_free, multiple=1)
@@ -47,14 +47,14 @@ def batch_for(
     return batch
 
 
-def full_loss(model: PreTrainedModel, batch: Batch, lengths: tuple[int, ...]) -> Tensor:
+def full_loss(model: PreTrainedModel, batch: MicroBatch, lengths: tuple[int, ...]) -> Tensor:
     """The loss written out: a padded forward, the head everywhere, then the log-probabilities of the targets."""
     log_p_NxV = full_logits(model, batch.input_ids_T, lengths).log_softmax(-1)[batch.target_index_N]
     return -log_p_NxV.gather(1, batch.target_ids_N[:, None]).sum()
 
 
 def assert_same_update(
-    head: SparseHead, plain: PreTrainedModel, batch: Batch, lengths: tuple[int, ...] = SHORT_ROWS
+    head: SparseHead, plain: PreTrainedModel, batch: MicroBatch, lengths: tuple[int, ...] = SHORT_ROWS
 ) -> None:
     """Loss and every gradient agree to 1e-5; what is zero but for rounding is compared with the largest gradient."""
     ours, theirs = loss_sum(head, batch), full_loss(plain, batch, lengths)
@@ -157,7 +157,7 @@ def test_in_bf16_gradients_are_as_exact_as_those_of_the_plain_model(
     plain = build(tokenizer, kind, initializer_range=0.1).train()
     head = SparseHead(deepcopy(plain))
 
-    def gradient(model: nn.Module, batch: Batch, lengths: tuple[int, ...], half: bool = True) -> Tensor:
+    def gradient(model: nn.Module, batch: MicroBatch, lengths: tuple[int, ...], half: bool = True) -> Tensor:
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             nats = loss_sum(head, batch) if model is head else full_loss(plain, batch, lengths)

@@ -24,7 +24,7 @@ from transformers import pipeline as hf_pipeline
 
 import minilm.train
 from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
-from minilm.batch import Batch as TensorBatch
+from minilm.batch import MicroBatch
 from minilm.head import SparseHead
 from minilm.infer import fill_mask
 from minilm.masked import MaskedCollator
@@ -165,7 +165,7 @@ def test_workers_of_any_number_prepare_the_same_batches_and_masks(
         steps = load_steps(plan, examples, collator, accelerator, range(3, 23), workers)
         return [(step.epoch, step.tokens, *map(tensors, batches)) for step, batches in steps]
 
-    def tensors(batch: TensorBatch) -> tuple[object, ...]:
+    def tensors(batch: MicroBatch) -> tuple[object, ...]:
         own = (batch.input_ids_T, batch.target_index_N, batch.target_ids_N, batch.packing.position_T)
         return tuple(tensor.tolist() for tensor in own)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from minilm import Config, Model, Optim
 from minilm.attention import ATTENTION
-from minilm.batch import Batch, loss_sum
+from minilm.batch import MicroBatch, loss_sum
 from minilm.causal import CausalCollator
 from minilm.classify import ClassCollator, ClassHead
 from minilm.config import MaskedLM
@@ -35,7 +35,7 @@ ROWS = [np.arange(7, 7 + length) for length in (30, 21, 9)]
 FROZEN = ("*.embeddings.*", "*.layer.0.*")
 
 
-def masked(tokenizer: PreTrainedTokenizerBase) -> Batch:
+def masked(tokenizer: PreTrainedTokenizerBase) -> MicroBatch:
     return MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(ROWS, np.arange(3), 0)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 from minilm import Config, Data
 from minilm.cache import open_entry
 from minilm.cli import guarded
-from minilm.columnar import names_of
+from minilm.columnar import read_columnar_names
 from minilm.export import export_model
 from minilm.hub import loading
 from minilm.report import write_report
@@ -179,8 +179,8 @@ def read(path: Path) -> None:
         ("model/tokenizer.json", load, "model"),
         ("model/tokenizer_config.json", load, "model"),
         ("model", load, "model"),
-        ("rows.parquet", lambda path: names_of(str(path)), "rows.parquet"),
-        ("rows.arrow", lambda path: names_of(str(path)), "rows.arrow"),
+        ("rows.parquet", lambda path: read_columnar_names(str(path)), "rows.parquet"),
+        ("rows.arrow", lambda path: read_columnar_names(str(path)), "rows.arrow"),
         ("rows.parquet", read, "rows.parquet"),
         ("saved/data-00000-of-00001.arrow", read, "saved"),
         ("saved/state.json", read, "saved"),

@@ -24,7 +24,7 @@ import minilm.head
 import minilm.verify_head
 from minilm.attention import ATTENTION, packed_attention
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.fork import begin, lay_out
+from minilm.fork import begin, start_recording
 from minilm.head import Head, SparseHead
 from minilm.launch import finish
 from minilm.losses import linear_cross_entropy
@@ -308,7 +308,7 @@ def test_an_evaluation_and_a_fork_look_at_their_rows_too(
     begun = begin(config, "fork")
     head = SparseHead(build_network(config, begun.prepared))
     assert head.padding_free
-    lay_out(begun, config, head)
+    start_recording(begun, config, head)
     assert not head.padding_free
     finish(begun.accelerator)
     caplog.clear()

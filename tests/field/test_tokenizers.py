@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from minilm import Batch, Classification, Config, Data, Run, Tokens
-from minilm.batch import collate_whole, join
+from minilm.batch import collate_whole, concatenate_rows
 from minilm.causal import CausalCollator
 from minilm.classify import ClassHead
 from minilm.config import CausalLM, MaskedLM, Model
@@ -293,7 +293,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
         ours: Any = SparseHead(network).eval()
         batch = collate_whole(rows, np.arange(4), 0, 0.0)
         if not ours.padding_free:
-            ids_T, packing = join(rows, padded=True, multiple=1)
+            ids_T, packing = concatenate_rows(rows, padded=True, multiple=1)
             batch = replace(batch, packing=packing)
         with torch.no_grad():
             found = ours(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N)
@@ -302,7 +302,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
         )
     else:
         ours = ClassHead(network, Labels(problem="single-label", names=("a", "b", "c"))).eval()
-        ids_T, packing = join(rows, padded=not ours.padding_free, multiple=1)
+        ids_T, packing = concatenate_rows(rows, padded=not ours.padding_free, multiple=1)
         first_R = (packing.position_T == 0).nonzero()[:, 0]
         with torch.no_grad():
             found = ours(torch.from_numpy(ids_T), packing, first_R)
@@ -668,7 +668,7 @@ def test_a_decoder_reads_the_class_at_the_last_token_of_each_text_or_says_that_i
         asked.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
     )
     head = objective.head(network, prepared).eval()
-    ids_T, packing = join([prepared.train[30], prepared.train[3]], padded=not head.padding_free, multiple=1)
+    ids_T, packing = concatenate_rows([prepared.train[30], prepared.train[3]], padded=not head.padding_free, multiple=1)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         found = head.logits(torch.from_numpy(ids_T), packing, (packing.position_T == 0).nonzero()[:, 0])

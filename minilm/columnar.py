@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, LargeList, List
 from pyarrow import parquet
 
 from minilm.columns import Column
-from minilm.files import DENIED, ending
+from minilm.files import DENIED, file_kind
 
 _ROWS = 1000  # that are made into Python's objects at a time
 
@@ -150,7 +150,7 @@ class _Arrow:
 
 @contextmanager
 def _table(path: str) -> Iterator[_Parquet | _Arrow]:
-    kind = _Parquet if ending(path) == ".parquet" else _Arrow
+    kind = _Parquet if file_kind(path) == "parquet" else _Arrow
     if not path.endswith(".gz"):
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
             yield kind(file)
@@ -190,6 +190,6 @@ def where_damaged(path: str) -> str:
     except PermissionError:
         return DENIED
     except (OSError, EOFError, ValueError, pyarrow.ArrowException):
-        kind = "Parquet" if ending(path) == ".parquet" else "Arrow"
+        kind = "Parquet" if file_kind(path) == "parquet" else "Arrow"
         return f"no {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"
     return ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from minilm.columns import Column
-from minilm.files import check_mark, ending, line_end, open_text, warn_once
+from minilm.files import check_mark, ending, line_end, open_text, strip_line_end, warn_once
 
 _DELIMITERS = (",", ";", "\t", "|")
 _NAMES = {"\t": "a tab"}
@@ -149,13 +149,8 @@ def _plain_rows(path: str, file: TextIO, newline: str) -> Iterator[tuple[int, li
     """The rows of a file without quoting, whose delimiter is a tab."""
     for number, line in enumerate(file, start=1 + _skip_separator(file)):
         check_mark(path, number, line)
-        if text := _without_end(line, newline):
+        if text := strip_line_end(line, newline):
             yield number, text.split("\t")
-
-
-def _without_end(line: str, newline: str) -> str:
-    line = line.removesuffix(newline)
-    return line.removesuffix("\r") if newline == "\n" else line
 
 
 def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Iterator[tuple[int, list[str]]]:
@@ -172,7 +167,7 @@ def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Itera
                 check_mark(path, number, line)
                 begins = False
             if "\r" in line and newline == "\n":
-                body = _without_end(line, newline)
+                body = strip_line_end(line, newline)
                 if "\r" in body:
                     hidden = True
                     line = body.replace("\r", "\0") + line[len(body) :]
@@ -198,7 +193,7 @@ def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
     tabs, first, well_formed, sign, opens = -1, 0, True, False, False
     with open_text(path, encoding, newline) as file:
         for number, line in enumerate(file, start=1 + _skip_separator(file)):
-            text = _without_end(line, newline)
+            text = strip_line_end(line, newline)
             if not text or (tabs > 0 and not text.strip() and "\t" not in text):
                 continue
             fields = text.split("\t") if tabs < 0 or (well_formed and '"' in text) else []

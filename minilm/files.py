@@ -19,6 +19,17 @@ log = logging.getLogger("minilm")
 
 DENIED = "cannot be read (Permission denied)"  # after the name of a file
 
+# What is read, by the ending. Files of one kind can make up a source together.
+KINDS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "delimited",
+    ".tsv": "delimited",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+
 _BLOCK = 2**20  # bytes that are decoded or hashed at a time
 _HASHED_BYTES = 2**30  # a longer file would take seconds to hash at each start
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
@@ -37,6 +48,11 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def ending(path: str) -> str:
     """The ending that tells what a file is, in small letters: `.csv` of `data.CSV.gz`."""
     return Path(path.removesuffix(".gz")).suffix.lower()
+
+
+def file_kind(path: str) -> str:
+    """The kind of a file that is read, as `KINDS` has it."""
+    return KINDS[ending(path)]
 
 
 def form(path: str) -> str:
@@ -99,6 +115,12 @@ def line_end(path: str) -> str:
             if "\n" in block:
                 return "\n"
     return "\r"
+
+
+def strip_line_end(line: str, newline: str) -> str:
+    """A line without its end: `newline`, or CR LF where that is a line feed."""
+    line = line.removesuffix(newline)
+    return line.removesuffix("\r") if newline == "\n" else line
 
 
 def text_encoding(files: Sequence[str]) -> str:

@@ -25,11 +25,11 @@ from minilm import columnar, delimited, json_rows
 from minilm.cache import open_entry
 from minilm.columns import Column, check_label, check_text
 from minilm.config import Data
-from minilm.files import check_mark, ending, file_content, form, line_end, open_text, text_encoding
+from minilm.files import check_mark, file_content, file_kind, form, line_end, open_text, strip_line_end, text_encoding
 
 _VERSION = 2  # of what is kept in the cache
 _ROWS, _CHARACTERS = 1000, 2**20  # of a batch, at most; a single row can be longer
-_DELIMITED, _JSON, _COLUMNAR = (".csv", ".tsv"), (".json", ".jsonl"), (".parquet", ".arrow")
+_COLUMNAR = ("parquet", "arrow")
 
 Rows: TypeAlias = Iterator[tuple[int, list[Any]]]
 Blank: TypeAlias = Literal["keep", "drop", "refuse"]
@@ -71,7 +71,8 @@ class FileTable:
 
     def __init__(self, files: Sequence[str], data: Data) -> None:
         self.files, self.data = tuple(files), data
-        self.typed = ending(files[0]) not in _DELIMITED
+        self.kind = file_kind(files[0])
+        self.typed = self.kind != "delimited"
         self.delimiter = "\t" if data.delimiter == "tab" else data.delimiter
         try:
             self.contents = [file_content(file) for file in files]
@@ -81,7 +82,7 @@ class FileTable:
         self.identity = [[*map(form, files)], self.contents, data.document, self.delimiter]
 
     def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
-        unit = "row" if ending(self.files[0]) in _COLUMNAR else "line"
+        unit = "row" if self.kind in _COLUMNAR else "line"
         for file, content in zip(self.files, self.contents, strict=True):
             rows = self._rows(file, columns)
             yield from _in_batches(rows, partial("{}, {} {}".format, file, unit))
@@ -89,12 +90,11 @@ class FileTable:
                 raise ValueError(f"{file}: was changed while it was read; start again")
 
     def _rows(self, file: str, columns: Sequence[Column]) -> Rows:
-        kind = ending(file)
-        if kind in _DELIMITED:
+        if self.kind == "delimited":
             return delimited.read_delimited(file, columns, self._encoding, self.delimiter)
-        if kind in _JSON:
+        if self.kind == "json":
             return json_rows.read_json(file, columns)
-        if kind in _COLUMNAR:
+        if self.kind in _COLUMNAR:
             return columnar.read_columnar(file, columns)
         if extra := [column for column in columns if column.role != "text"]:
             raise extra[0].missing(file, ["text"])
@@ -105,15 +105,15 @@ class FileTable:
         return text_encoding(self.files)
 
     def names(self, columns: Sequence[Column]) -> list[str]:
-        file, kind = self.files[0], ending(self.files[0])
-        if kind in _DELIMITED:
+        file = self.files[0]
+        if self.kind == "delimited":
             return delimited.read_delimited_names(file, columns, self._encoding, self.delimiter)
-        if kind in _JSON:
+        if self.kind == "json":
             return json_rows.read_json_names(file)
-        return columnar.read_columnar_names(file) if kind in _COLUMNAR else ["text"]
+        return columnar.read_columnar_names(file) if self.kind in _COLUMNAR else ["text"]
 
     def class_names(self, column: Column) -> tuple[str, ...]:
-        if ending(self.files[0]) not in _COLUMNAR:
+        if self.kind not in _COLUMNAR:
             return ()
         found = {file: columnar.class_names(file, column) for file in self.files}
         first = found[self.files[0]]
@@ -170,8 +170,7 @@ def _read_text(path: str, encoding: str, document: str) -> Rows:
     with open_text(path, encoding, newline) as file:
         for number, line in enumerate(file, start=1):
             check_mark(path, number, line)
-            text = line.removesuffix(newline)
-            text = text.removesuffix("\r") if newline == "\n" else text
+            text = strip_line_end(line, newline)
             if document == "line":
                 yield number, [text]
             elif document == "paragraph" and not text.strip():

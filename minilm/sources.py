@@ -19,23 +19,12 @@ from minilm.checks import closest
 from minilm.columnar import where_damaged
 from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import ending, file_content
+from minilm.files import KINDS, ending, file_content, file_kind
 from minilm.hub import expect, is_path, reason
 from minilm.job import is_main
 from minilm.rows import Blank, DatasetTable, FileTable, Table, map_rows, read_batches
 
 log = logging.getLogger("minilm")
-
-# The file endings that are read. Files of one kind can make up a source together.
-_KINDS = {
-    ".txt": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "delimited",
-    ".tsv": "delimited",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
 
 
 @contextmanager
@@ -55,8 +44,13 @@ def quiet_datasets() -> Iterator[None]:
 
 def is_text(source: str) -> bool:
     """Whether a source is files of plain text."""
-    files = local_files(source)
-    return bool(files) and ending(files[0]) == ".txt"
+    return _kind_of_files(source) == "text"
+
+
+def _kind_of_files(source: str) -> str:
+    """The kind of a source's files; empty for pydocs, saved datasets and datasets on the hub."""
+    files = [] if source == "pydocs" else local_files(source)
+    return file_kind(files[0]) if files else ""
 
 
 def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
@@ -73,22 +67,21 @@ def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
 def check_data_settings(data: Data, *, labels: bool) -> None:
     """Raise ValueError for a setting that no source can follow, or that needs labels where none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
-    # The ending of a source's files; nothing for pydocs, saved datasets and the hub.
-    endings = {source: ending((local_files(source) or [""])[0]) if source != "pydocs" else "" for source in sources}
+    kinds = {source: _kind_of_files(source) for source in sources}
 
     def refuse(setting: str, why: str) -> None:
         value = getattr(data, setting)
         raise ValueError(f"--data.{setting.replace('_', '-')} {value}: {why}; leave it out")
 
-    if all(source == "pydocs" or endings[source] == ".txt" for source in sources):
+    if all(source == "pydocs" or kinds[source] == "text" for source in sources):
         what = "pydocs has" if sources == ["pydocs"] else "a .txt file has"
         if data.column != Data.column:
             refuse("column", f"{what} no columns")
         if data.pair_column is not None:
             refuse("pair_column", f"{what} no columns")
-    if data.delimiter is not None and not {".csv", ".tsv"} & {*endings.values()}:
+    if data.delimiter is not None and "delimited" not in kinds.values():
         refuse("delimiter", "no source is .csv or .tsv")
-    if data.document != Data.document and ".txt" not in endings.values():
+    if data.document != Data.document and "text" not in kinds.values():
         refuse("document", "no source is .txt")
     if data.config is not None and not any(map(_is_on_hub, sources)):
         refuse("config", "no source is a dataset on the hub")
@@ -238,18 +231,18 @@ def local_files(source: str) -> list[str]:
         found = [path] if os.path.exists(path) else matches
     if _is_saved(path):
         return []
-    files = [name for name in found if ending(name) in _KINDS]
+    files = [name for name in found if ending(name) in KINDS]
     endings = sorted({ending(name) for name in files})
-    if len({_KINDS[ending] for ending in endings}) > 1:
+    if len({*map(file_kind, files)}) > 1:
         raise ValueError(
             f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
         )
-    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in _KINDS
+    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in KINDS
     if not files and (found or looks_like_a_path or is_path(source)):
         what = (
             "no such file or folder"
             if not found and not os.path.isdir(path)
-            else f"no file ending in {' '.join(_KINDS)}"
+            else f"no file ending in {' '.join(KINDS)}"
         )
         raise ValueError(f"data source {source}: {what}")
     return files

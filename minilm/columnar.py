@@ -14,7 +14,7 @@ from pyarrow import parquet
 from minilm.columns import Column
 from minilm.files import DENIED, file_kind
 
-_ROWS = 1000  # that are made into Python's objects at a time
+BATCH_ROWS = 1000  # that are made into Python's objects at a time
 
 
 def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
@@ -119,7 +119,7 @@ class _Parquet:
         self.schema = self.file.schema_arrow
 
     def batches(self, names: list[str]) -> Iterator[Any]:
-        yield from self.file.iter_batches(batch_size=_ROWS, columns=names)
+        yield from self.file.iter_batches(batch_size=BATCH_ROWS, columns=names)
 
 
 class _Arrow:
@@ -144,8 +144,8 @@ class _Arrow:
             reader = pyarrow.ipc.open_file(self.file, options=options)
             parts = (reader.get_batch(number) for number in range(reader.num_record_batches))
         for part in parts:
-            for start in range(0, len(part), _ROWS):
-                yield part.slice(start, _ROWS)
+            for start in range(0, len(part), BATCH_ROWS):
+                yield part.slice(start, BATCH_ROWS)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from minilm.config import Data
 from minilm.files import KINDS, ending, file_content, file_kind
 from minilm.hub import expect, is_path, reason
 from minilm.job import is_main
-from minilm.rows import Blank, DatasetTable, FileTable, Table, map_rows, read_batches
+from minilm.rows import Blank, map_rows, read_batches
+from minilm.tables import DatasetTable, FileTable, Table
 
 log = logging.getLogger("minilm")
 

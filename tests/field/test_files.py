@@ -752,7 +752,7 @@ def test_a_setting_that_no_source_can_follow_is_refused_before_anything_is_read(
     streamed = (
         [] if "pydocs" in (source, data.eval_source) or data.document == "file" else [replace(data, streaming=True)]
     )
-    monkeypatch.setattr("minilm.rows.file_content", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr("minilm.tables.file_content", lambda path: pytest.fail("a file was read"))
     for read in (lambda: load_documents(data, 0), *(partial(stream_documents, each) for each in streamed)):
         with pytest.raises(ValueError, match=rf"^{says.replace('|', '[|]')}[^\n]*; leave it out\Z"):
             read()

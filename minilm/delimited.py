@@ -4,18 +4,48 @@ import csv
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from minilm.columns import Column
 from minilm.files import check_mark, ending, line_end, open_text, strip_line_end, warn_once
 
 _DELIMITERS = (",", ";", "\t", "|")
-_NAMES = {"\t": "a tab"}
 # An unclosed quote takes all that follows: it must not fill the memory.
 csv.field_size_limit(2**28)
 _SEPARATOR = re.compile(r"sep=(.)[\r\n]*")
 # A field as programs write it that quote a text with a quote in it, and one that shows that they did.
 _QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """A file and how its rows are written."""
+
+    path: str
+    encoding: str
+    newline: str
+    delimiter: str
+    quoted: bool = True
+    """Whether a field can be in quotes. Without them the delimiter is a tab."""
+    problem: str = ""
+    """Why a file of tabs cannot be read without quotes; empty where it can."""
+
+    def open(self) -> AbstractContextManager[TextIO]:
+        return open_text(self.path, self.encoding, self.newline)
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the line at which each row begins, and its fields. Raises ValueError for wrong quotes."""
+        with self.open() as file:
+            yield from _quoted_rows(self, file) if self.quoted else _plain_rows(self, file)
+
+    def header(self) -> list[str]:
+        """Return the fields of the first row; none where the file has none, or where its quotes are wrong."""
+        try:
+            return next(self.rows(), (0, []))[1]
+        except ValueError:
+            return []
 
 
 def read_delimited(
@@ -34,79 +64,73 @@ def read_delimited(
     Raises ValueError that names the line: for another number of fields than the header's, for a quote that is not
     closed, for text behind a closing quote, and for a column that is not there.
     """
-    newline = line_end(path)
-    delimiter = delimiter or _find_delimiter(path, columns, encoding, newline)
-    problem, quoted, first = "", True, True
-    if delimiter == "\t":
-        problem, quoted = _find_quoting(path, encoding, newline)
-    with open_text(path, encoding, newline) as file:
-        rows = _quoted_rows(path, file, delimiter, newline) if quoted else _plain_rows(path, file, newline)
-        header: list[str] = []
-        try:
-            for line, fields in rows:
-                if not header:
-                    header = fields
-                    places = _places(header, columns, f"{path}, line {line}")
-                    labels = [place for place, column in zip(places, columns, strict=True) if column.role == "label"]
-                    continue
-                if len(fields) != len(header):
-                    if len(fields) == 1 < len(header) and not fields[0].strip():
-                        continue  # a line of spaces
-                    others = (fields for _, fields in rows) if first else None
-                    raise ValueError(_wrong_count(path, line, fields, header, delimiter, others))
-                first = False
-                cells: list[Any] = [fields[place] for place in places]
-                if labels:
-                    cells = [
-                        cell or (None if column.role == "label" else cell)
-                        for cell, column in zip(cells, columns, strict=True)
-                    ]
-                yield line, cells
-        except ValueError as error:
-            at = problem.partition(":")[0]
-            if not problem or isinstance(error, UnicodeDecodeError) or str(error).startswith(f"{path}, {at}:"):
-                raise
-            raise ValueError(f"{path}, {problem}. Nor can the file be read with quotes: {error}") from error
+    dialect = _find_dialect(path, columns, encoding, delimiter)
+    try:
+        yield from _read_cells(dialect, columns)
+    except ValueError as error:
+        at = dialect.problem.partition(":")[0]
+        if not dialect.problem or str(error).startswith(f"{path}, {at}:"):
+            raise
+        raise ValueError(f"{path}, {dialect.problem}. Nor can the file be read with quotes: {error}") from error
+
+
+def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
+    labels = [index for index, column in enumerate(columns) if column.role == "label"]
+    header, first = list[str](), True
+    rows = dialect.rows()
+    for line, fields in rows:
+        if not header:
+            header = fields
+            places = _places(header, columns, f"{dialect.path}, line {line}")
+            continue
+        if len(fields) != len(header):
+            if len(fields) == 1 < len(header) and not fields[0].strip():
+                continue  # a line of spaces
+            others = (fields for _, fields in rows) if first else None
+            raise ValueError(_wrong_count(dialect, line, fields, header, others))
+        first = False
+        cells: list[Any] = [fields[place] for place in places]
+        for index in labels:
+            cells[index] = cells[index] or None
+        yield line, cells
 
 
 def read_delimited_names(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
     """The names of a file's columns."""
+    return _unique(_find_dialect(path, columns, encoding, delimiter).header())
+
+
+def _find_dialect(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> _Dialect:
     newline = line_end(path)
-    delimiter = delimiter or _find_delimiter(path, columns, encoding, newline)
-    quoted = delimiter != "\t" or _find_quoting(path, encoding, newline)[1]
-    return _unique(_header(path, delimiter, encoding, newline, quoted=quoted))
+    usual = _Dialect(path, encoding, newline, "\t" if ending(path) == ".tsv" else ",")
+    dialect = replace(usual, delimiter=delimiter or _find_delimiter(usual, columns))
+    return _find_quoting(dialect) if dialect.delimiter == "\t" else dialect
 
 
-def _find_delimiter(path: str, columns: Sequence[Column], encoding: str, newline: str) -> str:
+def _find_delimiter(usual: _Dialect, columns: Sequence[Column]) -> str:
     """What stands between the fields, by the header: what lets it name the columns that are asked for."""
-    usual = "\t" if ending(path) == ".tsv" else ","
-    with open_text(path, encoding, newline) as file:
+    with usual.open() as file:
         if stated := _SEPARATOR.fullmatch(file.readline()):
-            return stated[1]
-    candidates = [usual, *(each for each in _DELIMITERS if each != usual)]
-    headers = {each: _header(path, each, encoding, newline) for each in candidates}
+            return str(stated[1])
+    candidates = [usual.delimiter, *(each for each in _DELIMITERS if each != usual.delimiter)]
+    headers = {each: replace(usual, delimiter=each).header() for each in candidates}
+    usual_header = headers[usual.delimiter]
     fitting = [each for each in candidates if all(column.name in _unique(headers[each]) for column in columns)]
-    fitting = [each for each in fitting if each == usual or headers[each] != headers[usual]]
+    fitting = [each for each in fitting if each == usual.delimiter or headers[each] != usual_header]
     if len(fitting) > 1:
-        listed = " and ".join(_NAMES.get(each, each) for each in fitting)
-        raise ValueError(f"{path}, line 1: {listed} could separate the fields; pass --data.delimiter")
+        listed = " and ".join(map(_name_of, fitting))
+        raise ValueError(f"{usual.path}, line 1: {listed} could separate the fields; pass --data.delimiter")
     if fitting:
-        if fitting[0] != usual:
-            warn_once(f"{path}: {_NAMES.get(fitting[0], fitting[0])} separates the fields, by the header")
+        if fitting[0] != usual.delimiter:
+            warn_once(f"{usual.path}: {_name_of(fitting[0])} separates the fields, by the header")
         return fitting[0]
-    if len(headers[usual]) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
+    if len(usual_header) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
         return several[0]
-    return usual
+    return usual.delimiter
 
 
-def _header(path: str, delimiter: str, encoding: str, newline: str, *, quoted: bool = True) -> list[str]:
-    """The fields of the first row; none where the file has none, or where its quotes are wrong."""
-    with open_text(path, encoding, newline) as file:
-        rows = _quoted_rows(path, file, delimiter, newline) if quoted else _plain_rows(path, file, newline)
-        try:
-            return next(rows, (0, []))[1]
-        except ValueError:
-            return []
+def _name_of(delimiter: str) -> str:
+    return "a tab" if delimiter == "\t" else delimiter
 
 
 def _skip_separator(file: TextIO) -> int:
@@ -145,15 +169,15 @@ def _unique(header: list[str]) -> list[str]:
     return names
 
 
-def _plain_rows(path: str, file: TextIO, newline: str) -> Iterator[tuple[int, list[str]]]:
+def _plain_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """The rows of a file without quoting, whose delimiter is a tab."""
     for number, line in enumerate(file, start=1 + _skip_separator(file)):
-        check_mark(path, number, line)
-        if text := strip_line_end(line, newline):
+        check_mark(dialect.path, number, line)
+        if text := strip_line_end(line, dialect.newline):
             yield number, text.split("\t")
 
 
-def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Iterator[tuple[int, list[str]]]:
+def _quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """The rows of a file with quoting, each with the line at which it begins."""
     skipped = _skip_separator(file)
     # csv takes a carriage return for the end of a row, which inside a line it is not. A NUL stands for it meanwhile:
@@ -164,36 +188,34 @@ def _quoted_rows(path: str, file: TextIO, delimiter: str, newline: str) -> Itera
         nonlocal hidden, begins
         for number, line in enumerate(lines, start=1 + skipped):
             if begins:
-                check_mark(path, number, line)
+                check_mark(dialect.path, number, line)
                 begins = False
-            if "\r" in line and newline == "\n":
-                body = strip_line_end(line, newline)
+            if "\r" in line and dialect.newline == "\n":
+                body = strip_line_end(line, dialect.newline)
                 if "\r" in body:
                     hidden = True
                     line = body.replace("\r", "\0") + line[len(body) :]
             yield line
 
-    reader = csv.reader(hide(file), delimiter=delimiter, strict=True)
+    reader = csv.reader(hide(file), delimiter=dialect.delimiter, strict=True)
     while True:
         start, begins = reader.line_num + 1 + skipped, True
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise ValueError(
-                _wrong_quote(path, file, start, reader.line_num + skipped, delimiter, newline, error)
-            ) from error
+            raise ValueError(_wrong_quote(dialect, start, reader.line_num + skipped, error)) from error
         if fields is None:
             return
         if fields:
             yield start, [field.replace("\0", "\r") for field in fields] if hidden else fields
 
 
-def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
-    """(why a file with tabs is not one without quoting, or nothing; whether it is to be read with quotes)."""
+def _find_quoting(dialect: _Dialect) -> _Dialect:
+    """Decide whether a file of tabs is quoted, as `read_delimited` says."""
     tabs, first, well_formed, sign, opens = -1, 0, True, False, False
-    with open_text(path, encoding, newline) as file:
+    with dialect.open() as file:
         for number, line in enumerate(file, start=1 + _skip_separator(file)):
-            text = strip_line_end(line, newline)
+            text = strip_line_end(line, dialect.newline)
             if not text or (tabs > 0 and not text.strip() and "\t" not in text):
                 continue
             fields = text.split("\t") if tabs < 0 or (well_formed and '"' in text) else []
@@ -202,15 +224,17 @@ def _find_quoting(path: str, encoding: str, newline: str) -> tuple[str, bool]:
                 sign = all(_QUOTED_FIELD.fullmatch(name) for name in fields)
             elif text.count("\t") != tabs:
                 count = _fields(text.count("\t") + 1)
-                return f"line {number}: {count} where the header in line {first} has {tabs + 1}", True
+                return replace(
+                    dialect, problem=f"line {number}: {count} where the header in line {first} has {tabs + 1}"
+                )
             for field in fields:
                 if '"' in field:
                     well_formed &= _QUOTED_FIELD.fullmatch(field) is not None
                     sign |= '""' in field or "\r" in field
                     opens |= field.startswith('"')
     if opens and not (well_formed and sign):
-        warn_once(f"{path}: quotes are text, as every line has the header's number of tabs")
-    return "", well_formed and sign
+        warn_once(f"{dialect.path}: quotes are text, as every line has the header's number of tabs")
+    return replace(dialect, quoted=well_formed and sign)
 
 
 def _fields(count: int) -> str:
@@ -218,14 +242,14 @@ def _fields(count: int) -> str:
 
 
 def _wrong_count(
-    path: str, line: int, fields: list[str], header: list[str], delimiter: str, others: Iterator[list[str]] | None
+    dialect: _Dialect, line: int, fields: list[str], header: list[str], others: Iterator[list[str]] | None
 ) -> str:
     """What is wrong with a row of too few or too many fields; `others` are the rows after it where it is the first."""
-    what = f"{path}, line {line}: {_fields(len(fields))} where the header has {len(header)}"
+    what = f"{dialect.path}, line {line}: {_fields(len(fields))} where the header has {len(header)}"
     ends = sum(field.count("\n") for field in fields)
     if ends:
         return f"{what}; quotes hold {ends} line ends of this row: double a quote that is text, and quote its field"
-    name = _NAMES.get(delimiter, delimiter)
+    name = _name_of(dialect.delimiter)
     if len(fields) == len(header) + 1:
         extra, blank = _compare_counts(fields, others, len(header) + 1)
         if extra and blank:
@@ -256,22 +280,24 @@ def _compare_counts(fields: list[str], others: Iterator[list[str]] | None, count
     return True, blank
 
 
-def _wrong_quote(path: str, file: TextIO, start: int, line: int, delimiter: str, newline: str, error: csv.Error) -> str:
+def _wrong_quote(dialect: _Dialect, start: int, line: int, error: csv.Error) -> str:
     """What is wrong with the quotes of the row that begins in line `start` and is read up to `line`."""
     if "expected after" in str(error):
-        at = f"{path}, line {line}"
+        at = f"{dialect.path}, line {line}"
         begin = "" if start == line else f" (the row begins in line {start})"
         return f"{at}: text follows a closing quote{begin}; double a quote that is text, and quote its field"
-    opened = _line_of_open_quote(path, file, start, delimiter, newline)
-    return f"{path}, line {opened}: the quote that opens here is not closed; close it, or double it if it is text"
+    opened = _line_of_open_quote(dialect, start)
+    return (
+        f"{dialect.path}, line {opened}: the quote that opens here is not closed; close it, or double it if it is text"
+    )
 
 
-def _line_of_open_quote(path: str, file: TextIO, start: int, delimiter: str, newline: str) -> int:
+def _line_of_open_quote(dialect: _Dialect, start: int) -> int:
     """The line of the quote that is still open at the end of the file, of the row that begins in line `start`."""
     at, opened, inside = "start", start, False
-    marks = re.compile(f'""|"|{re.escape(delimiter)}')
-    with open_text(path, file.encoding, newline) as again:
-        for number, line in enumerate(itertools.islice(again, start - 1, None), start=start):
+    marks = re.compile(f'""|"|{re.escape(dialect.delimiter)}')
+    with dialect.open() as file:
+        for number, line in enumerate(itertools.islice(file, start - 1, None), start=start):
             place = 0
             if not inside:
                 at = "start"
@@ -281,7 +307,7 @@ def _line_of_open_quote(path: str, file: TextIO, start: int, delimiter: str, new
                 if inside:
                     inside = found[0] != '"'
                     at = "text"
-                elif found[0] == delimiter:
+                elif found[0] == dialect.delimiter:
                     at = "start"
                 elif at == "start":
                     inside, opened = True, number

@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
+from minilm.disk import file_facts
+
 log = logging.getLogger("minilm")
 
 DENIED = "cannot be read (Permission denied)"  # after the name of a file
@@ -75,14 +77,14 @@ def file_content(path: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _hash(path: str, device: int, inode: int, size: int, modified_ns: int, changed_ns: int) -> dict[str, Any]:
+    if size <= _HASHED_BYTES:
+        return file_facts(Path(path))
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if size <= _HASHED_BYTES:
-            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        digest = hashlib.sha256()
         for number in range(_SAMPLES):
             file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
-        return {"bytes": size, "modified_ns": modified_ns, "sha256_of_samples": digest.hexdigest()}
+    return {"bytes": size, "modified_ns": modified_ns, "sha256_of_samples": digest.hexdigest()}
 
 
 def open_bytes(path: str) -> IO[bytes]:

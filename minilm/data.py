@@ -8,7 +8,7 @@ from minilm.config import Data
 from minilm.glue import with_glue_columns
 from minilm.pydocs import pydocs
 from minilm.rows import Blank
-from minilm.sources import check_data_settings, is_text, quiet_datasets, read_rows
+from minilm.sources import check_data_settings, is_text, no_documents, quiet_datasets, read_rows
 
 
 @quiet_datasets()
@@ -111,6 +111,5 @@ def _read(data: Data, source: str, split: str, labels: bool, *, blank: Blank = "
         return Dataset.from_dict({"text": pydocs()[0]})
     rows = read_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)
     if len(rows) == 0:
-        at = "" if is_text(source) else f", column {data.column!r}"
-        raise ValueError(f"{source}: there is no document with text in it (split {split!r}{at})")
+        raise no_documents(data, source, split)
     return rows

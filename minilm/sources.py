@@ -19,7 +19,7 @@ from minilm.checks import closest
 from minilm.columnar import where_damaged
 from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import KINDS, ending, file_content, file_kind
+from minilm.files import KINDS, ending, file_content, file_kind, warn_once
 from minilm.hub import expect, is_path, reason
 from minilm.job import is_main
 from minilm.rows import Blank, map_rows, read_batches
@@ -148,18 +148,22 @@ def open_table(
     return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
 
 
-_second_texts = set[tuple[str, ...]]()
+def no_documents(data: Data, source: str, split: str) -> ValueError:
+    """The error about a source whose rows all lack a visible character."""
+    at = "" if is_text(source) else f", column {data.column!r}"
+    return ValueError(f"{source}: there is no document with text in it (split {split!r}{at})")
 
 
 def _look_for_second_text(table: Table, columns: list[Column]) -> None:
-    """Warn, once for a set of columns, where labels belong to pairs of texts and only the first is asked for."""
+    """Warn where labels belong to pairs of texts and only the first text is read."""
     text = columns[0].name
-    sibling = text.removesuffix("1") + "2"
+    second = text.removesuffix("1") + "2"
     if [column.role for column in columns] != ["text", "label"] or not text.endswith("1"):
         return
-    if sibling in (names := table.names(columns)) and (told := (text, *names)) not in _second_texts:
-        _second_texts.add(told)
-        log.warning(f"WARNING: there is {sibling} too, which is not read; for pairs pass --data.pair-column {sibling}")
+    if second in table.names(columns):
+        warn_once(
+            f"WARNING: there is a column {second} too, which is not read; for pairs pass --data.pair-column {second}"
+        )
 
 
 def source_facts(data: Data) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from minilm.config import Data
 from minilm.files import file_content, form
 from minilm.glue import with_glue_columns
-from minilm.sources import check_data_settings, files_of, is_text, quiet_datasets, revision, stream_rows
+from minilm.sources import check_data_settings, files_of, no_documents, quiet_datasets, revision, stream_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,7 @@ def _stream(data: Data, source: str, split: str) -> Stream:
                 yield from batch
                 empty &= not batch
             if empty:
-                at = "" if is_text(source) else f", column {data.column!r}"
-                raise ValueError(f"{source}: there is no document with text in it (split {split!r}{at})")
+                raise no_documents(data, source, split)
 
     return Stream(texts=texts, identity=json.dumps([origin, what]), remote=not files)
 

@@ -161,9 +161,7 @@ def _look_for_second_text(table: Table, columns: list[Column]) -> None:
     if [column.role for column in columns] != ["text", "label"] or not text.endswith("1"):
         return
     if second in table.names(columns):
-        warn_once(
-            f"WARNING: there is a column {second} too, which is not read; for pairs pass --data.pair-column {second}"
-        )
+        warn_once(f"WARNING: there is {second} too, which is not read; for pairs pass --data.pair-column {second}")
 
 
 def source_facts(data: Data) -> dict[str, Any]:

@@ -261,28 +261,34 @@ def _load(
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=bool(fields),  # of a head that knows other labels
+            # transformers draws these parameters. Below, only those of a head for other labels may stay so.
+            ignore_mismatched_sizes=True,
         )
-    if other := sorted(key for key, *_ in report["mismatched_keys"]):
-        relabelled = ((len(labels),), (network.config.num_labels,))  # the first axis of what gives the classes
-        for key, *shapes in report["mismatched_keys"]:
-            if tuple(tuple(shape[:1]) for shape in shapes) != relabelled or shapes[0][1:] != shapes[1][1:]:
-                raise ValueError(f"{refusal}: its {key} has another shape than its configuration says")
+    missing, random = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
+    of_labels = find_label_parameters(network.config, auto) if fields and (random or new_labels) else set()
+    for key, saved, configured in sorted(report["mismatched_keys"]):
+        for_other_labels = key in of_labels and (new_labels or saved[0] == len(labels))
+        if not for_other_labels or saved[1:] != configured[1:]:
+            raise ValueError(
+                f"{refusal}: its {key} has another shape than its configuration says ({[*saved]} and {[*configured]}): "
+                "correct the field that decides it in config.json, such as id2label for the number of labels, or leave "
+                "it out of --model.config"
+            )
     if new_labels:
-        of_labels = find_label_parameters(network.config, auto) - report["missing_keys"] - set(other)
-        start_anew(network, of_labels)
-        other = sorted({*other, *of_labels})
-    if other:
+        start_anew(network, of_labels - missing - random)
+        random |= of_labels - missing
+    if random:
+        parameters = ", ".join(sorted(random))
         log.warning(
-            f"WARNING: {name} was trained for other labels ({list_names(labels)}): {', '.join(other)} start at random"
+            f"WARNING: {name} was trained for other labels ({list_names(labels)}): {parameters} start at random"
         )
-    if missing := sorted(set(report["missing_keys"]) - set(other)):
+    if missing:
         log.warning(
-            f"{name} comes without {len(missing)} weights that a {head_name(auto)} model has, such as {missing[0]}: "
+            f"{name} comes without {len(missing)} weights that a {head_name(auto)} model has, such as {min(missing)}: "
             f"they start at random. This is usual for a checkpoint that was not trained for {head_name(auto)}."
         )
     loaded: PreTrainedModel = network
-    return loaded, [*missing, *other]
+    return loaded, sorted(missing | random)
 
 
 def _add_rows(network: PreTrainedModel, known: int, size: int) -> None:

@@ -17,6 +17,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -40,8 +41,9 @@ from minilm.labels import Labels
 from minilm.masked import MaskedCollator
 from minilm.model import load_model
 from minilm.objectives import objective_of
+from minilm.score import evaluate
 from minilm.special_ids import id_count, ids_around
-from minilm.tokens import Prepared, encode
+from minilm.tokens import Prepared, encode, load_tokenizer
 from minilm.train import train, train_step
 from minilm.vocabulary import extend_tokenizer, train_tokenizer
 from tests.tiny import tiny_config
@@ -729,3 +731,52 @@ def test_the_tokens_that_a_class_of_tokenizers_adds_to_any_vocabulary_are_named(
         ValueError, match=r"ids up to 300 .* 300 rows: <\|endoftext\|> \(Qwen2.*resize_token_embeddings"
     ):
         train(short_run(tmp_path, TEXTS, Model(name=str(tmp_path / "model"))))
+
+
+def two_label_bart(folder: Path) -> PreTrainedTokenizerBase:
+    """A checkpoint whose config.json does not say that it has 2 labels, so that transformers reads it with 3."""
+    tokenizer = ended()
+    tokenizer.save_pretrained(folder)
+    config = tiny_config("bart", tokenizer)
+    config.num_labels = 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    assert AutoConfig.from_pretrained(folder).num_labels == 3
+    return tokenizer
+
+
+def labelled_run(folder: Path, labels: list[Any]) -> Config:
+    rows = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(TEXTS)]
+    asked = short_run(folder, TEXTS, Model(name=str(folder / "model")))
+    for name in ("rows", "held"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return asked
+
+
+def test_a_configuration_with_more_labels_than_the_head_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    two_label_bart(tmp_path / "model")
+    asked = labelled_run(tmp_path, [0, 1])
+    shapes = r"out_proj\.bias has another shape than its configuration says \(\[2\] and \[3\]\)"
+    with pytest.raises(ValueError, match=rf"{shapes}: .*config\.json, such as id2label") as caught:
+        train(asked)
+    assert "\n" not in str(caught.value)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "no", "1": "yes"}}))
+    train(asked)
+    assert AutoConfig.from_pretrained(tmp_path / "out").num_labels == 2
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], ["no", "yes", "maybe"], list("abcd")], ids=len)
+def test_a_head_that_contradicts_its_configuration_makes_room_for_new_labels(labels: list[str], tmp_path: Path) -> None:
+    two_label_bart(tmp_path / "model")
+    train(labelled_run(tmp_path, labels))
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert sorted(saved.config.id2label.values()) == sorted(labels)
+    assert saved.classification_head.out_proj.bias.shape == (len(labels),)
+
+
+def test_a_language_model_with_another_shape_than_its_configuration_is_refused_in_one_line(tmp_path: Path) -> None:
+    checkpoint("bert", tmp_path, AutoModelForMaskedLM, 300)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 290}))
+    with pytest.raises(ValueError, match=r"has another shape than its configuration says \(\[300.*\] and \[290"):
+        load_model(Model(name=str(tmp_path)), trained_tokenizer(), max_length=16, seed=0)

@@ -74,8 +74,8 @@ def _check_types(network: PreTrainedModel, examples: Examples) -> None:
     largest = max(int(types.max(initial=0)) for types in _parts(examples.types))
     if largest >= known:
         raise ValueError(
-            f"the tokenizer gives token types up to {largest} and {type(network).__name__} knows {known}: pass the "
-            "model's own tokenizer with --tokens.name, or for a new model --model.config.type-vocab-size "
+            f"the tokenizer gives token types up to {largest} and {type(network).__name__} knows {known}: take the "
+            "tokenizer that the model was trained with, or for a new model pass --model.config.type-vocab-size "
             f"{largest + 1}"
         )
 
@@ -104,7 +104,8 @@ def _check_inside(head: Head, tokenizer: PreTrainedTokenizerBase, part: str, exa
     if usual == 0 and not _can_read(head.model, examples[int(count_E.argmin())]):
         raise ValueError(
             f"{name} reads the class of a text at the token that ends it, by its configuration {token} (eos_token_id "
-            f"{id}), and the tokenizer puts none there: pass the model's own tokenizer with --tokens.name"
+            f"{id}), and the tokenizer puts none there: take the tokenizer that the model was trained with; a run "
+            "can take another one with --tokens.name"
         )
     if (others := np.flatnonzero(count_E != usual)).size:
         first = _name_first(tokenizer, examples, id, int(others[0]))

@@ -63,7 +63,10 @@ class MaskedCollator:
     ) -> None:
         if tokenizer.mask_token_id is None:
             name = tokenizer.name_or_path or "this one"
-            raise ValueError(f"the tokenizer {name} has no mask token; masked LM needs one: pass --tokens.name")
+            raise ValueError(
+                f"the tokenizer {name} has no mask token, which masked LM needs: name one as mask_token in its "
+                "tokenizer_config.json; a run can take another tokenizer with --tokens.name"
+            )
         self.possible = is_token(tokenizer)
         self.possible[tokenizer.all_special_ids] = False
         self.replacements = np.flatnonzero(self.possible)

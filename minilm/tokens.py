@@ -65,12 +65,17 @@ def load_tokenizer(
     with loading(name, f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer {name!r} has no fast form, only one in Python; pass another with --tokens.name")
+        raise ValueError(
+            f"tokenizer {name!r} has no fast form, only one in Python: a run can take another with --tokens.name"
+        )
     if tokenizer.pad_token_id is None and not causal:  # GPT-2 and Llama classify so
         tokenizer.pad_token = tokenizer.eos_token
-    role = "end-of-text" if causal else "padding"
-    if (tokenizer.eos_token_id if causal else tokenizer.pad_token_id) is None:
-        raise ValueError(f"tokenizer {name!r} has no {role} token; pass another one with --tokens.name")
+    role, field = ("end-of-text", "eos_token") if causal else ("padding", "pad_token")
+    if getattr(tokenizer, field) is None:
+        raise ValueError(
+            f"tokenizer {name!r} has no {role} token: name one as {field} in its tokenizer_config.json; a run can take "
+            "another tokenizer with --tokens.name"
+        )
     if not tokens.extend:
         return tokenizer
     key = fingerprint(documents, state_of(tokenizer), tokens.extend)

@@ -780,3 +780,20 @@ def test_a_language_model_with_another_shape_than_its_configuration_is_refused_i
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 290}))
     with pytest.raises(ValueError, match=r"has another shape than its configuration says \(\[300.*\] and \[290"):
         load_model(Model(name=str(tmp_path)), trained_tokenizer(), max_length=16, seed=0)
+
+
+def spoil_tokenizer(folder: Path, *, padding: bool = True, mask: bool = True) -> None:
+    tokenizer = words_of("one", "two", "three", unknown="[UNK]")
+    tokenizer.pad_token = tokenizer.pad_token if padding else None
+    tokenizer.mask_token = tokenizer.mask_token if mask else None
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("lacking", ["padding", "mask"])
+def test_the_evaluation_of_a_model_without_a_token_says_what_helps_there(lacking: str, tmp_path: Path) -> None:
+    checkpoint("bert", tmp_path / "model", AutoModelForMaskedLM, 300)
+    spoil_tokenizer(tmp_path / "model", **{lacking: False})
+    (tmp_path / "text.txt").write_text("one two\n" * 9)
+    with pytest.raises(ValueError, match=rf"no {lacking} token.*_token in its tokenizer_config\.json") as caught:
+        evaluate(tmp_path / "model", Data(source=str(tmp_path / "text.txt")))
+    assert "\n" not in str(caught.value)

@@ -29,7 +29,10 @@ def check_agreement(head: Head, prepared: Prepared) -> None:
     _compare_special_ids(head.model, prepared.tokenizer)
     if prepared.labels is None:
         _warn_of_types(head.model, prepared.tokenizer)
-    for part, examples in (("training", prepared.train), ("evaluation", prepared.eval)):
+    parts = {"training texts": prepared.train, "evaluation texts": prepared.eval}
+    if prepared.train is prepared.eval:
+        parts = {"texts": prepared.eval}
+    for part, examples in parts.items():
         _check_types(head.model, examples)
         for id in getattr(head.model, "read_before_padding", ()) if len(examples) else ():
             _check_ends(head.model, prepared.tokenizer, part, examples, id)
@@ -110,7 +113,7 @@ def _check_inside(head: Head, tokenizer: PreTrainedTokenizerBase, part: str, exa
     if (others := np.flatnonzero(count_E != usual)).size:
         first = _name_first(tokenizer, examples, id, int(others[0]))
         raise ValueError(
-            f"{len(others):,} of the {part} texts hold the special token {token} (id {id}), by which {name} finds "
+            f"{len(others):,} of the {part} hold the special token {token} (id {id}), by which {name} finds "
             f"where a row ends; the first of them{first}: take it out of the text"
         )
 
@@ -126,7 +129,7 @@ def _check_ends(
     first = _name_first(tokenizer, examples, id, ended[0])
     token = tokenizer.convert_ids_to_tokens(id) if id < id_count(tokenizer) else ""
     raise ValueError(
-        f"{len(ended):,} of the {part} texts end with the token {token} (id {id}), which is padding for "
+        f"{len(ended):,} of the {part} end with the token {token} (id {id}), which is padding for "
         f"{type(network).__name__} in a batch: it would read their class at the token before; the first of "
         f"them{first}. Take the token off the end of the text, or name a token that ends no text as pad_token in "
         "the tokenizer's tokenizer_config.json"

@@ -14,18 +14,21 @@ from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import LanguageEvaluator, unigram_nats
 from minilm.head import SparseHead
+from minilm.labels import evaluates_only
 from minilm.special_ids import id_count
 from minilm.stream import Stream, chained, stream_documents
-from minilm.tokens import Prepared, encode, load_tokenizer
+from minilm.tokens import Examples, Prepared, encode, load_tokenizer
 from minilm.vocabulary import Documents
 
 log = logging.getLogger("minilm")
 
 
 def _documents(config: Config) -> tuple[Documents, Documents]:
-    """Training and evaluation documents, the latter from all parts that are to be evaluated."""
+    """Return training documents, and the evaluation documents of all parts; one object where both are the same."""
     if not config.data.streaming:
         train, parts = load_documents(config.data, config.run.seed)
+        if evaluates_only(train, parts):
+            return train, train
         return train, concatenate_datasets([*parts.values()])
     stream, streams = stream_documents(config.data)
     return stream, chained([*streams.values()])
@@ -73,23 +76,33 @@ class LanguageModel:
         train, held_out = _documents(config)
         needed = _needed(config, train)
         tokenizer = load_tokenizer(config.tokens, config.model.name, _first(train, needed[0]), causal=self.causal)
-        joined = config.batch.layout != "documents"  # how many documents an example takes is not known
-        train_examples, eval_examples = (
-            encode(
+        # The number of documents in a block is not known before they are encoded.
+        joined = config.batch.layout != "documents"
+
+        def encode_part(
+            documents: Documents, count: int | None, name: str, *, words: bool = False, text_bytes: bool = False
+        ) -> Examples:
+            return encode(
                 documents if joined else _first(documents, count),
                 tokenizer,
                 max_length=config.batch.max_length,
                 layout=config.batch.layout,
                 overflow=config.tokens.overflow,
                 causal=self.causal,
-                words=self.words and part == "training",
-                text_bytes=part == "evaluation",
-                name=f"{part} documents",
+                words=words,
+                text_bytes=text_bytes,
+                name=name,
                 enough=count * config.batch.max_length if joined and count else None,
             )
-            for part, documents, count in (("training", train, needed[0]), ("evaluation", held_out, needed[1]))
+
+        if train is held_out:
+            examples = encode_part(train, None, "documents", words=self.words, text_bytes=True)
+            return Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+        return Prepared(
+            tokenizer=tokenizer,
+            train=encode_part(train, needed[0], "training documents", words=self.words),
+            eval=encode_part(held_out, needed[1], "evaluation documents", text_bytes=True),
         )
-        return Prepared(tokenizer=tokenizer, train=train_examples, eval=eval_examples)
 
     def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
         """The network with its head at the targets alone."""

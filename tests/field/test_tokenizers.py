@@ -797,3 +797,21 @@ def test_the_evaluation_of_a_model_without_a_token_says_what_helps_there(lacking
     with pytest.raises(ValueError, match=rf"no {lacking} token.*_token in its tokenizer_config\.json") as caught:
         evaluate(tmp_path / "model", Data(source=str(tmp_path / "text.txt")))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", ["one x", "one [SEP]"], ids=["a word it cannot spell", "a special token"])
+def test_the_evaluation_of_a_model_calls_its_texts_documents(
+    words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint("bert", tmp_path / "model", AutoModelForMaskedLM, 300)
+    words_of("one", "two", "three").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one two\n" * 9 + words + "\n")
+    data = Data(source=str(tmp_path / "text.txt"))
+    if "x" in words:
+        with pytest.raises(ValueError, match="number 10 of the documents, which begins 'one x'"):
+            evaluate(tmp_path / "model", data)
+        return
+    with caplog.at_level(logging.WARNING, "minilm"):
+        evaluate(tmp_path / "model", data)
+    lines = [record.message for record in caplog.records if "special token" in record.message]
+    assert [line.startswith("1 of the documents hold the special token [SEP]") for line in lines] == [True]

@@ -16,9 +16,9 @@ from minilm.progress import progress_bar
 from minilm.special_ids import SpecialInTexts, warn_of_special_tokens
 from minilm.tokens import Examples, fingerprint, state_of
 from minilm.unencodable import naming_texts
+from minilm.vocabulary import BATCH, text_columns
 
 log = logging.getLogger("minilm")
-_BATCH = 2000  # documents encoded at a time
 
 
 def encode_pairs(
@@ -36,7 +36,7 @@ def encode_pairs(
     Token types are kept where any is not 0, or with `zero_types` where the tokenizer gives them at all: GPT-2 adds the
     embedding of type 0 to that of a word. The ids are cached by content.
     """
-    columns = [column for column in ("text", "pair") if column in documents.column_names]
+    columns = text_columns(documents)
     tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
     tokenizer.backend_tokenizer.no_padding()
     key = fingerprint(documents, state_of(tokenizer), columns, max_length, columns=columns)
@@ -66,14 +66,14 @@ def encode_pairs(
 def _write(
     folder: Path,
     documents: Dataset,
-    columns: list[str],
+    columns: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     name: str,
 ) -> None:
     ids, types, sizes, cut, special = [], [], [0], 0, SpecialInTexts(tokenizer)
     with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
-        for batch in documents.iter(batch_size=_BATCH):
+        for batch in documents.iter(batch_size=BATCH):
             with ExitStack() as stack:
                 for column in columns:
                     stack.enter_context(naming_texts(tokenizer, batch[column], name, first=len(sizes)))

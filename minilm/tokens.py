@@ -28,7 +28,15 @@ from minilm.special_ids import SpecialInTexts, id_count, ids_around, warn_of_spe
 from minilm.stream import Stream
 from minilm.text_bytes import bytes_by_token, name_lengths
 from minilm.unencodable import naming_texts
-from minilm.vocabulary import BATCH, Documents, count_of, extend_tokenizer, in_batches, train_tokenizer
+from minilm.vocabulary import (
+    BATCH,
+    Documents,
+    count_of,
+    extend_tokenizer,
+    in_batches,
+    text_columns,
+    train_tokenizer,
+)
 from minilm.words import begins_word
 
 _VERSION = 5  # of the files below in the cache
@@ -49,7 +57,7 @@ _SETTINGS = (
 def load_tokenizer(
     tokens: Tokens, model_name: str | None, documents: Documents, *, causal: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `tokens.name`, else of the model, else one trained on the column `text` of `documents`.
+    """Return the tokenizer of `tokens.name`, else of the model, else one trained on the texts of `documents`.
 
     With `tokens.extend`, words of the documents are added to one that was not trained. Raises ValueError when it cannot
     be loaded or extended, or lacks a token that masked or `causal` LM needs. Code that comes with it is not run.
@@ -60,7 +68,7 @@ def load_tokenizer(
             raise ValueError(
                 "tokens.extend adds to a tokenizer that exists; here one is trained: set tokens.vocab_size"
             )
-        key = fingerprint(documents, tokens.kind, tokens.vocab_size, causal)
+        key = fingerprint(documents, tokens.kind, tokens.vocab_size, causal, columns=text_columns(documents))
         return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
     with loading(name, f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -78,7 +86,7 @@ def load_tokenizer(
         )
     if not tokens.extend:
         return tokenizer
-    key = fingerprint(documents, state_of(tokenizer), tokens.extend)
+    key = fingerprint(documents, state_of(tokenizer), tokens.extend, columns=text_columns(documents))
     return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
 
 

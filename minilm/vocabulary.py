@@ -87,7 +87,7 @@ def _train_bpe(documents: Documents, vocab_size: int, special: list[AddedToken])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
     with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_of(documents))
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
     return tokenizer
 
 
@@ -107,7 +107,7 @@ def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedT
     letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
     with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_of(documents))
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
     tokenizer = empty(tokenizer.get_vocab())
     tokenizer.add_special_tokens(special)
     return tokenizer
@@ -120,7 +120,9 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
     # The "<" stands alone, so that a text with "<0x0A>" in it is not taken for the byte of that name.
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
-    for text in progress_bar(texts_of(documents), desc="reading", total=count_of(documents), unit="doc", leave=False):
+    for text in progress_bar(
+        texts_of(documents), desc="reading", total=_count_texts(documents), unit="text", leave=False
+    ):
         words.update(word for word, _ in splitter.pre_tokenize_str(text))
     best = _learn_pieces(words, vocab_size - len(names))
     lowest = min((score for _, score in best), default=0.0)
@@ -248,7 +250,20 @@ def in_batches(documents: Documents) -> Iterator[list[str]]:
         yield batch["text"]
 
 
+def text_columns(documents: Documents) -> tuple[str, ...]:
+    """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
+    pairs = not isinstance(documents, Stream) and "pair" in documents.column_names
+    return ("text", "pair") if pairs else ("text",)
+
+
 def texts_of(documents: Documents) -> Iterator[str]:
-    """The texts, one by one."""
-    for texts in in_batches(documents):
-        yield from texts
+    """Yield each text of all columns."""
+    for batch in documents.iter(batch_size=BATCH):
+        for column in text_columns(documents):
+            yield from batch[column]
+
+
+def _count_texts(documents: Documents) -> int | None:
+    """Return how many texts `texts_of` yields, where that is known."""
+    count = count_of(documents)
+    return None if count is None else count * len(text_columns(documents))

@@ -815,3 +815,13 @@ def test_the_evaluation_of_a_model_calls_its_texts_documents(
         evaluate(tmp_path / "model", data)
     lines = [record.message for record in caplog.records if "special token" in record.message]
     assert [line.startswith("1 of the documents hold the special token [SEP]") for line in lines] == [True]
+
+
+@pytest.mark.parametrize("kind", ["characters", "wordpiece", "bpe", "unigram"])
+def test_a_vocabulary_is_learnt_from_both_texts_of_a_pair(kind: str, tmp_path: Path) -> None:
+    documents = Dataset.from_dict({"text": ["abc abc"] * 9, "pair": ["xyz xyz", "xyz", "zyx"] * 3})
+    tokenizer = load_tokenizer(Tokens(kind=kind, vocab_size=300), None, documents)
+    ids = tokenizer("abc", "xyz")["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    alone = load_tokenizer(Tokens(kind=kind, vocab_size=300), None, documents.remove_columns("pair"))
+    assert alone.get_vocab() != tokenizer.get_vocab()

@@ -59,6 +59,9 @@ def test_wrong_gradients_are_seen() -> None:
     assert matrix.gradient_error(right, right) == 0
     for wrong in ({"a": torch.ones(3)}, {**right, "a": torch.tensor([1.0, 1.0, 1.001])}):
         assert matrix.gradient_error(wrong, right) > matrix.GRADIENT
+    broken = {**right, "a": torch.tensor([torch.nan, 1.0, 1.0])}  # by the plain model, too
+    assert matrix.gradient_error(broken, broken) == 0
+    assert matrix.gradient_error(broken, right) == matrix.gradient_error(right, broken) == torch.inf
 
 
 def _hangs(head: str, kind: str) -> Result:

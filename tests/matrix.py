@@ -39,7 +39,7 @@ from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
 from minilm.labels import Labels
 from minilm.model import load_model
-from minilm.objectives import objective_of
+from minilm.objectives import Objective, objective_of
 from minilm.special_ids import PADDING_FIELDS
 from minilm.tokens import Examples, Prepared, train_tokenizer
 from minilm.train import train_step
@@ -142,7 +142,7 @@ def measure(head: str, kind: str) -> Result:
         if result.decoder:
             attempt(result)
     except Exception as error:  # of a configuration that cannot even be made by default
-        result.why = f"not built: {said(error)}"
+        result.why = f"not built: {quote(error)}"
     return result
 
 
@@ -187,12 +187,12 @@ def attempt(result: Result) -> None:
         step = "fails"
         compare(result, head.train(), plain, tokenizer)
         for situation in SITUATIONS:
-            result.special[situation] = special(result, situation)
+            result.special[situation] = try_special_ids(result, situation)
     except Exception as error:
         known = type(error) is ValueError and "\n" not in str(error)
         result.refused |= step == "refused" and known
         result.decoder |= "is_decoder" in str(error).replace("-", "_")
-        result.why = f"{step if result.refused or step != 'refused' else 'fails'}: {said(error)}"
+        result.why = f"{step if result.refused or step != 'refused' else 'fails'}: {quote(error)}"
 
 
 def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,17 +205,31 @@ def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTr
     result.trainer = trainers(plain, examples, expected)
     result.shortcuts = {name: bool(getattr(head, name)) for name in SHORTCUTS if hasattr(head, name)}
     result.reason = getattr(head, "reason", "")
+    result.loss, result.gradient = compare_update(head, objective, tokenizer, rows, expected, gradients)
+    result.measured = True
+
+
+def compare_update(
+    head: Head,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Any],
+    expected: float,
+    gradients: Gradients,
+) -> tuple[float, float]:
+    """Return the largest relative differences of minilm's loss and gradients from the reference's, over all CUTS."""
     collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=not head.padding_free, multiple=1)
     losses, errors = [], []
     for cut in CUTS:
         loss, ours = update(head, [collate([rows[i] for i in part], np.array(part), 0) for part in cut])
         losses.append(abs(loss - expected) / expected)
         errors.append(gradient_error(ours, gradients))
-    result.loss, result.gradient, result.measured = max(losses), max(errors), True
+    # np.max keeps a NaN, which max may drop.
+    return float(np.max(losses)), float(np.max(errors))
 
 
-def special(result: Result, situation: str) -> str:
-    """What becomes of a model in one of the SITUATIONS: `equal`, `refused` before training, or what is wrong."""
+def try_special_ids(result: Result, situation: str) -> str:
+    """Return how a model does in one of the SITUATIONS: `equal`, `refused` before training, or the fault."""
     kind, tokenizer = HEADS[result.head], tokenizer_for(result.head, result.kind)
     objective, changed, rows = objective_of(kind.settings), *SITUATIONS[situation](result.head, tokenizer)
     config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
@@ -237,24 +251,16 @@ def special(result: Result, situation: str) -> str:
         head = objective.head(network, prepared).train()
         freeze_unused(head)
         step = "fails"
-        collate, padded = (
-            objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1),
-            not head.padding_free,
-        )
+        collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1)
         expected, gradients = reference(plain, kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS))
-        collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=padded, multiple=1)
-        for cut in CUTS:
-            batches = [collate([rows[i] for i in part], np.array(part), 0) for part in cut]
-            loss, ours = update(head, batches)
-            wrong, error = abs(loss - expected) / expected, gradient_error(ours, gradients)
-            if not (wrong <= TOLERANCE and error <= GRADIENT):
-                return f"WRONG: loss {wrong:.1e}, gradients {error:.1e}"
+        loss, gradient = compare_update(head, objective, tokenizer, rows, expected, gradients)
     except Exception as error:
-        one_line = type(error) is ValueError and "\n" not in str(error)
-        return (
-            "refused" if step == "refused" and one_line else f"{step if step != 'refused' else 'fails'}: {said(error)}"
-        )
-    return "equal"
+        if step == "refused" and type(error) is ValueError and "\n" not in str(error):
+            return "refused"
+        return f"{step if step != 'refused' else 'fails'}: {quote(error)}"
+    if loss <= TOLERANCE and gradient <= GRADIENT:
+        return "equal"
+    return f"WRONG: loss {loss:.1e}, gradients {gradient:.1e}"
 
 
 def examples_of(rows: Sequence[Any]) -> Examples:
@@ -359,7 +365,7 @@ def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: floa
                 inputs, items = trainer.get_batch_samples(batches, len(cut), torch.device("cpu"))
                 ratios.append(sum(trainer.training_step(model, part, items).item() for part in inputs) / expected)
     except Exception as error:
-        return f"fails: {said(error)}"
+        return f"fails: {quote(error)}"
     if all(abs(ratio - 1) <= TOLERANCE for ratio in ratios):
         return "right"
     return " and ".join(f"{ratio:.3g}" if abs(ratio - 1) > 0.005 else f"1{ratio - 1:+.0e}" for ratio in ratios)
@@ -396,8 +402,8 @@ def rows_of(head: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return np.split(ids_T, ends[:-1])
 
 
-def said(error: BaseException) -> str:
-    """In one line."""
+def quote(error: BaseException) -> str:
+    """Return the class and the message of an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

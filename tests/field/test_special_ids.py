@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.matrix import SITUATIONS, Result, special
+from tests.matrix import SITUATIONS, Result, try_special_ids
 
 pytestmark = pytest.mark.scorecard(33)
 
@@ -22,4 +22,4 @@ REFUSED = {("bart", "each special token in texts"), ("bart", "no end token")}
 @pytest.mark.parametrize(("head", "kind"), TYPES)
 def test_special_ids_are_read_as_the_plain_model_reads_them(head: str, kind: str, situation: str) -> None:
     refused = head == "classification" and (kind, situation) in REFUSED
-    assert special(Result(head=head, kind=kind), situation) == ("refused" if refused else "equal")
+    assert try_special_ids(Result(head=head, kind=kind), situation) == ("refused" if refused else "equal")

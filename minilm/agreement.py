@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.head import Head
-from minilm.model import evaluating
-from minilm.special_ids import encode_stand_in, id_count
+from minilm.model import evaluating, find_embedding
+from minilm.special_ids import ROLES, encode_stand_in, id_count
 from minilm.tokens import Examples, Prepared
 
 log = logging.getLogger("minilm")
 
-_ROLES = ("pad", "bos", "eos", "cls", "sep", "mask")
 _PART = 2**22  # ids that are looked at in one go
 
 
@@ -43,7 +42,7 @@ def check_agreement(head: Head, prepared: Prepared) -> None:
 def _compare_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     config = network.config.get_text_config()
     other = []
-    for role in _ROLES:
+    for role in ROLES:
         ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(config, f"{role}_token_id", None)
         # A tokenizer without a token for padding pads with the end of a text.
         if ours is None or theirs is None or (role == "pad" and ours == tokenizer.eos_token_id):
@@ -55,19 +54,12 @@ def _compare_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenize
             f"the model's configuration and the tokenizer name other special tokens ({', '.join(other)}): the model "
             "keeps its own"
         )
-    padding = getattr(network.get_input_embeddings() if _has_embeddings(network) else None, "padding_idx", None)
+    padding = getattr(find_embedding(network), "padding_idx", None)
     if padding is not None and padding == tokenizer.eos_token_id:
         log.warning(
             f"{tokenizer.eos_token}, which ends texts, is padding in the model's configuration (pad_token_id "
             f"{padding}): its row of the embedding is not trained"
         )
-
-
-def _has_embeddings(network: PreTrainedModel) -> bool:
-    try:
-        return network.get_input_embeddings() is not None
-    except NotImplementedError:
-        return False
 
 
 def _check_types(network: PreTrainedModel, examples: Examples) -> None:

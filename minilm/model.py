@@ -356,11 +356,17 @@ def check_causal(network: PreTrainedModel, advice: str = "") -> None:
         )
 
 
+def find_embedding(network: PreTrainedModel) -> nn.Module | None:
+    """Return the module that embeds the tokens; None for a model without one, as CANINE."""
+    with suppress(NotImplementedError):
+        embedding: nn.Module | None = network.get_input_embeddings()
+        return embedding
+    return None
+
+
 def vocabulary_size(network: PreTrainedModel) -> int:
     """Rows of the embedding of the tokens, or what the configuration says of it."""
-    embedding = None
-    with suppress(NotImplementedError):
-        embedding = network.get_input_embeddings()
+    embedding = find_embedding(network)
     if isinstance(embedding, nn.Embedding):
         return embedding.num_embeddings
     # Perceiver's inputs are latents, I-BERT's are quantized; CANINE has no table: it hashes any code point.

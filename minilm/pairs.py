@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.cache import open_entry
 from minilm.flat import FlatFile
 from minilm.progress import progress_bar
-from minilm.special_ids import SpecialInTexts, warn_of_special_tokens
+from minilm.special_ids import SpecialInTexts, read_special_tokens
 from minilm.tokens import Examples, fingerprint, state_of
 from minilm.unencodable import naming_texts
 from minilm.vocabulary import BATCH, text_columns
@@ -46,8 +46,6 @@ def encode_pairs(
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if cut := facts["cut"]:
         log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
-    counted = SpecialInTexts.read(folder)
-    warn_of_special_tokens(tokenizer, counted, name)
     typed = facts["typed"] or (zero_types and "token_type_ids" in tokenizer.model_input_names)
     none = np.zeros(0, np.int64)
     return Examples(
@@ -59,7 +57,7 @@ def encode_pairs(
         types=FlatFile(folder / "types.npy") if typed else None,
         labels=labels,
         fingerprint=key,
-        special={id: (number, text) for id, _, number, text in counted},
+        special=read_special_tokens(folder, tokenizer, name),
     )
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 log = logging.getLogger("minilm")
 _NO_TOKEN = 2**32 - 1  # the largest id that the tokenizers library knows; it stands for a text
 PADDING_FIELDS = ("pad_token_id", "pad_index")  # the second is XLM's
-_ROLES = ("bos", "eos", "cls", "sep", "mask", "unk")
+_TEXT_ROLES = ("bos", "eos", "cls", "sep", "mask")
+ROLES = ("pad", *_TEXT_ROLES)
 
 
 def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -36,7 +37,7 @@ def unused_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id that no text gives: that of the unknown token where any byte has a token, else the one after the last."""
     spelt = "ByteLevel" in str(tokenizer.backend_tokenizer.pre_tokenizer)
     unknown = tokenizer.unk_token_id
-    others = [getattr(tokenizer, f"{role}_token_id") for role in _ROLES if role != "unk"]
+    others = [getattr(tokenizer, f"{role}_token_id") for role in _TEXT_ROLES]
     return unknown if spelt and unknown is not None and unknown not in others else id_count(tokenizer)
 
 
@@ -64,14 +65,14 @@ def special_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     Embeddings leave the row of `pad_token_id` at zero and do not train it. So it must not be the id of a token that
     stands in texts, such as the end of a text.
     """
-    fields = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", *_ROLES)}
-    if fields["pad"] in [fields[role] for role in _ROLES]:
+    fields = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    if fields["pad"] in [tokenizer.unk_token_id, *(fields[role] for role in _TEXT_ROLES)]:
         fields["pad"] = None
     # A tokenizer with [CLS] and [SEP] begins and ends its texts with them.
     for role, stand_in in (("bos", "cls"), ("eos", "sep")):
         if fields[role] is None:
             fields[role] = fields[stand_in]
-    names = {f"{role}_token_id": fields[role] for role in ("pad", "bos", "eos", "cls", "sep", "mask")}
+    names = {f"{role}_token_id": fields[role] for role in ROLES}
     return {**names, **dict.fromkeys(PADDING_FIELDS, fields["pad"])}
 
 
@@ -109,20 +110,18 @@ class SpecialInTexts:
         counted = [[id, self.texts[id], *self.first[id]] for id in sorted(self.texts)]
         (folder / "special.json").write_text(json.dumps(counted), encoding="utf-8")
 
-    @staticmethod
-    def read(folder: Path) -> list[tuple[int, int, int, str]]:
-        """What was kept: the id, in how many texts it stands, the number of the first of these and how it begins."""
-        counted = json.loads((folder / "special.json").read_text("utf-8"))
-        return [(id, count, number, text) for id, count, number, text in counted]
 
+def read_special_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[int, tuple[int, str]]:
+    """Return what `SpecialInTexts` wrote: for each id, the number of the first text with it and how that begins.
 
-def warn_of_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, counted: Sequence[tuple[int, int, int, str]], name: str
-) -> None:
-    """Say which special tokens stand in texts; `name` is what the texts are called."""
-    for id, count, number, text in counted:
+    A warning names each special token in the texts, which it calls `name`.
+    """
+    first = {}
+    for id, count, number, text in json.loads((folder / "special.json").read_text("utf-8")):
+        first[id] = (number, text)
         token = tokenizer.convert_ids_to_tokens(id)
         log.warning(
             f"{count:,} of the {name} hold the special token {token}, the first of them number {number:,}, which "
             f"begins {text!r}: change it there if it is meant as text"
         )
+    return first

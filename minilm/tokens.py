@@ -8,10 +8,10 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from minilm.flat import FlatFile, growing
 from minilm.hub import loading
 from minilm.labels import Labels
 from minilm.progress import progress_bar
-from minilm.special_ids import SpecialInTexts, id_count, ids_around, warn_of_special_tokens
+from minilm.special_ids import SpecialInTexts, id_count, ids_around, read_special_tokens
 from minilm.stream import Stream
 from minilm.text_bytes import bytes_by_token, name_lengths
 from minilm.unencodable import naming_texts
@@ -39,6 +39,7 @@ from minilm.vocabulary import (
 )
 from minilm.words import begins_word
 
+_T = TypeVar("_T", bound=np.generic)
 _VERSION = 5  # of the files below in the cache
 _CHUNK = 2**20  # documents that are cut into examples at a time
 # What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
@@ -141,17 +142,17 @@ class Examples:
     def word_starts(self, index: int) -> NDArray[np.bool_]:
         """Whether each token of row `index` begins a word there; a word that was cut goes on as one of its own."""
         assert self.begins is not None
-        start, stop, at = self.start[index], self.stop[index], len(self.prefix)
-        begins = np.ones(at + stop - start + len(self.suffix), bool)  # `lengths` would be those of all rows, for each
-        begins[at + 1 : at + stop - start] = self.begins[start + 1 : stop]
-        return begins
+        start, stop = self.start[index], self.stop[index]
+        begins = self.begins[start:stop].copy()
+        # A cut word begins again.
+        begins[:1] = True
+        return _surround(begins, self.prefix, self.suffix, True)
 
     def row_bytes(self, index: int) -> NDArray[np.int64]:
         """UTF-8 bytes of the text that each token of row `index` stands for, 0 of what goes around a text."""
         assert self.text_bytes is not None
-        middle = self.text_bytes[self.start[index] : self.stop[index]]
-        around = (np.zeros(len(ids), np.int64) for ids in (self.prefix, self.suffix))
-        return np.concatenate((next(around), middle, next(around)), dtype=np.int64, casting="same_kind")
+        sizes = self.text_bytes[self.start[index] : self.stop[index]].astype(np.int64)
+        return _surround(sizes, self.prefix, self.suffix, 0)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -224,8 +225,7 @@ def encode(
     ids = FlatFile(folder / "ids.npy")
     begins = FlatFile(folder / "begins.npy") if words else None
     sizes = FlatFile(folder / "bytes.npy") if text_bytes else None
-    counted = SpecialInTexts.read(folder)
-    warn_of_special_tokens(tokenizer, counted, name)
+    special = read_special_tokens(folder, tokenizer, name)
     start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
     if len(start) == 0:
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
@@ -238,7 +238,7 @@ def encode(
         fingerprint=key,
         begins=begins,
         text_bytes=sizes,
-        special={id: (number, text) for id, _, number, text in counted},
+        special=special,
     )
 
 
@@ -311,22 +311,26 @@ def _write_ids(
             rows = [[*before, *encoding.ids, *after] for encoding in encodings]
             sizes.extend(map(len, rows))
             file.write(special.count(texts, rows, [*before, *after]).astype(kind).data)
-            for text, encoding, row in zip(texts, encodings, rows, strict=True) if words else ():
-                begins = np.ones(len(row), bool)
-                starts = [start for start, _ in encoding.offsets]
-                begins[len(before) : len(before) + len(starts)] = begins_word(text, starts)
-                begins_file.write(begins.data)
-            for text, encoding, row in zip(texts, encodings, rows, strict=True) if text_bytes else ():
-                of_tokens = np.zeros(len(row), np.uint32)
-                weight_L = weight_V[encoding.ids]
-                of_tokens[len(before) : len(before) + len(weight_L)] = bytes_by_token(text, encoding.offsets, weight_L)
-                bytes_file.write(of_tokens.data)
+            for text, encoding in zip(texts, encodings, strict=True):
+                if words:
+                    begins = begins_word(text, [start for start, _ in encoding.offsets])
+                    begins_file.write(_surround(begins, before, after, True).data)
+                if text_bytes:
+                    sizes_L = bytes_by_token(text, encoding.offsets, weight_V[encoding.ids]).astype(np.uint32)
+                    bytes_file.write(_surround(sizes_L, before, after, 0).data)
             bar.update(len(texts))
             counted += sum(min(len(row), most or len(row)) for row in rows) if enough else 0
             if enough and counted >= enough:
                 break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
     special.write(folder)
+
+
+def _surround(values: NDArray[_T], before: Sized, after: Sized, value: Any) -> NDArray[_T]:
+    """Return the values of a text's tokens with `value` for each of the tokens before and after them."""
+    row = np.full(len(before) + len(values) + len(after), value, values.dtype)
+    row[len(before) : len(before) + len(values)] = values
+    return row
 
 
 def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:

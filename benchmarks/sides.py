@@ -24,7 +24,7 @@ from minilm.config import Config
 from minilm.hardware import Cost, count_flops, peak_memory
 from minilm.head import Head, freeze_unused
 from minilm.launch import start
-from minilm.micro import settle_micro_tokens
+from minilm.micro import resolve_micro_tokens
 from minilm.objectives import Evaluator, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate
 from minilm.plan import Plan, Step
@@ -221,7 +221,7 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    config = settle_micro_tokens(config, accelerator, head, None, first)
+    config = resolve_micro_tokens(config, accelerator, head, None, first)
     if config.run.compile:
         compile_layers(head)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))

@@ -61,7 +61,7 @@ def read(folder: str, streaming: bool) -> Found:
     from minilm.config import Batch, Config, Data, MaskedLM, Tokens
     from minilm.hardware import peak_memory
     from minilm.masked import Masked
-    from minilm.micro import number_of
+    from minilm.micro import micro_tokens_of
     from minilm.plan import Plan
     from minilm.train import load_steps
 
@@ -72,7 +72,7 @@ def read(folder: str, streaming: bool) -> Found:
     objective = Masked(MaskedLM())
     prepared = objective.prepare(config)
     encoded = time.perf_counter()
-    plan = Plan(prepared.train.lengths, examples=256, micro_tokens=number_of(config))
+    plan = Plan(prepared.train.lengths, examples=256, micro_tokens=micro_tokens_of(config))
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=0, padded=False, multiple=1)
     first = 0.0
     for _ in load_steps(plan, prepared.train, collator, Accelerator(cpu=True), range(STEPS), workers=0):

@@ -27,7 +27,7 @@ from minilm.batch import MicroBatch
 from minilm.causal import Causal
 from minilm.config import Config, Optim
 from minilm.hardware import peak_memory
-from minilm.micro import number_of
+from minilm.micro import micro_tokens_of
 from minilm.objectives import Objective, build, objective_of, prepare
 from minilm.optim import learning_rate, warmup_steps
 from minilm.plan import Plan, Step
@@ -195,7 +195,7 @@ def evaluate(config: Config, model: PreTrainedModel, prepared: Prepared) -> dict
     """The figures of minilm's evaluation of a model, which it makes minilm's."""
     objective = objective_of(config.objective)
     head = objective.head(model, prepared)
-    evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=1)
+    evaluator = objective.evaluator(prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=1)
     return evaluator(Accelerator(), head).figures()
 
 

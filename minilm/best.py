@@ -22,7 +22,7 @@ class Best:
         self.value, self.step, self.stale = progress.best, progress.best_step, progress.stale
         self._last: tuple[int, float | None] = (0, None)
 
-    def seen(self, figures: Mapping[str, float], step: int) -> bool:
+    def update(self, figures: Mapping[str, float], step: int) -> bool:
         """Take note of an evaluation after `step`; whether it is better than all before it."""
         value = figures[self.metric]
         finite = value if math.isfinite(value) else None
@@ -40,7 +40,7 @@ class Best:
         """Whether `run.patience` evaluations in a row were no better."""
         return self.patience is not None and self.stale >= self.patience
 
-    def standing(self, step: int) -> dict[str, Any]:
+    def progress_fields(self, step: int) -> dict[str, Any]:
         """These fields of `Progress` after `step`."""
         figure = self._last[1] if self._last[0] == step else None
         return {"figure": figure, "best": self.value, "best_step": self.step, "stale": self.stale}

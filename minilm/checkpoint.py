@@ -74,11 +74,11 @@ class Checkpoint:
     config: dict[str, Any]
     """The configuration of the run that wrote it, as `minilm.settings.to_dict` gives it."""
     inputs: dict[str, Any]
-    """What its result depends on besides, as `minilm.inputs.inputs_of` gives it."""
+    """What its result depends on besides, as `minilm.inputs.collect_inputs` gives it."""
     scaler: dict[str, Any]
     """Where the loss scaling of fp16 stood; empty without it."""
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What `optimizer_facts` gives; empty in checkpoints of minilm 0.1, which do not say it."""
+    """What `describe_optimizer` gives; empty in checkpoints of minilm 0.1, which do not say it."""
 
 
 class Saver:
@@ -121,8 +121,8 @@ class Saver:
         """Write `checkpoint-<step>`; returns once the state is copied. Every process of the job calls it."""
         self.wait()
         # First this one: state_dict has FSDP put the parts back that the optimizer knows.
-        weights = copied(self.network.state_dict(keep_vars=True), keep=self.enabled)
-        moments = copied(_moments(self.optimizer, self.network), keep=self.enabled)
+        weights = copy_to_cpu(self.network.state_dict(keep_vars=True), keep=self.enabled)
+        moments = copy_to_cpu(_moments(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:
             return
         scaler = getattr(self.optimizer, "scaler", None)  # which accelerate's wrapper has under fp16
@@ -131,7 +131,7 @@ class Saver:
             "config": to_dict(self.config),
             "inputs": self.inputs,
             "scaler": {} if scaler is None else scaler.state_dict(),
-            "optimizer": optimizer_facts(self.optimizer),
+            "optimizer": describe_optimizer(self.optimizer),
         }
         arguments = (progress.step, state, weights, moments)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
@@ -146,7 +146,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def goes_on(self) -> str:
+    def explain_resume(self) -> str:
         """From where the run can go on, in words, once what is being written is on disk."""
         with contextlib.suppress(OSError):
             self.wait()
@@ -217,40 +217,40 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises ValueError that names what is missing, damaged or out of place. Nothing in it is ever executed.
     """
     try:
-        _hold(folder.is_dir(), "there is no such folder; give the path of one, or latest")
+        _require(folder.is_dir(), "there is no such folder; give the path of one, or latest")
         manifest = _read_json(folder / _MANIFEST)
         for name in (WEIGHTS, OPTIMIZER, _STATE):
-            _hold(name in manifest, f"{name} is not in its {_MANIFEST}")
+            _require(name in manifest, f"{name} is not in its {_MANIFEST}")
         for name, facts in manifest.items():
             path = folder / name
-            _hold(
+            _require(
                 Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name!r} is no file of its own"
             )
-            _hold(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
+            _require(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
         state = {"scaler": {}, "optimizer": {}} | _read_json(folder / _STATE)  # which older ones lack
         if "data" in state and "inputs" not in state:  # of older ones
             state["inputs"] = {"training examples": state.pop("data")}
         whole = state.keys() == {"progress", "config", "inputs", "scaler", "optimizer"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
-        _hold(whole, f"{_STATE} does not have the parts that it should")
+        _require(whole, f"{_STATE} does not have the parts that it should")
         return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no usable checkpoint: {error}") from error
 
 
-def _hold(holds: bool, message: str) -> None:
+def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    _hold(os.path.lexists(path), f"there is no {path.name} in it")
-    _hold(path.is_file() and not path.is_symlink(), f"{path.name} is no file of its own")
+    _require(os.path.lexists(path), f"there is no {path.name} in it")
+    _require(path.is_file() and not path.is_symlink(), f"{path.name} is no file of its own")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON") from error
-    _hold(isinstance(tree, dict), f"{path.name} holds no names")
+    _require(isinstance(tree, dict), f"{path.name} holds no names")
     result: dict[str, Any] = tree
     return result
 
@@ -261,7 +261,7 @@ def _progress(values: dict[str, Any]) -> Progress:
         isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
         for name, kind in kinds.items()
     )
-    _hold(right, f"{_STATE} does not say where the run stood")
+    _require(right, f"{_STATE} does not say where the run stood")
     return Progress(**values)
 
 
@@ -274,7 +274,7 @@ def parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
 _DECIDING = ("momentum", "amsgrad", "centered")
 
 
-def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What tells the optimizer's state from another's, as JSON types.
 
     `name` is that of its class, with the settings that add to its state: "SGD with momentum". `numbers` are the parts
@@ -289,9 +289,9 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"name": name, "numbers": sorted(numbers)}
 
 
-def keeps_nothing(optimizer: torch.optim.Optimizer) -> bool:
+def is_stateless(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer needs no state: SGD without momentum."""
-    return bool(optimizer_facts(optimizer)["name"] == "SGD")
+    return bool(describe_optimizer(optimizer)["name"] == "SGD")
 
 
 def _is_number(value: object) -> bool:
@@ -312,7 +312,7 @@ def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict
     }
 
 
-def copied(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def copy_to_cpu(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """A copy of each tensor on the CPU where `keep`; every process calls this, for it may hold parts of the tensors.
 
     Tied weights, which are one tensor under two names, stay one.
@@ -333,7 +333,7 @@ def discard_checkpoints(folder: Path) -> None:
         _discard(path)
 
 
-def in_the_way(folder: Path, steps: int) -> list[Path]:
+def find_obstacles(folder: Path, steps: int) -> list[Path]:
     """What has the name of a checkpoint of one of these steps and is none."""
     others = [path for path in sorted(folder.glob("checkpoint-*")) if not is_checkpoint(path)]
     return [path for path in others if _step(path).isdecimal() and int(_step(path)) <= steps]

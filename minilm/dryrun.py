@@ -13,7 +13,7 @@ from minilm.batch import Collator
 from minilm.config import Config
 from minilm.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
 from minilm.head import Head
-from minilm.launch import attempt, finish, first_on_each_host, nothing_left, start, together
+from minilm.launch import finish, first_on_each_host, restore_on_error, start, together
 from minilm.lock import unlocked_at_end
 from minilm.objectives import prepare
 from minilm.optim import build_optimizer, learning_rate
@@ -41,7 +41,7 @@ class Probe:
     """Bytes that the process held at most."""
 
 
-@nothing_left()
+@restore_on_error()
 def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     """Print the plan of the run that `train(config, name)` would be. It reads data and fills the cache as that does.
 
@@ -53,9 +53,7 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     accelerator, precision = start(config.run)
     with unlocked_at_end():
         folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
-    with first_on_each_host(accelerator):
-        attempted = attempt(lambda: prepare(config))
-    prepared = together(attempted)
+    prepared = first_on_each_host(accelerator, lambda: prepare(config))
     rows = config.batch.max_length if config.batch.layout == "packed" else None
     plan = Plan(
         prepared.train.lengths, examples=config.batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed

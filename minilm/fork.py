@@ -12,18 +12,17 @@ from accelerate import Accelerator
 from minilm.agreement import check_agreement
 from minilm.checkpoint import Progress
 from minilm.config import Config
-from minilm.hardware import Precision, device_peak
+from minilm.hardware import Precision
 from minilm.head import Head, SparseHead
-from minilm.launch import attempt, finish, first_on_each_host, start, together
+from minilm.launch import finish, first_on_each_host, start, together
 from minilm.lock import unlock_folder
 from minilm.objectives import prepare
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan
 from minilm.push import push
-from minilm.record import Recorder, announce, run_facts, write_results
+from minilm.record import Recorder, open_recorder, write_results
 from minilm.sharding import is_sharded
 from minilm.tokens import Prepared
-from minilm.trackers import open_trackers
 from minilm.train import lay_plan
 from minilm.verify_head import verify_head
 
@@ -49,9 +48,7 @@ def begin(config: Config, name: str) -> Begun:
     if is_sharded(accelerator):
         raise ValueError("the loop of this recipe does not shard: launch it with --multi_gpu and no sharding")
     folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
-    with first_on_each_host(accelerator):
-        attempted = attempt(lambda: prepare(config))
-    prepared = together(attempted)
+    prepared = first_on_each_host(accelerator, lambda: prepare(config))
     return Begun(
         accelerator=accelerator,
         precision=precision,
@@ -70,14 +67,7 @@ def start_recording(begun: Begun, config: Config, head: Head) -> tuple[Plan, int
     plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))
     total = config.run.steps(plan.steps_per_epoch)
     together(lambda: claim_output_dir(folder, config.run, head.model), main_only=True)
-    peak = device_peak(accelerator.device, begun.precision.name)
-    facts = run_facts(accelerator, head, plan, prepared, total, begun.precision, peak)
-    main = accelerator.is_main_process
-    if main:
-        announce(folder, config, facts)
-        open_trackers(accelerator, config, folder, step=0)
-    flops = peak.flops * accelerator.num_processes
-    recorder = Recorder(folder, accelerator.log, total_steps=total, peak_flops=flops, progress=Progress(), enabled=main)
+    recorder, _ = open_recorder(accelerator, config, folder, head, plan, prepared, total, begun.precision, Progress())
     return plan, total, recorder
 
 

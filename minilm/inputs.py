@@ -18,7 +18,7 @@ _CHUNK = 2**20  # numbers of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
 
 
-def inputs_of(prepared: Prepared, network: PreTrainedModel, processes: int) -> dict[str, Any]:
+def collect_inputs(prepared: Prepared, network: PreTrainedModel, processes: int) -> dict[str, Any]:
     """Everything that the result depends on besides the settings, by name, as JSON types.
 
     This is the only such list: what belongs to it is added here, and `minilm.resume` compares it. A checkpoint holds
@@ -72,8 +72,8 @@ def _sums(parameter: Tensor) -> list[int]:
     return sums
 
 
-def changed_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
-    """What differs between two results of `inputs_of`, a line each, without the versions and the machine.
+def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
+    """What differs between two results of `collect_inputs`, a line each, without the versions and the machine.
 
     origin: the model to start from is another one by its name, so that its weights are compared. base: LoRA has frozen
     weights, which are not in its checkpoints. What an older checkpoint does not hold is not compared.
@@ -98,7 +98,7 @@ def changed_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
     return changes
 
 
-def changed_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def compare_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs in the libraries and the machine, a line each: the same steps may have other bits."""
     changes = []
     for part in ("versions", "machine"):

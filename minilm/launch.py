@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ def _on_cpu() -> bool:
 def start(run: Run) -> tuple[Accelerator, Precision]:
     """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch.
 
-    `finish` or `nothing_left` brings back the state of the process; where neither did, this begins with it.
+    `finish` or `restore_on_error` brings back the state of the process; where neither did, this begins with it.
     """
     if not _staying[0]:
         restore_process()
@@ -96,16 +96,7 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     # What the loop does by itself must not be done again because the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
     zero = zero_stage(os.environ) is not None
-    if run.compile and (sharding is not None or zero):
-        raise ValueError("run.compile has not been tried with sharding: leave one of them out")
-    if run.compile and state.device.type == "cpu":
-        raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
-    if zero and run.reduce_dtype == "bf16":
-        raise ValueError("run.reduce_dtype bf16 has not been tried with DeepSpeed: leave it out")
-    if (sharding is not None or zero) and mode == "fp16":
-        raise ValueError("fp16 has not been tried with sharding: use --run.precision bf16, or fp32")
-    if zero and state.device.type == "cpu" and torch.accelerator.is_available():
-        raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
+    _check_combination(run, mode, state.device, sharded=sharding is not None, zero=zero)
     _check_earlier(mode, state.device)
     with hidden_from_accelerate(), leftovers_hidden():
         accelerator = Accelerator(
@@ -122,6 +113,20 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise ValueError(f"{kind.value} was asked for at launch and has not been tried with minilm: use --multi_gpu")
     return accelerator, precision
+
+
+def _check_combination(run: Run, mode: str, device: torch.device, *, sharded: bool, zero: bool) -> None:
+    """Raise ValueError for settings that do not work together, or that nobody has tried together."""
+    if run.compile and (sharded or zero):
+        raise ValueError("run.compile has not been tried with sharding: leave one of them out")
+    if run.compile and device.type == "cpu":
+        raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
+    if zero and run.reduce_dtype == "bf16":
+        raise ValueError("run.reduce_dtype bf16 has not been tried with DeepSpeed: leave it out")
+    if (sharded or zero) and mode == "fp16":
+        raise ValueError("fp16 has not been tried with sharding: use --run.precision bf16, or fp32")
+    if zero and device.type == "cpu" and torch.accelerator.is_available():
+        raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
 
 
 def _remember_process() -> None:
@@ -149,7 +154,7 @@ def restore_process() -> None:
 
 
 @contextlib.contextmanager
-def nothing_left() -> Iterator[None]:
+def restore_on_error() -> Iterator[None]:
     """Inside it an error, whatever it is, leaves no state of the run behind: another `train` can follow.
 
     The process group stays, for processes that end or go on together.
@@ -179,47 +184,43 @@ def _check_earlier(mode: str, device: torch.device) -> None:
         )
 
 
-def attempt(work: Callable[[], T]) -> Callable[[], T]:
-    """Run `work` now and return a function that gives its result, or raises its ValueError, later."""
-    try:
-        result = work()
-    except ValueError as error:
-        message = str(error)
-
-        def fail() -> T:
-            raise ValueError(message)
-
-        return fail
-    return lambda: result
-
-
 def together(work: Callable[[], T], *, main_only: bool = False) -> T:
     """The result of `work` on each process, or with `main_only` the main one's; a ValueError on one is one on all.
 
     Without this, the others would wait for a process that has given up.
     """
-    outcome: list[Any] = [None, None]
-    if not main_only or PartialState().is_main_process:
-        try:
-            outcome[0] = work()
-        except ValueError as error:
-            outcome[1] = str(error)
-    if main_only:
-        outcome = broadcast_object_list(outcome)
-    errors = [outcome[1]] if main_only else gather_object([outcome[1]])
-    for message in errors:
+    if not main_only:
+        result, message = _attempt(work)
+        _share_error(message)
+    else:
+        result, message = _attempt(work) if PartialState().is_main_process else (None, None)
+        result, message = broadcast_object_list([result, message])
         if message is not None:
             raise ValueError(message)
-    result: T = outcome[0]
-    return result
+    return cast(T, result)
 
 
-@contextlib.contextmanager
-def first_on_each_host(accelerator: Accelerator) -> Iterator[None]:
-    """The main process of each host goes first; the others then find its results in the cache.
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the result of `work` and None, or None and the message of its ValueError."""
+    try:
+        return work(), None
+    except ValueError as error:
+        return None, str(error)
 
-    What is done here may take hours. So the processes wait for each other in a group of their own, which has a day's
-    time in place of run.timeout, and hear of signals while they wait.
+
+def _share_error(message: str | None) -> None:
+    """Raise ValueError with the first message that any process has. Every process calls it."""
+    for one in gather_object([message]):
+        if one is not None:
+            raise ValueError(one)
+
+
+def first_on_each_host(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Return the result of `work`, which the main process of each host does before the others.
+
+    The others then find its results in the cache. A ValueError on one process becomes one on all. The work may take
+    hours. So the processes wait in a separate process group with a timeout of a day in place of `run.timeout`, and
+    they receive signals while they wait.
     """
     group = None
     if accelerator.num_processes > 1:
@@ -235,17 +236,19 @@ def first_on_each_host(accelerator: Accelerator) -> Iterator[None]:
 
     if not accelerator.is_local_main_process:
         wait_for_everyone()
-    yield
+    result, message = _attempt(work)
     if accelerator.is_local_main_process:
         wait_for_everyone()
     wait_for_everyone()
     if group is not None:
         dist.destroy_process_group(group)
+    _share_error(message)
+    return cast(T, result)
 
 
 @contextlib.contextmanager
-def in_contact(goes_on: Callable[[], str] | None = None) -> Iterator[None]:
-    """Make of an error for want of another process a ConnectionError: one line, with what `goes_on` says."""
+def explain_lost_contact(advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Make of an error for want of another process a ConnectionError: one line, with what `advice` says."""
     try:
         yield
     except RuntimeError as error:
@@ -254,7 +257,7 @@ def in_contact(goes_on: Callable[[], str] | None = None) -> Iterator[None]:
             raise
         # Without the place in the source in front and the advice behind.
         reason = re.sub(r"^\[\S+\] ", "", said.splitlines()[0]).split(". ")[0]
-        left = "" if goes_on is None else f"; {goes_on()}"
+        left = "" if advice is None else f"; {advice()}"
         raise ConnectionError(f"lost contact with another process of the job ({reason}){left}") from error
 
 

@@ -29,7 +29,7 @@ _SLOW = 1.1  # this much above the fastest time, larger sizes are given up
 _ROOM = 0.8  # share of the free memory that a run may use
 
 
-def settle_micro_tokens(
+def resolve_micro_tokens(
     config: Config,
     accelerator: Accelerator,
     head: Head,
@@ -60,7 +60,7 @@ def settle_micro_tokens(
     return _with(config, found)
 
 
-def number_of(config: Config) -> int:
+def micro_tokens_of(config: Config) -> int:
     """`batch.micro_tokens`, once it is settled; ValueError for `auto` where nothing settles it."""
     if config.batch.micro_tokens == "auto":
         raise ValueError("batch.micro_tokens=auto is for the loop of minilm.train: give this one a number of tokens")

@@ -14,7 +14,7 @@ from minilm.checkpoint import (
     Checkpoint,
     discard_checkpoints,
     find_checkpoint,
-    in_the_way,
+    find_obstacles,
     is_checkpoint,
     save_tokenizer,
 )
@@ -40,12 +40,12 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
     else:
         folder, checkpoint = _new(run.output_dir, name, overwrite=run.overwrite), None
-    with _writing(folder):
+    with refuse_unwritable(folder):
         if (folder / "log.jsonl").is_symlink():  # all other files are replaced, this one is written to
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
         with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
             pass
-        if checkpoint is None and not run.overwrite and not _is_free(folder):
+        if checkpoint is None and not run.overwrite and not is_free(folder):
             raise ValueError(
                 f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
                 "--run.resume latest to go on with the run in it"
@@ -65,21 +65,21 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
     """
     weights = sum(size_of(p) * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments besides
-    with _writing(folder):
+    with refuse_unwritable(folder):
         free = shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise ValueError(
                 f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: free "
                 "some or choose another one"
             )
-        if run.save_every and (others := in_the_way(folder, steps)):
+        if run.save_every and (others := find_obstacles(folder, steps)):
             raise ValueError(
                 f"run.output_dir {folder} holds {others[0].name}, which is not of minilm and where a checkpoint would "
                 "be: move it away, or choose another one"
             )
     if run.push_to_hub is not None:
         claim_repo(run.push_to_hub)
-    with _writing(folder):
+    with refuse_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
         if run.overwrite:
@@ -93,7 +93,7 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
 def _take(folder: Path) -> None:
     """Take an empty folder. Of several runs that find it empty one alone can create its log."""
     with suppress(FileExistsError):
-        if _is_free(folder):
+        if is_free(folder):
             (folder / "log.jsonl").touch(exist_ok=False)
             return
     raise ValueError(
@@ -102,7 +102,7 @@ def _take(folder: Path) -> None:
     )
 
 
-def _is_free(folder: Path) -> bool:
+def is_free(folder: Path) -> bool:
     """Whether nothing is there but what a killed run may have left of its lock."""
     return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
 
@@ -113,7 +113,8 @@ def _nearest(folder: Path) -> Path:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def refuse_unwritable(folder: Path) -> Iterator[None]:
+    """Inside it an OSError becomes a ValueError that names run.output_dir."""
     try:
         yield
     except OSError as error:
@@ -124,7 +125,7 @@ def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
     if asked is not None:
         return Path(asked).expanduser()
     folder, number = Path("out", name), 1
-    while not overwrite and not _is_free(folder):
+    while not overwrite and not is_free(folder):
         number += 1
         folder = Path("out", f"{name}-{number}")
     return folder
@@ -156,7 +157,7 @@ def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoin
 
 def _lock(folder: Path) -> None:
     """Lock the folder where it is there."""
-    with _writing(folder):
+    with refuse_unwritable(folder):
         if folder.is_dir():
             lock_folder(folder)
 

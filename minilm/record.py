@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.checkpoint import RESULTS, Progress
 from minilm.config import Config
 from minilm.disk import publish
-from minilm.hardware import Peak, Precision, describe, peak_memory
+from minilm.hardware import Peak, Precision, describe, device_peak, peak_memory
 from minilm.head import Head
 from minilm.optim import warmup_steps
 from minilm.plan import Ids, Plan
@@ -28,6 +28,7 @@ from minilm.sources import source_facts
 from minilm.special_ids import id_count
 from minilm.spikes import Spikes
 from minilm.tokens import Examples, Prepared
+from minilm.trackers import open_trackers
 from minilm.zero import size_of
 
 log = logging.getLogger("minilm")
@@ -112,7 +113,7 @@ class Recorder:
         self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {said}")
         self._mark = time.perf_counter()
 
-    def settle(self) -> None:
+    def catch_up(self) -> None:
         """Wait for the last step and write it, so that what follows is not taken for training time."""
         self._flush()
         self._lap()
@@ -128,7 +129,7 @@ class Recorder:
 
         `standing` is that of `minilm.best.Best`.
         """
-        self.settle()
+        self.catch_up()
         return Progress(
             step=self.steps,
             tokens=self.tokens,
@@ -275,6 +276,38 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
     if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
         log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: it never gets to optim.lr")
+
+
+def open_recorder(
+    accelerator: Accelerator,
+    config: Config,
+    folder: Path,
+    head: Head,
+    plan: Plan,
+    prepared: Prepared,
+    total_steps: int,
+    precision: Precision,
+    progress: Progress,
+) -> tuple[Recorder, dict[str, Any]]:
+    """Announce the run, start its trackers, and return its recorder and the facts of `run_facts`.
+
+    Every process calls it, after `folder` was claimed.
+    """
+    main = accelerator.is_main_process
+    peak = device_peak(accelerator.device, precision.name)
+    facts = run_facts(accelerator, head, plan, prepared, total_steps, precision, peak)
+    if main:
+        announce(folder, config, facts)
+        open_trackers(accelerator, config, folder, progress.step)
+    recorder = Recorder(
+        folder,
+        accelerator.log,
+        total_steps=total_steps,
+        peak_flops=peak.flops * accelerator.num_processes,
+        progress=progress,
+        enabled=main,
+    )
+    return recorder, facts
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:

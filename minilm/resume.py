@@ -19,14 +19,14 @@ from minilm.checkpoint import (
     WEIGHTS,
     Checkpoint,
     Progress,
-    copied,
-    keeps_nothing,
-    optimizer_facts,
+    copy_to_cpu,
+    describe_optimizer,
+    is_stateless,
     parameter_names,
     read_checkpoint,
 )
 from minilm.config import Config, Run
-from minilm.inputs import changed_circumstances, changed_inputs
+from minilm.inputs import compare_circumstances, compare_inputs
 from minilm.lora import is_adapted, unmerged
 from minilm.settings import flat, to_dict
 from minilm.sharding import part_like
@@ -61,7 +61,7 @@ def resume(
 ) -> Progress:
     """Put the model and the optimizer where the checkpoint was, and return how far that is; without one, the start.
 
-    inputs: what the result depends on besides the settings, by `minilm.inputs.inputs_of`.
+    inputs: what the result depends on besides the settings, by `minilm.inputs.collect_inputs`.
     precision: what this job computes in; where `auto` chose it and had chosen another one before, a warning says so.
     Raises ValueError when the checkpoint is of another run, TrainingStopped when its run is finished.
     """
@@ -69,29 +69,12 @@ def resume(
         return Progress()
     changed = check_settings(checkpoint, config)
     origin = checkpoint.config.get("model", {}).get("name") != config.model.name
-    if others := changed_inputs(checkpoint.inputs, inputs, origin=origin, base=is_adapted(network)):
+    if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=is_adapted(network)):
         _refuse(checkpoint, "", others)
-    step, folder = checkpoint.progress.step, checkpoint.folder.parent
-    if step > total:
-        raise ValueError(
-            f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for: ask for more"
-        )
-    if (folder / RESULTS).exists():
-        if step == total:
-            more = "a larger --run.max-steps goes on from step"
-            raise TrainingStopped(f"the run in {folder} is finished; {more} {step}", 0)
-        if config.run.patience is not None and checkpoint.progress.stale >= config.run.patience:
-            more = "a larger --run.patience goes on from step"
-            raise TrainingStopped(f"the run in {folder} stopped by run.patience; {more} {step}", 0)
-    before = _precision_of(checkpoint)
-    if config.run.precision == "auto" and before not in (None, precision):
-        log.warning(
-            f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
-            f"--run.precision {before} keeps it"
-        )
-    rounding = [line for line in changed if line.startswith(_ROUNDING)] + changed_circumstances(
-        checkpoint.inputs, inputs
-    )
+    _check_unfinished(checkpoint, config.run, total)
+    _warn_of_precision(checkpoint, config.run, precision)
+    rounding = [line for line in changed if line.startswith(_ROUNDING)]
+    rounding += compare_circumstances(checkpoint.inputs, inputs)
     if rounding:
         log.warning(f"the run may not repeat to the bit: {'; '.join(rounding)}")
     log.info(f"resuming from {checkpoint.folder}")
@@ -100,6 +83,34 @@ def resume(
             log.info(f"changed since: {line}")
     restore(checkpoint, network, optimizer)
     return checkpoint.progress
+
+
+def _check_unfinished(checkpoint: Checkpoint, run: Run, total: int) -> None:
+    """Raise TrainingStopped where the run of the checkpoint is finished, ValueError where it is beyond `total`."""
+    step = checkpoint.progress.step
+    folder = checkpoint.folder.parent
+    if step > total:
+        raise ValueError(
+            f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for: ask for more"
+        )
+    if not (folder / RESULTS).exists():
+        return
+    if step == total:
+        raise TrainingStopped(f"the run in {folder} is finished; a larger --run.max-steps goes on from step {step}", 0)
+    if run.patience is not None and checkpoint.progress.stale >= run.patience:
+        raise TrainingStopped(
+            f"the run in {folder} stopped by run.patience; a larger --run.patience goes on from step {step}", 0
+        )
+
+
+def _warn_of_precision(checkpoint: Checkpoint, run: Run, precision: str) -> None:
+    """Warn where `run.precision` is auto and has chosen another precision than before."""
+    before = _precision_of(checkpoint)
+    if run.precision == "auto" and before not in (None, precision):
+        log.warning(
+            f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
+            f"--run.precision {before} keeps it"
+        )
 
 
 def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
@@ -188,7 +199,9 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
     try:
         weights = load_file(checkpoint.folder / WEIGHTS)
         if is_adapted(network):
-            weights = unmerged(network, weights, load_file(checkpoint.folder / ADAPTER), copied(current, keep=True))
+            weights = unmerged(
+                network, weights, load_file(checkpoint.folder / ADAPTER), copy_to_cpu(current, keep=True)
+            )
         parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
         with writable(network):
             missing, unexpected = network.load_state_dict(parts, strict=False)
@@ -234,7 +247,7 @@ _ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # the state of the optimizer of ever
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
     """Raise ValueError where the checkpoint's optimizer is another one, or keeps its state where no checkpoint is."""
-    now, before = optimizer_facts(optimizer)["name"], checkpoint.optimizer.get("name")
+    now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
     slots = {key.partition("/")[0] for key in stored}
     anew = "leave run.resume out to start anew"
     if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
@@ -246,7 +259,7 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, s
         raise ValueError(
             f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: take {before}, or {anew}"
         )
-    if not slots and checkpoint.progress.step > 0 and not keeps_nothing(optimizer):
+    if not slots and checkpoint.progress.step > 0 and not is_stateless(optimizer):
         raise ValueError(
             f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (an optimizer is saved by "
             f"its state_dict): {anew}"

@@ -14,7 +14,7 @@ from minilm.classify import trained_labels
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
 from minilm.labels import check_known
 from minilm.launch import finish, start
-from minilm.micro import number_of
+from minilm.micro import micro_tokens_of
 from minilm.model import longest_input
 from minilm.new_model import load_configuration
 from minilm.objectives import build, objective_of, prepare
@@ -56,7 +56,9 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
         head = objective.head(build(config, prepared, trained=False).to(accelerator.device), prepared)
         verify_head(config, head, prepared, trained=False)
         multiple = 1 if accelerator.device.type == "cpu" else 8
-        evaluator = objective.evaluator(prepared, number_of(config), padded=not head.padding_free, multiple=multiple)
+        evaluator = objective.evaluator(
+            prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=multiple
+        )
         figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
     finally:
         finish(accelerator)

@@ -32,8 +32,8 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
 
     A launcher of several processes hands on what it gets. So a second SIGINT within two seconds may be the first one.
 
-    The processes of a job hear of a signal at different moments and agree on a step by `agreed`. `saves` tells whether
-    a checkpoint is written then. A signal that comes after the last `agreed` is remembered (`minilm.signals.heard`).
+    The processes of a job hear of a signal at different moments and agree on a step by `agree`. `saves` tells whether
+    a checkpoint is written then. A signal that comes after the last `agree` is remembered (`minilm.signals.heard`).
     """
 
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
@@ -63,7 +63,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             raise KeyboardInterrupt
         self.signal, self._noted = number, time.monotonic()
 
-    def agreed(self, step: int) -> TrainingStopped | None:
+    def agree(self, step: int) -> TrainingStopped | None:
         """The end after `step` that all processes agree on; every process calls it after each of its steps.
 
         With several processes a signal counts one step later, so that no step waits for the answer.

@@ -16,9 +16,9 @@ from accelerate.utils.memory import clear_device_cache
 
 from minilm.config import Config, Run
 from minilm.disk import publish
-from minilm.launch import in_contact, join_job, nothing_left, one_job, together
-from minilm.lock import LOCK, lock_folder, unlock_folder, unlocked_at_end
-from minilm.output import choose_output_dir
+from minilm.launch import explain_lost_contact, join_job, one_job, restore_on_error, together
+from minilm.lock import lock_folder, unlock_folder, unlocked_at_end
+from minilm.output import choose_output_dir, is_free, refuse_unwritable
 from minilm.signals import heard
 from minilm.stop import TrainingStopped
 
@@ -27,8 +27,8 @@ log = logging.getLogger("minilm")
 SUMMARY = "seeds.json"
 
 
-@in_contact()
-@nothing_left()
+@explain_lost_contact()
+@restore_on_error()
 @unlocked_at_end()
 def sweep(
     config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]
@@ -43,9 +43,9 @@ def sweep(
         main = join_job(config.run).is_main_process
         folder = together(lambda: _claim(config.run, name), main_only=True)
         for number, seed in enumerate(seeds, start=1):
-            _stop_if_told(config, results)
+            _stop_if_signalled(config, results)
             log.info(f"seed {seed}, {number} of {len(seeds)}")
-            results[seed] = _run(config, name, seed, folder, trains, results)
+            results[seed] = _train_seed(config, name, seed, folder, trains, results)
             clear_device_cache(garbage_collection=True)  # the next run has room for a model of its own
             summary = summarise(results)
             if main:
@@ -61,25 +61,23 @@ def _claim(run: Run, name: str) -> Path:
     Raises ValueError where the folder is taken or cannot be written.
     """
     folder, _ = choose_output_dir(run, name)
-    try:
+    with refuse_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
-        free = run.overwrite or not any(path.name != LOCK for path in folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
+        free = run.overwrite or is_free(folder)
     if not free:
         raise ValueError(f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir")
     return folder
 
 
-def _give_up(folder: Path) -> None:
+def _remove_empty(folder: Path) -> None:
     """Leave no folder of a sweep whose first seed was refused."""
     unlock_folder(folder)
     with suppress(OSError):
         folder.rmdir()
 
 
-def _run(
+def _train_seed(
     config: Config,
     name: str,
     seed: int,
@@ -92,21 +90,21 @@ def _run(
         return trains(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name)
     except ValueError:
         if not finished:
-            _give_up(folder)
+            _remove_empty(folder)
         raise
     except TrainingStopped as stopped:
         alone = f"--run.seed {seed} --run.output-dir {place} in place of --seeds"
-        raise TrainingStopped(f"{stopped} (with {alone}); {_said(finished)}", stopped.status) from stopped
+        raise TrainingStopped(f"{stopped} (with {alone}); {_list_finished(finished)}", stopped.status) from stopped
 
 
-def _stop_if_told(config: Config, finished: Mapping[int, object]) -> None:
+def _stop_if_signalled(config: Config, finished: Mapping[int, object]) -> None:
     """TrainingStopped on all processes where one of them has heard of a signal that came too late for its run."""
     join_job(config.run)
     if number := max(gather_object([heard()])):
-        raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_said(finished)}", 128 + number)
+        raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_list_finished(finished)}", 128 + number)
 
 
-def _said(finished: Mapping[int, object]) -> str:
+def _list_finished(finished: Mapping[int, object]) -> str:
     return f"finished seeds: {', '.join(map(str, finished)) or 'none'}"
 
 

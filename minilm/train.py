@@ -23,29 +23,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.batch import Collate, Collator, MicroBatch, loss_sum
 from minilm.best import Best
 from minilm.card import write_card
-from minilm.checkpoint import Checkpoint, Saver, copied
+from minilm.checkpoint import Checkpoint, Saver, copy_to_cpu
 from minilm.compiling import compile_layers
 from minilm.config import Config
 from minilm.energy import metered
-from minilm.hardware import count_flops, device_peak
+from minilm.hardware import count_flops
 from minilm.head import Head, freeze_unused
 from minilm.hub import quiet_transformers
-from minilm.inputs import inputs_of
-from minilm.launch import attempt, finish, first_on_each_host, in_contact, nothing_left, start, together
+from minilm.inputs import collect_inputs
+from minilm.launch import explain_lost_contact, finish, first_on_each_host, restore_on_error, start, together
 from minilm.lock import unlocked_at_end
-from minilm.micro import number_of, settle_micro_tokens
+from minilm.micro import micro_tokens_of, resolve_micro_tokens
 from minilm.objectives import Evaluator, build, objective_of, prepare
 from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
 from minilm.output import choose_output_dir, claim_output_dir, export
 from minilm.plan import Plan, Step
 from minilm.push import push
-from minilm.record import Recorder, announce, run_facts, write_results, write_samples
+from minilm.record import open_recorder, write_results, write_samples
 from minilm.resume import check_best, check_settings, load_step, resume
 from minilm.sharding import clip, distribute, is_sharded
 from minilm.signals import hold_back_signals, leave_signals_to_parent
 from minilm.stop import StopRequest, bad_gradients
 from minilm.tokens import Examples, Prepared
-from minilm.trackers import open_trackers
 from minilm.verify_head import verify_head
 
 log = logging.getLogger("minilm")
@@ -98,8 +97,8 @@ def train_step(
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 
-@in_contact()
-@nothing_left()
+@explain_lost_contact()
+@restore_on_error()
 @unlocked_at_end()
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
@@ -107,79 +106,106 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     `name` names the default output folder, out/NAME. All that can be checked is checked before the first step: a
     ValueError says what to change. TrainingStopped ends a run early, ConnectionError when another process is gone.
     """
+    # Begin: join the other processes, choose the output folder, and refuse a resume that cannot work before any data
+    # is read.
     accelerator, precision = start(config.run)
+    main = accelerator.is_main_process
     folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)
     config = replace(config, run=replace(config.run, output_dir=str(folder)))
     together(lambda: check_settings(checkpoint, config))
     together(lambda: check_best(checkpoint, config.run), main_only=True)
-    with first_on_each_host(accelerator):
-        attempted = attempt(lambda: prepare(config))
-    prepared, objective = together(attempted), objective_of(config.objective)
+
+    # Build: the data, the model, the optimizer and the plan of the steps. A resumed run builds the same as a new one.
+    prepared = first_on_each_host(accelerator, lambda: prepare(config))
+    objective = objective_of(config.objective)
     head, config = build_head(config, accelerator, prepared, checkpoint)
-    network, cost = head.model, count_flops(head, config.batch.max_length)
-    inputs = inputs_of(prepared, network, accelerator.num_processes)
+    network = head.model
+    cost = count_flops(head, config.batch.max_length)
+    inputs = collect_inputs(prepared, network, accelerator.num_processes)
     if config.run.compile:
         together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
     total = config.run.steps(plan.steps_per_epoch)
+
+    # Resume: put the weights and moments of the checkpoint in place. A new run has no progress yet.
     progress = together(lambda: resume(checkpoint, config, inputs, total, network, optimizer, precision.name))
     best = together(lambda: Best(config.run, evaluator.names, progress))
+
+    # Record: all checks have passed, so the run may write to its output folder from here on.
     together(lambda: claim_output_dir(folder, config.run, network, total), main_only=True)
-    peak = device_peak(accelerator.device, precision.name)
-    facts = run_facts(accelerator, head, plan, prepared, total, precision, peak)
-    main, peaks = accelerator.is_main_process, peak.flops * accelerator.num_processes
-    if main:
-        announce(folder, config, facts)
-        open_trackers(accelerator, config, folder, progress.step)
-    recorder = Recorder(folder, accelerator.log, total_steps=total, peak_flops=peaks, progress=progress, enabled=main)
+    recorder, facts = open_recorder(accelerator, config, folder, head, plan, prepared, total, precision, progress)
     saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=main))
+
+    # Loop: one update for each step. A run that was killed after its patience was exhausted makes no more steps.
     model.train()
-    first = total if best.exhausted else progress.step  # out of patience: the run was killed while it was ending
+    first = total if best.exhausted else progress.step
     steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
+    eval_every = config.run.eval_every or plan.steps_per_epoch
+    max_grad_norm = config.optim.max_grad_norm
     figures = early = None
     request = StopRequest(accelerator, saves=config.run.save_every > 0)
-    with request, closing(recorder), metered(accelerator, progress.step) as energy, in_contact(saver.goes_on):
-        for done, (step, micro_batches) in enumerate(steps, start=progress.step + 1):
-            seed_dropout(config.run.seed, done - 1, accelerator.process_index)
-            result = train_step(
-                accelerator,
-                model,
-                optimizer,
-                micro_batches,
-                lr=(lr := learning_rate(config.optim, done - 1, total)),
-                max_grad_norm=config.optim.max_grad_norm,
+    with (
+        request,
+        closing(recorder),
+        metered(accelerator, progress.step) as energy,
+        explain_lost_contact(saver.explain_resume),
+    ):
+        for step, (global_batch, micro_batches) in enumerate(steps, start=first):
+            seed_dropout(config.run.seed, step, accelerator.process_index)
+            lr = learning_rate(config.optim, step, total)
+            result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
+            done = step + 1
+            epoch = done / plan.steps_per_epoch
+            recorder.step(
+                epoch=epoch,
+                lr=lr,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                examples=global_batch.examples,
+                tokens=global_batch.tokens,
+                flops=cost.step(global_batch, collator.rate(step / total)),
             )
-            epoch, figures, better = done / plan.steps_per_epoch, None, False
-            flops = cost.step(step, collator.rate((done - 1) / total))
-            recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
-            if done == total or done % (config.run.eval_every or plan.steps_per_epoch) == 0:
-                recorder.settle()
+
+            # Evaluate on the held-out examples. The figures of the last step are those of the result.
+            figures = None
+            better = False
+            if done == total or done % eval_every == 0:
+                recorder.catch_up()
                 figures = evaluator(accelerator, model).figures()
-                better = best.seen(figures, done)
+                better = best.update(figures, done)
                 recorder.evaluation(epoch, figures, objective.said(figures))
-            early = bad_gradients(recorder, plan, config.run) or request.agreed(done)
+
+            # Save a checkpoint where one is due, and leave where all processes agree that this was the last step.
+            early = bad_gradients(recorder, plan, config.run) or request.agree(done)
             last = done == total or best.exhausted or early is not None
             if saver.due(done, last=last, better=better):
-                saver.save(recorder.progress(**best.standing(done)))
+                saver.save(recorder.progress(**best.progress_fields(done)))
             if last:
                 break
         saver.wait()
+
+    # Save: evaluate the weights that are the result, and write the model, its card and all_results.json. An early end
+    # leaves its last checkpoint alone.
     if early is None:
         if config.run.load_best and best.step != recorder.steps:
-            accelerator.wait_for_everyone()  # for the process that writes it
+            # The main process writes the checkpoint that all of them read.
+            accelerator.wait_for_everyone()
             together(lambda: load_step(folder, best.step, network))
             figures = None
-        figures = figures or evaluator(accelerator, model).figures()
+        if figures is None:
+            figures = evaluator(accelerator, model).figures()
         results = recorder.conclude(figures | energy())
-        weights = copied(network.state_dict(keep_vars=True), keep=main)
+        weights = copy_to_cpu(network.state_dict(keep_vars=True), keep=main)
         if main:
             files = conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
-    model, optimizer = accelerator.free_memory(model, optimizer)  # DDP first: see finish()
+
+    # Leave: let go of DDP before the process group, as finish() asks for. Only then push, so that no process waits.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     finish(accelerator)
     if early is not None:
         raise early
-    if main and config.run.push_to_hub is not None:  # while no other process waits for it
+    if main and config.run.push_to_hub is not None:
         push(config.run.push_to_hub, folder, files)
     return results
 
@@ -195,7 +221,7 @@ def build_head(
     freeze_unused(head)
     verify_head(config, head, prepared)
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    return head, settle_micro_tokens(config, accelerator, head, checkpoint, first)
+    return head, resolve_micro_tokens(config, accelerator, head, checkpoint, first)
 
 
 def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[MicroBatch]:
@@ -215,7 +241,7 @@ def build_plan(
     objective, plan = objective_of(config.objective), lay_plan(config, accelerator, head, prepared.train)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
-    return plan, collator, objective.evaluator(prepared, number_of(config), **layout)
+    return plan, collator, objective.evaluator(prepared, micro_tokens_of(config), **layout)
 
 
 def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
@@ -223,7 +249,7 @@ def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Exa
     return Plan(
         examples.lengths,
         examples=config.batch.examples,
-        micro_tokens=number_of(config),
+        micro_tokens=micro_tokens_of(config),
         processes=accelerator.num_processes,
         seed=config.run.seed,
         group=config.batch.group,

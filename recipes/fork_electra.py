@@ -24,7 +24,7 @@ from minilm.cli import run_recipe
 from minilm.fork import begin, end, start_recording
 from minilm.hardware import count_flops
 from minilm.head import SparseHead, freeze_unused
-from minilm.launch import in_contact, nothing_left, together
+from minilm.launch import explain_lost_contact, restore_on_error, together
 from minilm.model import load_model
 from minilm.objectives import objective_of
 from minilm.optim import build_optimizer, learning_rate
@@ -84,15 +84,19 @@ class Electra(nn.Module):
         return generator_nats + WEIGHT * self.targets_per_token * nats * real
 
 
-@in_contact()
-@nothing_left()
+@explain_lost_contact()
+@restore_on_error()
 def train(config: Config, name: str) -> dict[str, float]:
     begun = begin(config, name)
-    accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim
+    accelerator = begun.accelerator
+    prepared = begun.prepared
+    optim = config.optim
+    seed = config.run.seed
     electra = together(lambda: Electra(config, prepared.tokenizer)).to(accelerator.device)
-    costs = [count_flops(head, config.batch.max_length) for head in (electra.generator, electra.discriminator)]
+    generator_cost = count_flops(electra.generator, config.batch.max_length)
+    discriminator_cost = count_flops(electra.discriminator, config.batch.max_length)
     plan, total, recorder = start_recording(begun, config, electra.discriminator)
-    objective, seed = objective_of(config.objective), config.run.seed
+    objective = objective_of(config.objective)
     collator = objective.collator(
         prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
     )
@@ -100,15 +104,23 @@ def train(config: Config, name: str) -> dict[str, float]:
     model.train()
     with closing(recorder):
         steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)
-        for done, (step, batches) in enumerate(steps):
-            seed_dropout(config.run.seed, done, accelerator.process_index)
-            targets = torch.full((), float(sum(batch.targets for batch in batches)), device=accelerator.device)
-            electra.targets_per_token = accelerator.reduce(targets) / step.tokens
-            lr = learning_rate(optim, done, total)
-            result = train_step(accelerator, model, optimizer, batches, lr=lr, max_grad_norm=optim.max_grad_norm)
-            epoch, rate = (done + 1) / plan.steps_per_epoch, collator.rate(done / total)
-            flops = costs[0].step(step, rate) + costs[1].step(step, 1.0)
-            recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
+        for step, (global_batch, micro_batches) in enumerate(steps):
+            seed_dropout(seed, step, accelerator.process_index)
+            targets = torch.full((), float(sum(batch.targets for batch in micro_batches)), device=accelerator.device)
+            electra.targets_per_token = accelerator.reduce(targets) / global_batch.tokens
+            lr = learning_rate(optim, step, total)
+            result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=optim.max_grad_norm)
+            generator_flops = generator_cost.step(global_batch, collator.rate(step / total))
+            discriminator_flops = discriminator_cost.step(global_batch, 1.0)
+            recorder.step(
+                epoch=(step + 1) / plan.steps_per_epoch,
+                lr=lr,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                examples=global_batch.examples,
+                tokens=global_batch.tokens,
+                flops=generator_flops + discriminator_flops,
+            )
     del model, optimizer
     return end(begun, recorder, {".": electra.discriminator.model, "generator": electra.generator.model})
 

@@ -23,7 +23,7 @@ from minilm.cli import run_recipe
 from minilm.fork import begin, end, start_recording
 from minilm.hardware import count_flops
 from minilm.head import Head, SparseHead, freeze_unused
-from minilm.launch import in_contact, nothing_left, together
+from minilm.launch import explain_lost_contact, restore_on_error, together
 from minilm.model import evaluating, load_model
 from minilm.optim import build_optimizer, learning_rate
 from minilm.packing import Group, Packing
@@ -91,11 +91,13 @@ class Distiller(Head):
         return self.logits(ids_T, packing, index_N)
 
 
-@in_contact()
-@nothing_left()
+@explain_lost_contact()
+@restore_on_error()
 def train(config: Config, name: str) -> dict[str, float]:
     begun = begin(config, name)
-    accelerator, prepared, optim = begun.accelerator, begun.prepared, config.optim
+    accelerator = begun.accelerator
+    prepared = begun.prepared
+    optim = config.optim
 
     def load(model: Model) -> PreTrainedModel:
         return load_model(model, prepared.tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
@@ -109,12 +111,19 @@ def train(config: Config, name: str) -> dict[str, float]:
     model.train()
     with closing(recorder):
         steps = load_steps(plan, prepared.train, collate_whole, accelerator, range(total), config.batch.workers)
-        for done, (step, batches) in enumerate(steps):
-            seed_dropout(config.run.seed, done, accelerator.process_index)
-            lr = learning_rate(optim, done, total)
-            result = train_step(accelerator, model, optimizer, batches, lr=lr, max_grad_norm=optim.max_grad_norm)
-            epoch, flops = (done + 1) / plan.steps_per_epoch, cost.step(step, 0.0)
-            recorder.step(epoch=epoch, lr=lr, examples=step.examples, tokens=step.tokens, flops=flops, **vars(result))
+        for step, (global_batch, micro_batches) in enumerate(steps):
+            seed_dropout(config.run.seed, step, accelerator.process_index)
+            lr = learning_rate(optim, step, total)
+            result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=optim.max_grad_norm)
+            recorder.step(
+                epoch=(step + 1) / plan.steps_per_epoch,
+                lr=lr,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                examples=global_batch.examples,
+                tokens=global_batch.tokens,
+                flops=cost.step(global_batch, 0.0),
+            )
     del model, optimizer
     return end(begun, recorder, {".": distiller.model.base_model})
 

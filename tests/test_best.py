@@ -22,7 +22,7 @@ from tests.launch import read_log
 
 def best_of(metric: str, values: list[float], patience: int | None = None) -> tuple[Best, list[bool]]:
     best = Best(Run(best_metric=metric, patience=patience), ["eval_loss", "accuracy"], Progress())
-    return best, [best.seen({metric: value}, step) for step, value in enumerate(values, start=1)]
+    return best, [best.update({metric: value}, step) for step, value in enumerate(values, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_better_is_lower_for_losses_and_higher_for_all_else(metric, values, bett
 def test_patience_counts_evaluations_in_a_row_and_goes_on_after_a_resume() -> None:
     best, _ = best_of("eval_loss", [2.0, 3.0, 1.0, 1.5], patience=2)
     assert not best.exhausted
-    assert best.standing(4) == {"figure": 1.5, "best": 1.0, "best_step": 3, "stale": 1}
-    assert best.standing(5)["figure"] is None
-    resumed = Best(Run(patience=2), ["eval_loss"], Progress(**best.standing(4)))
-    resumed.seen({"eval_loss": 1.2}, 5)
+    assert best.progress_fields(4) == {"figure": 1.5, "best": 1.0, "best_step": 3, "stale": 1}
+    assert best.progress_fields(5)["figure"] is None
+    resumed = Best(Run(patience=2), ["eval_loss"], Progress(**best.progress_fields(4)))
+    resumed.update({"eval_loss": 1.2}, 5)
     assert resumed.exhausted
 
 
@@ -136,7 +136,7 @@ def test_a_spoilt_checkpoint_of_the_best_evaluation_is_told_before_a_resumed_run
 def test_a_run_without_a_finite_evaluation_ends_with_its_last_weights_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Best, "seen", lambda self, figures, step: False)
+    monkeypatch.setattr(Best, "update", lambda self, figures, step: False)
     config = first_is_best(tmp_path)
     train(replace(config, run=replace(config.run, max_steps=8)))
     again = replace(config, run=replace(config.run, resume="latest", load_best=True))

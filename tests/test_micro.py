@@ -15,7 +15,7 @@ from accelerate import Accelerator
 import minilm.micro
 from minilm import Config, Data
 from minilm.batch import MicroBatch
-from minilm.micro import fastest, settle_micro_tokens
+from minilm.micro import fastest, resolve_micro_tokens
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 from tests.laws.resume_everywhere import stopped_after
@@ -100,10 +100,10 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], tuple
         head: Any = Head(seconds)
 
         def first_step(config: Config) -> list[MicroBatch]:
-            size = minilm.micro.number_of(config)
+            size = minilm.micro.micro_tokens_of(config)
             return [of(size)] if size == 2048 else [of(size), of(1)]
 
-        return settle_micro_tokens(AUTO, Accelerator(cpu=True), head, None, first_step), head
+        return resolve_micro_tokens(AUTO, Accelerator(cpu=True), head, None, first_step), head
 
     return tried
 
@@ -137,9 +137,9 @@ def test_a_memory_that_is_too_small_for_any_is_told(sizes: Any, monkeypatch: pyt
 
 def test_a_sharded_run_takes_a_number() -> None:
     with pytest.raises(ValueError, match="not sharded: give a number of tokens"):
-        settle_micro_tokens(AUTO, SimpleNamespace(is_fsdp2=True), None, None, None)  # type: ignore[arg-type]
+        resolve_micro_tokens(AUTO, SimpleNamespace(is_fsdp2=True), None, None, None)  # type: ignore[arg-type]
 
 
 def test_a_loop_of_ones_own_takes_a_number() -> None:
     with pytest.raises(ValueError, match="give this one a number"):
-        minilm.micro.number_of(AUTO)
+        minilm.micro.micro_tokens_of(AUTO)

@@ -92,7 +92,7 @@ def test_a_step_is_logged_when_the_next_one_is_done_and_the_last_on_close(tmp_pa
 def test_an_evaluation_is_logged_after_its_step_and_costs_no_training_time(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 1)
-    recorder.settle()
+    recorder.catch_up()
     clock.now += 1000.0
     recorder.evaluation(0.25, FIGURES, "loss 2.5")
     steps(recorder, clock, 1)
@@ -177,7 +177,7 @@ def test_steps_without_a_finite_gradient_are_counted_in_a_row_since_the_first(en
     for norm in (math.nan, 1.0, math.inf, math.nan, -math.inf, 1.0):
         steps(recorder, clock, 1, done=recorder.steps, norm=norm)
         counted.append((recorder.bad_steps, recorder.bad_since() - done if recorder.bad_steps else None))
-    recorder.settle()
+    recorder.catch_up()
     assert counted == [(0, None), (1, 0), (0, None), (1, 2), (2, 2), (3, 2)]  # known one step later
     assert recorder.bad_steps == 0
     recorder.close()
@@ -187,7 +187,7 @@ def test_the_first_step_without_a_finite_gradient_is_the_same_one_after_an_evalu
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 3, norm=math.nan)
     assert (recorder.bad_steps, recorder.bad_since()) == (2, 0)
-    recorder.settle()
+    recorder.catch_up()
     assert (recorder.bad_steps, recorder.bad_since()) == (3, 0)
     recorder.close()
 

@@ -35,9 +35,9 @@ def config(tmp_path: Path) -> Config:
 def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest(Accelerator(cpu=True), saves=True) as request:
-        assert request.agreed(7) is None
+        assert request.agree(7) is None
         os.kill(os.getpid(), number)
-        stopped = request.agreed(8)
+        stopped = request.agree(8)
     assert stopped is not None
     assert stopped.status == 128 + number
     assert f"{number.name} after step 8" in str(stopped)
@@ -47,7 +47,7 @@ def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
 def test_a_run_that_saves_nothing_does_not_say_that_it_can_go_on() -> None:
     with StopRequest(Accelerator(cpu=True), saves=False) as request:
         os.kill(os.getpid(), signal.SIGUSR1)
-        stopped = request.agreed(8)
+        stopped = request.agree(8)
     assert "SIGUSR1 after step 8; nothing was saved, for run.save_every is 0" in str(stopped)
 
 
@@ -64,7 +64,7 @@ def test_a_signal_that_a_destructor_swallowed_still_ends_the_run(monkeypatch: py
         held = Swallows()
         del held
         with StopRequest(Accelerator(cpu=True), saves=True) as request:
-            assert "SIGTERM" in str(request.agreed(1))
+            assert "SIGTERM" in str(request.agree(1))
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -120,7 +120,7 @@ def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_examples
         monkeypatch.setattr(minilm.train, "loss_sum", lambda model, batch: model(*inputs(batch)).sum() * float("nan"))
         return original(*args, **kwargs)
 
-    def inputs(batch: minilm.train.Batch) -> tuple[object, ...]:
+    def inputs(batch: minilm.train.MicroBatch) -> tuple[object, ...]:
         return batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N
 
     monkeypatch.setattr(minilm.train, "train_step", failing)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from minilm.checkpoint import Progress
 from minilm.cli import guarded
-from minilm.launch import in_contact
+from minilm.launch import explain_lost_contact
 from tests.checkpoints import saver_in
 from tests.jobs import launched
 
@@ -34,21 +34,21 @@ CLOSED = (
     ids=["closed", "silent", "silent before", "nccl", "store"],
 )
 def test_an_error_for_want_of_another_process_is_one_line(error, reason):
-    with pytest.raises(ConnectionError) as caught, in_contact(lambda: "go on"):
+    with pytest.raises(ConnectionError) as caught, explain_lost_contact(lambda: "go on"):
         raise error
     assert str(caught.value) == f"lost contact with another process of the job ({reason}); go on"
 
 
 def test_an_error_of_another_kind_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="out of memory"), in_contact():
+    with pytest.raises(RuntimeError, match="out of memory"), explain_lost_contact():
         raise RuntimeError("CUDA out of memory")
 
 
 def test_it_says_from_which_checkpoint_to_go_on_once_that_is_written(tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer)
-    assert saver.goes_on() == "no checkpoint was saved"
+    assert saver.explain_resume() == "no checkpoint was saved"
     saver.save(Progress(step=7))
-    assert saver.goes_on() == "--run.resume latest goes on from checkpoint-7"
+    assert saver.explain_resume() == "--run.resume latest goes on from checkpoint-7"
 
 
 def test_of_the_processes_of_a_host_the_first_to_end_tells_why(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The best evaluation so far: which checkpoint is kept for it, and when to stop waiting for a better one."""
+"""The best evaluation so far, for which a checkpoint is kept, and the patience of a run that does not improve."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from minilm.config import Run, lower_is_better
 
 
 class Best:
-    """The best evaluation so far by `run.best_metric`, from where `progress` left it.
+    """The best evaluation so far by `run.best_metric`. A resumed run continues from `progress`.
 
-    Raises ValueError when the evaluation, whose figures are `names`, has no such figure.
+    names: the figures of an evaluation. Raises ValueError where `run.best_metric` is not one of them.
     """
 
     def __init__(self, run: Run, names: Sequence[str], progress: Progress) -> None:
@@ -23,7 +23,7 @@ class Best:
         self._last: tuple[int, float | None] = (0, None)
 
     def update(self, figures: Mapping[str, float], step: int) -> bool:
-        """Take note of an evaluation after `step`; whether it is better than all before it."""
+        """Record the evaluation after `step`, and return whether it is better than all before it."""
         value = figures[self.metric]
         finite = value if math.isfinite(value) else None
         self._last = (step, finite)
@@ -37,10 +37,10 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether `run.patience` evaluations in a row were no better."""
+        """Whether the last `run.patience` evaluations brought no new best."""
         return self.patience is not None and self.stale >= self.patience
 
     def progress_fields(self, step: int) -> dict[str, Any]:
-        """These fields of `Progress` after `step`."""
+        """Return the fields of `Progress` that this object keeps, after `step`."""
         figure = self._last[1] if self._last[0] == step else None
         return {"figure": figure, "best": self.value, "best_step": self.step, "stale": self.stale}

@@ -53,7 +53,7 @@ model = pipeline("{pipeline}", model="{address}")
 """
 
 
-# The figures of an evaluation that the hub knows, by the names that it has for them.
+# The hub's names for the figures of an evaluation.
 _METRICS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy",
@@ -73,7 +73,7 @@ def write_card(
     results: dict[str, float],
     samples: dict[str, str],
 ) -> None:
-    """`README.md`, the model card: metadata that the hub reads, the figures, the settings, and samples."""
+    """Write `README.md`, the model card: metadata for the hub, figures, settings and samples."""
     rows = [
         f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:.5g} |"
         for name, value in results.items()
@@ -105,7 +105,7 @@ def write_card(
 
 
 def _energy(results: dict[str, float]) -> str:
-    """A line with what was measured; nothing where that is not known."""
+    """Return a paragraph with the measured energy, or nothing where it was not measured."""
     if "energy_kwh" not in results:
         return ""
     measured = " and ".join(name for kind, name in ((GPUS, "GPUs"), (CPUS, "CPUs")) if kind in results)
@@ -114,19 +114,19 @@ def _energy(results: dict[str, float]) -> str:
 
 
 def metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardData:
-    """What the hub reads of a model card: where the model comes from, and the figures of its last evaluation.
+    """Return the part of a model card that the hub reads: the model's origin, and the figures of the last evaluation.
 
-    Names of local files and folders stay out of it.
+    It does not name local files and folders.
     """
     pipeline, base = objective_of(config.objective).pipeline, config.model.name
-    # A figure of one part of several goes by its own name and that of the part.
+    # Where an evaluation has several parts, the name of a figure ends with the name of its part.
     kinds = {
         figure: next((kind for kind in _FIGURES if figure == kind or figure.startswith(f"{kind}_")), None)
         for figure, value in results.items()
         if math.isfinite(value)
     }
     where = _evaluated_on(config.data)
-    found = [
+    evaluations = [
         EvalResult(
             task_type=pipeline,
             metric_type=_METRICS.get(kind, kind),
@@ -145,13 +145,13 @@ def metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardD
         tags=["minilm", pipeline],
         datasets=_on_hub(config.data.sources) or None,
         metrics=list(dict.fromkeys(_METRICS[kind] for kind in kinds.values() if kind in _METRICS)) or None,
-        model_name=name if found else None,
-        eval_results=found or None,
+        model_name=name if evaluations else None,
+        eval_results=evaluations or None,
     )
 
 
 def _on_hub(sources: tuple[str, ...]) -> list[str]:
-    """Those of the sources that are datasets on the hub."""
+    """Return the sources that are datasets on the hub."""
 
     def local(source: str) -> bool:
         try:
@@ -163,7 +163,7 @@ def _on_hub(sources: tuple[str, ...]) -> list[str]:
 
 
 def _evaluated_on(data: Data) -> dict[str, Any]:
-    """The dataset of an `EvalResult`."""
+    """Return the fields of an `EvalResult` that name its dataset."""
     data = with_glue_columns(data)
     sources = (data.eval_source,) if data.eval_source is not None else data.sources
     if len(sources) > 1 or not _on_hub(sources):

@@ -1,8 +1,9 @@
-"""Checkpoints: written so that a kill at any moment leaves the last one whole, checked before they are believed.
+"""Checkpoints: a kill at any moment leaves the last one whole, and minilm checks each one before it uses it.
 
-A checkpoint is a folder `checkpoint-<step>` in the output folder: the model and its tokenizer as Hugging Face saves
-them (it loads with `from_pretrained`), the optimizer's moments, where the run stood, a manifest of sizes and SHA-256.
-Order, masks, learning rate and dropout follow from the configuration and the step, so that nothing else is state.
+A checkpoint is a folder `checkpoint-<step>` in the output folder. It holds the model and its tokenizer as Hugging Face
+saves them (it loads with `from_pretrained`), the state of the optimizer, the progress of the run, and a manifest of
+sizes and SHA-256 sums. There is no other state: order, masks, learning rate and dropout follow from the configuration
+and the step.
 """
 
 import contextlib
@@ -35,20 +36,20 @@ from minilm.zero import ZeroOptimizer
 
 log = logging.getLogger("minilm")
 
-RESULTS = "all_results.json"  # there when the run is finished
+RESULTS = "all_results.json"  # exists once the run is finished
 WEIGHTS = "model.safetensors"
-ADAPTER = "adapter.safetensors"  # of LoRA: what was merged into these weights
+ADAPTER = "adapter.safetensors"  # LoRA's matrices, which are merged into those weights
 _MANIFEST, _STATE, OPTIMIZER = "manifest.json", "training.json", "optimizer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands, beside its weights and moments."""
+    """The progress of a run: all that it keeps besides its weights and moments."""
 
     step: int = 0
     """Updates made."""
     tokens: int = 0
-    """Real tokens seen, all processes together."""
+    """Tokens without padding that all processes together trained on."""
     seconds: float = 0.0
     """Training time."""
     flops: float = 0.0
@@ -56,37 +57,37 @@ class Progress:
     log_bytes: int = 0
     """Length of log.jsonl."""
     figure: float | None = None
-    """`run.best_metric` of an evaluation after this very step, if there was one."""
+    """`run.best_metric` of the evaluation after this step; None where there was none or it was not finite."""
     best: float | None = None
-    """The best of all evaluations, by the same figure."""
+    """The best `run.best_metric` of all evaluations so far."""
     best_step: int = 0
-    """The step after which that was."""
+    """The step after which that evaluation took place; 0 where there was none."""
     stale: int = 0
-    """Evaluations since."""
+    """The number of evaluations since then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that was found whole."""
+    """A checkpoint whose files match its manifest."""
 
     folder: Path
     progress: Progress
     config: dict[str, Any]
-    """The configuration of the run that wrote it, as `minilm.settings.to_dict` gives it."""
+    """The configuration of the run that wrote it, in the form of `minilm.settings.to_dict`."""
     inputs: dict[str, Any]
-    """What its result depends on besides, as `minilm.inputs.collect_inputs` gives it."""
+    """The result of `minilm.inputs.collect_inputs` in the run that wrote it."""
     scaler: dict[str, Any]
-    """Where the loss scaling of fp16 stood; empty without it."""
+    """The state of the loss scaling of fp16; empty in other precisions."""
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What `describe_optimizer` gives; empty in checkpoints of minilm 0.1, which do not say it."""
+    """The result of `describe_optimizer`; empty in checkpoints of minilm 0.1, which did not store it."""
 
 
 class Saver:
-    """Writes checkpoints of a run beside it: the run waits for the copy in memory, a thread writes that to disk.
+    """The writer of a run's checkpoints: the run waits for a copy in memory, and a thread writes the copy to disk.
 
-    At most one checkpoint is being written at a time. Only when it is complete are older ones removed, but for the
-    newest `keep_last` and the best by `run.best_metric`. One process of a job does it (`enabled`). Raises
-    OSError from the call after a write that failed; the checkpoints before it are then untouched.
+    The thread writes at most one checkpoint at a time. When that one is complete, it removes older ones, except the
+    newest `run.keep_last` and the best by `run.best_metric`. Only one process of a job writes (`enabled`). After a
+    write that failed, the next call raises OSError; older checkpoints are then untouched.
     """
 
     def __init__(
@@ -110,22 +111,23 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def due(self, step: int, *, last: bool, better: bool) -> bool:
-        """Whether there is a checkpoint after this step.
+        """Return whether to save after this step.
 
-        There is every `run.save_every` steps, where a run ends, and with `run.load_best` where it is `better`.
+        That is true every `run.save_every` steps, at the end of the run (`last`), and with `run.load_best` after an
+        evaluation that was the best so far (`better`).
         """
         run = self.config.run
         return run.save_every > 0 and (last or step % run.save_every == 0 or (better and run.load_best))
 
     def save(self, progress: Progress) -> None:
-        """Write `checkpoint-<step>`; returns once the state is copied. Every process of the job calls it."""
+        """Begin to write `checkpoint-<step>`; return once the state is copied. Every process of the job calls it."""
         self.wait()
-        # First this one: state_dict has FSDP put the parts back that the optimizer knows.
+        # The weights come first: state_dict has FSDP restore the shards that the optimizer refers to.
         weights = copy_to_cpu(self.network.state_dict(keep_vars=True), keep=self.enabled)
         moments = copy_to_cpu(_moments(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:
             return
-        scaler = getattr(self.optimizer, "scaler", None)  # which accelerate's wrapper has under fp16
+        scaler = getattr(self.optimizer, "scaler", None)  # accelerate's wrapper has one under fp16
         state = {
             "progress": dataclasses.asdict(progress),
             "config": to_dict(self.config),
@@ -138,7 +140,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk; raises OSError when it could not be written."""
+        """Wait until the checkpoint is on disk; raise OSError where it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -147,7 +149,7 @@ class Saver:
             raise error
 
     def explain_resume(self) -> str:
-        """From where the run can go on, in words, once what is being written is on disk."""
+        """Wait until the checkpoint is on disk, and return a sentence that says how to resume the run."""
         with contextlib.suppress(OSError):
             self.wait()
         complete = _complete(self.folder)
@@ -158,7 +160,7 @@ class Saver:
         try:
             with replacing(target) as temporary:
                 with quiet_transformers():
-                    # By the model's own names, to be put back: the original format may have others.
+                    # `resume` needs the names of the model in memory. The original format may have other names.
                     whole = merged(self.network, weights)
                     self.network.save_pretrained(temporary, state_dict=whole, save_original_format=False)
                     save_tokenizer(self.tokenizer, temporary)
@@ -168,7 +170,7 @@ class Saver:
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
                 files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
                 (temporary / _MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-        except Exception as error:  # raised again by the thread that trains
+        except Exception as error:  # wait() raises it again in the thread that trains
             reason = getattr(error, "strerror", None) or error
             self._error = OSError(f"{target} could not be written: {reason}; older checkpoints are untouched")
             return
@@ -179,63 +181,67 @@ class Saver:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save it in the Hugging Face format, in files alone.
+    """Save the tokenizer in the Hugging Face format, without subfolders.
 
-    Several chat templates go into tokenizer_config.json, in place of the folder that transformers would make of them.
+    Several chat templates go into tokenizer_config.json. transformers would write them into a folder.
     """
     several = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(folder, save_jinja_files=not several)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
-    """The checkpoint that `run.resume` means: a path, or the newest complete one of the output folder.
+    """Return the checkpoint that `run.resume` names: a path, or "latest" for the newest complete one in `folder`.
 
-    Raises ValueError when there is none, or when it is damaged: then it names the file.
+    Raises ValueError where there is none, or where it is damaged; the message then names the file.
     """
     if resume != "latest":
         path = Path(resume).expanduser().resolve()
     elif complete := _complete(folder):
         path = complete[-1]
     else:
-        raise ValueError(f"run.resume latest: there is no complete checkpoint in {folder}; leave it out to start anew")
+        raise ValueError(
+            f"run.resume latest: there is no complete checkpoint in {folder}; leave run.resume out to start anew"
+        )
     try:
         return read_checkpoint(path)
     except ValueError as error:
         others = [other.name for other in _complete(path.parent) if other != path]
-        hint = f"; there is also {', '.join(others)}: give its path to go on from there" if others else ""
+        hint = f"; to resume from {' or '.join(others)}, give its path" if others else ""
         raise ValueError(f"{error}{hint}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder says of itself that it is a checkpoint, whole or not."""
+    """Return whether the folder holds a checkpoint, complete or not."""
     return any((folder / name).exists() for name in (_MANIFEST, _STATE))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Check every file of the checkpoint against its manifest, then read where the run stood.
+    """Check every file of the checkpoint against its manifest, then read its state.
 
-    Raises ValueError that names what is missing, damaged or out of place. Nothing in it is ever executed.
+    Raises ValueError that names the file that is missing, damaged or out of place. Nothing in a checkpoint is executed.
     """
     try:
-        _require(folder.is_dir(), "there is no such folder; give the path of one, or latest")
+        _require(folder.is_dir(), "there is no such folder; give the path of a checkpoint, or latest")
         manifest = _read_json(folder / _MANIFEST)
         for name in (WEIGHTS, OPTIMIZER, _STATE):
             _require(name in manifest, f"{name} is not in its {_MANIFEST}")
         for name, facts in manifest.items():
             path = folder / name
             _require(
-                Path(name).name == name and path.is_file() and not path.is_symlink(), f"{name!r} is no file of its own"
+                Path(name).name == name and path.is_file() and not path.is_symlink(),
+                f"{name!r} is not a regular file in it",
             )
             _require(file_facts(path) == facts, f"{name} is not what its {_MANIFEST} says: it is damaged")
-        state = {"scaler": {}, "optimizer": {}} | _read_json(folder / _STATE)  # which older ones lack
-        if "data" in state and "inputs" not in state:  # of older ones
+        # Checkpoints of minilm 0.1 lack these two, and have the training examples alone in place of all inputs.
+        state = {"scaler": {}, "optimizer": {}} | _read_json(folder / _STATE)
+        if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
         whole = state.keys() == {"progress", "config", "inputs", "scaler", "optimizer"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
-        _require(whole, f"{_STATE} does not have the parts that it should")
+        _require(whole, f"{_STATE} does not hold the parts of a checkpoint's state")
         return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no usable checkpoint: {error}") from error
+        raise ValueError(f"{folder} is not a usable checkpoint: {error}") from error
 
 
 def _require(holds: bool, message: str) -> None:
@@ -245,12 +251,12 @@ def _require(holds: bool, message: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     _require(os.path.lexists(path), f"there is no {path.name} in it")
-    _require(path.is_file() and not path.is_symlink(), f"{path.name} is no file of its own")
+    _require(path.is_file() and not path.is_symlink(), f"{path.name} is not a regular file")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON") from error
-    _require(isinstance(tree, dict), f"{path.name} holds no names")
+        raise ValueError(f"{path.name} is not JSON") from error
+    _require(isinstance(tree, dict), f"{path.name} is not a JSON object")
     result: dict[str, Any] = tree
     return result
 
@@ -261,36 +267,37 @@ def _progress(values: dict[str, Any]) -> Progress:
         isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
         for name, kind in kinds.items()
     )
-    _require(right, f"{_STATE} does not say where the run stood")
+    _require(right, f"{_STATE} does not hold the progress of a run")
     return Progress(**values)
 
 
 def parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
-    """The name of each parameter, under which a checkpoint keeps its moments; a tied one has a single name."""
+    """Return the name under which a checkpoint keeps each parameter's moments; a tied parameter has a single name."""
     return {parameter: name for name, parameter in network.named_parameters()}
 
 
-# Settings of torch's optimizers that decide what they keep of a parameter.
-_DECIDING = ("momentum", "amsgrad", "centered")
+# Settings of torch's optimizers that add to the state of each parameter.
+_STATE_SETTINGS = ("momentum", "amsgrad", "centered")
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What tells the optimizer's state from another's, as JSON types.
+    """Return facts that identify the kind of state that the optimizer keeps, as JSON types.
 
-    `name` is that of its class, with the settings that add to its state: "SGD with momentum". `numbers` are the parts
-    of the state of a parameter that are no tensors, such as the step of some optimizers.
+    `name` is the name of its class with the settings that add to its state: "SGD with momentum". `numbers` names the
+    parts of a parameter's state that are plain numbers rather than tensors, such as the step of some optimizers.
     """
-    if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed's AdamW, whose checkpoints are those of torch's
+    # DeepSpeed's AdamW keeps the same state as torch's.
+    if isinstance(optimizer, ZeroOptimizer):
         return {"name": "AdamW", "numbers": []}
     group = optimizer.param_groups[0]
-    deciding = [name for name in _DECIDING if group.get(name)]
+    settings = [name for name in _STATE_SETTINGS if group.get(name)]
     numbers = {slot for slots in optimizer.state.values() for slot, value in slots.items() if _is_number(value)}
-    name = type(unwrapped(optimizer)).__name__ + (f" with {' and '.join(deciding)}" if deciding else "")
+    name = type(unwrapped(optimizer)).__name__ + (f" with {' and '.join(settings)}" if settings else "")
     return {"name": name, "numbers": sorted(numbers)}
 
 
 def is_stateless(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer needs no state: SGD without momentum."""
+    """Return whether the optimizer keeps no state, as SGD without momentum does."""
     return bool(describe_optimizer(optimizer)["name"] == "SGD")
 
 
@@ -299,9 +306,9 @@ def _is_number(value: object) -> bool:
 
 
 def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
-    """The optimizer's tensors, and its numbers as tensors, by `<slot>/<name of the parameter>`.
+    """Return the optimizer's state by `<slot>/<name of the parameter>`, with its plain numbers as tensors.
 
-    SGD keeps a None for its momentum where it has none.
+    None is left out: SGD without momentum keeps it in place of a buffer.
     """
     names = parameter_names(network)
     return {
@@ -313,9 +320,10 @@ def _moments(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict
 
 
 def copy_to_cpu(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """A copy of each tensor on the CPU where `keep`; every process calls this, for it may hold parts of the tensors.
+    """Return a copy of each tensor on the CPU where `keep`, else nothing.
 
-    Tied weights, which are one tensor under two names, stay one.
+    Every process calls this, since each may hold a shard of the tensors. Tied weights, which are one tensor under two
+    names, stay one.
     """
     copies = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
@@ -326,7 +334,7 @@ def copy_to_cpu(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def discard_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of an earlier run, and what killed ones left; folders of other programs stay."""
+    """Remove an earlier run's checkpoints and the leftovers of killed runs; the folders of other programs stay."""
     for path in _leftovers(folder):
         shutil.rmtree(path)
     for path in filter(is_checkpoint, _checkpoints(folder)):
@@ -334,19 +342,19 @@ def discard_checkpoints(folder: Path) -> None:
 
 
 def find_obstacles(folder: Path, steps: int) -> list[Path]:
-    """What has the name of a checkpoint of one of these steps and is none."""
+    """Return the paths that are named like a checkpoint of one of these steps but are not checkpoints."""
     others = [path for path in sorted(folder.glob("checkpoint-*")) if not is_checkpoint(path)]
     return [path for path in others if _step(path).isdecimal() and int(_step(path)) <= steps]
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """Folders that a killed run left: checkpoints half written or half removed, and a model half saved."""
+    """Return folders that a killed run left: checkpoints half written or half removed, and a model half saved."""
     named = re.compile(r"\.checkpoint-\d+\.(writing|replaced|discarded)|\.export-\w+")
     return [path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_dir()]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The folders named checkpoint-<step>, by step."""
+    """Return the folders named checkpoint-<step>, in the order of their steps."""
     if not folder.is_dir():
         return []
     steps = {_step(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
@@ -358,14 +366,14 @@ def _step(path: Path) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Those of them that were written to the end."""
+    """Return the checkpoint folders that were written to the end, in the order of their steps."""
     return [path for path in _checkpoints(folder) if (path / _MANIFEST).is_file()]
 
 
 def _rotate(folder: Path, step: int, run: Run) -> None:
-    """Remove what is not to be kept now that `step` is saved.
+    """Remove the checkpoints that the run does not keep now that `step` is saved.
 
-    That is older checkpoints, and those ahead of it: the run went on from an earlier one than they are.
+    These are old ones, and those of later steps, which a run leaves that was resumed from an earlier checkpoint.
     """
     complete = _complete(folder)
     ahead = [path for path in complete if int(_step(path)) > step]
@@ -387,5 +395,6 @@ def _discard(path: Path) -> None:
         raise OSError(f"{path.name} is a symbolic link")
     discarded = path.with_name(f".{path.name}.discarded")
     shutil.rmtree(discarded, ignore_errors=True)
-    os.rename(path, discarded)  # so that half a folder never looks like a checkpoint
+    # Renamed first, so that a folder that is half removed never looks like a checkpoint.
+    os.rename(path, discarded)
     shutil.rmtree(discarded)

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, need and take, told after a few of its steps; its output folder is left alone."""
+"""`--dry-run`: the plan of a run, with its time and memory measured in a few steps. It writes no output folder."""
 
 import math
 import time
@@ -24,29 +24,29 @@ from minilm.tokens import Examples, Prepared
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
 from minilm.zero import size_of
 
-_FEWEST, _SECONDS = 3, 3.0  # steps of the probe that are timed, and the time that it takes if they are short
-_MOST = 1000
-_LOOK = 50  # steps among which the probe begins with the one that needs most memory
+_FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0  # the probe ends when it has timed both
+_MOST_STEPS = 1000
+_SEARCHED_STEPS = 50  # the probe begins with the step among these that needs most memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a few steps took."""
+    """The cost of a few steps."""
 
     steps: int
     seconds: float
     flops: float
     """Model FLOPs of all processes."""
     memory: int
-    """Bytes that the process held at most."""
+    """Peak memory of the process, bytes."""
 
 
 @restore_on_error()
 def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
-    """Print the plan of the run that `train(config, name)` would be. It reads data and fills the cache as that does.
+    """Print the plan of the run that `train(config, name)` would start. Reads data and fills the cache, as a run does.
 
-    own_loop: the recipe trains by a loop of its own, of which only the data and the steps can be told. Raises
-    ValueError as `train` does, and for a step that does not fit into the memory of a GPU.
+    own_loop: the recipe does not train with `minilm.train.train`, so that only data and steps are known. Raises
+    ValueError as `train` does, and where a step does not fit into the memory of a GPU.
     """
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
@@ -58,17 +58,17 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     plan = Plan(
         prepared.train.lengths, examples=config.batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed
     )
-    lines = [("output", f"{folder}, to which nothing is written now"), ("data", _data(prepared, plan))]
+    lines = [("output", f"{folder} (a dry run writes nothing to it)"), ("data", _data(prepared, plan))]
     if prepared.labels is not None:
         lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
     if own_loop:
         lines.append(("steps", f"{config.run.steps(plan.steps_per_epoch):,} of {config.batch.examples} {plan.unit}"))
-        lines.append(("time", "unknown, as are model and memory: this recipe has a loop of its own, to be tried"))
+        lines.append(("time", "unknown, as are model and memory, because this recipe has its own loop"))
     else:
         lines += _planned(config, accelerator, precision, prepared)
     if accelerator.is_main_process:
-        for what, said in lines:
-            print(f"{what:<9} {said}", flush=True)
+        for subject, text in lines:
+            print(f"{subject:<9} {text}", flush=True)
     finish(accelerator)
 
 
@@ -80,7 +80,7 @@ def _data(prepared: Prepared, plan: Plan) -> str:
 def _planned(
     config: Config, accelerator: Accelerator, precision: Precision, prepared: Prepared
 ) -> list[tuple[str, str]]:
-    """Model, steps, FLOPs, memory and time, the last two from a probe of steps on a model that is then dropped."""
+    """Return lines on model, steps, FLOPs, memory and time, of which a probe measures the last two."""
     head, config = build_head(config, accelerator, prepared)
     cost = count_flops(head, config.batch.max_length)
     plan, collator, _ = build_plan(config, accelerator, head, prepared)
@@ -129,7 +129,7 @@ def _planned(
 
 
 def _flops(cost: Cost, examples: Examples, rate: float) -> float:
-    """Of training on all examples once."""
+    """Return the model FLOPs of training on all examples once."""
     lengths = examples.lengths
     squares = int((lengths.astype(np.int64) ** 2).sum())
     tokens = int(lengths.sum())
@@ -146,14 +146,17 @@ def _probe(
     cost: Cost,
     total: int,
 ) -> Probe:
-    """Take steps of the run, spread over it, from the one on that needs most memory, whose time does not count."""
+    """Take and time steps that are spread over the run.
+
+    The first one is the step that needs most memory. Its time does not count.
+    """
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
-    first = max(range(min(total, _LOOK)), key=lambda index: plan.largest(plan.step(index)))
+    first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest(plan.step(index)))
     steps = range(first, total, max(1, (total - first) // 100))
     model.train()
     count, seconds, flops, mark = 0, 0.0, 0.0, 0.0
     try:
-        for index in islice(cycle(steps), _MOST):
+        for index in islice(cycle(steps), _MOST_STEPS):
             (item,) = load_steps(plan, examples, collator, accelerator, range(index, total, total), 0)
             step, micro_batches = item
             seed_dropout(config.run.seed, index, accelerator.process_index)
@@ -167,8 +170,8 @@ def _probe(
                 count, seconds = count + 1, seconds + now - mark
                 flops += cost.step(step, collator.rate(index / total))
             mark = now
-            enough = torch.tensor(count >= _FEWEST and seconds >= _SECONDS, device=accelerator.device)
-            if accelerator.gather(enough.view(1)).any():  # the processes go on together
+            enough = torch.tensor(count >= _FEWEST_STEPS and seconds >= _FEWEST_SECONDS, device=accelerator.device)
+            if accelerator.gather(enough.view(1)).any():  # all processes stop after the same step
                 break
     except torch.OutOfMemoryError as error:
         raise ValueError(

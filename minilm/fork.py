@@ -1,6 +1,6 @@
-"""The beginning and the end of a loop of your own: what `recipes/fork_*.py` have in common with `minilm.train.train`.
+"""Parts for your own loop: the beginning and the end that `recipes/fork_*.py` share with `minilm.train.train`.
 
-Such a loop writes no checkpoint and evaluates nothing, so that it is short; `minilm/train.py` shows how both are done.
+Such a loop is short because it has no checkpoints and no evaluation; `minilm/train.py` shows how to do both.
 """
 
 from dataclasses import dataclass
@@ -29,24 +29,24 @@ from minilm.verify_head import verify_head
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """What a loop has before it has a model."""
+    """The state of a loop before it builds its model."""
 
     accelerator: Accelerator
     precision: Precision
     folder: Path
-    """The output folder; nothing is in it yet."""
+    """The output folder; it is still empty."""
     prepared: Prepared
     push_to_hub: str | None = None
-    """Where to publish what the loop makes."""
+    """The repository of the hub that gets the result."""
 
 
 def begin(config: Config, name: str) -> Begun:
     """Join the job, choose the output folder, by default out/NAME, and prepare the data; ValueError as from `train`."""
     if config.run.resume is not None:
-        raise ValueError("this recipe writes no checkpoints to go on from: leave run.resume out")
+        raise ValueError("this recipe writes no checkpoints, so it cannot resume: leave run.resume out")
     accelerator, precision = start(config.run)
     if is_sharded(accelerator):
-        raise ValueError("the loop of this recipe does not shard: launch it with --multi_gpu and no sharding")
+        raise ValueError("the loop of this recipe does not support sharding: launch it with --multi_gpu")
     folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
     prepared = first_on_each_host(accelerator, lambda: prepare(config))
     return Begun(
@@ -59,7 +59,10 @@ def begin(config: Config, name: str) -> Begun:
 
 
 def start_recording(begun: Begun, config: Config, head: Head) -> tuple[Plan, int, Recorder]:
-    """The plan of the steps, how many there are, and their recorder; claims the output folder and says what is run."""
+    """Check the model, claim the output folder and announce the run.
+
+    Returns the plan, the number of steps and the recorder.
+    """
     accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
     check_agreement(head, prepared)
     if isinstance(head, SparseHead):
@@ -72,12 +75,14 @@ def start_recording(begun: Begun, config: Config, head: Head) -> tuple[Plan, int
 
 
 def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str, float]:
-    """Save each model of transformers in its part of the output folder (`.`: the folder), leave, return the totals.
+    """Save the models, leave the job, publish where `run.push_to_hub` asks for it, and return the totals.
 
-    The loop holds its prepared model no more by then: see `minilm.launch.finish`. What `run.push_to_hub` names
-    gets the models and the records.
+    networks: models of transformers, by their subfolders of the output folder; "." is the folder. The loop must delete
+    its prepared model before: see `minilm.launch.finish`.
     """
-    results, files, main = recorder.conclude({}), list[str](), begun.accelerator.is_main_process
+    main = begun.accelerator.is_main_process
+    results = recorder.conclude({})
+    files = list[str]()
     if main:
         for part, network in networks.items():
             (begun.folder / part).mkdir(exist_ok=True)

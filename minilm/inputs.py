@@ -1,4 +1,4 @@
-"""What the result of a run depends on besides its settings, in a form that a resumed run can compare."""
+"""The inputs of a run: everything besides its settings that its result depends on, in a form that can be compared."""
 
 import hashlib
 import json
@@ -12,18 +12,19 @@ from minilm.hardware import describe
 from minilm.record import versions
 from minilm.tokens import Prepared, state_of
 
-# Fields of a configuration that say where a model comes from, not what it computes. Weights are always float32 here.
+# Fields of a configuration that say where a model comes from, not what it computes. minilm trains float32 weights.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
-_CHUNK = 2**20  # numbers of a parameter that are summed at a time
+_CHUNK = 2**20  # elements of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
 
 
 def collect_inputs(prepared: Prepared, network: PreTrainedModel, processes: int) -> dict[str, Any]:
-    """Everything that the result depends on besides the settings, by name, as JSON types.
+    """Return everything besides the settings that the result depends on, by name, as JSON types.
 
-    This is the only such list: what belongs to it is added here, and `minilm.resume` compares it. A checkpoint holds
-    all weights, so that those before training matter to LoRA alone, and as the origin that a record names. The
-    generation configuration changes no step, but a run exports it.
+    This is the only such list: add new inputs here, and `minilm.resume` will compare them. The weights before training
+    matter in two cases only, since a checkpoint holds all trained weights: LoRA's frozen weights are not in it, and a
+    changed `model.name` must still mean the same model. The generation configuration changes no step, but a run exports
+    it.
     """
     inputs = {
         "training examples": prepared.train.facts(),
@@ -51,7 +52,7 @@ def _digest(state: Any) -> str:
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, and of those inside it, that decide what a model computes."""
+    """Return the fields of a configuration, and of the ones nested in it, that decide what a model computes."""
     return {
         name: _fields(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -60,12 +61,12 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(parameters: dict[str, Tensor]) -> str:
-    """A checksum of the bits of parameters in float32 and of their order."""
+    """Return a checksum of the parameters, which depends on their bits in float32 and on their order."""
     return _digest({name: _sums(parameter.detach()) for name, parameter in parameters.items()})
 
 
 def _sums(parameter: Tensor) -> list[int]:
-    """The sum of each chunk's numbers, read as whole numbers and multiplied by 1, 3, 5 and so on, modulo 2**64."""
+    """Return for each chunk the sum of its elements' bits, read as integers, with weights 1, 3, 5, …, modulo 2**64."""
     bits = parameter.float().flatten().view(torch.int32)
     factors = torch.arange(1, 2 * min(_CHUNK, len(bits)) + 1, 2, device=bits.device)
     sums: list[int] = [int((chunk * factors[: len(chunk)]).sum()) for chunk in torch.split(bits, _CHUNK)]
@@ -73,17 +74,17 @@ def _sums(parameter: Tensor) -> list[int]:
 
 
 def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
-    """What differs between two results of `collect_inputs`, a line each, without the versions and the machine.
+    """Return a line for each difference between two results of `collect_inputs`, except the versions and the machine.
 
-    origin: the model to start from is another one by its name, so that its weights are compared. base: LoRA has frozen
-    weights, which are not in its checkpoints. What an older checkpoint does not hold is not compared.
+    origin: model.name has changed, so compare the weights before training. base: compare the frozen weights, which the
+    checkpoints of LoRA do not hold. Inputs that an older checkpoint lacks are not compared.
     """
     changes = []
     for part in ("training examples", "evaluation examples"):
         if part in before and before[part] != now[part]:
-            changes.append(f"the {part} were {json.dumps(before[part])}, are {json.dumps(now[part])}")
+            changes.append(f"the {part} were {json.dumps(before[part])}, are now {json.dumps(now[part])}")
     if before.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
-        changes.append("the tokenizer is another one: its vocabulary, its rules or its special tokens have changed")
+        changes.append("the tokenizer has changed: its vocabulary, its rules or its special tokens are different")
     same_library = _library(before) == _library(now)
     for part in ("model configuration", "generation configuration"):
         fields, others = _part(before, part, now[part]), now[part]
@@ -92,14 +93,14 @@ def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
                 changes.append(f"{field} of the {part} was {json.dumps(old)}, is {json.dumps(new)}")
     weights, others = _part(before, _WEIGHTS, {}), now[_WEIGHTS]
     if (origin or base) and weights.get("frozen", others["frozen"]) != others["frozen"]:
-        changes.append("model.name is no longer the model that the run began with: its weights are others")
+        changes.append("model.name is no longer the model that the run began with: its weights are different")
     elif origin and weights.get("trained", others["trained"]) != others["trained"]:
-        changes.append("model.name is another model than the one that the run began with: its weights are others")
+        changes.append("model.name is not the model that the run began with: its weights are different")
     return changes
 
 
 def compare_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs in the libraries and the machine, a line each: the same steps may have other bits."""
+    """Return a line for each difference in the libraries and the machine, which may change the last bits of a step."""
     changes = []
     for part in ("versions", "machine"):
         old, new = _part(before, part, {}), now[part]
@@ -108,11 +109,11 @@ def compare_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[s
 
 
 def _library(inputs: dict[str, Any]) -> Any:
-    """The release of transformers, of which each has fields of its own."""
+    """Return the release of transformers, since releases differ in the fields of their configurations."""
     return _part(inputs, "versions", {}).get("transformers")
 
 
 def _part(inputs: dict[str, Any], name: str, missing: dict[str, Any]) -> dict[str, Any]:
-    """A part of what a checkpoint holds, which may be anybody's work."""
+    """Return a part of a checkpoint's inputs. The checkpoint is not trusted: any other type counts as empty."""
     value = inputs.get(name, missing)
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""The beginning and the end of a process of a run: the accelerator, agreement with the others, and letting go."""
+"""The start and the end of each process of a run: the accelerator, agreement between processes, and cleaning up."""
 
 import contextlib
 import os
@@ -40,14 +40,17 @@ from minilm.zero import hidden_from_accelerate, leave_zero, zero_stage
 T = TypeVar("T")
 
 
-_staying = [False]  # in the process group after a run, for the next
-_joined = [False]  # the process group, which the process was not in before
+_staying = [False]  # whether `finish` stays in the process group, for the next run
+_joined = [False]  # whether minilm joined the process group, which the process must leave then
 _STATES = (PartialState, AcceleratorState, GradientState)
-_undo = list[Callable[[], None]]()  # brings back what the process had before the run
+_undo = list[Callable[[], None]]()  # restores the state that the process had before the run
 
 
 def join_job(run: Run) -> PartialState:
-    """Meet the other processes of the job, once, and know its place among them. ValueError for a wrong launch."""
+    """Join the other processes of the job, unless that is done, and return the rank and the device of this one.
+
+    Raises ValueError for a wrong launch.
+    """
     _remember_process()
     cpu = _on_cpu()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
@@ -66,9 +69,10 @@ def _on_cpu() -> bool:
 
 
 def start(run: Run) -> tuple[Accelerator, Precision]:
-    """The accelerator of this process, at the precision that the main process chose. ValueError for a wrong launch.
+    """Return the accelerator of this process, and the precision that the main process chose.
 
-    `finish` or `restore_on_error` brings back the state of the process; where neither did, this begins with it.
+    `finish` or `restore_on_error` restores the state that the process had before. Where a run ended without either,
+    this function restores it first. Raises ValueError for a wrong launch.
     """
     if not _staying[0]:
         restore_process()
@@ -89,11 +93,11 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     repeat_to_the_bit(run.deterministic)
     precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
     mode = "no" if precision.name == "fp32" else precision.name
-    # Its successor, forward_sync_buffers, is not in every torch that minilm runs on.
+    # The replacement of broadcast_buffers, forward_sync_buffers, is not in every release of torch that minilm supports.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    # Views save a copy of every gradient; the models here keep no buffer that a process changes by itself.
+    # Views save a copy of every gradient. No model here has a buffer that differs between processes.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    # What the loop does by itself must not be done again because the environment asks for it.
+    # The loop accumulates gradients itself. accelerate must not do it again where the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
     zero = zero_stage(os.environ) is not None
     _check_combination(run, mode, state.device, sharded=sharding is not None, zero=zero)
@@ -111,12 +115,12 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     enable_on_cpus(accelerator, sharding)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
-        raise ValueError(f"{kind.value} was asked for at launch and has not been tried with minilm: use --multi_gpu")
+        raise ValueError(f"the launch asks for {kind.value}, which has not been tried with minilm: use --multi_gpu")
     return accelerator, precision
 
 
 def _check_combination(run: Run, mode: str, device: torch.device, *, sharded: bool, zero: bool) -> None:
-    """Raise ValueError for settings that do not work together, or that nobody has tried together."""
+    """Raise ValueError for settings that do not work together, or that have not been tried together."""
     if run.compile and (sharded or zero):
         raise ValueError("run.compile has not been tried with sharding: leave one of them out")
     if run.compile and device.type == "cpu":
@@ -130,7 +134,7 @@ def _check_combination(run: Run, mode: str, device: torch.device, *, sharded: bo
 
 
 def _remember_process() -> None:
-    """Note what `restore_process` brings back: torch's settings, and what accelerate shares in the whole process."""
+    """Store the state for `restore_process`: torch's settings, and the state that accelerate shares in the process."""
     if _undo:
         return
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -148,16 +152,16 @@ def _remember_process() -> None:
 
 
 def restore_process() -> None:
-    """Bring back the state that the process had before the run, which an Accelerator of the user's is part of."""
+    """Restore the state that the process had before the run, including an Accelerator that the user made."""
     while _undo:
         _undo.pop()()
 
 
 @contextlib.contextmanager
 def restore_on_error() -> Iterator[None]:
-    """Inside it an error, whatever it is, leaves no state of the run behind: another `train` can follow.
+    """Inside it, any error restores the state that the process had before the run, so that another `train` can follow.
 
-    The process group stays, for processes that end or go on together.
+    The process stays in the process group, since all processes of a job end or go on together.
     """
     try:
         yield
@@ -167,7 +171,7 @@ def restore_on_error() -> Iterator[None]:
 
 
 def _check_earlier(mode: str, device: torch.device) -> None:
-    """Raise ValueError for an Accelerator of the user's that computes otherwise: there is one state in a process."""
+    """Raise ValueError where the user made an Accelerator of another precision or device: a process has one state."""
     if not (earlier := AcceleratorState._shared_state):
         return
     theirs = earlier["_mixed_precision"]
@@ -185,9 +189,9 @@ def _check_earlier(mode: str, device: torch.device) -> None:
 
 
 def together(work: Callable[[], T], *, main_only: bool = False) -> T:
-    """The result of `work` on each process, or with `main_only` the main one's; a ValueError on one is one on all.
+    """Return the result of `work` on each process, or with `main_only` the main process's result on all.
 
-    Without this, the others would wait for a process that has given up.
+    A ValueError on one process becomes one on all. Otherwise the others would wait for a process that has given up.
     """
     if not main_only:
         result, message = _attempt(work)
@@ -248,24 +252,27 @@ def first_on_each_host(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def explain_lost_contact(advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """Make of an error for want of another process a ConnectionError: one line, with what `advice` says."""
+    """Turn an error that comes from the loss of another process into a ConnectionError of one line.
+
+    The line ends with the sentence that `advice` returns.
+    """
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Application timeout", said):
+        message = str(error)
+        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Application timeout", message):
             raise
-        # Without the place in the source in front and the advice behind.
-        reason = re.sub(r"^\[\S+\] ", "", said.splitlines()[0]).split(". ")[0]
-        left = "" if advice is None else f"; {advice()}"
-        raise ConnectionError(f"lost contact with another process of the job ({reason}){left}") from error
+        # The first sentence, without the place in torch's source before it and torch's advice after it.
+        reason = re.sub(r"^\[\S+\] ", "", message.splitlines()[0]).split(". ")[0]
+        hint = "" if advice is None else f"; {advice()}"
+        raise ConnectionError(f"lost contact with another process of the job ({reason}){hint}") from error
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Leave the process group, so that `train` can be called again.
+    """Leave the process group and restore the process, so that `train` can be called again.
 
-    DDP must be gone by then. Were it the last to let go of the group, its destructor would wait for threads of gloo
-    that wait for Python's global lock, which it holds.
+    The caller must delete DDP first. If DDP were the last owner of the group, its destructor would hold Python's global
+    lock while it waits for threads of gloo, which wait for that lock.
     """
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -276,9 +283,9 @@ def finish(accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def one_job() -> Iterator[None]:
-    """Inside it `finish` stays in the process group, and the next `start` finds itself in it.
+    """Inside it, `finish` stays in the process group, and the next `start` continues in it.
 
-    Who leaves a group and joins one again at the same address may meet a process that has not left yet.
+    If a process rejoins a group at the same address at once, another process may not have left it yet.
     """
     _staying[0] = True
     try:
@@ -290,7 +297,7 @@ def one_job() -> Iterator[None]:
 
 
 def _leave_group() -> None:
-    """Leave the process group, unless the process was in one before minilm."""
+    """Leave the process group, unless the process was in it before the run."""
     if _joined[0] and dist.is_initialized():
         dist.destroy_process_group()
     _joined[0] = False

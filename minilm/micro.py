@@ -1,4 +1,4 @@
-"""`batch.micro_tokens=auto`: the tokens of a forward pass, found by trying a few sizes before the first step."""
+"""`batch.micro_tokens=auto`: minilm times a few sizes before the first step, and takes the best one that fits."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ from minilm.sharding import is_sharded
 
 log = logging.getLogger("minilm")
 
-_SMALLEST = 512  # tokens; each size is twice the one before
-_SECONDS = 8.0  # after which no larger size is tried
+_SMALLEST_TOKENS = 512  # each size is twice the one before
+_LIMIT_SECONDS = 8.0  # no larger size is tried after this time
 _REPEATS = 3
-_NEAR = 1.03  # a size as good as this many times the fastest one's time is taken if it is smaller
-_SLOW = 1.1  # this much above the fastest time, larger sizes are given up
-_ROOM = 0.8  # share of the free memory that a run may use
+_FASTEST_TOLERANCE = 1.03  # the smallest size within this factor of the fastest time a token wins
+_GIVE_UP_FACTOR = 1.1  # no larger size is tried after one that is slower than the fastest by this factor
+_MEMORY_SHARE = 0.8  # share of the free memory that a run may use
 
 
 def resolve_micro_tokens(
@@ -36,40 +36,43 @@ def resolve_micro_tokens(
     checkpoint: Checkpoint | None,
     first_step: Callable[[Config], Sequence[MicroBatch]],
 ) -> Config:
-    """`config` with a number of tokens in place of `auto`; the same one on every process.
+    """Return `config` with a number of tokens in place of `auto`, the same one on every process.
 
-    Each process times the largest micro-batch that `first_step` gives under a configuration, forward and backward, and
-    the gradients are dropped. A run that goes on keeps the number that it had, so that it repeats to the bit. Raises
-    ValueError where the smallest size does not fit into the memory, and for a sharded run.
+    Each process times the forward and backward pass of the largest micro-batch that `first_step` returns for a size,
+    and drops the gradients. A resumed run keeps its number, so that it repeats to the bit. Raises ValueError where the
+    smallest size does not fit into the memory, and for a sharded run.
     """
     if config.batch.micro_tokens != "auto":
         return config
     if is_sharded(accelerator):
-        raise ValueError("batch.micro_tokens=auto tries a model that is not sharded: give a number of tokens")
+        raise ValueError("batch.micro_tokens=auto does not work with sharding: give a number of tokens")
     if checkpoint is not None:
         return _with(config, checkpoint.config["batch"]["micro_tokens"])
-    tried = _try_sizes(accelerator, head, lambda size: first_step(_with(config, size)))
-    everyones: list[dict[int, float]] = gather_object([tried])
-    worst = {size: max(found[size] for found in everyones) for size in tried if all(size in f for f in everyones)}
+    times = _try_sizes(accelerator, head, lambda size: first_step(_with(config, size)))
+    all_times: list[dict[int, float]] = gather_object([times])
+    common = [size for size in times if all(size in one for one in all_times)]
+    worst = {size: max(one[size] for one in all_times) for size in common}
     if not worst:
-        raise ValueError(f"batch.micro_tokens=auto: {_SMALLEST} tokens do not fit into the memory; set a lower number")
-    found = fastest(worst)
+        raise ValueError(
+            f"batch.micro_tokens=auto: {_SMALLEST_TOKENS} tokens do not fit into the memory; set a lower number"
+        )
+    best = fastest(worst)
     if accelerator.is_main_process:
         speeds = ", ".join(f"{1 / seconds:,.0f} tokens/s of {size:,}" for size, seconds in worst.items())
-        log.info(f"micro-batches of up to {found:,} tokens (tried: {speeds})")
-    return _with(config, found)
+        log.info(f"micro-batches of up to {best:,} tokens (tried: {speeds})")
+    return _with(config, best)
 
 
 def micro_tokens_of(config: Config) -> int:
-    """`batch.micro_tokens`, once it is settled; ValueError for `auto` where nothing settles it."""
+    """Return `batch.micro_tokens`; raise ValueError where it is `auto` and nothing has resolved it."""
     if config.batch.micro_tokens == "auto":
-        raise ValueError("batch.micro_tokens=auto is for the loop of minilm.train: give this one a number of tokens")
+        raise ValueError("batch.micro_tokens=auto works only in the loop of minilm.train: give a number of tokens")
     return config.batch.micro_tokens
 
 
 def fastest(seconds: dict[int, float]) -> int:
-    """The smallest size whose seconds a token are near the fewest."""
-    return min(size for size, taken in seconds.items() if taken <= _NEAR * min(seconds.values()))
+    """Return the smallest size whose seconds a token are within the tolerance of the fewest."""
+    return min(size for size, taken in seconds.items() if taken <= _FASTEST_TOLERANCE * min(seconds.values()))
 
 
 def _with(config: Config, micro_tokens: int) -> Config:
@@ -79,11 +82,11 @@ def _with(config: Config, micro_tokens: int) -> Config:
 def _try_sizes(
     accelerator: Accelerator, head: Head, micro_batches: Callable[[int], Sequence[MicroBatch]]
 ) -> dict[int, float]:
-    """Seconds a token by size, while larger ones fit and promise to be faster."""
-    found: dict[int, float] = {}
+    """Return the seconds a token by size, for sizes that double as long as they fit and may become faster."""
+    times: dict[int, float] = {}
     training, began, room = head.training, time.perf_counter(), _Room(accelerator, head)
     head.train()
-    size = _SMALLEST
+    size = _SMALLEST_TOKENS
     while True:
         batches = micro_batches(size)
         largest = max(batches, key=lambda batch: len(batch.input_ids_T))
@@ -91,17 +94,18 @@ def _try_sizes(
             taken = min(_seconds(accelerator, head, largest) for _ in range(_REPEATS))
         except torch.OutOfMemoryError:
             break
-        found[size] = taken / max(1, len(largest.input_ids_T))
-        late = time.perf_counter() - began > _SECONDS
-        if len(batches) == 1 or late or found[size] > _SLOW * min(found.values()) or not room.for_twice():
+        times[size] = taken / max(1, len(largest.input_ids_T))
+        late = time.perf_counter() - began > _LIMIT_SECONDS
+        slow = times[size] > _GIVE_UP_FACTOR * min(times.values())
+        if len(batches) == 1 or late or slow or not room.fits_twice():
             break
         size *= 2
     head.train(training)
-    return found
+    return times
 
 
 def _seconds(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
-    """Of a forward and a backward."""
+    """Return the seconds of one forward and backward pass."""
     mark = time.perf_counter()
     with accelerator.autocast():
         nats = loss_sum(head, batch.to(accelerator.device))
@@ -113,7 +117,7 @@ def _seconds(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
 
 
 class _Room:
-    """What is left of a process's memory."""
+    """The memory that a process has left."""
 
     def __init__(self, accelerator: Accelerator, head: Head) -> None:
         self.device = accelerator.device
@@ -125,7 +129,7 @@ class _Room:
             share = psutil.virtual_memory().available // processes_here(os.environ)
             self.held, self.free = psutil.Process().memory_info().rss, share
 
-    def for_twice(self) -> bool:
-        """Whether twice the work of what was done until now would fit, beside the optimizer's moments."""
+    def fits_twice(self) -> bool:
+        """Return whether twice the memory used so far would fit, together with the optimizer's moments."""
         used = peak_memory(self.device) - self.held
-        return 2 * used + self.moments < _ROOM * self.free
+        return 2 * used + self.moments < _MEMORY_SHARE * self.free

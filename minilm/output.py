@@ -1,4 +1,4 @@
-"""The output folder: chosen before any work is done, and filled so that a kill leaves no half-written file."""
+"""The output folder: minilm chooses it before any work, and fills it so that a kill leaves no half-written file."""
 
 import os
 import shutil
@@ -28,20 +28,24 @@ from minilm.zero import size_of
 
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
-    """The output folder, and the checkpoint to go on from if that was asked for. Nothing is created or changed.
+    """Return the output folder, and the checkpoint to resume from where `run.resume` asks for one.
 
-    A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that is not there or empty. A resumed one
-    gets the folder of its checkpoint: for `latest` without `run.output_dir`, of the newest in these folders. A folder
-    that is there is locked (`minilm.lock`): call this inside `unlocked_at_end`. Raises
-    ValueError when the folder cannot be written, when it is not empty and neither `resume` nor `overwrite` is set,
-    when another run is in it, when there is no checkpoint, or when the hub would not take `run.push_to_hub`.
+    A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that does not exist or is empty. A resumed
+    run gets the folder of its checkpoint. For `latest` without `run.output_dir`, that is the newest checkpoint in
+    out/NAME, out/NAME-2, …
+
+    The function creates and changes nothing, but it locks a folder that exists (`minilm.lock`), so call it inside
+    `unlocked_at_end`. Raises ValueError where the folder cannot be written, where it is not empty and neither
+    `run.resume` nor `run.overwrite` is set, where another run uses it, where there is no checkpoint, or where the hub
+    would refuse `run.push_to_hub`.
     """
     if run.resume is not None:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
     else:
         folder, checkpoint = _new(run.output_dir, name, overwrite=run.overwrite), None
     with refuse_unwritable(folder):
-        if (folder / "log.jsonl").is_symlink():  # all other files are replaced, this one is written to
+        # The run replaces all other files, but it appends to this one.
+        if (folder / "log.jsonl").is_symlink():
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
         with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
             pass
@@ -57,25 +61,27 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
 
 
 def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: int = 0) -> None:
-    """Create the folder, once all else was checked, and `run.push_to_hub` on the hub.
+    """Create the folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
 
     `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is, where
-    there is no room for a checkpoint and the model, what is not minilm's has the name of a checkpoint of one of these
-    `steps`, the hub refuses the repository, or another run has taken the folder since it was chosen.
+    there is no room for a checkpoint and the model, where a path that minilm did not write has the name of a checkpoint
+    of one of these `steps`, where the hub refuses the repository, or where another run has taken the folder in the
+    meantime.
     """
     weights = sum(size_of(p) * p.element_size() for p in network.parameters())
-    needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments besides
+    needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments as well
     with refuse_unwritable(folder):
         free = shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise ValueError(
-                f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: free "
-                "some or choose another one"
+                f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: "
+                "delete files there, or choose another run.output_dir"
             )
-        if run.save_every and (others := find_obstacles(folder, steps)):
+        obstacles = find_obstacles(folder, steps) if run.save_every else []
+        if obstacles:
             raise ValueError(
-                f"run.output_dir {folder} holds {others[0].name}, which is not of minilm and where a checkpoint would "
-                "be: move it away, or choose another one"
+                f"run.output_dir {folder} holds {obstacles[0].name}, which minilm did not write and which has the name "
+                "of a checkpoint: move it away, or choose another run.output_dir"
             )
     if run.push_to_hub is not None:
         claim_repo(run.push_to_hub)
@@ -91,30 +97,30 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
 
 
 def _take(folder: Path) -> None:
-    """Take an empty folder. Of several runs that find it empty one alone can create its log."""
+    """Take an empty folder. If several runs find it empty, only one of them can create its log."""
     with suppress(FileExistsError):
         if is_free(folder):
             (folder / "log.jsonl").touch(exist_ok=False)
             return
     raise ValueError(
-        f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir, or none, for which a "
-        "new start finds a free name"
+        f"another run has taken run.output_dir {folder} in the meantime: give another --run.output-dir, or leave it "
+        "out and start again, which finds a free name"
     )
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing is there but what a killed run may have left of its lock."""
+    """Return whether the folder does not exist or is empty, except for the lock file of a killed run."""
     return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
 
 
 @contextmanager
 def refuse_unwritable(folder: Path) -> Iterator[None]:
-    """Inside it an OSError becomes a ValueError that names run.output_dir."""
+    """Turn an OSError into a ValueError that names run.output_dir."""
     try:
         yield
     except OSError as error:
@@ -132,7 +138,7 @@ def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
 
 
 def _newest(name: str) -> Path:
-    """Of out/NAME, out/NAME-2, … the folder with the checkpoint that was written last."""
+    """Return the folder with the newest checkpoint among out/NAME, out/NAME-2, …"""
     first, others = Path("out", name), Path("out").glob(f"{name}-*")
     folders = [first, *(path for path in others if path.name.removeprefix(f"{name}-").isdecimal())]
     manifests = [path for folder in folders for path in folder.glob("checkpoint-*/manifest.json")]
@@ -140,7 +146,10 @@ def _newest(name: str) -> Path:
 
 
 def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoint]:
-    """The folder of the checkpoint, locked before the checkpoint is read: a run that is in it may remove it."""
+    """Return the folder of the checkpoint and the checkpoint.
+
+    The folder is locked first, since another run that uses it may remove the checkpoint during the read.
+    """
     if resume == "latest":
         folder = Path(asked).expanduser() if asked is not None else _newest(name)
         _lock(folder)
@@ -156,7 +165,7 @@ def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoin
 
 
 def _lock(folder: Path) -> None:
-    """Lock the folder where it is there."""
+    """Lock the folder if it exists."""
     with refuse_unwritable(folder):
         if folder.is_dir():
             lock_folder(folder)
@@ -167,9 +176,9 @@ def export(
 ) -> list[str]:
     """Save in the Hugging Face format, and return the names of the files in `folder`.
 
-    `weights` takes the place of `network.state_dict()`. An adapter of LoRA is merged into the weights, and saved by
-    itself besides, in `adapter/`. The files are written and synced in a temporary folder inside `folder`, then renamed
-    into place, the weights last: each file is whole at any time.
+    `weights` takes the place of `network.state_dict()`. An adapter of LoRA is merged into the weights, and also saved
+    separately in `adapter/`. The files are written and synced in a temporary folder inside `folder`, then renamed into
+    place, the weights last, so that each file is complete at any time.
     """
     weights = network.state_dict() if weights is None else weights
     with replacing_files(folder, last=".safetensors") as temporary:
@@ -179,7 +188,8 @@ def export(
         if is_adapted(network):
             save_adapter(network, weights, temporary / "adapter")
         names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
-    if "chat_template.jinja" not in names:  # those of an earlier model would go before this one's
+    # The chat templates of an earlier model would take precedence over this one's.
+    if "chat_template.jinja" not in names:
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     sync(folder)

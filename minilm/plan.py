@@ -1,7 +1,7 @@
 """The plan of batches: which examples make up each step, and how a step is cut into micro-batches. numpy only.
 
-A step is a random global batch and knows nothing of processes; its micro-batches are the same examples sorted by
-length. The gradient is a sum over the step's targets, so the cut changes padding, never the update.
+A step is a random global batch, which does not depend on the number of processes. Its micro-batches are the same
+examples sorted by length. The gradient is a sum over the step's targets, so the cut changes padding, never the update.
 """
 
 import heapq
@@ -12,35 +12,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-_EXACT_WORK = 2**20  # examples squared times micro-batches up to which the best cut of a step is worth its milliseconds
+# The best cut of a step takes milliseconds up to this number: examples squared times micro-batches.
+_EXACT_WORK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One global batch. `micro_batches[rank][i]` are the example ids that process `rank` takes in its i-th forward."""
+    """One global batch. `micro_batches[rank][i]` are the ids of the examples in the i-th forward of process `rank`."""
 
     epoch: int
     micro_batches: list[list[Ids]]
     tokens: int
-    """Real tokens of the step over all processes."""
+    """Tokens of the step over all processes, without padding."""
     square_lengths: int
     """Sum of the squared lengths, for counting attention's FLOPs."""
     padded_tokens: int
-    """Tokens that the devices see, padding included."""
+    """Tokens of the step over all processes, with padding."""
 
     @property
     def examples(self) -> Ids:
-        """The ids of all its examples, ascending."""
+        """The ids of all examples of the step, ascending."""
         return np.sort(np.concatenate([ids for parts in self.micro_batches for ids in parts]))
 
 
 class Plan:
-    """All steps of a run as a pure function of (lengths, seed, step): any step costs the same, whichever came before.
+    """All steps of a run, as a pure function of (lengths, seed, step). Any step takes equally long to look up.
 
     lengths: int64[N], tokens of each example. examples: size of a step. micro_tokens: most tokens of a micro-batch,
-    padding included. processes: how many share a step. group: `step` or `epoch`, what is sorted by length. padded: the
-    model cannot do without padding; its lengths are then rounded up to `multiple`. row_tokens: a step takes rows of
-    examples that hold up to so many tokens together, in place of single ones.
+    with padding. processes: how many share a step. group: sort the examples of each `step`, or of each `epoch`, by
+    length. padded: the model needs padding; lengths are then rounded up to `multiple`. row_tokens: a step takes rows in
+    place of single examples, and a row holds examples of up to so many tokens together.
     """
 
     def __init__(
@@ -71,10 +72,10 @@ class Plan:
         self.steps_per_epoch = math.ceil(len(self._weights) / examples)
         self.rows = None if self._rows is None else len(self._rows)
         """How many rows the examples fill where a step takes rows, else None."""
-        self._latest: tuple[int, Ids, Ids] | None = None  # the epoch that was asked for last
+        self._latest: tuple[int, Ids, Ids] | None = None  # of the last epoch that was looked up
 
     def step(self, index: int) -> Step:
-        """Step `index` of the run, counted from 0 over all epochs. The last step of an epoch holds what is left."""
+        """Return step `index` of the run, counted from 0 over all epochs. The last step of an epoch may be smaller."""
         epoch, at = divmod(index, self.steps_per_epoch)
         order, steps = self._epoch_order(epoch)
         at = int(steps[at])
@@ -92,32 +93,32 @@ class Plan:
         )
 
     def counted(self, tokens: int) -> str:
-        """The examples and their `tokens` in words, by what a step takes: rows, or single examples."""
+        """Return a phrase with the number of examples and `tokens`, and of rows where a step takes rows."""
         rows = "" if self.rows is None else f"{self.rows:,} rows of "
         return f"{rows}{len(self.lengths):,} examples, {tokens:,} tokens"
 
     @property
     def unit(self) -> str:
-        """What `examples` counts in a step, in words."""
+        """The unit of `examples`: "rows" where a step takes rows, else "examples"."""
         return "examples" if self.rows is None else "rows"
 
     def padding_share(self, steps: int = 20) -> float:
-        """Share of padding among the tokens of the first `steps` steps."""
-        seen = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
-        return 1 - sum(step.tokens for step in seen) / sum(step.padded_tokens for step in seen)
+        """Return the share of padding among the tokens of the first `steps` steps."""
+        first = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
+        return 1 - sum(step.tokens for step in first) / sum(step.padded_tokens for step in first)
 
     def largest(self, step: Step) -> int:
-        """Tokens of the step's largest micro-batch, padding included."""
+        """Return the tokens of the step's largest micro-batch, with padding."""
         return max(self._seen(ids) for parts in step.micro_batches for ids in parts)
 
     def _seen(self, ids: Ids) -> int:
-        """Tokens of a micro-batch that the device sees; an empty one holds a single padding token."""
+        """Return the tokens of a micro-batch, with padding. An empty one holds a single padding token."""
         if not self.padded:
             return max(1, int(self.lengths[ids].sum()))
         return max(1, len(ids)) * _round_up(int(self.lengths[ids].max(initial=1)), self.multiple)
 
     def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
-        """The epoch's examples, or rows of them, in the order in which steps take them, and the order of the steps."""
+        """Return the order in which steps take the epoch's examples or rows, and the order of the steps."""
         if self._latest is not None and self._latest[0] == epoch:
             return self._latest[1:]
         rng = np.random.default_rng((self.seed, epoch))
@@ -131,7 +132,7 @@ class Plan:
 
 
 def fill_rows(lengths: Ids, row_tokens: int, seed: int) -> list[Ids]:
-    """All examples, in an order drawn by `seed`, as rows of their ids: each row takes the next ones while they fit.
+    """Return rows of example ids: in an order drawn by `seed`, each row takes the next examples while they fit.
 
     An example of more than `row_tokens` tokens is a row by itself.
     """
@@ -150,11 +151,11 @@ def cut(
 ) -> list[list[Ids]]:
     """Cut `ids` into `processes x k` micro-batches sorted by length, longest first; returns `[process][k]` arrays.
 
-    k is the smallest number found under which no micro-batch holds more than `micro_tokens` tokens (a single longer
-    example is one by itself). Without padding they are balanced in tokens. With it, among the cuts of the sorted
-    examples into that many, the one with the least padding is taken; where processes wait for each other, only among
-    those whose largest micro-batch is as small as it can be. Every process gets k; a micro-batch is empty only when
-    there are fewer examples than micro-batches.
+    k is the smallest number that the search finds for which no micro-batch holds more than `micro_tokens` tokens (a
+    longer example is a micro-batch by itself). Without padding the micro-batches are balanced in tokens. With padding,
+    the cut of the sorted examples with the least padding is taken. Where processes wait for each other, only cuts whose
+    largest micro-batch is as small as possible count. Every process gets k micro-batches. A micro-batch is empty only
+    when there are fewer examples than micro-batches.
     """
     order = np.argsort(-lengths, kind="stable")
     ids = ids[order]
@@ -180,9 +181,9 @@ def cut(
 def cut_alike(
     lengths: Ids, micro_tokens: int, processes: int, *, padded: bool = False, multiple: int = 1
 ) -> list[list[Ids]]:
-    """All examples cut into micro-batches as for one process, and dealt out; returns `[process][k]` arrays of ids.
+    """Cut all examples into micro-batches as for one process, and deal these out; return `[process][k]` arrays of ids.
 
-    Every process gets k; the last of some may be empty.
+    Every process gets k micro-batches, of which the last may be empty.
     """
     (parts,) = cut(np.arange(len(lengths)), lengths, micro_tokens, padded=padded, multiple=multiple)
     parts += [np.arange(0)] * (-len(parts) % processes)
@@ -190,7 +191,7 @@ def cut_alike(
 
 
 def _deal(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]]:
-    """Give each size, longest first, to the part that has the least so far (Graham 1969); returns indices by part."""
+    """Give each size, longest first, to the part that has the least so far (Graham 1969); return indices by part."""
     # At most j sizes of more than micro_tokens / (j + 1) fit into a part.
     crowds = [sum(size * (j + 1) > micro_tokens for size in sizes) / j for j in range(1, 8)]
     least = max(sum(min(size, micro_tokens) for size in sizes) / micro_tokens, *crowds)
@@ -208,7 +209,7 @@ def _deal(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]
 
 
 def _least_capacity(widths: list[int], micro_tokens: int, count: int) -> int:
-    """The smallest capacity that needs no more than `count` parts; what exceeds micro_tokens is a part by itself."""
+    """Return the smallest capacity that needs at most `count` parts; a width above micro_tokens is a part by itself."""
     low, high = max((width for width in widths if width <= micro_tokens), default=1), micro_tokens
     while low < high:
         middle = (low + high) // 2
@@ -217,11 +218,11 @@ def _least_capacity(widths: list[int], micro_tokens: int, count: int) -> int:
 
 
 def _least_padding(widths: Ids, capacity: int, count: int) -> list[int]:
-    """Where each of `count` parts stops when the padded tokens of all are fewest, by dynamic programming over stops."""
+    """Return where each of `count` parts stops so that padding is least, by dynamic programming over the stops."""
     at = np.arange(len(widths) + 1)
     size = at - at[:-1, None]  # [start, stop]
     cost = np.where((size == 1) | ((size > 1) & (size * widths[:, None] <= capacity)), size * widths[:, None], np.inf)
-    best = np.where(at == 0, 0.0, np.inf)  # fewest padded tokens of the parts so far, by where the last one stops
+    best = np.where(at == 0, 0.0, np.inf)  # fewest padded tokens of the parts so far, by the stop of the last one
     starts = []
     for _ in range(count):
         total = best[:-1, None] + cost
@@ -234,7 +235,7 @@ def _least_padding(widths: Ids, capacity: int, count: int) -> list[int]:
 
 
 def _greedy(widths: list[int], capacity: int) -> list[int]:
-    """Where each part stops when every part takes as many examples as fit; `widths` is descending."""
+    """Return where each part stops if every part takes as many examples as fit; `widths` is descending."""
     stops, at = [], 0
     while at < len(widths):
         at = min(len(widths), at + max(1, capacity // widths[at]))

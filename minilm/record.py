@@ -1,4 +1,4 @@
-"""What a run leaves behind: the progress bar, log.jsonl, run.json, all_results.json and the model card."""
+"""The record of a run: the progress bar, log.jsonl, run.json and all_results.json."""
 
 import json
 import logging
@@ -36,10 +36,10 @@ Track = Callable[[dict[str, float], int], None]
 
 
 class Recorder:
-    """Shows and logs the steps; on all processes but the main one (`enabled=False`) it only keeps count of them.
+    """The progress bar and the log of the steps; where not `enabled`, on all processes but one, only their count.
 
-    The figures of a step stay on the device until the next step is recorded, so that logging never waits for one.
-    track: takes what is logged, named `train/…`, `eval/…` and `final/…`, as `accelerator.log` does for its trackers.
+    The figures of a step stay on the device until the next step is recorded, so that logging never waits for a step.
+    track: a function such as `accelerator.log`, which receives the figures as `train/…`, `eval/…` and `final/…`.
     peak_flops: FLOP/s of all processes' devices together, for MFU.
     """
 
@@ -49,10 +49,11 @@ class Recorder:
         self.folder, self.track, self.peak_flops, self.enabled = folder, track, peak_flops, enabled
         self.steps, self.tokens = progress.step, progress.tokens
         self.seconds, self.flops = progress.seconds, progress.flops
-        self.bad_steps = 0  # in a row, without a finite gradient, up to the one before the last recorded
+        # Steps in a row without a finite gradient. The last recorded step does not count yet.
+        self.bad_steps = 0
         self._rate = self._mfu = math.nan
         self._pending: dict[str, Any] | None = None
-        self._examples = np.zeros(0, np.int64)  # of the pending step
+        self._examples = np.zeros(0, np.int64)  # ids of the examples of the pending step
         self._mark = time.perf_counter()
         self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
         self._log = _open_log(folder / "log.jsonl", progress.log_bytes) if enabled else None
@@ -72,9 +73,9 @@ class Recorder:
         tokens: int,
         flops: float,
     ) -> None:
-        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` real tokens of all processes.
+        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` counts all processes without padding.
 
-        A loss far above the recent ones gets a line of its own, with the ids of the step's `examples`.
+        A loss far above the recent ones gets another line in the log, with the ids of the step's `examples`.
         """
         self._flush()
         seconds = self._lap()
@@ -102,19 +103,19 @@ class Recorder:
         }
         self._bar.update()
 
-    def evaluation(self, epoch: float, figures: dict[str, float], said: str) -> None:
-        """Record an evaluation after the steps recorded so far, which `said` puts into words.
+    def evaluation(self, epoch: float, figures: dict[str, float], text: str) -> None:
+        """Record the figures of an evaluation after the steps recorded so far, and show `text`, its summary.
 
-        Its time is not training time.
+        Its time does not count as training time.
         """
         if not self.enabled:
             return
         self._write("eval", {"step": self.steps, "epoch": round(epoch, 6), **figures})
-        self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {said}")
+        self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {text}")
         self._mark = time.perf_counter()
 
     def catch_up(self) -> None:
-        """Wait for the last step and write it, so that what follows is not taken for training time."""
+        """Wait for the last step and write it, so that the time after it does not count as training time."""
         self._flush()
         self._lap()
 
@@ -124,10 +125,10 @@ class Recorder:
         self.seconds += seconds
         return seconds
 
-    def progress(self, **standing: Any) -> Progress:
-        """Where the run stands after the steps recorded so far, all of them written to the log.
+    def progress(self, **best_fields: Any) -> Progress:
+        """Write all steps recorded so far to the log, and return the progress of the run.
 
-        `standing` is that of `minilm.best.Best`.
+        best_fields: the result of `minilm.best.Best.progress_fields`.
         """
         self.catch_up()
         return Progress(
@@ -136,15 +137,15 @@ class Recorder:
             seconds=self.seconds,
             flops=self.flops,
             log_bytes=0 if self._log is None else self._log.tell(),
-            **standing,
+            **best_fields,
         )
 
     def bad_since(self) -> int:
-        """The first of the steps in a row without a finite gradient, counted from 0."""
+        """Return the index, from 0, of the first of the last steps in a row without a finite gradient."""
         return self.steps - (self._pending is not None) - self.bad_steps
 
     def totals(self) -> dict[str, float]:
-        """Steps, real tokens, training seconds, tokens per second and MFU of the run so far."""
+        """Return steps, tokens without padding, training seconds, tokens per second and MFU of the run so far."""
         seconds = max(self.seconds, 1e-9)
         return {
             "steps": self.steps,
@@ -155,7 +156,7 @@ class Recorder:
         }
 
     def conclude(self, figures: dict[str, float]) -> dict[str, float]:
-        """The results: the figures of the last evaluation, and the totals."""
+        """Return the results, the figures of the last evaluation and the totals, and hand them to the trackers."""
         results = {**figures, **self.totals()}
         if self.enabled:
             self._tell("final", results, self.steps)
@@ -173,10 +174,10 @@ class Recorder:
         if self._pending is not None:
             line, self._pending = self._pending, None
             if self._copied is not None:
-                self._copied.synchronize()  # with the end of that copy, not with what was queued since
+                self._copied.synchronize()  # waits for that copy, not for the work queued after it
             loss, grad_norm = float(line["loss"]), float(line["grad_norm"])
             self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
-            line["loss"] = loss if math.isfinite(loss) else None  # JSON knows no infinity
+            line["loss"] = loss if math.isfinite(loss) else None  # JSON lacks infinity
             line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             self._write("train", line)
             if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.above(loss)) is not None:
@@ -199,7 +200,7 @@ class Recorder:
 
 
 def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
-    """The log, open for appending, after its first `keep_bytes`: what a killed run wrote later is written again."""
+    """Open the log for appending after its first `keep_bytes`. A resumed run writes the lines after them again."""
     path.touch()
     log_file = path.open("r+b")
     log_file.truncate(min(keep_bytes, path.stat().st_size))
@@ -208,7 +209,7 @@ def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a result."""
+    """Return the versions of the libraries that a result depends on."""
     return {name: version(name) for name in ("minilm", "torch", "transformers", "tokenizers", "datasets", "accelerate")}
 
 
@@ -221,7 +222,7 @@ def run_facts(
     precision: Precision,
     peak: Peak,
 ) -> dict[str, Any]:
-    """What the configuration left open and the run found out, as JSON types."""
+    """Return the facts of a run that its configuration leaves open, as JSON types."""
     return {
         "model": type(head.model).__name__,
         "parameters": sum(map(size_of, head.model.parameters())),
@@ -245,15 +246,15 @@ def run_facts(
 
 
 def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of the tokens that stand for what the tokenizer does not know."""
-    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never needs
+    """Return the share of unknown tokens."""
+    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never uses
         return 0.0
     return float(examples.counts(id_count(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
 
 
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Say what is about to run, and write it to `run.json`, from which `--from-run` repeats it."""
-    (folder / RESULTS).unlink(missing_ok=True)  # of an earlier run, or of an earlier end of this one
+    """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
+    (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
     content = {"config": to_dict(config), **facts, "sources": source_facts(config.data), "versions": versions()}
     publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
@@ -275,7 +276,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     unit = "rows" if "rows" in facts["train"] else "examples"
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
     if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
-        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: it never gets to optim.lr")
+        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: the rate never reaches optim.lr")
 
 
 def open_recorder(
@@ -291,7 +292,7 @@ def open_recorder(
 ) -> tuple[Recorder, dict[str, Any]]:
     """Announce the run, start its trackers, and return its recorder and the facts of `run_facts`.
 
-    Every process calls it, after `folder` was claimed.
+    Every process calls it, once the main process has claimed `folder`.
     """
     main = accelerator.is_main_process
     peak = device_peak(accelerator.device, precision.name)
@@ -311,12 +312,12 @@ def open_recorder(
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:
-    """`all_results.json`."""
+    """Write `all_results.json`."""
     publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def write_samples(folder: Path, step: int, samples: dict[str, str]) -> None:
-    """What the model of the last step made of each text, as last lines of the log."""
+    """Append the final model's output for each sample text to the log."""
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
         for text, output in samples.items():
             file.write(json.dumps({"step": step, "sample": text, "output": output}) + "\n")

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: only with what computes the same steps, and then to the bit."""
+"""Resuming from a checkpoint: minilm refuses whatever would change a step, and then repeats the run to the bit."""
 
 import json
 import logging
@@ -36,8 +36,8 @@ from minilm.zero import ZeroOptimizer, writable
 log = logging.getLogger("minilm")
 
 # Settings that may change when a run goes on. They decide how it runs and how long, not what a step computes.
-_WHERE = ("run.output_dir", "run.overwrite", "run.resume")  # the run's own place, which is no news
-_SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name")  # what they hold is compared in their place
+_WHERE = ("run.output_dir", "run.overwrite", "run.resume")  # these change in every resume, so no line reports them
+_SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name")  # minilm.inputs compares their content
 _MAY_CHANGE = (
     *_WHERE,
     *_SOURCES,
@@ -46,7 +46,7 @@ _MAY_CHANGE = (
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention"),
 )
-# Those of them by which a step's sums are taken in another order, or dropout draws other numbers.
+# The settings among them that change the order of a step's sums, or the numbers that dropout draws.
 _ROUNDING = ("batch.micro_tokens", "model.gradient_checkpointing", "model.attention", "run.deterministic")
 
 
@@ -59,11 +59,10 @@ def resume(
     optimizer: torch.optim.Optimizer,
     precision: str,
 ) -> Progress:
-    """Put the model and the optimizer where the checkpoint was, and return how far that is; without one, the start.
+    """Load the checkpoint into the model and the optimizer, and return its progress; without one, return zero progress.
 
-    inputs: what the result depends on besides the settings, by `minilm.inputs.collect_inputs`.
-    precision: what this job computes in; where `auto` chose it and had chosen another one before, a warning says so.
-    Raises ValueError when the checkpoint is of another run, TrainingStopped when its run is finished.
+    inputs: the result of `minilm.inputs.collect_inputs`. precision: the one that this job computes in.
+    Raises ValueError where the checkpoint belongs to another run, TrainingStopped where its run is finished.
     """
     if checkpoint is None:
         return Progress()
@@ -91,7 +90,8 @@ def _check_unfinished(checkpoint: Checkpoint, run: Run, total: int) -> None:
     folder = checkpoint.folder.parent
     if step > total:
         raise ValueError(
-            f"{checkpoint.folder} is at step {step}, beyond the {total} steps that are asked for: ask for more"
+            f"{checkpoint.folder} is at step {step}, beyond the {total} steps of this run: set a larger run.max_steps "
+            "or run.epochs"
         )
     if not (folder / RESULTS).exists():
         return
@@ -114,10 +114,10 @@ def _warn_of_precision(checkpoint: Checkpoint, run: Run, precision: str) -> None
 
 
 def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
-    """What changed since the checkpoint and may, a line each. Raises ValueError for what changes the mathematics."""
+    """Return a line for each changed setting that may change. Raises ValueError for those that change the result."""
     if checkpoint is None:
         return []
-    # An older checkpoint lacks settings that are new, which had no effect but their default's.
+    # An older checkpoint lacks newer settings. Its run behaved as their defaults do.
     defaults = to_dict(Config(objective=type(config.objective)()))
     before, now = flat(defaults) | flat(checkpoint.config), flat(to_dict(config))
     if before.get("run.precision") == "auto" != config.run.precision:
@@ -134,16 +134,17 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
 
 
 def check_best(checkpoint: Checkpoint | None, run: Run) -> None:
-    """Raise ValueError where `run.load_best` could not load the best weights so far at the end of the run."""
+    """Raise ValueError where the end of the run could not load the best weights so far, as `run.load_best` asks."""
     if checkpoint is None or not run.load_best:
         return
     progress, folder = checkpoint.progress, checkpoint.folder.parent
     if progress.best_step in (0, progress.step):
         return
     try:
-        found = read_checkpoint(folder / f"checkpoint-{progress.best_step}").progress
-        if (found.step, found.figure) != (progress.best_step, progress.best):
-            raise ValueError(f"{folder / f'checkpoint-{progress.best_step}'} is of another run")
+        path = folder / f"checkpoint-{progress.best_step}"
+        best = read_checkpoint(path).progress
+        if (best.step, best.figure) != (progress.best_step, progress.best):
+            raise ValueError(f"{path} belongs to another run")
     except ValueError as error:
         raise ValueError(
             f"run.load_best: the best evaluation was after step {progress.best_step}, and {error}: "
@@ -152,11 +153,11 @@ def check_best(checkpoint: Checkpoint | None, run: Run) -> None:
 
 
 def _precision_of(checkpoint: Checkpoint) -> str | None:
-    """What the run computed in when it was last started, by its run.json; None where that does not tell."""
-    found = None
+    """Return the precision that run.json names, the one of the last start; None where it names none."""
+    precision = None
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        found = json.loads((checkpoint.folder.parent / "run.json").read_text(encoding="utf-8"))["precision"]
-    return found if found in ("fp32", "bf16", "fp16") else None
+        precision = json.loads((checkpoint.folder.parent / "run.json").read_text(encoding="utf-8"))["precision"]
+    return precision if precision in ("fp32", "bf16", "fp16") else None
 
 
 def _refuse(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
@@ -167,12 +168,12 @@ def _refuse(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
 
 
 def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
-    """Put the weights of a checkpoint of this run into its model; for step 0 it keeps its own, and a warning says so.
+    """Load the weights of this run's checkpoint of `step` into its model; for step 0, warn and keep the last weights.
 
-    Raises ValueError when the checkpoint is not usable any more.
+    Raises ValueError where the checkpoint is no longer usable.
     """
     if step == 0:
-        log.warning("run.load_best: no evaluation gave a finite run.best_metric, the last weights are the result")
+        log.warning("run.load_best: no evaluation gave a finite run.best_metric, so the last weights are the result")
         return
     try:
         _load_weights(read_checkpoint(folder / f"checkpoint-{step}"), network)
@@ -183,7 +184,7 @@ def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
 
 
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, moments and loss scaling back, bit for bit. Raises ValueError when they are not this model's."""
+    """Load weights, optimizer state and loss scaling, bit for bit. Raise ValueError where they do not fit the model."""
     _load_weights(checkpoint, network)
     _load_moments(checkpoint, optimizer, network)
     scaler = getattr(optimizer, "scaler", None)
@@ -210,7 +211,7 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
             f"{checkpoint.folder}: its weights do not fit the model: {' '.join(str(error).split())}"
         ) from error
     loaded = {id(current[name]) for name in weights if name in current}
-    lost = [name for name in missing if id(current[name]) not in loaded]  # tied ones are there
+    lost = [name for name in missing if id(current[name]) not in loaded]  # tied weights are stored under one name
     if lost or unexpected:
         raise ValueError(
             f"{checkpoint.folder}: its weights do not fit the model: {', '.join([*lost, *unexpected][:3])}"
@@ -225,7 +226,7 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
     _check_optimizer(checkpoint, optimizer, stored)
     names = parameter_names(network)
     parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if isinstance(optimizer, ZeroOptimizer):  # whose groups hold what DeepSpeed makes of the parameters
+    if isinstance(optimizer, ZeroOptimizer):  # its groups hold DeepSpeed's flattened copies of the parameters
         parameters = [*optimizer.state]
     slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
     if sum(map(len, slots)) != len(stored):
@@ -242,27 +243,28 @@ def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, netw
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-_ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # the state of the optimizer of every checkpoint that does not name one
+# The state of AdamW, which wrote nearly all checkpoints of minilm 0.1. They do not name their optimizer.
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
-    """Raise ValueError where the checkpoint's optimizer is another one, or keeps its state where no checkpoint is."""
+    """Raise ValueError where another optimizer wrote the checkpoint, or where it holds no state of this one."""
     now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
     slots = {key.partition("/")[0] for key in stored}
     anew = "leave run.resume out to start anew"
     if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
         raise ValueError(
             f"{checkpoint.folder}: {OPTIMIZER} holds {', '.join(sorted(slots))}, which is not the state of {now}, the "
-            f"optimizer of this run: take the one that wrote it, or {anew}"
+            f"optimizer of this run: use the one that wrote it, or {anew}"
         )
     if before not in (None, now):
         raise ValueError(
-            f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: take {before}, or {anew}"
+            f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: use {before}, or {anew}"
         )
     if not slots and checkpoint.progress.step > 0 and not is_stateless(optimizer):
         raise ValueError(
-            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (an optimizer is saved by "
-            f"its state_dict): {anew}"
+            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (minilm saves an "
+            f"optimizer by its state_dict): {anew}"
         )
 
 
@@ -272,6 +274,6 @@ def _number(value: Tensor) -> int | float:
 
 
 def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored for the parameter of this name: of each tensor, what this process holds."""
+    """Return the stored state of the parameter of this name, by slot: of each tensor, the shard of this process."""
     end = f"/{name}"
     return {key.removesuffix(end): part_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}

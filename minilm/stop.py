@@ -1,4 +1,4 @@
-"""Ends before the end: signals, and numbers that are no numbers."""
+"""Early stopping: signals, and gradients that are not finite."""
 
 import contextlib
 import os
@@ -16,11 +16,12 @@ from minilm.plan import Plan
 from minilm.record import Recorder
 from minilm.signals import SIGNALS, die_with_parent, heard, remember
 
-ECHO_SECONDS = 2.0  # torchrun hands a signal on within milliseconds; a person takes longer to press ctrl-C again
+# torchrun forwards a signal within milliseconds; a person takes longer to press ctrl-C again.
+ECHO_SECONDS = 2.0
 
 
-class TrainingStopped(Exception):  # noqa: N818 - it is no error
-    """The run ended early and in good order. `status` is the exit status that says why."""
+class TrainingStopped(Exception):  # noqa: N818 - it is not an error
+    """The run ended early and in good order. `status` is the exit status of the process."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -28,18 +29,19 @@ class TrainingStopped(Exception):  # noqa: N818 - it is no error
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Inside it, each of SIGNALS asks for an end after the step that is running; a second SIGINT ends at once.
+    """Inside it, each of SIGNALS asks for an end after the current step; a second SIGINT ends the process at once.
 
-    A launcher of several processes hands on what it gets. So a second SIGINT within two seconds may be the first one.
+    Under torchrun, ctrl-C reaches a process twice: from the terminal, and forwarded by the launcher. So a second SIGINT
+    within `ECHO_SECONDS` does not count there.
 
-    The processes of a job hear of a signal at different moments and agree on a step by `agree`. `saves` tells whether
-    a checkpoint is written then. A signal that comes after the last `agree` is remembered (`minilm.signals.heard`).
+    The processes of a job receive a signal at different moments and agree on a step by `agree`. `saves` says whether
+    the run writes a checkpoint then. A signal after the last `agree` is kept for `minilm.signals.heard`.
     """
 
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
         self.accelerator, self.saves = accelerator, saves
         self.signal, self._answered = heard(), False
-        self._noted = -ECHO_SECONDS  # when the last signal came
+        self._last_signal = -ECHO_SECONDS  # seconds of the monotonic clock
         self._asked: Tensor | None = None
         self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
         self._before: dict[signal.Signals, object] = {}
@@ -57,23 +59,25 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             remember(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._noted < ECHO_SECONDS
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._last_signal < ECHO_SECONDS
         if self.signal and number == signal.SIGINT and not echo:
             self._answered = True
             raise KeyboardInterrupt
-        self.signal, self._noted = number, time.monotonic()
+        self.signal = number
+        self._last_signal = time.monotonic()
 
     def agree(self, step: int) -> TrainingStopped | None:
-        """The end after `step` that all processes agree on; every process calls it after each of its steps.
+        """Return the exception that ends the run after `step`, on all processes or on none; None to go on.
 
-        With several processes a signal counts one step later, so that no step waits for the answer.
+        Every process calls it after each step. With several processes a signal takes effect one step later, so that no
+        step waits for the exchange.
         """
         number = self.signal
         if self.accelerator.num_processes > 1:
             if self._copied is not None:
                 self._copied.synchronize()
             number = 0 if self._asked is None else int(self._asked.max())
-            # By torch.tensor it would be copied there, which waits for the device.
+            # torch.full fills on the device. torch.tensor would copy from the host and wait.
             mine = torch.full((1,), self.signal, device=self.accelerator.device)
             self._asked = self.accelerator.gather(mine).to("cpu", non_blocking=True)
             if self._copied is not None:
@@ -82,12 +86,15 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             return None
         self._answered = True
         name = signal.Signals(number).name
-        left = "--run.resume latest goes on" if self.saves else "nothing was saved, for run.save_every is 0"
+        left = "--run.resume latest goes on" if self.saves else "nothing was saved because run.save_every is 0"
         return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)
 
 
 def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
-    """Why to give up, after `run.max_bad_steps` in a row without a finite gradient: since when, and what they saw."""
+    """Return the exception for `run.max_bad_steps` steps in a row without a finite gradient, else None.
+
+    Its message names the first of these steps and its examples.
+    """
     if recorder.bad_steps < run.max_bad_steps:
         return None
     first = recorder.bad_since()

@@ -1,4 +1,4 @@
-"""`--seeds`: the same run once per seed, in one job, and what its figures are on average."""
+"""`--seeds`: the same run once per seed, in one job, and the mean and deviation of its figures."""
 
 import json
 import logging
@@ -33,10 +33,10 @@ SUMMARY = "seeds.json"
 def sweep(
     config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]
 ) -> dict[str, Any]:
-    """Call `trains(config, name)` once per seed, each into `seed-<n>` of the output folder; the summary of them all.
+    """Call `trains(config, name)` once per seed, each into `seed-<n>` of the output folder, and return the summary.
 
-    `seeds.json` is written after each seed, so that a sweep that ends early leaves the one of the seeds that it
-    finished. Raises what `trains` raises, and TrainingStopped after a signal between two seeds.
+    `seeds.json` is written after each seed, so that a sweep that ends early leaves the summary of the seeds that it
+    finished. Raises whatever `trains` raises, and TrainingStopped after a signal between two seeds.
     """
     results: dict[int, dict[str, float]] = {}
     with one_job():
@@ -56,9 +56,9 @@ def sweep(
 
 
 def _claim(run: Run, name: str) -> Path:
-    """Make the sweep's folder and lock it before the first seed, so that two sweeps that start together never share it.
+    """Create the sweep's folder and lock it before the first seed, so that two sweeps never share it.
 
-    Raises ValueError where the folder is taken or cannot be written.
+    Raises ValueError where another run has taken the folder, or where it cannot be written.
     """
     folder, _ = choose_output_dir(run, name)
     with refuse_unwritable(folder):
@@ -66,12 +66,14 @@ def _claim(run: Run, name: str) -> Path:
         lock_folder(folder)
         free = run.overwrite or is_free(folder)
     if not free:
-        raise ValueError(f"another run has taken run.output_dir {folder} meanwhile: give another --run.output-dir")
+        raise ValueError(
+            f"another run has taken run.output_dir {folder} in the meantime: give another --run.output-dir"
+        )
     return folder
 
 
 def _remove_empty(folder: Path) -> None:
-    """Leave no folder of a sweep whose first seed was refused."""
+    """Unlock the folder of a sweep whose first seed was refused, and remove it if it is empty."""
     unlock_folder(folder)
     with suppress(OSError):
         folder.rmdir()
@@ -98,7 +100,7 @@ def _train_seed(
 
 
 def _stop_if_signalled(config: Config, finished: Mapping[int, object]) -> None:
-    """TrainingStopped on all processes where one of them has heard of a signal that came too late for its run."""
+    """Raise TrainingStopped on all processes where one of them received a signal too late for its run."""
     join_job(config.run)
     if number := max(gather_object([heard()])):
         raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_list_finished(finished)}", 128 + number)
@@ -109,9 +111,9 @@ def _list_finished(finished: Mapping[int, object]) -> str:
 
 
 def summarise(results: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """Of each figure the mean, the standard deviation of a sample (n - 1 below), and the values, by seed.
+    """Return the mean, the standard deviation of the sample (divisor n - 1) and the values by seed of each figure.
 
-    None, which JSON knows, stands for what is no finite number, as the deviation of a single value is.
+    None stands for numbers that are not finite, which JSON lacks, such as the deviation of a single value.
     """
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(name for figures in results.values() for name in figures):

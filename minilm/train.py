@@ -1,7 +1,7 @@
-"""The loop: `train(config)` from documents to a saved model, `train_step` for one update. There is no other loop.
+"""The training loop: `train(config)` from documents to a saved model, `train_step` for one update. There is no other.
 
-A step's update is a function of the configuration, the seed and the step number. The micro-batches, the processes and
-the loader's workers decide only where and when the same sums are taken.
+The update of a step is a function of the configuration, the seed and the step number. Micro-batches, processes and
+loader workers only decide where and when the same sums are taken.
 """
 
 import logging
@@ -52,7 +52,7 @@ log = logging.getLogger("minilm")
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Figures of one update, as scalars on the device: reading one waits for it."""
+    """Figures of one update, as scalars on the device. Reading one waits for the update."""
 
     loss: Tensor
     """Mean cross entropy of the step's targets over all processes, nats."""
@@ -69,19 +69,21 @@ def train_step(
     lr: float,
     max_grad_norm: float,
 ) -> StepResult:
-    """One update from this process's share of a global batch.
+    """Make one update from this process's share of a global batch.
 
-    The gradient is that of the mean over the targets of all micro-batches and processes. Their number is known
-    before the first forward, so that every micro-batch contributes its sum over that number; the factor
+    The gradient is that of the mean loss over the targets of all micro-batches and processes. The targets are counted
+    before the first forward, so that every micro-batch contributes its sum divided by that number. The factor
     `num_processes` undoes the mean that DDP takes over processes.
     """
     device = accelerator.device
     targets = accelerator.reduce(torch.full((), float(sum(batch.targets for batch in micro_batches)), device=device))
     scale = accelerator.num_processes / targets.clamp(min=1)
     loss = torch.zeros((), device=device)
-    with nullcontext() if is_sharded(accelerator) else accelerator.autocast():  # around all, it casts each weight once
+    # One autocast around all micro-batches casts each weight once.
+    with nullcontext() if is_sharded(accelerator) else accelerator.autocast():
         for number, batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)  # gradients are exchanged once, in its backward (ZeRO: in each)
+            # Gradients are exchanged once, in the backward of the last micro-batch (with ZeRO, in each).
+            last = number == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(model):
                 nats = loss_sum(model, batch.to(device))
                 with torch.autocast(device.type, enabled=False):
@@ -103,8 +105,9 @@ def train_step(
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
-    `name` names the default output folder, out/NAME. All that can be checked is checked before the first step: a
-    ValueError says what to change. TrainingStopped ends a run early, ConnectionError when another process is gone.
+    `name` names the default output folder, out/NAME. Raises ValueError, before the first step where that is possible,
+    with a message that says what to change; TrainingStopped where the run ends early; ConnectionError where another
+    process is gone.
     """
     # Begin: join the other processes, choose the output folder, and refuse a resume that cannot work before any data
     # is read.
@@ -213,7 +216,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 def build_head(
     config: Config, accelerator: Accelerator, prepared: Prepared, checkpoint: Checkpoint | None = None
 ) -> tuple[Head, Config]:
-    """The model with its head on this process's device, and `config` with a number for `batch.micro_tokens`."""
+    """Return the model with its head on this process's device, and `config` with a number for `batch.micro_tokens`."""
     objective = objective_of(config.objective)
     network = together(lambda: build(config, prepared))
     together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
@@ -225,7 +228,7 @@ def build_head(
 
 
 def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[MicroBatch]:
-    """This process's micro-batches of the first step."""
+    """Return this process's micro-batches of the first step."""
     plan, collator, _ = build_plan(config, accelerator, head, prepared)
     item: Item = next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))
     return item[1]
@@ -237,15 +240,16 @@ def build_plan(
     head: Head,
     prepared: Prepared,
 ) -> tuple[Plan, Collator, Evaluator]:
-    """The plan of the steps, the collator that fills them, and the evaluation."""
-    objective, plan = objective_of(config.objective), lay_plan(config, accelerator, head, prepared.train)
+    """Return the plan of the steps, the collator that makes their micro-batches, and the evaluator."""
+    objective = objective_of(config.objective)
+    plan = lay_plan(config, accelerator, head, prepared.train)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
     return plan, collator, objective.evaluator(prepared, micro_tokens_of(config), **layout)
 
 
 def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
-    """The plan of the steps, padded where the head needs it."""
+    """Return the plan of the steps, with padding where the head needs it."""
     return Plan(
         examples.lengths,
         examples=config.batch.examples,
@@ -254,7 +258,7 @@ def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Exa
         seed=config.run.seed,
         group=config.batch.group,
         padded=not head.padding_free,
-        multiple=1 if accelerator.device.type == "cpu" else 8,  # GPUs want padded lengths that divide by 8
+        multiple=1 if accelerator.device.type == "cpu" else 8,  # padded lengths divisible by 8 are faster on GPUs
         row_tokens=config.batch.max_length if config.batch.layout == "packed" else None,
     )
 
@@ -263,19 +267,20 @@ Item = tuple[Step, list[MicroBatch]]
 
 
 class _Steps(Dataset[Item]):
-    """Item i: the plan of step i of `total`, and this process's micro-batches of it."""
+    """A dataset whose item i is step i of `total` and this process's micro-batches of it."""
 
     def __init__(self, plan: Plan, examples: Examples, collator: Collate, rank: int, total: int) -> None:
         self.plan, self.examples, self.collator, self.rank, self.total = plan, examples, collator, rank, total
 
     def __getitem__(self, index: int) -> Item:
-        step, done = self.plan.step(index), index / self.total
+        step = self.plan.step(index)
+        share = index / self.total
         parts = step.micro_batches[self.rank]
-        return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch, done) for ids in parts]
+        return step, [self.collator([self.examples[int(i)] for i in ids], ids, step.epoch, share) for ids in parts]
 
 
 class _StepLoader(DataLoader[Item]):
-    """A DataLoader whose workers leave signals to this process, from their first moment on."""
+    """A DataLoader whose workers leave signals to this process from their start."""
 
     def __iter__(self) -> Any:
         with hold_back_signals():
@@ -285,9 +290,10 @@ class _StepLoader(DataLoader[Item]):
 def load_steps(
     plan: Plan, examples: Examples, collator: Collate, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
-    """An iterable over (plan, micro-batches of this process) of each of `steps`; `workers` processes prepare them.
+    """Return an iterable over `steps` that gives each `Step` and this process's micro-batches of it.
 
-    `steps` goes to the end of the run: a rate that changes over the run is a function of step / steps.stop.
+    `workers` processes prepare them. `steps` must stop at the end of the run, since a rate that changes over the run is
+    a function of step / steps.stop.
     """
     dataset = _Steps(plan, examples, collator, accelerator.process_index, steps.stop)
     return _StepLoader(
@@ -295,7 +301,7 @@ def load_steps(
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        collate_fn=_unchanged,  # in place of a default that would look for arrays to convert
+        collate_fn=_unchanged,  # the default would search the items for arrays to convert
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=leave_signals_to_parent,
     )
@@ -306,9 +312,9 @@ def _unchanged(item: Any) -> Any:
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators by (seed, step, rank), so that dropout depends on nothing that came before."""
+    """Seed torch's generators by (seed, step, rank), so that dropout does not depend on earlier steps."""
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed also writes down who called it
+    torch.default_generator.manual_seed(number)  # torch.manual_seed also records its caller
     if torch.accelerator.is_available():
         torch.get_device_module().manual_seed(number)
 
@@ -322,12 +328,13 @@ def conclude(
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
-    """Save the model, its card and the results, and show what the saved model makes of the samples.
+    """Save the model, its card and the results, and log the saved model's output for each of `run.samples`.
 
-    Returns the names of the model's files.
+    Returns the names of the model's files. `write_results` comes last, since its file marks the run as finished.
     """
     files = export(network, tokenizer, folder, weights)
-    objective, samples = objective_of(config.objective), {}
+    objective = objective_of(config.objective)
+    samples = {}
     if config.run.samples:
         with quiet_transformers():
             saved = objective.auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)

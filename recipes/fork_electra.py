@@ -3,11 +3,12 @@
     accelerate launch recipes/fork_electra.py
     accelerate launch recipes/fork_electra.py --data.source my_text.txt --model.config.hidden-size 256
 
-Clark et al. 2020, sections 2 and 3.2. A small generator is a masked LM; what it draws for the masked tokens takes their
-place in the input of the discriminator, the encoder that is wanted, which says of every token whether it was replaced.
-Both losses are minimised, with no gradient through the draw. --model describes the discriminator; the generator is a
-quarter as wide, and they share the embeddings of tokens and positions. Drawing follows the seeds of dropout. The folder
-holds the discriminator, to be fine-tuned, and generator/. There is no evaluation and no checkpoint.
+Clark et al. 2020, sections 2 and 3.2. A small generator is a masked LM. Tokens drawn from its predictions replace the
+masked tokens in the input of the discriminator, which says of every token whether it was replaced. The discriminator is
+the encoder to be fine-tuned later. Both losses are minimised, with no gradient through the draw. --model describes the
+discriminator. The generator is a quarter as wide, and they share the embeddings of tokens and positions. The draw uses
+the seeds of dropout. The output folder holds the discriminator, and the generator in generator/. This recipe has no
+evaluation and no checkpoints.
 """
 
 from contextlib import closing
@@ -45,41 +46,45 @@ WEIGHT = 50.0  # of the discriminator's loss
 
 
 def draw(logits_NxV: Tensor) -> Tensor:
-    """A token from each row's softmax, int64[N], by the Gumbel-max trick (Maddison et al. 2014, section 2)."""
+    """Draw a token from each row's softmax, int64[N], by the Gumbel-max trick (Maddison et al. 2014, section 2)."""
     return (logits_NxV - torch.empty_like(logits_NxV).exponential_().log()).argmax(-1)
 
 
 class Electra(nn.Module):
-    """Generator and discriminator."""
+    """The generator and the discriminator, with the sum of their losses."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        asked = config.model
+        settings = config.model
         limits: dict[str, Any] = {"max_length": config.batch.max_length, "seed": config.run.seed}
-        if asked.name is not None or asked.type != "electra":
+        if settings.name is not None or settings.type != "electra":
             raise ValueError("both models are new ones of type electra: leave model.name and model.type out")
-        discriminator = load_model(asked, tokenizer, auto=AutoModelForPreTraining, **limits)
+        discriminator = load_model(settings, tokenizer, auto=AutoModelForPreTraining, **limits)
         quarter = {name: max(1, getattr(discriminator.config, name) // 4) for name in WIDTHS}
-        generator = load_model(replace(asked, config={**asked.config, **quarter}), tokenizer, **limits)
+        generator = load_model(replace(settings, config={**settings.config, **quarter}), tokenizer, **limits)
         for name in ("word_embeddings", "position_embeddings"):
             setattr(generator.base_model.embeddings, name, getattr(discriminator.base_model.embeddings, name))
         generator.tie_weights()
         self.generator, self.discriminator = SparseHead(generator), SparseHead(discriminator)
         for head in (self.generator, self.discriminator):
             freeze_unused(head)
-        self.targets_per_token = torch.zeros(())  # of the whole step
+        self.targets_per_token = torch.zeros(())  # of the whole step; the loop sets it
 
     def forward(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, target_ids_N: Tensor, *rest: None
     ) -> Tensor:
-        """Both losses, which become means over the step's targets and over its tokens when divided by its targets."""
+        """Return the sum of both losses.
+
+        `train_step` divides it by the targets of the step. Then the generator's part is a mean over the step's targets,
+        and the discriminator's part a mean over its tokens.
+        """
         logits_NxV = self.generator.logits(input_ids_T, packing, target_index_N).float()
         generator_nats = F.cross_entropy(logits_NxV, target_ids_N, reduction="sum")
         true_T = input_ids_T.index_copy(0, target_index_N, target_ids_N)
         shown_T = input_ids_T.index_copy(0, target_index_N, draw(logits_NxV.detach()))
         every_T = torch.arange(len(input_ids_T), device=input_ids_T.device)
         logits_T = self.discriminator.logits(shown_T, packing, every_T).float()
-        real = float(len(input_ids_T) > 1)  # where there are no rows there is one token, which no step counts
+        real = float(len(input_ids_T) > 1)  # an empty micro-batch holds one token, which the step does not count
         nats = F.binary_cross_entropy_with_logits(logits_T, (shown_T != true_T).float(), reduction="sum")
         return generator_nats + WEIGHT * self.targets_per_token * nats * real
 

@@ -3,9 +3,10 @@
     accelerate launch recipes/fork_minilm.py
     accelerate launch recipes/fork_minilm.py --model.name TEACHER --data.source my_text.txt
 
-MiniLMv2 (Wang et al. 2021, section 3.1). The queries of a layer of both models are cut into the same number of heads,
-whatever the models have, and the student's softmax(q q^T / sqrt(d)) follows the teacher's; keys and values likewise.
---model.name is the teacher; the other --model flags are the student, which is saved without a head. No checkpoints.
+MiniLMv2 (Wang et al. 2021, section 3.1). In one layer of each model, the queries are cut into the same number of
+relation heads, which need not be the attention heads. The student's softmax(q q^T / sqrt(d)) is trained to match the
+teacher's. Keys and values are treated likewise. --model.name is the teacher; the other --model flags describe the
+student, which is saved without a head. This recipe writes no checkpoints.
 """
 
 import math
@@ -38,24 +39,24 @@ CONFIG = Config(
     optim=Optim(lr=6e-4, betas=(0.9, 0.98), warmup=0.01),
     run=Run(epochs=5),
 )
-HEADS = 12  # relation heads, which divide both widths; the paper likes more than the models have
-TEACHER_LAYER = -1  # the last, as for the paper's base models; for its large ones it is one further down
+HEADS = 12  # relation heads; must divide both widths. The paper uses more of them than the models have attention heads
+TEACHER_LAYER = -1  # the last layer, as for the paper's base models; its large models use an earlier one
 STATES = ("query", "key", "value")
 
 
-def divergence(own_TxH: Tensor, their_TxH: Tensor, group: Group) -> Tensor:
-    """KL from their softmax(x x^T / sqrt(d)) to our own, the mean of A=HEADS heads of d=H/A, at the group's tokens."""
+def divergence(student_TxH: Tensor, teacher_TxH: Tensor, group: Group) -> Tensor:
+    """Return KL(teacher || student) of softmax(x x^T / sqrt(d)) at the group's tokens, the mean of A=HEADS heads."""
     log_p = []
-    for x_TxH in (own_TxH, their_TxH):
+    for x_TxH in (student_TxH, teacher_TxH):
         x_RxAxLxD = group.pad(x_TxH.view(len(x_TxH), HEADS, -1)[group.start : group.stop]).transpose(1, 2)
         scores = (x_RxAxLxD @ x_RxAxLxD.transpose(-1, -2)).float() / math.sqrt(x_RxAxLxD.shape[-1])
-        bias = group.bias(None, scores)  # which hides padding
+        bias = group.bias(None, scores)  # hides padding
         log_p.append((scores if bias is None else scores + bias.clamp(min=-1e9)).log_softmax(-1))
     return group.unpad(F.kl_div(log_p[0], log_p[1], reduction="none", log_target=True).sum(-1).mean(1))
 
 
 class Distiller(Head):
-    """The student beside its teacher."""
+    """A student and its teacher, with the divergence between their relations as the loss."""
 
     described = "relations of queries, keys and values"
 
@@ -68,22 +69,22 @@ class Distiller(Head):
         for model, layer in ((student, -1), (teacher, TEACHER_LAYER)):
             attention = [module for module in model.modules() if all(hasattr(module, name) for name in STATES)]
             if not attention or model.config.hidden_size % HEADS:
-                raise ValueError(f"{type(model).__name__} is not like BERT, or its width no multiple of {HEADS}")
+                raise ValueError(f"{type(model).__name__} is not like BERT, or its width is not a multiple of {HEADS}")
             for name in STATES:
                 attention[layer].get_submodule(name).register_forward_hook(lambda m, x, y: self._kept.append(y[0]))
 
     def _states(self, head: SparseHead, input_ids_T: Tensor, packing: Packing) -> list[Tensor]:
         self._kept = []
-        head.logits(input_ids_T, packing, input_ids_T.new_zeros(1))  # one target: the head costs as good as nothing
+        head.logits(input_ids_T, packing, input_ids_T.new_zeros(1))  # one target, so that the head costs almost nothing
         return self._kept
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
-        """No logits, but the divergences of queries, keys and values added up at each target, nats, float32[N]."""
+        """Return the divergences of queries, keys and values, summed at each target, in nats, float32[N]; no logits."""
         with evaluating(self.teacher):
-            theirs = self._states(self.teacher, input_ids_T, packing)
-        pairs = zip(self._states(self.student, input_ids_T, packing), theirs, strict=True)
+            teacher_states = self._states(self.teacher, input_ids_T, packing)
+        pairs = zip(self._states(self.student, input_ids_T, packing), teacher_states, strict=True)
         kinds = [torch.cat([divergence(*pair, group) for group in packing.groups]) for pair in pairs]
         return torch.stack(kinds).sum(0)[target_index_N]
 

@@ -390,7 +390,7 @@ ENTRIES: dict[str, Entry] = {
         says="HF_HUB_OFFLINE",
     ),
     "offline, to be published": Entry(
-        flags="--run.push-to-hub me/model", says="run.push_to_hub needs the hub, and HF_HUB_OFFLINE keeps from it"
+        flags="--run.push-to-hub me/model", says="run.push_to_hub needs the hub, but HF_HUB_OFFLINE is set"
     ),
     "to be published with a token that the hub does not know": Entry(
         flags="--run.push-to-hub me/model", says="the hub does not know the token: log in", hub="server"

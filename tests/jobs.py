@@ -1,4 +1,4 @@
-"""Jobs of a tiny run, to their end or hurt: under a launcher; or forked, which saves the seconds of importing torch.
+"""Jobs that train a tiny model, to their end or until a test kills them: under a launcher, or forked without imports.
 
 Dropout is on, each step is several micro-batches, and evaluations fall between the checkpoints.
 """
@@ -56,13 +56,13 @@ def write_text(path: Path) -> str:
 
 
 def config_in(place: Path, steps: int, save_every: int = 50) -> Config:
-    """A run of so many steps on a text in `place`."""
+    """Return the configuration of a run of so many steps on a text in `place`."""
     run = replace(CONFIG.run, max_steps=steps, save_every=save_every, eval_every=70, keep_last=2)
     return replace(CONFIG, data=Data(source=write_text(place / "text.txt"), eval_fraction=0.1), run=run)
 
 
 def end_of(folder: Path) -> dict[str, object]:
-    """What must be the same to the bit: weights, moments, and the log but for its times and memory."""
+    """Return what must be the same to the bit: weights, moments, and the log without its times and memory."""
     timed = ("tokens_per_second", "mfu", "seconds", "memory_gb")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
@@ -76,14 +76,14 @@ def end_of(folder: Path) -> dict[str, object]:
 
 @dataclass
 class Job:
-    """A job that was started: its launcher, None where it was forked, its processes, and what they write to stderr."""
+    """A running job: its launcher (None where it was forked), its processes, and the file of their standard error."""
 
     launcher: subprocess.Popen[bytes] | None
     processes: list[psutil.Process]
     stderr: Path
 
     def workers(self, count: int) -> list[psutil.Process]:
-        """The processes that train, by rank; waits until they are there."""
+        """Wait for the processes that train, and return them by rank."""
         if self.launcher is None:
             return self.processes
         found: dict[int, psutil.Process] = {}
@@ -106,7 +106,7 @@ class Job:
             time.sleep(0.02)
 
     def gone(self, limit: float, processes: Sequence[psutil.Process] = ()) -> bool:
-        """Wait until these processes, or all of them, are gone; whether they are within `limit` seconds."""
+        """Wait until these processes, or all of them, are gone; return whether that took at most `limit` seconds."""
         end = time.monotonic() + limit
         while any(map(_alive, processes or self.processes)):
             if time.monotonic() > end:
@@ -115,13 +115,13 @@ class Job:
         return True
 
     def status(self) -> int:
-        """Exit status of the launcher, or the worst one of forked processes, as shells give it."""
+        """Return the exit status of the launcher, or the largest one of forked processes."""
         if self.launcher is not None:
             return self.launcher.wait()
         return max(abs(os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])) for process in self.processes)
 
     def kill(self) -> None:
-        """Leave nothing behind."""
+        """Kill all processes of the job."""
         for process in self.processes:
             if _alive(process):
                 process.kill()
@@ -136,7 +136,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def words(launcher: str, processes: int) -> list[str]:
-    """The command line of a launcher on this host."""
+    """Return the command line of a launcher on this host."""
     several = ("--multi_gpu", "--num_processes", str(processes)) if processes > 1 else ()
     module = {
         "python": (),
@@ -147,10 +147,10 @@ def words(launcher: str, processes: int) -> list[str]:
 
 
 def write_recipe(place: Path, config: Config, planted: str) -> Path:
-    """The run as a recipe that first does what is `planted`."""
+    """Write the run as a recipe that first executes the code `planted`."""
     recipe = place / "recipe.py"
     imports = "import minilm.launch\nfrom minilm import *\nfrom minilm.cli import run_recipe\n"
-    # In place of the machine's share: the forked runs that it is compared with have one thread too.
+    # The forked runs that this one is compared with have one thread too.
     one_thread = "minilm.launch.fair_threads = lambda environment: None\n"
     recipe.write_text(f"{imports}{one_thread}{planted}\nif __name__ == '__main__':\n    run_recipe({config!r})\n")
     return recipe
@@ -166,9 +166,9 @@ def start(
     command: Sequence[str] = (),
     group: bool = False,
 ) -> Job:
-    """Begin the run `config` under `launcher`, or forked; each process first does what is `planted`.
+    """Start the run `config` under `launcher`, or forked. Each process first executes the code `planted`.
 
-    group: under a launcher, in a process group of its own.
+    group: under a launcher, start a new process group.
     """
     stderr = place / f"stderr-{launcher}"
     if launcher == "fork":
@@ -188,21 +188,21 @@ def finish(config: Config, place: Path, processes: int = 1, planted: str = "") -
 
 
 def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "", limit: float = 300) -> None:
-    """Run (configuration, processes) to their ends, forked, as many at a time as there are processors for.
+    """Fork the runs (configuration, number of processes) and wait for them, as many at a time as there are processors.
 
-    AssertionError with the end of its stderr for a job that fails, or that nothing ends within `limit` seconds.
+    Raises AssertionError with the end of the standard error where a job fails, or where none ends in `limit` seconds.
     """
     free, running = os.cpu_count() or 1, list[Job]()
 
     def wait() -> int:
-        """Until the first is gone; how many processes that had."""
+        """Wait until a job has ended, and return how many processes it had."""
         end = time.monotonic() + limit
         while not (gone := [job for job in running if job.gone(0)]):
             if time.monotonic() > end:
-                said = (
+                errors = (
                     f"{job.stderr.parent.name}: {job.stderr.read_text(errors='replace')[-3000:]}" for job in running
                 )
-                raise AssertionError(f"no job ended within {limit} s; running were " + "\n".join(said))
+                raise AssertionError(f"no job ended within {limit} s; running were " + "\n".join(errors))
             time.sleep(0.01)
         running.remove(gone[0])
         assert gone[0].status() == 0, gone[0].stderr.read_text(errors="replace")[-3000:]
@@ -224,19 +224,19 @@ def finish_all(runs: Iterable[tuple[Config, int]], place: Path, planted: str = "
 
 
 def launched(rank: int, processes: int = 2, port: str = "29500") -> dict[str, str]:
-    """The variables that torchrun gives to a process."""
+    """Return the environment variables that torchrun sets for a process."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def forget_other_tests() -> None:
-    """Drop the state of accelerate and of runs that other tests of this process have left."""
+    """Drop the state of accelerate and of runs that other tests have left in this process."""
     minilm.launch._undo.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.Process]:
-    """Forked processes that end with the status that `work` gives, with the environment that torchrun would give."""
+    """Fork processes with the environment of torchrun. Each does `work` and exits with the status that it returns."""
     attempt = stderr.with_name(f"{stderr.name}-attempt")
     (attempt / "0").mkdir(parents=True, exist_ok=True)
     (attempt / "told").unlink(missing_ok=True)
@@ -276,4 +276,4 @@ def _train(config: Config, planted: str) -> int:
 
 
 def _discard(result: object) -> None:
-    """A function that returns nothing is wanted."""
+    """Do nothing with the result: `guarded` takes a function that returns nothing."""

@@ -64,7 +64,7 @@ def folder(two: Path, tmp_path: Path) -> Path:
 def refused(damaged: Path, named: str) -> None:
     """Reading the newest checkpoint and reading it by path fail in one line that names the file and the other one."""
     for asked in ("latest", str(damaged)) if (damaged / MANIFEST).is_file() else (str(damaged),):
-        with pytest.raises(ValueError, match="no usable checkpoint") as caught:
+        with pytest.raises(ValueError, match="not a usable checkpoint") as caught:
             find_checkpoint(asked, damaged.parent)
         message = str(caught.value)
         assert "\n" not in message
@@ -181,7 +181,7 @@ def test_one_flipped_bit_anywhere_in_the_manifest_is_refused_in_one_line(folder)
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match="no usable checkpoint") as caught:
+        with pytest.raises(ValueError, match="not a usable checkpoint") as caught:
             read_checkpoint(path.parent)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole)
@@ -291,7 +291,7 @@ def test_latest_where_there_is_none_is_refused(tmp_path):
 def test_a_name_with_a_line_break_in_a_manifest_is_refused_in_one_line(folder):
     rewritten = json.loads((folder / "checkpoint-1" / MANIFEST).read_text())
     (folder / "checkpoint-2" / MANIFEST).write_text(json.dumps({"a\nb": {}, **rewritten}))
-    with pytest.raises(ValueError, match="no usable checkpoint") as caught:
+    with pytest.raises(ValueError, match="not a usable checkpoint") as caught:
         find_checkpoint("latest", folder)
     assert "\n" not in str(caught.value)
 

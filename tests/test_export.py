@@ -79,7 +79,7 @@ def not_empty(folder: Path) -> None:
     [
         (no_weights, "is no folder of a model: there is no model.safetensors"),
         (no_config, "is no folder of a model: there is no config.json (did its run finish?)"),
-        (half_a_checkpoint, "is no usable checkpoint: there is no manifest.json in it"),
+        (half_a_checkpoint, "is not a usable checkpoint: there is no manifest.json in it"),
         (not_empty, "new is there and no empty folder: give another one"),
     ],
 )

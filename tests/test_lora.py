@@ -342,7 +342,7 @@ def test_the_best_weights_are_loaded_in_the_end(bases, tmp_path) -> None:
     [
         ({"lora_alpha": 8.0}, "model.lora_alpha was 16.0, is 8.0"),
         ({"lora_rank": 0}, "model.lora_rank was 2, is 0"),
-        ({}, "model.name is no longer the model that the run began with: its weights are others"),
+        ({}, "model.name is no longer the model that the run began with: its weights are different"),
     ],
 )
 def test_other_settings_or_another_base_are_refused(change, message, runs, bases, tmp_path) -> None:

@@ -224,7 +224,7 @@ def test_latest_without_a_complete_checkpoint_is_refused_and_creates_nothing(pla
 @pytest.mark.parametrize("name", ["checkpoint-7", "notes.txt", ".checkpoint-11.writing"])
 def test_a_path_that_is_no_checkpoint_is_refused_untouched(name, folder):
     before = contents(folder)
-    with pytest.raises(ValueError, match="no usable checkpoint") as caught:
+    with pytest.raises(ValueError, match="not a usable checkpoint") as caught:
         claim(None, resume=str(folder / name))
     assert str(folder / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -279,7 +279,7 @@ def test_what_is_not_of_minilm_and_in_the_way_of_a_checkpoint_is_refused_untouch
     else:
         place.symlink_to(tmp_path / "elsewhere")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"^run.output_dir .* holds checkpoint-500, which is not of minilm[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^run.output_dir .* holds checkpoint-500, which minilm did not write[^\n]*$"):
         claim_output_dir(folder, Run(**asked), model, steps=500)
     assert contents(tmp_path) == before
     claim_output_dir(folder, Run(**asked), model, steps=499)

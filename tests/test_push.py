@@ -187,7 +187,7 @@ def test_large_files_go_to_the_store_where_there_is_no_xet(published, hub: Hub, 
     ("part", "status", "says"),
     [
         ("commit", 403, "the token may not write there"),
-        ("commit", 500, "the hub has an error of its own (500): try again later"),
+        ("commit", 500, "the hub answered with error 500: try again later"),
         ("preupload", 401, "the hub does not know the token: log in"),
         ("", 0, "the hub cannot be reached at http://127.0.0.1:9"),
     ],
@@ -204,7 +204,7 @@ def test_an_upload_that_fails_is_one_warning_with_the_command_to_repeat_it(
     (line,) = [line for line in caplog.messages if "push_to_hub" in line]
     assert line.startswith(f"run.push_to_hub {REPO}: {says}")
     command = f"hf upload {REPO} {out} . --exclude 'checkpoint-*/*' --exclude notes.txt"
-    assert line.endswith(f"; the run is whole in {out}, to upload it: {command}")
+    assert line.endswith(f"; the run is complete in {out}. To upload it: {command}")
     assert "\n" not in line
     assert CANARY not in caplog.text + "".join(capfd.readouterr())
 
@@ -213,7 +213,7 @@ def test_an_upload_that_fails_is_one_warning_with_the_command_to_repeat_it(
     ("part", "status", "says"),
     [
         ("whoami", 401, "the hub does not know the token: log in with `hf auth login`, or set HF_TOKEN"),
-        ("whoami", 500, "the hub has an error of its own (500): try again later"),
+        ("whoami", 500, "the hub answered with error 500: try again later"),
         ("create", 403, "the token may not write there"),
         ("auth-check", 403, "the token may not write there"),
         ("validate-yaml", 400, "refused"),

@@ -197,7 +197,7 @@ def test_a_fork_is_swept_over_seeds(configs: dict[str, Config], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("fork_minilm", {"model": Model(type="bert", config={"hidden_size": 32})}, "no multiple of 12"),
+        ("fork_minilm", {"model": Model(type="bert", config={"hidden_size": 32})}, "not a multiple of 12"),
         ("fork_electra", {"model": Model(type="bert")}, "leave model.name and model.type out"),
         ("fork_electra", {"run": Run(resume="latest")}, "leave run.resume out"),
     ],

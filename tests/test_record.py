@@ -289,7 +289,7 @@ def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, fact
         assert not [line for line in caplog.messages if "warmup" in line]
         announce(tmp_path, Config(optim=Optim(warmup=7)), facts)
     assert "train: 3 examples, 15 tokens, 6.67% of them unknown to the tokenizer" in caplog.messages
-    assert caplog.messages[-1] == "optim.warmup is 7 steps, no fewer than the run: it never gets to optim.lr"
+    assert caplog.messages[-1] == "optim.warmup is 7 steps, no fewer than the run: the rate never reaches optim.lr"
 
 
 def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):

@@ -48,7 +48,7 @@ def test_a_run_that_saves_nothing_does_not_say_that_it_can_go_on() -> None:
     with StopRequest(Accelerator(cpu=True), saves=False) as request:
         os.kill(os.getpid(), signal.SIGUSR1)
         stopped = request.agree(8)
-    assert "SIGUSR1 after step 8; nothing was saved, for run.save_every is 0" in str(stopped)
+    assert "SIGUSR1 after step 8; nothing was saved because run.save_every is 0" in str(stopped)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what was swallowed

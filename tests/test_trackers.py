@@ -170,7 +170,7 @@ class Stub:
 def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Stub)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "wandb" or None)
-    monkeypatch.setattr(trackers, "_PATIENCE", 0.3)
+    monkeypatch.setattr(trackers, "_PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(trackers, "_name_of_run", lambda name, tracker: name)
     monkeypatch.setattr(Stub, "fails", "")
     monkeypatch.setattr(Stub, "hangs", "")
@@ -220,7 +220,7 @@ def test_one_that_does_not_keep_up_is_dropped(
     stub: type[Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stub, "hangs", "log")
-    monkeypatch.setattr(trackers, "_BACKLOG", 2)
+    monkeypatch.setattr(trackers, "_BACKLOG_LINES", 2)
     feed(tmp_path, "tensorboard")
     assert said_of_trackers(caplog) == [f"tensorboard: it is 2 lines behind{GOES_ON}"]
 

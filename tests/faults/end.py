@@ -1,4 +1,4 @@
-"""Kill a run before and after each thing that its end does, and resume it: is all that it leaves the same?
+"""Kill a run before and after each part of its end, resume it, and check that it leaves the same files.
 
 python -m tests.faults.end
 """
@@ -19,13 +19,13 @@ import torch
 from minilm import Config
 from tests.jobs import config_in, end_of, finish, start
 
-# What the end does, in this order.
+# The parts of the end, in their order.
 WORK = (
     *("Recorder.step", "Recorder.evaluation", "Saver.save", "load_step", "Recorder.conclude"),
     *("export", "output.save_tokenizer", "write_samples", "write_card", "write_results"),
 )
 BOUNDARIES = tuple(f"{side} {work}" for work in WORK for side in ("before", "after"))
-LAST, SAVED = 6, 4  # the step after which each of them ends, and the one of a checkpoint before
+LAST, SAVED = 6, 4  # the step after which each run ends, and the step of an earlier checkpoint
 ENDS: dict[str, dict[str, Any]] = {
     "all steps made": {"max_steps": LAST},
     "out of patience": {"max_steps": 60, "patience": 2},
@@ -67,7 +67,7 @@ if "{work}" != "Recorder.step":
 
 
 def config_of(end: str, place: Path) -> Config:
-    """A run that ends so after six steps. Its figure never changes, so that no evaluation is better than the first."""
+    """Return a run with this end after step LAST. Its figure never changes, so that no evaluation beats the first."""
     config = config_in(place, steps=LAST)
     run = replace(
         config.run, eval_every=2, save_every=SAVED, keep_last=3, best_metric="unigram_bits_per_byte", **ENDS[end]
@@ -77,7 +77,7 @@ def config_of(end: str, place: Path) -> Config:
 
 
 def left_by(folder: Path) -> dict[str, object]:
-    """All that a run leaves, without times and memory."""
+    """Return everything that a run leaves, without times and memory."""
     timed = ("tokens_per_second", "mfu", "train_seconds")
     results = json.loads((folder / "all_results.json").read_text())
     card = (folder / "README.md").read_text().replace(folder.name, "FOLDER").splitlines()
@@ -90,7 +90,7 @@ def left_by(folder: Path) -> dict[str, object]:
 
 
 def trial(place: Path, end: str, boundaries: Iterable[str], processes: int = 1) -> tuple[int, list[str]]:
-    """How many boundaries there were, and those after whose kill the resumed run left something else."""
+    """Kill and resume a run at each boundary; return how many there were, and those that changed what it leaves."""
     config = config_of(end, place)
     reference = place / "reference"
     finish(replace(config, run=replace(config.run, output_dir=str(reference))), place, processes)

@@ -1,4 +1,4 @@
-"""Send a signal to every process of a run, as process managers do: is a checkpoint left, and the end the same?
+"""Signal every process of a run, as process managers do, and check that it saves and resumes to the same end.
 
 python -m tests.faults.groups
 """
@@ -22,7 +22,7 @@ from tests.jobs import LAUNCHERS, config_in, end_of, finish_all, start
 
 STEPS = 120
 Case = tuple[str, int, int, signal.Signals]
-"""Launcher or fork, processes, loader workers of each, signal."""
+"""Launcher (or "fork"), processes, loader workers of each process, signal."""
 CASES: list[Case] = [
     case
     for case in itertools.product(("python", "accelerate", "torchrun"), (1, 2), (0, 2), SIGNALS)
@@ -31,10 +31,10 @@ CASES: list[Case] = [
 
 
 def interrupted(config: Config, place: Path, case: Case) -> str:
-    """Begin a run and send the signal to its processes after a few steps; what is wrong with how it ended.
+    """Start a run, signal its processes after a few steps, and return a complaint about its end, or nothing.
 
-    Processes that are together in a group get it at once, as from a terminal; those of a launcher, and forked ones, are
-    in groups of their own.
+    The processes of one group get the signal at once, as from a terminal. A launcher puts its processes into separate
+    groups, and so does this function with forked ones.
     """
     launcher, processes, workers, number = case
     place.mkdir()
@@ -53,22 +53,22 @@ def interrupted(config: Config, place: Path, case: Case) -> str:
         seconds = time.monotonic() - began
     finally:
         job.kill()
-    told = job.stderr.read_text(errors="replace")
+    output = job.stderr.read_text(errors="replace")
     if seconds > 20:
         return f"gone after {seconds:.0f} s"
     if not list(folder.glob("checkpoint-*/manifest.json")):
-        return f"no checkpoint: {told[-1500:]}"
+        return f"no checkpoint: {output[-1500:]}"
     if list(folder.glob(".*")) or (folder / "all_results.json").exists():
         return "half-written, or finished"
-    # A launcher that dies of the signal has its processes told of SIGTERM.
-    reasons = re.findall(r"(?:stopped: |interrupted by |error: )(\w+)", told)
+    # A launcher that dies of the signal sends SIGTERM to its processes.
+    reasons = re.findall(r"(?:stopped: |interrupted by |error: )(\w+)", output)
     if reasons not in ([number.name], ["SIGTERM"] if launcher in LAUNCHERS else []):
-        return f"told: {reasons} {told[-1500:]}"
+        return f"reasons given: {reasons} {output[-1500:]}"
     return ""
 
 
 def trial(place: Path, cases: Iterable[Case]) -> tuple[int, list[str]]:
-    """How many cases there were, and what is wrong with those after which something is."""
+    """Return the number of cases, and a complaint for each one that went wrong."""
     cases = list(cases)
     config = config_in(place, STEPS)
     whole = {processes: place / f"whole-{processes}" for _, processes, _, _ in cases}
@@ -87,7 +87,7 @@ def trial(place: Path, cases: Iterable[Case]) -> tuple[int, list[str]]:
     finish_all(runs, place)
     for case, folder in folders.items():
         if not wrong[case] and end_of(folder) != end_of(whole[case[1]]):
-            wrong[case] = "the resumed run ends otherwise"
+            wrong[case] = "the resumed run ends differently"
     named = [
         f"{launcher}, {processes} process(es), {workers} worker(s), {number.name}: {wrong[case]}"
         for case in cases

@@ -1,4 +1,4 @@
-"""What a result depends on may not change before a resume, which names it; anything else may, and changes no bit."""
+"""A resume refuses a changed input of the result and names it; other changes leave every bit the same."""
 
 import json
 import os
@@ -65,7 +65,7 @@ RUNS = {run.__name__: run for run in (masked, lora, classifier, stream)}
 
 
 def write_all(place: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """All that the runs read."""
+    """Write all files that the runs read."""
     lines = Path(write_text(place / "text.txt")).read_text().splitlines()
     (place / "more.txt").write_text("\n".join(lines[60:100]))
     (place / "held.txt").write_text("\n".join(lines[:20]))
@@ -88,7 +88,7 @@ Act = Callable[[Path], object]
 
 
 def change(name: str, old: str, new: str, count: int = -1) -> Act:
-    """Put `new` in place of `old` in a file."""
+    """Return an act that replaces `old` by `new` in a file."""
 
     def act(place: Path) -> None:
         text = (place / name).read_text()
@@ -99,7 +99,7 @@ def change(name: str, old: str, new: str, count: int = -1) -> Act:
 
 
 def set_field(name: str, field: str, value: object) -> Act:
-    """Set a field of a file of JSON."""
+    """Return an act that sets a field of a JSON file."""
 
     def act(place: Path) -> None:
         tree = json.loads((place / name).read_text())
@@ -114,7 +114,7 @@ def swap_sources(place: Path) -> None:
 
 
 def move_a_line(place: Path) -> None:
-    """The last line of the first file becomes the first line of the second."""
+    """Move the last line of the first file to the start of the second."""
     first, second = (place / name for name in TEXTS)
     lines = first.read_text().splitlines()
     first.write_text("\n".join(lines[:-1]))
@@ -122,7 +122,7 @@ def move_a_line(place: Path) -> None:
 
 
 def add_a_token(place: Path) -> None:
-    """A piece of words becomes a token wherever it stands, under the id that it has."""
+    """Make a piece of words an added token with its old id, so that it matches anywhere."""
     tokenizer = AutoTokenizer.from_pretrained(place / "bert")
     tokenizer.add_tokens(min(piece for piece in tokenizer.get_vocab() if piece.isalpha() and len(piece) == 3))
     tokenizer.save_pretrained(place / "bert")
@@ -134,7 +134,7 @@ def new_weights(place: Path) -> None:
 
 
 def turn_weights(place: Path) -> None:
-    """The same numbers in another order."""
+    """Reverse the order of the numbers in each weight."""
     model = AutoModelForMaskedLM.from_pretrained(place / "bert")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -148,14 +148,14 @@ def touch(place: Path) -> None:
 
 
 def copy(place: Path) -> None:
-    """The same bytes in files of their own."""
+    """Replace all files by copies."""
     shutil.copytree(place, f"{place}-copy")
     shutil.rmtree(place)
     Path(f"{place}-copy").rename(place)
 
 
 def move(place: Path) -> None:
-    """Other paths for the same bytes, which the configuration follows."""
+    """Move all files to another folder; the configuration names the new paths."""
     (place / "moved").mkdir()
     for name in ALL:
         (place / name).rename(place / "moved" / name)
@@ -166,9 +166,9 @@ def nothing(place: Path) -> None:
 
 
 TRAINING, EVALUATION = "the training examples were", "the evaluation examples were"
-TOKENIZER = "the tokenizer is another one"
+TOKENIZER = "the tokenizer has changed"
 LOWER = {"type": "Lowercase"}
-# What is changed of what a run reads, and how the refusal names it.
+# Changes of the files that a run reads, and the name of each in the refusal.
 REFUSED: dict[tuple[str, str], tuple[Act, str]] = {
     ("masked", "training text"): (change("text.txt", "quick", "slow"), TRAINING),
     ("masked", "one letter of the last source"): (change("more.txt", "fox", "fax", 1), TRAINING),
@@ -182,8 +182,8 @@ REFUSED: dict[tuple[str, str], tuple[Act, str]] = {
     ("masked", "normalizer"): (set_field("bert/tokenizer.json", "normalizer", LOWER), TOKENIZER),
     ("masked", "added token"): (add_a_token, TOKENIZER),
     ("lora", "training text"): (change("text.txt", "quick", "slow"), TRAINING),
-    ("lora", "weights of the base"): (new_weights, "its weights are others"),
-    ("lora", "order of the base's weights"): (turn_weights, "its weights are others"),
+    ("lora", "weights of the base"): (new_weights, "its weights are different"),
+    ("lora", "order of the base's weights"): (turn_weights, "its weights are different"),
     ("classifier", "one training label"): (change("rows.jsonl", '"bad"', '"good"', 1), TRAINING),
     ("classifier", "one evaluation label"): (change("held.jsonl", '"bad"', '"good"', 1), EVALUATION),
     ("classifier", "training text"): (change("rows.jsonl", "quick", "slow"), TRAINING),
@@ -214,7 +214,7 @@ ALLOWED: dict[tuple[str, str], Act] = {
     ("stream", "times of files"): touch,
     ("stream", "paths"): move,
 }
-# Settings, by which a run goes on with a warning or not at all.
+# Changed settings that a resume refuses, and below those that it warns of.
 SETTINGS: dict[str, tuple[Callable[[Config], Config], str]] = {
     "weights of sources": (
         lambda config: replace(config, data=replace(config.data, weights=(1.0, 1.0))),
@@ -238,10 +238,10 @@ WARNED: dict[str, Callable[[Config], Config]] = {
 
 @dataclass(frozen=True)
 class Resumable:
-    """Runs that can go on from their middle after something was changed."""
+    """Runs that a test can resume from their middle after a change."""
 
     read: Path
-    """The folder of all that they read."""
+    """The folder of all files that they read."""
 
     def config_of(self, name: str, place: Path) -> Config:
         config = RUNS[name](place)
@@ -250,7 +250,7 @@ class Resumable:
         return replace(config, run=run)
 
     def reference(self, name: str) -> Path:
-        """The folder of the run that was never stopped."""
+        """Return the folder of the run that was never stopped."""
         return self.read.parent / f"reference-{name}"
 
     def run(self, name: str) -> None:
@@ -260,7 +260,7 @@ class Resumable:
     def go_on(
         self, name: str, folder: Path, act: Act = nothing, changed: Callable[[Config], Config] = lambda config: config
     ) -> Path:
-        """Change something, resume the run from its middle in `folder`, and put all back."""
+        """Apply the change, resume the run from its middle in `folder`, and restore the files that it reads."""
         self.run(name)
         shutil.copytree(self.read, kept := folder.parent / "kept")
         stopped_after(STOPPED, self.reference(name), folder)

@@ -1,4 +1,4 @@
-"""The loop's surroundings, as users meet them: what an error leaves in the process, and what is counted."""
+"""The surroundings of the loop: the process after an error, forks, optimizers of checkpoints, sweeps, and counts."""
 
 import contextlib
 import itertools
@@ -54,7 +54,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def state_of_process() -> dict[str, Any]:
-    """What a run may change in a Python process, and what would meet the next one."""
+    """Return the state of a Python process that a run may change, and that the next run would meet."""
     return {
         "accelerate": [dict(state._shared_state) for state in (PartialState, AcceleratorState, GradientState)],
         "group": dist.is_initialized(),
@@ -76,7 +76,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-# Each ends a run somewhere else: (changes of the configuration, what raises inside `minilm.train`, the error).
+# Errors at different places: (changes of the configuration, a name in `minilm.train` and what it raises, the error).
 REFUSALS: dict[str, tuple[dict[str, Any], tuple[str, BaseException] | None, type[BaseException]]] = {
     "data that is not there": ({"data": {"source": "nowhere.txt"}}, None, ValueError),
     "no such model": ({"model": {"name": "nowhere"}}, None, ValueError),
@@ -287,7 +287,7 @@ def saved(tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
 
 
 class Hidden(torch.optim.Optimizer):
-    """SGD with momentum that keeps its state in an attribute of its own."""
+    """SGD with momentum that keeps its state in an attribute in place of `state`."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -300,7 +300,7 @@ class Hidden(torch.optim.Optimizer):
 
 
 class Counting(torch.optim.Optimizer):
-    """SGD that counts its steps as a number, as some optimizers do."""
+    """SGD that counts its steps in a plain number, as some optimizers do."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})

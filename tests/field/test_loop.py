@@ -1,6 +1,5 @@
-"""The surroundings of the loop: the process after an error, forks, optimizers of checkpoints, sweeps, and counts."""
+"""The surroundings of the loop: the process after an error, forks, sweeps that start together, and counts."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -22,17 +21,16 @@ from accelerate.state import AcceleratorState, GradientState
 import minilm.train
 from minilm import Config, Data, MaskedLM, Model
 from minilm.batch import loss_sum
-from minilm.checkpoint import Progress, Saver, read_checkpoint
 from minilm.dryrun import dry_run
 from minilm.head import SparseHead
 from minilm.masked import MaskedCollator
-from minilm.resume import restore
 from minilm.signals import SIGNALS
 from minilm.stop import TrainingStopped
 from minilm.train import train
 from tests.jobs import CONFIG, finish_all, start, write_text
 from tests.launch import read_log
 from tests.reference import build
+from tests.test_recipe_forks import PLANTED
 
 
 def forget() -> None:
@@ -172,17 +170,6 @@ def test_settings_of_torch_that_the_user_made_are_kept(config: Config, tmp_path:
         torch.use_deterministic_algorithms(False)
 
 
-ELECTRA = """
-import minilm.train
-from recipes import fork_electra
-minilm.train.train = lambda config: fork_electra.train(config, "fork")
-fork_electra.draw = lambda logits_NxV: logits_NxV.topk(2).indices[:, 1]
-"""
-MINILM = """
-import minilm.train
-from recipes import fork_minilm
-minilm.train.train = lambda config: fork_minilm.train(config, "fork")
-"""
 SIZE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 32}
 
@@ -206,7 +193,7 @@ def test_a_forks_updates_depend_neither_on_attention_nor_on_micro_batches(
         for attention in ("auto", "eager")
         for size in (4096, 48)
     }
-    finish_all([(case, 1) for case in cases.values()], tmp_path, ELECTRA)
+    finish_all([(case, 1) for case in cases.values()], tmp_path, PLANTED.format(name="fork_electra"))
     losses = {case: [line["loss"] for line in read_log(Path(str(cases[case].run.output_dir)))[0]] for case in cases}
     expected = losses["auto", 4096]
     assert len(expected) == 6
@@ -234,7 +221,7 @@ def test_the_distilling_forks_updates_do_not_depend_on_micro_batches_in_any_layo
         for layout in ("documents", "blocks", "packed")
         for size in (4096, 48)
     }
-    finish_all([(case, 1) for case in cases.values()], tmp_path, MINILM)
+    finish_all([(case, 1) for case in cases.values()], tmp_path, PLANTED.format(name="fork_minilm"))
     for layout in ("documents", "blocks", "packed"):
         whole, cut = (
             [line["loss"] for line in read_log(Path(str(cases[layout, size].run.output_dir)))[0]] for size in (4096, 48)
@@ -266,98 +253,6 @@ def test_a_collator_that_does_not_fit_the_model_is_refused(tokenizer: Any) -> No
         loss_sum(head, batch)
     with pytest.raises(TypeError, match="padded"):
         MaskedCollator(tokenizer, rate=0.4, seed=0)
-
-
-@pytest.fixture
-def saved(tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
-    """Save a checkpoint of a few steps of an optimizer, and return its folder and the network."""
-
-    def save(make: Callable[..., torch.optim.Optimizer], steps: int = 2) -> tuple[Path, Any]:
-        network = build(tokenizer)
-        optimizer = make(network.parameters())
-        for _ in range(steps):
-            network(input_ids=torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
-            optimizer.step()
-        saver = Saver(tmp_path, network, optimizer, tokenizer, CONFIG, {}, enabled=True)
-        saver.save(Progress(step=steps))
-        saver.wait()
-        return tmp_path / f"checkpoint-{steps}", network
-
-    return save
-
-
-class Hidden(torch.optim.Optimizer):
-    """SGD with momentum that keeps its state in an attribute in place of `state`."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.1})
-        self.buffers: dict[Any, Any] = {}
-
-    def step(self, closure: Any = None) -> None:
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            self.buffers[parameter] = 0.9 * self.buffers.get(parameter, 0) + parameter.grad
-            parameter.data -= 0.1 * self.buffers[parameter]
-
-
-class Counting(torch.optim.Optimizer):
-    """SGD that counts its steps in a plain number, as some optimizers do."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.1})
-
-    def step(self, closure: Any = None) -> None:
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
-            parameter.data -= 0.1 / self.state[parameter]["count"] * parameter.grad
-
-
-ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AdamW": lambda parameters: ADAMW(parameters, fused=True),
-    "Adam": torch.optim.Adam,
-    "AdamW with amsgrad": lambda parameters: ADAMW(parameters, amsgrad=True),
-    "SGD": lambda parameters: SGD(parameters, lr=0.1),
-    "SGD with momentum": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9),
-    "Counting": Counting,
-}
-
-
-@pytest.mark.parametrize("after", OPTIMIZERS)
-@pytest.mark.parametrize("before", OPTIMIZERS)
-def test_a_checkpoint_goes_on_with_its_own_optimizer_alone(
-    before: str, after: str, saved: Callable[..., tuple[Path, Any]]
-) -> None:
-    folder, network = saved(OPTIMIZERS[before])
-    optimizer, checkpoint = OPTIMIZERS[after](network.parameters()), read_checkpoint(folder)
-    if before != after:
-        with pytest.raises(ValueError, match=f"its optimizer is {before}, and that of this run is {after}: ") as caught:
-            restore(checkpoint, network, optimizer)
-        assert "\n" not in str(caught.value)
-        return
-    restore(checkpoint, network, optimizer)
-    if before == "Counting":
-        assert {type(slots["count"]) for slots in optimizer.state.values()} == {int}
-        assert {slots["count"] for slots in optimizer.state.values()} == {2}
-
-
-def test_an_optimizer_that_hides_its_state_is_refused_by_name(saved: Callable[..., tuple[Path, Any]]) -> None:
-    folder, network = saved(Hidden)
-    with pytest.raises(ValueError, match="holds no state, so Hidden cannot go on from it"):
-        restore(read_checkpoint(folder), network, Hidden(network.parameters()))
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "works"),
-    [("AdamW", "AdamW", True), ("AdamW", "SGD", False), ("SGD", "AdamW", False), ("SGD", "SGD", True)],
-)
-def test_a_checkpoint_that_names_no_optimizer_goes_on_where_its_state_fits(
-    before: str, after: str, works: bool, saved: Callable[..., tuple[Path, Any]]
-) -> None:
-    folder, network = saved(OPTIMIZERS[before])
-    checkpoint = replace(read_checkpoint(folder), optimizer={})
-    optimizer = OPTIMIZERS[after](network.parameters())
-    with contextlib.nullcontext() if works else pytest.raises(ValueError, match=r"not the state of|holds no state"):
-        restore(checkpoint, network, optimizer)
 
 
 TWO_SWEEPS = """

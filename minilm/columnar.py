@@ -1,4 +1,4 @@
-"""Files of columns, `.parquet` and `.arrow`: only the columns that are asked for are read."""
+"""Columnar files, `.parquet` and `.arrow`: only the columns that a run needs are read."""
 
 import gzip
 import shutil
@@ -14,60 +14,64 @@ from pyarrow import parquet
 from minilm.columns import Column
 from minilm.files import DENIED, file_kind
 
-BATCH_ROWS = 1000  # that are made into Python's objects at a time
+BATCH_ROWS = 1000  # rows that are converted to Python objects at a time
 
 
 def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
-    """The number of each row, from 0, and its cells of `columns`; those of other columns are not read.
+    """Yield the number of each row, from 0, and its cells of `columns`. Other columns are not read.
 
-    Raises ValueError that names the file, for a damaged one the row group, and for a text that is not UTF-8 the row.
+    Raises ValueError that names the file, the row group if one is damaged, and the row of a text that is not UTF-8.
     """
-    with _naming_damage(path), _table(path) as table:
-        heads = heads_of(columns, table.schema, path)
-        yield from cells_of(table.batches(list(dict.fromkeys(heads))), columns, heads, path)
+    with _naming_damage(path), _open(path) as table:
+        outer = find_outer_columns(columns, table.schema, path)
+        yield from read_cells(table.batches(list(dict.fromkeys(outer))), columns, outer, path)
 
 
-def cells_of(
-    batches: Iterable[Any], columns: Sequence[Column], heads: Sequence[str], source: str
+def read_cells(
+    batches: Iterable[Any], columns: Sequence[Column], outer: Sequence[str], source: str
 ) -> Iterator[tuple[int, list[Any]]]:
-    """The number of each row and its cells of `columns`, which lie in the columns `heads` of Arrow's batches."""
+    """Yield the number of each row and its cells of `columns`.
+
+    batches: record batches of Arrow.
+    outer: for each of `columns`, the name of the column in the batches that it is or lies in.
+    """
     start = 0
     for batch in batches:
-        lists = [_values(batch.column(batch.schema.get_field_index(head)), source, start) for head in heads]
+        lists = [_to_python(batch.column(batch.schema.get_field_index(name)), source, start) for name in outer]
         for row, cells in enumerate(zip(*lists, strict=True), start=start):
-            named = zip(columns, heads, cells, strict=True)
+            named = zip(columns, outer, cells, strict=True)
             yield (
                 row,
                 [
-                    cell if head == column.name else column.find({head: cell}, f"{source}, row {row}")
-                    for column, head, cell in named
+                    cell if name == column.name else column.find({name: cell}, f"{source}, row {row}")
+                    for column, name, cell in named
                 ],
             )
         start += batch.num_rows
 
 
 def read_columnar_names(path: str) -> list[str]:
-    """The names of a file's columns."""
-    with _naming_damage(path), _table(path) as table:
+    """Return the names of a file's columns."""
+    with _naming_damage(path), _open(path) as table:
         return [*table.schema.names]
 
 
-def class_names(path: str, column: Column) -> tuple[str, ...]:
-    """The names by which the datasets library explains the numbers in a column; none where it has stored none."""
-    with _naming_damage(path), _table(path) as table:
+def read_class_names(path: str, column: Column) -> tuple[str, ...]:
+    """Return the names of a column's classes that the datasets library stored in a file; empty if it stored none."""
+    with _naming_damage(path), _open(path) as table:
         try:
             features = Features.from_arrow_schema(table.schema)
-        except Exception:  # whatever other programs write there
+        except Exception:  # other programs may write anything there
             return ()
-    return names_of_classes(features, column)
+    return find_class_names(features, column)
 
 
-def names_of_classes(features: Features, column: Column) -> tuple[str, ...]:
-    """The names of the classes in a column of labels, or in the lists of it; none where they are not ClassLabels."""
-    head = next((head for head in column.heads() if head in features), None)
-    if head is None:
+def find_class_names(features: Features, column: Column) -> tuple[str, ...]:
+    """Return the names of the classes in a column of ClassLabels or of lists of them; empty for other columns."""
+    outer = next((name for name in column.outer_names() if name in features), None)
+    if outer is None:
         return ()
-    feature, rest = features[head], column.name[len(head) + 1 :].split(".")
+    feature, rest = features[outer], column.name[len(outer) + 1 :].split(".")
     for key in rest if rest != [""] else []:
         while isinstance(feature, List | LargeList):
             feature = feature.feature
@@ -77,31 +81,35 @@ def names_of_classes(features: Features, column: Column) -> tuple[str, ...]:
     return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
 
 
-def heads_of(columns: Sequence[Column], schema: Any, source: str) -> list[str]:
-    """For each column that is asked for the one of the file that it is or lies in."""
-    heads = []
+def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> list[str]:
+    """Return for each column the name of the column in the schema that it is or lies in.
+
+    Raises ValueError for a missing column, a name that several columns have, or a type that is not text.
+    """
+    outer = []
     for column in columns:
-        head = next((head for head in column.heads() if head in schema.names), None)
-        if head is None:
+        name = next((name for name in column.outer_names() if name in schema.names), None)
+        if name is None:
             raise column.missing(source, schema.names)
-        if schema.names.count(head) > 1:
-            raise ValueError(f"{source}: {schema.names.count(head)} columns have the name {head!r}; rename all but one")
-        kind = schema.field(head).type
-        if column.role != "label" and head == column.name and not _can_be_text(kind):
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{source}: {schema.names.count(name)} columns have the name {name!r}; rename all but one")
+        kind = schema.field(name).type
+        if column.role != "label" and name == column.name and not _can_be_text(kind):
             raise column.not_text(source, f"the type {kind}")
-        heads.append(head)
-    return heads
+        outer.append(name)
+    return outer
 
 
 def _can_be_text(kind: Any) -> bool:
-    """Whether a column of this type can hold texts, or else what a check of its rows names better."""
+    """Return whether a column of this type may hold texts. The check of each row finds what this one lets through."""
     types = pyarrow.types
     return not (
         types.is_temporal(kind) or types.is_decimal(kind) or types.is_binary(kind) or types.is_large_binary(kind)
     )
 
 
-def _values(column: Any, source: str, start: int) -> list[Any]:
+def _to_python(column: Any, source: str, start: int) -> list[Any]:
+    """Convert a part of a column, which begins at row `start`. Raises ValueError that names a row that is not UTF-8."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError as error:
@@ -114,6 +122,8 @@ def _values(column: Any, source: str, start: int) -> list[Any]:
 
 
 class _Parquet:
+    """A Parquet file."""
+
     def __init__(self, file: Any) -> None:
         self.file = parquet.ParquetFile(file)
         self.schema = self.file.schema_arrow
@@ -123,7 +133,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """A stream or a file of Arrow's own format."""
+    """A file in the IPC format of Arrow: the stream format or the file format."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -149,7 +159,8 @@ class _Arrow:
 
 
 @contextmanager
-def _table(path: str) -> Iterator[_Parquet | _Arrow]:
+def _open(path: str) -> Iterator[_Parquet | _Arrow]:
+    """Open a file, and unpack it into a temporary file first if its name ends in .gz."""
     kind = _Parquet if file_kind(path) == "parquet" else _Arrow
     if not path.endswith(".gz"):
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
@@ -164,7 +175,7 @@ def _table(path: str) -> Iterator[_Parquet | _Arrow]:
 
 @contextmanager
 def _naming_damage(path: str) -> Iterator[None]:
-    """Make of what pyarrow raises about a file a ValueError that names it, and the row group where that is known."""
+    """Turn an error of pyarrow into a ValueError that names the file, and the row group if one is damaged."""
     try:
         yield
     except PermissionError as error:
@@ -175,10 +186,10 @@ def _naming_damage(path: str) -> Iterator[None]:
 
 
 def where_damaged(path: str) -> str:
-    """What is wrong with a file that cannot be read: the row group, where that can be told; nothing where it can."""
+    """Return what is wrong with a file, and the row group if one is damaged; empty if the file can be read."""
     group, count = None, 0
     try:
-        with _table(path) as table:
+        with _open(path) as table:
             if isinstance(table, _Arrow):
                 for _ in table.batches(table.schema.names):
                     pass
@@ -191,5 +202,5 @@ def where_damaged(path: str) -> str:
         return DENIED
     except (OSError, EOFError, ValueError, pyarrow.ArrowException):
         kind = "Parquet" if file_kind(path) == "parquet" else "Arrow"
-        return f"no {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"
+        return f"not {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"
     return ""

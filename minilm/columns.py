@@ -1,4 +1,4 @@
-"""The columns that are asked for: how each is found in a row, and what its cells may hold."""
+"""The columns that a run reads: how each is found in a row, and what its cells may hold."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,57 +11,61 @@ _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--dat
 
 
 class RepeatedKeys(dict[str, Any]):
-    """An object of JSON in which some keys stand twice, with different values."""
+    """A JSON object that has some keys twice, with different values."""
 
     repeated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column that is asked for, by the role that it plays in a document."""
+    """A column that a run reads, and its role in a document."""
 
     role: Literal["text", "pair", "label"]
     name: str
-    """The name of a column, or a dotted path into one: what has the whole name comes before a path."""
+    """The name of a column, or a dotted path into one. A column with the whole name comes before a path."""
     lists_labels: bool = False
-    """Whether a cell of text lists labels with a separator between them: a blank one then has none."""
+    """True if a cell lists labels with a separator between them. A blank cell then has no labels."""
 
-    def heads(self) -> list[str]:
-        """The columns that can hold it, the likeliest first: `a.b.c`, `a.b` and `a` for the name `a.b.c`."""
+    def outer_names(self) -> list[str]:
+        """Return the names of the columns that can hold it, in order of preference: for `a.b`, `a.b` and then `a`."""
         parts = self.name.split(".")
         return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
     def find(self, row: Mapping[str, Any], where: str) -> Any:
-        """The cell of this column in a row; a list of strings that lies inside a column is one text, joined by spaces.
+        """Return the cell of this column in a row. A list of strings inside a column is one text, joined by spaces.
 
-        Raises ValueError, which begins with `where`, for a row that does not have it.
+        Raises ValueError that begins with `where` if the row does not have the column.
         """
         if self.name in row and not isinstance(row, RepeatedKeys):
             return row[self.name]
-        cell = self._reach(row, self.name, where)
+        cell = self._follow(row, self.name, where)
         inside = self.name not in row
         if self.role != "label" and inside and isinstance(cell, list) and all(isinstance(item, str) for item in cell):
             return " ".join(cell)
         return cell
 
-    def _reach(self, value: Any, path: str, where: str) -> Any:
-        """What lies under the path: of a list, what lies there in each of its items."""
+    def _follow(self, value: Any, path: str, where: str) -> Any:
+        """Return the value at the end of a dotted path; for a list, a list of the values in its items."""
         if isinstance(value, list):
-            return [self._reach(item, path, where) for item in value]
-        known = value if isinstance(value, dict) else {}
+            return [self._follow(item, path, where) for item in value]
+        row = value if isinstance(value, dict) else {}
         parts = path.split(".")
         for count in range(len(parts), 0, -1):
-            head, rest = ".".join(parts[:count]), ".".join(parts[count:])
-            if head in known:
-                if isinstance(known, RepeatedKeys) and head in known.repeated:
-                    raise ValueError(f"{where}: the key {head!r} stands twice in one object, with different values")
-                return self._reach(known[head], rest, where) if rest else known[head]
+            key, rest = ".".join(parts[:count]), ".".join(parts[count:])
+            if key in row:
+                if isinstance(row, RepeatedKeys) and key in row.repeated:
+                    raise ValueError(f"{where}: the key {key!r} stands twice in one object, with different values")
+                return self._follow(row[key], rest, where) if rest else row[key]
         if value is None and path != self.name:
             return None
-        raise self.missing(where, list(known), path)
+        raise self.missing(where, list(row), path)
 
     def missing(self, where: str, known: Sequence[str], part: str = "") -> ValueError:
-        """The error about a column, or a part of its path, that is not there."""
+        """Return the error for a missing column.
+
+        known: the names that there are instead.
+        part: the end of the dotted path that is missing, if the beginning was found.
+        """
         outer = self.name.removesuffix(part) if part else ""
         if outer and not known:
             return ValueError(
@@ -73,7 +77,7 @@ class Column:
         )
 
     def not_text(self, where: str, what: str) -> ValueError:
-        """The error about a cell that holds `what` in place of a text."""
+        """Return the error for a cell that holds `what` instead of a text."""
         return ValueError(
             f"{where}: column {self.name!r} holds {what} where text is expected; "
             f"change the row, or pass another {_FLAGS[self.role]}"
@@ -81,14 +85,15 @@ class Column:
 
 
 def check_text(cell: Any, column: Column, where: str, *, blank: bool) -> None:
-    """Raise ValueError unless a cell holds a text that can be written as UTF-8, and unless `blank` a visible one."""
+    """Raise ValueError unless a cell holds a text that UTF-8 can encode. `blank` allows a text of spaces alone."""
     if not isinstance(cell, str):
         raise column.not_text(where, type(cell).__name__)
     try:
         cell.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{where}: column {column.name!r} holds half a surrogate pair, such as \\ud83d, which is no character"
+            f"{where}: column {column.name!r} holds half a surrogate pair, such as \\ud83d, which is not a character; "
+            "correct the row"
         ) from None
     if not blank and not cell.strip():
         raise ValueError(f"{where}: column {column.name!r} holds no text; give it one or take the row out")
@@ -105,5 +110,5 @@ def check_label(value: Any, column: Column, where: str) -> None:
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, bool | int | str) or (isinstance(item, float) and math.isfinite(item)):
             continue
-        what = "None in a list" if item is None else repr(value)[:40]
-        raise ValueError(f"{where} holds {what} where a label is expected: a number, a name, or a list of them")
+        shown = "None in a list" if item is None else repr(value)[:40]
+        raise ValueError(f"{where} holds {shown} where a label is expected: a number, a name, or a list of them")

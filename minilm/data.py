@@ -1,4 +1,4 @@
-"""From a name to documents: `load_documents` returns training and evaluation texts, one document a row."""
+"""Training and evaluation documents from data sources: `load_documents` returns one document per row."""
 
 import datasets
 import numpy as np
@@ -13,16 +13,16 @@ from minilm.sources import check_data_settings, is_text, no_documents, quiet_dat
 
 @quiet_datasets()
 def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Dataset, dict[str, Dataset]]:
-    """(training documents, evaluation documents by name), memory-mapped where large.
+    """Return (training documents, evaluation documents by name), memory-mapped if they are large.
 
-    Each is a dataset with the string column `text`; with `pair`, a second text, where `data.pair_column` is set; with
-    `label`, of the type it has in the source (a ClassLabel stays one), where `labels` are asked for. Documents without
-    a visible character are left out, but with `labels` refused.
+    Each is a dataset with the string column `text`. It has a second text in the column `pair` if `data.pair_column` is
+    set. With `labels` it has the column `label`, of the type that it has in the source (a ClassLabel is kept).
+    Documents without a visible character are left out; with `labels` they are refused.
 
-    Evaluation documents come from `data.eval_source`, `data.eval_split` or a fraction of each source drawn by `seed`,
-    in this order. There is one set of them, named "", or where `data.eval_split` joins several by `+`, one for each of
-    their names. Where they are the training documents, both are one dataset. Raises ValueError in one line that names
-    the file, the row, the column or the split at fault.
+    Evaluation documents come from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of
+    each source drawn by `seed`. They are one set named "". If `data.eval_split` joins several splits by `+`, they are
+    one set for each split, with its name. If they are the training documents, both are the same dataset. Raises
+    ValueError in one line that names the file, the row, the column or the split at fault.
     """
     data = with_glue_columns(data)
     check_data_settings(data, labels=labels)
@@ -51,7 +51,7 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
 
 
 def _held_out(data: Data, source: str, seed: int, labels: bool) -> tuple[Dataset, Dataset]:
-    """The documents of a source without those that are held out, and those."""
+    """Return (training documents, held-out documents) of a source."""
     if source == "pydocs" and not labels:
         train_texts, eval_texts = pydocs(data.eval_fraction)
         return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
@@ -70,16 +70,19 @@ def _held_out(data: Data, source: str, seed: int, labels: bool) -> tuple[Dataset
 
 
 def _repeated(documents: Dataset, weight: float, seed: int, source: str) -> Dataset:
-    """The documents as often as `weight` says; of its fraction, that share of them in their order, drawn by `seed`."""
+    """Return the documents `weight` times. Its fraction adds that share of them, drawn by `seed`, in order."""
     whole, share = divmod(weight, 1)
     drawn = np.random.default_rng(seed).permutation(len(documents))[: round(share * len(documents))]
-    if len(indices := [*range(len(documents))] * int(whole) + sorted(drawn.tolist())) == 0:
-        raise ValueError(f"{source}: data.weights {weight} of {len(documents)} documents is none; give a larger weight")
+    indices = [*range(len(documents))] * int(whole) + sorted(drawn.tolist())
+    if not indices:
+        raise ValueError(
+            f"{source}: data.weights {weight} selects none of {len(documents)} documents; give a larger weight"
+        )
     return documents.select(indices)
 
 
 def _joined(parts: list[Dataset], data: Data) -> Dataset:
-    """Documents of several sources, one source after the other."""
+    """Return the documents of several sources, one source after the other."""
     try:
         return datasets.concatenate_datasets(parts)
     except ValueError as error:
@@ -88,7 +91,7 @@ def _joined(parts: list[Dataset], data: Data) -> Dataset:
 
 
 def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Each document without its end, and the ends, which are `fraction` of its characters."""
+    """Split each document in two: return the beginnings, and the ends with `fraction` of the characters."""
     texts = documents["text"]
     cuts = [int(len(text) * (1 - fraction)) for text in texts]
     train = Dataset.from_dict({"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]})
@@ -97,16 +100,16 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 @quiet_datasets()
 def read_documents(data: Data) -> Dataset:
-    """All rows of `data.split`, blank ones too, one source after the other, with the columns of `load_documents`."""
+    """Return all rows of `data.split`, also blank ones, of all sources in turn, as `load_documents` has them."""
     check_data_settings(data, labels=False)
     return _joined([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
 
 
 def _read(data: Data, source: str, split: str, labels: bool, *, blank: Blank = "drop") -> Dataset:
-    """One source as a dataset with the columns that are asked for; with labels, a blank document is refused."""
+    """Return the documents of a source. With labels, blank documents are refused, whatever `blank` is."""
     if labels and (source == "pydocs" or is_text(source)):
-        what = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
-        raise ValueError(f"{what} no labels; give .jsonl, .csv, .tsv or .parquet")
+        owner = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
+        raise ValueError(f"{owner} no labels; give .jsonl, .csv, .tsv or .parquet")
     if source == "pydocs":
         return Dataset.from_dict({"text": pydocs()[0]})
     rows = read_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)

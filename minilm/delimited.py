@@ -1,4 +1,4 @@
-"""Files of fields between delimiters, `.csv` and `.tsv`: every cell is text, and every row has the header's fields."""
+"""Delimited files, `.csv` and `.tsv`: every cell is text, and every row has as many fields as the header."""
 
 import csv
 import itertools
@@ -9,39 +9,39 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from minilm.columns import Column
-from minilm.files import check_mark, ending, line_end, open_text, strip_line_end, warn_once
+from minilm.files import check_mark, ending, find_line_end, open_text, strip_line_end, warn_once
 
 _DELIMITERS = (",", ";", "\t", "|")
-# An unclosed quote takes all that follows: it must not fill the memory.
+# A quote that is not closed takes in the rest of the file, which must not fill the memory.
 csv.field_size_limit(2**28)
 _SEPARATOR = re.compile(r"sep=(.)[\r\n]*")
-# A field as programs write it that quote a text with a quote in it, and one that shows that they did.
+# A whole field in quotes. A quote inside it is doubled.
 _QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
 
 
 @dataclass(frozen=True)
 class _Dialect:
-    """A file and how its rows are written."""
+    """A delimited file, and how its rows are written."""
 
     path: str
     encoding: str
     newline: str
     delimiter: str
     quoted: bool = True
-    """Whether a field can be in quotes. Without them the delimiter is a tab."""
+    """Whether quotes enclose fields. Otherwise they are text, and the delimiter is a tab."""
     problem: str = ""
-    """Why a file of tabs cannot be read without quotes; empty where it can."""
+    """Why a file of tabs cannot be read without quoting; empty if it can."""
 
     def open(self) -> AbstractContextManager[TextIO]:
         return open_text(self.path, self.encoding, self.newline)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield the line at which each row begins, and its fields. Raises ValueError for wrong quotes."""
+        """Yield the line at which each row begins, and its fields. Raises ValueError for a wrong quote."""
         with self.open() as file:
             yield from _quoted_rows(self, file) if self.quoted else _plain_rows(self, file)
 
     def header(self) -> list[str]:
-        """Return the fields of the first row; none where the file has none, or where its quotes are wrong."""
+        """Return the fields of the first row; empty if there are no rows or the quotes are wrong."""
         try:
             return next(self.rows(), (0, []))[1]
         except ValueError:
@@ -51,18 +51,21 @@ class _Dialect:
 def read_delimited(
     path: str, columns: Sequence[Column], encoding: str, delimiter: str | None
 ) -> Iterator[tuple[int, list[Any]]]:
-    """The line of each row, from 1, and its cells of `columns`; an empty cell of a label is None.
+    """Yield the line at which each row begins, counted from 1, and its cells of `columns`.
 
-    Lines end at LF or CRLF (at CR where the file has no LF), and blank lines are no rows. A field that begins with a
-    quote ends at the next one that is not doubled, and may hold delimiters and line ends. Without a `delimiter`, the
-    header decides it: that of the file's ending, or else the first of `, ; tab |` by which it names the columns.
+    An empty cell of a column of labels is None. Lines end at LF or CR LF, or at CR in a file without LF. Blank lines
+    are skipped. A field that begins with a quote ends at the next quote that is not doubled, and may hold delimiters
+    and line ends.
 
-    A file whose delimiter is a tab is not quoted, so that quotes are text, where each line has the header's number of
-    tabs; unless each field with a quote is written as a quoted one, and one holds doubled quotes or a CR, or the whole
-    header is in quotes: only a program that quotes writes that.
+    delimiter: if None, the header decides. It is the usual one of the file's ending, or else the first of `, ; tab |`
+        with which the header names the columns.
 
-    Raises ValueError that names the line: for another number of fields than the header's, for a quote that is not
-    closed, for text behind a closing quote, and for a column that is not there.
+    In a file whose delimiter is a tab, quotes are text if every line has as many tabs as the header. The exception is a
+    file in which every field with a quote is a well-formed quoted field, and in which one of them holds a doubled quote
+    or a CR, or the whole header is in quotes. Only a program that quotes writes such a file.
+
+    Raises ValueError that names the line: for a row with another number of fields than the header, for a quote that is
+    not closed, for text after a closing quote, and for a missing column.
     """
     dialect = _find_dialect(path, columns, encoding, delimiter)
     try:
@@ -75,75 +78,80 @@ def read_delimited(
 
 
 def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
+    """Yield what `read_delimited` yields, in this dialect."""
     labels = [index for index, column in enumerate(columns) if column.role == "label"]
     header, first = list[str](), True
     rows = dialect.rows()
     for line, fields in rows:
         if not header:
             header = fields
-            places = _places(header, columns, f"{dialect.path}, line {line}")
+            positions = _find_positions(header, columns, f"{dialect.path}, line {line}")
             continue
         if len(fields) != len(header):
             if len(fields) == 1 < len(header) and not fields[0].strip():
-                continue  # a line of spaces
+                continue  # a line of spaces is blank too
             others = (fields for _, fields in rows) if first else None
-            raise ValueError(_wrong_count(dialect, line, fields, header, others))
+            raise ValueError(_describe_wrong_count(dialect, line, fields, header, others))
         first = False
-        cells: list[Any] = [fields[place] for place in places]
+        cells: list[Any] = [fields[position] for position in positions]
         for index in labels:
             cells[index] = cells[index] or None
         yield line, cells
 
 
 def read_delimited_names(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
-    """The names of a file's columns."""
-    return _unique(_find_dialect(path, columns, encoding, delimiter).header())
+    """Return the names of a file's columns."""
+    return _name_columns(_find_dialect(path, columns, encoding, delimiter).header())
 
 
 def _find_dialect(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> _Dialect:
-    newline = line_end(path)
+    """Decide the delimiter and the quoting of a file."""
+    newline = find_line_end(path)
     usual = _Dialect(path, encoding, newline, "\t" if ending(path) == ".tsv" else ",")
     dialect = replace(usual, delimiter=delimiter or _find_delimiter(usual, columns))
     return _find_quoting(dialect) if dialect.delimiter == "\t" else dialect
 
 
 def _find_delimiter(usual: _Dialect, columns: Sequence[Column]) -> str:
-    """What stands between the fields, by the header: what lets it name the columns that are asked for."""
+    """Return the delimiter with which the header names the columns. Raises ValueError if two delimiters do.
+
+    usual: the dialect with the delimiter that the file's ending stands for.
+    """
     with usual.open() as file:
         if stated := _SEPARATOR.fullmatch(file.readline()):
             return str(stated[1])
     candidates = [usual.delimiter, *(each for each in _DELIMITERS if each != usual.delimiter)]
     headers = {each: replace(usual, delimiter=each).header() for each in candidates}
     usual_header = headers[usual.delimiter]
-    fitting = [each for each in candidates if all(column.name in _unique(headers[each]) for column in columns)]
+    fitting = [each for each in candidates if all(column.name in _name_columns(headers[each]) for column in columns)]
     fitting = [each for each in fitting if each == usual.delimiter or headers[each] != usual_header]
     if len(fitting) > 1:
-        listed = " and ".join(map(_name_of, fitting))
+        listed = " and ".join(map(_name_delimiter, fitting))
         raise ValueError(f"{usual.path}, line 1: {listed} could separate the fields; pass --data.delimiter")
     if fitting:
         if fitting[0] != usual.delimiter:
-            warn_once(f"{usual.path}: {_name_of(fitting[0])} separates the fields, by the header")
+            warn_once(f"{usual.path}: {_name_delimiter(fitting[0])} separates the fields, by the header")
         return fitting[0]
     if len(usual_header) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
         return several[0]
     return usual.delimiter
 
 
-def _name_of(delimiter: str) -> str:
+def _name_delimiter(delimiter: str) -> str:
     return "a tab" if delimiter == "\t" else delimiter
 
 
 def _skip_separator(file: TextIO) -> int:
-    """Skip a first line such as `sep=;`, which Excel writes and reads; return how many lines that is, 0 or 1."""
+    """Skip a first line such as `sep=;`, which Excel writes. Return the number of lines skipped, 0 or 1."""
     if _SEPARATOR.fullmatch(file.readline()):
         return 1
     file.seek(0)
     return 0
 
 
-def _places(header: list[str], columns: Sequence[Column], where: str) -> list[int]:
-    """Where in a row the cells of the columns are."""
-    names = _unique(header)
+def _find_positions(header: list[str], columns: Sequence[Column], where: str) -> list[int]:
+    """Return the position of each column's cell in a row. Raises ValueError for a missing column."""
+    names = _name_columns(header)
     for column in columns:
         if column.name not in names:
             error = column.missing(where, names)
@@ -151,16 +159,16 @@ def _places(header: list[str], columns: Sequence[Column], where: str) -> list[in
         if header.count(column.name) > 1:
             warn_once(
                 f"WARNING: {where}: {column.name!r} is the name of {header.count(column.name)} columns; the first is "
-                f"read, and the next is {column.name}.1"
+                f"read, and the next is called {column.name}.1"
             )
     return [names.index(column.name) for column in columns]
 
 
-def _unique(header: list[str]) -> list[str]:
-    """The names of the columns: a repeated one gets a number, as in pandas, and an empty one a name."""
+def _name_columns(header: list[str]) -> list[str]:
+    """Return a name for each column, as pandas does: a repeated name gets a number, an empty one `Unnamed: 3`."""
     names: list[str] = []
-    for place, name in enumerate(header):
-        name = name or f"Unnamed: {place}"
+    for position, name in enumerate(header):
+        name = name or f"Unnamed: {position}"
         unique, number = name, 0
         while unique in names or (number and unique in header):
             number += 1
@@ -170,7 +178,7 @@ def _unique(header: list[str]) -> list[str]:
 
 
 def _plain_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a file without quoting, whose delimiter is a tab."""
+    """Yield the line and the fields of each row of a file without quoting."""
     for number, line in enumerate(file, start=1 + _skip_separator(file)):
         check_mark(dialect.path, number, line)
         if text := strip_line_end(line, dialect.newline):
@@ -178,10 +186,10 @@ def _plain_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str
 
 
 def _quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a file with quoting, each with the line at which it begins."""
+    """Yield the line at which each row begins, and its fields, of a file with quoting."""
     skipped = _skip_separator(file)
-    # csv takes a carriage return for the end of a row, which inside a line it is not. A NUL stands for it meanwhile:
-    # the text has none.
+    # The csv module ends a row at a carriage return, even inside a line. A NUL replaces it until the row is read. The
+    # text itself does not hold a NUL.
     hidden, begins = False, True
 
     def hide(lines: Iterable[str]) -> Iterator[str]:
@@ -203,7 +211,7 @@ def _quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[st
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise ValueError(_wrong_quote(dialect, start, reader.line_num + skipped, error)) from error
+            raise ValueError(_describe_wrong_quote(dialect, start, reader.line_num + skipped, error)) from error
         if fields is None:
             return
         if fields:
@@ -211,8 +219,11 @@ def _quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[st
 
 
 def _find_quoting(dialect: _Dialect) -> _Dialect:
-    """Decide whether a file of tabs is quoted, as `read_delimited` says."""
-    tabs, first, well_formed, sign, opens = -1, 0, True, False, False
+    """Return the dialect of a file of tabs, quoted or not by the rule of `read_delimited`."""
+    tabs, header_line = -1, 0
+    # Whether every field with a quote is a quoted one, whether only a program that quotes writes such a file, and
+    # whether a field begins with a quote.
+    well_formed, proven, opens = True, False, False
     with dialect.open() as file:
         for number, line in enumerate(file, start=1 + _skip_separator(file)):
             text = strip_line_end(line, dialect.newline)
@@ -220,36 +231,38 @@ def _find_quoting(dialect: _Dialect) -> _Dialect:
                 continue
             fields = text.split("\t") if tabs < 0 or (well_formed and '"' in text) else []
             if tabs < 0:
-                tabs, first = text.count("\t"), number
-                sign = all(_QUOTED_FIELD.fullmatch(name) for name in fields)
+                tabs, header_line = text.count("\t"), number
+                proven = all(_QUOTED_FIELD.fullmatch(name) for name in fields)
             elif text.count("\t") != tabs:
-                count = _fields(text.count("\t") + 1)
-                return replace(
-                    dialect, problem=f"line {number}: {count} where the header in line {first} has {tabs + 1}"
-                )
+                count = _count_fields(text.count("\t") + 1)
+                problem = f"line {number}: {count} where the header in line {header_line} has {tabs + 1}"
+                return replace(dialect, problem=problem)
             for field in fields:
                 if '"' in field:
                     well_formed &= _QUOTED_FIELD.fullmatch(field) is not None
-                    sign |= '""' in field or "\r" in field
+                    proven |= '""' in field or "\r" in field
                     opens |= field.startswith('"')
-    if opens and not (well_formed and sign):
+    if opens and not (well_formed and proven):
         warn_once(f"{dialect.path}: quotes are text, as every line has the header's number of tabs")
-    return replace(dialect, quoted=well_formed and sign)
+    return replace(dialect, quoted=well_formed and proven)
 
 
-def _fields(count: int) -> str:
+def _count_fields(count: int) -> str:
     return f"{count} field{'s' if count > 1 else ''}"
 
 
-def _wrong_count(
+def _describe_wrong_count(
     dialect: _Dialect, line: int, fields: list[str], header: list[str], others: Iterator[list[str]] | None
 ) -> str:
-    """What is wrong with a row of too few or too many fields; `others` are the rows after it where it is the first."""
-    what = f"{dialect.path}, line {line}: {_fields(len(fields))} where the header has {len(header)}"
+    """Return the error message for a row with too few or too many fields.
+
+    others: the rows after it if it is the first row, otherwise None.
+    """
+    what = f"{dialect.path}, line {line}: {_count_fields(len(fields))} where the header has {len(header)}"
     ends = sum(field.count("\n") for field in fields)
     if ends:
         return f"{what}; quotes hold {ends} line ends of this row: double a quote that is text, and quote its field"
-    name = _name_of(dialect.delimiter)
+    name = _name_delimiter(dialect.delimiter)
     if len(fields) == len(header) + 1:
         extra, blank = _compare_counts(fields, others, len(header) + 1)
         if extra and blank:
@@ -266,7 +279,7 @@ def _wrong_count(
 
 
 def _compare_counts(fields: list[str], others: Iterator[list[str]] | None, count: int) -> tuple[bool, bool]:
-    """(whether every row has `count` fields, whether the last of them is always empty)."""
+    """Return (whether every row has `count` fields, whether the last field of every row is empty)."""
     if others is None:
         return False, False
     blank = not fields[-1]
@@ -280,20 +293,20 @@ def _compare_counts(fields: list[str], others: Iterator[list[str]] | None, count
     return True, blank
 
 
-def _wrong_quote(dialect: _Dialect, start: int, line: int, error: csv.Error) -> str:
-    """What is wrong with the quotes of the row that begins in line `start` and is read up to `line`."""
+def _describe_wrong_quote(dialect: _Dialect, start: int, line: int, error: csv.Error) -> str:
+    """Return the error message for the quotes of a row that begins in line `start` and was read up to `line`."""
     if "expected after" in str(error):
         at = f"{dialect.path}, line {line}"
         begin = "" if start == line else f" (the row begins in line {start})"
         return f"{at}: text follows a closing quote{begin}; double a quote that is text, and quote its field"
-    opened = _line_of_open_quote(dialect, start)
+    opened = _find_open_quote(dialect, start)
     return (
         f"{dialect.path}, line {opened}: the quote that opens here is not closed; close it, or double it if it is text"
     )
 
 
-def _line_of_open_quote(dialect: _Dialect, start: int) -> int:
-    """The line of the quote that is still open at the end of the file, of the row that begins in line `start`."""
+def _find_open_quote(dialect: _Dialect, start: int) -> int:
+    """Return the line of the quote that is still open at the end of the file. Its row begins in line `start`."""
     at, opened, inside = "start", start, False
     marks = re.compile(f'""|"|{re.escape(dialect.delimiter)}')
     with dialect.open() as file:
@@ -301,17 +314,17 @@ def _line_of_open_quote(dialect: _Dialect, start: int) -> int:
             place = 0
             if not inside:
                 at = "start"
-            while found := marks.search(line, place):
-                if found.start() > place and not inside:
+            while match := marks.search(line, place):
+                if match.start() > place and not inside:
                     at = "text"
                 if inside:
-                    inside = found[0] != '"'
+                    inside = match[0] != '"'
                     at = "text"
-                elif found[0] == dialect.delimiter:
+                elif match[0] == dialect.delimiter:
                     at = "start"
                 elif at == "start":
                     inside, opened = True, number
-                    place = found.start() + 1
+                    place = match.start() + 1
                     continue
-                place = found.end()
+                place = match.end()
     return opened

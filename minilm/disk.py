@@ -1,4 +1,4 @@
-"""Files and folders that are whole on the disk, or not there."""
+"""Files and folders that are written completely or not at all."""
 
 import contextlib
 import fcntl
@@ -13,14 +13,14 @@ from typing import Any
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
+    """Return the size of a file in bytes, and its SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def publish(path: Path, text: str) -> None:
-    """Write a text file so that `path` holds the old content or the whole new one, whenever the process dies."""
+    """Write a text file so that `path` holds the old or the whole new content, even if the process is killed."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("x", encoding="utf-8", newline="") as file:
@@ -35,14 +35,15 @@ def publish(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path, *, needed: Callable[[], bool] | None = None) -> Iterator[Path]:
-    """A temporary sibling of `target`, a folder, which takes its place once all of it is on disk.
+    """Yield a temporary folder beside `target` that replaces it at the end of the block, once all files are on disk.
 
-    needed: for a target that several processes may write at a time. Each then has a temporary folder of its own, and
-    they take turns at the end: the one for which `needed()` is false by then drops what it wrote.
+    needed: give it if several processes may write the target at the same time. Each process then has a separate
+        temporary folder, and they take turns at the end. A process drops its folder if `needed()` returns False in its
+        turn.
     """
-    own = "" if needed is None else f"-{uuid.uuid4().hex[:12]}"
-    temporary, old = (target.with_name(f".{target.name}{own}.{kind}") for kind in ("writing", "replaced"))
-    for leftover in (temporary, old):  # of a killed run
+    suffix = "" if needed is None else f"-{uuid.uuid4().hex[:12]}"
+    temporary, old = (target.with_name(f".{target.name}{suffix}.{kind}") for kind in ("writing", "replaced"))
+    for leftover in (temporary, old):  # a killed run may have left them
         remove(leftover)
     temporary.mkdir()
     try:
@@ -56,7 +57,7 @@ def replacing(target: Path, *, needed: Callable[[], bool] | None = None) -> Iter
             elif needed():
                 try:
                     _put(temporary, target, old)
-                except OSError:  # without locks, another process may have been in the middle of this
+                except OSError:  # without locks, another process may have renamed at the same time
                     if needed():
                         raise
     finally:
@@ -66,9 +67,9 @@ def replacing(target: Path, *, needed: Callable[[], bool] | None = None) -> Iter
 
 @contextlib.contextmanager
 def replacing_files(folder: Path, *, last: str) -> Iterator[Path]:
-    """A temporary folder inside `folder`, whose files then take the places of those of the same names in `folder`.
+    """Yield a temporary folder inside `folder`. At the end, its files replace those of the same names in `folder`.
 
-    Each file is whole at any time, and those that end in `last` come last.
+    Each file is replaced at once as a whole. Files whose names end in `last` are replaced last.
     """
     temporary = folder / f".export-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()
@@ -87,7 +88,7 @@ def replacing_files(folder: Path, *, last: str) -> Iterator[Path]:
 
 
 def _put(temporary: Path, target: Path, old: Path) -> None:
-    """Rename `temporary` to `target`, and what was there to `old`."""
+    """Rename `target`, if it exists, to `old`, and `temporary` to `target`."""
     if os.path.lexists(target):
         os.rename(target, old)
     try:
@@ -101,9 +102,9 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
 
 @contextlib.contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """Inside it no other process of this host is inside it for the same folder.
+    """Keep other processes of this host from entering the block for the same folder.
 
-    A file system that has no locks on folders, such as NFS, does without them.
+    On a file system without locks on folders, such as NFS, it does nothing.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -115,9 +116,11 @@ def turn(folder: Path) -> Iterator[None]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give each file below a folder that `mkdir` made the mode that the umask gives to a new file.
+    """Give each file below a folder the mode that the umask gives to a new file.
 
-    Some libraries write files that their owner alone can read.
+    folder: `mkdir` must have made it, because its mode shows the umask.
+
+    Some libraries write files that only the owner can read.
     """
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
@@ -126,7 +129,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, as far as that is possible."""
+    """Remove a file, or a folder with its content, and ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -135,7 +138,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the file or folder on disk before anything else is done."""
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Data files as they lie on the disk: endings, content, encodings, lines, and where a file is damaged."""
+"""Data files on the disk: their endings, content, encoding and lines, and the lines that cannot be read."""
 
 import codecs
 import gzip
@@ -19,9 +19,10 @@ from minilm.disk import file_facts
 
 log = logging.getLogger("minilm")
 
-DENIED = "cannot be read (Permission denied)"  # after the name of a file
+# The end of an error message, after the name of a file.
+DENIED = "cannot be read (Permission denied)"
 
-# What is read, by the ending. Files of one kind can make up a source together.
+# The kind of each ending that can be read. Files of one kind can make up a source together.
 KINDS = {
     ".txt": "text",
     ".json": "json",
@@ -32,14 +33,15 @@ KINDS = {
     ".arrow": "arrow",
 }
 
-_BLOCK = 2**20  # bytes that are decoded or hashed at a time
-_HASHED_BYTES = 2**30  # a longer file would take seconds to hash at each start
+_BLOCK = 2**20  # bytes or characters that are decoded at a time
+# A longer file would take seconds to hash at each start.
+_HASHED_BYTES = 2**30
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
-# A file that changed less than this ago can change again without another time of change.
+# A file that changed more recently can change again without getting another time of change.
 _CLOCK_SECONDS = 2.0
-# What is logged about a file is logged once, however often a run reads it.
+# Log each warning once, however often a run reads the file.
 warn_once = lru_cache(maxsize=None)(log.warning)
-# A character of several bytes in UTF-8. Text in Windows-1252 has next to none.
+# A character of several bytes in UTF-8. Text in Windows-1252 hardly ever contains such bytes.
 _MULTIBYTE = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
     rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
@@ -48,28 +50,29 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def ending(path: str) -> str:
-    """The ending that tells what a file is, in small letters: `.csv` of `data.CSV.gz`."""
+    """Return the ending that tells the format of a file, in lower case: `.csv` for `data.CSV.gz`."""
     return Path(path.removesuffix(".gz")).suffix.lower()
 
 
 def file_kind(path: str) -> str:
-    """The kind of a file that is read, as `KINDS` has it."""
+    """Return the kind of a file that can be read, one of the values of `KINDS`."""
     return KINDS[ending(path)]
 
 
-def form(path: str) -> str:
-    """All of a name that tells what a file is: `.csv.gz` of `data.CSV.gz`."""
+def full_ending(path: str) -> str:
+    """Return the ending with that of the compression: `.csv.gz` for `data.CSV.gz`."""
     return ending(path) + (".gz" if path.endswith(".gz") else "")
 
 
-def file_content(path: str) -> dict[str, Any]:
-    """What tells the content of a file, as JSON types: its size in bytes and its SHA-256, whatever its name and time.
+def fingerprint_file(path: str) -> dict[str, Any]:
+    """Return the size of a file in bytes and its SHA-256, as JSON types. The name and the time do not matter.
 
-    A file of more than 1 GiB is told by its size, its time of change, and the SHA-256 of 64 blocks of 1 MiB: the first,
-    the last and others at equal distances. A copy of such a file counts as another one unless it keeps the time.
+    For a file of more than 1 GiB, return its size, its time of change, and the SHA-256 of 64 blocks of 1 MiB: the
+    first, the last, and others at equal distances. A copy of such a file counts as another file unless the copy keeps
+    the time.
     """
     stat = os.stat(path)
-    # Writing always sets the time of change of the inode, which a program cannot set back.
+    # Every write sets the change time of the inode (ctime), and no program can set it back.
     identity = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     settled = time.time() - stat.st_ctime > _CLOCK_SECONDS
     return dict(_hash(*identity) if settled else _hash.__wrapped__(*identity))
@@ -88,29 +91,29 @@ def _hash(path: str, device: int, inode: int, size: int, modified_ns: int, chang
 
 
 def open_bytes(path: str) -> IO[bytes]:
-    """The content of a file, unpacked where its name ends in .gz."""
+    """Open a file for reading, and unpack it if its name ends in .gz."""
     return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
 
 
 @contextmanager
 def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
-    """The text of a file without a byte-order mark; a line ends at `newline` alone, which is left as it is.
+    """Open a file as text, without its byte-order mark. A line ends at `newline` only, and keeps it.
 
-    What cannot be read or decoded inside the block becomes a ValueError that names the line.
+    If reading or decoding fails inside the block, raise ValueError that names the line.
     """
     try:
         with open_bytes(path) as file:
             _refuse_utf_16(path, file)
             yield io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        line = _line_that_is_not(path, encoding)
+        line = _find_undecodable_line(path, encoding)
         raise ValueError(f"{path}, line {line}: not UTF-8; convert the file" if line else f"{path}: {error}") from error
 
 
-def line_end(path: str) -> str:
-    """What ends the lines of a file: a line feed; where there is none in all of it, a carriage return.
+def find_line_end(path: str) -> str:
+    """Return the line end of a file: a line feed, or a carriage return if the file has no line feed.
 
-    So a carriage return inside a line is text, and the files of old Macintoshes have lines.
+    So a carriage return inside a line is text, and a file from an old Macintosh is split into lines.
     """
     with open_text(path, "latin-1") as file:
         while block := file.read(_BLOCK):
@@ -120,23 +123,22 @@ def line_end(path: str) -> str:
 
 
 def strip_line_end(line: str, newline: str) -> str:
-    """A line without its end: `newline`, or CR LF where that is a line feed."""
+    """Return a line without its end: `newline`, or CR LF if `newline` is LF."""
     line = line.removesuffix(newline)
     return line.removesuffix("\r") if newline == "\n" else line
 
 
 def text_encoding(files: Sequence[str]) -> str:
-    """`utf-8`; or, with a warning, `cp1252` (Windows-1252) where no bytes of the files are multi-byte UTF-8.
+    """Return the encoding of files: `utf-8`, or `cp1252` (Windows-1252) with a warning.
 
-    Raises ValueError that names the file and the line where they are in neither, or not all in the same.
+    Files are read as Windows-1252 if none of them is UTF-8 and none holds a multi-byte character of UTF-8. Raises
+    ValueError that names the file and the line if the files are in neither encoding, or in different ones.
     """
-    others = {name: line for name in files if (line := _line_that_is_not(name, "utf-8"))}
+    others = {name: line for name in files if (line := _find_undecodable_line(name, "utf-8"))}
     for name, line in others.items():
-        if len(others) < len(files) or _line_that_is_not(name, "cp1252"):
-            raise ValueError(
-                f"{name}, line {line}: not UTF-8, or with NUL characters, which are no text; convert the file"
-            )
-        if other := _first_multibyte_line(name):
+        if len(others) < len(files) or _find_undecodable_line(name, "cp1252"):
+            raise ValueError(f"{name}, line {line}: not UTF-8, or it holds a NUL, which is not text; convert the file")
+        if other := _find_multibyte_line(name):
             raise ValueError(
                 f"{name}, line {line}: not UTF-8, though line {other} holds UTF-8; "
                 "correct the line, or convert the file"
@@ -146,14 +148,14 @@ def text_encoding(files: Sequence[str]) -> str:
 
 
 def _refuse_utf_16(path: str, file: IO[bytes]) -> None:
-    """Raise ValueError where the file begins with a byte-order mark of UTF-16."""
+    """Raise ValueError if the file begins with a byte-order mark of UTF-16."""
     if file.read(2) in _UTF_16:
-        raise ValueError(f"{path}, line 1: is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
+        raise ValueError(f"{path}, line 1: the file is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
     file.seek(0)
 
 
-def _line_that_is_not(name: str, encoding: str) -> int:
-    """The number of the first line, from 1, that cannot be decoded or holds a NUL; 0 when there is none."""
+def _find_undecodable_line(name: str, encoding: str) -> int:
+    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL, or 0."""
     number = 0
     try:
         with open_bytes(name) as file:
@@ -168,30 +170,30 @@ def _line_that_is_not(name: str, encoding: str) -> int:
     except UnicodeDecodeError:
         return number
     except (OSError, EOFError, zlib.error) as error:
-        what = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
-        raise ValueError(f"{name}, after line {number}: cannot be read; {what} ({error})") from error
+        advice = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
+        raise ValueError(f"{name}, after line {number}: cannot be read; {advice} ({error})") from error
     return 0
 
 
-def _first_multibyte_line(name: str) -> int:
+def _find_multibyte_line(name: str) -> int:
     """Return the number of the first line, from 1, that holds a multi-byte character of UTF-8, or 0."""
     with open_bytes(name) as file:
         return next((number for number, line in enumerate(file, start=1) if _MULTIBYTE.search(line)), 0)
 
 
 def check_mark(path: str, number: int, line: str) -> None:
-    """Raise ValueError where a line after the first begins with a byte-order mark, which is not text.
+    """Raise ValueError if a line after the first begins with a byte-order mark, which is not text.
 
-    Files that were joined have it there. `open_text` has removed the mark of the first line.
+    The mark is there if files were joined. `open_text` removes the mark of the first line.
     """
     if number > 1 and line.startswith("\ufeff"):
         raise ValueError(
-            f"{path}, line {number}: begins with a byte-order mark (U+FEFF), as where files were joined; remove it"
+            f"{path}, line {number}: begins with a byte-order mark (U+FEFF), as if files were joined; remove it"
         )
 
 
 def _is_text(file: IO[bytes], encoding: str) -> bool:
-    """Whether all of it can be read and decoded, and holds no NUL; by the block, as lines take longer."""
+    """Return whether all of a file can be decoded and holds no NUL. It reads blocks, which is faster than lines."""
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
         while block := file.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Long arrays in files, read a slice at a time: what a process has read does not stay in its memory."""
+"""Long arrays in files, read one slice at a time, so that memory does not grow with what was read."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 
 class FlatFile:
-    """A one-dimensional array in a file as `np.save` writes it. A slice of it is a copy; steps are not taken.
+    """A one-dimensional array in a file written by `np.save`. A slice is a copy, and must not have a step.
 
-    A map of the file would do the same, but every page that was ever read would count as the process's own.
+    A memory map would also read slices, but every page that was read would count as memory of the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +31,7 @@ class FlatFile:
         start, stop, _ = part.indices(len(self))
         size = self.dtype.itemsize
         wanted = max(0, stop - start) * size
-        # Without a position of its own, the file may be shared with the processes that load batches.
+        # pread does not move the position of the file, which the processes that load batches share.
         content = os.pread(self._file.fileno(), wanted, self._begin + start * size)
         if len(content) < wanted:
             raise OSError(f"{self._path} was cut while the run read it: start the run again, or resume it")
@@ -43,7 +43,7 @@ class FlatFile:
 
 @contextmanager
 def growing(path: Path, kind: np.dtype[Any]) -> Iterator[BinaryIO]:
-    """A file for the elements of a flat array; in the end `path` is the array as np.save writes it."""
+    """Open a file for the raw elements of an array. At the end of the block, `path` holds the array as in `np.save`."""
     raw = path.with_suffix(".raw")
     with raw.open("wb") as file:
         yield file

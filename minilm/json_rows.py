@@ -1,4 +1,4 @@
-"""Files of JSON: an object a line, objects one after the other, or an array of them. Each object is a row."""
+"""JSON files: one object per line, objects one after the other, or an array of objects. Each object is a row."""
 
 import json
 import re
@@ -8,21 +8,21 @@ from typing import Any, TextIO
 from minilm.columns import Column, RepeatedKeys
 from minilm.files import check_mark, open_text
 
-_CHUNK = 2**20  # characters that are read at a time
+_CHUNK = 2**20  # characters to read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
-# An error this near to the end of what was read can come from a value that goes on: "-Infinity", two escapes.
+# An error within so many characters of the end of the window may come from a value that goes on, such as "-Infinity" or
+# a pair of escapes.
 _UNFINISHED = 16
 _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
-    """The line of each row, from 1, and its cells of `columns`; what else a row holds does not matter.
+    """Yield the line of each row, from 1, and its cells of `columns`. Other keys of a row do not matter.
 
-    Raises ValueError that names the line: of what is not JSON, of what is not an object, of a key of `columns` that
-    stands twice with different values, and of a column that is not there.
+    Raises ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
+    `columns` that stands twice with different values, and for a missing column.
     """
-    parse = _Parser(columns)
-    for line, row in _rows(path, parse):
+    for line, row in _read_rows(path, _Parser(columns)):
         where = f"{path}, line {line}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {_KINDS.get(type(row), 'a number')} where an object with the text is expected")
@@ -30,27 +30,27 @@ def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[
 
 
 def read_json_names(path: str) -> list[str]:
-    """The names in the first row of a file."""
-    row = next(_rows(path, _Parser(())), (0, None))[1]
+    """Return the keys of the first row of a file."""
+    row = next(_read_rows(path, _Parser(())), (0, None))[1]
     return list(row) if isinstance(row, dict) else []
 
 
 class _Parser:
-    """Parses JSON as Python does, and marks repeated keys where they matter."""
+    """A parser of JSON that marks the objects in which a key of `columns` is repeated."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
-        self.keys = {part for column in columns for part in _parts(column.name)}
-        self.signs = [f'"{key}"' for key in self.keys]
-        # A key can also be written with escapes: \u0061 for ASCII, and \/ for a slash.
+        self.keys = {part for column in columns for part in _possible_keys(column.name)}
+        self.quoted_keys = [f'"{key}"' for key in self.keys]
+        # JSON can also write a key with escapes: \u0061 for a letter of ASCII, and \/ for a slash.
         self.plain = all(key.isascii() and key.isprintable() and not set(key) & set('/"\\') for key in self.keys)
         self.marking = json.JSONDecoder(object_pairs_hook=self._mark)
-        self.usual = json.JSONDecoder()
-        # Python refuses whole numbers of more than 4300 digits, which no column that is asked for can hold.
+        self.fast = json.JSONDecoder()
+        # Python refuses a whole number of more than 4300 digits. A column that is read cannot hold one, but others can.
         self.long_numbers = json.JSONDecoder(object_pairs_hook=self._mark, parse_int=float)
 
-    def whole(self, line: str) -> Any:
-        """The value that is all of a line."""
-        decoder = self.marking if self._suspicious(line, 0, len(line)) else self.usual
+    def parse_line(self, line: str) -> Any:
+        """Parse a line that holds one value."""
+        decoder = self.marking if self._may_repeat(line, 0, len(line)) else self.fast
         try:
             return decoder.decode(line)
         except json.JSONDecodeError:
@@ -58,23 +58,24 @@ class _Parser:
         except ValueError:
             return self.long_numbers.decode(line)
 
-    def first(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that begins at `start`, and where it ends."""
+    def parse_at(self, text: str, start: int) -> tuple[Any, int]:
+        """Parse the value that begins at `start`. Return it and its end."""
         try:
-            value, end = self.usual.raw_decode(text, start)
+            value, end = self.fast.raw_decode(text, start)
         except json.JSONDecodeError:
             raise
         except ValueError:
             return self.long_numbers.raw_decode(text, start)
-        return self.marking.raw_decode(text, start) if self._suspicious(text, start, end) else (value, end)
+        return self.marking.raw_decode(text, start) if self._may_repeat(text, start, end) else (value, end)
 
-    def _suspicious(self, text: str, start: int, end: int) -> bool:
-        """Whether one of the keys may stand twice in an object."""
+    def _may_repeat(self, text: str, start: int, end: int) -> bool:
+        """Return whether one of the keys may stand twice in an object."""
         if not self.plain or text.find("\\u00", start, end) >= 0:
             return True
-        return any(text.count(sign, start, end) > 1 for sign in self.signs)
+        return any(text.count(key, start, end) > 1 for key in self.quoted_keys)
 
     def _mark(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Make an object of its pairs; `RepeatedKeys` if a key of `columns` has different values."""
         row = dict(pairs)
         if len(row) == len(pairs):
             return row
@@ -86,46 +87,47 @@ class _Parser:
         return marked
 
 
-def _parts(name: str) -> Iterator[str]:
-    """What can be a key on a dotted path: each run of its parts."""
+def _possible_keys(name: str) -> Iterator[str]:
+    """Yield each run of the parts of a dotted path, because a key can hold dots too."""
     parts = name.split(".")
     for start in range(len(parts)):
         for stop in range(start + 1, len(parts) + 1):
             yield ".".join(parts[start:stop])
 
 
-def _rows(path: str, parse: _Parser) -> Iterator[tuple[int, Any]]:
-    """The line and the value of each row."""
+def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
+    """Yield the line and the value of each row."""
     with open_text(path) as file:
-        window = _Window(path, file, parse)
-        if window.mark() == "[":
-            yield from _items(window)
+        window = _Window(path, file, parser)
+        if window.skip_spaces() == "[":
+            yield from _read_array(window)
             return
         file.seek(0)
-        whole_lines = _lines_are_values(file, parse)
+        whole_lines = _has_value_per_line(file, parser)
         file.seek(0)
         if whole_lines:
-            yield from _values_of_lines(path, file, parse)
+            yield from _read_lines(path, file, parser)
             return
-        window = _Window(path, file, parse)
-        while window.mark():
-            yield window.line, window.value()
+        window = _Window(path, file, parser)
+        while window.skip_spaces():
+            yield window.line, window.read_value()
 
 
-def _lines_are_values(file: TextIO, parse: _Parser) -> bool:
-    """Whether each line is to be one value, by the first: an object can also be laid out over several lines."""
+def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
+    """Return whether each line is one value, by the first line. An object can also extend over several lines."""
     line = next((line for line in file if line.strip()), "{}")
     try:
-        parse.whole(line)
+        parser.parse_line(line)
     except (ValueError, RecursionError):
         return next(file, "").lstrip().startswith("{")
     return True
 
 
-def _values_of_lines(path: str, file: TextIO, parse: _Parser) -> Iterator[tuple[int, Any]]:
+def _read_lines(path: str, file: TextIO, parser: _Parser) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line, except blank lines."""
     for number, line in enumerate(file, start=1):
         try:
-            yield number, parse.whole(line)
+            yield number, parser.parse_line(line)
         except RecursionError as error:
             raise _too_deep(path, number) from error
         except json.JSONDecodeError as error:
@@ -134,53 +136,54 @@ def _values_of_lines(path: str, file: TextIO, parse: _Parser) -> Iterator[tuple[
                 raise _not_json(path, number, error.msg) from error
 
 
-def _items(window: "_Window") -> Iterator[tuple[int, Any]]:
-    """The rows of an array, at whose beginning the window is."""
+def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
+    """Yield the line and the value of each item of an array. The window is at its opening bracket."""
     window.move(window.place + 1)
-    mark = window.mark()
-    while mark != "]":
+    character = window.skip_spaces()
+    while character != "]":
         start = window.line
-        yield start, window.value()
-        mark = window.mark()
-        if mark == ",":
+        yield start, window.read_value()
+        character = window.skip_spaces()
+        if character == ",":
             window.move(window.place + 1)
-            window.mark()
-        elif mark != "]":
-            missing = "a comma is missing before this row" if mark else "the array is not closed"
-            raise _not_json(window.path, window.line, missing)
+            window.skip_spaces()
+        elif character != "]":
+            why = "a comma is missing before this row" if character else "the array is not closed"
+            raise _not_json(window.path, window.line, why)
     window.move(window.place + 1)
-    if window.mark():
+    if window.skip_spaces():
         check_mark(window.path, window.line, window.text[window.place :])
         raise _not_json(window.path, window.line, "text follows the end of the array")
 
 
 class _Window:
-    """A part of a file's text, as long as the value that is read; `place` is where in it the reading is."""
+    """A part of a file's text that holds at least the value being read. `place` is the position in that part."""
 
-    def __init__(self, path: str, file: TextIO, parse: _Parser) -> None:
-        self.path, self.file, self.parse = path, file, parse
+    def __init__(self, path: str, file: TextIO, parser: _Parser) -> None:
+        self.path, self.file, self.parser = path, file, parser
         self.text, self.place, self.line = "", 0, 1
 
     def move(self, place: int) -> None:
+        """Move forward to a place, and count its line."""
         self.line += self.text.count("\n", self.place, place)
         self.place = place
 
-    def mark(self) -> str:
-        """The next character that is no space, to which the window moves; nothing at the end."""
+    def skip_spaces(self) -> str:
+        """Move to the next character that is not white space, and return it; empty at the end of the file."""
         while True:
-            found = _SPACE.match(self.text, self.place)
-            assert found is not None
-            self.move(found.end())
+            spaces = _SPACE.match(self.text, self.place)
+            assert spaces is not None
+            self.move(spaces.end())
             if self.place < len(self.text):
                 return self.text[self.place]
             if not self._fill():
                 return ""
 
-    def value(self) -> Any:
-        """The value that begins here, to whose end the window moves."""
+    def read_value(self) -> Any:
+        """Return the value that begins here, and move to its end."""
         while True:
             try:
-                value, end = self.parse.first(self.text, self.place)
+                value, end = self.parser.parse_at(self.text, self.place)
             except RecursionError as error:
                 raise _too_deep(self.path, self.line) from error
             except json.JSONDecodeError as error:
@@ -196,7 +199,7 @@ class _Window:
             return value
 
     def _fill(self) -> bool:
-        """Read on, as much again as is held; False at the end of the file."""
+        """Read on, at least as much as the rest of the window. Return False at the end of the file."""
         more = self.file.read(max(_CHUNK, len(self.text) - self.place))
         if more:
             self.text, self.place = self.text[self.place :] + more, 0
@@ -204,8 +207,8 @@ class _Window:
 
 
 def _not_json(path: str, line: int, why: str) -> ValueError:
-    return ValueError(f"{path}, line {line}: no JSON, or cut off ({why})")
+    return ValueError(f"{path}, line {line}: not JSON, or cut off ({why})")
 
 
 def _too_deep(path: str, line: int) -> ValueError:
-    return ValueError(f"{path}, line {line}: lists and objects lie deeper in each other than can be read")
+    return ValueError(f"{path}, line {line}: lists and objects are nested too deeply to be read; flatten the row")

@@ -1,4 +1,4 @@
-"""What a column of labels holds: whole numbers, numbers, names, truth values or lists of these."""
+"""The kind of the cells in a column of labels: whole numbers, numbers, names, truth values, or lists of these."""
 
 import json
 import math
@@ -13,98 +13,94 @@ from datasets import ClassLabel, List, Value
 from minilm.columns import Column, check_label
 from minilm.tables import Table
 
+_LIST = "list of "
+# Words that programs write for a missing number. In a column of names they are names.
+_MISSING = re.compile(r"-?nan|na|n/a|<na>|null|none|[+-]?inf(inity)?")
+_NUMBER = re.compile(r" *[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)? *")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+# The kinds of cells that are text. The later of two kinds can hold cells of both.
+_KINDS_OF_TEXT = ("int64", "whole", "float64", "string")
+
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a column after all of it was read."""
+    """The results of one pass over a column."""
 
     rows: int
     kind: str
-    """What its cells are as labels: `int64`, `float64`, `string`, `bool` or `list of` these."""
+    """The kind of the cells as labels: `int64`, `float64`, `string`, `bool`, or `list of ` and one of these."""
 
 
 def survey(table: Table, column: Column) -> Survey:
-    """Count the rows and, of a column of labels, decide what its cells are. Raises ValueError where they differ.
+    """Count the rows of a table, and decide the kind of the cells in a column of labels.
 
-    What was found is remembered by the content of the table, as several parts of a source are read one by one.
+    The result is remembered by the table's content, because the parts of a source are read one by one. Raises
+    ValueError where no kind holds all cells.
     """
-    return _survey(_Asked(json.dumps(table.identity), column, table))
+    return _survey(_SurveyKey(json.dumps(table.identity), column, table))
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SurveyKey:
     identity: str
     column: Column
     table: Table = field(compare=False)
 
 
 @lru_cache(maxsize=16)
-def _survey(asked: _Asked) -> Survey:
-    table, column = asked.table, asked.column
+def _survey(key: _SurveyKey) -> Survey:
+    table, column = key.table, key.column
+    # A text that lists labels is not a number, however it is written.
+    find_kind = _find_kind_of_value if table.typed or column.lists_labels else _find_kind_of_text
     rows, kind, first, missing = 0, "", "", ""
     for batch in table.batches([column]):
         rows += len(batch.places)
         for place, cell in zip(batch.places, batch.cells[0], strict=True) if column.role == "label" else ():
-            found = _kind(cell) if table.typed else "string" if column.lists_labels else _kind_of_text(cell or "")
-            if cell is None or (kind and found == kind):
+            if cell is None:
+                continue
+            cell_kind = find_kind(cell)
+            if kind and cell_kind == kind:
                 continue
             where = batch.where(place)
-            if not table.typed and cell.strip().lower() in _MISSING:
-                missing = missing or f"{where}: column {column.name!r} holds {cell!r}"
+            holds = f"{where}: column {column.name!r} holds {cell!r:.40}"
+            if not table.typed and _MISSING.fullmatch(cell.strip().lower()):
+                missing = missing or holds
                 continue
-            if not found:
+            if not cell_kind:
                 check_label(cell, column, where)
                 raise ValueError(
-                    f"{where}: column {column.name!r} holds {cell!r:.40} where a label is expected: a number (a "
-                    "whole one from -2**63 to 2**63 - 1), a name, or a list of numbers or of names"
+                    f"{holds} where a label is expected: a number (a whole one from -2**63 to 2**63 - 1), a name, or a "
+                    "list of numbers or of names"
                 )
-            both = _common(kind, found, typed=table.typed) if kind else found
-            if not both:
+            common = _find_common_kind(kind, cell_kind, typed=table.typed) if kind else cell_kind
+            if not common:
                 raise ValueError(
-                    f"{where}: column {column.name!r} holds {cell!r:.40}, {_said(found)}, and {first} {_said(kind)}; "
-                    "write all labels alike"
+                    f"{holds}, {_describe(cell_kind)}, and {first} holds {_describe(kind)}; write all labels alike"
                 )
-            kind, first = both, first or where
+            kind, first = common, first or where
     kind = "string" if kind == "whole" else kind
     if missing and kind in ("int64", "float64"):
-        raise ValueError(f"{missing}, and {first} {_said(kind)}; give the row a number or take it out")
+        raise ValueError(f"{missing}, and {first} holds {_describe(kind)}; give the row a number or take it out")
     return Survey(rows, kind or "string")
 
 
-def _said(kind: str) -> str:
-    """A kind of label in words."""
-    item = kind.removeprefix("list of ")
-    said = {"int64": "a whole number", "float64": "a number", "bool": "true or false", "string": "a text"}.get(item, "")
-    return f"a list of {said}s" if item != kind else said
+def _describe(kind: str) -> str:
+    """Return a kind of label in words, with its article."""
+    one, many = {
+        "int64": ("a whole number", "whole numbers"),
+        "float64": ("a number", "numbers"),
+        "bool": ("true or false", "truth values"),
+        "string": ("a text", "texts"),
+        "": ("", "labels"),
+    }[kind.removeprefix(_LIST)]
+    return f"a list of {many}" if kind.startswith(_LIST) else one
 
 
-# What programs write for a number that is not there. Among words it is a word.
-_MISSING = {
-    "nan",
-    "-nan",
-    "na",
-    "n/a",
-    "<na>",
-    "null",
-    "none",
-    "inf",
-    "+inf",
-    "-inf",
-    "infinity",
-    "+infinity",
-    "-infinity",
-}
-_NUMBER = re.compile(r" *[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)? *")
-_WHOLE = re.compile(r"[+-]?[0-9]+")
-# What cells of text can be. The later of two kinds holds cells of both.
-_KINDS_OF_TEXT = ("int64", "whole", "float64", "string")
+def _find_kind_of_text(cell: str) -> str:
+    """Return the kind of a cell of text, which is a number only if it is written as numbers are: `01` is a name.
 
-
-def _kind_of_text(cell: str) -> str:
-    """What a cell of text is: a number only where it is written as numbers are, which `01` is not.
-
-    `whole` is a whole number that int64 does not write in the same way: `+1`, `-0`, or one beyond 64 bits. It is a
-    number beside decimals. Otherwise it is a name, since as a class it would be called `1`.
+    `whole` is a whole number that int64 writes in another way: `+1`, `-0`, or a number beyond 64 bits. It is a number
+    if the column has decimals. Otherwise it is a name, because its class would be called `1`.
     """
     if not _NUMBER.fullmatch(cell) or not math.isfinite(float(cell)):
         return "string"
@@ -114,41 +110,40 @@ def _kind_of_text(cell: str) -> str:
     return "int64" if -(2**63) <= int(digits) < 2**63 and str(int(digits)) == digits else "whole"
 
 
-def _kind(cell: Any) -> str:
-    """What a cell is; nothing for what is no label."""
+def _find_kind_of_value(cell: Any) -> str:
+    """Return the kind of a cell that has a type; empty if the cell is not a label. An empty list is a `list of `."""
     if isinstance(cell, list):
-        kinds = {_kind(item) for item in cell}
-        item = kinds.pop() if len(kinds) == 1 else "float64" if kinds == {"int64", "float64"} else ""
-        return "list of " + (item if cell else "") if item or not cell else ""
+        kinds = {_find_kind_of_value(item) for item in cell}
+        item = "float64" if kinds == {"int64", "float64"} else kinds.pop() if len(kinds) == 1 else ""
+        return _LIST + item if not cell or (item and not item.startswith(_LIST)) else ""
     if isinstance(cell, int) and not isinstance(cell, bool) and not -(2**63) <= cell < 2**63:
         return ""
     kinds_of = {bool: "bool", int: "int64", float: "float64", Decimal: "float64", str: "string"}
     return kinds_of.get(type(cell), "")
 
 
-def _common(one: str, other: str, *, typed: bool) -> str | None:
-    """The kind that holds cells of both kinds; None where there is none."""
+def _find_common_kind(one: str, other: str, *, typed: bool) -> str | None:
+    """Return the kind that can hold cells of both kinds, or None."""
     if not typed:
         return max(one, other, key=_KINDS_OF_TEXT.index)
-    if one == other or (one.startswith("list of ") and other == "list of "):
-        return one
-    if other.startswith("list of ") and one == "list of ":
-        return other
-    kinds = {one.removeprefix("list of "), other.removeprefix("list of ")}
-    alike = one.startswith("list of ") == other.startswith("list of ")
-    if kinds == {"int64", "float64"} and alike:
-        return one.replace("int64", "float64")
-    return None
+    if one.startswith(_LIST) != other.startswith(_LIST):
+        return None
+    items = {one.removeprefix(_LIST), other.removeprefix(_LIST)} - {""}  # an empty list has no item
+    if len(items) == 2 and items != {"int64", "float64"}:
+        return None
+    item = "float64" if len(items) == 2 else "".join(items)
+    return _LIST + item if one.startswith(_LIST) else item
 
 
 def as_kind(cell: Any, kind: str) -> Any:
-    if kind.startswith("list of "):
-        return [as_kind(item, kind.removeprefix("list of ")) for item in cell]
+    """Convert a cell to the kind of its column."""
+    if kind.startswith(_LIST):
+        return [as_kind(item, kind.removeprefix(_LIST)) for item in cell]
     return {"int64": int, "float64": float}.get(kind, lambda cell: cell)(cell)
 
 
 def label_feature(kind: str, names: tuple[str, ...]) -> Any:
-    """The type of a column of labels, as the datasets library has it."""
-    item = kind.removeprefix("list of ") or "int64"
+    """Return the type of a column of labels in the datasets library: a ClassLabel if whole numbers have names."""
+    item = kind.removeprefix(_LIST) or "int64"
     feature = ClassLabel(names=list(names)) if names and item == "int64" else Value(item)
-    return List(feature) if kind.startswith("list of ") else feature
+    return List(feature) if kind.startswith(_LIST) else feature

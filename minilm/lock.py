@@ -1,12 +1,12 @@
-"""One run in an output folder at a time.
+"""A lock that keeps two runs from using an output folder at the same time.
 
-The run's main process holds a lock of the system on the file `.lock` in the folder. The system releases it when the
-process ends in any way, so that a run can be resumed at once after it was killed. A run that ends by itself removes the
-file; one that was killed leaves it, and it then means nothing.
+The main process of a run holds a lock (`flock`) on the file `.lock` in the folder. The operating system releases the
+lock when the process ends in any way, so that a killed run can be resumed at once. A run that ends by itself removes
+the file. A killed run leaves the file, which then does not block other runs.
 
-Hosts that share the folder see each other's locks where the file system hands them on: NFS 4, NFS 3 with its lock
+Hosts that share the folder see each other's locks if the file system passes them on. NFS 4, NFS 3 with its lock
 service, Lustre mounted with `flock`, CephFS and GPFS do. NFS mounted with `nolock` or `local_lock=flock`, and Lustre
-mounted with `localflock`, keep runs of one host apart only. Where there are no locks at all, a warning says so.
+mounted with `localflock`, only keep the runs of one host apart. If the file system has no locks, a warning says so.
 """
 
 import atexit
@@ -23,14 +23,16 @@ from pathlib import Path
 log = logging.getLogger("minilm")
 
 LOCK = ".lock"
-_PATIENCE_SECONDS = 2.0  # a process that was killed keeps its locks until the last of its threads is gone
-_held: dict[Path, int] = {}  # the descriptor of the file in each folder that this process has locked
+# A killed process keeps its locks until its last thread has ended.
+_PATIENCE_SECONDS = 2.0
+# For each folder that this process has locked, the descriptor of the lock's file.
+_held: dict[Path, int] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep the runs of other processes out of a folder that is there, until the surrounding `unlocked_at_end` ends.
+    """Lock an existing folder against the runs of other processes, until the surrounding `unlocked_at_end` ends.
 
-    Raises ValueError where another process has it, and OSError where the file cannot be written.
+    Raises ValueError if another process has locked it, and OSError if the file cannot be written.
     """
     if folder.resolve() in _held:
         return
@@ -50,27 +52,29 @@ def lock_folder(folder: Path) -> None:
                 "another folder"
             ) from None
         except OSError as error:
-            log.warning(f"{folder} takes no locks ({error.strerror}): do not start a second run in it before this ends")
+            log.warning(
+                f"{folder} takes no locks ({error.strerror}): start a second run in it only after this one ends"
+            )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
-        os.close(descriptor)  # of a run that has ended since and removed its file
+        os.close(descriptor)  # a run that has just ended removed this file; try again with a new one
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     _held[folder.resolve()] = descriptor
 
 
 def _read_holder(descriptor: int) -> str:
-    """Say which process wrote the lock's file, where the file tells."""
+    """Return the process that wrote the lock's file, in parentheses; empty if the file does not tell."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(os.pread(descriptor, 1000, 0))
-        return f" (process {int(found['pid'])} on {str(found['host'])[:100]!r})"
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f" (process {int(holder['pid'])} on {str(holder['host'])[:100]!r})"
     return ""
 
 
 @contextmanager
 def unlocked_at_end() -> Iterator[None]:
-    """Around a run: the folders that it locks are free again when it is over, however it ends."""
+    """Unlock at the end of the block, also after an error, the folders that were locked inside it."""
     before = set(_held)
     try:
         yield
@@ -80,10 +84,10 @@ def unlocked_at_end() -> Iterator[None]:
 
 
 def unlock_folder(folder: Path) -> None:
-    """Let other processes have the folder, if this one has it."""
+    """Unlock a folder, if this process has locked it."""
     descriptor = _held.pop(folder.resolve(), None)
     if descriptor is not None:
-        # While the lock is still held: afterwards the file may be that of another run.
+        # Remove the file before the lock is released: afterwards it may belong to another run.
         with suppress(OSError):
             (folder / LOCK).unlink()
         os.close(descriptor)
@@ -94,12 +98,12 @@ def _unlock_all() -> None:
         unlock_folder(folder)
 
 
-def _forget() -> None:
-    """A forked process, such as a loader worker that outlives a killed run, has no part in the locks."""
+def _drop_inherited_locks() -> None:
+    """Close the locks in a forked process, so that a loader worker that outlives a killed run does not hold them."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
 
 
 atexit.register(_unlock_all)
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_drop_inherited_locks)

@@ -1,7 +1,7 @@
-"""The documentation that ships inside every CPython, as a text corpus: nothing is downloaded, nothing is executed.
+"""The documentation inside CPython as a text corpus of about 2 MB of English. It downloads and executes nothing.
 
-Sources are read with `ast`: the docstrings of every standard-library module, class and function, and the language
-reference in `pydoc_data/topics.py`. About 2 MB of English, with the duplicates removed.
+The documents are the docstrings of all modules, classes and functions of the standard library, parsed with `ast`, and
+the topics of the language reference in `pydoc_data/topics.py`, without near-duplicates.
 """
 
 import ast
@@ -16,19 +16,19 @@ from pathlib import Path
 
 from minilm.cache import open_entry
 
-# Bumped whenever the extraction below changes, so that no stale corpus is read from the cache.
+# Raise it when the extraction below changes, so that no stale corpus is read from the cache.
 _VERSION = 2
-# Vendored packages, and tests of the library that speak of nothing but themselves.
+# Installed and vendored packages, and tests, whose docstrings document only themselves.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_vendor", "lib2to3"}
 _SHINGLE_WORDS = 8
 
 
 def pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
-    """Training and evaluation documents from this interpreter's own documentation.
+    """Return (training documents, evaluation documents) from this interpreter's own documentation.
 
-    Whole modules are held out until `eval_fraction` of the UTF-8 bytes is reached, and near-duplicates are removed
-    over both parts, so the evaluation measures learning and not memory. The result depends on the Python version and
-    `eval_fraction` only, and is cached.
+    Whole modules are held out until they reach `eval_fraction` of the UTF-8 bytes. Near-duplicates are removed across
+    both parts, so that the evaluation measures learning and not memory. The result depends only on the Python version
+    and `eval_fraction`, and is cached.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(_python_files(root))
@@ -47,13 +47,14 @@ def pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
 
 
 def _python_files(root: Path) -> Iterator[Path]:
+    """Yield the Python files below a folder, except those in skipped folders."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def _documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
-    """(module name, text) for each docstring in a source file, or for each topic of the language reference."""
+    """Yield (module name, text) for each docstring in a source file, or for each topic of the language reference."""
     module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
     try:
         with warnings.catch_warnings():
@@ -75,7 +76,7 @@ def _documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
 def _without_near_duplicates(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Drop each document that shares at least half of its 8-word shingles with those kept before it.
 
-    The longest come first: a docstring that a longer one quotes goes, whichever of the two is held out later.
+    The longest documents come first, so that a docstring quoted by a longer one is the one to be dropped.
     """
     seen: set[int] = set()
     kept = []
@@ -97,7 +98,7 @@ def _split_by_module(documents: list[tuple[str, str]], eval_fraction: float) -> 
     budget = int(sum(sizes.values()) * eval_fraction)
     held_out: set[str] = set()
     for module in sorted(sizes, key=_hash):
-        if sizes[module] <= budget:  # one that is larger than what is left (the language reference) stays in training
+        if sizes[module] <= budget:  # a larger module, such as the language reference, stays in training
             held_out.add(module)
             budget -= sizes[module]
     train = [text for module, text in documents if module not in held_out]

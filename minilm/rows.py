@@ -1,7 +1,6 @@
-"""Rows of files and of datasets, checked, in one way whether they are kept or streamed.
+"""Checked rows of files and of datasets, read in the same way whether they are kept or streamed.
 
-`read_batches` gives the cells of the columns that are asked for in batches; `map_rows` keeps them in a file of the
-cache.
+`read_batches` yields the cells of columns in batches. `map_rows` keeps them in a file of the cache.
 """
 
 import hashlib
@@ -22,26 +21,28 @@ from minilm.columns import Column, check_label, check_text
 from minilm.label_kinds import as_kind, label_feature, survey
 from minilm.tables import RowBatch, Table
 
-_VERSION = 2  # of what is kept in the cache
+# The version of the rows in the cache. Raise it when the same files are to be read differently.
+_VERSION = 2
 
 Blank: TypeAlias = Literal["keep", "drop", "refuse"]
+"""What happens to a row whose text has no visible character."""
 
 
 def read_batches(
     table: Table, columns: Sequence[Column], *, split: str = "train", blank: Blank = "drop"
 ) -> Iterator[dict[str, list[Any]]]:
-    """The cells of `columns` in a part of the rows, checked, as lists by role.
+    """Yield the checked cells of `columns` in a part of the rows, as a list for each role.
 
     split: `train`, or a part of it such as `train[:5000]` or `train[10%:90%]`.
-    blank: whether a row whose text has no visible character is kept, dropped or refused; a second text without one is
-        refused then too.
+    blank: whether to keep, drop or refuse a row whose text has no visible character. A second text without one is kept,
+        unless rows are refused.
 
-    A column of labels means one thing in all rows of all files: whole numbers, numbers, names, or lists of them. Where
-    all cells are texts, `01` is a name, and `+1` is one unless the column has decimals such as `0.5`: then all are
-    numbers. Raises ValueError that names the line or row at fault.
+    A column of labels means one thing in all rows of all files: whole numbers, numbers, names, or lists of these. In a
+    file whose cells are all text, `01` is a name. `+1` is a name too, unless the column has decimals such as `0.5`:
+    then all cells are numbers. Raises ValueError that names the line or row at fault.
     """
     kinds = {column.role: survey(table, column).kind for column in columns if column.role == "label"}
-    for batch in _sliced(table, columns, _parts_of(table, columns, split)):
+    for batch in _read_parts(table, columns, _find_parts(table, columns, split)):
         result: dict[str, list[Any]] = {}
         for column, cells in zip(columns, batch.cells, strict=True):
             if column.role == "label":
@@ -57,6 +58,7 @@ def read_batches(
 
 
 def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: Blank) -> None:
+    """Check all cells at once, and one by one only if there is a fault, because that takes longer."""
     try:
         "".join(cells).encode()
         good = blank != "refuse" or not any(not text or text.isspace() for text in cells)
@@ -67,8 +69,8 @@ def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: B
             check_text(cell, column, batch.where(place), blank=blank != "refuse")
 
 
-def _parts_of(table: Table, columns: Sequence[Column], split: str) -> list[tuple[int, int | None]]:
-    """The parts of the rows that a split stands for, each from a row and up to another."""
+def _find_parts(table: Table, columns: Sequence[Column], split: str) -> list[tuple[int, int | None]]:
+    """Return the parts of the rows that a split stands for, as (first row, row after the last or None)."""
     if split == "train":
         return [(0, None)]
     if plain := re.fullmatch(r"train\[(\d*):(\d*)\]", split):
@@ -81,8 +83,8 @@ def _parts_of(table: Table, columns: Sequence[Column], split: str) -> list[tuple
     return [(part.from_ or 0, part.to) for part in parts]
 
 
-def _sliced(table: Table, columns: Sequence[Column], parts: list[tuple[int, int | None]]) -> Iterator[RowBatch]:
-    """The rows of the parts, part after part."""
+def _read_parts(table: Table, columns: Sequence[Column], parts: list[tuple[int, int | None]]) -> Iterator[RowBatch]:
+    """Yield the rows of the parts, one part after the other."""
     for start, stop in parts:
         row = 0
         for batch in table.batches(columns) if stop is None or start < stop else ():
@@ -96,12 +98,12 @@ def _sliced(table: Table, columns: Sequence[Column], parts: list[tuple[int, int 
 
 
 def map_rows(table: Table, columns: Sequence[Column], *, split: str, blank: Blank) -> Dataset:
-    """What `read_batches` gives, as a memory-mapped dataset whose columns are the roles.
+    """Return the rows of `read_batches` as a memory-mapped dataset whose columns are the roles.
 
-    Its place in the cache and its fingerprint are decided by the content of what is read and by what is taken of it.
+    The content of the table and the arguments decide the place in the cache and the fingerprint of the dataset.
     """
-    taken = [[column.role, column.name, column.lists_labels] for column in columns]
-    content = json.dumps([_VERSION, table.identity, taken, split, blank])
+    described = [[column.role, column.name, column.lists_labels] for column in columns]
+    content = json.dumps([_VERSION, table.identity, described, split, blank])
     key = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     folder = open_entry(f"rows-{key}", lambda folder: _write(folder / "rows.arrow", table, columns, split, blank))
     rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
@@ -110,6 +112,7 @@ def map_rows(table: Table, columns: Sequence[Column], *, split: str, blank: Blan
 
 
 def _write(path: Path, table: Table, columns: Sequence[Column], split: str, blank: Blank) -> None:
+    """Write the rows of `read_batches` as a stream of Arrow."""
     features: dict[str, Any] = {column.role: Value("string") for column in columns}
     for column in columns:
         if column.role == "label":

@@ -1,4 +1,4 @@
-"""What a program and the shell that started it ask of each other: words that it reads right, and output without end."""
+"""The shell around the program: commands quoted for it, and output whose reader goes away."""
 
 import io
 import os
@@ -12,16 +12,16 @@ from typing import Any, TextIO
 
 
 def shell_line(command: str, folder: Path, text: str) -> str:
-    """Return the line that runs a command of minilm on a model's folder and a text, for any name of the folder."""
+    """Return a line for the shell that runs a command of minilm on a model's folder and a text, quoted as needed."""
     name = str(folder)
     return shlex.join(["minilm", command, f"./{name}" if name.startswith("-") else name, text])
 
 
 @contextmanager
 def outlasting_readers() -> Iterator[None]:
-    """Let the program go on inside the block when the reader of stdout or stderr goes away, as `| head` does.
+    """Let the program go on inside the block if the reader of stdout or stderr goes away, as `| head` does.
 
-    What it prints from then on is lost. A run writes the same figures to log.jsonl.
+    Later output is lost. A run also writes its figures to log.jsonl.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_outlasting(stream) for stream in before)
@@ -36,13 +36,13 @@ def outlasting_readers() -> Iterator[None]:
 
 @contextmanager
 def silent_stdout() -> Iterator[None]:
-    """Drop what a library itself writes to stdout: the tokenizers library panics there when no reader is left."""
+    """Drop what native code writes to stdout. The tokenizers library panics if stdout does not have a reader."""
     try:
         kept = os.dup(1)
     except OSError:  # the program has no stdout
         yield
         return
-    _write_to_nothing(1)
+    _redirect_to_null(1)
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def silent_stdout() -> Iterator[None]:
 
 
 def reader_is_gone(stream: TextIO) -> bool:
-    """Whether nothing reads what is written to a stream any more; what it still holds is then dropped."""
+    """Return whether the reader of a stream is gone. If so, drop what the stream still holds."""
     try:
         number = stream.fileno()
     except (AttributeError, OSError, ValueError):
@@ -60,12 +60,12 @@ def reader_is_gone(stream: TextIO) -> bool:
     poll.register(number, select.POLLOUT)
     gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     if gone:
-        _write_to_nothing(number)
+        _redirect_to_null(number)
     return gone
 
 
 def _outlasting(stream: Any) -> Any:
-    """Return a stream to the same place; the same one where that is not a file of the system's."""
+    """Return a stream to the same file that survives its reader; the stream itself if it does not have a file."""
     try:
         number = stream.fileno()
         stream.flush()
@@ -76,17 +76,18 @@ def _outlasting(stream: Any) -> Any:
 
 
 class _Outlasting(io.FileIO):
-    """A file that becomes the null device when its reader goes away."""
+    """A file that is replaced by the null device when its reader goes away."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
-            _write_to_nothing(self.fileno())  # for libraries that write to the number, too
+            _redirect_to_null(self.fileno())  # libraries that write to the descriptor need it too
             return len(data)
 
 
-def _write_to_nothing(number: int) -> None:
+def _redirect_to_null(number: int) -> None:
+    """Make a file descriptor refer to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)

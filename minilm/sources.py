@@ -1,4 +1,4 @@
-"""From a name to rows: files, folders, globs, saved datasets and the hub."""
+"""Data sources: files, folders, globs, saved datasets and the hub, from their name to their rows."""
 
 import glob
 import json
@@ -19,7 +19,7 @@ from minilm.checks import closest
 from minilm.columnar import where_damaged
 from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import KINDS, ending, file_content, file_kind, warn_once
+from minilm.files import KINDS, ending, file_kind, fingerprint_file, warn_once
 from minilm.hub import expect, is_path, reason
 from minilm.job import is_main
 from minilm.rows import Blank, map_rows, read_batches
@@ -30,7 +30,7 @@ log = logging.getLogger("minilm")
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """The datasets library without its log, whose errors are raised too; with its bars only at a terminal, once."""
+    """Silence the log of the datasets library, and show its progress bars only in a terminal, from one process."""
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or not is_main(os.environ):
@@ -44,18 +44,18 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def is_text(source: str) -> bool:
-    """Whether a source is files of plain text."""
+    """Return whether a source is files of plain text."""
     return _kind_of_files(source) == "text"
 
 
 def _kind_of_files(source: str) -> str:
-    """The kind of a source's files; empty for pydocs, saved datasets and datasets on the hub."""
+    """Return the kind of a source's files; empty for pydocs, saved datasets and datasets on the hub."""
     files = [] if source == "pydocs" else local_files(source)
     return file_kind(files[0]) if files else ""
 
 
-def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
-    """The columns that are asked for."""
+def list_columns(data: Data, *, labels: bool = False) -> list[Column]:
+    """Return the columns that a run reads, the text first."""
     columns = [Column(role="text", name=data.column)]
     if data.pair_column is not None:
         columns.append(Column(role="pair", name=data.pair_column))
@@ -66,7 +66,7 @@ def columns_of(data: Data, *, labels: bool = False) -> list[Column]:
 
 
 def check_data_settings(data: Data, *, labels: bool) -> None:
-    """Raise ValueError for a setting that no source can follow, or that needs labels where none are read."""
+    """Raise ValueError for a setting that no source can follow, or that needs labels when none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     kinds = {source: _kind_of_files(source) for source in sources}
 
@@ -75,11 +75,11 @@ def check_data_settings(data: Data, *, labels: bool) -> None:
         raise ValueError(f"--data.{setting.replace('_', '-')} {value}: {why}; leave it out")
 
     if all(source == "pydocs" or kinds[source] == "text" for source in sources):
-        what = "pydocs has" if sources == ["pydocs"] else "a .txt file has"
+        why = "pydocs has no columns" if sources == ["pydocs"] else "a .txt file has no columns"
         if data.column != Data.column:
-            refuse("column", f"{what} no columns")
+            refuse("column", why)
         if data.pair_column is not None:
-            refuse("pair_column", f"{what} no columns")
+            refuse("pair_column", why)
     if data.delimiter is not None and "delimited" not in kinds.values():
         refuse("delimiter", "no source is .csv or .tsv")
     if data.document != Data.document and "text" not in kinds.values():
@@ -97,39 +97,39 @@ def check_data_settings(data: Data, *, labels: bool) -> None:
 
 
 def _is_on_hub(source: str) -> bool:
-    return source != "pydocs" and not is_path(source) and not files_of(source)
+    return source != "pydocs" and not is_path(source) and not list_files(source)
 
 
 def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: Blank = "keep") -> Dataset:
-    """The rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
+    """Return the rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
 
-    Texts are strings. A label is a whole number, a number, a string, a truth value or a list of these, the same in all
-    rows, or a ClassLabel where the source has one. What happens to rows without a visible character, `blank` says.
-    Raises ValueError that names the file and the line, the row, the column or the split at fault.
+    Texts are strings. Labels are whole numbers, numbers, strings, truth values, or lists of these, of the same type in
+    all rows. A ClassLabel of the source is kept. `blank` decides whether rows without a visible character are kept,
+    dropped or refused. Raises ValueError that names the file and the line, the row, the column or the split at fault.
     """
     table, part = open_table(data, source, split)
-    columns = columns_of(data, labels=labels)
+    columns = list_columns(data, labels=labels)
     _look_for_second_text(table, columns)
     return map_rows(table, columns, split=part, blank=blank)
 
 
 def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
-    """The texts of `read_rows` that have a visible character, in batches, with nothing stored.
+    """Yield the texts of `read_rows` that have a visible character, in batches. Nothing is stored.
 
-    A slice of a split is of numbers of rows.
+    A part of a split is given by numbers of rows, not by percent.
     """
     table, part = open_table(data, source, split, streaming=True, revision=revision)
-    for batch in read_batches(table, columns_of(data)[:1], split=part):
+    for batch in read_batches(table, list_columns(data)[:1], split=part):
         yield batch["text"]
 
 
 def open_table(
     data: Data, source: str, split: str, *, streaming: bool = False, revision: str | None = None
 ) -> tuple[Table, str]:
-    """(the rows of a source, the part of them that `split` stands for)."""
+    """Return (the rows of a source, the part of them that `split` stands for)."""
     sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
     if streaming and sliced is None:
-        raise ValueError(f"{source}: a stream takes no part such as {split}, only numbers of rows such as train[:5000]")
+        raise ValueError(f"{source}: a stream takes no part such as {split}; give numbers of rows such as train[:5000]")
     if files := local_files(source):
         _check_files(source, split, files)
         return FileTable(files, data), split
@@ -143,15 +143,17 @@ def open_table(
     rows = _load(source, os.path.expanduser(source), name=data.config, split=split)
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
-    # A saved dataset keeps its fingerprint whatever its files hold.
-    saved = [file_content(file) for file in files_of(source)]
+    # The fingerprint of a saved dataset does not change when its files do.
+    saved = [fingerprint_file(file) for file in list_files(source)]
     return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
 
 
 def no_documents(data: Data, source: str, split: str) -> ValueError:
-    """The error about a source whose rows all lack a visible character."""
+    """Return the error for a source that has no text with a visible character."""
     at = "" if is_text(source) else f", column {data.column!r}"
-    return ValueError(f"{source}: there is no document with text in it (split {split!r}{at})")
+    return ValueError(
+        f"{source}: no document has text (split {split!r}{at}); change the source, the split or the column"
+    )
 
 
 def _look_for_second_text(table: Table, columns: list[Column]) -> None:
@@ -165,21 +167,21 @@ def _look_for_second_text(table: Table, columns: list[Column]) -> None:
 
 
 def source_facts(data: Data) -> dict[str, Any]:
-    """What tells the content of each source, as JSON types: its files as `file_content` has them, or a revision."""
+    """Return the content of each source, as JSON types: the fingerprints of its files, or a revision on the hub."""
     facts: dict[str, Any] = {}
     for source in dict.fromkeys((*data.sources, data.eval_source)):
         if source in ("pydocs", None):
             continue
-        with suppress(ValueError, OSError):  # a dataset from the cache, when the hub does not answer
-            if files := files_of(source):
-                facts[source] = [{"file": name, **file_content(name)} for name in files]
+        with suppress(ValueError, OSError):  # the hub does not answer, and the dataset comes from the cache
+            if files := list_files(source):
+                facts[source] = [{"file": name, **fingerprint_file(name)} for name in files]
             else:
                 facts[source] = {"revision": revision(source)}
     return facts
 
 
-def files_of(source: str) -> list[str]:
-    """The files of a source, those of a saved dataset among them; none where it is on the hub."""
+def list_files(source: str) -> list[str]:
+    """Return the files of a source, also of a saved dataset; empty for a dataset on the hub."""
     path = os.path.expanduser(source)
     if not _is_saved(path):
         return local_files(source)
@@ -187,15 +189,15 @@ def files_of(source: str) -> list[str]:
 
 
 def revision(source: str) -> str:
-    """The commit of a dataset on the hub. Raises ValueError where the hub does not say."""
+    """Return the commit of a dataset on the hub. Raises ValueError if the hub does not answer."""
     try:
         return str(HfApi().dataset_info(source, timeout=10).sha)
-    except Exception as error:  # of one of several libraries of HTTP
+    except Exception as error:  # the type depends on the HTTP library
         raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
 
 
 def _check_files(source: str, split: str, files: list[str]) -> None:
-    """Raise ValueError where files cannot have this split, or are empty."""
+    """Raise ValueError if files cannot have this split, or if all files are empty."""
     if split.partition("[")[0] != "train":
         raise ValueError(
             f"data source {source}: files have no split {split!r}, only train and parts of it such as train[:90%]"
@@ -204,73 +206,70 @@ def _check_files(source: str, split: str, files: list[str]) -> None:
         datasets.ReadInstruction.from_spec(split)
     except (ValueError, AssertionError) as error:
         unknown = str(error).startswith("Unrecognized instruction")
-        why = _not_a_split(split) if unknown else f"the split {split!r}: {error}"
+        why = _describe_bad_split(split) if unknown else f"the split {split!r}: {error}"
         raise ValueError(f"data source {source}: {why}") from error
     if not any(map(os.path.getsize, files)):
         raise ValueError(f"data source {source}: is empty")
 
 
-def _not_a_split(split: str) -> str:
+def _describe_bad_split(split: str) -> str:
     return f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
 
 
 def _is_saved(path: str) -> bool:
-    """Whether it is a folder that `save_to_disk` of the datasets library wrote."""
+    """Return whether a folder was written by `save_to_disk` of the datasets library."""
     names = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
     return any(os.path.exists(os.path.join(path, name)) for name in names)
 
 
 def local_files(source: str) -> list[str]:
-    """The files that a path, folder or glob stands for; none where it can only be a hub id or a saved dataset.
+    """Return the files that a path, folder or glob stands for; empty for a saved dataset or a name on the hub.
 
-    Of a folder, what is hidden or in a hidden folder below it is left out, as globs leave it out.
+    Hidden files and folders in a folder are left out, as in a glob.
     """
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         below = ((file, file.relative_to(path).parts) for file in Path(path).rglob("*") if file.is_file())
-        found = sorted(str(file) for file, parts in below if not any(part.startswith(".") for part in parts))
+        names = sorted(str(file) for file, parts in below if not any(part.startswith(".") for part in parts))
     else:
         matches = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        found = [path] if os.path.exists(path) else matches
+        names = [path] if os.path.exists(path) else matches
     if _is_saved(path):
         return []
-    files = [name for name in found if ending(name) in KINDS]
+    files = [name for name in names if ending(name) in KINDS]
     endings = sorted({ending(name) for name in files})
     if len({*map(file_kind, files)}) > 1:
         raise ValueError(
             f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
         )
     looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in KINDS
-    if not files and (found or looks_like_a_path or is_path(source)):
-        what = (
-            "no such file or folder"
-            if not found and not os.path.isdir(path)
-            else f"no file ending in {' '.join(KINDS)}"
-        )
-        raise ValueError(f"data source {source}: {what}")
+    if not files and (names or looks_like_a_path or is_path(source)):
+        missing = not names and not os.path.isdir(path)
+        why = "no such file or folder" if missing else f"no file ending in {' '.join(KINDS)}"
+        raise ValueError(f"data source {source}: {why}")
     return files
 
 
 def _load(source: str, path: str, **options: Any) -> Any:
-    """The rows of a saved dataset or of one on the hub, as the datasets library reads them."""
+    """Load a saved dataset or one on the hub with the datasets library. Raises ValueError in one line."""
     split = str(options["split"])
     try:
         if os.path.isdir(path):
             return _load_saved(path, split)
         return datasets.load_dataset(path, **options)
-    except Exception as error:  # the library raises what it likes
+    except Exception as error:  # the library raises errors of many types
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
         if why.startswith("Unrecognized instruction"):
-            why = _not_a_split(split)
-        for file in files_of(source) if os.path.isdir(path) else ():
+            why = _describe_bad_split(split)
+        for file in list_files(source) if os.path.isdir(path) else ():
             if ending(file) == ".arrow" and (damage := where_damaged(file)):
                 raise ValueError(f"{file}: {damage}") from error
         raise ValueError(f"data source {source}: {why}") from error
 
 
 def _load_saved(path: str, split: str) -> Dataset:
-    """A part of a saved dataset, or a slice of one; other parts are not read."""
+    """Load a split of a saved dataset, or a part of it. Other splits are not read."""
     name = split.partition("[")[0]
     listing = Path(path, datasets.config.DATASETDICT_JSON_FILENAME)
     names = json.loads(listing.read_text())["splits"] if listing.is_file() else ["train"]

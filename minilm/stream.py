@@ -1,4 +1,4 @@
-"""Documents that are read anew at every pass and stored nowhere: `stream_documents` is `load_documents` for them."""
+"""Streamed documents: each pass reads them anew, and nothing is stored. The counterpart of `load_documents`."""
 
 import itertools
 import json
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from minilm.config import Data
-from minilm.files import file_content, form
+from minilm.files import fingerprint_file, full_ending
 from minilm.glue import with_glue_columns
-from minilm.sources import check_data_settings, files_of, no_documents, quiet_datasets, revision, stream_rows
+from minilm.sources import check_data_settings, list_files, no_documents, quiet_datasets, revision, stream_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +18,18 @@ class Stream:
 
     texts: Callable[[], Iterator[str]]
     identity: str
-    """What decides the texts: the content of the files or the revision on the hub, and what is taken of it."""
+    """Tells apart streams with different texts: the fingerprints of the files or the revision, and the settings."""
     remote: bool
-    """They come from the hub, where reading costs more than time."""
+    """True if the texts come from the hub, so that each pass downloads them."""
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
-        """The texts in batches, as a `datasets.Dataset` with the column `text` gives them."""
+        """Yield the texts in batches, as a `datasets.Dataset` with the column `text` does."""
         texts = self.texts()
         while batch := [*itertools.islice(texts, batch_size)]:
             yield {"text": batch}
 
     def first(self, count: int) -> "Stream":
-        """The first `count` texts."""
+        """Return a stream of the first `count` texts."""
         return Stream(
             texts=lambda: itertools.islice(self.texts(), count),
             identity=f"{self.identity} first {count}",
@@ -38,20 +38,22 @@ class Stream:
 
 
 def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
-    """(training documents, evaluation documents by name), as `load_documents` without labels.
+    """Return (training documents, evaluation documents by name), as `load_documents` without labels.
 
-    Where a share is held out, it is document i when i + 1 documents hold one more in `data.eval_fraction` than i do.
+    If a fraction of the documents is held out, document i is held out where floor((i + 1) * fraction) is greater than
+    floor(i * fraction): these are every (1 / fraction)-th document.
     """
     data = with_glue_columns(data)
     check_data_settings(data, labels=False)
     if data.eval_source is None and data.eval_split is None:
         whole = [_stream(data, source, data.split) for source in data.sources]
         train = [_share(stream, data.eval_fraction, inside=False) for stream in whole]
-        none = f"data.eval_fraction={data.eval_fraction} is none to evaluate on; raise it or give data.eval_source"
-        ends = zip(whole, data.sources, strict=True)
-        held_out = {
-            "": chained([_share(stream, data.eval_fraction, none=f"{source}: {none}") for stream, source in ends])
-        }
+        empty = f"data.eval_fraction={data.eval_fraction} holds out no document; raise it or give data.eval_source"
+        parts = [
+            _share(stream, data.eval_fraction, if_empty=f"{source}: {empty}")
+            for stream, source in zip(whole, data.sources, strict=True)
+        ]
+        held_out = {"": chained(parts)}
     else:
         train = [_stream(data, source, data.split) for source in data.sources]
         splits = (data.eval_split or "train").split("+")
@@ -69,12 +71,12 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
 
 
 def _stream(data: Data, source: str, split: str) -> Stream:
-    """The documents of one split of a source that have a visible character."""
-    files = files_of(source)
+    """Return a stream of the documents of a split that have a visible character."""
+    files = list_files(source)
     commit = None if files else revision(source)
-    # A copy of a file, or one with another time, has the same texts.
-    origin = [[form(name), file_content(name)] for name in files] if files else [source, commit, data.config]
-    what = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
+    # A copy of a file has the same texts, and so has a file whose time alone changed.
+    origin = [[full_ending(name), fingerprint_file(name)] for name in files] if files else [source, commit, data.config]
+    settings = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
 
     def texts() -> Iterator[str]:
         with quiet_datasets():
@@ -85,18 +87,21 @@ def _stream(data: Data, source: str, split: str) -> Stream:
             if empty:
                 raise no_documents(data, source, split)
 
-    return Stream(texts=texts, identity=json.dumps([origin, what]), remote=not files)
+    return Stream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
 
 
 def _repeated(stream: Stream, weight: float, source: str) -> Stream:
-    """The documents as often as `weight` says; of its fraction, each at which another is full."""
+    """Return the documents `weight` times. Its fraction adds that share of them, at equal distances."""
     whole, share = divmod(weight, 1)
-    none = "" if whole else f"{source}: data.weights {weight} of the documents is none; give a larger weight"
-    return chained([*[stream] * int(whole), *([_share(stream, share, none=none)] if share else [])])
+    empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
+    return chained([*[stream] * int(whole), *([_share(stream, share, if_empty=empty)] if share else [])])
 
 
-def _share(stream: Stream, fraction: float, *, inside: bool = True, none: str = "") -> Stream:
-    """Each document at which another `fraction` is full, or all the others; ValueError(`none`) where that is none."""
+def _share(stream: Stream, fraction: float, *, inside: bool = True, if_empty: str = "") -> Stream:
+    """Return every (1 / `fraction`)-th document, or all other documents if not `inside`.
+
+    if_empty: the message of a ValueError if there are none; without a message, an empty stream is right.
+    """
 
     def texts() -> Iterator[str]:
         empty = True
@@ -104,14 +109,14 @@ def _share(stream: Stream, fraction: float, *, inside: bool = True, none: str = 
             if (math.floor((index + 1) * fraction) > math.floor(index * fraction)) == inside:
                 empty = False
                 yield text
-        if empty and none:
-            raise ValueError(none)
+        if empty and if_empty:
+            raise ValueError(if_empty)
 
     return Stream(texts=texts, identity=f"{stream.identity} {inside} {fraction}", remote=stream.remote)
 
 
 def chained(streams: list[Stream]) -> Stream:
-    """The texts of all streams, one stream after the other."""
+    """Return the texts of all streams, one stream after the other."""
     return Stream(
         texts=lambda: itertools.chain.from_iterable(stream.texts() for stream in streams),
         identity=" then ".join(stream.identity for stream in streams),

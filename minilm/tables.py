@@ -11,20 +11,31 @@ from datasets import Dataset, IterableDataset
 from minilm import columnar, delimited, json_rows
 from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import check_mark, file_content, file_kind, form, line_end, open_text, strip_line_end, text_encoding
+from minilm.files import (
+    check_mark,
+    file_kind,
+    find_line_end,
+    fingerprint_file,
+    full_ending,
+    open_text,
+    strip_line_end,
+    text_encoding,
+)
 
-_BATCH_CHARACTERS = 2**20  # at most, beside `columnar.BATCH_ROWS`; a single row can be longer
+# A batch ends at this many characters or at `columnar.BATCH_ROWS` rows. A single row can be longer.
+_BATCH_CHARACTERS = 2**20
 _COLUMNAR = ("parquet", "arrow")
 
 Rows: TypeAlias = Iterator[tuple[int, list[Any]]]
+"""The place of each row (a line or a number), and its cells."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Some rows of a table: the place of each, and the cells of each column that is asked for."""
+    """Some rows of a table: the place of each row, and one list of cells for each column."""
 
     where: Callable[[int], str]
-    """How an error message calls a place."""
+    """Returns the words for a place in an error message, such as `data.csv, line 7`."""
     places: Sequence[int]
     cells: Sequence[Sequence[Any]]
 
@@ -33,21 +44,21 @@ class RowBatch:
 
 
 class Table(Protocol):
-    """Rows in a fixed order, which can be read as often as one likes."""
+    """Rows in a fixed order, which can be read several times."""
 
     identity: Any
-    """What tells the content, as JSON types."""
+    """A value of JSON types that is equal only for tables with the same content."""
     typed: bool
-    """Whether cells are numbers, texts and lists; otherwise all are texts."""
+    """True if cells have types such as numbers and lists; False if every cell is text."""
 
     def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
-        """The cells of these columns."""
+        """Yield the cells of these columns in all rows."""
 
     def names(self, columns: Sequence[Column]) -> list[str]:
-        """The names of all columns, where `columns` are asked for."""
+        """Return the names of all columns. A delimited file needs `columns` to find its delimiter."""
 
     def class_names(self, column: Column) -> tuple[str, ...]:
-        """The names of the classes that a column of labels has numbers of; none where there are no names."""
+        """Return the names of the classes in a column of labels; empty if the table does not store names."""
 
 
 class FileTable:
@@ -59,18 +70,18 @@ class FileTable:
         self.typed = self.kind != "delimited"
         self.delimiter = "\t" if data.delimiter == "tab" else data.delimiter
         try:
-            self.contents = [file_content(file) for file in files]
+            self.fingerprints = [fingerprint_file(file) for file in files]
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        # No names and no times: a copy of a file has the same rows.
-        self.identity = [[*map(form, files)], self.contents, data.document, self.delimiter]
+        # Names and times are left out: a copy of a file has the same rows.
+        self.identity = [[*map(full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
     def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         unit = "row" if self.kind in _COLUMNAR else "line"
-        for file, content in zip(self.files, self.contents, strict=True):
+        for file, fingerprint in zip(self.files, self.fingerprints, strict=True):
             rows = self._rows(file, columns)
             yield from _in_batches(rows, partial("{}, {} {}".format, file, unit))
-            if file_content(file) != content:
+            if fingerprint_file(file) != fingerprint:
                 raise ValueError(f"{file}: was changed while it was read; start again")
 
     def _rows(self, file: str, columns: Sequence[Column]) -> Rows:
@@ -99,9 +110,9 @@ class FileTable:
     def class_names(self, column: Column) -> tuple[str, ...]:
         if self.kind not in _COLUMNAR:
             return ()
-        found = {file: columnar.class_names(file, column) for file in self.files}
-        first = found[self.files[0]]
-        for file, names in found.items():
+        names_of = {file: columnar.read_class_names(file, column) for file in self.files}
+        first = names_of[self.files[0]]
+        for file, names in names_of.items():
             if names != first:
                 raise ValueError(
                     f"{file}: the classes of column {column.name!r} are {', '.join(names) or 'without names'}, and in "
@@ -111,7 +122,7 @@ class FileTable:
 
 
 class DatasetTable:
-    """The rows of a dataset of the datasets library, kept or streamed."""
+    """The rows of a dataset of the datasets library, memory-mapped or streamed."""
 
     typed = True
 
@@ -119,37 +130,43 @@ class DatasetTable:
         self.rows, self.source, self.identity = rows, source, identity
 
     def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
-        read = self._kept if isinstance(self.rows, Dataset) else self._streamed
+        read = self._read_mapped if isinstance(self.rows, Dataset) else self._read_stream
         return _in_batches(read(columns), lambda row: f"{self.source}, row {row}")
 
-    def _kept(self, columns: Sequence[Column]) -> Rows:
-        heads = columnar.heads_of(columns, self.rows.features.arrow_schema, self.source)
-        rows = self.rows.select_columns(list(dict.fromkeys(heads))).with_format("arrow")
+    def _read_mapped(self, columns: Sequence[Column]) -> Rows:
+        outer = columnar.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
+        rows = self.rows.select_columns(list(dict.fromkeys(outer))).with_format("arrow")
         parts = (batch for table in rows.iter(batch_size=columnar.BATCH_ROWS) for batch in table.to_batches())
-        return columnar.cells_of(parts, columns, heads, self.source)
+        return columnar.read_cells(parts, columns, outer, self.source)
 
-    def _streamed(self, columns: Sequence[Column]) -> Rows:
+    def _read_stream(self, columns: Sequence[Column]) -> Rows:
         numbers = itertools.count()
         for batch in self.rows.iter(batch_size=columnar.BATCH_ROWS):
-            known = [[head for head in column.heads() if head in batch] for column in columns]
-            for column, heads in zip(columns, known, strict=True):
-                if not heads:
-                    raise column.missing(self.source, list(batch))
-            for cells in zip(*(batch[heads[0]] for heads in known), strict=True):
+            outer = [self._find_outer_column(column, batch) for column in columns]
+            for cells in zip(*(batch[name] for name in outer), strict=True):
                 row = next(numbers)
-                named = zip(columns, known, cells, strict=True)
-                yield row, [column.find({heads[0]: cell}, f"{self.source}, row {row}") for column, heads, cell in named]
+                named = zip(columns, outer, cells, strict=True)
+                yield row, [column.find({name: cell}, f"{self.source}, row {row}") for column, name, cell in named]
+
+    def _find_outer_column(self, column: Column, batch: dict[str, Any]) -> str:
+        for name in column.outer_names():
+            if name in batch:
+                return name
+        raise column.missing(self.source, list(batch))
 
     def names(self, columns: Sequence[Column]) -> list[str]:
         return list(self.rows.column_names or ())
 
     def class_names(self, column: Column) -> tuple[str, ...]:
-        return columnar.names_of_classes(self.rows.features, column)
+        return columnar.find_class_names(self.rows.features, column)
 
 
 def _read_text(path: str, encoding: str, document: str) -> Rows:
-    """The lines of a file of text, its paragraphs between lines without a visible character, or all of it."""
-    newline = line_end(path)
+    """Yield the documents of a text file: its lines, its paragraphs, or the whole file.
+
+    Lines without a visible character separate paragraphs.
+    """
+    newline = find_line_end(path)
     first, lines = 1, list[str]()
     with open_text(path, encoding, newline) as file:
         for number, line in enumerate(file, start=1):
@@ -171,7 +188,7 @@ def _read_text(path: str, encoding: str, document: str) -> Rows:
 
 
 def _in_batches(rows: Rows, where: Callable[[int], str]) -> Iterator[RowBatch]:
-    """Rows in batches that are no longer than memory is meant for."""
+    """Yield the rows in batches whose size is limited, so that memory does not grow with the file."""
     places, cells, characters = list[int](), list[list[Any]](), 0
     for place, row in rows:
         places.append(place)

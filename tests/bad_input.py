@@ -41,7 +41,7 @@ def classified(prepare: Callable[[], object], says: str, flags: str = PAIRS, **m
 
 ENTRIES: dict[str, Entry] = {
     "empty text file": Entry(prepare=text("docs.txt", ""), says="docs.txt"),
-    "blank text file": Entry(prepare=text("docs.txt", "\n \n"), says="no document with text in it"),
+    "blank text file": Entry(prepare=text("docs.txt", "\n \n"), says="no document has text"),
     "empty jsonl": Entry(flags="--data.source docs.jsonl", prepare=text("docs.jsonl", ""), says="docs.jsonl"),
     "missing file": Entry(flags="--data.source doc.txt", says="doc.txt: no such file"),
     "second source missing": Entry(flags="--data.source docs.txt doc.txt", says="doc.txt: no such file"),
@@ -95,7 +95,9 @@ ENTRIES: dict[str, Entry] = {
         says="docs.txt.gz, after line",
     ),
     "truncated arrow of a saved dataset": Entry(
-        flags="--data.source saved", prepare=truncated_dataset, says="saved/data-00000-of-00001.arrow: no Arrow, or cut"
+        flags="--data.source saved",
+        prepare=truncated_dataset,
+        says="saved/data-00000-of-00001.arrow: not Arrow, or cut",
     ),
     "bad slice of a saved dataset": Entry(
         flags="--data.source saved --data.split train[:5z]",
@@ -111,7 +113,7 @@ ENTRIES: dict[str, Entry] = {
         flags="--data.source docs.jsonl --data.streaming", prepare=truncated("docs.jsonl"), says="docs.jsonl, line 60"
     ),
     "weight 0": Entry(flags="--data.weights 0", says="data.weights must be positive, not 0"),
-    "weight that leaves nothing": Entry(flags="--data.weights 0.001", says="is none; give a larger weight"),
+    "weight that leaves nothing": Entry(flags="--data.weights 0.001", says="documents; give a larger weight"),
     "second source without the column": Entry(
         flags="--data.source docs.jsonl more.jsonl",
         prepare=in_turn(jsonl(*["a word"] * 40), text("more.jsonl", '{"body": "b"}\n' * 40)),
@@ -137,10 +139,10 @@ ENTRIES: dict[str, Entry] = {
         flags="--data.source docs.txt --data.streaming --data.split train[900:]", says="there is no document"
     ),
     "stream that leaves nothing to evaluate on": Entry(
-        flags="--data.source docs.txt --data.streaming --data.eval-fraction 0.001", says="is none to evaluate on"
+        flags="--data.source docs.txt --data.streaming --data.eval-fraction 0.001", says="holds out no document"
     ),
     "stream of a weight that leaves nothing": Entry(
-        flags="--data.source docs.txt --data.streaming --data.weights 0.001", says="is none; give a larger weight"
+        flags="--data.source docs.txt --data.streaming --data.weights 0.001", says="selects no document; give a larger"
     ),
     "stream of an unknown column": Entry(
         flags="--data.source docs.jsonl --data.streaming --data.column txet",

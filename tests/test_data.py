@@ -230,7 +230,7 @@ def test_sources_share_their_evaluation_parts(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_leaves_nothing_of_a_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"b\.jsonl: data\.weights 0\.02 of 16 documents is none"):
+    with pytest.raises(ValueError, match=r"b\.jsonl: data\.weights 0\.02 selects none of 16 documents"):
         load_documents(_several(tmp_path, weights=(1, 0.02)), seed=0)
 
 
@@ -249,10 +249,10 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
     "nothing held out": ({"a.txt": b"a\nb\nc"}, "a.txt", {}, "evaluation part is empty .* 3 documents"),
     "all held out": ({"a.txt": b"a\nb\nc"}, "a.txt", {"eval_fraction": 0.9}, "training part is empty"),
     "empty text": ({"a.txt": b""}, "a.txt", {}, ""),
-    "blank text": ({"a.txt": b"\n \n\t\n"}, "a.txt", {}, "no document with text in it"),
+    "blank text": ({"a.txt": b"\n \n\t\n"}, "a.txt", {}, "no document has text"),
     "empty jsonl": ({"a.jsonl": b""}, "a.jsonl", {}, ""),
     "only a header": ({"a.csv": b"text\n"}, "a.csv", {}, ""),
-    "truncated jsonl": ({"a.jsonl": _jsonl(ROWS)[:-9]}, "a.jsonl", {}, f"line {len(ROWS)}: no JSON, or cut off"),
+    "truncated jsonl": ({"a.jsonl": _jsonl(ROWS)[:-9]}, "a.jsonl", {}, f"line {len(ROWS)}: not JSON, or cut off"),
     "truncated parquet": ({"a.parquet": _parquet(ROWS)[:-9]}, "a.parquet", {}, "[Pp]arquet"),
     **{
         f"truncated {name}": ({name: content[:-9]}, name, {}, r"after line \d+: cannot be read; copy the file again")
@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
         if name.endswith(".gz")
     },
     "no gzip": ({"a.txt.gz": LINES}, "a.txt.gz", {}, "after line 0: cannot be read"),
-    "truncated arrow": ({"a.arrow": _arrow(ROWS)[:-99]}, "a.arrow", {}, "no Arrow, or cut off"),
+    "truncated arrow": ({"a.arrow": _arrow(ROWS)[:-99]}, "a.arrow", {}, "not Arrow, or cut off"),
     "bad slice of a file": ({"a.txt": LINES}, "a.txt", {"split": "train[5"}, r"train\[5' is not written like"),
     "not text": ({"a.txt": b"ok\n\x81\n"}, "a.txt", {}, "line 2: not UTF-8"),
     "two encodings": ({"a.txt": b"ok\n\xe9\n", "b.txt": b"ok\n\xc3\xa9\n"}, ".", {}, "line 2: not UTF-8"),

@@ -211,7 +211,7 @@ def test_of_several_hub_streams_all_is_read_so_that_each_has_its_share(
 REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "share of rows": (LINES, {"split": "train[:10%]"}, "takes no part such as"),
     "no such split": (LINES, {"split": "test"}, "no split 'test'"),
-    "blank": (b"\n \n", {}, "no document with text in it"),
+    "blank": (b"\n \n", {}, "no document has text"),
     "empty": (b"", {}, "is empty"),
     "not text": (b"ok\n\x81\n", {}, "line 2: not UTF-8"),
 }
@@ -230,7 +230,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line_that_names_the_source(tm
     [
         (JSONL, "b.text", "no column 'b.text'"),
         (JSONL, "number", "line 1: column 'number' holds int where text"),
-        (JSONL[:-9], "a.text", "line 25: no JSON, or cut off"),
+        (JSONL[:-9], "a.text", "line 25: not JSON, or cut off"),
     ],
 )
 def test_a_row_that_cannot_be_streamed_is_named(tmp_path: Path, content: bytes, column: str, said: str) -> None:

@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
 from minilm.data import load_documents, read_documents
-from minilm.files import file_content
+from minilm.files import fingerprint_file
 from minilm.objectives import prepare
 from minilm.settings import parse
 from minilm.sources import read_rows, source_facts, stream_rows
@@ -248,7 +248,7 @@ DELIMITED = {
     ),
     "a word for a missing number among numbers": Situation(
         {"a.csv": "text,label\na,1.5\nb,NaN\n"},
-        says="a.csv, line 3: column 'label' holds 'NaN', and .*a.csv, line 2 a number",
+        says="a.csv, line 3: column 'label' holds 'NaN', and .*a.csv, line 2 holds a number",
         options=LABEL,
     ),
     "words for missing numbers among words": Situation(
@@ -303,7 +303,7 @@ DELIMITED = {
     "a byte-order mark before a header": Situation({"a.csv": "\ufefftext,n\na,1\n"}, texts("a")),
     "a byte-order mark before a header in quotes": Situation({"a.csv": '\ufeff"text","n"\n"a","1"\n'}, texts("a")),
     "UTF-16, as a spreadsheet saves it": Situation(
-        {"a.tsv": "text\tn\na\t1\n".encode("utf-16")}, says="a.tsv, line 1: is UTF-16; convert"
+        {"a.tsv": "text\tn\na\t1\n".encode("utf-16")}, says="a.tsv, line 1: the file is UTF-16; convert"
     ),
     "lines that end in CR LF": Situation({"a.csv": "n,text\r\n1,a\r\n2,b\r\n"}, texts("a", "b")),
     "lines of a .tsv that end in CR LF": Situation({"a.tsv": "n\ttext\r\n1\ta\r\n2\tb\r\n"}, texts("a", "b")),
@@ -399,7 +399,17 @@ JSON = {
     "a whole surrogate pair": Situation({"a.jsonl": lines('{"text": "\\ud83d\\ude00"}')}, texts("😀")),
     "a label that changes its type": Situation(
         {"a.jsonl": lines({"text": "a", "label": 1}, {"text": "b", "label": "1"})},
-        says="line 2: column 'label' holds '1', a text, and .*a.jsonl, line 1 a whole number",
+        says="line 2: column 'label' holds '1', a text, and .*a.jsonl, line 1 holds a whole number",
+        options=LABEL,
+    ),
+    "a label that is a list of lists": Situation(
+        {"a.jsonl": lines({"text": "a", "label": [[1], [2]]})},
+        says=r"line 1: column 'label' holds \[\[1\], \[2\]\] where a label is expected: a number",
+        options=LABEL,
+    ),
+    "lists and numbers as labels": Situation(
+        {"a.jsonl": lines({"text": "a", "label": [1, 2]}, {"text": "b", "label": 1})},
+        says="line 2: column 'label' holds 1, a whole number, and .*a.jsonl, line 1 holds a list of whole numbers",
         options=LABEL,
     ),
     "whole numbers and numbers as labels": Situation(
@@ -446,16 +456,16 @@ JSON = {
     "an empty array": Situation({"in/a.json": "[]", "in/b.json": '[{"text": "a"}]'}, texts("a"), source="in"),
     "an array with a fault": Situation(
         {"a.json": '[\n{"text": "a"},\n{"text": "b"}\n{"text": "c"}]'},
-        says="a.json, line 4: no JSON, or cut off .a comma",
+        says="a.json, line 4: not JSON, or cut off .a comma",
     ),
     "an array that is not closed": Situation(
-        {"a.json": '[\n{"text": "a"},\n{"text": "b"}\n'}, says="a.json, line 4: no JSON, or cut off"
+        {"a.json": '[\n{"text": "a"},\n{"text": "b"}\n'}, says="a.json, line 4: not JSON, or cut off"
     ),
     "objects laid out over lines": Situation(
         {"a.json": "\n".join(json.dumps(row, indent=1) for row in texts("a", "b"))}, texts("a", "b")
     ),
     "a row that is cut off": Situation(
-        {"a.jsonl": '{"text": "a"}\n{"text": "b\n{"text": "c"}\n'}, says="a.jsonl, line 2: no JSON"
+        {"a.jsonl": '{"text": "a"}\n{"text": "b\n{"text": "c"}\n'}, says="a.jsonl, line 2: not JSON"
     ),
     "a row that is not an object": Situation(
         {"a.jsonl": '{"text": "a"}\n"b"\n'}, says="line 2: a string where an object"
@@ -585,7 +595,7 @@ TEXT = {
     "a byte-order mark": Situation({"a.txt": "\ufeffa\nb\n"}, texts("a", "b")),
     "a byte-order mark in gzip": Situation({"a.txt.gz": gzip.compress("\ufeffa\nb\n".encode())}, texts("a", "b")),
     "UTF-16": Situation(
-        {"a.txt": "a\nb\n".encode("utf-16-be").join([b"\xfe\xff", b""])}, says="a.txt, line 1: is UTF-16"
+        {"a.txt": "a\nb\n".encode("utf-16-be").join([b"\xfe\xff", b""])}, says="a.txt, line 1: the file is UTF-16"
     ),
     "CR LF": Situation({"a.txt": "a\r\nb\r\n"}, texts("a", "b")),
     "CR alone": Situation({"a.txt": "a\rb\r"}, texts("a", "b")),
@@ -752,7 +762,7 @@ def test_a_setting_that_no_source_can_follow_is_refused_before_anything_is_read(
     streamed = (
         [] if "pydocs" in (source, data.eval_source) or data.document == "file" else [replace(data, streaming=True)]
     )
-    monkeypatch.setattr("minilm.tables.file_content", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr("minilm.tables.fingerprint_file", lambda path: pytest.fail("a file was read"))
     for read in (lambda: load_documents(data, 0), *(partial(stream_documents, each) for each in streamed)):
         with pytest.raises(ValueError, match=rf"^{says.replace('|', '[|]')}[^\n]*; leave it out\Z"):
             read()
@@ -860,7 +870,7 @@ def test_a_large_file_is_told_by_its_size_time_and_samples(tmp_path: Path, monke
     for content, time in ((b"a" * 200, 1), (b"a" * 198 + b"bb", 1), (b"a" * 200, 2), (b"a" * 201, 1), (b"a" * 200, 1)):
         path.write_bytes(content)
         os.utime(path, ns=(time, time))
-        found.append(json.dumps(file_content(str(path))))
+        found.append(json.dumps(fingerprint_file(str(path))))
     assert found[0] == found[4]
     assert len({*found}) == 4
 

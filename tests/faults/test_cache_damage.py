@@ -1,4 +1,4 @@
-"""A damaged cache gives the result of an undisturbed run, and a warning that names the file."""
+"""A damaged cache does not change the result of a run, and a warning names the file."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.scorecard(40)
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an empty cache."""
+    """Return the folder of an empty cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     return cache_folder()
 
@@ -35,7 +35,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "name", ["masked LM with words", "masked LM of a saved dataset", "causal LM of a stream", "classified pairs"]
 )
-def test_each_file_is_damaged_in_several_ways(
+def test_results_are_the_same_after_damage_to_each_file(
     name: str, home: Path, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     files, damages, wrong = trial(configs(tmp_path)[name], ways=3)
@@ -61,7 +61,7 @@ def test_a_run_on_a_damaged_cache_ends_to_the_bit(tmp_path: Path) -> None:
 
 
 def open_many(name: str, tries: int, damaging: bool) -> int:
-    """Open an entry over and over, and damage it now and then, or count how often it was not there."""
+    """Open an entry many times. Either damage it now and then, or return how often its file was missing."""
     wrong = 0
     for number in range(tries):
         folder = open_entry(name, lambda folder: (folder / "file").write_text("whole" * 1000))
@@ -73,7 +73,7 @@ def open_many(name: str, tries: int, damaging: bool) -> int:
     return wrong
 
 
-def test_processes_that_meet_a_damaged_entry_at_once(home: Path) -> None:
+def test_several_processes_open_a_damaged_entry_at_once(home: Path) -> None:
     children = []
     for number in range(4):
         if (child := os.fork()) == 0:
@@ -90,7 +90,7 @@ def test_processes_that_meet_a_damaged_entry_at_once(home: Path) -> None:
     assert os.listdir(home) == ["made"]
 
 
-def test_a_cache_that_is_deleted_does_not_disturb_who_has_it_open(home: Path) -> None:
+def test_a_deleted_cache_does_not_disturb_a_process_that_has_it_open(home: Path) -> None:
     def build(folder: Path) -> None:
         with growing(folder / "ids.npy", np.dtype(np.uint16)) as file:
             file.write(np.arange(1000, dtype=np.uint16).data)
@@ -110,7 +110,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
         file[900:]
 
 
-def test_of_a_very_long_file_blocks_at_even_distances_are_checked(
+def test_blocks_at_even_distances_of_a_very_long_file_are_checked(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cache, "_BLOCK_BYTES", 100)
@@ -127,7 +127,7 @@ def test_of_a_very_long_file_blocks_at_even_distances_are_checked(
         open_entry("long", build)
         return "has another checksum" in caplog.text
 
-    # 101 blocks, of which each tenth is read, and the last.
+    # Of 101 blocks, about every tenth and the last are read.
     assert [block for block in range(101) if changed(block * 100 + 30)] == [9, 19, 29, 39, 49, 59, 69, 79, 89, 100]
     os.truncate(home / "long" / "file", 10_049)
     caplog.clear()

@@ -1,4 +1,4 @@
-"""A reader of the output that goes away ends no run, and ends a command without a word."""
+"""When the reader of the output goes away, a run goes on and a command ends silently."""
 
 import ast
 import shlex
@@ -33,7 +33,7 @@ guarded(work)
 
 
 def without_readers(script: str, arguments: str = "") -> tuple[int, str]:
-    """The exit status of a program whose readers go away after the first line, and what it wrote after that."""
+    """Run a program whose readers go away after the first line. Return its exit status and bash's error output."""
     line = f"{{ {sys.executable} -c {shlex.quote(script)} {arguments}; echo $? >&3; }}"
     done = subprocess.run(
         ["bash", "-c", f"exec 3>&1; {line} 2>&1 | head -n 1 >/dev/null"], cwd=ROOT, capture_output=True, text=True
@@ -50,7 +50,7 @@ def test_a_run_goes_on_to_its_end_when_its_readers_go_away(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("lines", [3, 100_000])
-def test_a_command_ends_without_a_word_when_the_reader_of_stdout_goes_away(lines: int) -> None:
+def test_a_command_ends_silently_when_the_reader_of_stdout_goes_away(lines: int) -> None:
     script = f"{sys.executable} -c {shlex.quote(COMMAND.format(lines=lines))}"
     done = subprocess.run(
         ["bash", "-c", f"{script} | true; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
@@ -60,7 +60,7 @@ def test_a_command_ends_without_a_word_when_the_reader_of_stdout_goes_away(lines
 
 @pytest.mark.parametrize("name", ["out/plain", "my models/one", "it's", '"quoted"', "$HOME `id`", "-dash", "a\nb", "*"])
 @pytest.mark.parametrize("text", ["… [MASK] …", "… <mask> …", "… $MASK 'x' …"])
-def test_the_line_that_tries_a_model_means_the_same_to_the_shell(
+def test_the_shell_reads_the_line_that_tries_a_model_as_it_is_meant(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = f"{shlex.quote(sys.executable)} -c 'import sys; print(ascii(sys.argv[1:]))'"

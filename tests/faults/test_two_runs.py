@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused in one line, and the first ends as if nothing had been."""
+"""Two runs in one folder: the second is refused in one line, and the first ends with the same result."""
 
 import json
 import os
@@ -37,7 +37,7 @@ minilm.train.train_step = wait
 
 @dataclass
 class Live:
-    """A run that is alive, and waits for `go`."""
+    """A run that is alive, and waits until the file `go` exists."""
 
     config: Config
     folder: Path
@@ -46,12 +46,12 @@ class Live:
 
     @property
     def main(self) -> int:
-        """The process that has the lock."""
+        """The id of the process that has the lock."""
         return self.job.processes[0].pid
 
 
 def run_in(place: Path, **changes: object) -> Config:
-    """A run of a few steps with a checkpoint after each second one."""
+    """Return a run of a few steps with a checkpoint after every second step."""
     config = config_in(place, steps=STEPS, save_every=2)
     return replace(config, run=replace(config.run, output_dir=str(place / "out"), keep_last=STEPS, **changes))
 
@@ -70,7 +70,7 @@ def begin(place: Path, *, processes: int = 1, workers: int = 0) -> Live:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The end of the run that nothing disturbs."""
+    """Return the result of a run that nothing disturbs."""
     place = tmp_path_factory.mktemp("reference")
     finish(run_in(place), place)
     assert not (place / "out" / LOCK).exists()
@@ -79,14 +79,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[Live]:
-    """A run that is alive."""
+    """Yield a run that is alive."""
     live = begin(tmp_path)
     yield live
     live.job.kill()
 
 
 def line_of(job: Job) -> str:
-    """The one line with which a run is refused."""
+    """Return the one line with which a run is refused."""
     assert job.status() == 2, job.stderr.read_text()
     (line,) = job.stderr.read_text().splitlines()
     return line
@@ -99,28 +99,28 @@ def test_each_second_run_is_refused_and_the_first_ends_the_same(
         f"error: run.output_dir {live.folder} is in use by another run (process {live.main} on "
         f"{socket.gethostname()!r}): wait for its end, stop it, or choose another folder"
     )
-    asked = {
+    attempts = {
         "overwrite": {"overwrite": True},
         "resume latest": {"resume": "latest"},
         "resume of a checkpoint": {"resume": str(live.folder / "checkpoint-2"), "output_dir": None},
         "new": {},
     }
     names = {path.name for path in live.folder.iterdir()}
-    for number, (what, changes) in enumerate(asked.items()):
+    for number, (what, changes) in enumerate(attempts.items()):
         for processes in (1, 2) if what == "overwrite" else (1,):
             place = tmp_path / f"second-{number}-{processes}"
             place.mkdir()
             second = start(
                 "fork", replace(live.config, run=replace(live.config.run, **changes)), place, processes=processes
             )
-            said = line_of(second)
-            assert said == used if what != "new" else "is not empty" in said, said
+            line = line_of(second)
+            assert line == used if what != "new" else "is not empty" in line, line
     assert {path.name for path in live.folder.iterdir()} == names
     live.go.touch()
     assert live.job.status() == 0
     assert end_of(live.folder) == reference
     assert not (live.folder / LOCK).exists()
-    figure(f"{len(asked)} of {len(asked)} second runs refused in one line; the first ended to the bit")
+    figure(f"{len(attempts)} of {len(attempts)} second runs refused in one line; the first ended to the bit")
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0)])
@@ -131,7 +131,7 @@ def test_a_run_whose_main_process_was_killed_is_resumed_at_once(
     beside = [*live.job.processes[0].children(), *live.job.processes[1:]]
     assert len(beside) == workers + processes - 1
     try:
-        # What stands still cannot notice that the main process is gone.
+        # A suspended process cannot notice that the main process is gone.
         for process in beside:
             process.suspend()
         os.kill(live.main, signal.SIGKILL)
@@ -140,7 +140,7 @@ def test_a_run_whose_main_process_was_killed_is_resumed_at_once(
         again = replace(live.config, run=replace(live.config.run, resume="latest"))
         (tmp_path / "again").mkdir()
         finish(again, tmp_path / "again")
-        # Two processes take the sums of one in another order.
+        # Two processes add numbers in another order than one, which changes the last bits.
         assert processes > 1 or end_of(live.folder) == reference
         assert (live.folder / "all_results.json").exists()
     finally:
@@ -149,7 +149,7 @@ def test_a_run_whose_main_process_was_killed_is_resumed_at_once(
         live.job.kill()
 
 
-def test_of_two_resumes_at_once_one_goes_on(reference: dict[str, object], live: Live, tmp_path: Path) -> None:
+def test_one_of_two_resumes_at_once_goes_on(reference: dict[str, object], live: Live, tmp_path: Path) -> None:
     live.job.kill()
     again = replace(live.config, run=replace(live.config.run, resume="latest"))
     jobs = []
@@ -168,7 +168,7 @@ def test_of_two_resumes_at_once_one_goes_on(reference: dict[str, object], live: 
     assert end_of(live.folder) == reference
 
 
-def test_a_lock_that_was_left_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_the_lock_file_of_a_killed_run_does_not_block_others(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
     for _ in range(2):
         with unlocked_at_end():
@@ -179,7 +179,7 @@ def test_a_lock_that_was_left_is_in_nobodys_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[]", b'{"pid": "x"}', b'{"pid": 1}'])
-def test_whoever_has_the_lock_need_not_be_known(content: bytes, tmp_path: Path) -> None:
+def test_a_lock_is_respected_if_its_file_does_not_name_the_process(content: bytes, tmp_path: Path) -> None:
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         lock_folder(tmp_path)
@@ -203,7 +203,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_text() == "kept"
 
 
-def test_a_file_system_without_locks_is_named(
+def test_a_warning_names_a_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(descriptor: int, kind: int) -> None:

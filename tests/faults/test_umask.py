@@ -1,4 +1,4 @@
-"""Files and folders have the modes that the umask gives, and several users can share a cache."""
+"""The modes of files and folders follow the umask, and several users can share a cache."""
 
 import os
 import re
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.scorecard(40)
 
 
 def wrong_modes(folder: Path, umask: int) -> list[str]:
-    """Every file and folder below that has another mode than open and mkdir give."""
+    """Return every file and folder below `folder` whose mode is not the one that open and mkdir give."""
     return [
         f"{path.relative_to(folder)} has {stat.S_IMODE(path.stat().st_mode):o}"
         for path in (folder, *folder.rglob("*"))
@@ -40,7 +40,7 @@ def wrong_modes(folder: Path, umask: int) -> list[str]:
 
 
 def as_child(work: Callable[[], object], place: Path, *, umask: int = 0o022, user: int = 0) -> tuple[int, str]:
-    """The exit status and the lines of `work` in a forked process that runs as `user`."""
+    """Return the exit status and the error output of `work` in a forked process that runs as `user`."""
 
     def begin() -> int:
         os.umask(umask)
@@ -77,19 +77,19 @@ def test_all_that_runs_write_follows_the_umask(umask: int, tmp_path: Path) -> No
         export_model(made / "lora", made / "exported", "safetensors")
         write_report([str(made / "lora"), str(made / "seeds" / "seed-0")], str(made / "report.html"), png=True)
 
-    status, said = as_child(work, tmp_path, umask=umask)
-    assert status == 0, said[-1500:]
+    status, output = as_child(work, tmp_path, umask=umask)
+    assert status == 0, output[-1500:]
     assert len([*made.rglob("model.safetensors")]) == 2 * 3 + 1
     assert wrong_modes(made, umask) == []
     assert wrong_modes(tmp_path / "hf", umask) == []
 
 
-SECOND = 65_534  # another user, without rights
+SECOND = 65_534  # the id of another user, without rights
 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that all users can enter."""
+    """Yield a folder that all users can enter."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     place = Path(tempfile.mkdtemp())
@@ -99,7 +99,7 @@ def shared() -> Iterator[Path]:
 
 
 def write(folder: Path) -> None:
-    """An entry."""
+    """Fill an entry of the cache."""
     (folder / "below").mkdir()
     (folder / "below" / "file").write_text("whole")
 
@@ -116,33 +116,33 @@ DENIED = r"error: the cache \S+/hf/minilm cannot be written: Permission denied; 
     ],
     ids=lambda value: f"{value:03o}" if isinstance(value, int) else "",
 )
-def test_a_second_user_takes_what_is_there_or_is_told(
+def test_a_second_user_takes_an_entry_or_gets_an_error(
     umask: int, known: str, new: str, damaged: str, shared: Path
 ) -> None:
-    def told(name: str) -> str:
+    def error_of_second_user(name: str) -> str:
         def work() -> None:
             assert (open_entry(name, write) / "below" / "file").read_text() == "whole"
 
-        status, said = as_child(work, shared, umask=umask, user=SECOND)
-        assert status == (2 if said and "damaged" not in said else 0)
-        return said.partition("anew")[2].partition("\n")[2] if "damaged" in said else said
+        status, output = as_child(work, shared, umask=umask, user=SECOND)
+        assert status == (2 if output and "damaged" not in output else 0)
+        return output.partition("anew")[2].partition("\n")[2] if "damaged" in output else output
 
     assert as_child(lambda: open_entry("known", write), shared, umask=umask) == (0, "")
-    assert re.fullmatch(known, told("known"))
-    assert re.fullmatch(new, told("new"))
+    assert re.fullmatch(known, error_of_second_user("known"))
+    assert re.fullmatch(new, error_of_second_user("new"))
     (shared / "hf" / "minilm" / "known" / "below" / "file").write_text("other")
-    assert re.fullmatch(damaged, told("known"))
+    assert re.fullmatch(damaged, error_of_second_user("known"))
 
 
 def test_an_entry_that_only_its_owner_can_read_is_named(shared: Path) -> None:
     as_child(lambda: open_entry("known", write), shared, umask=0o022)
     (shared / "hf" / "minilm" / "known" / "below" / "file").chmod(0o600)
-    status, said = as_child(lambda: open_entry("known", write), shared, user=SECOND)
+    status, output = as_child(lambda: open_entry("known", write), shared, user=SECOND)
     assert status == 2
     assert re.fullmatch(
         rf"error: the cache entry {shared}/hf/minilm/known cannot be read: Permission denied; set HF_HOME to a folder "
         r"of your own, or ask the owner of this one for access\n",
-        said,
+        output,
     )
 
 
@@ -156,8 +156,8 @@ def test_a_second_user_prepares_the_same_data_from_a_shared_cache(name: str, sha
 
     shared.chmod(0o777)
     for user in (0, SECOND):
-        status, said = as_child(work, shared, user=user)
-        assert status == 0, said
+        status, output = as_child(work, shared, user=user)
+        assert status == 0, output
     assert (shared / f"content-{SECOND}").read_text() == (shared / "content-0").read_text()
 
 
@@ -197,7 +197,7 @@ def test_a_file_that_a_user_may_not_read_is_named_with_the_cause(
     shutil.copyfile(shared / "saved" / "data-00000-of-00001.arrow", shared / "rows.arrow")
     shared.chmod(0o777)
     (shared / file).chmod(0)
-    status, said = as_child(lambda: act(shared / read_from), shared, user=SECOND)
+    status, output = as_child(lambda: act(shared / read_from), shared, user=SECOND)
     assert status == 2
-    line = next(line for line in said.splitlines() if line.startswith("error: "))
+    line = next(line for line in output.splitlines() if line.startswith("error: "))
     assert line.endswith(f"{shared / file}: cannot be read (Permission denied)")

@@ -1,6 +1,6 @@
-"""Files as they are in the field: every row is what was written, or one line names where it is not.
+"""Files as users have them: every row is read as it was written, or an error in one line names the place.
 
-The right rows come from Python's csv and json, from pyarrow, or are written down; never from minilm itself.
+The expected rows come from Python's csv and json, from pyarrow, or are written here, never from minilm itself.
 """
 
 import csv
@@ -46,7 +46,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Situation:
-    """Files, and the rows that are in them or what is said of them."""
+    """Files, and the rows that are in them or the error about them."""
 
     files: dict[str, bytes | str]
     rows: Sequence[dict[str, Any]] = ()
@@ -54,7 +54,7 @@ class Situation:
     options: dict[str, Any] = field(default_factory=dict)
     warns: str = ""
     source: str = ""
-    """Below the folder of the files; by default the only file."""
+    """A path below the folder of the files; by default the first file."""
 
 
 def texts(*rows: str) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ def lines(*rows: Any) -> str:
 
 
 def written(rows: Sequence[Sequence[str]], **options: Any) -> str:
-    """Rows as Python's csv writes them."""
+    """Return rows as Python's csv writes them."""
     file = io.StringIO()
     csv.writer(file, **options).writerows(rows)
     return file.getvalue()
@@ -622,7 +622,7 @@ def put(folder: Path, situation: Situation) -> Data:
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_the_rows_are_those_that_were_written_or_one_line_names_where_not(
+def test_rows_are_read_as_they_were_written_or_an_error_names_the_place(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     situation = SITUATIONS[name]
@@ -635,9 +635,9 @@ def test_the_rows_are_those_that_were_written_or_one_line_names_where_not(
             with pytest.raises(ValueError, match=rf"^[^\n]*{situation.says}[^\n]*\Z"):
                 [*stream_rows(data, data.sources[0], "train")]
         return
-    found = read_rows(data, data.sources[0], "train", labels=labels)
-    assert [*found] == [*situation.rows]
-    for value, right in zip(found["label"] if labels else (), (row["label"] for row in situation.rows), strict=False):
+    mapped = read_rows(data, data.sources[0], "train", labels=labels)
+    assert [*mapped] == [*situation.rows]
+    for value, right in zip(mapped["label"] if labels else (), (row["label"] for row in situation.rows), strict=False):
         assert type(value) is type(right)
     streamed = [text for batch in stream_rows(data, data.sources[0], "train") for text in batch]
     assert streamed == [row["text"] for row in situation.rows if row["text"].strip()]
@@ -648,7 +648,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 
 
 def run_of(data: Data, folder: Path, objective: Any) -> Config:
-    """A step on four documents."""
+    """Return the configuration of one step on four documents."""
     return Config(
         data=data,
         objective=objective,
@@ -660,7 +660,7 @@ def run_of(data: Data, folder: Path, objective: Any) -> Config:
 
 
 def texts_of(prepared: Any, part: str = "train") -> list[str]:
-    """The texts of a run's examples, by its tokenizer of characters."""
+    """Return the texts of a run's examples, decoded by its tokenizer of characters."""
     examples = getattr(prepared, part)
     return [prepared.tokenizer.decode(examples[index], skip_special_tokens=True) for index in range(len(examples))]
 
@@ -697,9 +697,9 @@ def test_a_part_of_a_delimited_file_has_the_labels_of_all_of_it(tmp_path: Path) 
         "train[6:7]+train[:1]": [2.5, 1.0],
     }
     for split, right in parts.items():
-        found = read_rows(data, data.sources[0], split, labels=True)["label"][:]
-        assert found == right
-        assert all(isinstance(label, float) for label in found)
+        part = read_rows(data, data.sources[0], split, labels=True)["label"][:]
+        assert part == right
+        assert all(isinstance(label, float) for label in part)
     with pytest.raises(ValueError, match="line 10: column 'label' holds no label"):
         read_rows(data, data.sources[0], "train[5:]", labels=True)
 
@@ -717,7 +717,7 @@ def test_a_column_where_no_source_has_columns_is_refused(tmp_path: Path) -> None
     assert len(load_documents(both, 0)[0]) == 42
 
 
-# (the files, the settings, the one line; nothing where the settings are right)
+# (the source, the settings, the error; empty if the settings are right)
 SETTINGS = {
     "a delimiter of .jsonl": ("a.jsonl", {"delimiter": ";"}, "--data.delimiter ;: no source is .csv or .tsv"),
     "a delimiter of .txt": ("a.txt", {"delimiter": ";"}, "--data.delimiter ;: no source is .csv or .tsv"),
@@ -768,7 +768,7 @@ def test_a_setting_that_no_source_can_follow_is_refused_before_anything_is_read(
             read()
 
 
-def test_a_recipe_keeps_its_own_kind_of_document_only_for_plain_text(tmp_path: Path) -> None:
+def test_the_kind_of_document_of_a_recipe_holds_only_for_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "a.txt").write_text("a\n")
     recipe = Config(data=Data(source="input.txt", document="file"))
@@ -780,9 +780,9 @@ def test_a_recipe_keeps_its_own_kind_of_document_only_for_plain_text(tmp_path: P
         load_documents(given.data, 0)
 
 
-def test_what_is_said_of_a_file_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_about_a_file_comes_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     contents = {"a.csv": "text;n\n" + "a;1\n" * 40, "b.txt": "a\nna\xefve\n" * 20}
-    for name, said in (("a.csv", "separates the fields, by the header"), ("b.txt", "is read as Windows-1252")):
+    for name, warning in (("a.csv", "separates the fields, by the header"), ("b.txt", "is read as Windows-1252")):
         path = tmp_path / name
         path.write_text(contents[name], encoding="cp1252")
         for streaming in (False, True):
@@ -793,7 +793,7 @@ def test_what_is_said_of_a_file_is_said_once(tmp_path: Path, caplog: pytest.LogC
                     assert len([*stream.texts()]) == 40
             else:
                 load_documents(data, 0)
-        assert caplog.text.count(said) == 1
+        assert caplog.text.count(warning) == 1
 
 
 def test_a_saved_dataset_without_rows_is_empty(tmp_path: Path) -> None:
@@ -824,7 +824,7 @@ def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, n
     path = tmp_path / name
     data = Data(source=str(path), eval_source=str(path), streaming=streaming)
 
-    def put(word: str) -> list[str]:
+    def rewrite(word: str) -> list[str]:
         rows = [f"{word} {number}" for number in range(10)]
         content = WRITERS[name](rows)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -832,7 +832,7 @@ def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, n
         return rows
 
     for word in ("apple", "grape", "apple"):
-        right = put(word)
+        right = rewrite(word)
         config = run_of(data, tmp_path / "out", MaskedLM())
         assert texts_of(prepare(config)) == right
         (facts,) = source_facts(data)[str(path)]
@@ -845,7 +845,7 @@ def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, n
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
 @pytest.mark.parametrize("change", ["touched", "copied"])
-def test_a_run_goes_on_with_the_same_bytes_whatever_their_time_or_name(
+def test_the_time_and_the_inode_of_a_file_do_not_change_the_fingerprint(
     tmp_path: Path, change: str, streaming: bool
 ) -> None:
     path = tmp_path / "a.txt"
@@ -862,17 +862,19 @@ def test_a_run_goes_on_with_the_same_bytes_whatever_their_time_or_name(
     assert prepare(config).train.fingerprint == before
 
 
-def test_a_large_file_is_told_by_its_size_time_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_of_a_large_file_is_its_size_time_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("minilm.files._HASHED_BYTES", 100)
     monkeypatch.setattr("minilm.files._SAMPLE_BYTES", 2)
     path = tmp_path / "a.txt"
-    found = []
+    fingerprints = []
     for content, time in ((b"a" * 200, 1), (b"a" * 198 + b"bb", 1), (b"a" * 200, 2), (b"a" * 201, 1), (b"a" * 200, 1)):
         path.write_bytes(content)
         os.utime(path, ns=(time, time))
-        found.append(json.dumps(fingerprint_file(str(path))))
-    assert found[0] == found[4]
-    assert len({*found}) == 4
+        fingerprints.append(json.dumps(fingerprint_file(str(path))))
+    assert fingerprints[0] == fingerprints[4]
+    assert len({*fingerprints}) == 4
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
@@ -905,7 +907,7 @@ def test_reading_holds_a_part_of_a_file_in_memory(tmp_path: Path, name: str) -> 
     assert peak < 12 * MIB  # of 16
 
 
-def test_a_command_takes_the_delimiter_of_its_file(tmp_path: Path, run: Any) -> None:
+def test_a_command_has_a_flag_for_the_delimiter(tmp_path: Path, run: Any) -> None:
     path = tmp_path / "a.csv"
     path.write_text("n^text\n1^a [MASK]\n")
     status, _, error = run("fill-mask", str(tmp_path / "none"), "--file", str(path))

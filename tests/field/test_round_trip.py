@@ -1,7 +1,7 @@
-"""Law 7: rows that are written and read back are the same, cell by cell, in every format, mapped and streamed.
+"""Law 7: every cell is read as it was written, in every format, mapped and streamed.
 
-Python's csv and json and pyarrow write the files. `python -m tests.field.test_round_trip --files 20000 --seed 1` tries
-more of them.
+Python's csv and json, and pyarrow, write the files. `python -m tests.field.test_round_trip --files 20000 --seed 1`
+tries more files.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from minilm.sources import read_rows, stream_rows
 pytestmark = pytest.mark.scorecard(32)
 
 FILES = 1200
-LONG = 400  # one file in so many has more than 10,000 rows, after which some readers guess anew
-# What makes readers guess: quotes, delimiters, line ends, words for missing values, numbers, dates.
+# One file in so many has more than 10,000 rows, after which some readers guess the types again.
+LONG = 400
+# Pieces of text that make readers guess: quotes, delimiters, line ends, words for missing values, numbers, dates.
 PIECES = (
     *'"",;|\t\n\r\'\\/{}[]:#= ',
     *("\r\n", '""', '"a"', ' "', '",', "\\n", "\\u0041", "\\ud83d", "&amp;", "<s>", "sep=;"),
@@ -48,7 +49,7 @@ FORMS = ("csv", "plain tsv", "quoted tsv", "jsonl", "json", "txt", "parquet", "a
 
 @dataclass(frozen=True)
 class Written:
-    """A file, and the rows that are in it."""
+    """A file, and the cells that are in it."""
 
     form: str
     name: str
@@ -59,7 +60,7 @@ class Written:
 
 
 def make(draw: random.Random, long: bool = False) -> Written:
-    """A file of random rows in a random format."""
+    """Return a file of random rows in a random format."""
     form = draw.choice(FORMS)
     count = draw.randint(10_001, 10_400) if long else draw.randint(1, 6)
     columns = draw.sample(NAMES, draw.randint(1, 3))
@@ -68,25 +69,25 @@ def make(draw: random.Random, long: bool = False) -> Written:
     if labels is not None:
         columns.append("label")
         for number, row in enumerate(rows):
-            # All kinds of labels occur, the last ones late.
+            # The last rows hold each of the labels, and the other rows the first label.
             row.append(labels[number % len(labels)] if number >= count - len(labels) else labels[0])
         if count < len(labels):
             rows += [[*rows[0][:-1], label] for label in labels]
     place = draw.randrange(len(columns) - (labels is not None))
     if form not in ("jsonl", "json", "parquet", "arrow"):
         rows = [[str(cell) for cell in row] for row in rows]
-        # A byte-order mark at the beginning of a line is refused.
+        # minilm refuses a byte-order mark at the beginning of a line.
         rows = [[cell.lstrip("\ufeff") for cell in row] for row in rows]
     options: dict[str, Any] = {"column": columns[place]}
     rows, content, ending = WRITERS[form](draw, columns, rows, place, options)
     if form not in ("parquet", "arrow") and draw.random() < 0.2:
         content, ending = gzip.compress(content, 1), ending + ".gz"
-    found = None if labels is None else [_as_meant(row[-1], labels) for row in rows]
-    return Written(form, f"a{ending}", content, [row[place] for row in rows], found, options)
+    right = None if labels is None else [_expected_label(row[-1], labels) for row in rows]
+    return Written(form, f"a{ending}", content, [row[place] for row in rows], right, options)
 
 
 def _cell(draw: random.Random, long: bool) -> str:
-    """A text of any characters, often of those that readers take for something else."""
+    """Return a text of any characters, often of those that readers misread."""
     kind = draw.random()
     if kind < 0.06:
         return draw.choice(("", " ", "\t", "  \u2003"))
@@ -96,19 +97,19 @@ def _cell(draw: random.Random, long: bool) -> str:
 
 
 def _point(draw: random.Random) -> int:
-    """A code point that is a character, and not NUL."""
+    """Return a code point that is neither a surrogate nor NUL."""
     point = draw.randrange(1, 0x110000 if draw.random() < 0.5 else 0x300)
     return point if not 0xD800 <= point < 0xE000 else 0x41
 
 
-def _as_meant(label: Any, labels: tuple[Any, ...]) -> Any:
-    """What a label is to be: a number where all of its column are written as numbers are."""
+def _expected_label(label: Any, labels: tuple[Any, ...]) -> Any:
+    """Return the label to expect: a number if all labels of the column are written as whole numbers."""
     whole = all(re.fullmatch(r"-?(0|[1-9]\d*)", str(each)) for each in labels)
     return int(label) if whole and not isinstance(labels[0], str) else label
 
 
 def _encoded(draw: random.Random, text: str) -> bytes:
-    """UTF-8, often with a byte-order mark; always so where the text begins with what would be taken for one."""
+    """Encode as UTF-8, sometimes with a byte-order mark, and always if the text begins with one."""
     mark = text.startswith("\ufeff") or draw.random() < 0.2
     return text.encode("utf-8-sig" if mark else "utf-8")
 
@@ -128,8 +129,11 @@ def _write_quoted_tsv(draw: random.Random, columns: Any, rows: Any, place: int, 
 
 
 def _by_csv(draw: random.Random, rows: Any, **form: Any) -> Any:
-    """What Python's csv writes. A file of tabs with line ends in its texts shows by the tabs of its lines that it is
-    quoted; where it does not, its texts get no line ends."""
+    """Return the rows, and what Python's csv writes for them.
+
+    In a file of tabs with line ends in its texts, the number of tabs per line must show that it is quoted. Where it
+    does not, a space replaces each line end.
+    """
     while True:
         file = io.StringIO()
         csv.writer(file, **form).writerows(rows)
@@ -141,12 +145,12 @@ def _by_csv(draw: random.Random, rows: Any, **form: Any) -> Any:
 
 
 def _write_plain_tsv(draw: random.Random, columns: Any, rows: Any, place: int, options: Any) -> Any:
-    """Without quoting, so that a cell has no tab and no line end."""
+    """Write without quoting, so that a cell cannot hold a tab or a line end."""
     end = draw.choice(("\r\n", "\n"))
     columns = [name.replace('"', "'") for name in columns]
     options["column"] = columns[place]
     rows = [[re.sub(r"[\t\n]", " ", cell).rstrip("\r") for cell in row] for row in rows]
-    # A quote that no program wrote as one, and no line without a character.
+    # One quote shows that no program quoted the file, and no line may be empty.
     rows[0][0] += '" '
     rows = [[cell or (" " if len(columns) == 1 else cell) for cell in row] for row in rows]
     return rows, _encoded(draw, "".join("\t".join(row) + end for row in [columns, *rows])), ".tsv"
@@ -154,18 +158,18 @@ def _write_plain_tsv(draw: random.Random, columns: Any, rows: Any, place: int, o
 
 def _write_jsonl(draw: random.Random, columns: Any, rows: Any, place: int, options: Any) -> Any:
     end, ascii_only = draw.choice(("\n", "\r\n", "\n\n")), draw.random() < 0.5
-    found = []
+    lines = []
     for number, row in enumerate(rows):
         extra = draw.choice((number, str(number), [number, None], {"text": "no"}, None, 1e300, 10**30))
         pairs = [*zip(columns, row, strict=True), ("more", extra)]
         draw.shuffle(pairs)
-        found.append(json.dumps(dict(pairs), ensure_ascii=ascii_only) + end)
-    return rows, _encoded(draw, "".join(found)), ".jsonl"
+        lines.append(json.dumps(dict(pairs), ensure_ascii=ascii_only) + end)
+    return rows, _encoded(draw, "".join(lines)), ".jsonl"
 
 
 def _write_json(draw: random.Random, columns: Any, rows: Any, place: int, options: Any) -> Any:
-    found = [dict(zip(columns, row, strict=True)) for row in rows]
-    text = json.dumps(found, ensure_ascii=draw.random() < 0.5, indent=draw.choice((None, 1)))
+    objects = [dict(zip(columns, row, strict=True)) for row in rows]
+    text = json.dumps(objects, ensure_ascii=draw.random() < 0.5, indent=draw.choice((None, 1)))
     return rows, _encoded(draw, text), ".json"
 
 
@@ -220,7 +224,7 @@ def check(written: Written, folder: Path) -> None:
 
 
 def try_files(count: int, seed: int) -> Counter[str]:
-    """Write and read `count` files, and return how many there were of each form."""
+    """Write and read `count` files, and return the number of files of each form."""
     tried = Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):

@@ -1,6 +1,6 @@
-"""Sequence classification: one text or a pair in, a class, several labels or a number out.
+"""Sequence classification: from one text or a pair of texts to a class, several labels or a number.
 
-Axes: T tokens of the micro-batch, R its rows, N its examples (no fewer than the rows but for an empty batch), C labels,
+Axes: T tokens of the micro-batch, R its rows, N its examples (as many as the rows, except in an empty batch), C labels,
 E all examples.
 """
 
@@ -26,7 +26,7 @@ from minilm.config import Classification, Config
 from minilm.data import load_documents
 from minilm.head import AFTER_ATTENTION, Head
 from minilm.infer import classify
-from minilm.labels import Labels, evaluates_only, read_labels
+from minilm.labels import Labels, is_one_dataset, read_labels
 from minilm.metrics import ClassEvaluator
 from minilm.model import computes_again, evaluating
 from minilm.new_model import count_token_types, load_configuration
@@ -41,7 +41,7 @@ log = logging.getLogger("minilm")
 
 
 class ClassCollator:
-    """Joins rows of token ids; each row has one target, its label. `padded` and `multiple` are `minilm.plan.Plan`'s."""
+    """Joins rows of token ids; each row has one target, its label. `padded` and `multiple` are as in `minilm.plan`."""
 
     def __init__(self, examples: Examples, *, padded: bool, multiple: int) -> None:
         assert examples.labels is not None
@@ -49,13 +49,13 @@ class ClassCollator:
         self.padded, self.multiple = padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:
-        """0: what an example costs beside its tokens is next to nothing."""
+        """Return 0: an example costs next to nothing in addition to its tokens."""
         return 0.0
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
     ) -> MicroBatch:
-        """`rows[i]`: the ids of example `examples[i]`. Of epoch and progress nothing depends."""
+        """Return a batch of rows; `rows[i]` holds the ids of example `examples[i]`. Ignores `epoch` and `progress`."""
         ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
         types_T = None
         if self.examples.types is not None:
@@ -72,9 +72,9 @@ class ClassCollator:
 class ClassHead(Head):
     """The losses of a sequence classifier on a packed batch.
 
-    Two shortcuts, neither of which changes a logit, are left out where a trial finds that one does: `padding_free`, for
-    models that read a row's class off its first token; and `short`, by which of the last layer all that follows
-    attention runs on these first tokens alone.
+    It takes two shortcuts where a trial shows that they do not change a logit. `padding_free` joins rows without
+    padding, for models that classify a row by its first token. `short` runs only these first tokens through the part of
+    the last layer that follows attention.
     """
 
     def __init__(self, model: PreTrainedModel, labels: Labels, *, label_smoothing: float = 0.0) -> None:
@@ -105,7 +105,7 @@ class ClassHead(Head):
         labels: Tensor | None = None,
         type_ids_T: Tensor | None = None,
     ) -> Tensor:
-        """The loss of each example, float32[N]; without labels the logits, float32[N, C]."""
+        """Return the loss of each example, float32[N], or without labels the logits, float32[N, C]."""
         logits_NxC = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
         if labels is None:
             return logits_NxC
@@ -114,7 +114,7 @@ class ClassHead(Head):
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
-        """Logits, N x C, of the rows that begin at `target_index_N`, which are the first N of the batch."""
+        """Return the logits, N x C, of the first N rows of the batch, which begin at `target_index_N`."""
         if self.alone:
             runs = self._runs(input_ids_T, packing, type_ids_T)
             return torch.cat([logits_RxC for _, logits_RxC in runs])[: len(target_index_N)]
@@ -133,7 +133,7 @@ class ClassHead(Head):
         if not self.layers:
             return
         layer = self.layers[-1]
-        # Within a layer that is computed again on the way back, first tokens would no longer be known.
+        # The backward pass may recompute a layer; by then `_first_R` is no longer set, so a hook inside it would fail.
         for names in (None,) if computes_again(self.model) else (*AFTER_ATTENTION, None):
             try:
                 handle = (
@@ -163,18 +163,18 @@ class ClassHead(Head):
 
 
 def _first_tokens(hidden_1xTxH: Tensor, first_R: Tensor) -> Tensor:
-    """R x 1 x H."""
+    """Return the hidden states of the rows' first tokens, R x 1 x H."""
     return hidden_1xTxH[0].index_select(0, first_R)[:, None]
 
 
 def losses(
     logits_NxC: Tensor, labels: Tensor, problem: str, weight_C: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    """The loss of each example, float32[N].
+    """Return the loss of each example, float32[N].
 
-    single-label: -log softmax at the label (int64[N]), of which `smoothing` goes to all classes alike (Szegedy et al.
-    2016, section 7), times the weight of its class. multi-label: the mean over labels
-    of their binary cross entropies (labels float32[N, C]). regression: the squared error (labels float32[N]).
+    single-label (labels int64[N]): the cross entropy, with a share `smoothing` of the target spread evenly over all
+    classes (Szegedy et al. 2016, section 7), times the weight of the example's class. multi-label (labels float32[N,
+    C]): the mean over labels of their binary cross entropies. regression (labels float32[N]): the squared error.
     """
     if problem == "regression":
         return F.mse_loss(logits_NxC[:, 0], labels, reduction="none")
@@ -191,7 +191,7 @@ class Classify:
     pipeline, title = "text-classification", "text classifier"
     explained = (
         "The evaluation classifies documents that training did not see; `eval_loss` is their mean loss, and each\n"
-        "figure is taken once over all of them."
+        "figure is computed once over all of them."
     )
 
     def __init__(self, settings: Classification) -> None:
@@ -199,27 +199,29 @@ class Classify:
 
     def prepare(self, config: Config) -> Prepared:
         if config.batch.layout == "blocks":
-            raise ValueError(f"batch.layout {config.batch.layout} joins documents; a classification needs them whole")
+            raise ValueError(
+                f"batch.layout {config.batch.layout} joins documents, but a classification needs each alone"
+            )
         for field in ("id2label", "label2id", "problem_type"):
             if field in config.model.config:
                 raise ValueError(f"model.config.{field}: the labels of the data decide it; leave it out")
         data = config.data
         train, parts = load_documents(data, config.run.seed, labels=True)
-        known = trained_labels(config.model.name)
-        labels, *arrays = read_labels(
-            train, parts, self.settings, known, column=data.label_column, separator=data.label_separator
+        labels, train_labels, eval_labels = read_labels(
+            train,
+            parts,
+            self.settings,
+            read_model_labels(config.model.name),
+            column=data.label_column,
+            separator=data.label_separator,
         )
         tokenizer = load_tokenizer(config.tokens, config.model.name, train)
         count = count_token_types(config.model, self.auto)
         if count is not None and count < 2 and "token_type_ids" in tokenizer.model_input_names:
-            if any(encode_stand_in(tokenizer, pair="pair" in train.column_names).type_ids):
-                apart = "none" if count == 0 else "only one"
-                log.warning(f"the tokenizer gives token types and the model tells {apart} apart: they are left out")
-            names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the second is saved
+            _leave_out_types(tokenizer, count, pair="pair" in train.column_names)
 
         def encode(documents: Dataset, values: NDArray[Any], name: str) -> Examples:
-            found = encode_pairs(
+            examples = encode_pairs(
                 documents,
                 tokenizer,
                 values,
@@ -227,16 +229,16 @@ class Classify:
                 name=name,
                 zero_types=count is None,
             )
-            digest = hashlib.blake2b(found.fingerprint.encode(), digest_size=12)
+            digest = hashlib.blake2b(examples.fingerprint.encode(), digest_size=12)
             digest.update(json.dumps([labels.problem, labels.names]).encode() + values.tobytes())
-            return replace(found, fingerprint=digest.hexdigest())
+            return replace(examples, fingerprint=digest.hexdigest())
 
-        if evaluates_only(train, parts):
-            train_examples = eval_examples = encode(train, arrays[1], "documents")
+        if is_one_dataset(train, parts):
+            train_examples = eval_examples = encode(train, eval_labels, "documents")
         else:
             held_out = concatenate_datasets([part.remove_columns("label") for part in parts.values()])
-            train_examples = encode(train, arrays[0], "training documents")
-            eval_examples = encode(held_out, arrays[1], "evaluation documents")
+            train_examples = encode(train, train_labels, "training documents")
+            eval_examples = encode(held_out, eval_labels, "evaluation documents")
         return Prepared(
             tokenizer=tokenizer,
             train=train_examples,
@@ -287,11 +289,26 @@ class Classify:
         return shell_line("classify", folder, "…")
 
 
-def trained_labels(name: str | None) -> tuple[str, ...]:
-    """The labels, by id, of a checkpoint that is a sequence classifier already; of any other model none."""
+def _leave_out_types(tokenizer: PreTrainedTokenizerBase, count: int, *, pair: bool) -> None:
+    """Have the tokenizer give no token types, for a model with `count` embeddings of them (0 or 1).
+
+    A warning says so if the tokenizer gives a type other than 0 to a text, or to a `pair` of texts.
+    """
+    if any(encode_stand_in(tokenizer, pair=pair).type_ids):
+        log.warning(
+            f"the tokenizer gives token types, but the model takes {'only one' if count else 'none'}: they are left out"
+        )
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = names
+    # save_pretrained writes this one.
+    tokenizer.init_kwargs["model_input_names"] = names
+
+
+def read_model_labels(name: str | None) -> tuple[str, ...]:
+    """Return the labels, by id, of a checkpoint that is a sequence classifier; empty for any other model."""
     if name is None:
         return ()
     config = load_configuration(name)
-    trained = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
-    # id2label is what transformers answers with. label2id may be missing, or may say something else.
-    return tuple(str(config.id2label[index]) for index in sorted(config.id2label)) if trained else ()
+    is_classifier = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
+    # The pipelines of transformers answer with id2label. label2id may be missing, or may differ from it.
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label)) if is_classifier else ()

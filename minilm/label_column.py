@@ -1,4 +1,4 @@
-"""The label column of one part of the documents: what each row holds, as names, numbers or multi-hot lists."""
+"""The label column of one part of the documents, read as names, numbers or multi-hot lists."""
 
 import re
 from collections import Counter
@@ -10,61 +10,61 @@ import numpy as np
 from datasets import ClassLabel, Dataset, List, Value
 from numpy.typing import NDArray
 
-# A whole number in the one way that Python writes it. So "01" is a name, and no number is lost by int().
+# A whole number exactly as str() writes it. So "01" is a name, and str(int(text)) gives the text back.
 WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 SECRET = (
-    "-1 stands for a label that is kept secret, as in GLUE's test parts: pass another --data.split or "
-    "--data.eval-split, or take these rows out"
+    "-1 stands for a label that is kept secret, as in GLUE's test splits: pass another --data.split or "
+    "--data.eval-split, or remove these rows"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelColumn:
-    """The labels of one part of the documents, as they are written."""
+    """The labels of one part of the documents, as the data write them."""
 
     part: str
-    """What errors call the part, such as `training documents`."""
+    """The name of the part in errors, such as `training documents`."""
     values: list[Any]
-    """One value a row: an int, float, bool or str, or a list of them."""
+    """One value for each row: an int, float, bool or str, or a list of them."""
     names: tuple[str, ...]
-    """The names that the numbers stand for (a ClassLabel's, or False and True); empty where the values are the labels
+    """The names that the numbers stand for (a ClassLabel's, or False and True). Empty if the values are the labels
     themselves."""
-    several: bool
+    holds_lists: bool
     """Whether each value is a list."""
     dtype: str
-    """What a label is written as: `int`, `float`, `bool`, `string` or `null` (only empty lists)."""
-    texts: Dataset
-    """The documents, which errors quote."""
-    problem_is_open: bool
-    """Whether another `--objective.problem` may help. A trained model allows one problem only."""
+    """The type of a label: `int`, `float`, `bool`, `string` or `null` (only empty lists)."""
+    documents: Dataset
+    """The documents. Errors quote their texts."""
+    suggests_problem: bool
+    """Whether errors suggest another `--objective.problem`. A trained model has one problem, so they do not for it."""
 
     @classmethod
     def read(
-        cls, documents: Dataset, part: str, separator: str | None = None, *, problem_is_open: bool = True
+        cls, documents: Dataset, part: str, separator: str | None = None, *, suggests_problem: bool = True
     ) -> "LabelColumn":
         """Read the column `label` of the documents; `separator` stands between the labels of a cell.
 
-        Lists of strings that are all whole numbers become integers.
+        Lists of strings become lists of integers if all strings are whole numbers.
         """
         feature, values = documents.features["label"], documents["label"][:]
         if separator is not None:
-            feature, values = List(Value("string")), _split(documents, part, separator)
+            feature, values = List(Value("string")), _split_cells(documents, part, separator)
         item = getattr(feature, "feature", feature)
-        several = item is not feature
+        holds_lists = item is not feature
         dtype = re.sub(r"u?int\d+", "int", re.sub(r"float\d+|double", "float", item.dtype)).removeprefix("large_")
         names = tuple(item.names) if isinstance(item, ClassLabel) else ("False", "True") if dtype == "bool" else ()
-        if several and dtype == "string" and all(WHOLE.fullmatch(name) for row in values for name in row):
+        if holds_lists and dtype == "string" and all(WHOLE.fullmatch(name) for row in values for name in row):
             values, dtype = [[int(name) for name in row] for row in values], "int"
         return cls(
             part=part,
             values=values,
             names=names,
-            several=several,
+            holds_lists=holds_lists,
             dtype=dtype,
-            texts=documents,
-            problem_is_open=problem_is_open,
+            documents=documents,
+            suggests_problem=suggests_problem,
         )
 
     @property
@@ -74,32 +74,32 @@ class LabelColumn:
 
     @property
     def class_names_that_are_not_numbers(self) -> tuple[str, ...]:
-        """The names of a ClassLabel, unless each writes a number."""
+        """The names of a ClassLabel; empty if each of them is a number."""
         return () if all(map(DECIMAL.fullmatch, self.names)) else self.names
 
     def refuse(self, row: int, why: str, problem: str = "") -> NoReturn:
-        """Raise ValueError about the label of a row; `problem` is the `--objective.problem` that would take it."""
-        if problem and self.problem_is_open:
+        """Raise ValueError about the label of a row; `problem` is the `--objective.problem` that accepts the label."""
+        if problem and self.suggests_problem:
             why += f"; pass --objective.problem {problem} if that is what the column holds"
-        text, label = self.texts[row]["text"], repr(self.values[row])
+        text, label = self.documents[row]["text"], repr(self.values[row])
         raise ValueError(
             f"row {row} of the {self.part} ({text[:40]!r}{'…' * (len(text) > 40)}) has the label "
             f"{label[:60]}{'…' * (len(label) > 60)}: {why}"
         )
 
     def class_names(self) -> list[str]:
-        """The name of each row's class; a whole number is named by itself. Raises ValueError for a list."""
-        if self.several:
+        """Return the name of each row's class; the name of a whole number is the number. Raise ValueError for lists."""
+        if self.holds_lists:
             self.refuse(0, "a list is not a single label", "multi-label")
-        known: dict[Any, str] = {}
+        names: dict[Any, str] = {}
         for row, value in enumerate(self.values):
-            if value not in known:
-                known[value] = self._name(row, value)
-        return [known[value] for value in self.values]
+            if value not in names:
+                names[value] = self._name(row, value)
+        return [names[value] for value in self.values]
 
     def name_lists(self) -> list[list[str]]:
-        """The names of each row's labels. Raises ValueError for a single label, and for one that a row has twice."""
-        self._check_several()
+        """Return the names of each row's labels. Raise ValueError without lists, or if a row has a label twice."""
+        self._check_lists()
         result = []
         for row, value in enumerate(self.values):
             names = [self._name(row, item) for item in value]
@@ -107,20 +107,20 @@ class LabelColumn:
                 twice = max(names, key=names.count)
                 self.refuse(
                     row,
-                    f"{twice!r} is there twice. A list holds the row's labels, each once, or is multi-hot: a 0 or 1 "
-                    "for each label, as many in every row",
+                    f"{twice!r} is there twice. A list holds each label of the row once, or it is multi-hot: a 0 or 1 "
+                    "for each label, and as many entries in every row",
                 )
             result.append(names)
         return result
 
-    def is_multi_hot(self, known: Sequence[str]) -> bool:
-        """Whether the lists hold a 0 or 1 for each label, rather than the row's labels; `known` are a checkpoint's.
+    def is_multi_hot(self, model_labels: Sequence[str]) -> bool:
+        """Return whether the lists hold a 0 or 1 for each label, and not the labels themselves.
 
-        Floats and truth values are multi-hot. So are integers that are all 0 or 1 in lists of one length, two or more:
-        as numbers of labels, they would repeat one in a row, or give all rows the same two. Only for a checkpoint with
-        more labels than that may such rows name two of them.
+        Floats and truth values are multi-hot. Integers are multi-hot if all of them are 0 or 1 and all lists have the
+        same length, two or more. Read as labels, they would repeat a label in a row, or give every row the same two
+        labels. `model_labels` are a checkpoint's: with more labels than a list has entries, two of them may be meant.
         """
-        if not self.several or self.has_class_names or self.dtype not in ("int", "float", "bool"):
+        if not self.holds_lists or self.has_class_names or self.dtype not in ("int", "float", "bool"):
             return False
         if self.dtype != "int":
             return True
@@ -128,15 +128,15 @@ class LabelColumn:
         if len(lengths) > 1 or max(lengths) < 2 or any(item not in (0, 1) for value in self.values for item in value):
             return False
         repeats = any(len(set(value)) < len(value) for value in self.values)
-        return repeats or not known or lengths == {len(known)}
+        return repeats or not model_labels or lengths == {len(model_labels)}
 
     def usual_length(self) -> int:
-        """The length that most lists have."""
+        """Return the most frequent length of the lists."""
         return Counter(map(len, self.values)).most_common(1)[0][0]
 
     def multi_hot(self, count: int) -> NDArray[np.float32]:
-        """The zeros and ones, float32[E, count]. Raises ValueError for a row that holds anything else."""
-        self._check_several()
+        """Return the zeros and ones, float32[E, count]. Raise ValueError for a row that holds anything else."""
+        self._check_lists()
         for row, value in enumerate(self.values):
             if len(value) != count:
                 self.refuse(
@@ -147,24 +147,24 @@ class LabelColumn:
         return np.array(self.values, np.float32).reshape(len(self.values), count)
 
     def numbers(self) -> NDArray[np.float32]:
-        """The number of each row, float32[E]; text that writes one counts. Raises ValueError for anything else."""
+        """Return the number of each row, float32[E], also from text. Raise ValueError for anything else."""
         numbers = []
         for row, value in enumerate(self.values):
-            text = isinstance(value, str)
-            if self.several or self.dtype == "bool" or (text and not DECIMAL.fullmatch(value.strip())):
+            is_word = isinstance(value, str) and not DECIMAL.fullmatch(value.strip())
+            if self.holds_lists or self.dtype == "bool" or is_word:
                 self.refuse(row, "a regression needs numbers, such as 3 or 4.5")
             name = self._name(row, value) if self.names else value
             numbers.append(float(value if self.class_names_that_are_not_numbers else name))
         with np.errstate(over="ignore"):
             result = np.array(numbers, np.float64).astype(np.float32)
-        # Finite text or float64 can become infinite too: float("1e400"), or 1e39 as float32.
+        # Text and float64 that are finite can still become infinite: float("1e400"), or 1e39 as float32.
         if not np.isfinite(result).all():
             row = int(np.isfinite(result).argmin())
-            self.refuse(row, "a regression needs finite numbers, of at most 3.4e38 since they become float32")
+            self.refuse(row, "a regression needs finite numbers up to 3.4e38, the largest of float32")
         return result
 
-    def _check_several(self) -> None:
-        if not self.several:
+    def _check_lists(self) -> None:
+        if not self.holds_lists:
             self.refuse(
                 0,
                 "it is not a list of labels. --data.label-separator splits text that lists several",
@@ -176,7 +176,7 @@ class LabelColumn:
             if item == -1:
                 self.refuse(row, SECRET)
             if not 0 <= item < len(self.names):
-                self.refuse(row, f"it lies outside 0..{len(self.names) - 1}, the numbers of the column's names")
+                self.refuse(row, f"it is not between 0 and {len(self.names) - 1}, the ids of the column's class names")
             return self.names[int(item)]
         if isinstance(item, float):
             if not item.is_integer():
@@ -185,12 +185,12 @@ class LabelColumn:
         return str(item)
 
 
-def _split(documents: Dataset, part: str, separator: str) -> list[list[str]]:
-    """The labels of each cell, without the space around them; a blank cell holds none."""
+def _split_cells(documents: Dataset, part: str, separator: str) -> list[list[str]]:
+    """Return the labels of each cell, without the space around them. A blank cell has no label."""
     feature = documents.features["label"]
     if isinstance(feature, ClassLabel) or getattr(feature, "dtype", "list") not in ("string", "large_string"):
         raise ValueError(
-            f"data.label_separator: the label column of the {part} holds {feature}, and not text to split: leave the "
+            f"data.label_separator: the label column of the {part} holds {feature}, not text to split: leave the "
             "separator out, or write the labels as text"
         )
     result = []
@@ -199,7 +199,8 @@ def _split(documents: Dataset, part: str, separator: str) -> list[list[str]]:
         names = [name.strip() for name in cell.split(separator)] if cell.strip() else []
         if "" in names:
             raise ValueError(
-                f"row {row} of the {part} has the label {cell[:60]!r}, of which a part is empty: write it out"
+                f"row {row} of the {part} has the label {cell[:60]!r}, in which a part is empty: write the missing "
+                "label, or remove the separator"
             )
         result.append(names)
     return result

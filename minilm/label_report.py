@@ -1,4 +1,4 @@
-"""Lines that say how the labels were read, for the log before training: a wrong column or reading shows there."""
+"""Lines for the log that say how the labels were read, so that a wrong column or problem shows before training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,10 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilm.label_column import DECIMAL, WHOLE, LabelColumn
-from minilm.label_names import LabelIds, fold
+from minilm.label_names import LabelIds, fold_name, list_names, quote_names
 
-_LISTED = 10  # names in a line of the log
-_RARE = 10  # classes from which on it is said that most of them have a single example
+# Number of names, each with its counts, in the first line.
+_COUNTED = 10
+# Number of classes from which a warning says that most of them have a single example.
+_RARE = 10
 _SEPARATORS = (",", ";", "|", "/")
 
 Rows = list[list[str]]
@@ -26,71 +28,78 @@ def report_classes(
     *,
     is_auto: bool,
 ) -> list[str]:
-    """Return the problem, the names and how many examples have each; and what looks like another reading than meant.
+    """Return lines with the problem, the names, the number of examples of each, and what may have been misread.
 
-    `columns` and `rows` are those of the training documents and of each evaluation part, `places` the length of
-    multi-hot lists. `is_auto`: the problem follows from the values.
+    `columns` and `rows` hold the training documents and then each evaluation part, or one entry where both are the
+    same documents. `places` is the length of multi-hot lists. `is_auto`: minilm chose the problem by the values.
     """
-    several, count = problem == "multi-label", len(match.names)
     counts = [Counter(match.ids[name] for row in part for name in row) for part in rows]
-    train, held_out = counts[0], sum(counts[1:], Counter[int]())
-    evaluates = columns[0] is columns[-1]
+    train_counts = counts[0]
+    eval_counts = sum(counts[1:], Counter[int]())
+    is_one_part = len(columns) == 1
     listed = ", ".join(
-        f"{name!r} ({train[index]:,})" if evaluates else f"{name!r} ({train[index]:,} train, {held_out[index]:,} eval)"
-        for index, name in enumerate(match.names[:_LISTED])
+        f"{name!r} ({train_counts[index]:,})"
+        if is_one_part
+        else f"{name!r} ({train_counts[index]:,} train, {eval_counts[index]:,} eval)"
+        for index, name in enumerate(match.names[:_COUNTED])
     )
-    more = f" and {count - _LISTED:,} more" if count > _LISTED else ""
-    line = f"labels in {column!r}: {problem}, {count:,} {'labels' if several else 'classes'}: {listed}{more}"
-    if several:
-        first = columns[0]
-        form = "multi-hot lists" if places else "lists of numbers" if first.dtype == "int" else "lists of names"
-        none = [sum(not row for row in part) for part in (rows[0], [row for part in rows[1:] for row in part])]
-        line += f". They are written as {form}"
-        line += (
-            f". {none[0]:,} documents have none" if evaluates else f". {none[0]:,} train and {none[1]:,} eval have none"
-        )
+    count = len(match.names)
+    more = f" and {count - _COUNTED:,} more" if count > _COUNTED else ""
+    is_multi_label = problem == "multi-label"
+    line = f"labels in {column!r}: {problem}, {count:,} {'labels' if is_multi_label else 'classes'}: {listed}{more}"
+    if is_multi_label:
+        numbers = columns[0].dtype == "int"
+        form = "multi-hot lists" if places else "lists of numbers" if numbers else "lists of names"
+        none = [sum(not row for row in part) for part in rows]
+        unlabelled = f"{none[0]:,} documents" if is_one_part else f"{none[0]:,} train and {sum(none[1:]):,} eval"
+        line += f". They are written as {form}. {unlabelled} have none"
     lines = [line]
     if match.kept:
         lines.append(_report_kept(match))
-    if is_auto and not several and not match.kept:
+    if is_auto and not is_multi_label and not match.kept:
         lines += _report_doubts(columns[0], [row[0] for row in rows[0]], match.names)
-    folded = Counter(map(fold, match.names))
-    if alike := [name for name in match.names if folded[fold(name)] > 1]:
-        lines.append(f"WARNING: {_quoted(alike)} differ in case or space alone, and are labels of their own")
+    folded = Counter(map(fold_name, match.names))
+    if alike := [name for name in match.names if folded[fold_name(name)] > 1]:
+        lines.append(f"WARNING: {quote_names(alike)} differ in case or space alone, and are separate labels")
     return lines
 
 
 def report_numbers(
     columns: Sequence[LabelColumn], numbers: Sequence[NDArray[np.float32]], column: str, *, is_auto: bool
 ) -> list[str]:
-    """Return the range of a regression's numbers, and what looks like another reading than meant."""
-    parts = [("train", numbers[0]), ("eval", np.concatenate(numbers[1:]))][columns[0] is columns[-1] :]
-    said = "; ".join(
-        f"{name} {part.min():g} to {part.max():g}, mean {part.mean(dtype=np.float64):.4g}" for name, part in parts
+    """Return lines with the range of a regression's numbers, and what may have been misread.
+
+    The arguments are those of `report_classes`; `numbers` holds the numbers of each column.
+    """
+    parts = {"train": numbers[0], "eval": np.concatenate(numbers[1:])} if len(numbers) > 1 else {"eval": numbers[0]}
+    ranges = "; ".join(
+        f"{name} {part.min():g} to {part.max():g}, mean {part.mean(dtype=np.float64):.4g}"
+        for name, part in parts.items()
     )
-    lines = [f"labels in {column!r}: regression, {said}"]
+    lines = [f"labels in {column!r}: regression, {ranges}"]
     if names := columns[0].class_names_that_are_not_numbers:
-        lines.append(f"WARNING: the numbers stand for classes, in the order of {_quoted(names)}")
+        lines.append(f"WARNING: the numbers stand for classes, in the order of {quote_names(names)}")
     if is_auto and all((part == np.round(part)).all() for part in numbers):
         lines.append("labels: all numbers are whole. If they are classes, pass --objective.problem single-label")
     return lines
 
 
 def _report_kept(match: LabelIds) -> str:
-    """Say which labels of the checkpoint the data's were taken for."""
-    if not match.other:
+    """Return a line that says which label of the checkpoint each label of the data is."""
+    if not match.renamings:
         return "labels: the names and ids are those of the checkpoint"
-    pairs = [f"{ours!r} is {theirs!r}" for ours, theirs in match.other]
-    listed = f"{', '.join(pairs[:_LISTED])}{', …' * (len(pairs) > _LISTED)}"
-    by_number = any(fold(ours) != fold(theirs) for ours, theirs in match.other)
-    if by_number and not all(f"LABEL_{ours}" == theirs for ours, theirs in match.other):
+    listed = list_names([f"{ours!r} is {theirs!r}" for ours, theirs in match.renamings])
+    by_number = any(fold_name(ours) != fold_name(theirs) for ours, theirs in match.renamings)
+    if by_number and not all(f"LABEL_{ours}" == theirs for ours, theirs in match.renamings):
         return f"WARNING: labels are taken for the checkpoint's by number: {listed}"
     return f"labels: the names and ids are those of the checkpoint: {listed}"
 
 
 def _report_doubts(column: LabelColumn, labels: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Say what a column of classes may be instead."""
-    examples, classes, lines = Counter(labels), set(names), []
+    """Return lines that say what a column of classes may hold instead of classes."""
+    examples = Counter(labels)
+    classes = set(names)
+    lines = []
     if column.dtype in ("int", "string") and not column.names and len(classes) > 2 and all(map(WHOLE.fullmatch, names)):
         lines.append(
             "labels: whole numbers are taken as classes. To predict a number, pass --objective.problem regression"
@@ -104,20 +113,16 @@ def _report_doubts(column: LabelColumn, labels: Sequence[str], names: Sequence[s
         joined = [name for name in names if separator in name and {p.strip() for p in name.split(separator)} <= classes]
         if joined:
             lines.append(
-                f"WARNING: {joined[0]!r} is a class of its own. If it lists several labels, pass "
+                f"WARNING: {joined[0]!r} is read as one class. If it lists several labels, pass "
                 f"--data.label-separator '{separator}'"
             )
             break
     if lists := [name for name in names if name.strip().startswith("[") and name.strip().endswith("]")]:
         lines.append(
-            f"WARNING: {lists[0]!r} is a class of its own. If it is meant as a list, write the rows as JSON lines, or "
+            f"WARNING: {lists[0]!r} is read as one class. If it is meant as a list, write the rows as JSON lines, or "
             "the labels with a separator between them, and pass --data.label-separator"
         )
     single = sum(examples[name] == 1 for name in examples)
     if len(examples) >= _RARE and 2 * single > len(examples):
         lines.append(f"WARNING: {single:,} of the {len(examples):,} classes have a single training example")
     return lines
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_LISTED])) + (", …" if len(names) > _LISTED else "")

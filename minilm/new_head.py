@@ -1,4 +1,4 @@
-"""The part of a classifier's head that belongs to its labels, and a new start for it."""
+"""Find the parameters of a classifier's head that depend on its labels, and draw them again."""
 
 from copy import deepcopy
 from typing import Any
@@ -14,7 +14,7 @@ def find_label_parameters(config: PretrainedConfig, auto: Any) -> set[str]:
     for labels in (count, count + 1):
         changed = deepcopy(config)
         changed.num_labels = labels
-        # On this device a model has shapes and no weights.
+        # On the meta device a model has shapes but no weights.
         with torch.device("meta"):
             network = auto.from_config(changed)
         shapes.append({name: parameter.shape for name, parameter in network.named_parameters()})
@@ -22,10 +22,10 @@ def find_label_parameters(config: PretrainedConfig, auto: Any) -> set[str]:
 
 
 def start_anew(network: PreTrainedModel, names: set[str]) -> None:
-    """Draw these parameters again, as transformers draws those that a checkpoint lacks."""
+    """Draw these parameters again, as transformers draws parameters that a checkpoint lacks."""
     if not names:
         return
-    # transformers draws what it has not marked, and looks at the marks of modules before those of their parameters.
+    # transformers skips modules and parameters that are marked as initialized.
     for name in names:
         network.get_parameter(name)._is_hf_initialized = False  # type: ignore[attr-defined]
         path = name.split(".")

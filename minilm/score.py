@@ -1,4 +1,4 @@
-"""Evaluate a model that is there: on data of one's own, or again as its run did."""
+"""Evaluate a trained model, on other data or as its run did."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from minilm.checkpoint import is_checkpoint
-from minilm.classify import trained_labels
+from minilm.classify import read_model_labels
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
-from minilm.labels import check_known
+from minilm.labels import PROBLEM_TYPES, check_model_labels
 from minilm.launch import finish, start
 from minilm.micro import micro_tokens_of
 from minilm.model import longest_input
@@ -24,24 +24,26 @@ from minilm.verify_head import verify_head
 
 log = logging.getLogger("minilm")
 
-_LENGTH = 512  # tokens of the longest example of a model whose run is not known, where its positions allow as many
+# Maximum length of an example in tokens, for a model without a run.json that can read as many.
+_LENGTH = 512
 _OBJECTIVES: dict[Any, type] = {
     AutoModelForMaskedLM: MaskedLM,
     AutoModelForCausalLM: CausalLM,
     AutoModelForSequenceClassification: Classification,
 }
-_PROBLEMS = {"multi_label_classification": "multi-label", "regression": "regression"}
+_PROBLEMS = {problem_type: problem for problem, problem_type in PROBLEM_TYPES.items()}
 
 
 def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
-    """The figures of a model, a folder or hub id, on all documents of `data`.
+    """Return the figures of a model, given by folder or hub id, on all documents of `data`.
 
-    How it is evaluated (the objective, the length of examples, precision) is what its run.json says, or else what its
-    class says, as many as 512 tokens and the defaults of `minilm.config`; what labels mean is what the model was
-    trained for. Without `data` the run's own evaluation is done again, with a warning for each file that has changed
-    since. Raises ValueError where neither is known, and for labels that the model does not know.
+    The model's run.json gives the settings: the objective, the length of examples, the precision. Without a run.json
+    the objective follows from the model's class, examples have at most 512 tokens, and all other settings are the
+    defaults of `minilm.config`. Labels mean what the model was trained for. Without `data`, the evaluation of the run
+    is repeated, with a warning for each file that has changed since. Raise ValueError without both `data` and run.json,
+    and for labels that the model was not trained for.
     """
-    config = _config(str(name), data)
+    config = _build_config(str(name), data)
     objective = objective_of(config.objective)
     accelerator, _ = start(config.run)
     try:
@@ -49,7 +51,7 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
         if data is None:
             _warn_of_changes(_run_file(str(name)), config.data)
         if prepared.labels is not None:
-            check_known(prepared.labels, trained_labels(str(name)))
+            check_model_labels(prepared.labels, read_model_labels(str(name)))
             for line in prepared.labels.summary:
                 if line.startswith("WARNING"):
                     log.warning(line)
@@ -63,7 +65,8 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     finally:
         finish(accelerator)
     if data is not None:
-        figures.pop("unigram_bits_per_byte", None)  # of tokens that training saw, which are not at hand
+        # This figure needs the tokens of the training documents.
+        figures.pop("unigram_bits_per_byte", None)
     return figures
 
 
@@ -73,55 +76,66 @@ def _run_file(name: str) -> Path:
 
 
 def _warn_of_changes(run: Path, data: Data) -> None:
-    """Warn of each file to evaluate on whose content is not what `run` tells; older runs tell nothing."""
-    told = json.loads(run.read_text(encoding="utf-8")).get("sources", {})
-    facts = source_facts(Data(source=data.eval_source or data.source))
-    for source in told.keys() & facts.keys():
-        before, now = (_by_file(source, of[source]) for of in (told, facts))
-        if [*before.values()] == [*now.values()]:  # whatever the names of the files
+    """Warn of each evaluation file whose content differs from the record in `run`; older runs have no record."""
+    recorded = json.loads(run.read_text(encoding="utf-8")).get("sources", {})
+    current = source_facts(Data(source=data.eval_source or data.source))
+    for source in recorded.keys() & current.keys():
+        before = _by_file(source, recorded[source])
+        now = _by_file(source, current[source])
+        # Files that were only renamed do not change a figure.
+        if [*before.values()] == [*now.values()]:
             continue
         for file in sorted(before.keys() | now.keys()):
             if before.get(file) != now.get(file):
-                what = "is new" if file not in before else "is gone" if file not in now else "has changed"
-                log.warning(f"{file} {what} since the run: the figures may differ from the run's")
+                change = "is new" if file not in before else "is gone" if file not in now else "has changed"
+                log.warning(f"{file} {change} since the run: the figures may differ from the run's")
 
 
 def _by_file(source: str, facts: Any) -> dict[str, dict[str, Any]]:
-    """What `source_facts` tells of the content of a source, by file, without times; a revision by the source's name."""
+    """Return by file what `source_facts` records of a source's content, without times.
+
+    A hub dataset has a single entry under the name of the source.
+    """
     files = facts if isinstance(facts, list) else [{"file": source, **facts}]
     return {file["file"]: {k: v for k, v in file.items() if k not in ("file", "modified_ns")} for file in files}
 
 
-def _config(name: str, data: Data | None) -> Config:
+def _build_config(name: str, data: Data | None) -> Config:
+    """Return the configuration that evaluates the model, from its run.json or else from its class."""
     run = _run_file(name)
     if run.is_file():
         config = read_run(str(run))
     elif data is None:
-        raise ValueError(f"{name} has no run.json that says what to evaluate it on: give --data.source")
+        raise ValueError(f"{name} has no run.json that names evaluation documents: give --data.source")
     else:
         objective = objective_for(name)
-        length = _longest(name, objective_of(objective).auto)
+        length = _find_length(name, objective_of(objective).auto)
         config = Config(objective=objective, batch=Batch(max_length=length))
     if isinstance(config.objective, Classification):
-        config = replace(config, objective=replace(config.objective, problem=_problem(name)))
+        config = replace(config, objective=replace(config.objective, problem=_find_problem(name)))
     model = Model(name=name)
     if data is not None:
         if len(data.sources) > 1 or data.streaming:
-            raise ValueError("data.source: evaluate takes one source at a time, and no stream")
+            raise ValueError("data.source: evaluate reads one source at a time, and does not stream it")
         config = replace(config, data=replace(data, eval_source=data.sources[0], eval_split=data.split))
-    # The model's own tokenizer, which was extended already.
+    # The model's own tokenizer already has the words that --tokens.extend added.
     return replace(config, model=model, tokens=replace(config.tokens, name=None, extend=0))
 
 
-def _longest(name: str, auto: Any) -> int:
+def _find_length(name: str, auto: Any) -> int:
+    """Return the maximum length of an example for a model without a run.json."""
     config = load_configuration(name)
-    with torch.device("meta"):  # without weights
+    # On the meta device a model has shapes but no weights.
+    with torch.device("meta"):
         network = auto.from_config(config)
     return min(_LENGTH, longest_input(network) or _LENGTH)
 
 
-def _problem(name: str) -> Any:
-    """What a classifier was trained for; transformers, too, takes one output of which nothing is said for a number."""
+def _find_problem(name: str) -> Any:
+    """Return the problem that a classifier was trained for.
+
+    Like transformers, it takes a classifier with one output and without a `problem_type` for a regression.
+    """
     config = load_configuration(name)
     if config.problem_type is None and config.num_labels == 1:
         return "regression"
@@ -129,11 +143,11 @@ def _problem(name: str) -> Any:
 
 
 def objective_for(name: str) -> Any:
-    """The objective that a model's class was trained by, with default settings. ValueError for another class."""
+    """Return the objective of a model's class, with default settings. Raise ValueError for a class without one."""
     config = load_configuration(name)
     for auto, settings in _OBJECTIVES.items():
         classes = auto._model_mapping.get(type(config), ())
         names = {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
         if names & set(config.architectures or ()):
             return settings()
-    raise ValueError(f"{name} is no masked LM, causal LM or sequence classifier, but {config.architectures}")
+    raise ValueError(f"{name} is not a masked LM, causal LM or sequence classifier, but {config.architectures}")

@@ -24,7 +24,7 @@ from transformers import (
 
 from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
 from minilm.batch import loss_sum
-from minilm.classify import ClassCollator, ClassHead, trained_labels
+from minilm.classify import ClassCollator, ClassHead, read_model_labels
 from minilm.infer import classify, load_classifier
 from minilm.labels import Labels, read_labels
 from minilm.metrics import Classified
@@ -409,8 +409,8 @@ def test_a_trained_classifier_keeps_its_labels_or_gets_a_new_head(
     trained: tuple[Path, dict[str, float]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = trained[0]
-    assert trained_labels(str(folder)) == ("blue", "green", "red")
-    assert trained_labels(None) == ()
+    assert read_model_labels(str(folder)) == ("blue", "green", "red")
+    assert read_model_labels(None) == ()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     auto, two = AutoModelForSequenceClassification, Labels(problem="single-label", names=("a", "b"))
     model = load_model(Model(name=str(folder)), tokenizer, max_length=8, seed=0, auto=auto, fields=two.fields())

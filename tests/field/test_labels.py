@@ -1,4 +1,4 @@
-"""Labels as they come in the field: each column beside the classes, ids and numbers that are right."""
+"""Label columns as users have them, each with the classes, ids or numbers that minilm must read from it."""
 
 import csv
 import json
@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
-from minilm.classify import trained_labels
+from minilm.classify import read_model_labels
 from minilm.data import load_documents
 from minilm.infer import classify
-from minilm.labels import check_known, read_labels
+from minilm.labels import check_model_labels, read_labels
 from minilm.model import load_model
 from minilm.objectives import prepare
 from minilm.score import evaluate
@@ -50,11 +50,11 @@ def labelled(values: list[Any], feature: Any = None) -> Dataset:
 def read(values: list[Any], feature: Any = None, known: tuple[str, ...] = (), **options: Any) -> Any:
     column = labelled(values, feature)
     problem = options.pop("problem", "auto")
-    # A copy, since the same dataset would be an evaluation alone.
+    # A copy, since the same dataset twice means a model that is only evaluated.
     return read_labels(column, {"": labelled(values, feature)}, Classification(problem=problem), known, **options)
 
 
-# situation: (values, type, checkpoint's labels, names by id, ids)
+# situation: (values, type, the checkpoint's labels, expected names by id, expected ids)
 CLASSES: dict[str, tuple[list[Any], Any, tuple[str, ...], tuple[str, ...], list[int]]] = {
     "numbers 0..n-1": ([2, 0, 1, 1], None, (), ("0", "1", "2"), [2, 0, 1, 1]),
     "stars 1 to 5": ([5, 1, 3, 2, 4], None, (), ("1", "2", "3", "4", "5"), [4, 0, 2, 1, 3]),
@@ -112,7 +112,7 @@ def test_classes_have_the_names_that_the_rows_have(situation: str) -> None:
 
 
 HOT = [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
-# situation: (values, type, options, names by id, zeros and ones, what is said of the reading)
+# situation: (values, type, options, expected names by id, expected zeros and ones, a part of the summary)
 SEVERAL: dict[str, tuple[list[Any], Any, dict[str, Any], tuple[str, ...], list[list[int]], str]] = {
     "multi-hot floats": ([[float(x) for x in row] for row in HOT], None, {}, ("0", "1", "2"), HOT, "multi-hot lists"),
     "multi-hot integers": (HOT, None, {}, ("0", "1", "2"), HOT, "multi-hot lists"),
@@ -181,17 +181,17 @@ SEVERAL: dict[str, tuple[list[Any], Any, dict[str, Any], tuple[str, ...], list[l
 
 
 @pytest.mark.parametrize("situation", SEVERAL)
-def test_several_labels_are_read_in_one_way_which_is_said(situation: str) -> None:
-    values, feature, options, names, expected, said = SEVERAL[situation]
+def test_lists_of_labels_are_read_in_one_way_and_the_summary_names_it(situation: str) -> None:
+    values, feature, options, names, expected, part = SEVERAL[situation]
     labels, train_places, eval_places = read(values, feature, **options)
     assert labels.problem == "multi-label"
-    assert said in " ".join(labels.summary)
+    assert part in " ".join(labels.summary)
     if names is not None:
         assert labels.names == names
         assert train_places.tolist() == eval_places.tolist() == expected
 
 
-# situation: (values, type, problem, numbers, what is said)
+# situation: (values, type, problem, expected numbers, a part of the summary)
 NUMBERS: dict[str, tuple[list[Any], Any, str, list[float], str]] = {
     "decimals": ([0.5, 4.5], None, "auto", [0.5, 4.5], "regression, train 0.5 to 4.5, mean 2.5; eval 0.5 to 4.5"),
     "the largest of float32": ([0.0, 2.0**128 - 2.0**104], None, "auto", [0, 2.0**128 - 2.0**104], "train 0 to 3.4"),
@@ -206,14 +206,14 @@ NUMBERS: dict[str, tuple[list[Any], Any, str, list[float], str]] = {
 
 @pytest.mark.parametrize("situation", NUMBERS)
 def test_a_regression_has_the_numbers_of_the_rows(situation: str) -> None:
-    values, feature, problem, expected, said = NUMBERS[situation]
+    values, feature, problem, expected, part = NUMBERS[situation]
     labels, numbers, _ = read(values, feature, problem=problem)
     assert (labels.problem, labels.names, numbers.tolist()) == ("regression", ("LABEL_0",), expected)
-    assert said in " ".join(labels.summary)
+    assert part in " ".join(labels.summary)
 
 
-# situation: (training labels, evaluation labels, options, what the one line says)
 ONE_CLASS = labelled(["a", "a"])
+# situation: (training documents, evaluation documents, options, a pattern in the error)
 REFUSED: dict[str, tuple[Dataset, Dataset, dict[str, Any], str]] = {
     "a single class": (ONE_CLASS, labelled(["a"]), {}, "all training documents have the label 'a'"),
     "a single class to train and evaluate on": (ONE_CLASS, ONE_CLASS, {}, "all documents have the label 'a'"),
@@ -293,16 +293,21 @@ REFUSED: dict[str, tuple[Dataset, Dataset, dict[str, Any], str]] = {
         {"separator": ","},
         "row 1 .* a part is empty",
     ),
-    "a class beside lists": (labelled([["a"], ["b"]]), labelled(["a"]), {}, "row 0 of the eval.* not a list of labels"),
+    "a class where training has lists": (
+        labelled([["a"], ["b"]]),
+        labelled(["a"]),
+        {},
+        "row 0 of the eval.* not a list of labels",
+    ),
 }
 
 
 @pytest.mark.parametrize("situation", REFUSED)
-def test_what_is_no_problem_is_refused_in_one_true_line(situation: str) -> None:
-    documents, held_out, options, said = REFUSED[situation]
+def test_labels_that_do_not_fit_a_problem_are_refused_in_one_line(situation: str) -> None:
+    documents, held_out, options, pattern = REFUSED[situation]
     options = dict(options)
     chosen = Classification(problem=options.pop("problem", "auto"))
-    with pytest.raises(ValueError, match=rf"^[^\n]*{said}[^\n]*\Z"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{pattern}[^\n]*\Z"):
         read_labels(documents, {"": held_out}, chosen, **options)
 
 
@@ -311,7 +316,7 @@ def test_minus_one_is_a_class_of_an_evaluation_where_training_has_it() -> None:
     assert (labels.names, ids.tolist()) == (("-1", "0", "1"), [0, 0])
     documents = labelled([-1, -1])
     labels, _, ids = read_labels(documents, {"": documents}, Classification(), ("-1", "0", "1"))
-    check_known(labels, ("-1", "0", "1"))
+    check_model_labels(labels, ("-1", "0", "1"))
     assert ids.tolist() == [0, 0]
 
 
@@ -320,8 +325,8 @@ def test_each_part_of_the_evaluation_is_read_by_names_of_its_own() -> None:
     assert read_labels(labelled([1, 0], NO_YES), parts, Classification())[2].tolist() == [0, 1, 1, 0]
 
 
-# situation: (labels, what the lines before training say)
-SAID: dict[str, tuple[list[Any], str]] = {
+# situation: (labels, a part of the summary)
+SUMMARIES: dict[str, tuple[list[Any], str]] = {
     "names and counts": (
         ["b", "a", "b"],
         "labels in 'label': single-label, 2 classes: 'a' (1 train, 1 eval), 'b' (2 train, 2",
@@ -331,18 +336,18 @@ SAID: dict[str, tuple[list[Any], str]] = {
     "scores as text": (["0.5", "1.5", "2"], "numbers written as text, which are taken as classes"),
     "several in a cell": (
         ["joy", "anger", "joy,anger"],
-        "'joy,anger' is a class of its own. If it lists several labels",
+        "'joy,anger' is read as one class. If it lists several labels",
     ),
-    "lists as text": (["['a']", "['a', 'b']"], """is a class of its own. If it is meant as a list"""),
+    "lists as text": (["['a']", "['a', 'b']"], """is read as one class. If it is meant as a list"""),
     "case apart": (["Good", "good", "bad"], "'Good', 'good' differ in case or space alone"),
     "free text": ([f"text {i}" for i in range(12)], "12 of the 12 classes have a single training example"),
 }
 
 
-@pytest.mark.parametrize("situation", SAID)
-def test_what_was_understood_is_said(situation: str) -> None:
-    values, said = SAID[situation]
-    assert said in "\n".join(read(values)[0].summary)
+@pytest.mark.parametrize("situation", SUMMARIES)
+def test_the_summary_says_how_the_labels_were_read(situation: str) -> None:
+    values, part = SUMMARIES[situation]
+    assert part in "\n".join(read(values)[0].summary)
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(str.strip)
@@ -356,7 +361,7 @@ COLUMNS = st.one_of(
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(column=COLUMNS, order=st.randoms(use_true_random=False))
-def test_names_through_ids_and_back_are_what_was_written_in_any_order(column: list[Any], order: Any) -> None:
+def test_ids_give_the_written_names_back_whatever_the_order_of_the_rows(column: list[Any], order: Any) -> None:
     labels, ids, _ = read(column)
     assert [labels.names[index] for index in ids] == [str(value) for value in column]
     assert sorted(set(ids.tolist())) == [*range(len(set(column)))]
@@ -370,7 +375,7 @@ def test_names_through_ids_and_back_are_what_was_written_in_any_order(column: li
         labels.names,
         len(set(column)),
     )
-    # A checkpoint keeps them, whatever the order of its ids.
+    # The names of a checkpoint are kept, whatever the order of its ids.
     known = tuple(reversed(labels.names))
     kept, kept_ids, _ = read(column, known=known)
     assert kept.kept
@@ -392,7 +397,7 @@ def test_lists_and_cells_that_list_labels_mean_the_same(rows: list[list[str]]) -
 
 
 def saved(folder: Path, tokenizer: Any, kind: Any = BertForSequenceClassification, **fields: Any) -> str:
-    """A checkpoint that minilm did not write."""
+    """Save a checkpoint with random weights, without the help of minilm, and return its folder."""
     size = {**SIZE, "max_position_embeddings": 64, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(7)
     kind(BertConfig(**size, **fields)).save_pretrained(folder)
@@ -405,7 +410,7 @@ def names(*labels: str) -> dict[str, Any]:
 
 
 def load(name: str, tokenizer: Any, values: list[Any]) -> Any:
-    labels, _, _ = read(values, known=trained_labels(name))
+    labels, _, _ = read(values, known=read_model_labels(name))
     fields, auto = labels.fields(), AutoModelForSequenceClassification
     return load_model(
         Model(name=name), tokenizer, max_length=16, seed=1, auto=auto, fields=fields, new_labels=not labels.kept
@@ -435,7 +440,7 @@ def test_a_head_of_other_labels_starts_anew_and_one_of_the_same_is_kept(
 def test_the_head_of_a_tagger_is_not_taken_for_that_of_a_classifier(tokenizer: Any, tmp_path: Path) -> None:
     name = saved(tmp_path / "model", tokenizer, BertForTokenClassification, **names("a", "b"))
     before = BertForTokenClassification.from_pretrained(name).classifier.weight
-    assert trained_labels(name) == ()
+    assert read_model_labels(name) == ()
     assert not torch.equal(load(name, tokenizer, ["a", "b"]).classifier.weight, before)
 
 
@@ -446,8 +451,8 @@ def test_labels_of_a_checkpoint_are_those_that_its_pipeline_answers_with(tokeniz
     del config["label2id"]
     path.write_text(json.dumps(config))
     answered = {row["label"] for row in pipeline("text-classification", model=name, top_k=None)("a text")[0]}
-    assert set(trained_labels(name)) == answered == {"a", "b"}
-    assert trained_labels(name) == ("b", "a")
+    assert set(read_model_labels(name)) == answered == {"a", "b"}
+    assert read_model_labels(name) == ("b", "a")
 
 
 def rows_in(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -485,7 +490,7 @@ def test_the_output_of_texts_on_the_command_line_has_no_numbers(tokenizer: Any, 
 
 @pytest.mark.parametrize("command", ["classify", "fill-mask", "generate"])
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--file", "FILE", "--column", "foo"), "--column foo: a .txt file has no columns; leave it out"),
         (("--column", "foo"), "--column is about the rows of --file: give --file too, or leave --column out"),
@@ -494,13 +499,13 @@ def test_the_output_of_texts_on_the_command_line_has_no_numbers(tokenizer: Any, 
     ],
 )
 def test_a_flag_about_a_file_is_not_ignored(
-    command: str, words: tuple[str, ...], said: str, tmp_path: Path, run: Any
+    command: str, words: tuple[str, ...], message: str, tmp_path: Path, run: Any
 ) -> None:
     (tmp_path / "rows.txt").write_text("a text\n")
     words = tuple(word.replace("FILE", str(tmp_path / "rows.txt")) for word in words)
     status, output, error = run(command, "nowhere", *words, stdin="a text\n")
     assert (status, output, len(error)) == (2, [], 1)
-    assert said in error[0]
+    assert message in error[0]
 
 
 def test_a_second_text_needs_a_file_with_columns(tmp_path: Path, run: Any) -> None:
@@ -510,12 +515,12 @@ def test_a_second_text_needs_a_file_with_columns(tmp_path: Path, run: Any) -> No
     assert error == ["error: --pair-column foo: a .txt file has no columns; leave it out"]
 
 
-def test_a_text_without_a_token_has_no_label_and_keeps_its_place(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_text_without_tokens_has_no_label_and_keeps_its_place(tokenizer: Any, tmp_path: Path) -> None:
     model = BertForSequenceClassification.from_pretrained(saved(tmp_path / "model", tokenizer)).eval()
     plain = type(tokenizer).from_pretrained(tmp_path / "model")
     plain.backend_tokenizer.post_processor = processors.Sequence([])
-    found = classify(model, plain, ["a text", "", "another"])
-    assert [len(labels) for labels in found] == [2, 0, 2]
+    answers = classify(model, plain, ["a text", "", "another"])
+    assert [len(labels) for labels in answers] == [2, 0, 2]
 
 
 def test_fill_mask_and_generate_keep_blank_rows(tokenizer: Any, tmp_path: Path, run: Any) -> None:
@@ -548,7 +553,7 @@ def test_fill_mask_and_generate_keep_blank_rows(tokenizer: Any, tmp_path: Path, 
     assert plain[0].startswith("0  a text")
 
 
-def test_unknown_characters_are_told_once(
+def test_a_warning_counts_unknown_tokens_once(
     tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, run: Any
 ) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer)))
@@ -579,11 +584,11 @@ def test_stars_are_trained_evaluated_and_answered_by_their_numbers(
         results = train(config)
     assert results["accuracy"] == 1.0
     out = str(tmp_path / "out")
-    said = [
+    lines = [
         message for message in caplog.messages if message.startswith("labels in 'stars': single-label, 5 classes: '1'")
     ]
-    assert len(said) == 1
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["labels"][0] == said[0]
+    assert len(lines) == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["labels"][0] == lines[0]
     assert AutoConfig.from_pretrained(out).id2label == {i: str(i + 1) for i in range(5)}
     answers = pipeline("text-classification", model=out)([row["text"] for row in rows])
     assert [answer["label"] for answer in answers] == [str(row["stars"]) for row in rows]
@@ -596,7 +601,7 @@ def test_stars_are_trained_evaluated_and_answered_by_their_numbers(
         evaluate(out, Data(source=strange, label_column="stars"))
 
 
-def test_evaluate_tells_of_a_second_text_once(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluate_reports_a_second_text_once(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = saved(tmp_path / "model", tokenizer, **names("a", "b"))
     row = {"sentence1": "a text " * 30, "sentence2": "another", "label": "a"}
     source = rows_in(tmp_path / "rows.jsonl", [row, {**row, "label": "b"}])
@@ -631,7 +636,7 @@ def test_a_permuted_checkpoint_keeps_its_classes(tokenizer: Any, tmp_path: Path,
     assert train(first)["accuracy"] == 1.0
     answers = pipeline("text-classification", model=str(tmp_path / "out"))([row["text"] for row in rows])
     assert [answer["label"] for answer in answers] == [row["label"].upper() for row in rows]
-    # A step that changes next to nothing finds the trained head, with its classes in their places.
+    # A step with a tiny learning rate leaves the trained head as it is, so each class must still be in its place.
     model, optim = Model(name=str(tmp_path / "out")), Optim(lr=1e-9)
     again = replace(
         first, model=model, optim=optim, run=replace(first.run, max_steps=1, output_dir=str(tmp_path / "2"))
@@ -674,7 +679,7 @@ def test_a_file_whose_cells_list_labels_is_read_to_its_end(kind: str, tokenizer:
     assert evaluate(str(tmp_path / "out"), data).keys() == {"eval_loss", "accuracy", "f1", "f1_macro"}
 
 
-def test_a_blank_cell_is_no_label_without_a_separator(tmp_path: Path) -> None:
+def test_without_a_separator_a_blank_cell_is_refused(tmp_path: Path) -> None:
     source = rows_in(tmp_path / "rows.jsonl", [{"text": "a", "label": "joy"}, {"text": "b", "label": " "}])
     with pytest.raises(ValueError, match="holds no label"):
         load_documents(Data(source=source, eval_source=source), seed=0, labels=True)

@@ -434,7 +434,7 @@ def test_pairs_train_whatever_token_types_the_model_knows(
     with caplog.at_level(logging.WARNING, "minilm"):
         train(on_pairs(tmp_path, typed(), Model(type=kind, config=size)))
     lines = [record.message for record in caplog.records if "token types" in record.message]
-    assert [f"tells {told} apart: they are left out" in line for line in lines] == [True] * (told is not None)
+    assert [f"takes {told}: they are left out" in line for line in lines] == [True] * (told is not None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert ("token_type_ids" in tokenizer("1", "2")) == types
     classify = pipeline("text-classification", str(tmp_path / "out"))

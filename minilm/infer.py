@@ -1,4 +1,4 @@
-"""Use a trained model: fill in masks, generate text."""
+"""Use a trained model: fill in masks, generate text, classify text."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ from minilm.unencodable import naming_texts
 
 log = logging.getLogger("minilm")
 
-# The end of a class's name in transformers, and what uses such a model.
+# The end of a class's name in transformers, and the command that uses such a model.
 _COMMANDS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "classify",
@@ -46,20 +46,21 @@ class Fill:
 
 
 def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    """Return a masked LM in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
     return _load(name, AutoModelForMaskedLM, "masked LM")
 
 
 def load_classifier(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    """Return a classifier in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
     return _load(name, AutoModelForSequenceClassification, "sequence classifier")
 
 
 def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode and its tokenizer, from a folder or a hub id; ValueError when there is none."""
+    """Return a causal LM in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
     model, tokenizer = _load(name, AutoModelForCausalLM, "causal LM")
-    if other := _other_use(model):  # BERT's weights fit both
-        raise ValueError(f"{str(name)!r} is no causal LM{other}")
+    # transformers also loads BERT's weights as a causal LM.
+    if advice := _suggest_command(model):
+        raise ValueError(f"{str(name)!r} is not a causal LM{advice}")
     check_causal(model)
     return model, tokenizer
 
@@ -74,15 +75,18 @@ def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreT
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it has no weights for {', '.join(missing)}{_other_use(model)}")
+            raise ValueError(f"it has no weights for {', '.join(missing)}{_suggest_command(model)}")
     return model.eval(), tokenizer
 
 
-def _other_use(model: PreTrainedModel) -> str:
-    """The command for a checkpoint whose head is of another kind than that of this class, or nothing."""
+def _suggest_command(model: PreTrainedModel) -> str:
+    """Return the end of an error message that names the command for the checkpoint's own head.
+
+    It is empty if the checkpoint has the head of the class that it was loaded as, or one without a command.
+    """
     saved = " ".join(model.config.architectures or ())
-    found = [command for head, command in _COMMANDS.items() if head in saved and head not in type(model).__name__]
-    return f"; for a {saved} there is: minilm {found[0]}" if found else ""
+    commands = [command for head, command in _COMMANDS.items() if head in saved and head not in type(model).__name__]
+    return f"; for a {saved} use: minilm {commands[0]}" if commands else ""
 
 
 def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
@@ -94,15 +98,18 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         if tokenizer.mask_token_id not in ids:
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
         if longest is not None and len(ids) > longest:
-            raise ValueError(f"the text {_beginning(text)} has {len(ids)} tokens, longer than the model's {longest}")
+            raise ValueError(
+                f"the text {_quote_beginning(text)} is longer than the model's input: {len(ids)} tokens, where "
+                f"{longest} fit. Shorten it"
+            )
 
 
 def fill_mask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, top_k: int = 5
 ) -> list[list[list[Fill]]]:
-    """The `top_k` most probable tokens for each mask of each text: `result[text][mask][rank]`.
+    """Return the `top_k` most probable tokens for each mask of each text: `result[text][mask][rank]`.
 
-    Raises ValueError for a text without a mask token or one longer than the model's input.
+    Raise ValueError for a text without a mask token, or one that is longer than the model's input.
     """
     check_masks(model, tokenizer, texts)
     results = []
@@ -120,24 +127,25 @@ def fill_mask(
                     Fill(
                         token=on_one_line(str(tokenizer.decode([index])).strip(" ")),
                         probability=probability,
-                        text=_filled(tokenizer, input_ids_L, int(at), index),
+                        text=_fill_in(tokenizer, input_ids_L, int(place), index),
                     )
                     for probability, index in zip(*row, strict=True)
                 ]
-                for at, *row in zip(masks_M, best.values.tolist(), best.indices.tolist(), strict=True)
+                for place, *row in zip(masks_M, best.values.tolist(), best.indices.tolist(), strict=True)
             ]
         )
     return results
 
 
 def on_one_line(text: str) -> str:
-    """The text with its line breaks spelt out."""
+    """Return the text with its line breaks written as escapes."""
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: int, index: int) -> str:
+def _fill_in(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, place: int, index: int) -> str:
+    """Return the text with the token `index` at this place, without special tokens other than masks."""
     ids = input_ids_L.tolist()
-    ids[at] = index
+    ids[place] = index
     keep = [i for i in ids if i == tokenizer.mask_token_id or i not in tokenizer.all_special_ids]
     return str(tokenizer.decode(keep)).strip()
 
@@ -145,30 +153,32 @@ def _filled(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, at: i
 def check_beginnings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
 ) -> None:
-    """Raise ValueError for a text that leaves the model no room for as many new tokens, or that gives it no token."""
+    """Raise ValueError for a text that leaves no room for `max_new_tokens`, or that has no tokens to start from."""
     longest = longest_input(model)
     for text in texts:
         with naming_texts(tokenizer, [text]):
             ids = tokenizer(text, verbose=False)["input_ids"]
         if not ids and _first_id(tokenizer) is None:
             raise ValueError(
-                f"the text {text!r} has no tokens, and no token begins documents: give a text to go on from"
+                f"the text {text!r} has no tokens, and the tokenizer has no token that begins a document: give a text "
+                "that is not empty"
             )
         if longest is not None and len(ids) + max_new_tokens > longest:
-            left = f"leave out --max-new-tokens, or pass {longest - len(ids)} or fewer"
+            fewer = f"leave out --max-new-tokens, or pass {longest - len(ids)} or fewer"
             raise ValueError(
-                f"the text {_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is more than "
-                f"the model's {longest}: {left if len(ids) < longest else 'shorten it'}"
+                f"the text {_quote_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is "
+                f"more than the model's {longest}: {fewer if len(ids) < longest else 'shorten it'}"
             )
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that begins a document, or else of the one that ends it."""
+    """Return the id of the token that begins a document, or else of the one that ends it; None without either."""
     first: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return first
 
 
-def _beginning(text: str) -> str:
+def _quote_beginning(text: str) -> str:
+    """Return the first 40 characters of the text in quotes."""
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
 
 
@@ -184,13 +194,14 @@ def generate(
     seed: int = 0,
     stream: bool = False,
 ) -> list[str]:
-    """Each text, gone on with by at most `max_new_tokens` tokens that `model.generate` draws after `manual_seed(seed)`.
+    """Return each text with its continuation, which `model.generate` draws after `torch.manual_seed(seed)`.
 
-    By default these are 100, or as many as the model has room for. They come from the `top_k` likeliest tokens (Fan et
-    al. 2018, section 5.4; 0: from all), of which the likeliest that make up `top_p` are kept (Holtzman et al. 2020,
-    section 3.1), at `temperature`; with temperature 0 the likeliest is taken. An empty text is begun by the token that
-    begins documents. `stream` prints the tokens as they come. A warning tells of unknown characters. Raises ValueError
-    when a text is too long for the model.
+    A continuation has at most `max_new_tokens` tokens, by default 100 or as many as the model has room for. Each is
+    drawn at `temperature` from the `top_k` likeliest tokens (Fan et al. 2018, section 5.4; 0: from all), and of these
+    from the likeliest that make up `top_p` (Holtzman et al. 2020, section 3.1). With temperature 0 the likeliest token
+    is taken. An empty text starts with the token that begins documents. `stream` prints the tokens as they come. A
+    warning counts the tokens of a text that are unknown to the tokenizer. Raise ValueError for a text that is too long
+    for the model.
     """
     check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
     longest = longest_input(model) or math.inf
@@ -203,7 +214,7 @@ def generate(
         ids_L = tokenizer(text)["input_ids"] or [_first_id(tokenizer)]
         if unknown := ids_L.count(tokenizer.unk_token_id):
             log.warning(
-                f"{unknown} of the {len(ids_L)} tokens of {_beginning(text)} are unknown to the model's tokenizer"
+                f"{unknown} of the {len(ids_L)} tokens of {_quote_beginning(text)} are unknown to the model's tokenizer"
             )
         inputs_1xL = torch.tensor([ids_L], device=model.device)
         torch.manual_seed(seed)
@@ -222,11 +233,11 @@ def generate(
 
 @dataclass(frozen=True, kw_only=True)
 class Class:
-    """A label, and how sure the model is of it."""
+    """A label and its score."""
 
     label: str
     score: float
-    """Probability of a class, of each of several labels by itself; of a regression its number."""
+    """The probability of the class, or of this label alone where a text has several; for a regression the number."""
 
 
 def classify(
@@ -237,18 +248,19 @@ def classify(
     *,
     batch_size: int = 32,
 ) -> list[list[Class]]:
-    """The labels of each text, or of each text with its second one, the likeliest first.
+    """Return the labels of each text, the likeliest first; `pairs` holds the second text of each pair.
 
-    Scores are those of transformers' text-classification pipeline. Texts longer than the model's input are cut, and a
-    warning says how many; texts of one length are read together, since padding changes what some models say. A text
-    without a token, such as an empty one for GPT-2, has no labels.
+    The scores are those of transformers' text-classification pipeline. Texts that are longer than the model's input are
+    cut, and a warning counts them. Texts of one length form a batch, since padding changes the logits of some models. A
+    text without tokens, such as an empty text for GPT-2, has no labels.
     """
+    # The tokenizer refuses an empty list.
     if not texts:
-        return []  # the tokenizer takes no empty list
+        return []
     longest = longest_input(model)
-    both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-    with naming_texts(tokenizer, [text for column in both for text in column]):
-        encoded = tokenizer(*both, truncation=longest is not None, max_length=longest, verbose=False)
+    columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+    with naming_texts(tokenizer, [text for column in columns for text in column]):
+        encoded = tokenizer(*columns, truncation=longest is not None, max_length=longest, verbose=False)
     if cut := sum(bool(row.overflowing) for row in encoded.encodings):
         log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")
     rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
@@ -257,7 +269,7 @@ def classify(
     order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: lengths[index])
     runs = [list(run) for _, run in groupby(order, key=lambda index: lengths[index])]
     results: list[list[Class]] = [[] for _ in rows]
-    for ids in (run[at : at + batch_size] for run in runs for at in range(0, len(run), batch_size)):
+    for ids in (run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)):
         batch = tokenizer.pad([rows[index] for index in ids], padding=False, return_tensors="pt").to(model.device)
         with torch.inference_mode():
             logits_NxC = model(**batch).logits.float()

@@ -1,4 +1,4 @@
-"""Exact evaluation of a classifier: every logit of every process in one table, and the figures taken from that.
+"""Exact evaluation of a classifier: gather all logits from all processes, then compute each figure once.
 
 Axes: E examples, C labels.
 """
@@ -26,33 +26,34 @@ _NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Classified:
-    """The logits of a classifier, and what they should say."""
+    """The logits of a classifier and the true labels."""
 
     problem: str
     parts: dict[str, int]
-    """Examples of each part of the evaluation, in this order; figures are taken of each besides those of all."""
+    """The number of examples of each part of the evaluation. The parts' examples follow one another in this order."""
     logits_ExC: NDArray[np.float64]
     labels: NDArray[Any]
-    """As `minilm.labels.read_labels` gives them."""
+    """An array as `minilm.labels.read_labels` returns it."""
 
     def figures(self) -> dict[str, float]:
-        """The figures of all examples, and where there are several parts those of each, named after it."""
+        """Return the figures of all examples, and with several parts also those of each, named after the part."""
         figures = self._figures(slice(None))
-        at = 0
+        start = 0
         for name, count in self.parts.items() if len(self.parts) > 1 else ():
-            part = self._figures(slice(at, at + count))
+            part = self._figures(slice(start, start + count))
             figures |= {f"{figure}_{name}": value for figure, value in part.items()}
-            at += count
+            start += count
         return figures
 
     def _figures(self, part: slice) -> dict[str, float]:
-        """eval_loss (unweighted), and by problem, with the definitions of scikit-learn and SciPy:
+        """Return eval_loss (without class weights) and the problem's figures, as scikit-learn and SciPy define them.
 
-        accuracy, f1 (of class 1 when there are two classes, as GLUE has it; else the mean over classes) and matthews
-        for a single label; accuracy (all labels right), f1 (over all labels together) and f1_macro for several;
-        pearson, spearman and mse for a regression. A correlation with a constant is 0.
+        single-label: accuracy, matthews, and f1 (of class 1 if there are two classes, as in GLUE, or else the mean over
+        classes). multi-label: accuracy (the share of examples with all labels right), f1 (over all labels together) and
+        f1_macro. regression: pearson, spearman and mse. A correlation with a constant is 0.
         """
-        from sklearn import metrics  # imports slowly
+        # scikit-learn imports slowly.
+        from sklearn import metrics
 
         logits_ExC, labels = self.logits_ExC[part], self.labels[part]
         figures = {"eval_loss": float(_losses(self.problem, logits_ExC, labels).mean())}
@@ -68,19 +69,20 @@ class Classified:
                 figures[name] = 0.0 if constant else float(correlation(logits_ExC[:, 0], labels)[0])
             return {**figures, "mse": figures["eval_loss"]}
         if self.problem == "multi-label":
-            found = logits_ExC > 0
-            accuracy = float(metrics.accuracy_score(labels, found))
-            return {**figures, "accuracy": accuracy, "f1": f1(found, "micro"), "f1_macro": f1(found, "macro")}
+            predicted = logits_ExC > 0
+            accuracy = float(metrics.accuracy_score(labels, predicted))
+            return {**figures, "accuracy": accuracy, "f1": f1(predicted, "micro"), "f1_macro": f1(predicted, "macro")}
         classes = logits_ExC.argmax(1)
         figures["accuracy"] = float(metrics.accuracy_score(labels, classes))
         figures["f1"] = f1(classes, "binary" if logits_ExC.shape[1] == 2 else "macro")
-        several = len(np.union1d(labels, classes)) > 1  # else scikit-learn says 0 too, with a warning
-        figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes)) if several else 0.0
+        # With a single class scikit-learn returns 0 too, but warns.
+        has_classes = len(np.union1d(labels, classes)) > 1
+        figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes)) if has_classes else 0.0
         return figures
 
 
 def _losses(problem: str, logits: NDArray[np.float64], labels: NDArray[Any]) -> Any:
-    """Of each example, float64[E]."""
+    """Return the loss of each example, float64[E]."""
     if problem == "regression":
         return (logits[:, 0] - labels) ** 2
     if problem == "multi-label":
@@ -97,27 +99,27 @@ class ClassEvaluator:
     parts: dict[str, int]
     problem: str
     micro_tokens: int
-    """Most tokens of a forward pass, padding included."""
+    """Maximum number of tokens in a forward pass, padding included."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The figures of the evaluation."""
+        """The names of the figures."""
         names = ("eval_loss", *_NAMES[self.problem])
         parts = self.parts if len(self.parts) > 1 else ()
         return (*names, *(f"{name}_{part}" for part in parts for name in names))
 
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
-        """Classify every example once, shared among the processes, all of which return the same."""
-        done: list[tuple[NDArray[np.int64], torch.Tensor]] = []
+        """Classify every example once. The processes share the examples and return the same result."""
+        batches: list[tuple[NDArray[np.int64], torch.Tensor]] = []
         with evaluating(model):
             for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
                 batch = batch.to(accelerator.device)
                 logits = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
-                done.append((ids, logits))
-        table_ExC = torch.zeros(len(self.examples), done[0][1].shape[1])
-        for ids, logits in done:
+                batches.append((ids, logits))
+        table_ExC = torch.zeros(len(self.examples), batches[0][1].shape[1])
+        for ids, logits in batches:
             table_ExC[ids] = logits.float().cpu()
-        # An example is one process's, and zero everywhere else, so that the sum is exact.
+        # One process has the logits of an example and all others have zeros, so the sum is exact.
         table_ExC = accelerator.reduce(table_ExC.to(accelerator.device)).cpu()
         labels = self.examples.labels
         assert labels is not None

@@ -133,7 +133,7 @@ def test_a_model_of_another_kind_is_refused_with_the_command_that_takes_it(
     if saved is GPT2ForSequenceClassification:  # its causal LM would tie the head to the embedding
         config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
         (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"for a {saved.__name__} there is: minilm {command}$"):
+    with pytest.raises(ValueError, match=f"for a {saved.__name__} use: minilm {command}$"):
         load(tmp_path)
 
 
@@ -214,5 +214,5 @@ def test_line_breaks_are_spelt_out():
 
 
 def test_a_masked_lm_is_no_causal_lm(folder):
-    with pytest.raises(ValueError, match="is no causal LM; for a BertForMaskedLM there is: minilm fill-mask"):
+    with pytest.raises(ValueError, match="is not a causal LM; for a BertForMaskedLM use: minilm fill-mask"):
         load_causal_lm(folder)

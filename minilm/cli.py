@@ -1,4 +1,4 @@
-"""`run_recipe`, the command line of every recipe, and how a program ends: in one line that says why."""
+"""`run_recipe`, the command line of every recipe, and the one line that says why a program ended."""
 
 import atexit
 import gc
@@ -27,9 +27,9 @@ def run_recipe(
 ) -> None:
     """Apply the command line to a recipe's configuration and train, with `minilm.train.train` or a fork of it.
 
-    `--dry-run` tells what the run would be in place of it (`minilm.dryrun`); `--seeds` repeats it (`minilm.sweep`).
-    What the user got wrong ends the process with one line on stderr and status 2; `--debug` shows the traceback.
-    `--tyro-print-completion SHELL` prints what has a shell complete all these flags.
+    `--dry-run` describes the run in place of training (`minilm.dryrun`). `--seeds` trains once per seed
+    (`minilm.sweep`). A mistake of the user ends the process with one line on stderr and status 2; `--debug` shows the
+    traceback. `--tyro-print-completion SHELL` prints a script that lets the shell complete all these flags.
     """
     arguments = [word for word in sys.argv[1:] if word not in ("--debug", "--dry-run")]
 
@@ -50,7 +50,7 @@ def run_recipe(
                 from minilm.dryrun import dry_run
             dry_run(resolved, name, own_loop=trains is not None)
             return
-        # After the flags are known to be right: torch takes seconds to import.
+        # torch takes seconds to import. A wrong flag has ended the process before.
         with quick_imports():
             from minilm.sweep import sweep
             from minilm.train import train
@@ -65,9 +65,9 @@ def run_recipe(
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import large libraries in four fifths of the time: garbage collection, which finds nothing in them, passes by.
+    """Import large libraries in four fifths of the time: switch garbage collection off, which finds nothing in them.
 
-    It does so afterwards as well, with all that there is by then, until the process ends.
+    All objects that exist at the end of the block stay out of garbage collection until the process ends.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -75,17 +75,18 @@ def quick_imports() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        atexit.register(gc.unfreeze)  # else libraries tell of what is left as of leaks
+        # Otherwise libraries report the objects that are left at the end as leaks.
+        atexit.register(gc.unfreeze)
         if collects:
             gc.enable()
 
 
 def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
-    """Run `work`; what ends it becomes one line on stderr, from one process of a job, and an exit status.
+    """Run `work`. If an exception ends it, exit with a status; one process of the job prints one line to stderr.
 
-    That is 2 for a ValueError (what the user got wrong), 1 for an OSError (a full disk, a lost process), 128 and its
-    number for a signal, 141 without a line where the reader of stdout has gone, and its own for what stops a run in
-    good order. Anything else is a bug and shows its traceback, as everything does with `debug`.
+    The status is 2 for a ValueError (a mistake of the user), 1 for an OSError (a full disk, a lost process), 128 + n
+    for signal n, and the exception's own for TrainingStopped. It is 141, without a line, if nothing reads stdout any
+    more. Any other exception is a bug and shows its traceback. With `debug`, all exceptions do.
     """
     several = is_one_of_several(os.environ)
     try:
@@ -94,25 +95,27 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout):
             sys.exit(128 + signal.SIGPIPE)
-        status, said = _verdict(error)
-        if said is None or debug:
+        status, line = _describe(error)
+        if line is None or debug:
             if not several:
                 raise
-            first_to_tell()  # so that those who lose contact for it are silent
+            # The call keeps processes silent that end because they lose contact with this one.
+            first_to_tell()
             traceback.print_exc()
         elif first_to_tell():
-            print(said, file=sys.stderr, flush=True)
-        if several and (said is None or isinstance(error, OSError | KeyboardInterrupt)):
+            print(line, file=sys.stderr, flush=True)
+        if several and (line is None or isinstance(error, OSError | KeyboardInterrupt)):
             _leave(status)
         sys.exit(status)
 
 
-def _verdict(error: BaseException) -> tuple[int, str | None]:
-    """The exit status, and the line that says why: None for a bug."""
+def _describe(error: BaseException) -> tuple[int, str | None]:
+    """Return the exit status and the line that says why the program ended; the line is None for a bug."""
     if isinstance(error, KeyboardInterrupt):
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         return 128 + number, "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"
-    if hasattr(error, "status"):  # TrainingStopped: not named here, so that torch need not be imported
+    # TrainingStopped has a status. Its name would need an import of torch.
+    if hasattr(error, "status"):
         return error.status, f"stopped: {error}"
     for kind, status in ((ValueError, 2), (OSError, 1)):
         if isinstance(error, kind):
@@ -121,7 +124,10 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
 
 
 def _leave(status: int) -> NoReturn:
-    """End now: destructors of a broken process group may wait for ever. A checkpoint is still written to its end."""
+    """End the process at once, since destructors of a broken process group may wait for ever.
+
+    A thread that writes a checkpoint still finishes.
+    """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -131,7 +137,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _show_log() -> None:
-    """minilm's messages on the main process's stderr."""
+    """Print minilm's messages to stderr in the main process, and only its errors in the others."""
     logger = logging.getLogger("minilm")
     logger.propagate = False
     logger.handlers = [logging.StreamHandler()]

@@ -1,4 +1,4 @@
-"""The `minilm` command: trained models, used and measured."""
+"""The `minilm` command: use, evaluate, export and compare trained models."""
 
 import argparse
 import ast
@@ -17,48 +17,75 @@ from minilm.completion import SHELLS, PrintCompletion
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="minilm", description="Use models trained with minilm, or any like them.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="minilm", description="Use models trained with minilm, or other models of the same kinds."
+    )
     parser.add_argument(
-        "--completion", action=PrintCompletion, choices=SHELLS, help="print a script by which the shell completes words"
+        "--completion", action=PrintCompletion, choices=SHELLS, help="print a script that lets the shell complete words"
     )
     parser.add_argument("--version", action="version", version=f"minilm {version('minilm')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fill = _add(commands, "fill-mask", _fill_mask, "the likeliest words for a mask", "masked LM")
     fill.description = 'Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."'
-    fill.add_argument("--top-k", type=_positive, default=5, metavar="K", help="candidates for a mask (default: 5)")
-    more = _add(commands, "generate", _generate, "go on with a text", "causal LM")
-    more.description = 'Go on with each text, as a causal LM: minilm generate DIR "Once upon a time" --top-p 0.95'
+    fill.add_argument(
+        "--top-k", type=_positive, default=5, metavar="K", help="number of candidates for each mask (default: 5)"
+    )
+    more = _add(commands, "generate", _generate, "continue a text", "causal LM")
+    more.description = 'Continue each text with a causal LM: minilm generate DIR "Once upon a time" --top-p 0.95'
     more.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="at most so many (default: 100, if there is room)"
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="maximum number of new tokens (default: 100, or as many as the model has room for)",
     )
     more.add_argument(
-        "--temperature", type=_not_negative, default=1.0, metavar="T", help="below 1: likelier; 0: the likeliest alone"
+        "--temperature",
+        type=_not_negative,
+        default=1.0,
+        metavar="T",
+        help="below 1 likely tokens become likelier; 0 always takes the likeliest (default: 1)",
     )
     more.add_argument(
-        "--top-k", type=_whole, default=50, metavar="K", help="draw from the K likeliest (default: 50; 0: from all)"
+        "--top-k",
+        type=_whole,
+        default=50,
+        metavar="K",
+        help="draw from the K likeliest tokens (default: 50; 0: from all)",
     )
     more.add_argument(
-        "--top-p", type=_share, default=1.0, metavar="P", help="draw from the likeliest that make up P (default: 1)"
+        "--top-p",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P (default: 1)",
     )
-    more.add_argument("--seed", type=_whole, default=0, metavar="S", help="another seed, another text (default: 0)")
+    more.add_argument(
+        "--seed",
+        type=_whole,
+        default=0,
+        metavar="S",
+        help="seed of the draws; another seed gives another text (default: 0)",
+    )
     sort = _add(commands, "classify", _classify, "the class of a text or a pair", "sequence classifier")
-    sort.description = 'Say what each text is: minilm classify DIR "Great fun!"; --pair TEXT is the second of a pair.'
+    sort.description = 'Print the class of each text: minilm classify DIR "Great fun!"; --pair TEXT adds a second text.'
     sort.add_argument("--pair", metavar="TEXT", help="second text of a pair")
     sort.add_argument("--pair-column", metavar="NAME", help="column of --file that holds the second text")
-    sort.add_argument("--top-k", type=_positive, default=1, metavar="K", help="labels shown, best first (default: 1)")
+    sort.add_argument(
+        "--top-k", type=_positive, default=1, metavar="K", help="number of labels to print, best first (default: 1)"
+    )
     measure = _command(commands, "evaluate", _evaluate, "loss, perplexity, accuracy, … on data of your own")
     measure.description = (
-        "Evaluate a model as training does: minilm evaluate DIR --data.source FILE. A run's folder knows how its own "
-        "evaluation was done, and repeats that without --data.source."
+        "Evaluate a model as training does: minilm evaluate DIR --data.source FILE. Without --data.source, repeat the "
+        "evaluation of the run whose folder DIR is."
     )
-    measure.epilog = "--data.column, --data.pair-column, --data.label-column, … are those of the recipes."
+    measure.epilog = "--data.column, --data.pair-column, --data.label-column, … mean what they mean for a recipe."
     _add_model(measure, "model of any of these kinds")
     _add_export(commands)
     _add_report(commands)
     _add_doctor(commands)
-    start = _command(commands, "train", _train, "which recipes there are, and how to start one")
-    start.description = "List the recipes. Training is started by one of them: accelerate launch recipes/NAME.py"
+    start = _command(commands, "train", _train, "list the recipes, and show how to start one")
+    start.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("evaluate", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -67,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _command(commands: Any, name: str, work: Callable[[argparse.Namespace], None], what: str) -> Any:
-    """A command that does this work."""
+    """Add a command that does this work."""
     command = commands.add_parser(name, help=what)
     command.add_argument("--debug", action="store_true", help="show tracebacks")
     command.set_defaults(work=work)
@@ -75,7 +102,7 @@ def _command(commands: Any, name: str, work: Callable[[argparse.Namespace], None
 
 
 def _add_export(commands: Any) -> None:
-    command = _command(commands, "export", _export, "the model by itself, as safetensors or ONNX")
+    command = _command(commands, "export", _export, "write the model alone, as safetensors or ONNX")
     command.description = (
         "Write the model of a run or of a checkpoint, with its tokenizer and nothing else, to a new folder: "
         "minilm export DIR --format onnx --output FOLDER"
@@ -85,53 +112,58 @@ def _add_export(commands: Any) -> None:
         "--format",
         choices=("onnx", "safetensors"),
         required=True,
-        help='as it is, or as ONNX (pip install "minilm[onnx]")',
+        help='safetensors as the run wrote it, or ONNX (pip install "minilm[onnx]")',
     )
-    command.add_argument("--output", required=True, metavar="FOLDER", help="where to: a folder that is new or empty")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, new or empty")
 
 
 def _add_report(commands: Any) -> None:
     command = _command(commands, "report", _report, "curves, settings and results of runs as one page")
     command.description = (
-        "Write one HTML page, which needs no network, about one or several runs: minilm report out/a out/b"
+        "Write one HTML page about one or several runs, for a browser without network: minilm report out/a out/b"
     )
     command.add_argument("folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not")
-    command.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
-    command.add_argument("--png", action="store_true", help="the curves as a picture beside it too (takes matplotlib)")
+    command.add_argument("--output", default="report.html", metavar="FILE", help="file to write (default: report.html)")
+    command.add_argument("--png", action="store_true", help="also write the curves as a picture (needs matplotlib)")
 
 
 def _add_doctor(commands: Any) -> None:
-    command = _command(commands, "doctor", _doctor, "what this machine offers to a run, and what to mend")
+    command = _command(commands, "doctor", _doctor, "check this machine, and say what to mend")
     command.description = (
-        "Hardware, precision, memory, threads, versions, caches, and whether two processes meet, a line each."
+        "Check hardware, precision, memory, threads, versions, caches, and whether two processes can meet, and print a "
+        "line about each."
     )
-    command.epilog = "The exit status is 1 where there is something to mend."
-    command.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    command.epilog = "The exit status is 1 if there is something to mend."
+    _add_json(command)
 
 
 def _add(commands: Any, name: str, work: Callable[[argparse.Namespace], None], what: str, kind: str) -> Any:
-    """A command that takes texts."""
+    """Add a command that reads texts."""
     command = _command(commands, name, work, what)
     _add_model(command, kind)
     command.add_argument(
         "texts",
         metavar="TEXT",
         nargs="*",
-        help="none or - reads lines from standard input: each line, blank ones too, with its number from 0",
+        help="a text; none or - reads standard input, where each line is a text, even a blank one, numbered from 0",
     )
     command.add_argument(
         "--file",
         metavar="FILE",
-        help="take the texts from a file: each row, blank ones too, with its number from 0 (.txt: lines)",
+        help="read the texts from a file, where each row (.txt: line) is a text, even a blank one, numbered from 0",
     )
     command.add_argument("--column", metavar="NAME", help="column of --file (default: text)")
-    command.add_argument("--delimiter", metavar="CHARACTER", help="between the fields of --file, where it is a .csv")
+    command.add_argument("--delimiter", metavar="CHARACTER", help="character between the fields of a .csv file")
     return command
 
 
 def _add_model(command: argparse.ArgumentParser, kind: str) -> None:
     command.add_argument("model", metavar="DIR", help=f"folder or hub id of a {kind}")
-    command.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    _add_json(command)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON objects, one per line, for programs")
 
 
 def _whole(text: str) -> int:
@@ -164,14 +196,14 @@ def _share(text: str) -> float:
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
-    """The texts of the command line, with the lines of standard input for `-`, or those of --file; blank ones too."""
+    """Return the texts of the command line (`-`: the lines of standard input) or of --file, even blank ones."""
     if options.file is not None:
         return list(_documents(options)["text"])
     for flag in ("column", "delimiter"):
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} is about the rows of --file: give --file too, or leave --{flag} out")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A carriage return alone does not end a line.
+        # By default Python would also end a line at a carriage return alone.
         sys.stdin.reconfigure(newline="\n")
     texts = [line for text in options.texts or ["-"] for line in (_lines() if text == "-" else [text])]
     if not any(texts):
@@ -180,29 +212,29 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 
 def _lines() -> list[str]:
-    """The lines of standard input as other programs count them: `splitlines` also cuts at U+2028 and its like."""
+    """Return the lines of standard input as other programs count them; `splitlines` would also cut at U+2028."""
     lines = sys.stdin.read().split("\n")
-    # What follows the last end of a line is a line only if there is something.
+    # Text after the last line end is a line; nothing after it is not.
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def _has_rows(options: argparse.Namespace) -> bool:
-    """Whether texts come from a file or from standard input, so that the output is joined to them by numbers."""
+    """Return whether texts come from a file or standard input. The output then has the number of each row."""
     return options.file is not None or not options.texts or "-" in options.texts
 
 
 def _row_number(options: argparse.Namespace, row: int, rows: int) -> str:
-    """The number of a row, from 0, before a line of output; nothing where all texts are on the command line."""
+    """Return the number of a row, from 0, for the start of a line; empty if all texts are on the command line."""
     return f"{row:>{len(str(rows - 1))}}  " if _has_rows(options) else ""
 
 
 def _row_field(options: argparse.Namespace, row: int) -> dict[str, Any]:
-    """The number of a row, from 0, as a field of JSON; no field where all texts are on the command line."""
+    """Return the number of a row, from 0, as a field of JSON; empty if all texts are on the command line."""
     return {"row": row} if _has_rows(options) else {}
 
 
 def _documents(options: argparse.Namespace) -> Any:
-    """The rows of --file, with the columns `text`, and `pair` where that is asked for."""
+    """Return the rows of --file with the column `text`, and with --pair-column the column `pair`."""
     if options.texts:
         raise ValueError("give texts or --file, not both")
     from minilm.config import Data
@@ -213,10 +245,10 @@ def _documents(options: argparse.Namespace) -> Any:
     try:
         rows = read_documents(Data(source=options.file, **given))
     except ValueError as error:
-        # The flags have other names here.
+        # A command's --column is --data.column of a recipe.
         raise ValueError(str(error).replace("--data.", "--")) from None
     if not any(text.strip() for text in rows["text"]):
-        raise ValueError(f"{options.file}: there is no text in it")
+        raise ValueError(f"{options.file}: it holds no text")
     return rows
 
 
@@ -262,7 +294,7 @@ def _fill_mask(options: argparse.Namespace) -> None:
             print()
         field, prefix = _row_field(options, number), _row_number(options, number, len(texts))
         if not text.strip():
-            # A blank row has nothing to fill, and keeps its place.
+            # A blank row has no mask. It still has its line in the output.
             if options.json:
                 _print_json({**field, "input": text, "mask": None, "fills": []})
             else:
@@ -283,28 +315,28 @@ def _classify(options: argparse.Namespace) -> None:
     pairs: list[str] | None = None
     if options.pair_column is not None:
         if options.file is None or options.pair is not None:
-            raise ValueError("--pair-column is a column of --file: give that and no --pair, or --pair TEXT alone")
+            raise ValueError("--pair-column is a column of --file: give --file and no --pair, or --pair TEXT alone")
         rows = _documents(options)
         texts, pairs = list(rows["text"]), list(rows["pair"])
     else:
         texts = _texts(options)
         pairs = None if options.pair is None else [options.pair] * len(texts)
     model, tokenizer = load_classifier(options.model)
-    number = model.config.problem_type == "regression"
-    for index, found in enumerate(classify(model, tokenizer, texts, pairs)):
+    is_regression = model.config.problem_type == "regression"
+    for index, labels in enumerate(classify(model, tokenizer, texts, pairs)):
         if options.json:
             pair = {} if pairs is None else {"pair": pairs[index]}
-            labels = [asdict(label) for label in found[: options.top_k]]
-            _print_json({**_row_field(options, index), "input": texts[index], **pair, "labels": labels})
+            fields = [asdict(label) for label in labels[: options.top_k]]
+            _print_json({**_row_field(options, index), "input": texts[index], **pair, "labels": fields})
             continue
         text = on_one_line(texts[index] if pairs is None else f"{texts[index]} | {pairs[index]}")
         prefix = _row_number(options, index, len(texts))
-        for label in found[: options.top_k]:
-            score = f"{label.score:8.4f}" if number else f"{label.score:6.1%}  {label.label:<16}"
+        for label in labels[: options.top_k]:
+            score = f"{label.score:8.4f}" if is_regression else f"{label.score:6.1%}  {label.label:<16}"
             print(f"{prefix}{score}  {text}")
-        if not found:
-            # A text without a token has no label, and keeps its place.
-            print(f"{prefix}{'-':>8}  {text}" if number else f"{prefix}{'-':>6}  {'-':<16}  {text}")
+        if not labels:
+            # A text without tokens has no label. It still has its line in the output.
+            print(f"{prefix}{'-':>8}  {text}" if is_regression else f"{prefix}{'-':>6}  {'-':<16}  {text}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -353,20 +385,20 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    """List the recipes of this checkout with their first lines, and how to start one."""
+    """Print the recipes of this checkout with their first lines, and how to start one."""
     folder = Path(__file__).parents[1] / "recipes"
     recipes = sorted(folder.glob("*.py"))
     if not recipes:
         raise ValueError(
-            "a recipe starts the training, a file of some 25 lines: clone the repository, which has them in recipes/, "
-            "or write one that ends in minilm.cli.run_recipe(CONFIG)"
+            "a recipe, a file of about 25 lines, starts the training: clone the repository, which has recipes in "
+            "recipes/, or write one that ends in minilm.cli.run_recipe(CONFIG)"
         )
     print(f"A recipe starts the training. Those in {folder}:\n")
     for recipe in recipes:
         summary = (ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         print(f"  {recipe.name:<20} {summary}")
     print(f"\nStart one:    accelerate launch {shlex.quote(str(folder / 'mlm_pydocs.py'))}")
-    print("See its flags: python RECIPE --help    See what it would do: python RECIPE --dry-run")
+    print("See its flags: python RECIPE --help    Try it without output: python RECIPE --dry-run")
     if options.rest:
         raise ValueError(f"minilm train takes no arguments: pass {shlex.join(options.rest)} to a recipe")
 

@@ -1,4 +1,4 @@
-"""Scripts by which a shell completes the words of `minilm` and of recipes; like `minilm.config`, without torch."""
+"""Scripts that let a shell complete the words of `minilm` and of recipes. Imports no torch."""
 
 import argparse
 import contextlib
@@ -9,11 +9,13 @@ from typing import Annotated, Any
 from minilm.checks import check
 from minilm.config import Config
 
-RECIPE = "--tyro-print-completion"  # tyro's own flag
+# The name of tyro's flag for the same purpose.
+RECIPE = "--tyro-print-completion"
 SHELLS = ("bash", "zsh")
-_FILES = {"FILE": "FILE", "DIR": "DIRECTORY", "OUT": "DIRECTORY"}  # what shtab calls that which a metavar stands for
+# The constants of shtab for the metavars of files and folders.
+_FILES = {"FILE": "FILE", "DIR": "DIRECTORY", "OUT": "DIRECTORY"}
 
-# tyro's script knows a recipe that is a command by itself; this finds the recipe behind the command that launches it.
+# tyro's script completes a recipe that is itself the command. This function finds a recipe after a launcher's name.
 _LAUNCHED = """
 _minilm_launched() {
   local at name
@@ -33,13 +35,13 @@ complete -o default -F _minilm_launched accelerate torchrun python python3
 
 
 class PrintCompletion(argparse.Action):
-    """Print the script for a parser with commands, and end."""
+    """Print the script for a parser with commands, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
             import shtab
         except ImportError:
-            parser.error('--completion takes shtab: pip install "shtab>=1.7"')
+            parser.error('--completion needs shtab: pip install "shtab>=1.7"')
         for subparsers in parser._actions:
             for command in subparsers.choices.values() if isinstance(subparsers.choices, dict) else ():
                 for action in command._actions:
@@ -50,16 +52,17 @@ class PrintCompletion(argparse.Action):
 
 
 def recipe_completion(default: Config, name: str, shell: str) -> str:
-    """The script for the recipe of this file name: all flags of a configuration, and those of `run_recipe` itself.
+    """Return the script for the recipe with this file name, with all flags of a configuration and of `run_recipe`.
 
-    In bash it also serves the recipe behind `accelerate`, `torchrun` and `python`. ValueError for an unknown shell.
+    In bash it also completes the flags of a recipe after `accelerate`, `torchrun` and `python`. Raise ValueError for an
+    unknown shell.
     """
     import tyro
 
     check(shell in SHELLS, f"{RECIPE} must be one of {', '.join(SHELLS)}, not {shell}")
     switch = tyro.conf.FlagCreatePairsOff[bool]
     own: list[tuple[str, Any, Any]] = [
-        ("dry_run", Annotated[switch, tyro.conf.arg(help="Say what the run would be.")], False),
+        ("dry_run", Annotated[switch, tyro.conf.arg(help="Describe the run.")], False),
         ("from_run", Annotated[str, tyro.conf.arg(help="Repeat the run of this run.json.")], ""),
         ("seeds", Annotated[tuple[int, ...], tyro.conf.arg(help="Train once per seed.")], ()),
         ("debug", Annotated[switch, tyro.conf.arg(help="Show tracebacks.")], False),

@@ -1,6 +1,6 @@
-"""Flags of other training programs, and the flag of minilm that does the same. Imports no torch.
+"""Flags of other training programs, each with minilm's flag for the same purpose. Imports no torch.
 
-The names are those of transformers' TrainingArguments and example scripts, litgpt, torchtitan and nanoGPT.
+The names come from transformers' TrainingArguments and example scripts, litgpt, torchtitan and nanoGPT.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _SAVE = "--run.save-every, in steps"
 _WARMUP = "--optim.warmup: a share of the steps if below 1, else a number of steps"
 _LAUNCHER = "a flag of the launcher: accelerate launch --multi_gpu --num_processes N recipes/…"
 _CONFIG = "--model.config.FIELD, a field of the Hugging Face configuration"
-_LOGGED = "not needed: log.jsonl in the output folder has a line for each step"
+_LOGGED = "not needed: log.jsonl in the output folder has one line per step"
 
 ANSWERS = {
     # The model and its tokenizer.
@@ -24,7 +24,7 @@ ANSWERS = {
     "model_name": "--model.name",
     "model": "--model.name",
     "checkpoint_dir": "--model.name",
-    "init_from": "--model.name, or --run.resume latest to go on with a run",
+    "init_from": "--model.name, or --run.resume latest to continue a run",
     "model_type": "--model.type",
     "config_name": "--model.type, and " + _CONFIG,
     "config_overrides": _CONFIG,
@@ -63,7 +63,7 @@ ANSWERS = {
     "mlm_probability": "--objective.rate",
     "line_by_line": "--batch.layout documents",
     "packing": "--batch.layout packed",
-    "pad_to_max_length": "not needed: minilm packs rows where that changes no logit, and pads to the longest elsewhere",
+    "pad_to_max_length": "not needed: minilm pads only where it cannot pack rows, and then to the longest row",
     # The batch.
     "per_device_train_batch_size": _STEP,
     "per_gpu_train_batch_size": _STEP,
@@ -87,7 +87,7 @@ ANSWERS = {
     "sequence_length": _LENGTH,
     "sequence_len": _LENGTH,
     "block_size": _LENGTH + "; --batch.layout blocks cuts all text into full blocks",
-    "group_by_length": "not needed: minilm sorts the examples of each step by length (--batch.group epoch: of all)",
+    "group_by_length": "not needed: minilm sorts the examples of each step by length (--batch.group epoch sorts all)",
     "train_sampling_strategy": "--batch.group",
     "length_column_name": "not needed: minilm knows the lengths",
     "dataloader_num_workers": "--batch.workers",
@@ -166,9 +166,9 @@ ANSWERS = {
 
 
 def refuse_foreign_flags(words: Sequence[str], default: Config) -> None:
-    """Raise ValueError, in one line, for the first flag that is not minilm's where minilm has one for it.
+    """Raise ValueError for the first unknown flag for which minilm has a flag, and name that flag.
 
-    That is a flag of another program (`--learning-rate`), or one of minilm's own without its group (`--lr`).
+    The unknown flag is one of another program (`--learning-rate`), or minilm's own without its group (`--lr`).
     """
     groups = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     own = {group: {field.name for field in dataclasses.fields(settings)} for group, settings in groups.items()}
@@ -185,6 +185,5 @@ def refuse_foreign_flags(words: Sequence[str], default: Config) -> None:
             raise ValueError(f"unknown flag {flag}: use --{owners[0]}.{last.replace('_', '-')}")
         if last in ANSWERS:
             answer = ANSWERS[last]
-            raise ValueError(
-                f"unknown flag {flag}: {f'use {answer}' if answer.startswith('--') else f'it is {answer}'}"
-            )
+            verb = "use" if answer.startswith("--") else "it is"
+            raise ValueError(f"unknown flag {flag}: {verb} {answer}")

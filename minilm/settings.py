@@ -1,6 +1,6 @@
-"""A configuration from the command line and from `run.json`, and as JSON.
+"""Read a configuration from the command line or from `run.json`, and write it as JSON.
 
-Like `minilm.config` it imports neither torch nor transformers.
+Like `minilm.config`, this file imports neither torch nor transformers.
 """
 
 import ast
@@ -22,19 +22,19 @@ from minilm.signals import first_to_tell
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON types, the objective by the name of its class; `from_dict` is its inverse."""
+    """Return the configuration as plain JSON types, with the class of the objective as a name. See `from_dict`."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     tree["objective"]["name"] = type(config.objective).__name__
     return tree
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """What `to_dict` gives, by `group.name`."""
+    """Return the settings that `to_dict` returns by group as one dictionary with keys `group.name`."""
     return {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a field's type; the choices of a Literal are checked with its group."""
+    """Return whether a value from JSON has a field's type. Each group itself checks the choices of a Literal."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -51,18 +51,18 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` wrote; a group or field that does not exist raises ValueError.
+    """Return the configuration that `to_dict` wrote.
 
-    So does a value of another type than the field's.
+    Raise ValueError for an unknown group or field, and for a value that has not the field's type.
     """
     groups = typing.get_type_hints(Config)
-    check(isinstance(tree, dict), "a configuration is groups of settings by name")
+    check(isinstance(tree, dict), "a configuration must be an object with groups of settings")
     for name in set(tree) - set(groups):
         raise ValueError(f"unknown group of settings {closest(name, list(groups))}")
     built = {}
     for name, kind in groups.items():
         given = tree.get(name, {})
-        check(isinstance(given, dict), f"the group {name} must be settings by name, not {given!r}")
+        check(isinstance(given, dict), f"the group {name} must be an object with settings, not {given!r}")
         values = dict(given)
         if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
             chosen = values.pop("name", MaskedLM.__name__)
@@ -81,7 +81,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def read_run(path: str) -> Config:
-    """The configuration stored in a run's `run.json`, without its output folder and repository, which are taken."""
+    """Return the configuration in a run's `run.json`, without the output folder and repository, which that run owns."""
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
         check(isinstance(run, dict) and "config" in run, "it holds no config")
@@ -93,77 +93,89 @@ def read_run(path: str) -> Config:
     )
 
 
-def _split(words: Sequence[str], flag: str) -> list[str]:
-    """The words, with that of `FLAG=VALUE` made two."""
+def _has_flag(words: Sequence[str], flag: str) -> bool:
+    """Return whether `flag` is among the words, as `FLAG` or `FLAG=VALUE`."""
+    return any(word.split("=")[0] == flag for word in words)
+
+
+def _split_flag(words: Sequence[str], flag: str) -> list[str]:
+    """Return the words with `FLAG=VALUE` as two words."""
     return [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
 
 
 def take_seeds(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The numbers after `--seeds`, and the other words of a command line. ValueError for what is no list of seeds."""
-    words = _split(arguments, "--seeds")
+    """Return the numbers after `--seeds`, and the other words. Raise ValueError if the numbers are not valid seeds."""
+    words = _split_flag(arguments, "--seeds")
     if "--seeds" not in words:
         return [], words
     at = words.index("--seeds")
     end = next((n for n, word in enumerate(words) if n > at and word.startswith("--")), len(words))
     seeds, rest = words[at + 1 : end], words[:at] + words[end:]
     check(bool(seeds), "--seeds needs numbers: --seeds 0 1 2")
-    for flag, instead in (("--run.seed", "leave it out"), ("--run.resume", "go on with one seed by --run.seed")):
-        given = any(word.split("=")[0] == flag for word in rest)
-        check(not given, f"--seeds and {flag} exclude each other: {instead}")
+    for flag, instead in (
+        ("--run.seed", "leave it out"),
+        ("--run.resume", "pass --run.seed to resume the run of one seed"),
+    ):
+        check(not _has_flag(rest, flag), f"--seeds and {flag} exclude each other: {instead}")
     for word in seeds:
         check(word.removeprefix("-").isdecimal(), f"--seeds takes whole numbers, not {word!r}")
     numbers = list(map(int, seeds))
     for seed in numbers:
-        Run(seed=seed)  # refuses what is no seed
+        # The constructor refuses a number that is not a valid seed.
+        Run(seed=seed)
         check(numbers.count(seed) == 1, f"--seeds has {seed} twice: leave one out")
     return numbers, rest
 
 
 def parse(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
-    """`default` with the flags of the command line applied; a bad flag ends the process with status 2.
+    """Return `default` with the flags of the command line applied. A bad flag ends the process with status 2.
 
-    `--from-run FILE` takes the settings of an earlier run (its run.json) in place of the defaults.
+    `--from-run FILE` replaces the defaults by the settings of an earlier run (its run.json).
     """
-    import tyro  # imports slowly, and only a command line needs it
+    # tyro imports slowly, and only a command line needs it.
+    import tyro
 
-    rest = _split(sys.argv[1:] if arguments is None else arguments, "--from-run")
+    rest = _split_flag(sys.argv[1:] if arguments is None else arguments, "--from-run")
     if "--from-run" in rest:
         at = rest.index("--from-run")
         check(at + 1 < len(rest), "--from-run needs the path of a run.json")
         default = read_run(rest[at + 1])
         del rest[at : at + 2]
-    if any(word.split("=")[0] == "--data.source" for word in rest):
-        # Columns and slices of another source mean nothing here.
+    if _has_flag(rest, "--data.source"):
+        # The columns and splits of the default source do not fit another source.
         kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
         default = dataclasses.replace(default, data=kept)
     refuse_foreign_flags(rest, default)
-    inherited = not any(word.split("=")[0] == "--data.document" for word in rest)
+    document_is_default = not _has_flag(rest, "--data.document")
     default, rest = _take_fields(default, rest)
     description += (
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
         "defaults. "
-        "--from-run FILE repeats the run that wrote this run.json. --dry-run says what the run would be, need and "
-        "take, after a few steps of it, and writes nothing to its output folder. --seeds 0 1 2 trains once per seed, "
-        "each into seed-<n> of the output folder, and writes mean and deviation of the figures to seeds.json there. "
-        "--debug shows tracebacks."
+        "--from-run FILE repeats the run that wrote this run.json. --dry-run runs a few steps, prints what the whole "
+        "run would do, need and take, and writes nothing to the output folder. --seeds 0 1 2 trains once per seed, "
+        "each into seed-<n> of the output folder, and writes the mean and deviation of the figures to seeds.json "
+        "there. --debug shows tracebacks."
     )
-    plain, said = (tyro.conf.AvoidSubcommands,), io.StringIO()
+    messages = io.StringIO()
+    options = (tyro.conf.AvoidSubcommands,)
     try:
-        with contextlib.redirect_stderr(said):
-            config: Config = tyro.cli(Config, default=default, args=rest, config=plain, description=description)
+        with contextlib.redirect_stderr(messages):
+            config: Config = tyro.cli(Config, default=default, args=rest, config=options, description=description)
     except SystemExit:
-        if said.getvalue() and first_to_tell():  # one message for a job, not one from each process
-            sys.stderr.write(said.getvalue())
+        # A job prints one message, and not one from each process.
+        if messages.getvalue() and first_to_tell():
+            sys.stderr.write(messages.getvalue())
         raise
-    return _without_document(config) if inherited else config
+    return _reset_document(config) if document_is_default else config
 
 
-def _without_document(config: Config) -> Config:
-    """The configuration without a recipe's own `data.document` where no source is plain text."""
+def _reset_document(config: Config) -> Config:
+    """Return the configuration without the recipe's `data.document` if no source is plain text."""
     data = config.data
     if data.document == Data.document:
         return config
-    from minilm.sources import is_text  # imports the datasets library, for which no other command line waits
+    # This imports the datasets library. Other command lines need not wait for it.
+    from minilm.sources import is_text
 
     sources = [source for source in (*data.sources, data.eval_source) if source not in (None, "pydocs")]
     if any(map(is_text, sources)):
@@ -172,30 +184,31 @@ def _without_document(config: Config) -> Config:
 
 
 def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[str]]:
-    """`default` with each `--model.config.FIELD VALUE` of a field that it does not have yet, and the other words.
+    """Return `default` with the fields of `--model.config.FIELD VALUE` that it does not have yet, and the other words.
 
-    A flag of tyro's takes a field that is there, whose type it then knows.
+    tyro itself reads the flag of a field that `default` has, since it knows the type of the field.
     """
-    start, taken, rest = "--model.config.", dict[str, Value](), list[str]()
-    left = list(words)
-    while left:
-        word, given = left.pop(0), list[str]()
-        name, *after = word.removeprefix(start).split("=", 1)
+    start = "--model.config."
+    fields: dict[str, Value] = {}
+    rest: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, *values = word.removeprefix(start).split("=", 1)
         field = name.replace("-", "_")
         if not word.startswith(start) or field in default.model.config:
             rest.append(word)
             continue
-        while left and not left[0].startswith("--"):
-            given.append(left.pop(0))
-        values = [*after, *given]
+        while queue and not queue[0].startswith("--"):
+            values.append(queue.pop(0))
         check(bool(values), f"{start}{name} needs a value")
-        taken[field] = _literal(values[0]) if len(values) == 1 else values
-    model = dataclasses.replace(default.model, config={**default.model.config, **taken})
+        fields[field] = _parse_literal(values[0]) if len(values) == 1 else values
+    model = dataclasses.replace(default.model, config={**default.model.config, **fields})
     return dataclasses.replace(default, model=model), rest
 
 
-def _literal(word: str) -> Any:
-    """The number or truth value that a word stands for, or else the word."""
+def _parse_literal(word: str) -> Any:
+    """Return the number or truth value that a word stands for, or else the word."""
     with contextlib.suppress(ValueError, SyntaxError):
         if isinstance(value := ast.literal_eval(word), bool | int | float):
             return value
@@ -203,7 +216,7 @@ def _literal(word: str) -> Any:
 
 
 def parse_data(arguments: Sequence[str]) -> Data | None:
-    """The `--data.…` flags of the command line, or None where there are none."""
+    """Return the settings of the `--data.…` flags, or None without such flags."""
     import tyro
 
     @dataclasses.dataclass
@@ -213,6 +226,6 @@ def parse_data(arguments: Sequence[str]) -> Data | None:
     if not arguments:
         return None
     data = tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog="minilm evaluate DIR").data
-    if not any(word.split("=")[0] == "--data.source" for word in arguments):
-        raise ValueError("give --data.source too: without any --data flag, a run's own evaluation is done again")
+    if not _has_flag(arguments, "--data.source"):
+        raise ValueError("give --data.source too, or no --data flag, which repeats the evaluation of the run")
     return data

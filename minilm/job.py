@@ -1,20 +1,21 @@
-"""The job that this process belongs to, as a launcher's variables describe it. Imports no torch.
+"""The job that this process belongs to, as the environment variables of a launcher describe it. Imports no torch.
 
-A variable may be left over from another program. One alone must neither silence a process nor make it wait for others.
+Variables may be left over from another program. Unless they describe a whole job, they must neither silence a process
+nor make it wait for others.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-# A launcher such as torchrun sets all of these; torch needs each of them to join a job.
+# A launcher such as torchrun sets all of these, and torch needs all of them to join a job.
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def place_in_job(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return the rank of this process and the number of processes, or None where the variables describe no job."""
+    """Return the rank of this process and the number of processes, or None if the variables do not describe a job."""
     rank, local, processes = (_number(environment.get(name)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     complete = all(environment.get(name) for name in _LAUNCHERS)
     if not complete or rank is None or local is None or processes is None or max(rank, local) >= processes:
@@ -23,25 +24,25 @@ def place_in_job(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def is_main(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the first of its job, or the only one."""
+    """Return whether this process is the first of its job, or the only one."""
     place = place_in_job(environment)
     return place is None or place[0] == 0
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether this process belongs to a job of several processes."""
+    """Return whether this process belongs to a job of several processes."""
     place = place_in_job(environment)
     return place is not None and place[1] > 1
 
 
 def processes_here(environment: Mapping[str, str]) -> int:
-    """Return the number of processes of the job on this host, 1 where that is unknown."""
+    """Return the number of the job's processes on this host, or 1 if it is unknown."""
     here = _number(environment.get("LOCAL_WORLD_SIZE"))
     return max(1, here or 1) if is_one_of_several(environment) else 1
 
 
 def check_job(environment: Mapping[str, str]) -> None:
-    """Raise ValueError for variables that ask for several processes and do not say how they meet."""
+    """Raise ValueError for variables that ask for several processes but do not say how these meet."""
     if place_in_job(environment) is not None:
         return
     names = _MPI_SIZES if "WORLD_SIZE" not in environment else ("WORLD_SIZE",)
@@ -61,7 +62,7 @@ def check_job(environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def leftovers_hidden() -> Iterator[None]:
-    """Hide the ranks in the environment inside the block, where they describe no job: accelerate heeds each alone."""
+    """Inside the block, hide ranks that do not belong to a job: accelerate reads each variable without the others."""
     stale = () if place_in_job(os.environ) is not None else _RANKS
     before = {name: os.environ.pop(name) for name in stale if name in os.environ}
     try:

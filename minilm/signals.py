@@ -1,4 +1,4 @@
-"""What a process does with signals, from its first moment on, and which one of a job tells why it ends."""
+"""Signals of a process from its start to its end, and the choice of the process that prints why a job ends."""
 
 import ctypes
 import os
@@ -14,12 +14,13 @@ from minilm.job import is_main, is_one_of_several
 
 # SIGUSR1 is the notice that SLURM's --signal=USR1@120 gives before it takes the machines away.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The last signal, in a list so that a signal handler can set it.
 _heard = [0]
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside it each of SIGNALS raises KeyboardInterrupt(number); after it only SIGINT still does."""
+    """Have each of SIGNALS raise KeyboardInterrupt(number) inside the block; afterwards only SIGINT still does."""
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     die_with_parent()
@@ -27,17 +28,19 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # the process is ending already
+            # The process is already ending.
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def killed_by_signals() -> Iterator[None]:
-    """Inside it what `ended_by_signals` would raise kills the process instead.
+    """Have each of SIGNALS kill the process inside the block, where `ended_by_signals` would raise.
 
-    For where a library waits for other processes, which may never come, and Python does not get to hear of signals.
+    Use it around a library's wait for other processes. They may never come, and Python does not run signal handlers
+    during the wait.
     """
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in SIGNALS if main and signal.getsignal(number) is _interrupt]
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [number for number in SIGNALS if is_main_thread and signal.getsignal(number) is _interrupt]
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -53,18 +56,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def remember(number: int) -> None:
-    """Have `heard` tell of a signal that has ended nothing yet."""
+    """Record a signal that did not end anything yet, for `heard`."""
     _heard[0] = number
 
 
 def heard() -> int:
-    """The last signal that raised KeyboardInterrupt, which Python loses in a destructor, or was remembered; or 0."""
+    """Return the last signal that raised KeyboardInterrupt or was recorded by `remember`, or 0 without one.
+
+    Python drops a KeyboardInterrupt that is raised in a destructor. The signal is then known only here.
+    """
     return _heard[0]
 
 
 @contextmanager
 def hold_back_signals() -> Iterator[None]:
-    """Let SIGNALS wait until the end of the block, and for ever in the processes that are started inside it."""
+    """Hold SIGNALS back until the end of the block. Processes that start inside it never get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -73,11 +79,12 @@ def hold_back_signals() -> Iterator[None]:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """Take no notice of SIGNALS, unless the parent process sends them (`worker_init_fn` of a DataLoader).
+    """Ignore SIGNALS unless the parent process sends them. This is the `worker_init_fn` of a DataLoader.
 
-    Process managers signal all processes of a job. A worker that obeyed would take away the batches of the last step.
+    Process managers signal all processes of a job. If a worker obeyed, the last step would lack its batches.
     """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    # macOS does not have sigwaitinfo.
+    if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=_wait_for_parent, name="signals", daemon=True).start()
 
@@ -89,7 +96,7 @@ def _wait_for_parent() -> None:
 
 
 def die_with_parent() -> None:
-    """Get SIGTERM when the launcher dies: a launcher of one process does not hand signals on (Linux only)."""
+    """Ask Linux for SIGTERM when the launcher dies, since a launcher of one process does not pass signals on."""
     if sys.platform == "linux" and not os.environ.keys().isdisjoint(
         ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
     ):
@@ -100,25 +107,29 @@ def die_with_parent() -> None:
 
 
 def _orphaned() -> bool:
-    """Whether accelerate's launcher of one process died before it could be watched: init is the parent since.
+    """Return whether accelerate's launcher of one process died before `die_with_parent`, so that init is the parent.
 
-    Where init is the launcher, as in a container, the two are in one process group. (torchrun ends its own workers.)
+    If init itself is the launcher, as in a container, both are in one process group. torchrun ends its own workers.
     """
-    alone = "ACCELERATE_DYNAMO_MODE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    return alone and os.getppid() == 1 and os.getpgid(1) != os.getpgrp()
+    launched_alone = "ACCELERATE_DYNAMO_MODE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return launched_alone and os.getppid() == 1 and os.getpgid(1) != os.getpgrp()
 
 
 def first_to_tell() -> bool:
-    """Whether no other process of the job on this host has told why it ends; where that is unknown: the main one."""
+    """Return whether this process is the first of its job on this host to call this, and so prints why the job ends.
+
+    Without torchrun's folder for error files, it is the main process.
+    """
     if not is_one_of_several(os.environ):
         return True
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         try:
-            # In the temporary folder that the launcher has for the processes that it started.
+            # The launcher has one temporary folder for all processes that it started.
             (Path(error_file).parent.parent / "told").touch(exist_ok=False)
             return True
         except FileExistsError:
             return False
         except OSError:
-            return True  # the launcher is gone with its folder, and these are variables that it left behind
+            # The folder is gone, so the variable was left behind by a launcher that has ended.
+            return True
     return is_main(os.environ)

@@ -1,4 +1,4 @@
-"""Variables of a launcher that are left in the environment neither silence a run nor make it wait for others."""
+"""Variables of a launcher that are left in the environment: they neither silence a run nor make it wait for others."""
 
 import os
 from collections.abc import Callable
@@ -40,7 +40,7 @@ ALL = TRAINS | {situation: environment for situation, (environment, _) in REFUSE
 
 
 def run(place: Path, environment: dict[str, str], work: Callable[[], None]) -> tuple[int, list[str]]:
-    """The exit status and the lines of `work` in a process with these variables."""
+    """Run `work` in a process with these variables. Return its exit status and the lines of its stderr."""
 
     def begin() -> int:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -58,7 +58,7 @@ def run(place: Path, environment: dict[str, str], work: Callable[[], None]) -> t
 
 
 @pytest.mark.parametrize("situation", ALL)
-def test_an_error_is_told_once_whatever_is_left_in_the_environment(situation: str, tmp_path: Path) -> None:
+def test_an_error_is_printed_once_whatever_is_left_in_the_environment(situation: str, tmp_path: Path) -> None:
     def fail() -> None:
         raise ValueError("column 'x'")
 

@@ -1,8 +1,8 @@
 """One run, described by a tree of frozen dataclasses: `Config(data=…, model=…, …)`.
 
-Every default lives here, every value is checked on construction, and every field is a command-line flag of the same
-name (`--batch.examples 64`). This file imports neither torch nor transformers, so that `--help` and a mistyped flag
-are answered at once.
+Every default lives here, construction checks every value, and every field is a command-line flag of the same name
+(`--batch.examples 64`). This file imports neither torch nor transformers, so that `--help` and the error about a
+mistyped flag appear at once.
 """
 
 import re
@@ -33,9 +33,9 @@ class Data:
     """Column that holds the text. A dotted path such as answers.text reaches into nested columns."""
     delimiter: str | None = None
     """Character between the fields of .csv and .tsv files, or the word tab. Default: the comma, semicolon, tab or
-    vertical bar of the header."""
+    vertical bar that the header has."""
     pair_column: str | None = None
-    """Column of a second text that belongs to the first, such as sentence2. Those of GLUE's tasks are known."""
+    """Column of a second text that belongs to the first, such as sentence2. For GLUE's tasks minilm sets it itself."""
     label_column: str = "label"
     """Column of the labels, for objectives that need labels."""
     label_separator: str | None = None
@@ -48,27 +48,32 @@ class Data:
     eval_split: str | None = None
     """Split of the source to evaluate on, such as validation. Several splits joined by + are evaluated separately."""
     eval_fraction: float = 0.05
-    """Share of the documents that is held out for evaluation, drawn by seed. Of pydocs it is a share of the bytes, in
-    whole modules. Where a document is a file, it is the end of each file."""
-
+    """Share of the documents to hold out for evaluation, drawn by seed. For pydocs it is a share of the bytes, in whole
+    modules. If data.document is file, it is the end of each file."""
     streaming: bool = False
-    """Read the documents while they are encoded, and store only their tokens. Every (1 / eval_fraction)-th document is
-    then held out. Of a single hub dataset, minilm reads only as much as run.max_steps needs."""
+    """Encode the documents while they are read, and store only their tokens. Every (1 / eval_fraction)-th document is
+    then held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)
-        one = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n\0')
-        check(one or self.delimiter == "tab", f"data.delimiter must be one character or tab, not {self.delimiter!r}")
-        check(not self.streaming or "pydocs" not in self.sources, "data.streaming: pydocs is no stream; leave it out")
+        is_character = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n\0')
+        check(
+            is_character or self.delimiter == "tab",
+            f"data.delimiter must be one character or tab, not {self.delimiter!r}",
+        )
+        check(
+            not self.streaming or "pydocs" not in self.sources,
+            "data.streaming: pydocs cannot be streamed; leave it out",
+        )
         check(
             not self.streaming or self.document != "file",
             "data.streaming: a document cannot be a whole file; pass another data.document",
         )
-        known = len(self.sources) > 0 and all(self.sources)
-        check(known, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
+        all_named = len(self.sources) > 0 and all(self.sources)
+        check(all_named, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
         check(
             len(self.weights) in (0, len(self.sources)),
-            f"data.weights must be one for each source: there are {len(self.weights)} of {len(self.sources)}",
+            f"data.weights must be one for each source: there are {len(self.weights)} for {len(self.sources)} sources",
         )
         for weight in self.weights:
             check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
@@ -77,7 +82,7 @@ class Data:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The sources, be they one or several."""
+        """The sources as a tuple, also if there is only one."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
@@ -94,7 +99,8 @@ class Tokens:
     extend: int = 0
     """Number of words to add to a checkpoint's tokenizer: the most frequent words that it splits."""
     overflow: Literal["split", "truncate"] = "split"
-    """What happens to a document longer than batch.max_length: split makes several examples and drops no token."""
+    """What happens to a document longer than batch.max_length. split: it becomes several examples, without loss of a
+    token. truncate: only its beginning is used."""
 
     def __post_init__(self) -> None:
         check_choices("tokens", self)
@@ -109,11 +115,11 @@ class Model:
     name: str | None = None
     """Hub id or folder of a checkpoint to start from. Default: build a new model from type and config."""
     type: str = "modernbert"
-    """Hugging Face model type of a new model (bert, roberta, modernbert, …), where no name is given."""
+    """Hugging Face model type of a new model (bert, roberta, modernbert, …). Not used with model.name."""
     config: dict[str, Value] = field(default_factory=dict)
     """Fields of the Hugging Face configuration, such as hidden_dropout_prob 0.0. They override a checkpoint's."""
     freeze: tuple[str, ...] = ()
-    """Parameters that are not trained, as patterns of their names, such as *.embeddings.* and *.layer.[0-3].*"""
+    """Parameters that are not trained, as patterns of names, such as *.embeddings.* and *.layer.[0-3].*"""
     lora_rank: int = 0
     """Rank of the low-rank updates that are trained in place of the weights (LoRA; needs peft). A classifier's head is
     trained as usual. 0: train the weights."""
@@ -125,18 +131,20 @@ class Model:
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of storing its activations: less memory, a third more work."""
     attention: str = "auto"
-    """auto packs rows without padding where that changes no logit. Or one of transformers' own: sdpa, eager, …"""
+    """Attention implementation. auto packs rows without padding if that does not change a logit. The other values are
+    those of transformers: sdpa, eager, …"""
 
     def __post_init__(self) -> None:
         check(self.lora_rank >= 0, f"model.lora_rank must be 0 or more, not {self.lora_rank}")
         check(0 < self.lora_alpha < float("inf"), f"model.lora_alpha must be positive, not {self.lora_alpha}")
         if self.lora_rank:
-            check(self.name is not None, "model.lora_rank takes a checkpoint to start from: set model.name")
+            check(self.name is not None, "model.lora_rank needs a checkpoint to start from: set model.name")
             check(
-                not self.freeze, "model.freeze: LoRA freezes all that it does not train; choose by model.lora_targets"
+                not self.freeze,
+                "model.freeze: LoRA freezes all other weights itself; leave it out, and choose by model.lora_targets",
             )
         else:
-            check(not self.lora_targets, "model.lora_targets takes a rank: set model.lora_rank")
+            check(not self.lora_targets, "model.lora_targets needs a rank: set model.lora_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +179,7 @@ class MaskedLM:
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM:
-    """Causal LM (Radford et al. 2019): each token of a document but the first is predicted from those before it."""
+    """Causal LM (Radford et al. 2019): predict each token of a document but the first from the tokens before it."""
 
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
@@ -185,12 +193,12 @@ class Classification:
     """Sequence classification: predict data.label_column from a text, or from two texts with data.pair_column."""
 
     problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
-    """What a label is: a class, a list of labels, or a number. auto: lists are several labels, numbers with a
-    decimal point a regression, and words and whole numbers classes."""
+    """What a label is: a class, a list of labels, or a number. auto: lists are several labels, numbers with a decimal
+    point are a regression, and words and whole numbers are classes."""
     class_weights: Literal["equal", "balanced"] = "equal"
     """Weight of a class in training: equal, or balanced (inversely proportional to its number of examples)."""
     label_smoothing: float = 0.0
-    """Share of each training target that is spread over all classes. Evaluation does not smooth."""
+    """Share of a target's probability that training spreads over all classes. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
         check_choices("objective", self)
@@ -199,7 +207,7 @@ class Classification:
             self.check_problem(self.problem)
 
     def check_problem(self, problem: str) -> None:
-        """Raise ValueError for settings that mean nothing where the labels are of this `problem`."""
+        """Raise ValueError for settings that do not apply to labels of this `problem`."""
         given = {"class_weights": self.class_weights != "equal", "label_smoothing": self.label_smoothing > 0}
         for name in given:
             single = problem == "single-label" or not given[name]
@@ -208,21 +216,21 @@ class Classification:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one optimizer step sees, and how it is cut to fit the device."""
+    """The examples of an optimizer step, and how they are cut into micro-batches that fit the device."""
 
     examples: int = 32
     """Examples in an optimizer step, over all processes and micro-batches."""
     max_length: int = 128
-    """Length of the longest example in tokens, special tokens included."""
+    """Maximum length of an example in tokens, special tokens included."""
     micro_tokens: int | Literal["auto"] = 4096
     """Maximum number of tokens in a forward pass of a device, padding included. auto tries a few sizes and takes the
     fastest that fits. It changes speed and memory, but not the result, except for what dropout draws."""
     layout: Literal["documents", "blocks", "packed"] = "documents"
     """What an example is. documents: one document, or a piece of a long one. blocks: a full block cut from all
-    documents joined together. packed: as many documents as max_length holds, each still read alone."""
+    documents joined together. packed: as many documents as max_length holds; attention stays within each."""
     group: Literal["step", "epoch"] = "step"
-    """Where examples are grouped by length. step: inside each random step. epoch: over the whole epoch, so that a step
-    sees one length; this biases the batches and helps only models that need padding."""
+    """Where examples are grouped by length. step: within each random step. epoch: over the whole epoch, so that a step
+    has examples of one length; this biases the batches and helps only models that need padding."""
     workers: int = 0
     """Number of processes that prepare batches ahead of the training process. It changes speed, not the result."""
 
@@ -237,7 +245,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW (Loshchilov and Hutter 2019); the learning rate is a function of the step."""
+    """AdamW (Loshchilov and Hutter 2019), with a learning rate that depends on the step."""
 
     lr: float = 5e-4
     """Peak learning rate."""
@@ -246,13 +254,13 @@ class Optim:
     warmup: float = 0.06
     """Length of the linear warm-up: a share of all steps if below 1, else a number of steps."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of weight matrices and embeddings; vectors, biases and norms have none."""
+    """Decoupled weight decay of weight matrices and embeddings. Vectors, biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     layer_decay: float = 1.0
-    """Ratio of each layer's learning rate to that of the layer above it. The head learns at lr, the embeddings at the
+    """Ratio of each layer's learning rate to that of the layer above it. The head has lr itself, the embeddings the
     lowest rate."""
     max_grad_norm: float = 1.0
     """Norm to which a larger gradient is scaled down. 0 switches clipping off."""
@@ -289,29 +297,30 @@ class Run:
     save_every: int = 1000
     """Steps between checkpoints. A run that is told to stop (SIGTERM, ctrl-C) saves one too. 0: save none."""
     keep_last: int = 2
-    """Number of newest checkpoints to keep. The best one by best_metric is kept besides."""
+    """Number of newest checkpoints to keep. The best checkpoint by best_metric is kept in addition."""
     best_metric: str = "eval_loss"
     """Evaluation figure that decides which checkpoint is the best, such as accuracy or f1."""
     load_best: bool = False
     """End with the weights of the best evaluation in place of the last ones. Each better checkpoint is then saved."""
     patience: int | None = None
-    """Number of evaluations in a row without a new best after which the run stops. Default: it never stops early."""
+    """Stop the run after this many evaluations in a row without a new best. Default: never stop early."""
     max_bad_steps: int = 10
-    """Number of steps in a row without a finite gradient after which the run gives up. Such steps change no weight."""
+    """Stop the run after this many steps in a row without a finite gradient. Such steps do not change a weight."""
     timeout: int = 600
-    """Seconds that a process waits for the other processes in a step before it gives up."""
+    """Seconds that a process waits in a step for the other processes before it gives up."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the matrix products; weights stay fp32. auto measures what this hardware is fast at."""
+    """Precision of the matrix products; weights stay fp32. auto measures which is fast on this hardware."""
     compile: bool = False
     """Fuse layers and loss with torch.compile, on a GPU: faster steps after about 20 seconds. Needs a C compiler."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over processes. bf16 halves the traffic and rounds the sums."""
     deterministic: bool = False
-    """Use only algorithms that repeat to the bit on a GPU too, where they are slower. A CPU repeats without it."""
+    """Use only algorithms that repeat to the bit on a GPU, which are slower. A CPU repeats to the bit anyway."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
-    """Trackers that also get the figures of log.jsonl. Each is a package that must be installed."""
+    """Trackers that also get the figures of log.jsonl. The package of each must be installed."""
     samples: tuple[str, ...] = ()
-    """Texts that the trained model completes at the end and in the model card: with a mask token, or beginnings."""
+    """Texts to try the trained model on, for the model card: texts with a mask token, beginnings, or texts to
+    classify."""
     push_to_hub: str | None = None
     """Repository on the Hugging Face hub, NAME or OWNER/NAME, to which the result is uploaded at the end. minilm checks
     the token at the start, and creates the repository with the hub's default visibility before the first step."""
@@ -331,17 +340,19 @@ class Run:
             check(value is None or value >= 1, f"run.{name} must be at least 1, not {value}")
         check(self.timeout < 2**31, f"run.timeout must be below 2**31, not {self.timeout}")
         check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
-        check(self.save_every > 0 or not self.load_best, "run.load_best takes a checkpoint: set run.save_every")
+        check(self.save_every > 0 or not self.load_best, "run.load_best needs checkpoints: set run.save_every above 0")
         check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
         check(
             not (self.compile and self.deterministic),
-            "run.compile chooses by measuring, and the last bits may differ: leave it out, or run.deterministic",
+            "run.compile chooses kernels by speed, so the last bits may differ: leave it out, or run.deterministic",
         )
         check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
         if self.push_to_hub is not None:
             check_repo_id("run.push_to_hub", self.push_to_hub)
-        named = self.license is None or re.fullmatch(r"[a-z0-9.+-]+", self.license)
-        check(bool(named), f"run.license takes the hub's name for a license, such as apache-2.0, not {self.license!r}")
+        is_name = self.license is None or re.fullmatch(r"[a-z0-9.+-]+", self.license)
+        check(
+            bool(is_name), f"run.license takes the hub's name for a license, such as apache-2.0, not {self.license!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ ENTRIES: dict[str, Entry] = {
         flags="--data.source docs.txt --data.streaming --data.split train[:10%]",
         says="a stream takes no part such as train[:10%]",
     ),
-    "stream of pydocs": Entry(flags="--data.source pydocs --data.streaming", says="data.streaming: pydocs is no"),
+    "stream of pydocs": Entry(flags="--data.source pydocs --data.streaming", says="data.streaming: pydocs cannot"),
     "truncated jsonl, streamed": Entry(
         flags="--data.source docs.jsonl --data.streaming", prepare=truncated("docs.jsonl"), says="docs.jsonl, line 60"
     ),
@@ -298,7 +298,7 @@ ENTRIES: dict[str, Entry] = {
         flags="--run.resume latest --run.overwrite --run.output-dir run", says="run.resume and run.overwrite exclude"
     ),
     "the best without checkpoints": Entry(
-        flags="--run.load-best --run.save-every 0", says="run.load_best takes a checkpoint: set run.save_every"
+        flags="--run.load-best --run.save-every 0", says="run.load_best needs checkpoints: set run.save_every"
     ),
     "unknown choice": Entry(flags="--batch.layout block", says="blocks"),
     "nothing to freeze": Entry(
@@ -316,12 +316,12 @@ ENTRIES: dict[str, Entry] = {
     "pattern of LoRA that fits no linear layer": Entry(
         flags="--model.name bert --model.lora-rank 2 --model.lora-targets LayerNorm", says="model.lora_targets"
     ),
-    "LoRA of a new model": Entry(flags="--model.lora-rank 2", says="model.lora_rank takes a checkpoint"),
+    "LoRA of a new model": Entry(flags="--model.lora-rank 2", says="model.lora_rank needs a checkpoint"),
     "LoRA beside frozen layers": Entry(
         flags="--model.name bert --model.lora-rank 2 --model.freeze *.layer.*", says="model.freeze: LoRA freezes all"
     ),
     "targets of LoRA without a rank": Entry(
-        flags="--model.name bert --model.lora-targets query", says="model.lora_targets takes a rank"
+        flags="--model.name bert --model.lora-targets query", says="model.lora_targets needs a rank"
     ),
     "LoRA scaled by 0": Entry(
         flags="--model.name bert --model.lora-rank 2 --model.lora-alpha 0", says="model.lora_alpha must be positive"

@@ -1,4 +1,4 @@
-"""The page of flags: `python -m tests.flags_page` writes docs/flags.md from the docstrings of the configuration."""
+"""`python -m tests.flags_page` writes docs/flags.md, the page of all flags, from the docstrings in minilm/config.py."""
 
 import ast
 import dataclasses
@@ -13,14 +13,14 @@ from tests.launch import ROOT
 PAGE = ROOT / "docs" / "flags.md"
 HEADER = """# Flags
 
-Every recipe takes these flags. `python RECIPE --help` shows them with the recipe's own defaults; a default below is
-that of `minilm.Config`. This page is made from the docstrings in `minilm/config.py` by `python -m tests.flags_page`.
+Every recipe takes these flags. `python RECIPE --help` shows them with the recipe's own defaults; the defaults below are
+those of `minilm.Config`. `python -m tests.flags_page` writes this page from the docstrings in `minilm/config.py`.
 
 | flag of every recipe | what it does |
 |---|---|
-| `--dry-run` | Run a few steps, print what the whole run would be and take, and leave the output folder alone. |
-| `--from-run FILE` | Start from the settings of an earlier run, its `run.json`. Other flags change them. |
-| `--seeds 0 1 2` | Train once per seed, into `seed-<n>` of the output folder, where `seeds.json` has the means. |
+| `--dry-run` | Run a few steps, print what the whole run would do and need, and leave the output folder alone. |
+| `--from-run FILE` | Take the settings of an earlier run from its `run.json`. Other flags change them. |
+| `--seeds 0 1 2` | Train once per seed, each into `seed-<n>` of the output folder. `seeds.json` there has the means. |
 | `--debug` | Show tracebacks in place of one-line errors. |
 
 `--data.source` sets the other `--data` flags of a recipe back to their defaults, except `--data.document` and
@@ -28,8 +28,8 @@ that of `minilm.Config`. This page is made from the docstrings in `minilm/config
 """
 
 
-def documented(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line."""
+def read_docstrings(kind: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass, by field, on one line."""
     (owner,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(owner, ast.ClassDef)
     return {
@@ -39,64 +39,68 @@ def documented(kind: type) -> dict[str, str]:
     }
 
 
-def values_of(kind: Any) -> str:
-    """What may stand after a flag of this type, or nothing for a switch."""
+def describe_values(kind: Any) -> str:
+    """Return what a user may write after a flag of this type; nothing for a switch."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:
         return ""
     if origin is Literal:
         return " | ".join(map(str, parts))
     if origin is tuple:
-        return f"{values_of(parts[0])} …" if parts[-1] is ... else " ".join(map(values_of, parts))
+        return f"{describe_values(parts[0])} …" if parts[-1] is ... else " ".join(map(describe_values, parts))
     if origin is dict:
         return ""
     if parts:
-        return " | ".join(dict.fromkeys(values_of(part) for part in parts if part is not type(None)))
+        return " | ".join(dict.fromkeys(describe_values(part) for part in parts if part is not type(None)))
     return {"int": "INT", "float": "FLOAT", "str": "STR"}[kind.__name__]
 
 
-def default_of(field: dataclasses.Field[Any]) -> str:
-    """The default as one would type it; empty where there is none to type."""
+def format_default(field: dataclasses.Field[Any]) -> str:
+    """Return the default as a user would write it; empty for None, False and empty values."""
     value = field.default_factory() if field.default is dataclasses.MISSING else field.default
     if value is None or value is False or value in ((), {}):
         return ""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def escaped(text: str) -> str:
-    """The text of a cell, with what Markdown would take for markup kept as it is."""
+def escape(text: str) -> str:
+    """Return the text for a cell of a table, with characters escaped that Markdown would take for markup."""
     return text.replace("*", r"\*").replace("<", r"\<").replace("|", r"\|")
 
 
-def section(group: str, kind: type) -> str:
-    """The flags of one group as a table."""
-    texts, types = documented(kind), typing.get_type_hints(kind)
-    title = inspect.getdoc(kind)
+def build_section(group: str, kind: type) -> str:
+    """Return the flags of one group as a table."""
+    texts = read_docstrings(kind)
+    types = typing.get_type_hints(kind)
     lines = [
         f"## {group}",
         "",
-        " ".join((title or "").split()),
+        " ".join((inspect.getdoc(kind) or "").split()),
         "",
         "| flag | default | what it does |",
         "|---|---|---|",
     ]
     for field in dataclasses.fields(kind):
-        words = values_of(types[field.name]).replace("|", "\\|")
-        flag = f"--{group.split()[0]}.{field.name.replace('_', '-')}" + (
-            ".FIELD VALUE" if field.name == "config" and group == "model" else ""
-        )
-        lines.append(f"| `{flag}{' ' if words else ''}{words}` | {default_of(field)} | {escaped(texts[field.name])} |")
+        flag = f"--{group.split()[0]}.{field.name.replace('_', '-')}"
+        values = describe_values(types[field.name]).replace("|", "\\|")
+        if flag == "--model.config":
+            flag, values = "--model.config.FIELD", "VALUE"
+        cell = f"{flag} {values}".rstrip()
+        lines.append(f"| `{cell}` | {format_default(field)} | {escape(texts[field.name])} |")
     return "\n".join(lines) + "\n"
 
 
-def page() -> str:
-    """The whole page."""
+def build_page() -> str:
+    """Return the whole page."""
     parts = [HEADER]
     for group, kind in typing.get_type_hints(Config).items():
         choices = typing.get_args(kind)
-        parts += [section(f"{group} of {choice.__name__}", choice) for choice in choices] or [section(group, kind)]
+        if choices:
+            parts += [build_section(f"{group} of {choice.__name__}", choice) for choice in choices]
+        else:
+            parts.append(build_section(group, kind))
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(build_page(), encoding="utf-8")

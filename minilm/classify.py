@@ -126,7 +126,8 @@ class ClassHead(Head):
             self._first_R = None
         return logits_RxC[: len(target_index_N)]
 
-    def _probe_one(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
+    def _trial_logits(self, input_ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
+        packing = self._pack(lengths)
         return self.logits(input_ids_T, packing, (packing.position_T == 0).nonzero()[:, 0])
 
     def _try_first_tokens(self, expected_RxC: Tensor) -> None:

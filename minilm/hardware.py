@@ -145,7 +145,7 @@ def count_flops(model: Head, max_length: int) -> Cost:
     training = model.training
 
     def forward(length: int, targets: int) -> int:
-        ids_T, packing = model.trial([length])
+        ids_T, packing = model.draw_rows([length])
         # The counter does not know the fused CPU kernel of attention. Nothing of what the other saves for a gradient is
         # kept: it would be the scores of all layers. (Without gradients the counter fails on DeBERTa.)
         forgetting = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)

@@ -1,25 +1,20 @@
-"""What a model is asked before it is trained."""
+"""Changes to a model for the moment of a trial (`minilm.trials`), which show what new weights would hide."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+
+_NOISE = 0.02  # the usual standard deviation of new matrices: large enough that rounding hides nothing
+_FAR = 1 << 20  # more than the tokens of any batch
 
 
-def sees_padding(model: PreTrainedModel, probe: Callable[[], Tensor], padding: int) -> bool:
-    """Whether other embeddings of the id `padding` change the logits of `probe`, a forward of padded rows.
-
-    However little: what ConvBERT's convolutions carry from there is next to nothing before training, and MobileBERT's
-    tokens see their right neighbour's embedding, which for padding begins as zeros and is trained.
-    """
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return False
+@contextmanager
+def disturbed_padding(model: nn.Module, embedding: nn.Module, padding: int) -> Iterator[None]:
+    """Change what `embedding`, and each one of the same weight, gives for the id `padding`, for a moment."""
 
     def disturb(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         noise_H = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
@@ -29,23 +24,20 @@ def sees_padding(model: PreTrainedModel, probe: Callable[[], Tensor], padding: i
 
     weight = getattr(embedding, "weight", None)
     tied = [each for each in model.modules() if isinstance(each, nn.Embedding) and each.weight is weight]
-    before = probe()
     handles = [each.register_forward_hook(disturb) for each in tied]
-    after = probe()
-    for handle in handles:
-        handle.remove()
-    return not bool((after - before).abs().max() <= 1e-6 * before.abs().max())
-
-
-_NOISE = 0.02  # the usual standard deviation of new matrices, beside which nothing is lost in rounding
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def as_if_trained(model: nn.Module) -> Iterator[None]:
-    """With noise in each parameter whose elements are all the same, for a moment.
+    """Add noise to each parameter whose elements are all the same, for a moment.
 
-    Such a parameter has not been trained yet. A zero or a small scale hides what depends on it: nothing of a layer that
-    ends in a matrix of zeros is seen. The parameter then gets its one number again, to the bit.
+    Such a parameter has not been trained yet, and a zero or a small scale hides what depends on it: a layer that ends
+    in a matrix of zeros changes no logit. Afterwards the parameter has its former value, to the bit.
     """
     generator = torch.Generator().manual_seed(0)
     constant: list[tuple[nn.Parameter, Tensor]] = []
@@ -64,18 +56,15 @@ def as_if_trained(model: nn.Module) -> Iterator[None]:
 
 
 def _is_constant(x: Tensor) -> bool:
-    """Whether all elements are the same; a look at two of them is enough for most."""
+    """Return whether all elements are the same; comparing two of them is enough for most parameters."""
     flat = x.detach().flatten()
     return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
 
 
-_FAR = 1 << 20  # more than the tokens of any batch
-
-
 class CountingFromFar(TorchFunctionMode):
-    """A context in which `torch.arange` of as many tokens as one of `sizes` begins far from zero.
+    """A context in which `torch.arange` begins far from zero if its length is one of `sizes`.
 
-    A model that counts the tokens of a whole batch so shows it, whatever it does with the numbers.
+    The logits of a model that counts the tokens of a whole batch then change, whatever it does with the numbers.
     """
 
     def __init__(self, sizes: Collection[int]) -> None:
@@ -89,7 +78,7 @@ class CountingFromFar(TorchFunctionMode):
 
 @contextmanager
 def training_whole(model: nn.Module) -> Iterator[None]:
-    """In training mode, but with all layers where LayerDrop (Fan et al. 2020) leaves some out, for a moment."""
+    """Put the model into training mode, without LayerDrop (Fan et al. 2020), for a moment."""
     training = model.training
     dropping: list[Any] = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
     rates = [module.layerdrop for module in dropping]

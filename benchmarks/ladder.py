@@ -91,7 +91,7 @@ class PlainHead(Head):
     """The model with all its logits, on padded rows."""
 
     @property
-    def described(self) -> str:
+    def summary(self) -> str:
         return "full head"
 
     def forward(

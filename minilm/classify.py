@@ -92,7 +92,7 @@ class ClassHead(Head):
             self.misread = self._find_misread()
 
     @property
-    def described(self) -> str:
+    def summary(self) -> str:
         if self.padding_free:
             return "classes from first tokens, without padding"
         return "rows of one length at a time, since padding changes its logits" if self.alone else "padded rows"

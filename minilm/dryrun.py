@@ -101,7 +101,7 @@ def _planned(
         (
             "model",
             f"{type(head.model).__name__}: {sum(map(size_of, head.model.parameters())) / 1e6:.2f} M parameters, "
-            f"{sum(map(size_of, trained)) / 1e6:.2f} M of them trained; {head.described}",
+            f"{sum(map(size_of, trained)) / 1e6:.2f} M of them trained; {head.summary}",
         ),
         (
             "hardware",

@@ -76,7 +76,7 @@ class Head(nn.Module):
         return next((layers for layers in lists if len(layers) == count), ())
 
     @property
-    def described(self) -> str:
+    def summary(self) -> str:
         """A description of the head in a few words."""
         raise NotImplementedError
 
@@ -272,7 +272,7 @@ class SparseHead(Head):
             log.warning(f"{type(model).__name__} runs its head on all tokens{saved}: {self.reason}")
 
     @property
-    def described(self) -> str:
+    def summary(self) -> str:
         return "sparse head" if self.sparse else f"full head ({self.reason})"
 
     def forward(

@@ -226,7 +226,7 @@ def run_facts(
     return {
         "model": type(head.model).__name__,
         "parameters": sum(map(size_of, head.model.parameters())),
-        "head": head.described,
+        "head": head.summary,
         "vocabulary": len(prepared.tokenizer),
         "train": {
             **({} if plan.rows is None else {"rows": plan.rows}),

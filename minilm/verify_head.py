@@ -1,7 +1,7 @@
-"""A head's shortcuts tried on a few rows of the run's own data, against the plain model.
+"""A comparison of a head with the plain model on a few rows of the run's own data.
 
-The trials at construction (`minilm.head`) see random ids and short rows. Here losses and gradients of real rows are
-compared, once and before the first step. What is wrong then is left out, with a warning that names it.
+The trials at construction (`minilm.trials`) use random ids and short rows. `verify_head` compares losses and gradients
+of real rows, once, before the first step. It leaves out a shortcut that changes them, and names it in a warning.
 """
 
 import logging
@@ -27,19 +27,20 @@ from minilm.tokens import Examples, Prepared
 log = logging.getLogger("minilm")
 
 _ROWS = 4
-_FLOPS, _FLOPS_ON_CPU = 5e12, 5e10  # about what a second is enough for
-_LOGITS = 2**25  # of a row: 128 MiB
-_SHORTEST = 16  # tokens to which a row is cut at least
-_VALUES, _GRADIENTS = 1e-4, 1e-2  # relative differences; rounding makes less than a tenth of these
-_SAMPLE = 4096  # examples among which the rows are chosen
-_SKETCHED = 2**16  # elements of a gradient that is not compared as a whole
+_FLOPS, _FLOPS_ON_CPU = 5e12, 5e10  # a device does about this many in a second
+_LOGITS_PER_ROW = 2**25  # at most: 128 MiB
+_SHORTEST_TOKENS = 16  # a row is not cut to fewer
+# Relative differences that are allowed. On trained weights rounding makes less than a hundredth of them.
+_VALUES_TOLERANCE, _GRADIENTS_TOLERANCE = 1e-4, 1e-2
+_SAMPLE_EXAMPLES = 4096  # the rows are chosen among these
+_WHOLE_ELEMENTS = 2**16  # a gradient of more is not compared element by element
 
 
 def verify_head(config: Config, head: Head, prepared: Prepared, *, trained: bool = True) -> None:
-    """Compare losses and gradients of some of the run's rows with the plain model's; give up what makes them differ.
+    """Compare losses and gradients of some of the run's rows with the plain model's; give up what changes them.
 
-    All processes come to the same decision, which depends on the weights as they are. Of a head that is not `trained`
-    the rows are those of the evaluation, and gradients do not matter.
+    The decision depends on the current weights, and is the same on all processes. If the head is not `trained`, the
+    rows come from the evaluation, and gradients are not compared.
     """
     examples = prepared.train if trained else prepared.eval
 
@@ -48,23 +49,23 @@ def verify_head(config: Config, head: Head, prepared: Prepared, *, trained: bool
         objective = objective_of(config.objective)
         return objective.collator(prepared.tokenizer, examples, seed=seed, padded=padded, multiple=1)
 
-    wrong = together(lambda: _wrong_shortcuts(head, examples, collator_of, trained=trained))
-    everyones = sorted({name for found in gather_object([wrong]) for name in found})
-    if everyones:
-        head.give_up(everyones)
+    own_names = together(lambda: _find_wrong_shortcuts(head, examples, collator_of, trained=trained))
+    names = sorted({name for part in gather_object([own_names]) for name in part})
+    if names:
+        head.give_up(names)
         log.warning(
             f"on rows of this data {type(head.model).__name__} gives other losses or gradients than transformers by "
-            f"minilm's shortcut {', '.join(everyones)}: left out, so that a step takes longer"
+            f"minilm's shortcut{'s' * (len(names) > 1)} {', '.join(names)}: left out, so that a step takes longer"
         )
 
 
-def _wrong_shortcuts(
+def _find_wrong_shortcuts(
     head: Head, examples: Examples, collator_of: Callable[[bool], Collator], *, trained: bool
 ) -> list[str]:
-    """The names of the shortcuts to give up: one if it is enough, or all, and in the end rows that share a forward.
+    """Return the names of the shortcuts to give up: none, one if that is enough, else all, and `SHARED` as the last.
 
-    Experts are chosen by the largest of some numbers, so that rounding may choose another one. So a difference counts
-    only where other rows show it too.
+    A difference counts only if other rows show one too: a mixture of experts chooses those with the largest scores, and
+    rounding may change the choice.
     """
     by_loss = bool(getattr(head, "fused", False))
 
@@ -72,11 +73,12 @@ def _wrong_shortcuts(
         chosen = _choose(examples, draw)
         with head.without(*names):
             collator = collator_of(not head.padding_free)
-            ours = _outcome(head, _batch(head, collator, examples, chosen), by_loss=by_loss, trained=trained)
+            batch = _make_batch(head, collator, examples, chosen)
+            ours = _compute_outcome(head, batch, by_loss=by_loss, trained=trained)
         with head.plain():
-            batch = _batch(head, collator_of(True), examples, chosen)
-            plain = _outcome(head, batch, by_loss=by_loss, trained=trained)
-        return not _near(ours, plain)
+            batch = _make_batch(head, collator_of(True), examples, chosen)
+            plain = _compute_outcome(head, batch, by_loss=by_loss, trained=trained)
+        return not _are_near(ours, plain)
 
     if not all(differs(draw) for draw in range(2)):
         return []
@@ -87,26 +89,27 @@ def _wrong_shortcuts(
 
 
 def _choose(examples: Examples, draw: int) -> NDArray[np.int64]:
-    """Ids of examples from the longest to the shortest; other ones with another `draw`."""
-    sample = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), _SAMPLE)).astype(np.int64))
+    """Return ids of examples from the longest to the shortest; another `draw` gives other ids."""
+    count = min(len(examples), _SAMPLE_EXAMPLES)
+    sample = np.unique(np.linspace(0, len(examples) - 1, count).astype(np.int64))
     order = sample[np.argsort(-(examples.stop[sample] - examples.start[sample]), kind="stable")]
     ranks = np.linspace(draw, len(order) - 1 - draw, _ROWS).clip(0, len(order) - 1).astype(np.int64)
     chosen: NDArray[np.int64] = order[np.unique(ranks)]
     return chosen
 
 
-def _batch(head: Head, collator: Collator, examples: Examples, chosen: NDArray[np.int64]) -> MicroBatch:
-    """The rows of these examples, each cut to a length for which there is time and memory."""
+def _make_batch(head: Head, collator: Collator, examples: Examples, chosen: NDArray[np.int64]) -> MicroBatch:
+    """Return the rows of these examples, each cut to a length for which there is time and memory."""
     batch = collator([examples[int(i)] for i in chosen], chosen, 0)
     on_cpu = next(head.model.parameters()).device.type == "cpu"
     work = 12 * sum(parameter.numel() for parameter in head.model.parameters())  # forward and backward, twice
     tokens = (_FLOPS_ON_CPU if on_cpu else _FLOPS) / work
-    longest = int(max(_SHORTEST, min(tokens / _ROWS, _LOGITS / vocabulary_size(head.model)))) | 1
+    longest = int(max(_SHORTEST_TOKENS, min(tokens / _ROWS, _LOGITS_PER_ROW / vocabulary_size(head.model)))) | 1
     return _cut(batch, longest, padded=collator.padded, multiple=collator.multiple)
 
 
 def _cut(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -> MicroBatch:
-    """The first tokens of each row, and its last one."""
+    """Keep the first tokens of each row, and its last one: `longest` in all at most."""
     lengths = torch.tensor(batch.packing.lengths)
     last_T = torch.zeros_like(batch.input_ids_T, dtype=torch.bool)
     last_T[lengths.cumsum(0) - 1] = True
@@ -122,8 +125,8 @@ def _cut(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -> Mic
     )
 
 
-def _outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: bool) -> list[Tensor]:
-    """Losses or logits of the targets, and the gradients of a sum of them, large ones by sums over rows and columns."""
+def _compute_outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: bool) -> list[Tensor]:
+    """Return losses or logits of the targets, then the gradients of a sum of them, summarized by `_sketch`."""
     parameters = [parameter for parameter in head.model.parameters() if parameter.requires_grad and trained]
     batch = batch.to(next(head.model.parameters()).device)
     with evaluating(head), torch.set_grad_enabled(trained), _exact_products():
@@ -138,26 +141,27 @@ def _outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: bool) -> 
 
 
 def _sketch(gradient: Tensor) -> Tensor:
-    if gradient.ndim < 2 or gradient.numel() <= _SKETCHED:
+    """Return the gradient, or of a large one weighted sums over its rows and its columns."""
+    if gradient.ndim < 2 or gradient.numel() <= _WHOLE_ELEMENTS:
         return gradient.flatten()
     rows = gradient.flatten(1)
     return torch.cat([_signs(len(rows), rows) @ rows, rows @ _signs(rows.shape[1], rows)])
 
 
 def _signs(count: int, like: Tensor) -> Tensor:
-    """Numbers of both signs, so that what adds up to zero by itself is seen too."""
+    """Return weights of both signs. A plain sum would hide gradients that add up to zero, as those of logits do."""
     return torch.arange(1, count + 1, device=like.device, dtype=like.dtype).sin()
 
 
-def _near(ours: list[Tensor], plain: list[Tensor]) -> bool:
-    """Whether they are the same but for rounding; a gradient that is next to nothing is measured by the largest."""
+def _are_near(ours: list[Tensor], plain: list[Tensor]) -> bool:
+    """Return whether the outcomes differ by rounding only. A tenth of the largest gradient counts for a tiny one."""
     largest = max((float(x.abs().max()) for x in plain[1:]), default=0.0)
     for number, (own, expected) in enumerate(zip(ours, plain, strict=True)):
         if own.shape != expected.shape:
             return False
         if len(own):
             scale = float(expected.abs().max())
-            allowed = _GRADIENTS * (scale + 0.1 * largest) if number else _VALUES * scale
+            allowed = _GRADIENTS_TOLERANCE * (scale + 0.1 * largest) if number else _VALUES_TOLERANCE * scale
             if not float((own - expected).abs().max()) <= allowed and bool(expected.isfinite().all()):
                 return False
     return True
@@ -165,7 +169,7 @@ def _near(ours: list[Tensor], plain: list[Tensor]) -> bool:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Products in all of float32, whatever the process has chosen, for a moment."""
+    """Multiply matrices in full float32, without TF32, for a moment."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,8 +1,8 @@
-"""Attention of a packed batch, which keeps to each row of it (`minilm.packing`).
+"""Attention inside each row of a packed batch (`minilm.packing`).
 
-It is one kernel for all rows where there is one (FlashAttention, Dao 2023, in half precision on GPUs). Else it takes a
-group of rows at a time: by plain matrix products on a CPU where the rows are short, in chunks where a window is
-(`minilm.windows`), or by torch's kernel.
+In half precision on GPUs, one kernel computes all rows (FlashAttention, Dao 2023). Otherwise a group of rows is
+computed at a time: by plain matrix products for short rows on a CPU, in chunks for a window (`minilm.windows`), else by
+torch's kernel.
 
 Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head.
 """
@@ -22,12 +22,12 @@ from minilm.dropout import dropout as drop
 from minilm.packing import SHORT, Group, Packing
 from minilm.windows import around_chunks, chunk_bias, chunk_size, in_chunks
 
-if torch.version.cuda is not None:  # making its operators takes a fifth of a second
+if torch.version.cuda is not None:  # the import takes a fifth of a second
     from minilm import short_rows
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
-_SHORT_BF16 = 512  # tokens of a row, in place of SHORT; longer ones gain a tenth, and need 1.4 times the memory
-# What models hand to attention that does not change its result; whatever else they hand over, it must know about.
+_SHORT_BF16 = 512  # tokens of a row, in place of SHORT; longer rows gain a tenth, and need 1.4 times the memory
+# Arguments that do not change the result. `packed_attention` refuses any other that it does not know.
 _HARMLESS = {
     *("position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "return_dict"),
     *("output_attentions", "output_hidden_states", "token_type_ids"),
@@ -48,12 +48,12 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention inside each row of a packed batch, as an attention function of transformers.
+    """Return attention inside each row of a packed batch, 1 x T x A x D: an attention function for transformers.
 
-    It is causal where `is_causal` says so, or else the module. Several heads may share one key and value (grouped query
-    attention, Ainslie et al. 2023). A token after the last row attends to itself. Returns 1 x T x A x D. Without a
-    `packing` it is transformers' own scaled dot product attention. Raises ValueError for what it does not know, such as
-    sinks or a cap on the scores.
+    It is causal if `is_causal` is True, or if that is None and the module is causal. Several heads may share one key
+    and value (grouped query attention, Ainslie et al. 2023). A token after the last row attends to itself. Without a
+    `packing`, this is transformers' own scaled dot product attention. Raises ValueError for an argument that it does
+    not know, such as sinks or a cap on the scores.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -68,14 +68,14 @@ def packed_attention(
             **kwargs,
         )
     if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
-        raise ValueError(f"attention with {', '.join(unknown)} is not known to minilm")
+        raise ValueError(f"minilm's attention does not know {', '.join(unknown)}: pass --model.attention eager")
     states = [x.squeeze(0).transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
-    # Under autocast, rotary embeddings and norms leave queries and keys in float32, beside values in half precision.
+    # Under autocast, rotary embeddings and norms give queries and keys in float32; values are in half precision.
     states = [x.to(value_1xAxTxD.dtype) for x in states]
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
-    # FlashAttention has one width for all three; DeepSeek's values are narrower than its queries.
+    # FlashAttention needs one width for all three. DeepSeek's values are narrower than its queries.
     if states[2].shape[-1] == states[0].shape[-1] and _takes_rows_of_any_length(states[0], dropout):
         attended_TxAxD = _attend_at_once(packing, states, causal, sliding_window, scaling)
     else:
@@ -84,7 +84,7 @@ def packed_attention(
 
 
 def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
-    """Whether FlashAttention takes these: on a GPU from Ampere on, in half precision, without dropout."""
+    """Return whether FlashAttention takes these queries: on a GPU since Ampere, in half precision, without dropout."""
     return (
         query_TxAxD.device.type == "cuda"
         and query_TxAxD.dtype in (torch.float16, torch.bfloat16)
@@ -103,9 +103,9 @@ def _has_flash_attention(device: torch.device) -> bool:
 def _attend_at_once(
     packing: Packing, states: Sequence[Tensor], causal: bool, window: int | None, scaling: float | None
 ) -> Tensor:
-    """What `packed_attention` computes, by one kernel for rows of any lengths.
+    """Return attention, T x A x D, by one kernel for rows of any lengths.
 
-    states: queries, keys and values, each T x A x D, as is what is returned.
+    states: queries, keys and values, each T x A x D.
     """
     near = -1 if window is None else window - 1
     query_TxAxD, key_TxAxD, value_TxAxD = (x if x.stride(-1) == 1 else x.contiguous() for x in states)
@@ -133,7 +133,8 @@ def _attend_at_once(
     return attended_TxAxD
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # each batch has groups of its own: they would be compiled anew
+# Each batch has other groups, and torch would compile this for each of them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_in_groups(
     packing: Packing,
     states: Sequence[Tensor],
@@ -142,11 +143,11 @@ def _attend_in_groups(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """The same, a group of rows at a time."""
+    """Return the same as `_attend_at_once`, a group of rows at a time."""
     sizes, parts = [group.stop - group.start for group in packing.groups], []
     if alone := states[0].shape[0] - sum(sizes):
         sizes.append(alone)
-    # torch.split, in place of slices: their gradients would each be as long as the batch.
+    # The gradient of each slice would be as long as the batch. Those of torch.split are not.
     split = [torch.split(x_TxAxD, sizes) if len(sizes) > 1 else (x_TxAxD,) for x_TxAxD in states]
     for group, *own in zip(packing.groups, *split, strict=False):
         query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
@@ -166,11 +167,11 @@ def _attend(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """softmax(query key^T scaling + the group's bias) value, each R x A x L x D."""
+    """Return softmax(query key^T scaling + the group's bias) value; all of these are R x A x L x D."""
     size = chunk_size(window, group)
     if size is None and not _by_products(group, query):
         whole = group.owner_RL is None and (window is None or window >= group.length)
-        plain = causal and whole  # the kernel then skips what is not seen
+        plain = causal and whole  # the kernel then skips the scores of later tokens
         bias = None if plain else group.bias(window, query, causal=causal)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
@@ -187,15 +188,16 @@ def _attend(
 
 
 def _by_products(group: Group, query: Tensor) -> bool:
-    """Whether plain matrix products beat torch's kernel, backward above all."""
+    """Return whether plain matrix products are faster than torch's kernel, above all in backward."""
     return query.device.type == "cpu" and group.length <= (_SHORT_BF16 if query.dtype == torch.bfloat16 else SHORT)
 
 
 def _weights(scores: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """softmax(scores + bias), in place of the scores, after dropout."""
+    """Return softmax(scores + bias) after dropout. Overwrites `scores`."""
     if bias is not None:
         scores = scores.add_(bias)
-    with torch.autocast("cpu", enabled=False):  # it would copy the scores: in bf16 the kernel computes in fp32 anyway
+    # Autocast would copy the scores to fp32. In bf16 the kernel computes in fp32 anyway.
+    with torch.autocast("cpu", enabled=False):
         weights = scores.softmax(-1)
     return drop(weights, dropout, training=dropout > 0)
 

@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014) at an eighth of the time that torch takes for its masks on a CPU."""
+"""Dropout (Srivastava et al. 2014) that draws masks on a CPU in an eighth of torch's time."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_WHOLE = 2**16  # a mask is drawn from 16 bits an element
+_WHOLE = 2**16  # each element of a mask is drawn with 16 bits
 
 
 class FastDropout(nn.Dropout):
-    """`nn.Dropout`, but that `dropout` does it."""
+    """`nn.Dropout` by `dropout`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, training=self.training)
 
 
 def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
-    """Zeros with probability `p`, else x / (1 - p), in the shape and type of `x`; `x` itself where not `training`.
+    """Return 0 with probability `p`, else x / (1 - p), for each element of `x`; without `training`, `x` itself.
 
-    On a CPU the mask comes from a generator that torch's own one seeds, so that it is a function of torch's state as
-    ever, and p is rounded to 16 bits.
+    On a CPU torch's generator seeds another one, which draws the mask. So the mask still depends on torch's state
+    alone. p is rounded to 16 bits.
     """
     kept = round((1 - p) * _WHOLE)
     if x.device.type != "cpu" or kept == 0:

@@ -1,4 +1,4 @@
-"""The cross entropy of a linear head, a part of the targets at a time, so that no batch has all its logits in memory.
+"""The cross entropy of a linear head, computed for a part of the targets at a time, to keep few logits in memory.
 
 Axes: N targets, H hidden size, V vocabulary.
 """
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LOGITS, _LOGITS_ON_CPU = 2**27, 2**23  # in memory at a time: 512 MiB; 32 MiB where caches matter more than launches
-_ALIGNED = 64  # of the vocabulary, on GPUs: products of another size take several times as long
+# Logits in memory at a time: 512 MiB, and 32 MiB on a CPU, where caches matter more than the number of launches.
+_LOGITS, _LOGITS_ON_CPU = 2**27, 2**23
+_ALIGNED = 64  # on GPUs the vocabulary is padded to a multiple: products of another size take several times as long
 
-Softmax = Callable[[Tensor, int, Tensor, float, bool], tuple[Tensor, Tensor | None]]  # `softmax_in_place`, or the other
+Softmax = Callable[[Tensor, int, Tensor, float, bool], tuple[Tensor, Tensor | None]]  # like `softmax_in_place`
 
 
 def linear_cross_entropy(
@@ -24,15 +25,16 @@ def linear_cross_entropy(
     smoothing: float = 0.0,
     softmax: Softmax | None = None,
 ) -> Tensor:
-    """-log softmax(hidden weight^T + bias) at each target, nats, float32[N]; rows of `hidden` after N do not count.
+    """Return -log softmax(hidden weight^T + bias) at each target, nats, float32[N]; ignore rows of `hidden` after N.
 
-    A share of `smoothing` is the mean over the vocabulary instead (Szegedy et al. 2016, section 7).
+    With label smoothing (Szegedy et al. 2016, section 7), a share of `smoothing` is the mean over the vocabulary.
 
-    The products are taken in the type of autocast, or else in that of `hidden_NxH`. Gradients are taken on the way
-    forward, while the logits are there, so that nothing is computed twice: those of the sum over the targets, and a
-    RuntimeError for anything else. `softmax` computes what `softmax_in_place` does.
+    The products have the type of autocast, or else that of `hidden_NxH`. The forward computes the gradients of the sum
+    over the targets too, while the logits are in memory, so that nothing is computed twice. Backward from anything but
+    that sum raises a RuntimeError. `softmax` must compute what `softmax_in_place` does.
     """
-    if not torch.is_grad_enabled():  # a Function asks its inputs whether they want a gradient, whatever the mode
+    # A Function looks at whether its inputs need a gradient, and not at whether gradients are enabled.
+    if not torch.is_grad_enabled():
         hidden_NxH, weight_VxH = hidden_NxH.detach(), weight_VxH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -44,13 +46,13 @@ def linear_cross_entropy(
 def softmax_in_place(
     logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """-log p of each target, float32[N]; where `trained`, the gradient of their sum by the logits, float32[N, V].
+    """Return -log p of each target, float32[N], and if `trained` the gradient of their sum, float32[N, V].
 
-    Of the logits, N x V or more, the first V = `vocabulary` of each row count.
+    Only the first V = `vocabulary` columns of the logits count.
     """
     logits = logits[:, :vocabulary].float()
     p = logits.softmax(-1)
-    # Exponentials are taken once. Of the largest logit p is exact however small others are, and its logarithm too.
+    # Exponentials are computed once. The logarithm of the largest p is exact; differences of logits give the others.
     largest, log_largest = logits.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log_()
     nats = (largest - logits.gather(1, target[:, None]) - log_largest).squeeze(1)
     if smoothing:
@@ -66,7 +68,7 @@ def softmax_in_place(
 def softmax_at_once(
     logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for a compiler, which makes few passes of it; the gradient is like the logits, with zeros after V."""
+    """Return the same, for a compiler to fuse. The gradient has the logits' shape and type, with zeros after V."""
     column = torch.arange(logits.shape[1], device=logits.device)
     real, hit = column < vocabulary, column == target[:, None]
     log_p = torch.where(real, logits.float(), -torch.inf).log_softmax(-1)
@@ -117,15 +119,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
-        if len(gradient_N) > 1 and gradient_N.stride() != (0,):  # a sum hands all of them the same number
-            raise RuntimeError("only the sum of these losses has a gradient; take the logits for any other")
+        # Backward through a sum gives one number, expanded to all targets.
+        if len(gradient_N) > 1 and gradient_N.stride() != (0,):
+            raise RuntimeError("only the sum of these losses has a gradient: compute other losses from `logits`")
         scale = gradient_N[:1].sum()
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if x is None else x.mul_(scale) for x in gradients), None, None, None
 
 
 def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tensor, error: Tensor, at: int) -> None:
-    """Add what some targets give, the first of which is number `at`; `error` is with respect to their logits."""
+    """Add the part of the targets from number `at` on to the gradients; `error` is the gradient by their logits."""
     of_hidden, of_weight, of_bias = gradients
     if of_bias is not None:
         _add(of_bias, error[:, : len(of_bias)].sum(0, dtype=torch.float32), at)
@@ -139,7 +142,7 @@ def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tenso
 
 
 def _with_zeros(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """`x` in this type, with zeros after its rows and columns, in one pass over memory."""
+    """Return `x` in this type and size, with zeros after its own rows and columns, in one pass over memory."""
     if x.shape == (rows, columns):
         return x.to(dtype)
     result = x.new_empty(rows, columns, dtype=dtype)
@@ -150,18 +153,18 @@ def _with_zeros(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
 
 
 def _aligned(x_VxH: Tensor) -> Tensor:
-    """With rows of zeros to a number that a GPU is fast at."""
+    """Return `x` with rows of zeros up to a number for which a GPU is fast."""
     more = -len(x_VxH) % _ALIGNED if x_VxH.device.type == "cuda" else 0
     return F.pad(x_VxH, (0, 0) * (x_VxH.ndim - 1) + (0, more)) if more else x_VxH
 
 
 def _room(x: Tensor, targets: int) -> Tensor:
-    """For a gradient of `x`, which the first part of the targets fills: an embedding is too long to be zeroed first."""
+    """Return memory for the gradient of `x`. The first targets overwrite it, since zeroing an embedding takes long."""
     return torch.empty_like(x) if targets else torch.zeros_like(x)
 
 
 def _add(total: Tensor, part: Tensor, at: int) -> None:
-    """Add to what the earlier parts gave, if this is not the first."""
+    """Add `part` to the total, or overwrite the total with the first part."""
     if at:
         total += part
     else:

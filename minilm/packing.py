@@ -1,9 +1,9 @@
-"""Rows of different lengths without padding: one flat row of tokens, and how attention is to look at it.
+"""Rows of different lengths without padding: one flat row of tokens, and its groups of rows for attention.
 
-Every layer of a transformer but attention works on each token alone, so it can take the tokens of a batch as one row,
-concatenated. Attention (`minilm.attention`) sees a group of rows at a time as one tensor. Short rows lie several to a
-bin, in which a mask keeps them apart: a few large products in place of many small ones. Longer rows come in small
-groups of similar length, padded inside the group.
+All layers of a transformer except attention work on each token alone. They take all tokens of a batch as one row.
+Attention (`minilm.attention`) takes a group of rows at a time as one tensor. Several short rows share a bin, where a
+mask keeps them apart, so that a few large products take the place of many small ones. Longer rows form small groups of
+similar length, padded inside the group.
 
 Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head, H any other.
 """
@@ -20,13 +20,15 @@ from torch import Tensor
 Kept = TypeVar("Kept")
 
 SHORT = 128  # up to this length rows share bins
-_STEP = 32  # L is a multiple of it where something is padded: few kernels to make, and a fast softmax in bf16 on CPUs
-_SIMILAR, _SLACK = 0.75, 4  # longer rows of one group are no shorter than this share of the longest, less some tokens
+# L is a multiple of this in a padded group: that needs few kernels, and makes the softmax in bf16 fast on CPUs.
+_STEP = 32
+# In a group of longer rows, the shortest has at least this share of the longest's tokens, minus some.
+_SIMILAR, _SLACK = 0.75, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Rows that follow each other in the batch, seen as R x L: R of them, or as many bins, which hold several each."""
+    """Rows that follow each other in the batch, as R x L: R rows, or R bins that hold several rows each."""
 
     start: int
     """Where its tokens begin in the batch."""
@@ -36,25 +38,25 @@ class Group:
     length: int
     """L: no row is longer."""
     source_RL: Tensor | None
-    """int64, which of the group's tokens each place holds (padding repeats a token); None where nothing is padded."""
+    """int64, which of the group's tokens each place holds (padding repeats a token); None without padding."""
     place_T: Tensor | None
-    """int64, the place of each of the group's tokens; None where nothing is padded."""
+    """int64, the place of each of the group's tokens; None without padding."""
     owner_RL: Tensor | None
-    """int64, the number of the row that each place belongs to, and of padding one of its own; None without bins."""
+    """int64, the number of the row at each place, and a unique number at each place of padding; None without bins."""
     _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def pad(self, x_TxH: Tensor) -> Tensor:
-        """The group's tokens as R x L x H. No gradient flows from padding: let nothing depend on it."""
+        """Return the group's tokens as R x L x H. Let nothing depend on padding: no gradient flows back from it."""
         x_RLxH = x_TxH if self.source_RL is None else _Pad.apply(x_TxH, self.source_RL, self.place_T)  # type: ignore[no-untyped-call]
         return x_RLxH.view(self.rows, self.length, *x_TxH.shape[1:])
 
     def unpad(self, x_RxLxH: Tensor) -> Tensor:
-        """The inverse of `pad`."""
+        """Return the inverse of `pad`."""
         x_RLxH = x_RxLxH.flatten(0, 1)
         return x_RLxH if self.place_T is None else _Unpad.apply(x_RLxH, self.place_T)  # type: ignore[no-untyped-call]
 
     def by_head(self, x_TxAxD: Tensor) -> Tensor:
-        """The group's tokens as R x A x L x D: `pad`, and each head's rows together, in one go."""
+        """Return the group's tokens as R x A x L x D: padded and ordered by head, in one pass."""
         heads = x_TxAxD.shape[1]
         if self.source_RL is None:
             return x_TxAxD.view(self.rows, self.length, *x_TxAxD.shape[1:]).transpose(1, 2)
@@ -62,7 +64,7 @@ class Group:
         return x_RALxD.view(self.rows, heads, self.length, -1)
 
     def from_heads(self, x_RxAxLxD: Tensor) -> Tensor:
-        """The inverse of `by_head`."""
+        """Return the inverse of `by_head`."""
         heads = x_RxAxLxD.shape[1]
         if self.place_T is None:
             return x_RxAxLxD.transpose(1, 2).flatten(0, 1)
@@ -70,7 +72,7 @@ class Group:
         return x_TAxD.view(-1, heads, x_RxAxLxD.shape[-1])
 
     def _places(self, heads: int) -> tuple[Tensor, Tensor]:
-        """`source_RL` and `place_T` for `by_head`: a token and head each, int64[R A L] and int64[T A]."""
+        """Return `source_RL` and `place_T` for each token and head, int64[R A L] and int64[T A]."""
         assert self.source_RL is not None
         assert self.place_T is not None
         source_RL, place_T = self.source_RL, self.place_T
@@ -85,20 +87,18 @@ class Group:
         return self.keep(("places", heads), make)
 
     def real(self, device: torch.device) -> Tensor:
-        """bool, R x L: where there is a token and no padding."""
+        """Return where there is a token and not padding, bool, R x L."""
         real_RL = torch.ones(self.rows * self.length, dtype=torch.bool, device=device)
         if self.place_T is not None:
             real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
         return real_RL.view(self.rows, self.length)
 
     def bias(self, window: int | None, like: Tensor, *, causal: bool = False) -> Tensor | None:
-        """What to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for nothing.
+        """Return the term to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for zero.
 
-        It has the type of `like` and is where that is.
-
-        A token sees the tokens of its row that are fewer than `window` away, and with `causal` none that come after it,
-        so that it never sees padding, which comes last. Padding sees itself at least, so that its softmax, which
-        nothing reads, is a number.
+        It has the type and device of `like`. A token sees the tokens of its row that are fewer than `window` away. With
+        `causal` it sees none after it, and so no padding, which comes last. Padding sees itself at least: without that,
+        its softmax would be NaN.
         """
         if window is not None and window >= self.length:
             window = None
@@ -121,14 +121,14 @@ class Group:
         return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
     def keep(self, kind: Any, make: Callable[[], Kept]) -> Kept:
-        """What `make` returns, which is called once for each `kind`: all layers ask for the same."""
+        """Return what `make` returns. It is called once for each `kind`, since all layers need the same."""
         if kind not in self._kept:
             self._kept[kind] = make()
         kept: Kept = self._kept[kind]
         return kept
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
-        """The group with its tensors changed: moved, pinned."""
+        """Return the group with its tensors changed: moved or pinned, for example."""
         indices = (self.source_RL, self.place_T, self.owner_RL)
         source_RL, place_T, owner_RL = (None if index is None else change(index) for index in indices)
         return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _kept={})
@@ -136,7 +136,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How a batch's rows lie in its flat row of T tokens."""
+    """The rows of a batch in its flat row of T tokens."""
 
     position_T: Tensor
     """int64, the place of each token in its own row, from 0."""
@@ -144,25 +144,25 @@ class Packing:
     lengths: tuple[int, ...]
     """Tokens of each row."""
     longest: int
-    """The most of these."""
+    """Tokens of the longest row."""
     bounds_R1: Tensor
-    """int32[R + 1], where each row begins, and where the last one ends."""
+    """int32[R + 1], the start of each row, and the end of the last one."""
     tiles_B1: Tensor
-    """int32[B + 1], the same for tiles of SHORT tokens at most, whole rows that follow each other; where a row is
-    longer, it is a tile."""
+    """int32[B + 1], the same for tiles. A tile has whole rows that follow each other, together at most SHORT tokens, or
+    one longer row."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
-        """The packing with its tensors changed: moved, pinned."""
+        """Return the packing with its tensors changed: moved or pinned, for example."""
         groups = tuple(group.map(change) for group in self.groups)
         position_T, bounds_R1, tiles_B1 = (change(x) for x in (self.position_T, self.bounds_R1, self.tiles_B1))
         return replace(self, position_T=position_T, groups=groups, bounds_R1=bounds_R1, tiles_B1=tiles_B1)
 
 
 def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
-    """The packing of rows of these lengths in this order, best sorted by length.
+    """Return the packing of rows of these lengths in this order, which should be sorted.
 
-    `grouped=False` makes one group of all of them, for a model that must see its batch padded. `multiple`: padded
-    lengths are rounded up to it.
+    `grouped=False` puts all rows into one group, for a model that needs its batch padded. Padded lengths are rounded up
+    to a multiple of `multiple`.
     """
     groups: list[Group] = []
     first = start = 0
@@ -224,12 +224,13 @@ def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> Group
 
 
 def _fill_bins(lengths_R: Any, size: int) -> tuple[Any, int]:
-    """Where each row begins in bins of `size` tokens, laid end to end, and how many bins there are.
+    """Return the start of each row in bins of `size` tokens, laid end to end, and the number of bins.
 
-    Best fit decreasing (Johnson et al. 1974): longest first, each row into the bin with the least room that takes it.
+    Best fit decreasing (Johnson et al. 1974): the longest row first, each one into the fullest bin that has room for
+    it.
     """
     begin_R = np.zeros_like(lengths_R)
-    ends_by_room: list[list[int]] = [[] for _ in range(size + 1)]  # of the bins with that much room, where to go on
+    ends_by_room: list[list[int]] = [[] for _ in range(size + 1)]  # for each amount of room, the ends of such bins
     bins = 0
     for row in np.argsort(-lengths_R, kind="stable"):
         length = int(lengths_R[row])
@@ -243,7 +244,7 @@ def _fill_bins(lengths_R: Any, size: int) -> tuple[Any, int]:
 
 
 class _Pad(torch.autograd.Function):
-    """Rows of `x` by `source`; the gradient comes back by `place`, which leaves out padding. Both only gather."""
+    """Rows of `x` by `source`. The gradient is gathered by `place`, which leaves out padding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -257,7 +258,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Rows of `x` by `place`, of which no two are the same, so that the gradient is copied instead of added up."""
+    """Rows of `x` by `place`. No two places are the same, so that the gradient is copied and not added up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Rotary position embeddings (Su et al. 2021, section 3.4.2) in half the passes over memory, in training.
 
-The models of transformers turn queries and keys by a function of their module, as a sum of products whose every part
-has a gradient of its own. It is linear, and its gradient is the turn back: here both are written out.
+The models of transformers rotate queries and keys by a function of their module: a sum of products, each with its own
+gradient. The whole is linear, and its gradient is the inverse rotation. Here both are written out.
 
-Axes: D size of a head; whatever is before it.
+Axes: D size of a head, after any others.
 """
 
 import functools
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NAME = "apply_rotary_pos_emb"  # of the function, in all modules of transformers that have it
+_NAME = "apply_rotary_pos_emb"  # the function's name in all modules of transformers that have it
 Turn = Callable[..., tuple[Tensor, Tensor]]
 
 
 def with_fast_rotary(model: nn.Module) -> None:
-    """Have the modules of transformers that `model` is made of turn queries and keys faster, to rounding the same.
+    """Replace the function by a faster one in the modules of transformers that `model` comes from.
 
-    That is for all models of these modules. One that does something else than the usual turn is left as it is, and so
-    is what each computes without gradients.
+    The change is for all models of these modules. The results are the same up to rounding, and to the bit without
+    gradients. A module whose function is not the usual rotation is left as it is.
     """
     for name in {type(module).__module__ for module in model.modules()}:
         plain = getattr(sys.modules[name], _NAME, None)
@@ -34,7 +34,7 @@ def with_fast_rotary(model: nn.Module) -> None:
 def _fast(plain: Turn, keeps_type: bool) -> Turn:
     @functools.wraps(plain)
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        # Where frequencies are trained, the factors want a gradient too.
+        # Where frequencies are trained, the factors need a gradient too.
         fixed = not (cos.requires_grad or sin.requires_grad)
         if torch.is_grad_enabled() and fixed and cos.dtype == sin.dtype == torch.float32:
             factors = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
@@ -48,14 +48,14 @@ def _fast(plain: Turn, keeps_type: bool) -> Turn:
 
 
 def _fits(x: Tensor, factor: Tensor) -> bool:
-    """Whether `factor` is for all of a head, and for each position one that `x` has."""
+    """Return whether `factor` has the width of a head, and broadcasts to `x`."""
     if x.dim() != factor.dim() or x.shape[-1] != factor.shape[-1]:
         return False
     return all(own in (1, size) for size, own in zip(x.shape, factor.shape, strict=True))
 
 
 def _keeps_type(plain: Turn) -> bool | None:
-    """Whether half precision stays what it is, in place of the type of `cos`; None for another turn than the usual."""
+    """Return whether a result in half precision keeps its type, and not that of `cos`; None for another function."""
     if str(inspect.signature(plain)) != "(q, k, cos, sin, unsqueeze_dim=1)":
         return None
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def _keeps_type(plain: Turn) -> bool | None:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    """x cos + rotate_half(x) sin, float32, where rotate_half(a, b) is (-b, a); with `way` -1 the transpose of that."""
+    """Return x cos + rotate_half(x) sin, float32, where rotate_half(a, b) is (-b, a); with `way` -1 the transpose."""
     x = x.float()
     turned = x * cos
     (first, second), sins = x.chunk(2, -1), sin.chunk(2, -1)[::way]
@@ -81,8 +81,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     return turned
 
 
-def _together(q: Tensor, k: Tensor) -> Tensor | None:
-    """Both as one tensor, 2 x the shape of each, where one product gave both; a compiler sees to it by itself."""
+def _view_as_one(q: Tensor, k: Tensor) -> Tensor | None:
+    """Return both as one tensor, 2 x the shape of each, if one product gave both; on GPUs a compiler does better."""
     if q.device.type != "cpu" or (q.shape, q.stride()) != (k.shape, k.stride()):
         return None
     apart = k.storage_offset() - q.storage_offset()
@@ -96,7 +96,7 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, keeps_type: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.dtypes = q.dtype, k.dtype
-        if (both := _together(q, k)) is not None:
+        if (both := _view_as_one(q, k)) is not None:
             turned_q, turned_k = _turned(both, cos, sin, 1).to(q.dtype if keeps_type else cos.dtype)
             return turned_q, turned_k
         turned_q, turned_k = (_turned(x, cos, sin, 1).to(x.dtype if keeps_type else cos.dtype) for x in (q, k))

@@ -1,17 +1,17 @@
-"""Batches of few different sizes, where each size has its price."""
+"""Rounding of the number of rows of a matrix product, where each new number costs time."""
 
 import torch
 
-_LEAST = 32
+_MULTIPLE = 32
 
 
 def to_round(count: int, device: torch.device) -> int:
-    """How many rows more make a product of `count` rows one that was had before; 0 where it is no matter.
+    """Return the rows to add to `count`, so that oneDNN reuses a compiled kernel; 0 where that does not help.
 
-    oneDNN, which takes products in bf16 on CPUs, compiles a kernel of a megabyte for each shape: a quarter of the time
-    where each batch has a number of tokens of its own. What is added is less than a sixteenth of `count`, or than 32,
-    and nothing to full blocks, whose number is a round one.
+    oneDNN computes products in bf16 on CPUs, and compiles a kernel of a megabyte for each shape. Without rounding that
+    took a quarter of the time, since nearly every batch has another number of tokens. The result is less than a
+    sixteenth of `count`, or less than 32, and 0 for full blocks, whose number is round.
     """
     if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return 0
-    return -count % max(_LEAST, 1 << max(0, count.bit_length() - 5))
+    return -count % max(_MULTIPLE, 1 << max(0, count.bit_length() - 5))

@@ -1,14 +1,14 @@
-"""Attention of short rows of different lengths on a GPU, as many as fit into a tile at a time, by kernels in Triton.
+"""Attention of short rows of different lengths on a GPU, several rows in a tile, by kernels in Triton.
 
-FlashAttention (Dao 2023) goes through each row a tile at a time. Where rows are shorter than a tile, most of its time
-goes into places that are empty, and into what a row of one tile has no need of: sums from tile to tile, and passes for
-them. Here a program takes a tile of rows that follow each other, and one head, at one go; a mask keeps the rows apart.
-Of the softmax nothing is kept for the gradient, which computes it once more.
+FlashAttention (Dao 2023) goes through each row a tile at a time. If rows are shorter than a tile, it spends most of its
+time on empty places, and on sums over tiles, which a row of one tile does not need. Here a program computes one head of
+a tile of several rows at once, and a mask keeps the rows apart. The backward computes the softmax again, so that the
+forward stores nothing of it.
 
 Axes: T tokens of the batch, B tiles, A heads, D size of a head.
 """
 
-from __future__ import annotations  # those of the kernels, which Triton reads, are of a module that may be missing
+from __future__ import annotations  # the kernels' annotations, for Triton, come from a module that may be missing
 
 from typing import Any
 
@@ -21,11 +21,11 @@ from minilm.packing import SHORT
 try:
     import triton
     import triton.language as tl
-except ImportError:  # it comes with torch for GPUs
+except ImportError:  # only torch for GPUs brings Triton along
     triton = None
 
-SIZES = () if triton is None else (16, 32, 64)  # of a head that this takes
-_ROOM = SHORT  # tokens of a tile
+SIZES = () if triton is None else (16, 32, 64)  # the sizes of a head that the kernels take
+_ROOM = SHORT  # tokens in a tile
 _WARPS = 8
 
 
@@ -37,11 +37,11 @@ def _operator(name: str) -> Any:
 def attend_short_rows(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, tiles: Tensor, near: int, causal: bool, scaling: float
 ) -> Tensor:
-    """softmax(query key^T scaling) value of each row by itself, in the type of the three, each T x A x D.
+    """Return softmax(query key^T scaling) value inside each row. It has the type of these three, each T x A x D.
 
-    position: int64[T], the place of each token in its row. tiles: int32[B + 1], where the tiles begin, which hold whole
-    rows, and where the last one ends. A token sees those of its row that are no further away than `near`, and with
-    `causal` none after it.
+    position: int64[T], the place of each token in its row. tiles: int32[B + 1], the start of each tile of whole rows,
+    and the end of the last one. A token sees the tokens of its row at a distance of at most `near`, and with `causal`
+    none after it.
     """
     attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     heads, size = query.shape[1:]
@@ -70,7 +70,7 @@ def _gradients(
     causal: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the three, from that of what was attended."""
+    """Return the gradients of query, key and value from that of the result."""
     of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     heads, size = query.shape[1:]
     _launchable(_backward)[(heads, tiles.shape[0] - 1)](
@@ -107,7 +107,7 @@ def _jit(kernel: Any) -> Any:
 
 
 def _launchable(kernel: Any) -> Any:
-    """The kernel as torch.compile sees it; as it is where Triton interprets it, on a CPU."""
+    """Return the kernel wrapped for torch.compile, or unchanged if Triton interprets it on a CPU."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
@@ -133,7 +133,7 @@ def _forward(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    scaling = tl.cast(scaling, tl.float32)  # torch.compile hands over a float64, and all scores would be like it
+    scaling = tl.cast(scaling, tl.float32)  # torch.compile passes a float64, which would make all scores float64
     head, start = tl.program_id(0), tl.load(tiles + tl.program_id(1)).to(tl.int64)
     length = (tl.load(tiles + tl.program_id(1) + 1) - start).to(tl.int32)
     query += start * query_token + head * query_head
@@ -174,7 +174,7 @@ def _backward(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    scaling = tl.cast(scaling, tl.float32)  # torch.compile hands over a float64, and all scores would be like it
+    scaling = tl.cast(scaling, tl.float32)  # torch.compile passes a float64, which would make all scores float64
     head, start = tl.program_id(0), tl.load(tiles + tl.program_id(1)).to(tl.int64)
     length = (tl.load(tiles + tl.program_id(1) + 1) - start).to(tl.int32)
     gradient += start * gradient_token + head * gradient_head
@@ -198,10 +198,9 @@ def _backward(
 
 @_jit
 def _weights(q, k, position, length, near, scaling, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ROOM: tl.constexpr):
-    """The softmax of the scores but for its denominator, float32[ROOM, ROOM], and that, float32[ROOM].
+    """Return the numerator of the softmax, float32[ROOM, ROOM], and its denominator, float32[ROOM].
 
-    It is taken by powers of two; the factor is the logarithm of e to that base. What is after the tile's tokens sees
-    itself.
+    The softmax uses powers of two, and the factor below is log2(e). A place after the tile's tokens sees itself only.
     """
     at = tl.arange(0, ROOM)
     begin = at - tl.load(position + at, mask=at < length, other=0).to(tl.int32)  # of a token's row
@@ -217,7 +216,7 @@ def _weights(q, k, position, length, near, scaling, CAUSAL: tl.constexpr, WINDOW
 
 @_jit
 def _read(source, token, length, SIZE: tl.constexpr, ROOM: tl.constexpr):
-    """A head of the row's tokens, [ROOM, SIZE], with zeros after them."""
+    """Return one head of a tile's tokens, [ROOM, SIZE], with zeros after them."""
     at, place = tl.arange(0, ROOM)[:, None], tl.arange(0, SIZE)[None, :]
     return tl.load(source + at * token + place, mask=at < length, other=0.0)
 

@@ -1,4 +1,4 @@
-"""Modules in whose place faster ones compute the same, to rounding."""
+"""Faster modules in place of others, which compute the same up to rounding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from minilm.rotary import with_fast_rotary
 
 
 class ContiguousGELU(nn.Module):
-    """GELU (Hendrycks and Gimpel 2016, section 2) of what may be half of a tensor: of a copy it is faster on a CPU."""
+    """GELU (Hendrycks and Gimpel 2016, section 2). On a CPU it first copies an input that is a part of a tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x.contiguous() if x.device.type == "cpu" else x)
@@ -23,9 +23,9 @@ def _exact_gelu(module: Any) -> nn.Module:
 
 
 def _gelu(module: nn.Module) -> nn.Module:
-    """GELU by tanh (Hendrycks and Gimpel 2016, section 2) in one pass over memory, which keeps its input alone.
+    """Return GELU by tanh (Hendrycks and Gimpel 2016, section 2), which takes one pass over memory and keeps its input.
 
-    transformers writes it out for GPT-2 and others: eight passes, of which the gradient needs six results.
+    For GPT-2 and others transformers writes the formula out: eight passes, and six results that the gradient needs.
     """
     return nn.GELU(approximate="tanh")
 
@@ -43,7 +43,7 @@ FASTER: dict[type, Callable[[nn.Module], nn.Module]] = {
 
 
 def with_fast_modules(model: nn.Module) -> None:
-    """Swap the modules of `model` that have a faster one, and make its rotary embeddings fast (`minilm.rotary`)."""
+    """Replace modules of `model` by faster ones, and its function for rotary embeddings (`minilm.rotary`)."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) in FASTER:

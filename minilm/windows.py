@@ -1,7 +1,7 @@
-"""Attention with a window on long rows: time and memory grow with the length, and not with its square.
+"""Attention with a window on long rows, whose time and memory grow with the length, and not with its square.
 
-As in Longformer (Beltagy et al. 2020, section 3.1 and its implementation in chunks): the queries of a chunk see its own
-keys, and as many before and behind it as the window reaches.
+Rows are cut into chunks, as in Longformer (Beltagy et al. 2020, section 3.1). The queries of a chunk see the chunk's
+keys, and as many keys before and after it as the window reaches.
 
 Axes: R rows and L length of a group, A heads, D size of a head, N chunks of C tokens, W tokens that a chunk sees.
 """
@@ -15,20 +15,20 @@ from torch.nn import functional as F
 
 from minilm.packing import SHORT, Group
 
-_LEAST = 16  # tokens of a chunk, and what it is a multiple of: products of fewer are slow
-_WORTH = 4  # rows of fewer chunks see most of their scores anyway
-_VECTOR = 32  # W is a multiple of it in bf16, whose softmax on CPUs takes what is over a number at a time
+_CHUNK_MULTIPLE = 16  # tokens; products of fewer are slow
+_FEWEST_CHUNKS = 4  # of a row; with fewer chunks a row needs most of its scores anyway
+_VECTOR = 32  # in bf16 W is a multiple of this: a CPU's softmax computes the remainder one number at a time
 
 
 def chunk_size(window: int | None, group: Group) -> int | None:
-    """C for a group whose tokens see those that are fewer than `window` away; None for no chunks.
+    """Return C for a group whose tokens see those that are fewer than `window` away; None for no chunks.
 
-    Bins have none: they hold several rows. Nor do rows that are short without them, where it is no faster.
+    Bins have no chunks, since they hold several rows. Short rows have none, since chunks would not be faster.
     """
     if window is None or group.owner_RL is not None or group.length < SHORT:
         return None
-    size = max(_LEAST, -(-(window - 1) // _LEAST) * _LEAST)
-    return size if group.length >= _WORTH * size else None
+    size = max(_CHUNK_MULTIPLE, -(-(window - 1) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
+    return size if group.length >= _FEWEST_CHUNKS * size else None
 
 
 def in_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
@@ -38,7 +38,7 @@ def in_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
 
 
 def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) -> Tensor:
-    """What the tokens of each chunk see, R x A x N x W x D, with zeros before the first token and after the last."""
+    """Return the tokens that each chunk sees, R x A x N x W x D, with zeros before the first and after the last."""
     before, after = window - 1, 0 if causal else window - 1
     beyond = -(before + size + after) % _VECTOR if x_RxAxLxD.dtype == torch.bfloat16 else 0
     around: Tensor = _Around.apply(x_RxAxLxD, size, before, after, beyond)  # type: ignore[no-untyped-call]
@@ -46,14 +46,14 @@ def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) ->
 
 
 def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
-    """What `Group.bias` is for whole rows, R x 1 x N x C x W or a shape that broadcasts to it; `like` has scores."""
+    """Return the same as `Group.bias` for chunks, R x 1 x N x C x W or a shape that broadcasts to it."""
     kind = (size, window, like.shape[-1], causal, like.dtype, like.device)
     if group.place_T is None:
         return _bias_of_whole_rows(group.length, *kind)
     return group.keep(("chunks", *kind), lambda: _bias(group.real(like.device), *kind))
 
 
-@functools.lru_cache(maxsize=2)  # full blocks have the same in every step
+@functools.lru_cache(maxsize=2)  # full blocks have the same bias in every step
 def _bias_of_whole_rows(
     length: int, size: int, window: int, width: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -66,7 +66,7 @@ def _bias(
 ) -> Tensor:
     before = window - 1
     place_C, place_W = torch.arange(size, device=device), torch.arange(-before, width - before, device=device)
-    seen_CxW = place_C[:, None] - place_W  # how far behind the query
+    seen_CxW = place_C[:, None] - place_W  # the distance from the key to the query after it
     itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
     real_RxNxW = F.pad(real_RxL, (before, width - before - size + -real_RxL.shape[1] % size)).unfold(1, width, size)
     seen = (near_CxW & real_RxNxW[:, None, :, None]) | itself_CxW
@@ -74,9 +74,9 @@ def _bias(
 
 
 class _Around(torch.autograd.Function):
-    """Overlapping pieces of rows; the gradients of what overlaps are added up, a strip at a time.
+    """Overlapping pieces of rows. The gradients of their overlaps are added up, a strip at a time.
 
-    What lies `beyond` is there for the width alone: nobody sees it, and it gets no gradient.
+    The last `beyond` tokens of a piece only fill up the width: no query sees them, and they get no gradient.
     """
 
     @staticmethod

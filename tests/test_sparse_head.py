@@ -129,7 +129,7 @@ def test_sizes_are_rounded_up_to_few_others_and_by_little() -> None:
 def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.rounding._LEAST", 100)
+    monkeypatch.setattr("minilm.rounding._MULTIPLE", 100)
     plain = build(tokenizer, "modernbert").train()
     head = SparseHead(deepcopy(plain))
     others = {*(parameter.shape[-1] for parameter in plain.parameters()), len(tokenizer), 64, 96, 100}

@@ -1,4 +1,4 @@
-"""The depth of each parameter of a model: how many blocks lie above it, by the order in which a forward uses them."""
+"""The depth of each parameter of a model: how many blocks follow it, in the order in which a forward uses them."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,25 +14,26 @@ from transformers import PreTrainedModel
 
 from minilm.model import evaluating, vocabulary_size
 
-# A block by the path of its list's parent, the length of that list, and its number in it. XLM's attentions and
-# feed-forward parts lie in lists of their own, and are one block where their numbers are the same.
+# A block: the path of its list's parent, the length of that list, and the block's number in it. XLM has one list of
+# attentions and one of feed-forward parts: those with the same number are one block.
 _Block = tuple[str, int, int]
 
 
 def parameter_depths(network: PreTrainedModel) -> dict[nn.Parameter, int]:
-    """The depth of each parameter that a block holds or a forward uses.
+    """Return the depth of each parameter that a block holds or a forward uses.
 
-    A block is a member of a `ModuleList` that is not inside another block. With n blocks in all, those of an encoder
-    before those of a decoder, the last one has depth 1 and the first one n. Every parameter below a block has the
-    block's depth; a parameter of several blocks has the first one's. Of the parameters that no block holds:
+    A block is a member of a `ModuleList` that is not inside another block, and the blocks of one list are a stack. With
+    n blocks in all, those of an encoder before those of a decoder, the last one has depth 1 and the first one depth n.
+    A parameter inside a block has the block's depth; a parameter of several blocks has the first one's. The depth of
+    any other parameter depends on where a forward first uses it:
 
-    - what is used before the first block of the stack that it lies beside, and all that is used before any block, has
-      depth n + 1: embeddings of tokens and positions, and tables that all layers share;
-    - what is used between two blocks of a stack has the depth of the one before it, and between two stacks, such as
-      the last norm of an encoder, of the one after it;
-    - what is used after the last block has depth 0: norms, poolers, heads.
+    - Before any block, or before the first block of the stack with the same parent, the depth is n + 1. These are
+      embeddings of tokens and positions, and tables that all layers share.
+    - Between two blocks of a stack, the depth is that of the block before.
+    - Between two stacks, the depth is that of the block after. The last norm of an encoder is an example.
+    - After the last block, the depth is 0. These are norms, poolers and heads.
 
-    Raises ValueError for a model that has no blocks, or uses one of them several times.
+    Raises ValueError for a model that has no blocks, or that uses one of them several times.
     """
     name = type(network).__name__
     blocks = _blocks(network)
@@ -40,7 +41,7 @@ def parameter_depths(network: PreTrainedModel) -> dict[nn.Parameter, int]:
         uses = _Uses(network, blocks)
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be tried on a text ({why}): leave optim.layer_decay at 1") from error
+        raise ValueError(f"{name} cannot read a short row of ids ({why}): leave optim.layer_decay at 1") from error
     count = len(uses.order)
     if not count:
         raise ValueError(f"{name} has no list of layers: leave optim.layer_decay at 1")
@@ -48,7 +49,7 @@ def parameter_depths(network: PreTrainedModel) -> dict[nn.Parameter, int]:
         raise ValueError(f"{name} uses a layer several times, so it has no depth: leave optim.layer_decay at 1")
     place = {block: number for number, block in enumerate(uses.order)}
     owners: dict[nn.Parameter, int] = {}
-    for module, block in (blocks | _in_step(network, uses)).items():
+    for module, block in (blocks | _find_parallel_layers(network, uses)).items():
         for parameter in module.parameters() if block in place else ():
             owners[parameter] = min(place[block], owners.get(parameter, count))
     begun_stacks = [{stack for stack, *_ in uses.order[: number + 1]} for number in range(count)]
@@ -72,7 +73,7 @@ def parameter_depths(network: PreTrainedModel) -> dict[nn.Parameter, int]:
 
 
 def _lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The module's lists of modules that lie in no other module of a list, each with the path of its parent."""
+    """Yield the path of the parent and the list for each list of modules that is not inside a member of another."""
     for name, child in module.named_children():
         inside = f"{path}.{name}" if path else name
         if not isinstance(child, nn.ModuleList):
@@ -83,42 +84,43 @@ def _lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleLi
             yield path, child
 
 
-def _numbered(parent: str, modules: nn.ModuleList) -> dict[nn.Module, _Block]:
+def _number(parent: str, modules: nn.ModuleList) -> dict[nn.Module, _Block]:
+    """Return the block of each module of the list."""
     return {module: (parent, len(modules), number) for number, module in enumerate(modules)}
 
 
 def _blocks(network: PreTrainedModel) -> dict[nn.Module, _Block]:
-    """The modules that make up blocks. A list of single layers, such as projections, is not a stack of blocks."""
-    found: dict[nn.Module, _Block] = {}
+    """Return the block of each module of a stack. A list of single layers, such as projections, is not a stack."""
+    blocks: dict[nn.Module, _Block] = {}
     for parent, modules in _lists(network):
         if any(next(module.children(), None) is not None for module in modules):
-            found |= _numbered(parent, modules)
-    return found
+            blocks |= _number(parent, modules)
+    return blocks
 
 
-def _in_step(network: PreTrainedModel, uses: "_Uses") -> dict[nn.Module, _Block]:
-    """The single layers that are part of blocks: those of a list whose i-th member is used in block i (XLM's norms)."""
-    found: dict[nn.Module, _Block] = {}
+def _find_parallel_layers(network: PreTrainedModel, uses: "_Uses") -> dict[nn.Module, _Block]:
+    """Return the block of each single layer of a list whose i-th member is used in block i, as XLM's norms are."""
+    layers: dict[nn.Module, _Block] = {}
     for parent, modules in _lists(network):
-        own = _numbered(parent, modules)
+        own = _number(parent, modules)
         if all(uses.first.get(p) == block for module, block in own.items() for p in module.parameters()):
-            found |= own
-    return found
+            layers |= own
+    return layers
 
 
 class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """One short forward, and what it used in which order."""
+    """The blocks and the parameters that one short forward uses, in order."""
 
     def __init__(self, network: PreTrainedModel, blocks: dict[nn.Module, _Block]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.order: list[_Block] = []
-        """The blocks, as they were begun."""
+        """The blocks in the order in which the forward begins them."""
         self.first: dict[nn.Parameter, _Block | None] = {}
-        """For each parameter the block that was begun last when an operation first took it; None before all blocks."""
+        """For each parameter the last block begun before its first use; None if it is used before all blocks."""
         self.repeats = False
-        """Whether a block was begun again."""
+        """Whether the forward begins a block twice."""
         self._parameters = set(network.parameters())
-        # Some models call `layer.forward`, which no hook hears of.
+        # Some models call `layer.forward`, which runs no hook.
         self._owners = {p: block for module, block in reversed(blocks.items()) for p in module.parameters()}
         self._called = set[nn.Module]()
         with ExitStack() as stack:
@@ -139,7 +141,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.order.append(block)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # RWKV divides its weights in place for an evaluation, which is not a use of them.
+        # In evaluation RWKV first divides its weights in place. That is not a use of them.
         written = args[0] if func._schema.is_mutable and args else None
         for leaf in tree_leaves((args, kwargs)):
             if (
@@ -155,7 +157,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _input_ids(network: PreTrainedModel) -> Tensor:
-    """One row of a few tokens that ends as texts do and holds no padding."""
+    """Return one row of eight ids that ends as texts do and holds no padding."""
     config = network.config.get_text_config()
     ends = getattr(config, "eos_token_id", None)
     end = ends[0] if isinstance(ends, list) else ends

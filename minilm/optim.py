@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""The optimizer, and the learning rate as a function of the step alone."""
 
 import math
 import re
@@ -15,13 +15,13 @@ from minilm.depth import parameter_depths
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Fused AdamW over groups: weights with weight decay, and those of `without_decay` without.
+    """Return fused AdamW with a group of parameters that weight decay shrinks, and a group that it leaves alone.
 
-    With a layer decay there are two groups for each depth; a group's `scale` is its share of the learning rate. Raises
-    ValueError where the model has no layers to tell apart.
+    With a layer decay there are two groups for each depth, and a group's `scale` is its share of the learning rate.
+    Raises ValueError if the model then has no layers.
     """
     scales = {} if optim.layer_decay == 1 else layer_scales(model, optim.layer_decay)
-    exempt = without_decay(model)
+    exempt = find_undecayed(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -33,17 +33,17 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-# Names of a norm, as transformers' Trainer knows them.
+# Names of norms in transformers' Trainer.
 _NORM = re.compile(r"layernorm|rmsnorm|(^|_)norm$")
 
 
-def without_decay(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that weight decay leaves alone: biases, norms, and all vectors.
+def find_undecayed(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that weight decay leaves alone: biases, norms, and all vectors.
 
-    A bias or a norm is one by its own name or by the name or class of the module that holds it, whatever its shape: the
-    biases of GPT-OSS's experts are matrices. That is the rule of transformers' Trainer but for two things. Trainer
-    decays vectors of other names, such as attention sinks and Mamba's `A_log`. And it takes the names of all modules
-    around into account, so that it decays nothing in `roberta_prelayernorm`, weights of linear layers included.
+    A parameter counts as a bias or a norm by its own name, or by the name or class of the module that holds it. Its
+    shape does not matter: the biases of GPT-OSS's experts are matrices. The rule of transformers' Trainer differs in
+    two points. It decays vectors with other names, such as attention sinks and Mamba's `A_log`. And it looks at the
+    names of all modules above a parameter, so that it decays no weight of a linear layer in `roberta_prelayernorm`.
     """
     exempt = set()
     for path, module in model.named_modules(remove_duplicate=False):
@@ -56,11 +56,11 @@ def without_decay(model: nn.Module) -> set[nn.Parameter]:
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
-    """Each parameter's share of the learning rate, decay^depth (Clark et al. 2020, appendix B; Bao et al. 2022).
+    """Return each parameter's share of the learning rate, decay^depth (Clark et al. 2020, appendix B; Bao et al. 2022).
 
-    The depth is that of `minilm.depth.parameter_depths`: 0 for what follows the layers (norms, poolers, heads), 1 to n
-    for the n layers from the top, and n + 1 for the embeddings. Weights that a head shares with the embeddings are
-    theirs, and weights that several models share are those of the model in which they lie deepest.
+    `minilm.depth.parameter_depths` gives the depth: 0 after the layers (norms, poolers, heads), 1 to n for the n layers
+    from the top, and n + 1 for the embeddings. A weight that a head shares with the embeddings has their depth. A
+    weight that several models share has the largest of its depths.
     """
     scales: dict[nn.Parameter, float] = {}
     for network in _networks(model):
@@ -71,7 +71,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
 
 
 def _networks(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The models of transformers inside `model`, those inside another one left out."""
+    """Yield the models of transformers inside `model`, but not the models inside those."""
     if isinstance(model, PreTrainedModel):
         yield model
         return
@@ -80,10 +80,10 @@ def _networks(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
-    """Let the next `optimizer.step()` change nothing when the gradient's norm is infinite or not a number.
+    """Let the next `optimizer.step()` change nothing if the gradient's norm is infinite or NaN.
 
-    A fused kernel looks at the flag on its device, so that nobody waits; another optimizer is left without gradients,
-    which waits for the device. Under fp16 the scaler does the same.
+    A fused kernel reads a flag on its device, so that the CPU does not wait. Any other optimizer loses its gradients,
+    and the CPU waits for the device to know whether it should. Under fp16 the scaler skips the step already.
     """
     if accelerator.scaler is not None:
         return
@@ -95,26 +95,26 @@ def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimize
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its update is one kernel, which also clips and looks at whether the gradient is finite (not on MPS)."""
+    """Return whether the update is one kernel that can also clip, and skip a non-finite gradient (not on MPS)."""
     group = optimizer.param_groups[0]
     return bool(group.get("fused")) and all(parameter.device.type != "mps" for parameter in group["params"])
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> Any:
-    """The optimizer inside accelerate's wrapper, if it is in one: what its fused kernel looks at must be set there."""
+    """Return the optimizer inside accelerate's wrapper, if any: a fused kernel reads attributes of the inner one."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def warmup_steps(optim: Optim, total: int) -> int:
-    """Steps of the warm-up of a run of `total`."""
+    """Return the number of warm-up steps in a run of `total` steps."""
     return int(optim.warmup) if optim.warmup >= 1 else round(optim.warmup * total)
 
 
 def learning_rate(optim: Optim, step: int, total: int) -> float:
-    """The rate of the update from step `step` (from 0) of `total`.
+    """Return the learning rate of step `step`, counted from 0, of `total`.
 
-    It rises linearly to `optim.lr` at the last step of the warm-up, then falls to reach zero after the last step of all
-    along a line or a half cosine (Loshchilov and Hutter 2017, equation 5, without restarts), or stays.
+    The rate rises linearly to `optim.lr` at the last step of the warm-up. Then it stays, or falls to reach zero after
+    the last step, along a line or a half cosine (Loshchilov and Hutter 2017, equation 5, without restarts).
     """
     warmup = warmup_steps(optim, total)
     if step < warmup:

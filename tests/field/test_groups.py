@@ -1,4 +1,4 @@
-"""The optimizer's groups for every type of model: depth by the parameters' names, weight decay beside Trainer's."""
+"""The optimizer's groups for every type of model, against depths by parameter names and Trainer's weight decay."""
 
 import contextlib
 import re
@@ -19,29 +19,30 @@ from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.scorecard(31)
 
-# A block by the names of lists of blocks. The first number after such a name is the block's.
+# The name of a list of blocks, then the block's number.
 BLOCK = re.compile(
     r"^(?P<stack>.*?)(?:^|\.)(?:layers?|block|blocks|h|attentions|ffns|layer_norm[12]|self_attends|cross_attn_layers)"
     r"\.(?P<number>\d+)\."
 )
 FUNNEL = re.compile(r"^(?P<stack>.*\.blocks\.\d+)\.(?P<number>\d+)\.")
-# Towers for other inputs than text, whose blocks a text does not use.
+# Parts of a model for other inputs than text, whose blocks a text does not use.
 OTHER = re.compile(r"vision|visual|audio|image|multi_modal|connector|patch_embed")
-# What is used before the blocks, by its name: embeddings, and tables and projections that make the layers' inputs.
+# Names of parameters before the blocks: embeddings, and tables and projections that make the layers' inputs.
 BEFORE = re.compile(
     r"(?<!r)(?<!un)emb|wte|wpe|\.shared\.|\.w\.weight|rel_pos|relative_attention_bias|per_layer_|altup_projections|HashBucket"
     r"|perceiver\.encoder\.cross_attention|input_hidden_states|hash_tok"
 )
-# Norms after the last block that have the names of others; what lies beside an embedding and is a part of the head.
+# Parameters after the last block whose names match BEFORE or look like those of other norms.
 AFTER = re.compile(
     r"(lfm2|lfm3|lfm2_moe)/.*embedding_norm|decoding_cross_attention|output_position_encodings|embedding_decoder"
     r"|bigbird_pegasus/.*decoder\.layernorm_embedding|emb_layer_norm_after|entity_predictions"
 )
-# What lies between two stacks: the norm of an encoder, CANINE's convolutions and BLT's projections.
+# Parameters between two stacks: the norm of an encoder, CANINE's convolutions and BLT's projections.
 BETWEEN = re.compile(
     r"encoder\.(final_)?(layer_?norm|norm)\.|text_model\.norm\.|chars_to_molecules|canine\.(projection|pooler)"
     r"|bigbird_pegasus/.*encoder\.layernorm_embedding|local_encoder\.patch_embedding_projection|patcher\.(norm|lm_head)"
 )
+# Parts of stacks' names, in the order of the stacks.
 ORDER = (
     "patcher",
     "initial_char",
@@ -49,12 +50,12 @@ ORDER = (
     "global_transformer",
     "decoder",
     "final_char",
-)  # of stacks, by parts of their names
+)
 REFUSED = {"albert", "hrm_text", "gemma4_unified_assistant"}
 
 
 def models(head: str) -> Iterator[tuple[str, PreTrainedModel]]:
-    """A tiny model of each type that has the head and can be built here."""
+    """Yield the name and a tiny model of each type that has the head and can be built here."""
     objective = objective_of(HEADS[head].settings)
     for kind in types_of(head):
         torch.manual_seed(0)
@@ -70,39 +71,41 @@ def models(head: str) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def named_block(name: str) -> tuple[str, int] | None:
-    found = FUNNEL.match(name) or BLOCK.match(name)
-    return None if found is None or OTHER.search(name) else (found["stack"], int(found["number"]))
+    """Return the stack and the number of the block that the name tells; None outside all blocks."""
+    match = FUNNEL.match(name) or BLOCK.match(name)
+    return None if match is None or OTHER.search(name) else (match["stack"], int(match["number"]))
 
 
 def rank(stack: str) -> tuple[int, str]:
-    """Encoders before decoders; Funnel's encoder is in three parts."""
+    """Return a key that sorts encoders before decoders. Funnel's encoder has three parts."""
     places = [place for place, part in enumerate(ORDER) if part in stack]
     return (places[0] if places else 1, stack)
 
 
 def wrong_depths(kind: str, network: PreTrainedModel) -> list[str]:
-    """The parameters whose depth is not the one that their name tells."""
+    """Return the parameters whose depth is not the one that their name tells."""
     depths = parameter_depths(network)
     named = {name: named_block(name) for name, _ in network.named_parameters()}
     blocks = sorted({block for block in named.values() if block}, key=lambda block: (rank(block[0]), block[1]))
     count, several = len(blocks), len({stack for stack, _ in blocks}) > 1
-    wrong, words = [], None  # those that a head may share
-    with contextlib.suppress(NotImplementedError):  # CANINE's, which are several
+    wrong, words = [], None
+    # A head may share the embedding of words. CANINE has several embeddings.
+    with contextlib.suppress(NotImplementedError):
         words = getattr(network.get_input_embeddings(), "weight", None)
     for name, parameter in network.named_parameters():
         if OTHER.search(name):
             continue
-        found, block, label = depths.get(parameter), named[name], f"{kind}/{name}"
+        depth, block, label = depths.get(parameter), named[name], f"{kind}/{name}"
         if block is not None:
-            right = found == count - blocks.index(block)
+            right = depth == count - blocks.index(block)
         elif several and BETWEEN.search(label):
-            right = found is not None and 0 < found < count
+            right = depth is not None and 0 < depth < count
         elif AFTER.search(label) or not (BEFORE.search(name) or parameter is words):
-            right = found in (0, None)
+            right = depth in (0, None)
         else:
-            right = found in (count + 1, None)
+            right = depth in (count + 1, None)
         if not right:
-            wrong.append(f"{label}: {found} of {count}")
+            wrong.append(f"{label}: {depth} of {count}")
     return wrong
 
 
@@ -141,12 +144,12 @@ def test_two_models_that_share_embeddings_each_have_their_layers() -> None:
     assert scales["first.transformer.embeddings.weight"] == 0.0625
 
 
-# Of Trainer's groups minilm's differ in these, by the reason that `minilm.optim.without_decay` gives.
+# Types whose groups differ from Trainer's for the second reason that `minilm.optim.find_undecayed` gives.
 AROUND = {"roberta-prelayernorm", "dbrx", "axk2", "inkling2_text", "inkling2_loop_text"}
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_weight_decay_takes_the_parameters_that_trainers_takes(head: str, figure) -> None:
+def test_weight_decay_is_for_the_same_parameters_as_trainers(head: str, figure) -> None:
     wrong, same, vectors, around = [], 0, set(), set()
     for kind, network in models(head):
         theirs = set(Trainer.get_decay_parameter_names(None, network))

@@ -1,6 +1,6 @@
-"""Layers that torch.compile has fused: each pass over memory less is time won where a GPU waits for its memory.
+"""Compilation of a model's layers by torch.compile, which fuses operations: a GPU then waits less for its memory.
 
-A layer is compiled once for all like it, and for batches of any size.
+All layers of one kind share one compiled function, for batches of any size.
 """
 
 import torch
@@ -10,9 +10,9 @@ from minilm.losses import softmax_at_once
 
 
 def compile_layers(head: Head) -> None:
-    """Have the layers of `head` and its loss compiled in their first step. Evaluation goes on without.
+    """Let torch compile the layers of `head`, and its loss, in their first step. Evaluation does not use the result.
 
-    Raises ValueError for a model whose layers cannot be told.
+    Raises ValueError for a model without a list of layers.
     """
     if not head.layers:
         raise ValueError(f"{type(head.model).__name__} has no list of layers: leave run.compile out")

@@ -1,4 +1,4 @@
-"""What the machine can do, and what a step costs it: precision, matrix-product rate, FLOPs, launch checks."""
+"""The machine's precision and speed, the FLOPs and memory of a step, and checks of the launch."""
 
 import ctypes
 import mmap
@@ -22,7 +22,7 @@ from minilm.job import is_one_of_several, processes_here
 from minilm.plan import Step
 
 # Dense peaks in TFLOP/s from the makers' datasheets: (substring of the device's name, bf16 and fp16, fp32).
-# The fp32 column is that of plain fp32, since torch keeps TF32 off unless it is asked for.
+# The fp32 column is for plain fp32, since torch keeps TF32 off by default.
 _PEAKS = (
     ("H200", 989.0, 67.0),
     ("H100 PCIe", 756.0, 51.0),
@@ -37,31 +37,35 @@ _PEAKS = (
     ("4090", 165.2, 82.6),
     ("3090", 71.0, 35.6),
 )
-_KERNELS = 16  # of oneDNN, more than a micro-batch has: each layer finds those of the one before
+_KERNELS = 16  # of oneDNN: more than a micro-batch needs, so that each layer reuses those of the layer before
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.02, device: str = "cpu") -> float:
-    """FLOP/s of a square matrix product, the best of the repetitions that fit into `seconds` (at least one).
+    """Return the FLOP/s of a square matrix product, the best of the repetitions in `seconds` (at least one).
 
-    Where that is fewer than ten, as beside a program that takes a processor, more are taken, in up to five times that.
+    If that gives fewer than ten, for example because another program uses the processor, the function goes on for up to
+    five times as long.
     """
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(a[:64, :64], b[:64, :64])  # loads the kernel
-    taken: list[float] = []
+    durations: list[float] = []
     begin = time.perf_counter()
-    while not taken or (passed := time.perf_counter() - begin) < seconds or (len(taken) < 10 and passed < 5 * seconds):
+    while True:
         start = time.perf_counter()
+        passed = start - begin
+        if durations and passed >= seconds and (len(durations) >= 10 or passed >= 5 * seconds):
+            break
         torch.mm(a, b)
         if device != "cpu":
             torch.accelerator.synchronize()
-        taken.append(time.perf_counter() - start)
-    return 2 * size**3 / min(taken)
+        durations.append(time.perf_counter() - start)
+    return 2 * size**3 / min(durations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The arithmetic of the matrix products, and why it was chosen."""
+    """The number type of the matrix products, and the reason for it."""
 
     name: str
     """`fp32`, `bf16` or `fp16`."""
@@ -69,10 +73,11 @@ class Precision:
 
 
 def choose_precision(asked: str, device: torch.device) -> Precision:
-    """`auto` takes the fastest that this device does; what was asked is obeyed.
+    """Return the precision that `run.precision` asks for; for `auto`, the fastest that this device has.
 
-    On a CPU it measures: bf16 is nine times as fast as fp32 with AMX, four with AVX512_BF16, and a hundredth with AVX2.
-    Raises ValueError for fp16 on a CPU, whose small gradients it would lose without a gain in speed.
+    On a CPU the function measures: compared with fp32, bf16 is nine times as fast with AMX, four times with
+    AVX512_BF16, and a hundred times slower with AVX2. Raises ValueError for fp16 on a CPU, which would lose small
+    gradients and not be faster.
     """
     reason = "asked for"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -90,16 +95,16 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     if asked != "auto":
         return Precision(name=asked, reason=reason)
     if device.type == "cuda":
-        # The hardware's own bf16, not the emulation that torch also reports as support.
+        # By default torch reports emulated bf16 as support too.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(name="bf16", reason="this GPU computes bf16")
         return Precision(name="fp16", reason="this GPU has no bf16")
-    return Precision(name="fp32", reason=f"nothing faster is known to be safe on {device.type}")
+    return Precision(name="fp32", reason=f"minilm knows nothing faster that is safe on {device.type}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The rate that MFU is measured against, for one device."""
+    """The rate of one device that counts as an MFU of 100%."""
 
     flops: float
     """FLOP/s."""
@@ -108,7 +113,7 @@ class Peak:
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
-    """The device's datasheet peak at this precision; where none is known, its measured matrix-product rate."""
+    """Return the device's datasheet peak at this precision, or its measured matrix-product rate if it has none."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, half, full in _PEAKS:
@@ -120,7 +125,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs of training on one step: forward and backward (twice the forward), recomputation not counted.
+    """FLOPs of training on one step: forward and backward (twice the forward), without recomputation.
 
     A forward costs `per_token` for each real token, `per_square` for the square of each example's length (attention),
     and `per_target` for each target (the head).
@@ -131,9 +136,9 @@ class Cost:
     per_target: float
 
     def step(self, step: Step, rate: float) -> float:
-        """Model FLOPs of a step over all its processes, of whose tokens a share of `rate` are targets.
+        """Return the model FLOPs of a step over all processes. A share of `rate` of its tokens are targets.
 
-        Padding costs nothing here, so that it counts as waste in MFU.
+        Padding adds nothing here, so that it lowers the MFU.
         """
         per_token = self.per_token + self.per_target * rate
         forward = per_token * step.tokens + self.per_square * step.square_lengths
@@ -146,8 +151,8 @@ def count_flops(model: Head, max_length: int) -> Cost:
 
     def forward(length: int, targets: int) -> int:
         ids_T, packing = model.draw_rows([length])
-        # The counter does not know the fused CPU kernel of attention. Nothing of what the other saves for a gradient is
-        # kept: it would be the scores of all layers. (Without gradients the counter fails on DeBERTa.)
+        # The counter does not know the fused CPU kernel of attention. The plain one saves the scores of all layers for
+        # the gradient, so the hooks drop what it saves. (With gradients disabled, the counter fails on DeBERTa.)
         forgetting = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
         with forgetting, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.logits(ids_T, packing, ids_T.new_zeros(targets))
@@ -164,11 +169,11 @@ def count_flops(model: Head, max_length: int) -> Cost:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let a CPU process keep the memory that it frees, in huge pages; a step then asks the kernel for none of it again.
+    """Let a CPU process keep the memory that it frees, in huge pages, so that a step asks the kernel for no memory.
 
-    The C library's defaults return every large block at once, which costs a small model a tenth of its time, and its
-    pages of 4 kB are more than the processor knows the places of, which costs another tenth and more. Only glibc is
-    told so, and not where the environment has settings of its own (MALLOC_…).
+    By default the C library returns every large block at once, which costs a small model a tenth of its time. And its
+    pages of 4 kB are too many for the processor's table of addresses, which costs another tenth or more. This function
+    does nothing for a C library other than glibc, or if the environment has settings for it (MALLOC_…).
     """
     if (
         device.type != "cpu"
@@ -185,10 +190,10 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def _grow_in_huge_pages(libc: Any, size: int) -> None:
-    """Have the next `size` bytes of the heap in pages of 2 MB, once they are written to.
+    """Let the next `size` bytes of the heap have pages of 2 MB, once the process writes to them.
 
-    Linux gives them to who asks for them, for addresses that there are: so a block is taken and freed, which stays part
-    of the heap and holds no memory.
+    Linux takes such a request only for addresses that the process has. So this function allocates a block and frees it
+    again: the addresses stay part of the heap, and hold no memory.
     """
     libc.malloc.restype = ctypes.c_void_p
     block = libc.malloc(ctypes.c_size_t(size))
@@ -200,7 +205,7 @@ def _grow_in_huge_pages(libc: Any, size: int) -> None:
 
 
 def _memory_is_rationed() -> bool:
-    """Whether addresses count as memory, by a limit of the process or by the system's accounting."""
+    """Return whether addresses count as memory, by a limit of the process or by the system's accounting."""
     import resource  # POSIX only
 
     if any(
@@ -214,21 +219,23 @@ def _memory_is_rationed() -> bool:
 
 
 def keep_few_kernels(asked: str) -> None:
-    """Have oneDNN forget all but a few of its kernels, where products are in fp32, of which it computes GELUs alone.
+    """Let oneDNN keep few of its kernels if products are in fp32, where it computes GELUs only.
 
-    It makes a kernel for each number of tokens, in no time. What it keeps of each of a thousand lies between tensors,
-    in whose place no other of their size fits then: memory grows by 5 MB a step, for pages that each cost a while.
+    oneDNN makes a kernel for each number of tokens, which takes almost no time. By default it keeps a thousand. They
+    lie between tensors and leave gaps that no other tensor fits: memory grows by 5 MB a step, and new pages take time.
 
-    asked: `Run.precision`. It is for the process, before its first product: oneDNN looks at its variable once.
+    asked: the value of `run.precision`. Call this before the first product of the process: oneDNN reads its variable
+    once.
     """
-    if asked == "fp32" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # these have no bf16
+    # CPUs with these capabilities have no bf16.
+    if asked == "fp32" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most so far: on a GPU torch's tensors, else the process's resident memory.
+    """Return the most bytes that this process has held: torch's tensors on a GPU, else its resident memory.
 
-    0 where the system does not tell.
+    Returns 0 on a system that does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -240,9 +247,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def repeat_to_the_bit(wanted: bool) -> None:
-    """Have torch use only algorithms that give the same bits each time, or any again.
+    """Restrict torch to algorithms that give the same bits each time, or lift that restriction.
 
-    cuBLAS looks at its variable once, before the first product of the process.
+    Call this before the first product of the process: cuBLAS reads its variable once.
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -250,7 +257,7 @@ def repeat_to_the_bit(wanted: bool) -> None:
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """What the run ran on, for run.json and the model card."""
+    """Return a description of the machine for run.json and the model card."""
     capability = _cpu_capability()
     told = ", as told" if os.environ.get("ATEN_CPU_CAPABILITY") else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} ({capability}{told})"
@@ -262,7 +269,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def _cpu_facts() -> list[str]:
-    """The lines of what Linux tells of the processors, none elsewhere."""
+    """Return the lines of Linux's file about the processors; none on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -276,7 +283,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_capability() -> str:
-    """Torch's word for the instructions that it uses, or for those with bf16 besides AVX-512."""
+    """Return torch's name of the instructions that it uses, or AMX or AVX512_BF16 if the CPU has them too."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = {flag for line in _cpu_facts() if line.startswith("flags") for flag in line.split()}
     if capability == "AVX512":
@@ -291,9 +298,9 @@ _RIGHT_LAUNCH = (
 
 
 def check_launch(processes: int, environment: Mapping[str, str]) -> None:
-    """Refuse launches that look like several processes and are not, before any of them does work.
+    """Raise ValueError for a launch that should start several processes and does not, with the command that works.
 
-    `processes` is what accelerate made of the environment. Raises ValueError with the command that works.
+    processes: the number of processes that accelerate reads from the environment.
     """
     wanted = int(environment.get("WORLD_SIZE") or 1)
     if wanted != processes:
@@ -308,7 +315,7 @@ def check_launch(processes: int, environment: Mapping[str, str]) -> None:
 
 
 def check_devices(devices: int, environment: Mapping[str, str]) -> None:
-    """Refuse more processes on this machine than it has GPUs, of which each process takes one; 0 means CPUs."""
+    """Raise ValueError if this machine has more processes than GPUs, since each takes one; `devices` 0 means CPUs."""
     here = processes_here(environment)
     if devices and here > devices:
         raise ValueError(
@@ -318,14 +325,14 @@ def check_devices(devices: int, environment: Mapping[str, str]) -> None:
 
 
 def usable_processors() -> int:
-    """Processors that this process may run on."""
+    """Return the number of processors on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fair_threads(environment: Mapping[str, str]) -> int | None:
-    """CPU threads that a process should use: its share of the machine's, where a launcher cut it down to one.
+    """Return the CPU threads of this process, its share of the machine's, if a launcher has set OMP_NUM_THREADS to 1.
 
-    Launchers set OMP_NUM_THREADS=1 for want of a better guess; None where the variable says anything else.
+    Launchers set 1 because they do not know a better number. Returns None for any other value, or without a launcher.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environment or is_one_of_several(environment)
     if not launched or environment.get("OMP_NUM_THREADS") != "1":

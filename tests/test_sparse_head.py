@@ -352,7 +352,7 @@ def test_where_packed_attention_is_wrong_the_model_keeps_its_own_and_its_padding
     assert_same_update(head, plain, batch_for(head, tokenizer))
 
 
-PROBED = 66  # targets of the first batch that a model with 64 positions is tried on
+PROBED = 66  # targets of the first trial batch of a model with 64 positions
 
 
 class Changed(nn.Module):
@@ -393,7 +393,7 @@ def test_where_the_last_layer_needs_all_tokens_it_gets_them(
     assert_same_update(head, plain, batch_for(head, tokenizer))
 
 
-def test_for_a_trial_what_was_not_trained_gets_noise_and_then_its_own_value_to_the_bit(
+def test_untrained_parameters_have_noise_in_a_trial_and_their_own_value_after_it_to_the_bit(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     model = build(tokenizer)
@@ -410,7 +410,7 @@ def test_for_a_trial_what_was_not_trained_gets_noise_and_then_its_own_value_to_t
 
 
 class Leaks(Changed):
-    """What crosses rows begins with a weight of zero."""
+    """A module that mixes rows, with a weight that begins as zero."""
 
     def __init__(self, output: nn.Module) -> None:
         super().__init__(output)
@@ -421,7 +421,7 @@ class Leaks(Changed):
         return after_RxLxH + self.weight * nn.functional.pad(after_RxLxH[:, :-1], (0, 0, 1, 0))
 
 
-def test_what_crosses_rows_is_seen_though_its_weight_is_zero(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_module_that_mixes_rows_is_noticed_though_its_weight_is_zero(tokenizer: PreTrainedTokenizerBase) -> None:
     model = build(tokenizer)
     model.bert.encoder.layer[-1].output = Leaks(model.bert.encoder.layer[-1].output)
     plain = deepcopy(model)

@@ -1,7 +1,7 @@
-"""Checkpoints from the field: unusual configurations and trained weights give the plain model's losses and gradients.
+"""Unusual checkpoints: odd configurations and trained weights give the plain model's losses and gradients.
 
-The head of a model is built while its weights are new, as `train` does. Then the weights are made like trained ones.
-A step of rows of several lengths is compared with what the plain model makes of each row alone.
+The head of a model is built while its weights are new, as in `train`. Then the weights become like trained ones. A step
+with rows of several lengths is compared with the plain model, which gets each row alone.
 """
 
 import json
@@ -54,17 +54,17 @@ LENGTHS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """A checkpoint: its type, its head, and what its configuration says that the default does not."""
+    """A checkpoint: its type, its head, and the fields of its configuration that differ from the default."""
 
     kind: str
     head: str = "causal"
     changed: dict[str, Any] = field(default_factory=dict)
     scale: float = 4.0
-    """How many times the matrices grow in training."""
+    """The factor by which the matrices grow in training."""
 
 
 def build(situation: Situation, *, seed: int = 0) -> nn.Module:
-    """The plain model, with new weights."""
+    """Return the plain model with new weights."""
     tokenizer = tokenizer_for(situation.head, situation.kind)
     torch.manual_seed(seed)
     config = tiny_config(situation.kind, tokenizer)
@@ -82,14 +82,14 @@ def build(situation: Situation, *, seed: int = 0) -> nn.Module:
 
 
 def head_of(situation: Situation, network: Any) -> Head:
-    """minilm's head of it."""
+    """Return minilm's head of the model."""
     tokenizer = tokenizer_for(situation.head, situation.kind)
     prepared = Prepared(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES, labels=LABELS)
     return objective_of(HEADS[situation.head].settings).head(network, prepared)
 
 
 def train_weights(network: nn.Module, scale: float) -> None:
-    """Weights that look trained: larger matrices, and no vector of zeros or ones."""
+    """Make the weights look trained: larger matrices, and no vector of zeros or ones."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -99,7 +99,7 @@ def train_weights(network: nn.Module, scale: float) -> None:
 
 
 def differences(situation: Situation, lengths: tuple[int, ...]) -> tuple[float, float]:
-    """The relative differences of loss and gradients from the plain model's."""
+    """Return the relative differences of the loss and the gradients from the plain model's."""
     network = build(situation).train()
     plain = deepcopy(network)
     head = head_of(situation, network).train()
@@ -154,25 +154,25 @@ def test_losses_and_gradients_are_those_of_the_plain_model(situation: str, lengt
 ROUTERS, ADVICE = "output_router_logits", r"--model\.config\.output-router-logits False"
 
 
-def routed(kind: str) -> bool:
-    """Whether configurations of this type can ask for a loss of routers; `dots3_note_text` stands for `dots3_note`."""
-    if kind == "dots3_note":
+def has_routers(kind: str) -> bool:
+    """Return whether a configuration of this type can ask for a loss of routers."""
+    if kind == "dots3_note":  # `dots3_note_text` is tested in its place
         return False
     try:
         return hasattr(AutoConfig.for_model(kind).get_text_config(), ROUTERS)
-    except (StrictDataclassError, ValueError):  # of a type that has no configuration by default
+    except (StrictDataclassError, ValueError):  # the type has no default configuration
         return False
 
 
 def own_loss(network: Any) -> float:
-    """What the model itself makes of a row."""
+    """Return the loss of a row that the model itself computes."""
     ids_1xL = torch.randint(5, 300, (1, 31), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return float(network.eval()(input_ids=ids_1xL, labels=ids_1xL).loss)
 
 
-def test_of_all_types_those_whose_routers_would_add_to_the_loss_are_refused(caplog: pytest.LogCaptureFixture) -> None:
-    refused, kinds = set(), [kind for kind in types_of("causal") if routed(kind)]
+def test_types_whose_routers_would_add_to_the_loss_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    refused, kinds = set(), [kind for kind in types_of("causal") if has_routers(kind)]
     for kind in kinds:
         plain, asked = (build(Situation(kind=kind, changed={ROUTERS: value})) for value in (False, True))
         check_own_loss(plain)
@@ -209,8 +209,8 @@ def test_other_additions_to_the_loss_are_named(
             check_own_loss(network)
         return
     check_own_loss(network)
-    said = [record.levelno for record in caplog.records if record.name == "minilm"]
-    assert said == [logging.WARNING] * (flag == "warning")
+    levels = [record.levelno for record in caplog.records if record.name == "minilm"]
+    assert levels == [logging.WARNING] * (flag == "warning")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_5_moe"])
@@ -225,7 +225,9 @@ def test_the_advice_about_routers_works_for_a_checkpoint(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     if config.get_text_config() is not config:
         config.architectures = ["Qwen3_5MoeForCausalLM"]
-        config.save_pretrained(tmp_path / "model")  # as such checkpoints come: with the text model's inside
+        config.save_pretrained(
+            tmp_path / "model"
+        )  # such checkpoints hold the text model's configuration inside another
     tokenizer.save_pretrained(tmp_path / "model")
     asked = Config(
         data=Data(source=write_text(tmp_path / "text.txt"), eval_fraction=0.1),
@@ -246,7 +248,7 @@ def test_the_advice_about_routers_works_for_a_checkpoint(
 
 
 def run_of(folder: Path, name: str, **changed: Any) -> Config:
-    """Some steps on rows of words that are longer than those of trials."""
+    """Return a run of a few steps on rows of words, some longer than the rows of trials."""
     words = WORDS.split()
     lines = [" ".join(words[i * j % len(words)] for j in range(1, 6 + i * 37 % 230)) for i in range(40)]
     (folder / "long.txt").write_text("\n".join(lines))
@@ -267,7 +269,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def wrong_where_rows_are_long(*states: Any, packing: Any = None, **words: Any) -> Any:
-    """Attention that is right for every row of a trial, and for no row of more tokens."""
+    """Attention that is right for the rows of trials, and wrong if a row of the batch is longer."""
     attended, weights = packed_attention(*states, packing=packing, **words)
     return attended * (-4.0 if packing is not None and packing.longest > 160 else 1.0), weights
 
@@ -288,7 +290,7 @@ def test_a_shortcut_that_is_wrong_on_the_runs_own_rows_is_named_and_left_out(
     train(config)
     assert "gives other losses or gradients than transformers by minilm's shortcut padding_free" in caplog.text
     assert losses_of(tmp_path / "packed") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
-    # A run that goes on decides as it did at its start, though its weights have changed.
+    # A resumed run decides as it did at its start, though its weights have changed.
     whole = (tmp_path / "packed" / "model.safetensors").read_bytes()
     stopped = replace(config, run=replace(config.run, output_dir=str(tmp_path / "stopped"), max_steps=3))
     train(stopped)
@@ -318,7 +320,7 @@ def test_an_evaluation_and_a_fork_look_at_their_rows_too(
     assert figures["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
-def test_only_what_is_wrong_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_wrong_shortcut_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = build(Situation(kind="bert", head="masked"))
     tokenizer = tokenizer_for("masked", "bert")
     rows = np.random.default_rng(0).integers(5, len(tokenizer), 2000)
@@ -358,7 +360,7 @@ def test_esm_is_refused_where_all_of_a_row_may_be_masked(
     situation = Situation(kind="esm", head="masked", changed=changed)
     tokenizer, network = tokenizer_for("masked", "esm"), build(situation)
     mask_1x1 = torch.full((1, 1), tokenizer.mask_token_id)
-    plain = network(input_ids=mask_1x1).logits  # what transformers makes of a row of nothing but masks
+    plain = network(input_ids=mask_1x1).logits  # transformers' logits of a row that holds masks only
     assert bool(plain.isnan().any()) == changed["token_dropout"]
     end = [tokenizer.sep_token_id] * special
     start = np.array([0, 50])

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -80,14 +81,22 @@ def _collect_characters(documents: Documents, special: list[AddedToken], unknown
     return tokenizer
 
 
+def _train_on(documents: Documents, tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
+    """Train a tokenizer of the tokenizers library, which draws its bars on stderr if that is a terminal."""
+    with silent_stdout():
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
+    if sys.stderr.isatty():
+        # The library leaves the cursor behind its last bar. Remove that bar, so that the next line begins on the left.
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
 def _train_bpe(documents: Documents, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
+    _train_on(documents, tokenizer, trainer)
     return tokenizer
 
 
@@ -102,12 +111,10 @@ def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedT
     # The trainer numbers the ## letters, which decide ties, in an order that differs from run to run. So learn them
     # first, hand them over sorted as if they were special, and build the tokenizer anew from the vocabulary.
     tokenizer = empty()
-    with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
+    _train_on(documents, tokenizer, trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
     letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
-    with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
+    _train_on(documents, tokenizer, trainer)
     tokenizer = empty(tokenizer.get_vocab())
     tokenizer.add_special_tokens(special)
     return tokenizer

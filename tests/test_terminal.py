@@ -111,3 +111,15 @@ def test_ctrl_c_while_documents_are_encoded_leaves_a_clean_terminal_and_nothing_
     assert all((entry / "manifest.json").exists() for entry in entries)
     assert not (tmp_path / "out").exists()
     figure(f"clean {took:.1f} s after ctrl-C")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_the_line_after_the_training_of_a_tokenizer_begins_on_the_left(kind: str) -> None:
+    program = (
+        "from datasets import Dataset; from minilm.vocabulary import train_tokenizer; "
+        f"train_tokenizer(Dataset.from_dict({{'text': {list(SENTENCES)!r}}}), {kind!r}, 300); print('the next line')"
+    )
+    with Terminal(sys.executable, "-c", program) as terminal:
+        terminal.read()
+    assert "Compute merges" in terminal.written
+    assert re.search(r"(\n|\r\x1b\[2K)the next line", terminal.written), terminal.written[-300:]

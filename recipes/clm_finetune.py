@@ -1,9 +1,10 @@
-"""Fine-tune a causal LM on your own text: DistilGPT2 on ELI5 by default, as in the classic tutorial.
+"""Fine-tune a causal LM on your own text: DistilGPT2 on ELI5 by default, as in Hugging Face's tutorial.
 
     accelerate launch recipes/clm_finetune.py
     accelerate launch recipes/clm_finetune.py --model.name FOLDER --data.source my_text.txt --run.output-dir out/mine
 
-All documents, each with an end-of-text token, are joined and cut into blocks of 128 tokens. The defaults need the hub.
+minilm joins all documents, each with an end-of-text token, and cuts them into blocks of 128 tokens. The default model
+and data come from the hub.
 """
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run

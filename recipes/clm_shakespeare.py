@@ -1,11 +1,11 @@
-"""Train a causal LM on characters, from scratch: the size and the number of tokens of nanoGPT's example for a CPU.
+"""Train a character-level causal LM from scratch, with the size and the number of tokens of nanoGPT's CPU example.
 
     curl -O https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     accelerate launch recipes/clm_shakespeare.py
 
-Any other file of plain text will do (`--data.source FILE`); its last tenth is held out. On tiny Shakespeare the
-loss there ends below 1.78, after 2,000 steps of 768 characters (1.88 in nanoGPT's README, for this size and these
-steps).
+Any other file of plain text works too (`--data.source FILE`). The last tenth of the text is held out. On tiny
+Shakespeare the held-out loss ends below 1.78, after 2,000 steps of 768 characters. nanoGPT's README has 1.88 for the
+same size and steps.
 """
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens

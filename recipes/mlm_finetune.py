@@ -1,9 +1,10 @@
-"""Fine-tune a masked LM on your own text: DistilRoBERTa on ELI5 by default, as in the classic tutorial.
+"""Fine-tune a masked LM on your own text: DistilRoBERTa on ELI5 by default, as in Hugging Face's tutorial.
 
     accelerate launch recipes/mlm_finetune.py
     accelerate launch recipes/mlm_finetune.py --model.name FOLDER --data.source my_text.txt --run.output-dir out/mine
 
-All documents are joined and cut into blocks of 128 tokens; 15% of the tokens are predicted. The defaults need the hub.
+minilm joins all documents and cuts them into blocks of 128 tokens. The model predicts 15% of the tokens. The default
+model and data come from the hub.
 """
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run

@@ -27,7 +27,8 @@ def test_the_share_of_mistakes_that_are_told_as_they_should_be(told, figure):
     right = [name for name, entry in ENTRIES.items() if not wrong(entry, told[name])]
     slowest = max(outcome.seconds for outcome in told.values())
     figure(
-        f"{len(right)} of {len(ENTRIES)} in one line, files untouched, the slowest {slowest:.1f} s after the imports"
+        f"{len(right)} of {len(ENTRIES)} refused in one line, files untouched, "
+        f"the slowest {slowest:.1f} s after the imports"
     )
     assert len(right) == len(ENTRIES)
 
@@ -61,7 +62,7 @@ def test_two_processes_of_a_launcher_tell_it_once(tmp_path, figure):
     assert sum(says in line for line in (done.stdout + done.stderr).splitlines()) == 1, done.stderr
     assert done.stderr.count("error: ") == 1
     assert not (tmp_path / "out").exists()
-    figure("once from 2 processes")
+    figure("one line from 2 processes together")
 
 
 @pytest.mark.scorecard(30)

@@ -82,7 +82,7 @@ def test_the_rate_is_kept_and_no_special_token_is_chosen(
     z_score = _z(chosen_BxL.sum(), ordinary_BxL.sum(), RATE)
     assert abs(z_score) < 4
     assert len(batch.input_ids_T) > ordinary_BxL.sum() > 950_000
-    figure(f"{len(batch.input_ids_T):,} tokens, 0 special ones chosen; z of the rate {z_score:+.1f}")
+    figure(f"{len(batch.input_ids_T):,} tokens, no special token masked; z-scores: masking rate {z_score:+.1f}")
 
 
 @pytest.mark.scorecard(8)
@@ -95,7 +95,7 @@ def test_80_10_10(
     expected = ((masked, 0.8), (batch.targets - masked - same, 0.1 - by_chance), (same, 0.1 + by_chance))
     z_scores = [_z(count, batch.targets, share) for count, share in expected]
     assert max(map(abs, z_scores)) < 4
-    figure("of 80/10/10 " + ", ".join(f"{z:+.1f}" for z in z_scores))
+    figure("80/10/10 " + ", ".join(f"{z:+.1f}" for z in z_scores))
 
 
 @pytest.mark.scorecard(8)
@@ -109,7 +109,7 @@ def test_replacements_are_uniform_over_the_ordinary_tokens(
     assert np.delete(counts, special).all()
     z_score = _z_uniform(np.delete(counts, special))
     assert abs(z_score) < 4
-    figure(f"of the replacements' uniformity {z_score:+.1f}, 0 special ones drawn")
+    figure(f"uniform replacements {z_score:+.1f}, no special token drawn")
 
 
 def test_every_position_and_example_is_chosen_alike(batch: MicroBatch, rows: Rows, special: list[int]) -> None:

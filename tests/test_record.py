@@ -212,7 +212,7 @@ def test_a_line_is_shown_before_the_first_step_is_done_and_ended_with_it(tmp_pat
     steps(recorder, clock, 3)
     recorder.close()
     assert capfd.readouterr().err.endswith("\n")
-    figure("a line from before the first step on")
+    figure("a progress line from before the first step")
 
 
 @pytest.mark.parametrize("stopped", [None, 15, 24, 25])

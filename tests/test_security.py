@@ -183,7 +183,7 @@ def test_nothing_that_comes_with_a_model_or_a_checkpoint_or_documents_is_run(tok
         assert not (place / MARK).exists(), name
     assert (outcomes["a script"], outcomes["a script and documents"]) == ({"refused"}, {"loaded"})
     assert (place / "outside" / "file").read_text() == "mine"
-    figure(f"0 executed, 0 files outside touched of {len(outcomes)} attempts")
+    figure(f"{len(outcomes)} attempts: 0 executed code, 0 touched files outside the folder")
 
 
 @pytest.mark.scorecard(23)

@@ -141,5 +141,6 @@ def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_examples
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (folder / "checkpoint-10" / name).read_bytes() == (good / "checkpoint-6" / name).read_bytes()
     figure(
-        "given up after 3 in a row; step, examples and checkpoint named, which has the weights and moments of before"
+        "the run stops after 3 in a row and names step, examples and checkpoint; "
+        "the checkpoint has the weights and moments from before them"
     )

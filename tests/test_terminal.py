@@ -110,7 +110,7 @@ def test_ctrl_c_while_documents_are_encoded_leaves_a_clean_terminal_and_nothing_
     assert {entry.name[:5] for entry in entries} == {"finge", "rows-"}
     assert all((entry / "manifest.json").exists() for entry in entries)
     assert not (tmp_path / "out").exists()
-    figure(f"clean {took:.1f} s after ctrl-C")
+    figure(f"a clean terminal {took:.1f} s after ctrl-C")
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])

@@ -150,7 +150,8 @@ def every_cut(place: Path, tokenizer: Any, loss: str) -> str:
         save(saver_in(saver.folder, tokenizer, keep_last=1), 3)  # the run goes on, and cleans up
         assert sorted(path.name for path in saver.folder.iterdir()) == ["checkpoint-3"]
     return (
-        f"{calls}/{calls} power cuts with {loss} of the unsynced lost: {calls - new} times the old one, {new} the new"
+        f"{calls}/{calls} power cuts ({loss} of the unsynced data lost) left a whole checkpoint: "
+        f"{calls - new} times the old one, {new} times the new one"
     )
 
 
@@ -171,7 +172,7 @@ def every_error(place: Path, tokenizer: Any) -> str:
         assert "\n" not in message
         save(saver, 4)
         assert find_checkpoint("latest", saver.folder).progress.step == 4
-    return f"{calls}/{calls} errors: {told} told with the path, {calls - told} of no consequence"
+    return f"{calls}/{calls} errors: {told} reported with the path, {calls - told} harmless"
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def test_results_are_the_same_after_damage_to_each_file(
     files, damages, wrong = trial(configs(tmp_path)[name], ways=3)
     assert not wrong
     assert files >= 4
-    figure(f"{name}: {files} files, {damages} damages, wrong results {len(wrong)}")
+    figure(f"{name}: {files} files, {damages} damages, {len(wrong)} wrong results")
 
 
 def test_a_run_on_a_damaged_cache_ends_to_the_bit(tmp_path: Path) -> None:

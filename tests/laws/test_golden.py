@@ -12,5 +12,5 @@ from tests.laws.golden import FILE, golden_losses
 def test_losses_are_the_golden_ones(figure: Callable[[str], None]) -> None:
     losses, expected = golden_losses(), json.loads(FILE.read_text())
     apart = max(abs(loss - other) for loss, other in zip(losses, expected, strict=True))
-    figure(f"{len(losses)} losses, at most {apart:.1e} from the file")
+    figure(f"{len(losses)} losses differ by at most {apart:.1e} from the file")
     assert apart <= 1e-4

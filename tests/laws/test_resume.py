@@ -51,7 +51,7 @@ def test_resumed_after_any_step_a_run_ends_the_same_to_the_bit(
         if every == 1
         else f" (steps 1, {1 + every}, …; all 20: python -m tests.laws.resume_everywhere --processes 2)"
     )
-    figure(f"{tried}/{tried} bitwise equal on {processes}{some}")
+    figure(f"{tried}/{tried} bitwise equal on {processes} process(es){some}")
 
 
 def without_dropout(config: Config) -> Config:

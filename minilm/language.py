@@ -14,7 +14,7 @@ from minilm.config import Config
 from minilm.data import load_documents
 from minilm.evaluate import LanguageEvaluator, unigram_nats
 from minilm.head import SparseHead
-from minilm.labels import evaluates_only
+from minilm.labels import is_one_dataset
 from minilm.special_ids import id_count
 from minilm.stream import Stream, chained, stream_documents
 from minilm.tokens import Examples, Prepared, encode, load_tokenizer
@@ -27,7 +27,7 @@ def _documents(config: Config) -> tuple[Documents, Documents]:
     """Return training documents, and the evaluation documents of all parts; one object where both are the same."""
     if not config.data.streaming:
         train, parts = load_documents(config.data, config.run.seed)
-        if evaluates_only(train, parts):
+        if is_one_dataset(train, parts):
             return train, train
         return train, concatenate_datasets([*parts.values()])
     stream, streams = stream_documents(config.data)

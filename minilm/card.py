@@ -11,10 +11,9 @@ from minilm.config import Config, Data
 from minilm.disk import publish
 from minilm.energy import CPUS, GPUS
 from minilm.glue import with_glue_columns
-from minilm.hub import is_path
+from minilm.local_files import is_path, local_files
 from minilm.objectives import objective_of
 from minilm.settings import to_dict
-from minilm.sources import local_files
 
 _CARD = """---
 {metadata}

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, LargeList, List
 from pyarrow import parquet
 
 from minilm.columns import Column
-from minilm.files import DENIED, file_kind
+from minilm.local_files import DENIED, file_kind
 
 BATCH_ROWS = 1000  # rows that are converted to Python objects at a time
 

@@ -6,9 +6,10 @@ from datasets import Dataset
 
 from minilm.config import Data
 from minilm.glue import with_glue_columns
+from minilm.local_files import is_text
 from minilm.pydocs import pydocs
 from minilm.rows import Blank
-from minilm.sources import check_data_settings, is_text, no_documents, quiet_datasets, read_rows
+from minilm.sources import check_data_settings, no_documents, quiet_datasets, read_rows
 
 
 @quiet_datasets()

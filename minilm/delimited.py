@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from minilm.columns import Column
-from minilm.files import check_mark, ending, find_line_end, open_text, strip_line_end, warn_once
+from minilm.files import check_mark, find_line_end, open_text, strip_line_end, warn_once
+from minilm.local_files import ending
 
 _DELIMITERS = (",", ";", "\t", "|")
 # A quote that is not closed takes in the rest of the file, which must not fill the memory.

@@ -19,20 +19,6 @@ from minilm.disk import file_facts
 
 log = logging.getLogger("minilm")
 
-# The end of an error message, after the name of a file.
-DENIED = "cannot be read (Permission denied)"
-
-# The kind of each ending that can be read. Files of one kind can make up a source together.
-KINDS = {
-    ".txt": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "delimited",
-    ".tsv": "delimited",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-
 _BLOCK = 2**20  # bytes or characters that are decoded at a time
 # A longer file would take seconds to hash at each start.
 _HASHED_BYTES = 2**30
@@ -47,21 +33,6 @@ _MULTIBYTE = re.compile(
     rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
 )
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def ending(path: str) -> str:
-    """Return the ending that tells the format of a file, in lower case: `.csv` for `data.CSV.gz`."""
-    return Path(path.removesuffix(".gz")).suffix.lower()
-
-
-def file_kind(path: str) -> str:
-    """Return the kind of a file that can be read, one of the values of `KINDS`."""
-    return KINDS[ending(path)]
-
-
-def full_ending(path: str) -> str:
-    """Return the ending with that of the compression: `.csv.gz` for `data.CSV.gz`."""
-    return ending(path) + (".gz" if path.endswith(".gz") else "")
 
 
 def fingerprint_file(path: str) -> dict[str, Any]:

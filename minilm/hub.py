@@ -17,16 +17,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from minilm.files import DENIED
+from minilm.local_files import DENIED, is_path
 
 log = logging.getLogger("minilm")
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-
-
-def is_path(name: str) -> bool:
-    """Return whether a name means a local file or folder: it exists, or a hub id cannot have this form."""
-    return os.path.exists(name) or name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 @contextmanager

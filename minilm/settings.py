@@ -18,6 +18,7 @@ from typing import Any, Literal
 from minilm.checks import check, closest
 from minilm.config import Config, Data, MaskedLM, Run, Value
 from minilm.foreign_flags import refuse_foreign_flags
+from minilm.local_files import is_text
 from minilm.signals import first_to_tell
 
 
@@ -174,9 +175,6 @@ def _reset_document(config: Config) -> Config:
     data = config.data
     if data.document == Data.document:
         return config
-    # This imports the datasets library. Other command lines need not wait for it.
-    from minilm.sources import is_text
-
     sources = [source for source in (*data.sources, data.eval_source) if source not in (None, "pydocs")]
     if any(map(is_text, sources)):
         return config

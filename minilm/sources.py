@@ -1,6 +1,5 @@
 """Data sources: files, folders, globs, saved datasets and the hub, from their name to their rows."""
 
-import glob
 import json
 import logging
 import os
@@ -19,9 +18,10 @@ from minilm.checks import closest
 from minilm.columnar import where_damaged
 from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import KINDS, ending, file_kind, fingerprint_file, warn_once
-from minilm.hub import expect, is_path, reason
+from minilm.files import fingerprint_file, warn_once
+from minilm.hub import expect, reason
 from minilm.job import is_main
+from minilm.local_files import ending, is_path, is_saved, is_text, kind_of_files, local_files
 from minilm.rows import Blank, map_rows, read_batches
 from minilm.tables import DatasetTable, FileTable, Table
 
@@ -43,17 +43,6 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def is_text(source: str) -> bool:
-    """Return whether a source is files of plain text."""
-    return _kind_of_files(source) == "text"
-
-
-def _kind_of_files(source: str) -> str:
-    """Return the kind of a source's files; empty for pydocs, saved datasets and datasets on the hub."""
-    files = [] if source == "pydocs" else local_files(source)
-    return file_kind(files[0]) if files else ""
-
-
 def list_columns(data: Data, *, labels: bool = False) -> list[Column]:
     """Return the columns that a run reads, the text first."""
     columns = [Column(role="text", name=data.column)]
@@ -68,7 +57,7 @@ def list_columns(data: Data, *, labels: bool = False) -> list[Column]:
 def check_data_settings(data: Data, *, labels: bool) -> None:
     """Raise ValueError for a setting that no source can follow, or that needs labels when none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
-    kinds = {source: _kind_of_files(source) for source in sources}
+    kinds = {source: kind_of_files(source) for source in sources}
 
     def refuse(setting: str, why: str) -> None:
         value = getattr(data, setting)
@@ -183,7 +172,7 @@ def source_facts(data: Data) -> dict[str, Any]:
 def list_files(source: str) -> list[str]:
     """Return the files of a source, also of a saved dataset; empty for a dataset on the hub."""
     path = os.path.expanduser(source)
-    if not _is_saved(path):
+    if not is_saved(path):
         return local_files(source)
     return sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
 
@@ -214,40 +203,6 @@ def _check_files(source: str, split: str, files: list[str]) -> None:
 
 def _describe_bad_split(split: str) -> str:
     return f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
-
-
-def _is_saved(path: str) -> bool:
-    """Return whether a folder was written by `save_to_disk` of the datasets library."""
-    names = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
-    return any(os.path.exists(os.path.join(path, name)) for name in names)
-
-
-def local_files(source: str) -> list[str]:
-    """Return the files that a path, folder or glob stands for; empty for a saved dataset or a name on the hub.
-
-    Hidden files and folders in a folder are left out, as in a glob.
-    """
-    path = os.path.expanduser(source)
-    if os.path.isdir(path):
-        below = ((file, file.relative_to(path).parts) for file in Path(path).rglob("*") if file.is_file())
-        names = sorted(str(file) for file, parts in below if not any(part.startswith(".") for part in parts))
-    else:
-        matches = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        names = [path] if os.path.exists(path) else matches
-    if _is_saved(path):
-        return []
-    files = [name for name in names if ending(name) in KINDS]
-    endings = sorted({ending(name) for name in files})
-    if len({*map(file_kind, files)}) > 1:
-        raise ValueError(
-            f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
-        )
-    looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or ending(path) in KINDS
-    if not files and (names or looks_like_a_path or is_path(source)):
-        missing = not names and not os.path.isdir(path)
-        why = "no such file or folder" if missing else f"no file ending in {' '.join(KINDS)}"
-        raise ValueError(f"data source {source}: {why}")
-    return files
 
 
 def _load(source: str, path: str, **options: Any) -> Any:

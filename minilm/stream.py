@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from minilm.config import Data
-from minilm.files import fingerprint_file, full_ending
+from minilm.files import fingerprint_file
 from minilm.glue import with_glue_columns
+from minilm.local_files import full_ending
 from minilm.sources import check_data_settings, list_files, no_documents, quiet_datasets, revision, stream_rows
 
 

@@ -11,16 +11,8 @@ from datasets import Dataset, IterableDataset
 from minilm import columnar, delimited, json_rows
 from minilm.columns import Column
 from minilm.config import Data
-from minilm.files import (
-    check_mark,
-    file_kind,
-    find_line_end,
-    fingerprint_file,
-    full_ending,
-    open_text,
-    strip_line_end,
-    text_encoding,
-)
+from minilm.files import check_mark, find_line_end, fingerprint_file, open_text, strip_line_end, text_encoding
+from minilm.local_files import file_kind, full_ending
 
 # A batch ends at this many characters or at `columnar.BATCH_ROWS` rows. A single row can be longer.
 _BATCH_CHARACTERS = 2**20

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from sides import Parts, Taken, assemble, precision_of, turns_of
 
-from minilm.checkpoint import Progress, Saver
 from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
-from minilm.hardware import describe
+from minilm.distributed.hardware import describe
+from minilm.runs.checkpoint import Progress, Saver
 
 EVERY = 20  # steps between checkpoints
 WARM_UP = 3  # steps that are not counted

@@ -32,11 +32,11 @@ from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
-from minilm.hardware import choose_precision, describe, usable_processors
-from minilm.objectives import build, prepare
-from minilm.plan import Plan
-from minilm.settings import parse
-from minilm.tokens import Examples
+from minilm.config.parsing import parse
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import Examples
+from minilm.distributed.hardware import choose_precision, describe, usable_processors
+from minilm.objectives.objective import build, prepare
 from minilm.train import train
 
 CONFIG = Config(

@@ -49,18 +49,18 @@ from trainer_side import padded_labels
 from transformers import PreTrainedModel
 from transformers.activations import GELUActivation, NewGELUActivation
 
-import minilm.attention
-import minilm.hardware
-import minilm.launch
-import minilm.packing
-import minilm.swap
-from minilm.batch import MicroBatch
+import minilm.data.packing
+import minilm.distributed.hardware
+import minilm.distributed.launch
+import minilm.models.attention
+import minilm.models.fast_modules
 from minilm.config import Config, Model
-from minilm.head import Head, SparseHead
-from minilm.optim import build_optimizer
-from minilm.packing import Packing
-from minilm.plan import Plan, Step
-from minilm.tokens import Prepared
+from minilm.data.batch_plan import Plan, Step
+from minilm.data.corpus import Prepared
+from minilm.data.micro_batch import MicroBatch
+from minilm.data.packing import Packing
+from minilm.models.head import Head, SparseHead
+from minilm.optim.optimizer import build_optimizer
 
 PLAIN = "plain: random, padded, full head"
 SORTED = "sorted micro-batches"
@@ -167,14 +167,14 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
     if EPOCH in rungs:
         config = replace(config, batch=replace(config.batch, group="epoch"))
     if BINS not in rungs and not torch.cuda.is_available():  # where it is no rung
-        minilm.packing.SHORT = 0
-        setattr(minilm.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
+        minilm.data.packing.SHORT = 0
+        setattr(minilm.models.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
     if HUGE not in rungs:
-        setattr(minilm.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
+        setattr(minilm.distributed.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
     if KERNELS not in rungs:
-        setattr(minilm.launch, "keep_few_kernels", lambda asked: None)  # noqa: B010
+        setattr(minilm.distributed.launch, "keep_few_kernels", lambda asked: None)  # noqa: B010
     parts = assemble(config, partial(head_of, rungs))
     if SORTED not in rungs:
         parts = replace(parts, plan=RandomPlan(parts.plan))
@@ -196,16 +196,16 @@ def without(side: Side, name: str) -> None:
     """minilm's side, but that what `name` names is left to others."""
     # Not by assignment: the modules do not export these names.
     if name == TORCH_MASKS:
-        del minilm.swap.FASTER[nn.Dropout]
-        setattr(minilm.attention, "drop", F.dropout)  # noqa: B010
+        del minilm.models.fast_modules.FASTER[nn.Dropout]
+        setattr(minilm.models.attention, "drop", F.dropout)  # noqa: B010
     if name == TORCH_TURN:
-        setattr(minilm.swap, "with_fast_rotary", lambda model: None)  # noqa: B010
+        setattr(minilm.models.fast_modules, "with_fast_rotary", lambda model: None)  # noqa: B010
     if name == HALF_GELU:
-        del minilm.swap.FASTER[GELUActivation]
+        del minilm.models.fast_modules.FASTER[GELUActivation]
     if name == LONG_GELU:
-        del minilm.swap.FASTER[NewGELUActivation]
+        del minilm.models.fast_modules.FASTER[NewGELUActivation]
     if name == WHOLE:
-        setattr(minilm.attention, "chunk_size", lambda window, group: None)  # noqa: B010
+        setattr(minilm.models.attention, "chunk_size", lambda window, group: None)  # noqa: B010
     answer(side, assemble(side.config))
 
 

@@ -18,7 +18,7 @@ from sides import Parts, assemble, precision_of, turns_of
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilm.config import Config
-from minilm.settings import parse
+from minilm.config.parsing import parse
 
 WARM_UP = 3  # steps before all others
 ROOM = 2**24  # bytes of records that the profiler may keep of a step

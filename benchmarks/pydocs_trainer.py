@@ -29,11 +29,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
-from minilm.hardware import choose_precision, describe
-from minilm.model import load_model
-from minilm.objectives import objective_of, prepare
-from minilm.settings import read_run
-from minilm.tokens import Examples
+from minilm.config.parsing import read_run
+from minilm.data.corpus import Examples
+from minilm.distributed.hardware import choose_precision, describe
+from minilm.models.loading import load_model
+from minilm.objectives.objective import objective_of, prepare
 
 WARM_UP = 10  # steps that are not timed
 

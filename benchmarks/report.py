@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from sides import Precision, Taken
 
-from minilm.hardware import Peak, choose_precision, describe, device_peak
-from minilm.record import versions
+from minilm.distributed.hardware import Peak, choose_precision, describe, device_peak
+from minilm.runs.recorder import versions
 
 RESULTS = Path(__file__).parent / "results"
 OURS, OTHERS, IDEAL = "#c44e52", "#8c8c8c", "#4c72b0"  # colours

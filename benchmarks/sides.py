@@ -18,18 +18,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from minilm.batch import Collator
-from minilm.compiling import compile_layers
 from minilm.config import Config
-from minilm.hardware import Cost, count_flops, peak_memory
-from minilm.head import Head, freeze_unused
-from minilm.launch import start
-from minilm.micro import resolve_micro_tokens
-from minilm.objectives import Evaluator, build, objective_of, prepare
-from minilm.optim import build_optimizer, learning_rate
-from minilm.plan import Plan, Step
-from minilm.sharding import distribute
-from minilm.tokens import Prepared
+from minilm.data.batch_plan import Plan, Step
+from minilm.data.corpus import Prepared
+from minilm.data.micro_batch import Collator
+from minilm.distributed.hardware import Cost, count_flops, peak_memory
+from minilm.distributed.launch import start
+from minilm.distributed.sharding import distribute
+from minilm.models.compiling import compile_layers
+from minilm.models.head import Head, freeze_unused
+from minilm.objectives.objective import Evaluator, build, objective_of, prepare
+from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.runs.auto_micro_tokens import resolve_micro_tokens
 from minilm.train import build_plan, first_step, load_steps, seed_dropout, train_step
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

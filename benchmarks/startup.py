@@ -27,7 +27,7 @@ SIDES = ("HF Trainer", "minilm")
 
 def by_minilm(folder: Path) -> None:
     """The recipe as it is run, but for its end after the first step."""
-    from minilm.cli import quick_imports
+    from minilm.commands.recipe import quick_imports
 
     with quick_imports():  # as the recipe does, which finds it there
         from minilm import train as loop
@@ -91,9 +91,9 @@ def write_job(folder: Path) -> None:
     from trainer_side import trainer_settings
 
     from minilm.config import Config, MaskedLM
-    from minilm.data import load_documents
-    from minilm.hardware import choose_precision
-    from minilm.objectives import build, prepare
+    from minilm.data.documents import load_documents
+    from minilm.distributed.hardware import choose_precision
+    from minilm.objectives.objective import build, prepare
 
     config: Config = runpy.run_path(str(RECIPE))["CONFIG"]
     prepared = prepare(config)

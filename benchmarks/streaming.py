@@ -41,7 +41,7 @@ class Found:
 
 def write_text(path: Path, size: int) -> None:
     """Fill `path` with `size` bytes of lines, and a few more to end the last of them."""
-    from minilm.pydocs import pydocs
+    from minilm.data.pydocs import pydocs
 
     lines = [" ".join(part.split()) + "\n" for text in pydocs()[0] for part in text.split("\n\n") if part.strip()]
     rng = np.random.default_rng(0)
@@ -59,10 +59,10 @@ def read(folder: str, streaming: bool) -> Found:
     from accelerate import Accelerator
 
     from minilm.config import Batch, Config, Data, MaskedLM, Tokens
-    from minilm.hardware import peak_memory
-    from minilm.masked import Masked
-    from minilm.micro import micro_tokens_of
-    from minilm.plan import Plan
+    from minilm.data.batch_plan import Plan
+    from minilm.distributed.hardware import peak_memory
+    from minilm.objectives.masked_lm import Masked
+    from minilm.runs.auto_micro_tokens import micro_tokens_of
     from minilm.train import load_steps
 
     data = Data(source=f"{folder}/text.txt", eval_source=f"{folder}/held_out.txt", streaming=streaming)
@@ -121,8 +121,8 @@ def main() -> None:
 def prepare_files(folder: str, size: int) -> None:
     """Write the text, a text to evaluate on, and a tokenizer into `folder`."""
     from minilm.config import Data
-    from minilm.data import load_documents
-    from minilm.vocabulary import train_tokenizer
+    from minilm.data.documents import load_documents
+    from minilm.data.vocabulary import train_tokenizer
 
     write_text(Path(folder, "text.txt"), size)
     write_text(Path(folder, "held_out.txt"), 1)

@@ -36,7 +36,7 @@ from sides import Contender, Rounds, compare, minilm_steps
 from trainer_side import trainer_steps
 
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Tokens
-from minilm.pydocs import pydocs
+from minilm.data.pydocs import pydocs
 
 MASKED = Config(
     data=Data(source="pydocs"),

@@ -23,15 +23,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from minilm.batch import MicroBatch
-from minilm.causal import Causal
 from minilm.config import Config, Optim
-from minilm.hardware import peak_memory
-from minilm.micro import micro_tokens_of
-from minilm.objectives import Objective, build, objective_of, prepare
-from minilm.optim import learning_rate, warmup_steps
-from minilm.plan import Plan, Step
-from minilm.tokens import Examples, Prepared
+from minilm.data.batch_plan import Plan, Step
+from minilm.data.corpus import Examples, Prepared
+from minilm.data.micro_batch import MicroBatch
+from minilm.distributed.hardware import peak_memory
+from minilm.objectives.causal_lm import Causal
+from minilm.objectives.objective import Objective, build, objective_of, prepare
+from minilm.optim.optimizer import learning_rate, warmup_steps
+from minilm.runs.auto_micro_tokens import micro_tokens_of
 
 
 class Rows(Dataset[dict[str, Any]]):

@@ -9,22 +9,22 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from minilm.agreement import check_agreement
-from minilm.checkpoint import Progress
 from minilm.config import Config
-from minilm.hardware import Precision
-from minilm.head import Head, SparseHead
-from minilm.launch import finish, first_on_each_host, start, together
-from minilm.lock import unlock_folder
-from minilm.objectives import prepare
-from minilm.output import choose_output_dir, claim_output_dir, export
-from minilm.plan import Plan
-from minilm.push import push
-from minilm.record import Recorder, open_recorder, write_results
-from minilm.sharding import is_sharded
-from minilm.tokens import Prepared
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import Prepared
+from minilm.distributed.hardware import Precision
+from minilm.distributed.launch import finish, first_on_each_host, start, together
+from minilm.distributed.sharding import is_sharded
+from minilm.models.agreement import check_agreement
+from minilm.models.head import Head, SparseHead
+from minilm.objectives.objective import prepare
+from minilm.runs.checkpoint import Progress
+from minilm.runs.hub_upload import push
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir, export
+from minilm.runs.recorder import Recorder, open_recorder, write_results
+from minilm.runs.verify_head import verify_head
 from minilm.train import lay_plan
-from minilm.verify_head import verify_head
+from minilm.utils.folder_lock import unlock_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str,
     """Save the models, leave the job, publish where `run.push_to_hub` asks for it, and return the totals.
 
     networks: models of transformers, by their subfolders of the output folder; "." is the folder. The loop must delete
-    its prepared model before: see `minilm.launch.finish`.
+    its prepared model before: see `minilm.distributed.launch.finish`.
     """
     main = begun.accelerator.is_main_process
     results = recorder.conclude({})

@@ -20,32 +20,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.batch import Collate, Collator, MicroBatch, loss_sum
-from minilm.best import Best
-from minilm.card import write_card
-from minilm.checkpoint import Checkpoint, Saver, copy_to_cpu
-from minilm.compiling import compile_layers
 from minilm.config import Config
-from minilm.energy import metered
-from minilm.hardware import count_flops
-from minilm.head import Head, freeze_unused
-from minilm.hub import quiet_transformers
-from minilm.inputs import collect_inputs
-from minilm.launch import explain_lost_contact, finish, first_on_each_host, restore_on_error, start, together
-from minilm.lock import unlocked_at_end
-from minilm.micro import micro_tokens_of, resolve_micro_tokens
-from minilm.objectives import Evaluator, build, objective_of, prepare
-from minilm.optim import build_optimizer, learning_rate, skip_unless_finite
-from minilm.output import choose_output_dir, claim_output_dir, export
-from minilm.plan import Plan, Step
-from minilm.push import push
-from minilm.record import open_recorder, write_results, write_samples
-from minilm.resume import check_best, check_settings, load_step, resume
-from minilm.sharding import clip, distribute, is_sharded
-from minilm.signals import hold_back_signals, leave_signals_to_parent
-from minilm.stop import StopRequest, bad_gradients
-from minilm.tokens import Examples, Prepared
-from minilm.verify_head import verify_head
+from minilm.data.batch_plan import Plan, Step
+from minilm.data.corpus import Examples, Prepared
+from minilm.data.micro_batch import Collate, Collator, MicroBatch, loss_sum
+from minilm.distributed.hardware import count_flops
+from minilm.distributed.launch import (
+    explain_lost_contact,
+    finish,
+    first_on_each_host,
+    restore_on_error,
+    start,
+    together,
+)
+from minilm.distributed.sharding import clip, distribute, is_sharded
+from minilm.models.compiling import compile_layers
+from minilm.models.head import Head, freeze_unused
+from minilm.objectives.objective import Evaluator, build, objective_of, prepare
+from minilm.optim.optimizer import build_optimizer, learning_rate, skip_unless_finite
+from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
+from minilm.runs.best_checkpoint import Best
+from minilm.runs.checkpoint import Checkpoint, Saver, copy_to_cpu
+from minilm.runs.early_stopping import StopRequest, bad_gradients
+from minilm.runs.energy import metered
+from minilm.runs.hub_upload import push
+from minilm.runs.model_card import write_card
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir, export
+from minilm.runs.recorder import open_recorder, write_results, write_samples
+from minilm.runs.resume import check_best, check_settings, load_step, resume
+from minilm.runs.run_inputs import collect_inputs
+from minilm.runs.verify_head import verify_head
+from minilm.utils.folder_lock import unlocked_at_end
+from minilm.utils.hub import quiet_transformers
+from minilm.utils.signals import hold_back_signals, leave_signals_to_parent
 
 log = logging.getLogger("minilm")
 

@@ -6,7 +6,7 @@
         --data.column sentence1 --data.pair-column sentence2 --data.label-column label
 """
 
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
 from minilm.config import Batch, Classification, Config, Data, Model, Optim, Run
 
 CONFIG = Config(

@@ -9,7 +9,7 @@ same size and steps.
 """
 
 from minilm import Batch, CausalLM, Config, Data, Model, Optim, Run, Tokens
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
 
 CONFIG = Config(
     data=Data(source="input.txt", document="file", eval_fraction=0.1),

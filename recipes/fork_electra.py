@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForPreTraining, PreTrainedTokenizerBase
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
+from minilm.data.packing import Packing
+from minilm.distributed.hardware import count_flops
+from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
 from minilm.fork import begin, end, start_recording
-from minilm.hardware import count_flops
-from minilm.head import SparseHead, freeze_unused
-from minilm.launch import explain_lost_contact, restore_on_error, together
-from minilm.model import load_model
-from minilm.objectives import objective_of
-from minilm.optim import build_optimizer, learning_rate
-from minilm.packing import Packing
+from minilm.models.head import SparseHead, freeze_unused
+from minilm.models.loading import load_model
+from minilm.objectives.objective import objective_of
+from minilm.optim.optimizer import build_optimizer, learning_rate
 from minilm.train import load_steps, seed_dropout, train_step
 
 CONFIG = Config(

@@ -19,15 +19,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from minilm import Config, Model, Optim, Run
-from minilm.batch import collate_whole
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
+from minilm.data.micro_batch import collate_whole
+from minilm.data.packing import Group, Packing
+from minilm.distributed.hardware import count_flops
+from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
 from minilm.fork import begin, end, start_recording
-from minilm.hardware import count_flops
-from minilm.head import Head, SparseHead, freeze_unused
-from minilm.launch import explain_lost_contact, restore_on_error, together
-from minilm.model import evaluating, load_model
-from minilm.optim import build_optimizer, learning_rate
-from minilm.packing import Group, Packing
+from minilm.models.head import Head, SparseHead, freeze_unused
+from minilm.models.loading import evaluating, load_model
+from minilm.optim.optimizer import build_optimizer, learning_rate
 from minilm.train import load_steps, seed_dropout, train_step
 
 CONFIG = Config(

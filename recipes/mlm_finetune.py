@@ -8,7 +8,7 @@ model and data come from the hub.
 """
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
 
 CONFIG = Config(
     data=Data(source="dany0407/eli5_category", split="train[:5000]", column="answers.text", eval_fraction=0.2),

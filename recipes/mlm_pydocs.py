@@ -8,7 +8,7 @@ the frequencies of the tokens (3.04).
 """
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
 
 CONFIG = Config(
     data=Data(source="pydocs"),

@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from minilm.commands import main
-from minilm.vocabulary import train_tokenizer
+from minilm.commands.main import main
+from minilm.data.vocabulary import train_tokenizer
 from tests.jobs import forget_other_tests
 from tests.scorecard import Scorecard
 

@@ -1,4 +1,4 @@
-"""`python -m tests.flags_page` writes docs/flags.md, the page of all flags, from the docstrings in minilm/config.py."""
+"""`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config/groups.py."""
 
 import ast
 import dataclasses
@@ -14,7 +14,8 @@ PAGE = ROOT / "docs" / "flags.md"
 HEADER = """# Flags
 
 Every recipe takes these flags. `python RECIPE --help` shows them with the recipe's own defaults; the defaults below are
-those of `minilm.Config`. `python -m tests.flags_page` writes this page from the docstrings in `minilm/config.py`.
+those of `minilm.Config`. `python -m tests.flags_page` writes this page from the docstrings in
+`minilm/config/groups.py`.
 
 | flag of every recipe | what it does |
 |---|---|

@@ -27,7 +27,7 @@ from typing import Literal
 import psutil
 
 from minilm.config import Config
-from minilm.settings import parse
+from minilm.config.parsing import parse
 from tests.launch import ROOT, TINY
 
 LIMIT = 20  # seconds from launch to the end
@@ -142,7 +142,7 @@ def make_materials(folder: Path) -> None:
         GPT2LMHeadModel,
     )
 
-    from minilm.vocabulary import train_tokenizer
+    from minilm.data.vocabulary import train_tokenizer
 
     os.chdir(folder)
     sentences = ("The quick brown fox jumps over the lazy dog.", "Return a list of the names.", "A short one.")

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 from accelerate.state import AcceleratorState
 
-import minilm.launch
+import minilm.distributed.launch
 import minilm.train
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.cli import guarded
-from minilm.signals import ended_by_signals
+from minilm.commands.recipe import guarded
+from minilm.utils.signals import ended_by_signals
 from tests.launch import ROOT
 
 LAUNCHERS = ("accelerate", "torchrun")
@@ -149,9 +149,9 @@ def words(launcher: str, processes: int) -> list[str]:
 def write_recipe(place: Path, config: Config, planted: str) -> Path:
     """Write the run as a recipe that first executes the code `planted`."""
     recipe = place / "recipe.py"
-    imports = "import minilm.launch\nfrom minilm import *\nfrom minilm.cli import run_recipe\n"
+    imports = "import minilm.distributed.launch\nfrom minilm import *\nfrom minilm.commands.recipe import run_recipe\n"
     # The forked runs that this one is compared with have one thread too.
-    one_thread = "minilm.launch.fair_threads = lambda environment: None\n"
+    one_thread = "minilm.distributed.launch.fair_threads = lambda environment: None\n"
     recipe.write_text(f"{imports}{one_thread}{planted}\nif __name__ == '__main__':\n    run_recipe({config!r})\n")
     return recipe
 
@@ -231,7 +231,7 @@ def launched(rank: int, processes: int = 2, port: str = "29500") -> dict[str, st
 
 def forget_other_tests() -> None:
     """Drop the state of accelerate and of runs that other tests have left in this process."""
-    minilm.launch._undo.clear()
+    minilm.distributed.launch._undo.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

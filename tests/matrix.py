@@ -34,14 +34,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from minilm import CausalLM, Classification, MaskedLM, Model
-from minilm.batch import MicroBatch
-from minilm.hardware import count_flops
-from minilm.head import Head, freeze_unused
-from minilm.labels import Labels
-from minilm.model import load_model
-from minilm.objectives import Objective, objective_of
-from minilm.special_ids import PADDING_FIELDS
-from minilm.tokens import Examples, Prepared, train_tokenizer
+from minilm.data.corpus import Examples, Prepared, train_tokenizer
+from minilm.data.labels import Labels
+from minilm.data.micro_batch import MicroBatch
+from minilm.data.special_ids import PADDING_FIELDS
+from minilm.distributed.hardware import count_flops
+from minilm.models.head import Head, freeze_unused
+from minilm.models.loading import load_model
+from minilm.objectives.objective import Objective, objective_of
 from minilm.train import train_step
 from tests.reference import NO_EXAMPLES, pad_rows
 from tests.tiny import tiny_config

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from minilm.config import Model
-from minilm.model import load_model
-from minilm.tokens import Examples
+from minilm.data.corpus import Examples
+from minilm.models.loading import load_model
 
 NO_EXAMPLES = Examples(
     **dict.fromkeys(("ids", "start", "stop", "prefix", "suffix"), np.zeros(0, np.int64)),

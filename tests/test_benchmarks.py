@@ -26,16 +26,16 @@ from sides import Contender, Rounds, Side, Taken, Work, assemble, minilm_steps
 from synthetic import write_corpus
 from transformers.models.modernbert import modeling_modernbert
 
-import minilm.attention
-import minilm.dropout
-import minilm.head
-import minilm.packing
-import minilm.rotary
-import minilm.swap
-import minilm.windows
+import minilm.data.packing
+import minilm.models.attention
+import minilm.models.dropout
+import minilm.models.fast_modules
+import minilm.models.head
+import minilm.models.rotary
+import minilm.models.windowed_attention
 from minilm import Batch, Config, Model, Run
-from minilm.hardware import Peak
-from minilm.objectives import prepare
+from minilm.distributed.hardware import Peak
+from minilm.objectives.objective import prepare
 from tests.launch import ROOT
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -199,8 +199,8 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
     for contender in ladder.contenders_of(config, ladder.RUNGS):
         with monkeypatch.context() as process:  # what a rung changes in its own process
-            process.setattr("minilm.packing.SHORT", minilm.packing.SHORT)
-            process.setattr("minilm.attention._by_products", minilm.attention._by_products)
+            process.setattr("minilm.data.packing.SHORT", minilm.data.packing.SHORT)
+            process.setattr("minilm.models.attention._by_products", minilm.models.attention._by_products)
             taken.append(turns_of(contender)[1])
     heads: list[Any] = [part.model for part in parts]
     for name, first in (("sparse", 2), ("short", 3), ("fused", 4), ("padding_free", 5)):
@@ -232,19 +232,19 @@ def test_the_ladder_has_pairs_without_and_with(pair: str, tmp_path: Path, monkey
         "dropout": (
             (ladder.TORCH_MASKS, ladder.OWN_MASKS),
             ladder.with_dropout(config),
-            minilm.dropout._Dropout,
+            minilm.models.dropout._Dropout,
             "apply",
         ),
-        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.rotary._Turn, "apply"),
+        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.models.rotary._Turn, "apply"),
         "gelu": ((ladder.LONG_GELU, ladder.OWN_GELU), causal, torch.nn.functional, "gelu"),
-        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.windows._Around, "apply"),
+        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.models.windowed_attention._Around, "apply"),
     }[pair]
-    swapped = ("attention.drop", "swap.with_fast_rotary", "attention.chunk_size")
+    swapped = ("models.attention.drop", "models.fast_modules.with_fast_rotary", "models.attention.chunk_size")
     losses = []
     for number, contender in enumerate(ladder.pair_of(names, own)):
         own_work = mock.Mock(wraps=getattr(where, function))
         with monkeypatch.context() as process, mock.patch.object(where, function, own_work):
-            process.setattr("minilm.swap.FASTER", {**minilm.swap.FASTER})
+            process.setattr("minilm.models.fast_modules.FASTER", {**minilm.models.fast_modules.FASTER})
             for changed in swapped:  # what a side changes in its own process
                 process.setattr(f"minilm.{changed}", operator.attrgetter(changed)(minilm))
             process.setattr(modeling_modernbert, "apply_rotary_pos_emb", plain_turn())
@@ -286,6 +286,8 @@ def test_communication() -> None:
     assert communication.step_time(3.0, 3.0) == pytest.approx(4.0)
     assert communication.step_time(3.0, 2.0, 2) == pytest.approx(4.0)  # by the last of two alone
     _, flops, tokens = communication.MODELS["BERT-base"]
-    assert flops == pytest.approx(0.546e9, rel=5e-3)  # as minilm.hardware counts it, but for the head's own layer
+    assert flops == pytest.approx(
+        0.546e9, rel=5e-3
+    )  # as minilm.distributed.hardware counts it, but for the head's own layer
     compute, _, step = communication.predict("BERT-base", 1, communication.NVLINK)
     assert compute == step == pytest.approx(tokens * flops / communication.RATE)

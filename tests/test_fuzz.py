@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from minilm.config import Config, Data
-from minilm.data import load_documents
-from minilm.settings import from_dict, read_run, to_dict
+from minilm.config.parsing import from_dict, read_run, to_dict
+from minilm.data.documents import load_documents
 
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 # What files of text are made of, so that more than the first byte is read of many of them.

@@ -12,16 +12,17 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import minilm.attention
-from minilm import Optim, short_rows
-from minilm.batch import MicroBatch, loss_sum
-from minilm.compiling import compile_layers
-from minilm.head import SparseHead
-from minilm.masked import MaskedCollator
-from minilm.optim import build_optimizer
-from minilm.packing import pack
-from minilm.plan import Plan
-from minilm.tokens import Examples, encode
+import minilm.models.attention
+from minilm import Optim
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import Examples, encode
+from minilm.data.micro_batch import MicroBatch, loss_sum
+from minilm.data.packing import pack
+from minilm.models import short_row_attention as short_rows
+from minilm.models.compiling import compile_layers
+from minilm.models.head import SparseHead
+from minilm.objectives.masked_lm import MaskedCollator
+from minilm.optim.optimizer import build_optimizer
 from minilm.train import load_steps, train_step
 from tests.reference import attended_rows, build
 
@@ -99,11 +100,13 @@ def test_the_kernel_for_rows_of_any_length_gives_the_loss_of_groups(
 ) -> None:
     monkeypatch.setattr(short_rows, "SIZES", ())
     batch, called = one_batch(examples, tokenizer).to(torch.device("cuda")), []
-    kernel = minilm.attention.varlen_attn
-    monkeypatch.setattr(minilm.attention, "varlen_attn", lambda *x, **words: called.append(1) or kernel(*x, **words))
+    kernel = minilm.models.attention.varlen_attn
+    monkeypatch.setattr(
+        minilm.models.attention, "varlen_attn", lambda *x, **words: called.append(1) or kernel(*x, **words)
+    )
     losses = []
-    for takes in (minilm.attention._takes_rows_of_any_length, lambda query, dropout: False):
-        monkeypatch.setattr(minilm.attention, "_takes_rows_of_any_length", takes)
+    for takes in (minilm.models.attention._takes_rows_of_any_length, lambda query, dropout: False):
+        monkeypatch.setattr(minilm.models.attention, "_takes_rows_of_any_length", takes)
         with torch.autocast("cuda", torch.bfloat16):
             losses.append(loss_sum(head, batch))
     assert len(called) == len(head.layers)

@@ -22,7 +22,7 @@ def packages(extra: str) -> list[str]:
 def test_the_version_is_in_setup_cfg_and_nowhere_else() -> None:
     version = SETUP["metadata"]["version"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    places = [*ROOT.glob("*.*"), *ROOT.glob("minilm/*.py"), *ROOT.glob("docs/*"), ROOT / "Dockerfile"]
+    places = [*ROOT.glob("*.*"), *ROOT.glob("minilm/**/*.py"), *ROOT.glob("docs/*"), ROOT / "Dockerfile"]
     stated = re.compile(rf"(version\W{{1,6}}|minilm[- =v]+){re.escape(version)}\b", re.IGNORECASE)
     found = [path.name for path in places if path.is_file() and stated.search(path.read_text())]
     assert found == ["setup.cfg"]

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedTokenizerBase
 
 from minilm import Batch, Config, Data, Model, Optim, Run
-from minilm.batch import collate_whole, target_nats
-from minilm.masked import MaskedCollator
-from minilm.sweep import sweep
+from minilm.commands.seeds import sweep
+from minilm.data.micro_batch import collate_whole, target_nats
+from minilm.objectives.masked_lm import MaskedCollator
 from recipes import fork_electra, fork_minilm
 from tests.jobs import finish_all
 from tests.launch import launch, read_log

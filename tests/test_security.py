@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from minilm.checkpoint import find_checkpoint, read_checkpoint
 from minilm.config import Data, Model, Run, Tokens
-from minilm.data import load_documents
-from minilm.infer import load_masked_lm
-from minilm.model import load_model
-from minilm.output import choose_output_dir, claim_output_dir
-from minilm.resume import restore
-from minilm.tokens import load_tokenizer
+from minilm.data.corpus import load_tokenizer
+from minilm.data.documents import load_documents
+from minilm.models.inference import load_masked_lm
+from minilm.models.loading import load_model
+from minilm.runs.checkpoint import find_checkpoint, read_checkpoint
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir
+from minilm.runs.resume import restore
 from tests.checkpoints import (
     LISTED,
     MANIFEST,
@@ -251,7 +251,7 @@ def suspicions(source: str) -> list[str]:
 
 
 @pytest.mark.scorecard(23)
-@pytest.mark.parametrize("path", sorted((ROOT / "minilm").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "minilm").rglob("*.py")), ids=lambda path: path.name)
 def test_no_module_can_run_what_it_reads(path):
     assert suspicions(path.read_text()) == []
 

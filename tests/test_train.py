@@ -24,13 +24,13 @@ from transformers import pipeline as hf_pipeline
 
 import minilm.train
 from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
-from minilm.batch import MicroBatch
-from minilm.head import SparseHead
-from minilm.infer import fill_mask
-from minilm.masked import MaskedCollator
-from minilm.optim import build_optimizer
-from minilm.plan import Plan
-from minilm.tokens import Examples, encode
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import Examples, encode
+from minilm.data.micro_batch import MicroBatch
+from minilm.models.head import SparseHead
+from minilm.models.inference import fill_mask
+from minilm.objectives.masked_lm import MaskedCollator
+from minilm.optim.optimizer import build_optimizer
 from minilm.train import load_steps, train, train_step
 from tests.launch import read_log
 from tests.reference import full_logits
@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     network.save_pretrained(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minilm.masked.Masked.prepare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("minilm.objectives.masked_lm.Masked.prepare", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         train(replace(config(documents, tmp_path), model=model, batch=Batch(max_length=48)))
 

@@ -19,9 +19,9 @@ import numpy as np
 from datasets import Dataset
 
 from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
-from minilm.cache import cache_folder
-from minilm.objectives import prepare
-from minilm.tokens import Examples, state_of
+from minilm.data.corpus import Examples, state_of
+from minilm.objectives.objective import prepare
+from minilm.utils.cache import cache_folder
 from tests.jobs import CONFIG, write_text
 
 

@@ -35,14 +35,14 @@ ENDS: dict[str, dict[str, Any]] = {
 KILL = """
 import os, signal, time
 from pathlib import Path
-import minilm.output
+import minilm.runs.output_folder
 import minilm.train
 
 steps = [0]
 
 def killing(work, side):
     owner, _, name = work.rpartition(".")
-    owner = minilm.output if owner == "output" else getattr(minilm.train, owner) if owner else minilm.train
+    owner = minilm.runs.output_folder if owner == "output" else getattr(minilm.train, owner) if owner else minilm.train
     original = getattr(owner, name)
 
     def work(*args, **kwargs):

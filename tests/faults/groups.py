@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minilm import Config
-from minilm.signals import SIGNALS
+from minilm.utils.signals import SIGNALS
 from tests.jobs import LAUNCHERS, config_in, end_of, finish_all, start
 
 STEPS = 120

@@ -23,8 +23,8 @@ import pytest
 import torch
 import transformers.modeling_utils
 
-from minilm import checkpoint
-from minilm.checkpoint import Saver, find_checkpoint, read_checkpoint
+from minilm.runs import checkpoint
+from minilm.runs.checkpoint import Saver, find_checkpoint, read_checkpoint
 from tests.checkpoints import contents, save, saver_in
 from tests.conftest import SENTENCES
 
@@ -193,7 +193,7 @@ def main() -> None:
     """The command line."""
     from datasets import Dataset
 
-    from minilm.vocabulary import train_tokenizer
+    from minilm.data.vocabulary import train_tokenizer
 
     torch.set_num_threads(1)
     tokenizer = train_tokenizer(Dataset.from_dict({"text": SENTENCES * 20}), "bpe", 400)

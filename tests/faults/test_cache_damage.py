@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import xxhash
 
-from minilm import Data, cache
-from minilm.cache import cache_folder, open_entry
-from minilm.disk import file_facts
-from minilm.flat import FlatFile, growing
+from minilm import Data
+from minilm.data.array_file import FlatFile, growing
+from minilm.utils import cache
+from minilm.utils.atomic_files import file_facts
+from minilm.utils.cache import cache_folder, open_entry
 from tests.faults.damage import DAMAGES, configs, trial
 from tests.faults.power import disk_of
 from tests.jobs import CONFIG, config_in, end_of, finish, start

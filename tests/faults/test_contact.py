@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from minilm.checkpoint import Progress
-from minilm.cli import guarded
-from minilm.launch import explain_lost_contact
+from minilm.commands.recipe import guarded
+from minilm.distributed.launch import explain_lost_contact
+from minilm.runs.checkpoint import Progress
 from tests.checkpoints import saver_in
 from tests.jobs import launched
 

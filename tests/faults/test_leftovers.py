@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minilm.cli import guarded
+from minilm.commands.recipe import guarded
 from minilm.train import train
 from tests.jobs import config_in, fork, launched
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from minilm.checkpoint import find_checkpoint, read_checkpoint
+from minilm.runs.checkpoint import find_checkpoint, read_checkpoint
 from tests.faults.power import disk_of, every_cut, every_error
 from tests.jobs import config_in, start
 

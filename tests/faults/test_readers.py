@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from minilm.commands import main
-from minilm.shell import shell_line
+from minilm.commands.main import main
+from minilm.utils.shell import shell_line
 from tests.jobs import write_text
 from tests.launch import ROOT
 
 RUN = """
 from dataclasses import replace
 from pathlib import Path
-from minilm.cli import run_recipe
+from minilm.commands.recipe import run_recipe
 from tests.jobs import config_in
 config = config_in(Path({place!r}), 40, save_every=20)
 run_recipe(replace(config, run=replace(config.run, output_dir={out!r})))
 """
 COMMAND = """
 import time
-from minilm.cli import guarded
+from minilm.commands.recipe import guarded
 def work():
     time.sleep(1)
     for number in range({lines}):
@@ -70,6 +70,6 @@ def test_the_shell_reads_the_line_that_tries_a_model_as_it_is_meant(
     )
     words = ast.literal_eval(read.stdout)
     seen = []
-    monkeypatch.setattr("minilm.commands._fill_mask", lambda options: seen.append((options.model, options.texts)))
+    monkeypatch.setattr("minilm.commands.main._fill_mask", lambda options: seen.append((options.model, options.texts)))
     main(words)
     assert [(str(Path(model)), texts) for model, texts in seen] == [(name, [text])]

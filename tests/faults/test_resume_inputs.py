@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from minilm import Batch, CausalLM, Classification, Config, Data, Model
-from minilm.hardware import describe
-from minilm.inputs import _sums
+from minilm.distributed.hardware import describe
+from minilm.runs.run_inputs import _sums
 from minilm.train import train
 from tests.faults.damage import warnings_of_minilm
 from tests.jobs import CONFIG, end_of, start, write_text
@@ -317,7 +317,9 @@ def test_what_may_change_the_last_bits_is_warned_of(
     what: str, runs: Resumable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs.run("masked")
-    monkeypatch.setattr("minilm.inputs.describe", lambda device: {**describe(device), "threads_per_process": 77})
+    monkeypatch.setattr(
+        "minilm.runs.run_inputs.describe", lambda device: {**describe(device), "threads_per_process": 77}
+    )
     with warnings_of_minilm() as told:
         runs.go_on("masked", tmp_path / "out", changed=WARNED[what])
     (line,) = [line for line in told if line.startswith("the run may not repeat to the bit: ")]

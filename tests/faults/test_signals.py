@@ -59,7 +59,7 @@ import os, time
 if os.fork() == 0:
     while os.getppid() == int(os.environ["LAUNCHER"]):
         time.sleep(0.01)
-    from minilm.signals import ended_by_signals
+    from minilm.utils.signals import ended_by_signals
     try:
         with ended_by_signals():
             time.sleep(2 * (os.getppid() == 1))

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from minilm import Config
-from minilm.lock import LOCK, lock_folder, unlocked_at_end
+from minilm.utils.folder_lock import LOCK, lock_folder, unlocked_at_end
 from tests.jobs import Job, config_in, end_of, finish, start
 
 pytestmark = pytest.mark.scorecard(43)

@@ -14,15 +14,15 @@ from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from minilm import Config, Data
-from minilm.cache import open_entry
-from minilm.cli import guarded
-from minilm.columnar import read_columnar_names
-from minilm.export import export_model
-from minilm.hub import loading
-from minilm.report import write_report
-from minilm.sources import read_rows
-from minilm.sweep import sweep
+from minilm.commands.export import export_model
+from minilm.commands.recipe import guarded
+from minilm.commands.report import write_report
+from minilm.commands.seeds import sweep
+from minilm.data.columnar_files import read_columnar_names
+from minilm.data.sources import read_rows
 from minilm.train import train
+from minilm.utils.cache import open_entry
+from minilm.utils.hub import loading
 from tests.faults.damage import configs, content_of
 from tests.jobs import config_in, fork
 from tests.tiny import tiny_config

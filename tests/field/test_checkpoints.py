@@ -20,22 +20,22 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-import minilm.head
-import minilm.verify_head
-from minilm.attention import ATTENTION, packed_attention
+import minilm.models.head
+import minilm.runs.verify_head
+from minilm.commands.evaluate import evaluate
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.config.parsing import parse
+from minilm.data.corpus import Prepared
+from minilm.distributed.launch import finish
 from minilm.fork import begin, start_recording
-from minilm.head import Head, SparseHead
-from minilm.launch import finish
-from minilm.losses import linear_cross_entropy
-from minilm.objectives import build as build_network
-from minilm.objectives import objective_of
-from minilm.own_loss import check_own_loss
-from minilm.score import evaluate
-from minilm.settings import parse
-from minilm.tokens import Prepared
+from minilm.models.attention import ATTENTION, packed_attention
+from minilm.models.chunked_loss import linear_cross_entropy
+from minilm.models.head import Head, SparseHead
+from minilm.models.own_loss import check_own_loss
+from minilm.objectives.objective import build as build_network
+from minilm.objectives.objective import objective_of
+from minilm.runs.verify_head import verify_head
 from minilm.train import train
-from minilm.verify_head import verify_head
 from tests.jobs import WORDS, forget_other_tests, write_text
 from tests.matrix import HEADS, LABELS, gradient_error, reference, tokenizer_for, types_of, update
 from tests.reference import NO_EXAMPLES
@@ -331,14 +331,14 @@ def test_only_the_wrong_shortcut_is_given_up(tmp_path: Path, monkeypatch: pytest
     taken = head.shortcuts
     assert taken == ("fused", "short", "padding_free", "sparse")
     with monkeypatch.context() as patch:
-        patch.setattr(minilm.verify_head, "together", lambda work: work())
-        patch.setattr(minilm.verify_head, "gather_object", lambda found: found)
+        patch.setattr(minilm.runs.verify_head, "together", lambda work: work())
+        patch.setattr(minilm.runs.verify_head, "gather_object", lambda found: found)
         config, before = Config(objective=MaskedLM()), torch.get_rng_state()
         verify_head(config, head, prepared)
         assert head.shortcuts == taken
         assert torch.equal(torch.get_rng_state(), before)
         patch.setattr(
-            minilm.head, "linear_cross_entropy", lambda hidden, *rest: linear_cross_entropy(1.1 * hidden, *rest)
+            minilm.models.head, "linear_cross_entropy", lambda hidden, *rest: linear_cross_entropy(1.1 * hidden, *rest)
         )
         verify_head(config, head, prepared)
     assert head.shortcuts == ("short", "padding_free", "sparse")

@@ -23,12 +23,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
-from minilm.data import load_documents, read_documents
-from minilm.files import fingerprint_file
-from minilm.objectives import prepare
-from minilm.settings import parse
-from minilm.sources import read_rows, source_facts, stream_rows
-from minilm.stream import stream_documents
+from minilm.config.parsing import parse
+from minilm.data.documents import load_documents, read_documents
+from minilm.data.sources import read_rows, source_facts, stream_rows
+from minilm.data.streaming import stream_documents
+from minilm.data.text_files import fingerprint_file
+from minilm.objectives.objective import prepare
 from minilm.train import train
 
 pytestmark = pytest.mark.scorecard(31)
@@ -762,7 +762,7 @@ def test_a_setting_that_no_source_can_follow_is_refused_before_anything_is_read(
     streamed = (
         [] if "pydocs" in (source, data.eval_source) or data.document == "file" else [replace(data, streaming=True)]
     )
-    monkeypatch.setattr("minilm.tables.fingerprint_file", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr("minilm.data.tables.fingerprint_file", lambda path: pytest.fail("a file was read"))
     for read in (lambda: load_documents(data, 0), *(partial(stream_documents, each) for each in streamed)):
         with pytest.raises(ValueError, match=rf"^{says.replace('|', '[|]')}[^\n]*; leave it out\Z"):
             read()
@@ -865,8 +865,8 @@ def test_the_time_and_the_inode_of_a_file_do_not_change_the_fingerprint(
 def test_the_fingerprint_of_a_large_file_is_its_size_time_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.files._HASHED_BYTES", 100)
-    monkeypatch.setattr("minilm.files._SAMPLE_BYTES", 2)
+    monkeypatch.setattr("minilm.data.text_files._HASHED_BYTES", 100)
+    monkeypatch.setattr("minilm.data.text_files._SAMPLE_BYTES", 2)
     path = tmp_path / "a.txt"
     fingerprints = []
     for content, time in ((b"a" * 200, 1), (b"a" * 198 + b"bb", 1), (b"a" * 200, 2), (b"a" * 201, 1), (b"a" * 200, 1)):

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, Trainer, XLMConfig, XLMWithLMHeadModel
 
 from minilm import Optim
-from minilm.depth import parameter_depths
-from minilm.objectives import objective_of
-from minilm.optim import build_optimizer, layer_scales
+from minilm.objectives.objective import objective_of
+from minilm.optim.optimizer import build_optimizer, layer_scales
+from minilm.optim.parameter_depth import parameter_depths
 from tests.matrix import HEADS, tokenizer_for, types_of
 from tests.tiny import tiny_config
 
@@ -144,7 +144,7 @@ def test_two_models_that_share_embeddings_each_have_their_layers() -> None:
     assert scales["first.transformer.embeddings.weight"] == 0.0625
 
 
-# Types whose groups differ from Trainer's for the second reason that `minilm.optim.find_undecayed` gives.
+# Types whose groups differ from Trainer's for the second reason that `minilm.optim.optimizer.find_undecayed` gives.
 AROUND = {"roberta-prelayernorm", "dbrx", "axk2", "inkling2_text", "inkling2_loop_text"}
 
 

@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from minilm import Batch, Classification, Config, Data, Model, Optim, Run, Tokens
-from minilm.classify import read_model_labels
-from minilm.data import load_documents
-from minilm.infer import classify
-from minilm.labels import check_model_labels, read_labels
-from minilm.model import load_model
-from minilm.objectives import prepare
-from minilm.score import evaluate
+from minilm.commands.evaluate import evaluate
+from minilm.data.documents import load_documents
+from minilm.data.labels import check_model_labels, read_labels
+from minilm.models.inference import classify
+from minilm.models.loading import load_model
+from minilm.objectives.classification import read_model_labels
+from minilm.objectives.objective import prepare
 from minilm.train import train
 
 pytestmark = pytest.mark.scorecard(31)

@@ -20,13 +20,13 @@ from accelerate.state import AcceleratorState, GradientState
 
 import minilm.train
 from minilm import Config, Data, MaskedLM, Model
-from minilm.batch import loss_sum
-from minilm.dryrun import dry_run
-from minilm.head import SparseHead
-from minilm.masked import MaskedCollator
-from minilm.signals import SIGNALS
-from minilm.stop import TrainingStopped
+from minilm.commands.dry_run import dry_run
+from minilm.data.micro_batch import loss_sum
+from minilm.models.head import SparseHead
+from minilm.objectives.masked_lm import MaskedCollator
+from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
+from minilm.utils.signals import SIGNALS
 from tests.jobs import CONFIG, finish_all, start, write_text
 from tests.launch import read_log
 from tests.reference import build
@@ -259,7 +259,7 @@ TWO_SWEEPS = """
 import os, sys
 from dataclasses import replace
 import minilm.train
-from minilm.sweep import sweep
+from minilm.commands.seeds import sweep
 train = minilm.train.train
 
 def both(config):

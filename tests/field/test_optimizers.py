@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from minilm.checkpoint import Progress, Saver, read_checkpoint
-from minilm.resume import restore
+from minilm.runs.checkpoint import Progress, Saver, read_checkpoint
+from minilm.runs.resume import restore
 from tests.jobs import CONFIG
 from tests.reference import build
 

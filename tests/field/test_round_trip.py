@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from minilm.config import Data
-from minilm.sources import read_rows, stream_rows
+from minilm.data.sources import read_rows, stream_rows
 
 pytestmark = pytest.mark.scorecard(32)
 

@@ -32,20 +32,20 @@ from transformers import (
 )
 
 from minilm import Batch, Classification, Config, Data, Run, Tokens
-from minilm.batch import collate_whole, concatenate_rows
-from minilm.causal import CausalCollator
-from minilm.classify import ClassHead
+from minilm.commands.evaluate import evaluate
 from minilm.config import CausalLM, MaskedLM, Model
-from minilm.head import SparseHead
-from minilm.labels import Labels
-from minilm.masked import MaskedCollator
-from minilm.model import load_model
-from minilm.objectives import objective_of
-from minilm.score import evaluate
-from minilm.special_ids import id_count, ids_around
-from minilm.tokens import Prepared, encode, load_tokenizer
+from minilm.data.corpus import Prepared, encode, load_tokenizer
+from minilm.data.labels import Labels
+from minilm.data.micro_batch import collate_whole, concatenate_rows
+from minilm.data.special_ids import id_count, ids_around
+from minilm.data.vocabulary import extend_tokenizer, train_tokenizer
+from minilm.models.head import SparseHead
+from minilm.models.loading import load_model
+from minilm.objectives.causal_lm import CausalCollator
+from minilm.objectives.classification import ClassHead
+from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.objective import objective_of
 from minilm.train import train, train_step
-from minilm.vocabulary import extend_tokenizer, train_tokenizer
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.scorecard(31)

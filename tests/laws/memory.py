@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from minilm import Data
-from minilm.record import Recorder
+from minilm.runs.recorder import Recorder
 from minilm.train import train
 from tests.jobs import CONFIG, write_text
 

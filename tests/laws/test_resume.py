@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minilm import Config, Data
-from minilm.stop import TrainingStopped
+from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
 from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
 from tests.launch import read_log

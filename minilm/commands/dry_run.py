@@ -1,0 +1,189 @@
+"""`--dry-run`: the plan of a run, with its time and memory measured in a few steps. It writes no output folder."""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from minilm.config import Config
+from minilm.data.batch_plan import Plan, Step
+from minilm.data.corpus import Examples, Prepared
+from minilm.data.micro_batch import Collator
+from minilm.distributed.deepspeed import size_of
+from minilm.distributed.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
+from minilm.distributed.launch import finish, first_on_each_host, restore_on_error, start, together
+from minilm.distributed.sharding import distribute
+from minilm.models.head import Head
+from minilm.objectives.objective import prepare
+from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.runs.output_folder import choose_output_dir
+from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
+from minilm.utils.folder_lock import unlocked_at_end
+
+_FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0  # the probe ends when it has timed both
+_MOST_STEPS = 1000
+_SEARCHED_STEPS = 50  # the probe begins with the step among these that needs most memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The cost of a few steps."""
+
+    steps: int
+    seconds: float
+    flops: float
+    """Model FLOPs of all processes."""
+    memory: int
+    """Peak memory of the process, bytes."""
+
+
+@restore_on_error()
+def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
+    """Print the plan of the run that `train(config, name)` would start. Reads data and fills the cache, as a run does.
+
+    own_loop: the recipe does not train with `minilm.train.train`, so that only data and steps are known. Raises
+    ValueError as `train` does, and where a step does not fit into the memory of a GPU.
+    """
+    if config.run.resume is not None:
+        raise ValueError("--dry-run plans a run from its start: leave run.resume out")
+    accelerator, precision = start(config.run)
+    with unlocked_at_end():
+        folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
+    prepared = first_on_each_host(accelerator, lambda: prepare(config))
+    rows = config.batch.max_length if config.batch.layout == "packed" else None
+    plan = Plan(
+        prepared.train.lengths, examples=config.batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed
+    )
+    lines = [("output", f"{folder} (a dry run writes nothing to it)"), ("data", _data(prepared, plan))]
+    if prepared.labels is not None:
+        lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
+    if own_loop:
+        lines.append(("steps", f"{config.run.steps(plan.steps_per_epoch):,} of {config.batch.examples} {plan.unit}"))
+        lines.append(("time", "unknown, as are model and memory, because this recipe has its own loop"))
+    else:
+        lines += _planned(config, accelerator, precision, prepared)
+    if accelerator.is_main_process:
+        for subject, text in lines:
+            print(f"{subject:<9} {text}", flush=True)
+    finish(accelerator)
+
+
+def _data(prepared: Prepared, plan: Plan) -> str:
+    train, held = prepared.train.facts(), prepared.eval.facts()
+    return f"{plan.counted(train['tokens'])}; to evaluate: {held['examples']:,} examples, {held['tokens']:,} tokens"
+
+
+def _planned(
+    config: Config, accelerator: Accelerator, precision: Precision, prepared: Prepared
+) -> list[tuple[str, str]]:
+    """Return lines on model, steps, FLOPs, memory and time, of which a probe measures the last two."""
+    head, config = build_head(config, accelerator, prepared)
+    cost = count_flops(head, config.batch.max_length)
+    plan, collator, _ = build_plan(config, accelerator, head, prepared)
+    total = config.run.steps(plan.steps_per_epoch)
+    trained = [p for p in head.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in head.parameters())
+    state = weights + 3 * sum(p.numel() * p.element_size() for p in trained)  # gradients and two moments
+    probe = _probe(config, accelerator, head, plan, collator, prepared.train, cost, total)
+
+    epochs = total / plan.steps_per_epoch
+    per_epoch, rate = _flops(cost, prepared.train, collator.rate(0.5)), probe.seconds / probe.flops
+    flops, tokens = epochs * per_epoch, epochs * int(plan.lengths.sum())
+    evaluations = math.ceil(total / (config.run.eval_every or plan.steps_per_epoch))
+    evaluation = _flops(cost, prepared.eval, collator.rate(0.0)) / 3 * rate  # forward alone
+    peak = device_peak(accelerator.device, precision.name).flops * accelerator.num_processes
+    hardware = describe(accelerator.device)
+    return [
+        (
+            "model",
+            f"{type(head.model).__name__}: {sum(map(size_of, head.model.parameters())) / 1e6:.2f} M parameters, "
+            f"{sum(map(size_of, trained)) / 1e6:.2f} M of them trained; {head.summary}",
+        ),
+        (
+            "hardware",
+            f"{accelerator.num_processes} process(es) on {hardware['device']}, {hardware['threads_per_process']} "
+            f"thread(s) each, {precision.name}: {precision.reason}",
+        ),
+        (
+            "steps",
+            f"{total:,} of {config.batch.examples} {plan.unit}: {epochs:.2f} epochs, {tokens:,.0f} tokens, "
+            f"{plan.padding_share():.1%} padding",
+        ),
+        ("FLOPs", f"{flops:.3g}, {flops / tokens:.3g} a token"),
+        (
+            "memory",
+            f"{probe.memory / 1e9:.2f} GB a process after {probe.steps + 1} steps, {state / 1e9:.2f} GB of it "
+            "weights, gradients and moments",
+        ),
+        (
+            "time",
+            f"{_duration(flops * rate + evaluations * evaluation)}: training {_duration(flops * rate)} "
+            f"({tokens / (flops * rate):,.0f} tokens/s, MFU {1 / rate / peak:.0%}, by {probe.steps} steps), "
+            f"evaluations {evaluations} x {_duration(evaluation)}; start and saving not counted",
+        ),
+    ]
+
+
+def _flops(cost: Cost, examples: Examples, rate: float) -> float:
+    """Return the model FLOPs of training on all examples once."""
+    lengths = examples.lengths
+    squares = int((lengths.astype(np.int64) ** 2).sum())
+    tokens = int(lengths.sum())
+    return cost.step(Step(epoch=0, micro_batches=[], tokens=tokens, square_lengths=squares, padded_tokens=0), rate)
+
+
+def _probe(
+    config: Config,
+    accelerator: Accelerator,
+    head: Head,
+    plan: Plan,
+    collator: Collator,
+    examples: Examples,
+    cost: Cost,
+    total: int,
+) -> Probe:
+    """Take and time steps that are spread over the run.
+
+    The first one is the step that needs most memory. Its time does not count.
+    """
+    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
+    first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest(plan.step(index)))
+    steps = range(first, total, max(1, (total - first) // 100))
+    model.train()
+    count, seconds, flops, mark = 0, 0.0, 0.0, 0.0
+    try:
+        for index in islice(cycle(steps), _MOST_STEPS):
+            (item,) = load_steps(plan, examples, collator, accelerator, range(index, total, total), 0)
+            step, micro_batches = item
+            seed_dropout(config.run.seed, index, accelerator.process_index)
+            lr = learning_rate(config.optim, index, total)
+            result = train_step(
+                accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=config.optim.max_grad_norm
+            )
+            float(result.loss)  # waits for the device
+            now = time.perf_counter()
+            if mark:
+                count, seconds = count + 1, seconds + now - mark
+                flops += cost.step(step, collator.rate(index / total))
+            mark = now
+            enough = torch.tensor(count >= _FEWEST_STEPS and seconds >= _FEWEST_SECONDS, device=accelerator.device)
+            if accelerator.gather(enough.view(1)).any():  # all processes stop after the same step
+                break
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step does not fit into the memory of the GPU: lower batch.micro_tokens, now {config.batch.micro_tokens}"
+        ) from error
+    memory = peak_memory(accelerator.device)
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    return Probe(steps=count, seconds=seconds, flops=flops, memory=memory)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

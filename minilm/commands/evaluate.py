@@ -1,0 +1,153 @@
+"""Evaluate a trained model, on other data or as its run did."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
+from minilm.config.parsing import read_run
+from minilm.data.labels import PROBLEM_TYPES, check_model_labels
+from minilm.data.sources import source_facts
+from minilm.distributed.launch import finish, start
+from minilm.models.loading import longest_input
+from minilm.models.new_model import load_configuration
+from minilm.objectives.classification import read_model_labels
+from minilm.objectives.objective import build, objective_of, prepare
+from minilm.runs.auto_micro_tokens import micro_tokens_of
+from minilm.runs.checkpoint import is_checkpoint
+from minilm.runs.verify_head import verify_head
+
+log = logging.getLogger("minilm")
+
+# Maximum length of an example in tokens, for a model without a run.json that can read as many.
+_LENGTH = 512
+_OBJECTIVES: dict[Any, type] = {
+    AutoModelForMaskedLM: MaskedLM,
+    AutoModelForCausalLM: CausalLM,
+    AutoModelForSequenceClassification: Classification,
+}
+_PROBLEMS = {problem_type: problem for problem, problem_type in PROBLEM_TYPES.items()}
+
+
+def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
+    """Return the figures of a model, given by folder or hub id, on all documents of `data`.
+
+    The model's run.json gives the settings: the objective, the length of examples, the precision. Without a run.json
+    the objective follows from the model's class, examples have at most 512 tokens, and all other settings are the
+    defaults of `minilm.config`. Labels mean what the model was trained for. Without `data`, the evaluation of the run
+    is repeated, with a warning for each file that has changed since. Raise ValueError without both `data` and run.json,
+    and for labels that the model was not trained for.
+    """
+    config = _build_config(str(name), data)
+    objective = objective_of(config.objective)
+    accelerator, _ = start(config.run)
+    try:
+        prepared = prepare(config)
+        if data is None:
+            _warn_of_changes(_run_file(str(name)), config.data)
+        if prepared.labels is not None:
+            check_model_labels(prepared.labels, read_model_labels(str(name)))
+            for line in prepared.labels.summary:
+                if line.startswith("WARNING"):
+                    log.warning(line)
+        head = objective.head(build(config, prepared, trained=False).to(accelerator.device), prepared)
+        verify_head(config, head, prepared, trained=False)
+        multiple = 1 if accelerator.device.type == "cpu" else 8
+        evaluator = objective.evaluator(
+            prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=multiple
+        )
+        figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
+    finally:
+        finish(accelerator)
+    if data is not None:
+        # This figure needs the tokens of the training documents.
+        figures.pop("unigram_bits_per_byte", None)
+    return figures
+
+
+def _run_file(name: str) -> Path:
+    folder = Path(name)
+    return (folder.absolute().parent if is_checkpoint(folder) else folder) / "run.json"
+
+
+def _warn_of_changes(run: Path, data: Data) -> None:
+    """Warn of each evaluation file whose content differs from the record in `run`; older runs have no record."""
+    recorded = json.loads(run.read_text(encoding="utf-8")).get("sources", {})
+    current = source_facts(Data(source=data.eval_source or data.source))
+    for source in recorded.keys() & current.keys():
+        before = _by_file(source, recorded[source])
+        now = _by_file(source, current[source])
+        # Files that were only renamed do not change a figure.
+        if [*before.values()] == [*now.values()]:
+            continue
+        for file in sorted(before.keys() | now.keys()):
+            if before.get(file) != now.get(file):
+                change = "is new" if file not in before else "is gone" if file not in now else "has changed"
+                log.warning(f"{file} {change} since the run: the figures may differ from the run's")
+
+
+def _by_file(source: str, facts: Any) -> dict[str, dict[str, Any]]:
+    """Return by file what `source_facts` records of a source's content, without times.
+
+    A hub dataset has a single entry under the name of the source.
+    """
+    files = facts if isinstance(facts, list) else [{"file": source, **facts}]
+    return {file["file"]: {k: v for k, v in file.items() if k not in ("file", "modified_ns")} for file in files}
+
+
+def _build_config(name: str, data: Data | None) -> Config:
+    """Return the configuration that evaluates the model, from its run.json or else from its class."""
+    run = _run_file(name)
+    if run.is_file():
+        config = read_run(str(run))
+    elif data is None:
+        raise ValueError(f"{name} has no run.json that names evaluation documents: give --data.source")
+    else:
+        objective = objective_for(name)
+        length = _find_length(name, objective_of(objective).auto)
+        config = Config(objective=objective, batch=Batch(max_length=length))
+    if isinstance(config.objective, Classification):
+        config = replace(config, objective=replace(config.objective, problem=_find_problem(name)))
+    model = Model(name=name)
+    if data is not None:
+        if len(data.sources) > 1 or data.streaming:
+            raise ValueError("data.source: evaluate reads one source at a time, and does not stream it")
+        config = replace(config, data=replace(data, eval_source=data.sources[0], eval_split=data.split))
+    # The model's own tokenizer already has the words that --tokens.extend added.
+    return replace(config, model=model, tokens=replace(config.tokens, name=None, extend=0))
+
+
+def _find_length(name: str, auto: Any) -> int:
+    """Return the maximum length of an example for a model without a run.json."""
+    config = load_configuration(name)
+    # On the meta device a model has shapes but no weights.
+    with torch.device("meta"):
+        network = auto.from_config(config)
+    return min(_LENGTH, longest_input(network) or _LENGTH)
+
+
+def _find_problem(name: str) -> Any:
+    """Return the problem that a classifier was trained for.
+
+    Like transformers, it takes a classifier with one output and without a `problem_type` for a regression.
+    """
+    config = load_configuration(name)
+    if config.problem_type is None and config.num_labels == 1:
+        return "regression"
+    return _PROBLEMS.get(config.problem_type, "single-label")
+
+
+def objective_for(name: str) -> Any:
+    """Return the objective of a model's class, with default settings. Raise ValueError for a class without one."""
+    config = load_configuration(name)
+    for auto, settings in _OBJECTIVES.items():
+        classes = auto._model_mapping.get(type(config), ())
+        names = {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
+        if names & set(config.architectures or ()):
+            return settings()
+    raise ValueError(f"{name} is not a masked LM, causal LM or sequence classifier, but {config.architectures}")

@@ -1,0 +1,150 @@
+"""A model by itself, without what a run keeps beside it: as safetensors, or as ONNX for runtimes without PyTorch.
+
+Axes: N rows, T tokens.
+"""
+
+import importlib.util
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.commands.evaluate import objective_for
+from minilm.config import CausalLM, Classification, MaskedLM
+from minilm.data.special_ids import id_count
+from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
+from minilm.models.loading import longest_input
+from minilm.runs.checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
+from minilm.utils.atomic_files import replacing, sync
+
+_LOADERS: dict[type, Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]] = {
+    MaskedLM: load_masked_lm,
+    CausalLM: load_causal_lm,
+    Classification: load_classifier,
+}
+_WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json")
+# What loads a tokenizer, and what says how the model is used.
+_BESIDE = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
+)
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_LARGEST = 1.8e9  # bytes of weights within an ONNX file, which cannot hold 2 GiB
+_TOLERANCE = 1e-4  # between the logits of both, relative to the largest one if that is above 1
+
+
+def export_model(source: str | Path, output: str | Path, kind: str) -> Path:
+    """Write the model in the folder `source` to the folder `output`, as `safetensors` or `onnx`; returns that folder.
+
+    It gets the weights, the configuration and the tokenizer; those of safetensors are copied bit for bit. `output`
+    appears when all of it is on disk. Raises ValueError when `source` holds no whole model, when `output` is not empty,
+    and when the model cannot be told in ONNX so that it gives the same logits.
+    """
+    folder, target = Path(source).expanduser(), Path(output).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a model: there is no config.json (did its run finish?)")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"--output {target} is there and no empty folder: give another one")
+    if is_checkpoint(folder):
+        read_checkpoint(folder)  # checks it against its sums
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        if kind == "onnx":
+            _write_onnx(folder, temporary / "model.onnx")
+        elif not _copy(folder, temporary, _WEIGHTS):
+            raise ValueError(f"{folder} is no folder of a model: there is no {WEIGHTS}")
+        _copy(folder, temporary, _BESIDE)
+    return target
+
+
+def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> bool:
+    """Copy the files of these names; whether there was one."""
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for path in files:
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        sync(copy)
+    return bool(files)
+
+
+class _Logits(nn.Module):
+    """A model as a function from tensors to the logits alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:  # of a fixed order: these are the inputs in the file
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        return logits
+
+
+def _write_onnx(folder: Path, path: Path) -> None:
+    """Write the model as ONNX, for any number and length of texts, once both give the same logits."""
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'--format onnx takes {", ".join(missing)}: pip install "minilm[onnx]"')
+    model, tokenizer = _LOADERS[type(objective_for(str(folder)))](folder)
+    model.config.use_cache = False  # keys and values of a causal LM would be outputs too
+    logits, longest = _Logits(model).eval(), longest_input(model) or 16
+    example = _batch(model, tokenizer, 2, min(7, longest - 1))
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one part of torch about another
+            torch.onnx.export(
+                logits,
+                kwargs=example,
+                f=path,
+                input_names=list(example),
+                output_names=["logits"],
+                dynamic_shapes={name: free for name in example},
+                external_data=sum(p.numel() * p.element_size() for p in model.parameters()) > _LARGEST,
+                dynamo=True,
+                verbose=False,
+            )
+            gap = max(_gap(path, logits, _batch(model, tokenizer, 3, length)) for length in (3, min(12, longest)))
+    except Exception as error:  # of the exporter, which raises what it likes
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{folder}: {type(model).__name__} cannot be exported as ONNX: {said}") from error
+    if not gap <= _TOLERANCE:
+        raise ValueError(
+            f"{folder}: {type(model).__name__} cannot be exported as ONNX: the logits would be off by {gap:.1e}"
+        )
+
+
+def _batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> dict[str, Tensor]:
+    """Rows of ids, each with one token less than the one before and padding in its place, int64[N, T] by name."""
+    padding = tokenizer.pad_token_id or 0
+    ids_NT = torch.arange(rows * length).view(rows, length) * 7 % (id_count(tokenizer) - 1)
+    ids_NT += ids_NT >= padding  # any id but that of padding
+    mask_NT = (torch.arange(length) < length - torch.arange(rows)[:, None]).long()
+    batch = {"input_ids": torch.where(mask_NT == 1, ids_NT, padding), "attention_mask": mask_NT}
+    if "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1:
+        batch["token_type_ids"] = (torch.arange(length) >= length // 2).long().expand(rows, length).contiguous()
+    return batch
+
+
+def _gap(path: Path, logits: nn.Module, batch: dict[str, Tensor]) -> float:
+    """How far the logits of the file are from those of the model, but at padding, relative to the largest above 1."""
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+    with torch.inference_mode():
+        expected = logits(**batch)
+    gap, largest = (torch.from_numpy(found) - expected).abs(), expected.abs()
+    if gap.ndim == 3:
+        gap = gap[batch["attention_mask"] == 1]
+    return float(gap.max() / largest.max().clamp(min=1))

@@ -1,0 +1,144 @@
+"""`run_recipe`, the command line of every recipe, and the one line that says why a program ended."""
+
+import atexit
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from minilm.commands.completion import RECIPE, recipe_completion
+from minilm.config import Config
+from minilm.config.parsing import parse, take_seeds
+from minilm.utils.launch_variables import is_main, is_one_of_several
+from minilm.utils.shell import outlasting_readers, reader_is_gone
+from minilm.utils.signals import ended_by_signals, first_to_tell
+from minilm.utils.validation import check
+
+
+def run_recipe(
+    config: Config, description: str = "", trains: Callable[[Config, str], dict[str, float]] | None = None
+) -> None:
+    """Apply the command line to a recipe's configuration and train, with `minilm.train.train` or a fork of it.
+
+    `--dry-run` describes the run in place of training (`minilm.commands.dry_run`). `--seeds` trains once per seed
+    (`minilm.commands.seeds`). A mistake of the user ends the process with one line on stderr and status 2; `--debug`
+    shows the traceback. `--tyro-print-completion SHELL` prints a script that lets the shell complete all these flags.
+    """
+    arguments = [word for word in sys.argv[1:] if word not in ("--debug", "--dry-run")]
+
+    @ended_by_signals()
+    def work() -> None:
+        if arguments[:1] == [RECIPE]:
+            print(recipe_completion(config, Path(sys.argv[0]).name, "".join(arguments[1:])))
+            return
+        seeds, rest = take_seeds(arguments)
+        check(
+            not seeds or "--dry-run" not in sys.argv, "--seeds and --dry-run exclude each other: leave one of them out"
+        )
+        resolved = parse(config, description, rest)
+        _show_log()
+        name = Path(sys.argv[0]).stem
+        if "--dry-run" in sys.argv:
+            with quick_imports():
+                from minilm.commands.dry_run import dry_run
+            dry_run(resolved, name, own_loop=trains is not None)
+            return
+        # torch takes seconds to import. A wrong flag has ended the process before.
+        with quick_imports():
+            from minilm.commands.seeds import sweep
+            from minilm.train import train
+        if seeds:
+            sweep(resolved, name, seeds, trains or train)
+        else:
+            (trains or train)(resolved, name)
+
+    with outlasting_readers():
+        guarded(work, debug="--debug" in sys.argv)
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import large libraries in four fifths of the time: switch garbage collection off, which finds nothing in them.
+
+    All objects that exist at the end of the block stay out of garbage collection until the process ends.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        # Otherwise libraries report the objects that are left at the end as leaks.
+        atexit.register(gc.unfreeze)
+        if collects:
+            gc.enable()
+
+
+def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
+    """Run `work`. If an exception ends it, exit with a status; one process of the job prints one line to stderr.
+
+    The status is 2 for a ValueError (a mistake of the user), 1 for an OSError (a full disk, a lost process), 128 + n
+    for signal n, and the exception's own for TrainingStopped. It is 141, without a line, if nothing reads stdout any
+    more. Any other exception is a bug and shows its traceback. With `debug`, all exceptions do.
+    """
+    several = is_one_of_several(os.environ)
+    try:
+        work()
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout):
+            sys.exit(128 + signal.SIGPIPE)
+        status, line = _describe(error)
+        if line is None or debug:
+            if not several:
+                raise
+            # The call keeps processes silent that end because they lose contact with this one.
+            first_to_tell()
+            traceback.print_exc()
+        elif first_to_tell():
+            print(line, file=sys.stderr, flush=True)
+        if several and (line is None or isinstance(error, OSError | KeyboardInterrupt)):
+            _leave(status)
+        sys.exit(status)
+
+
+def _describe(error: BaseException) -> tuple[int, str | None]:
+    """Return the exit status and the line that says why the program ended; the line is None for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        return 128 + number, "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"
+    # TrainingStopped has a status. Its name would need an import of torch.
+    if hasattr(error, "status"):
+        return error.status, f"stopped: {error}"
+    for kind, status in ((ValueError, 2), (OSError, 1)):
+        if isinstance(error, kind):
+            return status, f"error: {error}"
+    return 1, None
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once, since destructors of a broken process group may wait for ever.
+
+    A thread that writes a checkpoint still finishes.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _show_log() -> None:
+    """Print minilm's messages to stderr in the main process, and only its errors in the others."""
+    logger = logging.getLogger("minilm")
+    logger.propagate = False
+    logger.handlers = [logging.StreamHandler()]
+    logger.setLevel(logging.INFO if is_main(os.environ) else logging.ERROR)

@@ -1,0 +1,206 @@
+"""Columnar files, `.parquet` and `.arrow`: only the columns that a run needs are read."""
+
+import gzip
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow
+from datasets import ClassLabel, Features, LargeList, List
+from pyarrow import parquet
+
+from minilm.data.columns import Column
+from minilm.utils.local_files import DENIED, file_kind
+
+BATCH_ROWS = 1000  # rows that are converted to Python objects at a time
+
+
+def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
+    """Yield the number of each row, from 0, and its cells of `columns`. Other columns are not read.
+
+    Raises ValueError that names the file, the row group if one is damaged, and the row of a text that is not UTF-8.
+    """
+    with _naming_damage(path), _open(path) as table:
+        outer = find_outer_columns(columns, table.schema, path)
+        yield from read_cells(table.batches(list(dict.fromkeys(outer))), columns, outer, path)
+
+
+def read_cells(
+    batches: Iterable[Any], columns: Sequence[Column], outer: Sequence[str], source: str
+) -> Iterator[tuple[int, list[Any]]]:
+    """Yield the number of each row and its cells of `columns`.
+
+    batches: record batches of Arrow.
+    outer: for each of `columns`, the name of the column in the batches that it is or lies in.
+    """
+    start = 0
+    for batch in batches:
+        lists = [_to_python(batch.column(batch.schema.get_field_index(name)), source, start) for name in outer]
+        for row, cells in enumerate(zip(*lists, strict=True), start=start):
+            named = zip(columns, outer, cells, strict=True)
+            yield (
+                row,
+                [
+                    cell if name == column.name else column.find({name: cell}, f"{source}, row {row}")
+                    for column, name, cell in named
+                ],
+            )
+        start += batch.num_rows
+
+
+def read_columnar_names(path: str) -> list[str]:
+    """Return the names of a file's columns."""
+    with _naming_damage(path), _open(path) as table:
+        return [*table.schema.names]
+
+
+def read_class_names(path: str, column: Column) -> tuple[str, ...]:
+    """Return the names of a column's classes that the datasets library stored in a file; empty if it stored none."""
+    with _naming_damage(path), _open(path) as table:
+        try:
+            features = Features.from_arrow_schema(table.schema)
+        except Exception:  # other programs may write anything there
+            return ()
+    return find_class_names(features, column)
+
+
+def find_class_names(features: Features, column: Column) -> tuple[str, ...]:
+    """Return the names of the classes in a column of ClassLabels or of lists of them; empty for other columns."""
+    outer = next((name for name in column.outer_names() if name in features), None)
+    if outer is None:
+        return ()
+    feature, rest = features[outer], column.name[len(outer) + 1 :].split(".")
+    for key in rest if rest != [""] else []:
+        while isinstance(feature, List | LargeList):
+            feature = feature.feature
+        feature = feature.get(key) if isinstance(feature, dict) else None
+    while isinstance(feature, List | LargeList):
+        feature = feature.feature
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+
+
+def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> list[str]:
+    """Return for each column the name of the column in the schema that it is or lies in.
+
+    Raises ValueError for a missing column, a name that several columns have, or a type that is not text.
+    """
+    outer = []
+    for column in columns:
+        name = next((name for name in column.outer_names() if name in schema.names), None)
+        if name is None:
+            raise column.missing(source, schema.names)
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{source}: {schema.names.count(name)} columns have the name {name!r}; rename all but one")
+        kind = schema.field(name).type
+        if column.role != "label" and name == column.name and not _can_be_text(kind):
+            raise column.not_text(source, f"the type {kind}")
+        outer.append(name)
+    return outer
+
+
+def _can_be_text(kind: Any) -> bool:
+    """Return whether a column of this type may hold texts. The check of each row finds what this one lets through."""
+    types = pyarrow.types
+    return not (
+        types.is_temporal(kind) or types.is_decimal(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+    )
+
+
+def _to_python(column: Any, source: str, start: int) -> list[Any]:
+    """Convert a part of a column, which begins at row `start`. Raises ValueError that names a row that is not UTF-8."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError as error:
+        for row, cell in enumerate(column, start=start):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError:
+                raise ValueError(f"{source}, row {row}: not UTF-8; write the file again from texts") from error
+        raise
+
+
+class _Parquet:
+    """A Parquet file."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = parquet.ParquetFile(file)
+        self.schema = self.file.schema_arrow
+
+    def batches(self, names: list[str]) -> Iterator[Any]:
+        yield from self.file.iter_batches(batch_size=BATCH_ROWS, columns=names)
+
+
+class _Arrow:
+    """A file in the IPC format of Arrow: the stream format or the file format."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        try:
+            self.schema = pyarrow.ipc.open_stream(file).schema
+            self.stream = True
+        except pyarrow.ArrowInvalid:
+            self.schema = pyarrow.ipc.open_file(file).schema
+            self.stream = False
+
+    def batches(self, names: list[str]) -> Iterator[Any]:
+        fields = [self.schema.get_field_index(name) for name in names]
+        options = pyarrow.ipc.IpcReadOptions(included_fields=fields)
+        self.file.seek(0)
+        if self.stream:
+            parts: Iterator[Any] = iter(pyarrow.ipc.open_stream(self.file, options=options))
+        else:
+            reader = pyarrow.ipc.open_file(self.file, options=options)
+            parts = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        for part in parts:
+            for start in range(0, len(part), BATCH_ROWS):
+                yield part.slice(start, BATCH_ROWS)
+
+
+@contextmanager
+def _open(path: str) -> Iterator[_Parquet | _Arrow]:
+    """Open a file, and unpack it into a temporary file first if its name ends in .gz."""
+    kind = _Parquet if file_kind(path) == "parquet" else _Arrow
+    if not path.endswith(".gz"):
+        with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
+            yield kind(file)
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        with gzip.open(path) as packed:
+            shutil.copyfileobj(packed, unpacked)
+        unpacked.seek(0)
+        yield kind(pyarrow.PythonFile(unpacked, "r"))
+
+
+@contextmanager
+def _naming_damage(path: str) -> Iterator[None]:
+    """Turn an error of pyarrow into a ValueError that names the file, and the row group if one is damaged."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ValueError(f"{path}: {DENIED}") from error
+    except (OSError, EOFError, pyarrow.ArrowException) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path}: {where_damaged(path) or 'cannot be read'} ({why})") from error
+
+
+def where_damaged(path: str) -> str:
+    """Return what is wrong with a file, and the row group if one is damaged; empty if the file can be read."""
+    group, count = None, 0
+    try:
+        with _open(path) as table:
+            if isinstance(table, _Arrow):
+                for _ in table.batches(table.schema.names):
+                    pass
+            else:
+                count = table.file.num_row_groups
+                for group in range(count):
+                    table.file.read_row_group(group)
+                group = None
+    except PermissionError:
+        return DENIED
+    except (OSError, EOFError, ValueError, pyarrow.ArrowException):
+        kind = "Parquet" if file_kind(path) == "parquet" else "Arrow"
+        return f"not {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"
+    return ""

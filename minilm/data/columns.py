@@ -1,0 +1,114 @@
+"""The columns that a run reads: how each is found in a row, and what its cells may hold."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from minilm.utils.validation import closest
+
+_FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that has some keys twice, with different values."""
+
+    repeated: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column that a run reads, and its role in a document."""
+
+    role: Literal["text", "pair", "label"]
+    name: str
+    """The name of a column, or a dotted path into one. A column with the whole name comes before a path."""
+    lists_labels: bool = False
+    """True if a cell lists labels with a separator between them. A blank cell then has no labels."""
+
+    def outer_names(self) -> list[str]:
+        """Return the names of the columns that can hold it, in order of preference: for `a.b`, `a.b` and then `a`."""
+        parts = self.name.split(".")
+        return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+    def find(self, row: Mapping[str, Any], where: str) -> Any:
+        """Return the cell of this column in a row. A list of strings inside a column is one text, joined by spaces.
+
+        Raises ValueError that begins with `where` if the row does not have the column.
+        """
+        if self.name in row and not isinstance(row, RepeatedKeys):
+            return row[self.name]
+        cell = self._follow(row, self.name, where)
+        inside = self.name not in row
+        if self.role != "label" and inside and isinstance(cell, list) and all(isinstance(item, str) for item in cell):
+            return " ".join(cell)
+        return cell
+
+    def _follow(self, value: Any, path: str, where: str) -> Any:
+        """Return the value at the end of a dotted path; for a list, a list of the values in its items."""
+        if isinstance(value, list):
+            return [self._follow(item, path, where) for item in value]
+        row = value if isinstance(value, dict) else {}
+        parts = path.split(".")
+        for count in range(len(parts), 0, -1):
+            key, rest = ".".join(parts[:count]), ".".join(parts[count:])
+            if key in row:
+                if isinstance(row, RepeatedKeys) and key in row.repeated:
+                    raise ValueError(f"{where}: the key {key!r} stands twice in one object, with different values")
+                return self._follow(row[key], rest, where) if rest else row[key]
+        if value is None and path != self.name:
+            return None
+        raise self.missing(where, list(row), path)
+
+    def missing(self, where: str, known: Sequence[str], part: str = "") -> ValueError:
+        """Return the error for a missing column.
+
+        known: the names that there are instead.
+        part: the end of the dotted path that is missing, if the beginning was found.
+        """
+        outer = self.name.removesuffix(part) if part else ""
+        if outer and not known:
+            return ValueError(
+                f"{where}: no column {self.name!r}, as {outer[:-1]!r} has no columns inside; "
+                f"pass another {_FLAGS[self.role]}"
+            )
+        return ValueError(
+            f"{where}: no column {closest(self.name, [outer + name for name in known])} Pass {_FLAGS[self.role]}"
+        )
+
+    def not_text(self, where: str, what: str) -> ValueError:
+        """Return the error for a cell that holds `what` instead of a text."""
+        return ValueError(
+            f"{where}: column {self.name!r} holds {what} where text is expected; "
+            f"change the row, or pass another {_FLAGS[self.role]}"
+        )
+
+
+def check_text(cell: Any, column: Column, where: str, *, blank: bool) -> None:
+    """Raise ValueError unless a cell holds a text that UTF-8 can encode. `blank` allows a text of spaces alone."""
+    if not isinstance(cell, str):
+        raise column.not_text(where, type(cell).__name__)
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: column {column.name!r} holds half a surrogate pair, such as \\ud83d, which is not a character; "
+            "correct the row"
+        ) from None
+    if not blank and not cell.strip():
+        raise ValueError(f"{where}: column {column.name!r} holds no text; give it one or take the row out")
+
+
+def check_label(value: Any, column: Column, where: str) -> None:
+    """Raise ValueError unless a cell holds a label: a finite number, a name, or a list of these."""
+    where = f"{where}: column {column.name!r}"
+    blank = value is None or (isinstance(value, str) and not value.strip())
+    if blank and column.lists_labels:
+        return
+    if blank:
+        raise ValueError(f"{where} holds no label; give it one or take the row out")
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, bool | int | str) or (isinstance(item, float) and math.isfinite(item)):
+            continue
+        shown = "None in a list" if item is None else repr(value)[:40]
+        raise ValueError(f"{where} holds {shown} where a label is expected: a number, a name, or a list of them")

@@ -1,0 +1,356 @@
+"""From documents to token ids: find a tokenizer, encode once into a corpus on disk, view it as examples.
+
+A corpus is every document's ids one after the other, without special tokens, in one flat file. Layout and maximum
+length are views of it, so changing them encodes nothing again.
+"""
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from minilm.config import Tokens
+from minilm.data.array_file import FlatFile, growing
+from minilm.data.encoding_errors import naming_texts
+from minilm.data.labels import Labels
+from minilm.data.special_ids import SpecialInTexts, id_count, ids_around, read_special_tokens
+from minilm.data.streaming import Stream
+from minilm.data.text_bytes import bytes_by_token, name_lengths
+from minilm.data.vocabulary import (
+    BATCH,
+    Documents,
+    count_of,
+    extend_tokenizer,
+    in_batches,
+    text_columns,
+    train_tokenizer,
+)
+from minilm.data.word_boundaries import begins_word
+from minilm.utils.cache import open_entry
+from minilm.utils.hub import loading
+from minilm.utils.progress import progress_bar
+
+_T = TypeVar("_T", bound=np.generic)
+_VERSION = 5  # of the files below in the cache
+_CHUNK = 2**20  # documents that are cut into examples at a time
+# What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
+_SETTINGS = (
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "special_tokens_map",
+    "split_special_tokens",
+    "truncation_side",
+)
+
+
+def load_tokenizer(
+    tokens: Tokens, model_name: str | None, documents: Documents, *, causal: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `tokens.name`, else of the model, else one trained on the texts of `documents`.
+
+    With `tokens.extend`, words of the documents are added to one that was not trained. Raises ValueError when it cannot
+    be loaded or extended, or lacks a token that masked or `causal` LM needs. Code that comes with it is not run.
+    """
+    name = tokens.name or model_name
+    if name is None:
+        if tokens.extend:
+            raise ValueError(
+                "tokens.extend adds to a tokenizer that exists; here one is trained: set tokens.vocab_size"
+            )
+        key = fingerprint(documents, tokens.kind, tokens.vocab_size, causal, columns=text_columns(documents))
+        return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
+    with loading(name, f"tokenizer {name!r} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {name!r} has no fast form, only one in Python: a run can take another with --tokens.name"
+        )
+    if tokenizer.pad_token_id is None and not causal:  # GPT-2 and Llama classify so
+        tokenizer.pad_token = tokenizer.eos_token
+    role, field = ("end-of-text", "eos_token") if causal else ("padding", "pad_token")
+    if getattr(tokenizer, field) is None:
+        raise ValueError(
+            f"tokenizer {name!r} has no {role} token: name one as {field} in its tokenizer_config.json; a run can take "
+            "another tokenizer with --tokens.name"
+        )
+    if not tokens.extend:
+        return tokenizer
+    key = fingerprint(documents, state_of(tokenizer), tokens.extend, columns=text_columns(documents))
+    return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
+
+
+def state_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What tells a tokenizer from others, as JSON types."""
+    return [tokenizer.backend_tokenizer.to_str(), *(getattr(tokenizer, name) for name in _SETTINGS)]
+
+
+def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """What `build` gives, from the cache where it was built before."""
+    folder = open_entry(f"tokenizer-{key}", lambda folder: build().save_pretrained(folder))
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Token ids by example: row i is `prefix + ids[start[i]:stop[i]] + suffix`.
+
+    `ids` is a flat array of integers in the order of the documents; `start` and `stop` are int64 arrays.
+    """
+
+    ids: NDArray[np.integer] | FlatFile
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    prefix: NDArray[np.int64]
+    suffix: NDArray[np.int64]
+    types: NDArray[np.uint8] | FlatFile | None = None
+    """Which of two texts each of `ids` is of, where the model is told."""
+    labels: NDArray[Any] | None = None
+    """Of each example, where it is classified: int64[E], or float32[E] or [E, C]."""
+    fingerprint: str = ""
+    """A hash of the documents and the tokenizer that they were encoded by."""
+    begins: NDArray[np.bool_] | FlatFile | None = None
+    """Whether each of `ids` begins a word; None where nobody asked."""
+    text_bytes: NDArray[np.integer] | FlatFile | None = None
+    """UTF-8 bytes of the text that each of `ids` stands for; None where nobody asked."""
+    special: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """By id of a special token in the texts, the number of the first such text, from 1, and how it begins."""
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        middle = self.ids[self.start[index] : self.stop[index]]
+        return np.concatenate((self.prefix, middle, self.suffix), dtype=np.int64, casting="same_kind")
+
+    def row_types(self, index: int) -> NDArray[np.int64]:
+        """The token types of an example, where there are `types`."""
+        assert self.types is not None
+        return self.types[self.start[index] : self.stop[index]].astype(np.int64)
+
+    def word_starts(self, index: int) -> NDArray[np.bool_]:
+        """Whether each token of row `index` begins a word there; a word that was cut goes on as one of its own."""
+        assert self.begins is not None
+        start, stop = self.start[index], self.stop[index]
+        begins = self.begins[start:stop].copy()
+        # A cut word begins again.
+        begins[:1] = True
+        return _surround(begins, self.prefix, self.suffix, True)
+
+    def row_bytes(self, index: int) -> NDArray[np.int64]:
+        """UTF-8 bytes of the text that each token of row `index` stands for, 0 of what goes around a text."""
+        assert self.text_bytes is not None
+        sizes = self.text_bytes[self.start[index] : self.stop[index]].astype(np.int64)
+        return _surround(sizes, self.prefix, self.suffix, 0)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, special tokens included."""
+        return self.stop - self.start + (len(self.prefix) + len(self.suffix))
+
+    def facts(self) -> dict[str, Any]:
+        """What tells these examples from others, as JSON types."""
+        return {"examples": len(self), "tokens": int(self.lengths.sum()), "fingerprint": self.fingerprint}
+
+    def counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each id occurs in the documents and between them; int64[vocab_size]."""
+        total = np.zeros(vocab_size, np.int64)
+        for at in range(0, len(self.ids), 2**22):
+            total += np.bincount(self.ids[at : at + 2**22], minlength=vocab_size)
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run works on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    eval: Examples
+    labels: Labels | None = None
+    """What the labels mean, where there are any."""
+    eval_parts: dict[str, int] = field(default_factory=dict)
+    """How many of the evaluation examples are of each part of them, in this order."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration that follow from the data, such as the names of its labels."""
+
+
+def encode(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    layout: str = "documents",
+    overflow: str = "split",
+    causal: bool = False,
+    words: bool = False,
+    text_bytes: bool = False,
+    name: str = "documents",
+    enough: int | None = None,
+) -> Examples:
+    """Encode the column `text` and cut it into examples of at most `max_length` tokens, special tokens included.
+
+    `documents`: one example a document; a longer one is split into pieces of nearly equal length, or truncated.
+    `blocks`: all documents joined by the tokenizer's separator, cut into full blocks; the last one may be shorter.
+    Special tokens begin and end every example; those of `causal` LM every document, wherever it is then cut.
+    The ids are cached by content (of a stream by its identity), so that a second run starts at once; with `words`, also
+    where words begin, and with `text_bytes` the bytes of text that each stands for. A warning says where texts hold
+    special tokens. Once there are `enough` ids, without those that are truncated, no more documents are read.
+    """
+    prefix, suffix = ids_around(tokenizer)
+    before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
+    if causal:
+        before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
+        prefix, suffix = prefix[:0], suffix[:0]
+    room = max_length - len(prefix) - len(suffix)
+    around = before.tolist(), after.tolist()
+    most = room if enough and layout != "blocks" and overflow == "truncate" else None
+    splits = tokenizer.split_special_tokens  # which the backend's state does not say
+    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough, most)
+    kind = "-".join(["corpus", *["words"] * words, *["bytes"] * text_bytes, key])
+    folder = open_entry(
+        kind, lambda folder: _write_ids(folder, documents, tokenizer, *around, words, text_bytes, name, enough, most)
+    )
+    ids = FlatFile(folder / "ids.npy")
+    begins = FlatFile(folder / "begins.npy") if words else None
+    sizes = FlatFile(folder / "bytes.npy") if text_bytes else None
+    special = read_special_tokens(folder, tokenizer, name)
+    start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
+    if len(start) == 0:
+        raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
+    return Examples(
+        ids=ids,
+        start=start,
+        stop=stop,
+        prefix=prefix,
+        suffix=suffix,
+        fingerprint=key,
+        begins=begins,
+        text_bytes=sizes,
+        special=special,
+    )
+
+
+def _examples_of(
+    offsets: NDArray[np.int64], room: int, layout: str, overflow: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the examples that hold an id begin and end, of at most `room` ids."""
+    if layout == "blocks":
+        start = np.arange(0, offsets[-1], room)
+        stop = np.minimum(start + room, offsets[-1])
+    elif overflow == "truncate":
+        start, stop = offsets[:-1], np.minimum(offsets[1:], offsets[:-1] + room)
+    else:
+        # Some documents at a time: what is computed on the way takes several times the memory of what comes of it.
+        parts = [_pieces(offsets[at : at + _CHUNK + 1], room) for at in range(0, len(offsets), _CHUNK)]
+        start, stop = (np.concatenate(side) for side in zip(*parts, strict=True))
+    keep = stop > start
+    return (start, stop) if keep.all() else (start[keep], stop[keep])
+
+
+def _pieces(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut each document into the fewest pieces of at most `room` ids, as equal in length as they can be."""
+    sizes = np.diff(offsets)
+    pieces = -(-sizes // room)
+    document = np.repeat(np.arange(len(sizes)), pieces)
+    order = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, … inside each document
+    cut = offsets[document] + order * sizes[document] // pieces[document]
+    return cut, offsets[document] + (order + 1) * sizes[document] // pieces[document]
+
+
+def _write_ids(
+    folder: Path,
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    before: list[int],
+    after: list[int],
+    words: bool,
+    text_bytes: bool,
+    name: str,
+    enough: int | None = None,
+    most: int | None = None,
+) -> None:
+    """Write `ids.npy`, flat, in the smallest unsigned type that holds the vocabulary, and `offsets.npy`, int64.
+
+    `before` and `after` go around each document; reading ends once there are `enough` ids, of a document at most `most`
+    counted. With `words`, write `begins.npy` too: bool, which ids begin a word; with `text_bytes`, `bytes.npy`: uint32,
+    the bytes of text that each stands for. Which special tokens are in the texts is written beside.
+    """
+    kind = np.uint16 if id_count(tokenizer) <= 2**16 else np.uint32
+    backend = tokenizer.backend_tokenizer
+    if text_bytes:  # RoBERTa's post-processor moves the ends of tokens that are spaces
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.post_processor = None
+        weight_V = name_lengths(tokenizer)
+    backend.no_truncation()  # what it was saved with is not what it is
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    # The fast one does not know places.
+    encode_batch = backend.encode_batch if words or text_bytes else backend.encode_batch_fast
+    sizes, counted, special = array("q", [0]), 0, SpecialInTexts(tokenizer)
+    with (
+        growing(folder / "ids.npy", np.dtype(kind)) as file,
+        growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
+        growing(folder / "bytes.npy", np.dtype(np.uint32)) as bytes_file,
+        progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+    ):
+        for texts in in_batches(documents):
+            with naming_texts(tokenizer, texts, name, first=len(sizes)):
+                encodings = encode_batch(texts, add_special_tokens=False)
+            rows = [[*before, *encoding.ids, *after] for encoding in encodings]
+            sizes.extend(map(len, rows))
+            file.write(special.count(texts, rows, [*before, *after]).astype(kind).data)
+            for text, encoding in zip(texts, encodings, strict=True):
+                if words:
+                    begins = begins_word(text, [start for start, _ in encoding.offsets])
+                    begins_file.write(_surround(begins, before, after, True).data)
+                if text_bytes:
+                    sizes_L = bytes_by_token(text, encoding.offsets, weight_V[encoding.ids]).astype(np.uint32)
+                    bytes_file.write(_surround(sizes_L, before, after, 0).data)
+            bar.update(len(texts))
+            counted += sum(min(len(row), most or len(row)) for row in rows) if enough else 0
+            if enough and counted >= enough:
+                break
+    np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
+    special.write(folder)
+
+
+def _surround(values: NDArray[_T], before: Sized, after: Sized, value: Any) -> NDArray[_T]:
+    """Return the values of a text's tokens with `value` for each of the tokens before and after them."""
+    row = np.full(len(before) + len(values) + len(after), value, values.dtype)
+    row[len(before) : len(before) + len(values)] = values
+    return row
+
+
+def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
+    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits.
+
+    The texts are read once: the cache remembers the hash by the name that the datasets library gives to how they came
+    about, which is another for files that changed and comes from the same cache as the texts.
+    """
+    digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
+    if isinstance(documents, Stream):
+        digest.update(documents.identity.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+    name = digest.copy()
+    name.update(json.dumps([documents._fingerprint, *columns]).encode())
+
+    def build(folder: Path) -> None:
+        for batch in documents.iter(batch_size=BATCH):
+            for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
+                encoded = text.encode("utf-8", "surrogatepass")
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        (folder / "fingerprint").write_text(digest.hexdigest(), encoding="utf-8")
+
+    return (open_entry(f"fingerprint-{name.hexdigest()}", build) / "fingerprint").read_text(encoding="utf-8")

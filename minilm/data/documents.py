@@ -1,0 +1,119 @@
+"""Training and evaluation documents from data sources: `load_documents` returns one document per row."""
+
+import datasets
+import numpy as np
+from datasets import Dataset
+
+from minilm.config import Data
+from minilm.data.glue import with_glue_columns
+from minilm.data.pydocs import pydocs
+from minilm.data.rows import Blank
+from minilm.data.sources import check_data_settings, no_documents, quiet_datasets, read_rows
+from minilm.utils.local_files import is_text
+
+
+@quiet_datasets()
+def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Dataset, dict[str, Dataset]]:
+    """Return (training documents, evaluation documents by name), memory-mapped if they are large.
+
+    Each is a dataset with the string column `text`. It has a second text in the column `pair` if `data.pair_column` is
+    set. With `labels` it has the column `label`, of the type that it has in the source (a ClassLabel is kept).
+    Documents without a visible character are left out; with `labels` they are refused.
+
+    Evaluation documents come from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of
+    each source drawn by `seed`. They are one set named "". If `data.eval_split` joins several splits by `+`, they are
+    one set for each split, with its name. If they are the training documents, both are the same dataset. Raises
+    ValueError in one line that names the file, the row, the column or the split at fault.
+    """
+    data = with_glue_columns(data)
+    check_data_settings(data, labels=labels)
+    if data.streaming:
+        raise ValueError("data.streaming: is for language models; leave it out where there are labels")
+    if "pydocs" in data.sources and data.eval_split:
+        raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
+    if data.eval_source is None and data.eval_split is None:
+        parts = [_held_out(data, source, seed, labels) for source in data.sources]
+        train, held_out = [part[0] for part in parts], {"": _joined([part[1] for part in parts], data)}
+    else:
+        train = [_read(data, source, data.split, labels) for source in data.sources]
+        splits = (data.eval_split or "train").split("+")
+        sources = (data.eval_source,) if data.eval_source else data.sources
+        if not data.weights and (sources, splits) == (data.sources, [data.split]):
+            documents = _joined(train, data)
+            return documents, {"": documents}
+        held_out = {
+            split if len(splits) > 1 else "": _joined([_read(data, source, split, labels) for source in sources], data)
+            for split in splits
+        }
+    if data.weights:
+        weighted = zip(train, data.weights, data.sources, strict=True)
+        train = [_repeated(part, weight, seed, source) for part, weight, source in weighted]
+    return _joined(train, data), held_out
+
+
+def _held_out(data: Data, source: str, seed: int, labels: bool) -> tuple[Dataset, Dataset]:
+    """Return (training documents, held-out documents) of a source."""
+    if source == "pydocs" and not labels:
+        train_texts, eval_texts = pydocs(data.eval_fraction)
+        return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
+    documents = _read(data, source, data.split, labels)
+    if data.document == "file" and is_text(source):
+        return _cut_ends(documents, data.eval_fraction)
+    count = round(len(documents) * data.eval_fraction)
+    if not 0 < count < len(documents):
+        part = "training" if count else "evaluation"
+        raise ValueError(
+            f"{source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
+            f"{len(documents)} documents is held out; change data.eval_fraction or give data.eval_source"
+        )
+    parts = documents.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _repeated(documents: Dataset, weight: float, seed: int, source: str) -> Dataset:
+    """Return the documents `weight` times. Its fraction adds that share of them, drawn by `seed`, in order."""
+    whole, share = divmod(weight, 1)
+    drawn = np.random.default_rng(seed).permutation(len(documents))[: round(share * len(documents))]
+    indices = [*range(len(documents))] * int(whole) + sorted(drawn.tolist())
+    if not indices:
+        raise ValueError(
+            f"{source}: data.weights {weight} selects none of {len(documents)} documents; give a larger weight"
+        )
+    return documents.select(indices)
+
+
+def _joined(parts: list[Dataset], data: Data) -> Dataset:
+    """Return the documents of several sources, one source after the other."""
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        kinds = ", ".join(f"{part.features['label']} in {s}" for part, s in zip(parts, data.sources, strict=True))
+        raise ValueError(f"data.label_column: the labels of the sources differ in type: {kinds}") from error
+
+
+def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """Split each document in two: return the beginnings, and the ends with `fraction` of the characters."""
+    texts = documents["text"]
+    cuts = [int(len(text) * (1 - fraction)) for text in texts]
+    train = Dataset.from_dict({"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]})
+    return train, Dataset.from_dict({"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]})
+
+
+@quiet_datasets()
+def read_documents(data: Data) -> Dataset:
+    """Return all rows of `data.split`, also blank ones, of all sources in turn, as `load_documents` has them."""
+    check_data_settings(data, labels=False)
+    return _joined([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
+
+
+def _read(data: Data, source: str, split: str, labels: bool, *, blank: Blank = "drop") -> Dataset:
+    """Return the documents of a source. With labels, blank documents are refused, whatever `blank` is."""
+    if labels and (source == "pydocs" or is_text(source)):
+        owner = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
+        raise ValueError(f"{owner} no labels; give .jsonl, .csv, .tsv or .parquet")
+    if source == "pydocs":
+        return Dataset.from_dict({"text": pydocs()[0]})
+    rows = read_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)
+    if len(rows) == 0:
+        raise no_documents(data, source, split)
+    return rows

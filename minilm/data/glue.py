@@ -1,0 +1,40 @@
+"""The tasks of GLUE (Wang et al. 2019) by the names of their configurations on the hub, so that one flag is enough."""
+
+import os
+from dataclasses import replace
+
+from minilm.config import Data
+from minilm.utils.validation import closest
+
+_IDS = ("nyu-mll/glue", "glue")
+# The columns of a task: its text, or both. The labels are in the column `label` of all. `ax` has no part to train on.
+_COLUMNS = {
+    "cola": ("sentence", None),
+    "sst2": ("sentence", None),
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "stsb": ("sentence1", "sentence2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+def with_glue_columns(data: Data) -> Data:
+    """`data` with the columns and the evaluation part of its GLUE task where it names none; any other as it is.
+
+    MNLI has two evaluation parts, joined by `+`. Raises ValueError for an unknown task.
+    """
+    if not isinstance(data.source, str) or data.source not in _IDS or os.path.exists(data.source):
+        return data
+    if data.config not in _COLUMNS:
+        task = closest(data.config or "", list(_COLUMNS))
+        raise ValueError(f"{data.source}: data.config names the task, not {task} Pass --data.config")
+    if (data.column, data.pair_column) == (Data.column, None):
+        column, pair_column = _COLUMNS[data.config]
+        data = replace(data, column=column, pair_column=pair_column)
+    if data.eval_source is None and data.eval_split is None:
+        both = "validation_matched+validation_mismatched"
+        data = replace(data, eval_split=both if data.config == "mnli" else "validation")
+    return data

@@ -1,0 +1,214 @@
+"""JSON files: one object per line, objects one after the other, or an array of objects. Each object is a row."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from minilm.data.columns import Column, RepeatedKeys
+from minilm.data.text_files import check_mark, open_text
+
+_CHUNK = 2**20  # characters to read at a time
+_SPACE = re.compile(r"[ \t\r\n]*")
+# An error within so many characters of the end of the window may come from a value that goes on, such as "-Infinity" or
+# a pair of escapes.
+_UNFINISHED = 16
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
+    """Yield the line of each row, from 1, and its cells of `columns`. Other keys of a row do not matter.
+
+    Raises ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
+    `columns` that stands twice with different values, and for a missing column.
+    """
+    for line, row in _read_rows(path, _Parser(columns)):
+        where = f"{path}, line {line}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: {_KINDS.get(type(row), 'a number')} where an object with the text is expected")
+        yield line, [column.find(row, where) for column in columns]
+
+
+def read_json_names(path: str) -> list[str]:
+    """Return the keys of the first row of a file."""
+    row = next(_read_rows(path, _Parser(())), (0, None))[1]
+    return list(row) if isinstance(row, dict) else []
+
+
+class _Parser:
+    """A parser of JSON that marks the objects in which a key of `columns` is repeated."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.keys = {part for column in columns for part in _possible_keys(column.name)}
+        self.quoted_keys = [f'"{key}"' for key in self.keys]
+        # JSON can also write a key with escapes: \u0061 for a letter of ASCII, and \/ for a slash.
+        self.plain = all(key.isascii() and key.isprintable() and not set(key) & set('/"\\') for key in self.keys)
+        self.marking = json.JSONDecoder(object_pairs_hook=self._mark)
+        self.fast = json.JSONDecoder()
+        # Python refuses a whole number of more than 4300 digits. A column that is read cannot hold one, but others can.
+        self.long_numbers = json.JSONDecoder(object_pairs_hook=self._mark, parse_int=float)
+
+    def parse_line(self, line: str) -> Any:
+        """Parse a line that holds one value."""
+        decoder = self.marking if self._may_repeat(line, 0, len(line)) else self.fast
+        try:
+            return decoder.decode(line)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            return self.long_numbers.decode(line)
+
+    def parse_at(self, text: str, start: int) -> tuple[Any, int]:
+        """Parse the value that begins at `start`. Return it and its end."""
+        try:
+            value, end = self.fast.raw_decode(text, start)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            return self.long_numbers.raw_decode(text, start)
+        return self.marking.raw_decode(text, start) if self._may_repeat(text, start, end) else (value, end)
+
+    def _may_repeat(self, text: str, start: int, end: int) -> bool:
+        """Return whether one of the keys may stand twice in an object."""
+        if not self.plain or text.find("\\u00", start, end) >= 0:
+            return True
+        return any(text.count(key, start, end) > 1 for key in self.quoted_keys)
+
+    def _mark(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Make an object of its pairs; `RepeatedKeys` if a key of `columns` has different values."""
+        row = dict(pairs)
+        if len(row) == len(pairs):
+            return row
+        repeated = {key for key, value in pairs if key in self.keys and value != row[key]}
+        if not repeated:
+            return row
+        marked = RepeatedKeys(row)
+        marked.repeated = frozenset(repeated)
+        return marked
+
+
+def _possible_keys(name: str) -> Iterator[str]:
+    """Yield each run of the parts of a dotted path, because a key can hold dots too."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        for stop in range(start + 1, len(parts) + 1):
+            yield ".".join(parts[start:stop])
+
+
+def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
+    """Yield the line and the value of each row."""
+    with open_text(path) as file:
+        window = _Window(path, file, parser)
+        if window.skip_spaces() == "[":
+            yield from _read_array(window)
+            return
+        file.seek(0)
+        whole_lines = _has_value_per_line(file, parser)
+        file.seek(0)
+        if whole_lines:
+            yield from _read_lines(path, file, parser)
+            return
+        window = _Window(path, file, parser)
+        while window.skip_spaces():
+            yield window.line, window.read_value()
+
+
+def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
+    """Return whether each line is one value, by the first line. An object can also extend over several lines."""
+    line = next((line for line in file if line.strip()), "{}")
+    try:
+        parser.parse_line(line)
+    except (ValueError, RecursionError):
+        return next(file, "").lstrip().startswith("{")
+    return True
+
+
+def _read_lines(path: str, file: TextIO, parser: _Parser) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line, except blank lines."""
+    for number, line in enumerate(file, start=1):
+        try:
+            yield number, parser.parse_line(line)
+        except RecursionError as error:
+            raise _too_deep(path, number) from error
+        except json.JSONDecodeError as error:
+            check_mark(path, number, line)
+            if line.strip(" \t\r\n"):
+                raise _not_json(path, number, error.msg) from error
+
+
+def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
+    """Yield the line and the value of each item of an array. The window is at its opening bracket."""
+    window.move(window.place + 1)
+    character = window.skip_spaces()
+    while character != "]":
+        start = window.line
+        yield start, window.read_value()
+        character = window.skip_spaces()
+        if character == ",":
+            window.move(window.place + 1)
+            window.skip_spaces()
+        elif character != "]":
+            why = "a comma is missing before this row" if character else "the array is not closed"
+            raise _not_json(window.path, window.line, why)
+    window.move(window.place + 1)
+    if window.skip_spaces():
+        check_mark(window.path, window.line, window.text[window.place :])
+        raise _not_json(window.path, window.line, "text follows the end of the array")
+
+
+class _Window:
+    """A part of a file's text that holds at least the value being read. `place` is the position in that part."""
+
+    def __init__(self, path: str, file: TextIO, parser: _Parser) -> None:
+        self.path, self.file, self.parser = path, file, parser
+        self.text, self.place, self.line = "", 0, 1
+
+    def move(self, place: int) -> None:
+        """Move forward to a place, and count its line."""
+        self.line += self.text.count("\n", self.place, place)
+        self.place = place
+
+    def skip_spaces(self) -> str:
+        """Move to the next character that is not white space, and return it; empty at the end of the file."""
+        while True:
+            spaces = _SPACE.match(self.text, self.place)
+            assert spaces is not None
+            self.move(spaces.end())
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self._fill():
+                return ""
+
+    def read_value(self) -> Any:
+        """Return the value that begins here, and move to its end."""
+        while True:
+            try:
+                value, end = self.parser.parse_at(self.text, self.place)
+            except RecursionError as error:
+                raise _too_deep(self.path, self.line) from error
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self.text) - _UNFINISHED or error.msg.startswith("Unterminated")
+                if cut and self._fill():
+                    continue
+                line = self.line + self.text.count("\n", self.place, error.pos)
+                check_mark(self.path, line, self.text[error.pos :])
+                raise _not_json(self.path, line, error.msg) from error
+            if end > len(self.text) - _UNFINISHED and self._fill():
+                continue  # a number can go on
+            self.move(end)
+            return value
+
+    def _fill(self) -> bool:
+        """Read on, at least as much as the rest of the window. Return False at the end of the file."""
+        more = self.file.read(max(_CHUNK, len(self.text) - self.place))
+        if more:
+            self.text, self.place = self.text[self.place :] + more, 0
+        return bool(more)
+
+
+def _not_json(path: str, line: int, why: str) -> ValueError:
+    return ValueError(f"{path}, line {line}: not JSON, or cut off ({why})")
+
+
+def _too_deep(path: str, line: int) -> ValueError:
+    return ValueError(f"{path}, line {line}: lists and objects are nested too deeply to be read; flatten the row")

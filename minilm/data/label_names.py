@@ -1,0 +1,99 @@
+"""The names and ids of the labels: a checkpoint's if the data have its labels, or else the data's own."""
+
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from minilm.data.label_column import WHOLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelIds:
+    """The id of each label as the data write it, and the name of each id in the model."""
+
+    ids: dict[str, int]
+    names: tuple[str, ...]
+    kept: bool = False
+    """Whether the names and ids are a checkpoint's, so that its head stays as it is."""
+    renamings: tuple[tuple[str, str], ...] = ()
+    """Pairs of a label as the data write it and its different name in the checkpoint."""
+
+
+def match_labels(
+    occurring: Collection[str], class_names: Sequence[str], model_labels: Sequence[str], places: int | None = None
+) -> LabelIds:
+    """Return names and ids for the labels that occur in the data; `class_names` are those of its ClassLabel, if any.
+
+    `model_labels` are a checkpoint's labels by id. The checkpoint's names and ids are kept if the data use the same
+    names (in any case and spacing), or if the data have numbers and the checkpoint's names are not numbers. `places` is
+    the length of multi-hot lists, which give each label a place but no name.
+    """
+    if places is not None:
+        numbers = tuple(map(str, range(places)))
+        if len(model_labels) == places:
+            return _keep_model_labels(numbers, range(places), model_labels)
+        return _number_labels(numbers)
+    if by_name := _match_names(occurring, model_labels):
+        names = [*by_name, *model_labels]
+        return _keep_model_labels(names, [*by_name.values(), *range(len(model_labels))], model_labels)
+    if class_names:
+        if len(model_labels) == len(class_names) and _are_generic(model_labels):
+            match = _keep_model_labels(class_names, range(len(model_labels)), model_labels)
+            return replace(match, names=tuple(class_names))
+        return _number_labels(class_names)
+    # If the checkpoint's names are numbers, numbers in the data can only mean these names, which did not match.
+    by_number = all(map(WHOLE.fullmatch, occurring)) and not all(map(WHOLE.fullmatch, model_labels))
+    if by_number and all(0 <= int(name) < len(model_labels) for name in occurring):
+        ids = range(len(model_labels))
+        return _keep_model_labels([*map(str, ids)], ids, model_labels)
+    return _number_labels(sort_names(occurring))
+
+
+def sort_names(names: Collection[str]) -> tuple[str, ...]:
+    """Return the names in the order of their ids: whole numbers and LABEL_<number> by number, others by characters."""
+    for prefix in ("", "LABEL_"):
+        if all(name.startswith(prefix) and WHOLE.fullmatch(name.removeprefix(prefix)) for name in names):
+            return tuple(sorted(names, key=lambda name: int(name.removeprefix(prefix))))
+    return tuple(sorted(names))
+
+
+def fold_name(name: str) -> str:
+    """Return the name without differences in case, spacing and Unicode composition, to compare it with others."""
+    return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
+
+
+def list_names(names: Sequence[str], count: int = 10) -> str:
+    """Return the first `count` names, separated by commas."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def quote_names(names: Sequence[str]) -> str:
+    """Return the first ten names in quotes, separated by commas."""
+    return list_names([*map(repr, names)])
+
+
+def _keep_model_labels(names: Sequence[str], ids: Iterable[int], model_labels: Sequence[str]) -> LabelIds:
+    """Return the labels of a checkpoint; the data write the label with the id `ids[i]` as `names[i]`."""
+    pairs = dict(zip(names, ids, strict=True))
+    renamings = tuple((name, model_labels[index]) for name, index in pairs.items() if name != model_labels[index])
+    return LabelIds(ids=pairs, names=tuple(model_labels), kept=True, renamings=renamings)
+
+
+def _number_labels(names: Sequence[str]) -> LabelIds:
+    """Return new labels with ids in this order."""
+    return LabelIds(ids={name: index for index, name in enumerate(names)}, names=tuple(names))
+
+
+def _match_names(occurring: Collection[str], model_labels: Sequence[str]) -> dict[str, int]:
+    """Return the checkpoint's id of each label; empty if it lacks a label, or has two that a label could mean."""
+    for simplify in (str, fold_name):
+        theirs = {simplify(name): index for index, name in enumerate(model_labels)}
+        ours = {name: theirs.get(simplify(name)) for name in sort_names(occurring)}
+        if len(theirs) == len(model_labels) and len(set(ours.values())) == len(ours) and None not in ours.values():
+            return {name: index for name, index in ours.items() if index is not None}
+    return {}
+
+
+def _are_generic(model_labels: Sequence[str]) -> bool:
+    """Return whether a checkpoint has only the names that transformers invents: LABEL_0, LABEL_1, and so on."""
+    return tuple(model_labels) == tuple(f"LABEL_{index}" for index in range(len(model_labels)))

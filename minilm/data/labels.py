@@ -1,0 +1,219 @@
+"""From a column of labels to numbers: the problem, the names of the classes, and their weights.
+
+Axes: E examples, C labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from minilm.config import Classification
+from minilm.data.label_column import SECRET, LabelColumn
+from minilm.data.label_names import LabelIds, fold_name, list_names, match_labels, quote_names
+from minilm.data.label_report import Rows, report_classes, report_numbers
+from minilm.utils.validation import closest
+
+# The problems as minilm names them, and as `problem_type` of a Hugging Face configuration names them.
+PROBLEM_TYPES = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The meaning of the label column."""
+
+    problem: str
+    """`single-label`, `multi-label` or `regression`."""
+    names: tuple[str, ...]
+    """The names of the C labels, by id; one name for a regression."""
+    weights: NDArray[np.float32] | None = None
+    """float32[C], the weight of an example of each class; None: all weigh the same."""
+    kept: bool = False
+    """Whether they are the labels of the checkpoint, whose head is then kept. Otherwise the head starts at random."""
+    summary: tuple[str, ...] = ()
+    """Lines for the log that say how the labels were read."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a Hugging Face configuration that describe the labels."""
+        return {
+            "problem_type": PROBLEM_TYPES[self.problem],
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: index for index, name in enumerate(self.names)},
+        }
+
+
+def read_labels(
+    train: Dataset,
+    parts: Mapping[str, Dataset],
+    settings: Classification,
+    model_labels: Sequence[str] = (),
+    column: str = "label",
+    separator: str | None = None,
+) -> tuple[Labels, NDArray[Any], NDArray[Any]]:
+    """Return the meaning of the labels, the training examples' labels, and those of all evaluation parts in turn.
+
+    The arrays are int64[E] for a single label, float32[E, C] of zeros and ones for several, float32[E] for a
+    regression. `model_labels` are the labels of a checkpoint by id; its ids are kept if the data have its labels.
+    `parts` holds the evaluation documents by name, or `train` itself. `separator` stands between the labels of a cell
+    that lists several. The summary calls the label column `column`. Raise ValueError for labels that do not fit a
+    problem, and for labels of the evaluation that training does not see.
+    """
+    columns = _read_columns(train, parts, separator)
+    is_auto = settings.problem == "auto"
+    problem = _find_problem(columns[0]) if is_auto else settings.problem
+    settings.check_problem(problem)
+    if problem == "regression":
+        numbers = [part.numbers() for part in columns]
+        summary = report_numbers(columns, numbers, column, is_auto=is_auto)
+        kept = len(model_labels) == 1
+        names = tuple(model_labels) if kept else ("LABEL_0",)
+        labels = Labels(problem=problem, names=names, kept=kept, summary=tuple(summary))
+        return labels, numbers[0], np.concatenate(numbers[1:] or numbers)
+    if problem == "single-label" and len(model_labels) < 2:
+        # A model with one output does not tell classes apart.
+        model_labels = ()
+    is_multi_hot = problem == "multi-label" and columns[0].is_multi_hot(model_labels)
+    places = columns[0].usual_length() if is_multi_hot else None
+    if places is not None:
+        rows = [_name_places(part.multi_hot(places)) for part in columns]
+    elif problem == "multi-label":
+        rows = [part.name_lists() for part in columns]
+    else:
+        rows = [[[name] for name in part.class_names()] for part in columns]
+    _check_secret(columns, rows, model_labels)
+    match = _match(columns, rows, model_labels, places)
+    _check_unseen(columns[1:], rows[1:], match)
+    _check_variety(columns[0].part, rows[0], problem, match, model_labels)
+    summary = report_classes(columns, rows, match, problem, column, places, is_auto=is_auto)
+    labels = Labels(problem=problem, names=match.names, kept=match.kept, summary=tuple(summary))
+    if problem == "multi-label":
+        indicators = [_build_indicators(part, match) for part in rows]
+        return labels, indicators[0], np.concatenate(indicators[1:] or indicators)
+    ids = [np.array([match.ids[name] for (name,) in part], np.int64) for part in rows]
+    if settings.class_weights == "balanced":
+        labels = replace(labels, weights=_balance(ids[0], len(match.names)))
+    return labels, ids[0], np.concatenate(ids[1:] or ids)
+
+
+def is_one_dataset(train: Dataset, parts: Mapping[str, Dataset]) -> bool:
+    """Return whether training and evaluation have the same documents, as they do for a model that is only evaluated."""
+    return all(part is train for part in parts.values())
+
+
+def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:
+    """Raise ValueError unless these are the `model_labels` that a model was trained for."""
+    if labels.kept:
+        return
+    if labels.problem == "regression":
+        raise ValueError(
+            f"the model predicts {len(model_labels)} numbers, and the data have one{_end_with_labels(model_labels)}"
+        )
+    model_names = set(map(fold_name, model_labels))
+    unknown = [name for name in labels.names if fold_name(name) not in model_names] or labels.names
+    raise ValueError(
+        f"the data have labels that the model was not trained for: {quote_names(unknown)}"
+        f"{_end_with_labels(model_labels)}. Write them as the model's names, or as their numbers 0 to "
+        f"{len(model_labels) - 1}"
+    )
+
+
+def _end_with_labels(model_labels: Sequence[str]) -> str:
+    """Return the end of an error message that names a checkpoint's labels, or nothing without a checkpoint."""
+    return f" (the model knows {list_names(model_labels)})" if model_labels else ""
+
+
+def _read_columns(train: Dataset, parts: Mapping[str, Dataset], separator: str | None) -> list[LabelColumn]:
+    """Return the label columns of the training documents and of each part, or one column if they are one dataset."""
+    if is_one_dataset(train, parts):
+        return [LabelColumn.read(train, "documents", separator, suggests_problem=False)]
+    names = [f"evaluation documents {name}".rstrip() for name in parts]
+    columns = [LabelColumn.read(train, "training documents", separator)]
+    columns += [LabelColumn.read(part, name, separator) for part, name in zip(parts.values(), names, strict=True)]
+    if columns[0].has_class_names:
+        # If the evaluation documents have numbers without names, the training documents' names apply to them.
+        columns[1:] = [
+            replace(part, names=columns[0].names) if part.dtype == "int" and not part.names else part
+            for part in columns[1:]
+        ]
+    elif columns[0].dtype != "string":
+        # If the training documents have numbers, the evaluation documents' numbers count, and not their names.
+        columns[1:] = [replace(part, names=()) if part.has_class_names else part for part in columns[1:]]
+    return columns
+
+
+def _find_problem(column: LabelColumn) -> str:
+    if column.holds_lists:
+        return "multi-label"
+    return "regression" if column.dtype == "float" else "single-label"
+
+
+def _name_places(places_ExC: NDArray[np.float32]) -> Rows:
+    """Return for each row of a multi-hot array the numbers of the columns that hold a one, as names."""
+    return [[str(place) for place in row.nonzero()[0]] for row in places_ExC]
+
+
+def _match(
+    columns: Sequence[LabelColumn], rows: Sequence[Rows], model_labels: Sequence[str], places: int | None
+) -> LabelIds:
+    """Return a checkpoint's names and ids if they fit all documents, or else those of the training documents."""
+    train = {name for row in rows[0] for name in row}
+    anywhere = {name for part in rows for row in part for name in row}
+    match = match_labels(anywhere, columns[0].names, model_labels, places)
+    return match if match.kept else match_labels(train, columns[0].names, model_labels, places)
+
+
+def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[Rows], model_labels: Sequence[str]) -> None:
+    """Raise ValueError for a part whose labels are all -1, unless -1 is a class of the checkpoint or of training."""
+    names_by_part = [{name for row in part for name in row} for part in rows]
+    train_names = names_by_part[0]
+    if "-1" in model_labels or ("-1" in train_names and len(train_names) > 1):
+        return
+    for part, names in zip(columns, names_by_part, strict=True):
+        if names == {"-1"} and part.dtype == "int":
+            raise ValueError(f"every label of the {part.part} is -1. {SECRET}")
+
+
+def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[Rows], match: LabelIds) -> None:
+    """Raise ValueError for the first label of the evaluation that has no id."""
+    for part, labels_of_rows in zip(columns, rows, strict=True):
+        for number, row in enumerate(labels_of_rows):
+            if missing := next((name for name in row if name not in match.ids), None):
+                advice = SECRET if missing == "-1" else "Give the training documents one, or remove the row"
+                part.refuse(number, f"no training document has {closest(missing, match.names)} {advice}")
+
+
+def _check_variety(part: str, rows: Rows, problem: str, match: LabelIds, model_labels: Sequence[str]) -> None:
+    """Raise ValueError for rows that all have the same labels, unless these are a checkpoint's labels."""
+    if match.kept or len({frozenset(row) for row in rows}) > 1:
+        return
+    end = _end_with_labels(model_labels)
+    if problem == "multi-label":
+        raise ValueError(f"all {part} have the labels {quote_names(rows[0]) or 'none'}: there is nothing to learn{end}")
+    raise ValueError(f"all {part} have the label {rows[0][0]!r}: a classification needs two or more{end}")
+
+
+def _build_indicators(rows: Rows, match: LabelIds) -> NDArray[np.float32]:
+    """Return ones for the labels that an example has and zeros elsewhere, float32[E, C]."""
+    result = np.zeros((len(rows), len(match.names)), np.float32)
+    for number, row in enumerate(rows):
+        result[number, [match.ids[name] for name in row]] = 1
+    return result
+
+
+def _balance(labels_E: NDArray[np.int64], count: int) -> NDArray[np.float32]:
+    """Return a weight for each of `count` classes, inversely proportional to its number of examples.
+
+    The weight is E / (C' x examples of the class), where C' classes have examples; its mean over all examples is 1.
+    """
+    examples_C = np.bincount(labels_E, minlength=count)
+    present = examples_C > 0
+    weights = np.zeros(count, np.float32)
+    weights[present] = len(labels_E) / (present.sum() * examples_C[present])
+    return weights

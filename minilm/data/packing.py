@@ -1,0 +1,272 @@
+"""Rows of different lengths without padding: one flat row of tokens, and its groups of rows for attention.
+
+All layers of a transformer except attention work on each token alone. They take all tokens of a batch as one row.
+Attention (`minilm.models.attention`) takes a group of rows at a time as one tensor. Several short rows share a bin,
+where a mask keeps them apart, so that a few large products take the place of many small ones. Longer rows form small
+groups of similar length, padded inside the group.
+
+Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head, H any other.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Kept = TypeVar("Kept")
+
+SHORT = 128  # up to this length rows share bins
+# L is a multiple of this in a padded group: that needs few kernels, and makes the softmax in bf16 fast on CPUs.
+_STEP = 32
+# In a group of longer rows, the shortest has at least this share of the longest's tokens, minus some.
+_SIMILAR, _SLACK = 0.75, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows that follow each other in the batch, as R x L: R rows, or R bins that hold several rows each."""
+
+    start: int
+    """Where its tokens begin in the batch."""
+    stop: int
+    """Where they end."""
+    rows: int
+    length: int
+    """L: no row is longer."""
+    source_RL: Tensor | None
+    """int64, which of the group's tokens each place holds (padding repeats a token); None without padding."""
+    place_T: Tensor | None
+    """int64, the place of each of the group's tokens; None without padding."""
+    owner_RL: Tensor | None
+    """int64, the number of the row at each place, and a unique number at each place of padding; None without bins."""
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def pad(self, x_TxH: Tensor) -> Tensor:
+        """Return the group's tokens as R x L x H. Let nothing depend on padding: no gradient flows back from it."""
+        x_RLxH = x_TxH if self.source_RL is None else _Pad.apply(x_TxH, self.source_RL, self.place_T)  # type: ignore[no-untyped-call]
+        return x_RLxH.view(self.rows, self.length, *x_TxH.shape[1:])
+
+    def unpad(self, x_RxLxH: Tensor) -> Tensor:
+        """Return the inverse of `pad`."""
+        x_RLxH = x_RxLxH.flatten(0, 1)
+        return x_RLxH if self.place_T is None else _Unpad.apply(x_RLxH, self.place_T)  # type: ignore[no-untyped-call]
+
+    def by_head(self, x_TxAxD: Tensor) -> Tensor:
+        """Return the group's tokens as R x A x L x D: padded and ordered by head, in one pass."""
+        heads = x_TxAxD.shape[1]
+        if self.source_RL is None:
+            return x_TxAxD.view(self.rows, self.length, *x_TxAxD.shape[1:]).transpose(1, 2)
+        x_RALxD: Tensor = _Pad.apply(x_TxAxD.flatten(0, 1), *self._places(heads))  # type: ignore[no-untyped-call]
+        return x_RALxD.view(self.rows, heads, self.length, -1)
+
+    def from_heads(self, x_RxAxLxD: Tensor) -> Tensor:
+        """Return the inverse of `by_head`."""
+        heads = x_RxAxLxD.shape[1]
+        if self.place_T is None:
+            return x_RxAxLxD.transpose(1, 2).flatten(0, 1)
+        x_TAxD: Tensor = _Unpad.apply(x_RxAxLxD.flatten(0, 2), self._places(heads)[1])  # type: ignore[no-untyped-call]
+        return x_TAxD.view(-1, heads, x_RxAxLxD.shape[-1])
+
+    def _places(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Return `source_RL` and `place_T` for each token and head, int64[R A L] and int64[T A]."""
+        assert self.source_RL is not None
+        assert self.place_T is not None
+        source_RL, place_T = self.source_RL, self.place_T
+
+        def make() -> tuple[Tensor, Tensor]:
+            head_A = torch.arange(heads, device=place_T.device)
+            source_RxAxL = source_RL.view(self.rows, 1, self.length) * heads + head_A[:, None]
+            row_T, at_T = place_T // self.length, place_T % self.length
+            place_TxA = (row_T[:, None] * heads + head_A) * self.length + at_T[:, None]
+            return source_RxAxL.flatten(), place_TxA.flatten()
+
+        return self.keep(("places", heads), make)
+
+    def real(self, device: torch.device) -> Tensor:
+        """Return where there is a token and not padding, bool, R x L."""
+        real_RL = torch.ones(self.rows * self.length, dtype=torch.bool, device=device)
+        if self.place_T is not None:
+            real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
+        return real_RL.view(self.rows, self.length)
+
+    def bias(self, window: int | None, like: Tensor, *, causal: bool = False) -> Tensor | None:
+        """Return the term to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for zero.
+
+        It has the type and device of `like`. A token sees the tokens of its row that are fewer than `window` away. With
+        `causal` it sees none after it, and so no padding, which comes last. Padding sees itself at least: without that,
+        its softmax would be NaN.
+        """
+        if window is not None and window >= self.length:
+            window = None
+        return self.keep((window, causal, like.dtype), lambda: self._make_bias(window, like, causal))
+
+    def _make_bias(self, window: int | None, like: Tensor, causal: bool) -> Tensor | None:
+        seen: Tensor | None = None
+        if self.owner_RL is not None:
+            owner_RxL = self.owner_RL.view(self.rows, self.length)
+            seen = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
+        elif self.place_T is not None and not causal:
+            seen = self.real(like.device)[:, None, None, :]
+        if window is not None or causal:
+            at_L = torch.arange(self.length, device=like.device)
+            before_LxL = at_L[:, None] - at_L
+            near_LxL = (before_LxL >= 0) if causal else torch.ones_like(before_LxL, dtype=torch.bool)
+            if window is not None:
+                near_LxL &= before_LxL.abs() < window
+            seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
+        return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def keep(self, kind: Any, make: Callable[[], Kept]) -> Kept:
+        """Return what `make` returns. It is called once for each `kind`, since all layers need the same."""
+        if kind not in self._kept:
+            self._kept[kind] = make()
+        kept: Kept = self._kept[kind]
+        return kept
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
+        """Return the group with its tensors changed: moved or pinned, for example."""
+        indices = (self.source_RL, self.place_T, self.owner_RL)
+        source_RL, place_T, owner_RL = (None if index is None else change(index) for index in indices)
+        return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _kept={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """The rows of a batch in its flat row of T tokens."""
+
+    position_T: Tensor
+    """int64, the place of each token in its own row, from 0."""
+    groups: tuple[Group, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each row."""
+    longest: int
+    """Tokens of the longest row."""
+    bounds_R1: Tensor
+    """int32[R + 1], the start of each row, and the end of the last one."""
+    tiles_B1: Tensor
+    """int32[B + 1], the same for tiles. A tile has whole rows that follow each other, together at most SHORT tokens, or
+    one longer row."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
+        """Return the packing with its tensors changed: moved or pinned, for example."""
+        groups = tuple(group.map(change) for group in self.groups)
+        position_T, bounds_R1, tiles_B1 = (change(x) for x in (self.position_T, self.bounds_R1, self.tiles_B1))
+        return replace(self, position_T=position_T, groups=groups, bounds_R1=bounds_R1, tiles_B1=tiles_B1)
+
+
+def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
+    """Return the packing of rows of these lengths in this order, which should be sorted.
+
+    `grouped=False` puts all rows into one group, for a model that needs its batch padded. Padded lengths are rounded up
+    to a multiple of `multiple`.
+    """
+    groups: list[Group] = []
+    first = start = 0
+    while first < len(lengths):
+        last, low, high = first, lengths[first], lengths[first]
+        while last < len(lengths) and (not grouped or high <= SHORT or low >= _SIMILAR * high - _SLACK):
+            last += 1
+            if last < len(lengths):
+                low, high = min(low, lengths[last]), max(high, lengths[last])
+        groups.append(_group(np.array(lengths[first:last]), start, multiple, grouped=grouped))
+        first, start = last, groups[-1].stop
+    position_T = np.concatenate([np.arange(length) for length in lengths])
+    return Packing(
+        position_T=torch.from_numpy(position_T),
+        groups=tuple(groups),
+        lengths=tuple(lengths),
+        longest=max(lengths),
+        bounds_R1=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        tiles_B1=torch.tensor(_tiles(lengths), dtype=torch.int32),
+    )
+
+
+def _tiles(lengths: Sequence[int]) -> list[int]:
+    bounds, end = [0], 0
+    for length in lengths:
+        if end > bounds[-1] and end + length - bounds[-1] > SHORT:
+            bounds.append(end)
+        end += length
+    return [*bounds, end]
+
+
+def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> Group:
+    count, tokens, longest = len(lengths_R), int(lengths_R.sum()), int(lengths_R.max())
+    uneven = grouped and tokens < count * longest
+    in_bins = uneven and longest <= SHORT  # rows of one length have nothing to share
+    step = math.lcm(_STEP, multiple) if uneven else multiple
+    length = -(-longest // step) * step
+    begin_R, rows = _fill_bins(lengths_R, length) if in_bins else (np.arange(count) * length, count)
+    source_RL = place_T = owner_RL = None
+    if in_bins or tokens < rows * length:
+        first_R = np.cumsum(lengths_R) - lengths_R
+        place = np.arange(tokens) + np.repeat(begin_R - first_R, lengths_R)
+        source = np.zeros(rows * length, np.int64)
+        source[place] = np.arange(tokens)
+        source_RL, place_T = torch.from_numpy(source), torch.from_numpy(place)
+    if in_bins:
+        owner = -1 - np.arange(rows * length)
+        owner[place] = np.repeat(np.arange(count), lengths_R)
+        owner_RL = torch.from_numpy(owner)
+    return Group(
+        start=start,
+        stop=start + tokens,
+        rows=rows,
+        length=length,
+        source_RL=source_RL,
+        place_T=place_T,
+        owner_RL=owner_RL,
+    )
+
+
+def _fill_bins(lengths_R: Any, size: int) -> tuple[Any, int]:
+    """Return the start of each row in bins of `size` tokens, laid end to end, and the number of bins.
+
+    Best fit decreasing (Johnson et al. 1974): the longest row first, each one into the fullest bin that has room for
+    it.
+    """
+    begin_R = np.zeros_like(lengths_R)
+    ends_by_room: list[list[int]] = [[] for _ in range(size + 1)]  # for each amount of room, the ends of such bins
+    bins = 0
+    for row in np.argsort(-lengths_R, kind="stable"):
+        length = int(lengths_R[row])
+        room = next((room for room in range(length, size) if ends_by_room[room]), size)
+        if room == size:
+            ends_by_room[size].append(bins * size)
+            bins += 1
+        begin_R[row] = end = ends_by_room[room].pop()
+        ends_by_room[room - length].append(end + length)
+    return begin_R, bins
+
+
+class _Pad(torch.autograd.Function):
+    """Rows of `x` by `source`. The gradient is gathered by `place`, which leaves out padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return gradient.index_select(0, place), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Rows of `x` by `place`. No two places are the same, so that the gradient is copied and not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, place, gradient), None

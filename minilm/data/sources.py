@@ -1,0 +1,238 @@
+"""Data sources: files, folders, globs, saved datasets and the hub, from their name to their rows."""
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from huggingface_hub import HfApi
+
+from minilm.config import Data
+from minilm.data.columnar_files import where_damaged
+from minilm.data.columns import Column
+from minilm.data.rows import Blank, map_rows, read_batches
+from minilm.data.tables import DatasetTable, FileTable, Table
+from minilm.data.text_files import fingerprint_file, warn_once
+from minilm.utils.hub import expect, reason
+from minilm.utils.launch_variables import is_main
+from minilm.utils.local_files import ending, is_path, is_saved, is_text, kind_of_files, local_files
+from minilm.utils.validation import closest
+
+log = logging.getLogger("minilm")
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silence the log of the datasets library, and show its progress bars only in a terminal, from one process."""
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty() or not is_main(os.environ):
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def list_columns(data: Data, *, labels: bool = False) -> list[Column]:
+    """Return the columns that a run reads, the text first."""
+    columns = [Column(role="text", name=data.column)]
+    if data.pair_column is not None:
+        columns.append(Column(role="pair", name=data.pair_column))
+    if labels:
+        lists_labels = data.label_separator is not None
+        columns.append(Column(role="label", name=data.label_column, lists_labels=lists_labels))
+    return columns
+
+
+def check_data_settings(data: Data, *, labels: bool) -> None:
+    """Raise ValueError for a setting that no source can follow, or that needs labels when none are read."""
+    sources = [source for source in (*data.sources, data.eval_source) if source is not None]
+    kinds = {source: kind_of_files(source) for source in sources}
+
+    def refuse(setting: str, why: str) -> None:
+        value = getattr(data, setting)
+        raise ValueError(f"--data.{setting.replace('_', '-')} {value}: {why}; leave it out")
+
+    if all(source == "pydocs" or kinds[source] == "text" for source in sources):
+        why = "pydocs has no columns" if sources == ["pydocs"] else "a .txt file has no columns"
+        if data.column != Data.column:
+            refuse("column", why)
+        if data.pair_column is not None:
+            refuse("pair_column", why)
+    if data.delimiter is not None and "delimited" not in kinds.values():
+        refuse("delimiter", "no source is .csv or .tsv")
+    if data.document != Data.document and "text" not in kinds.values():
+        refuse("document", "no source is .txt")
+    if data.config is not None and not any(map(_is_on_hub, sources)):
+        refuse("config", "no source is a dataset on the hub")
+    if "pydocs" in data.sources and data.split != Data.split:
+        refuse("split", "pydocs has no splits")
+    if data.eval_source == "pydocs" and data.eval_split not in (None, "train"):
+        refuse("eval_split", "pydocs has no splits")
+    if not labels and data.label_column != Data.label_column:
+        refuse("label_column", "the objective reads no labels")
+    if not labels and data.label_separator is not None:
+        refuse("label_separator", "the objective reads no labels")
+
+
+def _is_on_hub(source: str) -> bool:
+    return source != "pydocs" and not is_path(source) and not list_files(source)
+
+
+def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: Blank = "keep") -> Dataset:
+    """Return the rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
+
+    Texts are strings. Labels are whole numbers, numbers, strings, truth values, or lists of these, of the same type in
+    all rows. A ClassLabel of the source is kept. `blank` decides whether rows without a visible character are kept,
+    dropped or refused. Raises ValueError that names the file and the line, the row, the column or the split at fault.
+    """
+    table, part = open_table(data, source, split)
+    columns = list_columns(data, labels=labels)
+    _look_for_second_text(table, columns)
+    return map_rows(table, columns, split=part, blank=blank)
+
+
+def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
+    """Yield the texts of `read_rows` that have a visible character, in batches. Nothing is stored.
+
+    A part of a split is given by numbers of rows, not by percent.
+    """
+    table, part = open_table(data, source, split, streaming=True, revision=revision)
+    for batch in read_batches(table, list_columns(data)[:1], split=part):
+        yield batch["text"]
+
+
+def open_table(
+    data: Data, source: str, split: str, *, streaming: bool = False, revision: str | None = None
+) -> tuple[Table, str]:
+    """Return (the rows of a source, the part of them that `split` stands for)."""
+    sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
+    if streaming and sliced is None:
+        raise ValueError(f"{source}: a stream takes no part such as {split}; give numbers of rows such as train[:5000]")
+    if files := local_files(source):
+        _check_files(source, split, files)
+        return FileTable(files, data), split
+    if streaming and not is_path(source):
+        assert sliced is not None
+        rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
+        start, stop = int(sliced[2] or 0), sliced[3]
+        rows = rows.skip(start) if start else rows
+        return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
+    cached = expect(source, "dataset")
+    rows = _load(source, os.path.expanduser(source), name=data.config, split=split)
+    if cached:
+        log.warning(f"the hub does not answer: {source} comes from the cache")
+    # The fingerprint of a saved dataset does not change when its files do.
+    saved = [fingerprint_file(file) for file in list_files(source)]
+    return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
+
+
+def no_documents(data: Data, source: str, split: str) -> ValueError:
+    """Return the error for a source that has no text with a visible character."""
+    at = "" if is_text(source) else f", column {data.column!r}"
+    return ValueError(
+        f"{source}: no document has text (split {split!r}{at}); change the source, the split or the column"
+    )
+
+
+def _look_for_second_text(table: Table, columns: list[Column]) -> None:
+    """Warn where labels belong to pairs of texts and only the first text is read."""
+    text = columns[0].name
+    second = text.removesuffix("1") + "2"
+    if [column.role for column in columns] != ["text", "label"] or not text.endswith("1"):
+        return
+    if second in table.names(columns):
+        warn_once(f"WARNING: there is {second} too, which is not read; for pairs pass --data.pair-column {second}")
+
+
+def source_facts(data: Data) -> dict[str, Any]:
+    """Return the content of each source, as JSON types: the fingerprints of its files, or a revision on the hub."""
+    facts: dict[str, Any] = {}
+    for source in dict.fromkeys((*data.sources, data.eval_source)):
+        if source in ("pydocs", None):
+            continue
+        with suppress(ValueError, OSError):  # the hub does not answer, and the dataset comes from the cache
+            if files := list_files(source):
+                facts[source] = [{"file": name, **fingerprint_file(name)} for name in files]
+            else:
+                facts[source] = {"revision": revision(source)}
+    return facts
+
+
+def list_files(source: str) -> list[str]:
+    """Return the files of a source, also of a saved dataset; empty for a dataset on the hub."""
+    path = os.path.expanduser(source)
+    if not is_saved(path):
+        return local_files(source)
+    return sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
+
+
+def revision(source: str) -> str:
+    """Return the commit of a dataset on the hub. Raises ValueError if the hub does not answer."""
+    try:
+        return str(HfApi().dataset_info(source, timeout=10).sha)
+    except Exception as error:  # the type depends on the HTTP library
+        raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
+
+
+def _check_files(source: str, split: str, files: list[str]) -> None:
+    """Raise ValueError if files cannot have this split, or if all files are empty."""
+    if split.partition("[")[0] != "train":
+        raise ValueError(
+            f"data source {source}: files have no split {split!r}, only train and parts of it such as train[:90%]"
+        )
+    try:
+        datasets.ReadInstruction.from_spec(split)
+    except (ValueError, AssertionError) as error:
+        unknown = str(error).startswith("Unrecognized instruction")
+        why = _describe_bad_split(split) if unknown else f"the split {split!r}: {error}"
+        raise ValueError(f"data source {source}: {why}") from error
+    if not any(map(os.path.getsize, files)):
+        raise ValueError(f"data source {source}: is empty")
+
+
+def _describe_bad_split(split: str) -> str:
+    return f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
+
+
+def _load(source: str, path: str, **options: Any) -> Any:
+    """Load a saved dataset or one on the hub with the datasets library. Raises ValueError in one line."""
+    split = str(options["split"])
+    try:
+        if os.path.isdir(path):
+            return _load_saved(path, split)
+        return datasets.load_dataset(path, **options)
+    except Exception as error:  # the library raises errors of many types
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
+        if why.startswith("Unrecognized instruction"):
+            why = _describe_bad_split(split)
+        for file in list_files(source) if os.path.isdir(path) else ():
+            if ending(file) == ".arrow" and (damage := where_damaged(file)):
+                raise ValueError(f"{file}: {damage}") from error
+        raise ValueError(f"data source {source}: {why}") from error
+
+
+def _load_saved(path: str, split: str) -> Dataset:
+    """Load a split of a saved dataset, or a part of it. Other splits are not read."""
+    name = split.partition("[")[0]
+    listing = Path(path, datasets.config.DATASETDICT_JSON_FILENAME)
+    names = json.loads(listing.read_text())["splits"] if listing.is_file() else ["train"]
+    if name not in names:
+        raise ValueError(f"no split {closest(name, names)}")
+    folder = Path(path, name) if listing.is_file() else Path(path)
+    if not json.loads((folder / datasets.config.DATASET_STATE_JSON_FILENAME).read_text())["_data_files"]:
+        raise ValueError("is empty")
+    rows = datasets.load_from_disk(str(folder))
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))

@@ -1,0 +1,60 @@
+"""How many bytes of a text each of its tokens stands for, whatever the kind of tokenizer.
+
+Axes: L tokens of a text, C its characters, V ids of a tokenizer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from minilm.data.special_ids import id_count
+
+
+def name_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """Characters of each token's name, int64[V]: of byte-level BPE the bytes that it spells."""
+    lengths = np.ones(id_count(tokenizer), np.int64)
+    for token, id in tokenizer.get_vocab().items():
+        lengths[id] = max(1, len(token))
+    return lengths
+
+
+def bytes_by_token(text: str, spans: Sequence[tuple[int, int]], weight_L: NDArray[np.int64]) -> NDArray[np.int64]:
+    """UTF-8 bytes of `text` that each token stands for, int64[L]; their sum is the length of the text.
+
+    `spans` are the first character of each token and the one after its last, as the tokenizers library gives them.
+    Characters that no token has, such as the spaces that WordPiece drops, belong to the token after them, and those at
+    the end to the last. Tokens that share a character, such as its bytes, share the bytes in proportion to `weight_L`.
+    """
+    if not spans:
+        return np.zeros(0, np.int64)
+    bounds_C1 = _byte_bounds(text)
+    start_L, stop_L = np.array(spans, np.int64).T
+    stop_L = np.maximum.accumulate(stop_L)
+    stop_L[-1] = len(bounds_C1) - 1
+    # A share ends with a token that has no character in common with the next.
+    ends_L = np.append(start_L[1:] >= stop_L[:-1], True)
+    last_S = np.flatnonzero(ends_L)
+    first_S = np.append(0, last_S[:-1] + 1)
+    bytes_S = np.diff(bounds_C1[stop_L[last_S]], prepend=0)
+    if len(last_S) == len(spans):
+        return bytes_S
+    share_L = np.repeat(np.arange(len(last_S)), last_S - first_S + 1)
+    total_L = np.cumsum(weight_L)
+    before_S = total_L[first_S] - weight_L[first_S]
+    weight_S = total_L[last_S] - before_S
+    until_L = bytes_S[share_L] * (total_L - before_S[share_L]) // weight_S[share_L]
+    begins_L = np.zeros(len(spans), bool)
+    begins_L[first_S] = True
+    bytes_L: NDArray[np.int64] = np.where(begins_L, until_L, np.diff(until_L, prepend=0))
+    return bytes_L
+
+
+def _byte_bounds(text: str) -> NDArray[np.int64]:
+    """Where each character begins in UTF-8, and where the last one ends, int64[C + 1]."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes_C = 1 + (codes_C >= 0x80).astype(np.int64) + (codes_C >= 0x800) + (codes_C >= 0x10000)
+    return np.append(0, np.cumsum(sizes_C))

@@ -1,0 +1,276 @@
+"""Vocabularies learnt from documents: byte-level BPE, WordPiece, Unigram or characters; and words added to others."""
+
+import io
+import json
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from datasets import Dataset
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from minilm.data.special_ids import id_count
+from minilm.data.streaming import Stream
+from minilm.utils.progress import progress_bar
+from minilm.utils.shell import silent_stdout
+
+_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_CAUSAL_SPECIAL = {
+    "bos_token": "<|endoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<|unknown|>",
+}
+# The sentencepiece library reads lines of cells: these stand for the characters that end them, and the reverse.
+_STAND_INS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
+# It needs time and memory for every character, and drops what it would use less than half a time: of a few words, all.
+_CHARACTERS = 10**4, 10**7
+Documents: TypeAlias = Dataset | Stream
+BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
+
+
+def train_tokenizer(
+    documents: Documents, kind: str, vocab_size: int, *, causal: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE (Radford et al. 2019, section 2.2), WordPiece (as BERT's, lower-cased) or Unigram (Kudo
+    2018, section 3.2) on `text`, or take every character for a token. The same documents give the same tokenizer.
+
+    For masked LM it adds `[CLS]` and `[SEP]` around one text, and between and after two. A `causal` one adds nothing:
+    it has one special token, which ends a document.
+    """
+    roles = _CAUSAL_SPECIAL if causal else _SPECIAL
+    # In BPE and Unigram, as in RoBERTa's, " [MASK]" stands for " word": the mask takes the space before it.
+    names = dict.fromkeys(roles.values())
+    special = [AddedToken(name, special=True, lstrip=name == "[MASK]" and kind in ("bpe", "unigram")) for name in names]
+    if kind == "bpe":
+        tokenizer = _train_bpe(documents, vocab_size, special)
+    elif kind == "wordpiece":
+        tokenizer = _train_wordpiece(documents, vocab_size, special, roles["unk_token"])
+    elif kind == "unigram":
+        tokenizer = _train_unigram(documents, vocab_size, special, roles["unk_token"])
+    else:
+        tokenizer = _collect_characters(documents, special, roles["unk_token"])
+    if not causal:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
+
+
+def _collect_characters(documents: Documents, special: list[AddedToken], unknown: str) -> Tokenizer:
+    characters = sorted({character for text in texts_of(documents) for character in set(text)})
+    vocabulary = {token: index for index, token in enumerate([*(t.content for t in special), *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _train_on(documents: Documents, tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
+    """Train a tokenizer of the tokenizers library, which draws its bars on stderr if that is a terminal."""
+    with silent_stdout():
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
+    if sys.stderr.isatty():
+        # The library leaves the cursor behind its last bar. Remove that bar, so that the next line begins on the left.
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def _train_bpe(documents: Documents, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    _train_on(documents, tokenizer, trainer)
+    return tokenizer
+
+
+def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
+    def empty(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    # The trainer numbers the ## letters, which decide ties, in an order that differs from run to run. So learn them
+    # first, hand them over sorted as if they were special, and build the tokenizer anew from the vocabulary.
+    tokenizer = empty()
+    _train_on(documents, tokenizer, trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
+    letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *letters])
+    _train_on(documents, tokenizer, trainer)
+    tokenizer = empty(tokenizer.get_vocab())
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
+    """As SentencePiece does: spaces are U+2581, and what has no piece is spelt in bytes, so that no text is lost."""
+
+    names = [*(token.content for token in special), *(f"<0x{byte:02X}>" for byte in range(256))]
+    # The "<" stands alone, so that a text with "<0x0A>" in it is not taken for the byte of that name.
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
+    splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
+    for text in progress_bar(
+        texts_of(documents), desc="reading", total=_count_texts(documents), unit="text", leave=False
+    ):
+        words.update(word for word, _ in splitter.pre_tokenize_str(text))
+    best = _learn_pieces(words, vocab_size - len(names))
+    lowest = min((score for _, score in best), default=0.0)
+    pieces = [*((name, lowest) for name in names), *best]
+    tokenizer = Tokenizer(models.Unigram(pieces, names.index(unknown), byte_fallback=True))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
+    """At most `size` pieces that spell the words, with their log probabilities, by the sentencepiece library.
+
+    There are fewer where the words give no more, and none of a character that is not among the `size` most frequent.
+    Of more text than `_CHARACTERS` says a sample is taken, which depends on the words and their counts alone.
+    """
+    words = Counter({word.translate(_STAND_INS): count for word, count in words.items()})
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+    for reserved in "\0\t\n\r\u2585":
+        del letters[reserved]
+    kept = sorted(letters, key=lambda letter: (-letters[letter], letter))[:size]
+    if not kept:
+        return []
+    spelt, parts = re.compile(f"[{re.escape(''.join(kept))}]{{1,1000}}"), Counter[str]()
+    for word, count in words.items():
+        for part in spelt.findall(word):  # the library leaves out a line of more than 4192 bytes
+            parts[part] += count
+    fewest, most = _CHARACTERS
+    total = sum(len(part) * count for part, count in parts.items())
+    times, share = max(1, fewest // total), math.ceil(total / most)
+    sample = {part: (times * count + zlib.crc32(part.encode()) % share) // share for part, count in parts.items()}
+    trained = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=(f"{part}\t{count}" for part, count in sorted(sample.items()) if count),
+        input_format="tsv",
+        model_writer=trained,
+        vocab_size=size + 1,  # one is for what is unknown
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,  # the order of its sums depends on how many there are
+        minloglevel=2,
+    )
+    learned = SentencePieceProcessor(model_proto=trained.getvalue())
+    ids = range(1, len(learned))
+    return [(learned.id_to_piece(index).translate(_STAND_INS), learned.get_score(index)) for index in ids]
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer with `size` tokens more: the most frequent words of the documents that it splits into several.
+
+    The new ids follow the old ones, which keep their meaning, and a word is what the tokenizer itself takes for one,
+    with the space before it where it is of the token, if only letters and digits are in it. Byte-level BPE finds a new
+    token where it is a whole word; WordPiece also at the beginning of one, and Unigram wherever it is the likeliest.
+    Raises ValueError when there are fewer such words, or the tokenizer is of another kind.
+    """
+    backend, known = tokenizer.backend_tokenizer, id_count(tokenizer)
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    if model["type"] not in ("BPE", "WordPiece", "Unigram") or backend.pre_tokenizer is None:
+        raise ValueError(
+            "tokens.extend adds whole words to BPE, WordPiece and Unigram tokenizers that split texts into words; this "
+            "one does not: leave it out"
+        )
+    if model["type"] == "Unigram" and known > len(tokenizer):
+        raise ValueError("tokens.extend numbers the pieces of a Unigram tokenizer, whose ids have holes: leave it out")
+    words = _split_words(backend, documents)
+    if len(words) < size:
+        raise ValueError(
+            f"tokens.extend={size}, but the documents hold {len(words)} words, twice or more, that the tokenizer "
+            "splits: lower it, or give more documents"
+        )
+    if model["type"] == "Unigram":
+        scores = dict(model["vocab"])
+        unlikely = min(scores.values())
+        beside = sorted((index, token) for token, index in tokenizer.get_added_vocab().items())
+        model["vocab"] += [[token, unlikely] for index, token in beside if index >= len(model["vocab"])]
+        for word in words[:size]:  # a little likelier than its parts, and the more so the longer it is
+            parts = sum(scores.get(piece.value, unlikely) for piece in backend.model.tokenize(word))
+            model["vocab"].append([word, parts + 0.1 * len(word)])
+    else:
+        model["vocab"] |= {word: known + number for number, word in enumerate(words[:size])}
+    if model["type"] == "BPE":
+        model["ignore_merges"] = True  # a word that is a token is one, whatever merges there are
+    roles = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        chat_template=tokenizer.chat_template,
+        **roles,
+    )
+
+
+def _split_words(backend: Tokenizer, documents: Documents) -> list[str]:
+    """The words of letters and digits that occur more than once and are several tokens, the most frequent first."""
+    found: Counter[str] = Counter()
+    for text in texts_of(documents):
+        text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        for word, (start, stop) in backend.pre_tokenizer.pre_tokenize_str(text):
+            if text[start:stop].replace("\u2581", " ").strip().isalnum():
+                found[word] += 1
+    often = sorted((word for word, count in found.items() if count > 1), key=lambda word: (-found[word], word))
+    return [word for word in often if len(backend.model.tokenize(word)) > 1]
+
+
+def count_of(documents: Documents) -> int | None:
+    """How many there are, where that is known."""
+    return None if isinstance(documents, Stream) else len(documents)
+
+
+def in_batches(documents: Documents) -> Iterator[list[str]]:
+    """The texts, many at a time."""
+    for batch in documents.iter(batch_size=BATCH):
+        yield batch["text"]
+
+
+def text_columns(documents: Documents) -> tuple[str, ...]:
+    """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
+    pairs = not isinstance(documents, Stream) and "pair" in documents.column_names
+    return ("text", "pair") if pairs else ("text",)
+
+
+def texts_of(documents: Documents) -> Iterator[str]:
+    """Yield each text of all columns."""
+    for batch in documents.iter(batch_size=BATCH):
+        for column in text_columns(documents):
+            yield from batch[column]
+
+
+def _count_texts(documents: Documents) -> int | None:
+    """Return how many texts `texts_of` yields, where that is known."""
+    count = count_of(documents)
+    return None if count is None else count * len(text_columns(documents))

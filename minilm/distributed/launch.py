@@ -1,0 +1,304 @@
+"""The start and the end of each process of a run: the accelerator, agreement between processes, and cleaning up."""
+
+import contextlib
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from minilm.config import Run
+from minilm.distributed.deepspeed import hidden_from_accelerate, leave_zero, zero_stage
+from minilm.distributed.hardware import (
+    Precision,
+    check_devices,
+    check_launch,
+    choose_precision,
+    fair_threads,
+    keep_few_kernels,
+    keep_freed_memory,
+    repeat_to_the_bit,
+)
+from minilm.distributed.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
+from minilm.utils.launch_variables import check_job, leftovers_hidden
+from minilm.utils.signals import killed_by_signals
+
+T = TypeVar("T")
+
+
+_staying = [False]  # whether `finish` stays in the process group, for the next run
+_joined = [False]  # whether minilm joined the process group, which the process must leave then
+_STATES = (PartialState, AcceleratorState, GradientState)
+_undo = list[Callable[[], None]]()  # restores the state that the process had before the run
+
+
+def join_job(run: Run) -> PartialState:
+    """Join the other processes of the job, unless that is done, and return the rank and the device of this one.
+
+    Raises ValueError for a wrong launch.
+    """
+    _remember_process()
+    cpu = _on_cpu()
+    check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
+    outside = not dist.is_initialized()
+    if outside:
+        check_job(os.environ)
+    with killed_by_signals(), hidden_from_accelerate(), leftovers_hidden():
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
+    _joined[0] |= outside and dist.is_initialized()
+    check_launch(state.num_processes, os.environ)
+    return state
+
+
+def _on_cpu() -> bool:
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def start(run: Run) -> tuple[Accelerator, Precision]:
+    """Return the accelerator of this process, and the precision that the main process chose.
+
+    `finish` or `restore_on_error` restores the state that the process had before. Where a run ended without either,
+    this function restores it first. Raises ValueError for a wrong launch.
+    """
+    if not _staying[0]:
+        restore_process()
+    try:
+        return _start(run)
+    except BaseException:
+        restore_process()
+        raise
+
+
+def _start(run: Run) -> tuple[Accelerator, Precision]:
+    sharding = asked_for_sharding(os.environ)
+    state = join_job(run)
+    if threads := fair_threads(os.environ):
+        torch.set_num_threads(threads)
+    keep_freed_memory(state.device)
+    keep_few_kernels(run.precision)
+    repeat_to_the_bit(run.deterministic)
+    precision = broadcast_object_list([choose_precision(run.precision, state.device)])[0]
+    mode = "no" if precision.name == "fp32" else precision.name
+    # The replacement of broadcast_buffers, forward_sync_buffers, is not in every release of torch that minilm supports.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # Views save a copy of every gradient. No model here has a buffer that differs between processes.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # The loop accumulates gradients itself. accelerate must not do it again where the environment asks for it.
+    once = GradientAccumulationPlugin(num_steps=1)
+    zero = zero_stage(os.environ) is not None
+    _check_combination(run, mode, state.device, sharded=sharding is not None, zero=zero)
+    _check_earlier(mode, state.device)
+    with hidden_from_accelerate(), leftovers_hidden():
+        accelerator = Accelerator(
+            mixed_precision=mode,
+            cpu=_on_cpu(),
+            kwargs_handlers=[ddp],
+            fsdp_plugin=sharding,
+            gradient_accumulation_plugin=once,
+        )
+    if run.reduce_dtype == "bf16":
+        reduce_in_bf16(accelerator, ddp, sharding)
+    enable_on_cpus(accelerator, sharding)
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise ValueError(f"the launch asks for {kind.value}, which has not been tried with minilm: use --multi_gpu")
+    return accelerator, precision
+
+
+def _check_combination(run: Run, mode: str, device: torch.device, *, sharded: bool, zero: bool) -> None:
+    """Raise ValueError for settings that do not work together, or that have not been tried together."""
+    if run.compile and (sharded or zero):
+        raise ValueError("run.compile has not been tried with sharding: leave one of them out")
+    if run.compile and device.type == "cpu":
+        raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
+    if zero and run.reduce_dtype == "bf16":
+        raise ValueError("run.reduce_dtype bf16 has not been tried with DeepSpeed: leave it out")
+    if (sharded or zero) and mode == "fp16":
+        raise ValueError("fp16 has not been tried with sharding: use --run.precision bf16, or fp32")
+    if zero and device.type == "cpu" and torch.accelerator.is_available():
+        raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
+
+
+def _remember_process() -> None:
+    """Store the state for `restore_process`: torch's settings, and the state that accelerate shares in the process."""
+    if _undo:
+        return
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    shared = [(state._shared_state, dict(state._shared_state)) for state in _STATES]
+
+    def undo() -> None:
+        for now, before in shared:
+            now.clear()
+            now.update(before)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+    _undo.append(undo)
+
+
+def restore_process() -> None:
+    """Restore the state that the process had before the run, including an Accelerator that the user made."""
+    while _undo:
+        _undo.pop()()
+
+
+@contextlib.contextmanager
+def restore_on_error() -> Iterator[None]:
+    """Inside it, any error restores the state that the process had before the run, so that another `train` can follow.
+
+    The process stays in the process group, since all processes of a job end or go on together.
+    """
+    try:
+        yield
+    except BaseException:
+        restore_process()
+        raise
+
+
+def _check_earlier(mode: str, device: torch.device) -> None:
+    """Raise ValueError where the user made an Accelerator of another precision or device: a process has one state."""
+    if not (earlier := AcceleratorState._shared_state):
+        return
+    theirs = earlier["_mixed_precision"]
+    if theirs != mode:
+        names = [{"no": "fp32"}.get(name, name) for name in (theirs, mode)]
+        raise ValueError(
+            f"this process made an Accelerator before, for {names[0]}, and the run is in {names[1]}: set run.precision "
+            f"to {names[0]}, or make that Accelerator after the run"
+        )
+    if earlier["device"].type != device.type:
+        raise ValueError(
+            f"this process made an Accelerator before, for {earlier['device'].type}, and the run is on {device.type}: "
+            "make that Accelerator after the run"
+        )
+
+
+def together(work: Callable[[], T], *, main_only: bool = False) -> T:
+    """Return the result of `work` on each process, or with `main_only` the main process's result on all.
+
+    A ValueError on one process becomes one on all. Otherwise the others would wait for a process that has given up.
+    """
+    if not main_only:
+        result, message = _attempt(work)
+        _share_error(message)
+    else:
+        result, message = _attempt(work) if PartialState().is_main_process else (None, None)
+        result, message = broadcast_object_list([result, message])
+        if message is not None:
+            raise ValueError(message)
+    return cast(T, result)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the result of `work` and None, or None and the message of its ValueError."""
+    try:
+        return work(), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _share_error(message: str | None) -> None:
+    """Raise ValueError with the first message that any process has. Every process calls it."""
+    for one in gather_object([message]):
+        if one is not None:
+            raise ValueError(one)
+
+
+def first_on_each_host(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Return the result of `work`, which the main process of each host does before the others.
+
+    The others then find its results in the cache. A ValueError on one process becomes one on all. The work may take
+    hours. So the processes wait in a separate process group with a timeout of a day in place of `run.timeout`, and
+    they receive signals while they wait.
+    """
+    group = None
+    if accelerator.num_processes > 1:
+        with killed_by_signals():
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+    def wait_for_everyone() -> None:
+        if group is not None:
+            arrival = dist.barrier(group, async_op=True)
+            while not arrival.is_completed():
+                time.sleep(0.02)
+            arrival.wait()
+
+    if not accelerator.is_local_main_process:
+        wait_for_everyone()
+    result, message = _attempt(work)
+    if accelerator.is_local_main_process:
+        wait_for_everyone()
+    wait_for_everyone()
+    if group is not None:
+        dist.destroy_process_group(group)
+    _share_error(message)
+    return cast(T, result)
+
+
+@contextlib.contextmanager
+def explain_lost_contact(advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn an error that comes from the loss of another process into a ConnectionError of one line.
+
+    The line ends with the sentence that `advice` returns.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Application timeout", message):
+            raise
+        # The first sentence, without the place in torch's source before it and torch's advice after it.
+        reason = re.sub(r"^\[\S+\] ", "", message.splitlines()[0]).split(". ")[0]
+        hint = "" if advice is None else f"; {advice()}"
+        raise ConnectionError(f"lost contact with another process of the job ({reason}){hint}") from error
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Leave the process group and restore the process, so that `train` can be called again.
+
+    The caller must delete DDP first. If DDP were the last owner of the group, its destructor would hold Python's global
+    lock while it waits for threads of gloo, which wait for that lock.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if not _staying[0]:
+        _leave_group()
+    restore_process()
+
+
+@contextlib.contextmanager
+def one_job() -> Iterator[None]:
+    """Inside it, `finish` stays in the process group, and the next `start` continues in it.
+
+    If a process rejoins a group at the same address at once, another process may not have left it yet.
+    """
+    _staying[0] = True
+    try:
+        yield
+    finally:
+        _staying[0] = False
+    _leave_group()
+    restore_process()
+
+
+def _leave_group() -> None:
+    """Leave the process group, unless the process was in it before the run."""
+    if _joined[0] and dist.is_initialized():
+        dist.destroy_process_group()
+    _joined[0] = False
+    leave_zero()

@@ -1,0 +1,288 @@
+"""Use a trained model: fill in masks, generate text, classify text."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from minilm.data.encoding_errors import naming_texts
+from minilm.models.loading import check_causal, longest_input
+from minilm.utils.hub import loading
+
+log = logging.getLogger("minilm")
+
+# The end of a class's name in transformers, and the command that uses such a model.
+_COMMANDS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "classify",
+    "ForCausalLM": "generate",
+    "LMHeadModel": "generate",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """One candidate for a mask."""
+
+    token: str
+    """The token as text, without surrounding spaces, on one line."""
+    probability: float
+    text: str
+    """The input with this candidate in place of the mask."""
+
+
+def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a masked LM in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
+    return _load(name, AutoModelForMaskedLM, "masked LM")
+
+
+def load_classifier(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a classifier in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
+    return _load(name, AutoModelForSequenceClassification, "sequence classifier")
+
+
+def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal LM in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
+    model, tokenizer = _load(name, AutoModelForCausalLM, "causal LM")
+    # transformers also loads BERT's weights as a causal LM.
+    if advice := _suggest_command(model):
+        raise ValueError(f"{str(name)!r} is not a causal LM{advice}")
+    check_causal(model)
+    return model, tokenizer
+
+
+def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no config.json (did its run finish?)")
+    with loading(str(name), f"no {kind} can be loaded from {str(name)!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, report = auto.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it has no weights for {', '.join(missing)}{_suggest_command(model)}")
+    return model.eval(), tokenizer
+
+
+def _suggest_command(model: PreTrainedModel) -> str:
+    """Return the end of an error message that names the command for the checkpoint's own head.
+
+    It is empty if the checkpoint has the head of the class that it was loaded as, or one without a command.
+    """
+    saved = " ".join(model.config.architectures or ())
+    commands = [command for head, command in _COMMANDS.items() if head in saved and head not in type(model).__name__]
+    return f"; for a {saved} use: minilm {commands[0]}" if commands else ""
+
+
+def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Raise ValueError for a text without a mask token, or one that is longer than the model's input."""
+    longest = longest_input(model)
+    for text in texts:
+        with naming_texts(tokenizer, [text]):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+        if tokenizer.mask_token_id not in ids:
+            raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
+        if longest is not None and len(ids) > longest:
+            raise ValueError(
+                f"the text {_quote_beginning(text)} is longer than the model's input: {len(ids)} tokens, where "
+                f"{longest} fit. Shorten it"
+            )
+
+
+def fill_mask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, top_k: int = 5
+) -> list[list[list[Fill]]]:
+    """Return the `top_k` most probable tokens for each mask of each text: `result[text][mask][rank]`.
+
+    Raise ValueError for a text without a mask token, or one that is longer than the model's input.
+    """
+    check_masks(model, tokenizer, texts)
+    results = []
+    for text in texts:
+        encoded = tokenizer(text, return_tensors="pt").to(model.device)
+        input_ids_L = encoded["input_ids"][0]
+        masks_M = (input_ids_L == tokenizer.mask_token_id).nonzero()[:, 0]
+        inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            probabilities_MxV = model(**inputs).logits[0, masks_M].float().softmax(-1)
+        best = probabilities_MxV.topk(min(top_k, probabilities_MxV.shape[-1]))
+        results.append(
+            [
+                [
+                    Fill(
+                        token=on_one_line(str(tokenizer.decode([index])).strip(" ")),
+                        probability=probability,
+                        text=_fill_in(tokenizer, input_ids_L, int(place), index),
+                    )
+                    for probability, index in zip(*row, strict=True)
+                ]
+                for place, *row in zip(masks_M, best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        )
+    return results
+
+
+def on_one_line(text: str) -> str:
+    """Return the text with its line breaks written as escapes."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _fill_in(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, place: int, index: int) -> str:
+    """Return the text with the token `index` at this place, without special tokens other than masks."""
+    ids = input_ids_L.tolist()
+    ids[place] = index
+    keep = [i for i in ids if i == tokenizer.mask_token_id or i not in tokenizer.all_special_ids]
+    return str(tokenizer.decode(keep)).strip()
+
+
+def check_beginnings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
+) -> None:
+    """Raise ValueError for a text that leaves no room for `max_new_tokens`, or that has no tokens to start from."""
+    longest = longest_input(model)
+    for text in texts:
+        with naming_texts(tokenizer, [text]):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+        if not ids and _first_id(tokenizer) is None:
+            raise ValueError(
+                f"the text {text!r} has no tokens, and the tokenizer has no token that begins a document: give a text "
+                "that is not empty"
+            )
+        if longest is not None and len(ids) + max_new_tokens > longest:
+            fewer = f"leave out --max-new-tokens, or pass {longest - len(ids)} or fewer"
+            raise ValueError(
+                f"the text {_quote_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is "
+                f"more than the model's {longest}: {fewer if len(ids) < longest else 'shorten it'}"
+            )
+
+
+def _first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the token that begins a document, or else of the one that ends it; None without either."""
+    first: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return first
+
+
+def _quote_beginning(text: str) -> str:
+    """Return the first 40 characters of the text in quotes."""
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> list[str]:
+    """Return each text with its continuation, which `model.generate` draws after `torch.manual_seed(seed)`.
+
+    A continuation has at most `max_new_tokens` tokens, by default 100 or as many as the model has room for. Each is
+    drawn at `temperature` from the `top_k` likeliest tokens (Fan et al. 2018, section 5.4; 0: from all), and of these
+    from the likeliest that make up `top_p` (Holtzman et al. 2020, section 3.1). With temperature 0 the likeliest token
+    is taken. An empty text starts with the token that begins documents. `stream` prints the tokens as they come. A
+    warning counts the tokens of a text that are unknown to the tokenizer. Raise ValueError for a text that is too long
+    for the model.
+    """
+    check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
+    longest = longest_input(model) or math.inf
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    choice: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    draw: Any = model.generate
+    results = []
+    for text in texts:
+        ids_L = tokenizer(text)["input_ids"] or [_first_id(tokenizer)]
+        if unknown := ids_L.count(tokenizer.unk_token_id):
+            log.warning(
+                f"{unknown} of the {len(ids_L)} tokens of {_quote_beginning(text)} are unknown to the model's tokenizer"
+            )
+        inputs_1xL = torch.tensor([ids_L], device=model.device)
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            output_1xL = draw(
+                input_ids=inputs_1xL,
+                attention_mask=torch.ones_like(inputs_1xL),
+                max_new_tokens=max_new_tokens or min(100, longest - len(ids_L)),
+                pad_token_id=padding,
+                streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+                **choice,
+            )
+        results.append(str(tokenizer.decode(output_1xL[0], skip_special_tokens=True)))
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Class:
+    """A label and its score."""
+
+    label: str
+    score: float
+    """The probability of the class, or of this label alone where a text has several; for a regression the number."""
+
+
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    batch_size: int = 32,
+) -> list[list[Class]]:
+    """Return the labels of each text, the likeliest first; `pairs` holds the second text of each pair.
+
+    The scores are those of transformers' text-classification pipeline. Texts that are longer than the model's input are
+    cut, and a warning counts them. Texts of one length form a batch, since padding changes the logits of some models. A
+    text without tokens, such as an empty text for GPT-2, has no labels.
+    """
+    # The tokenizer refuses an empty list.
+    if not texts:
+        return []
+    longest = longest_input(model)
+    columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+    with naming_texts(tokenizer, [text for column in columns for text in column]):
+        encoded = tokenizer(*columns, truncation=longest is not None, max_length=longest, verbose=False)
+    if cut := sum(bool(row.overflowing) for row in encoded.encodings):
+        log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")
+    rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
+    names: Any = model.config.id2label
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: lengths[index])
+    runs = [list(run) for _, run in groupby(order, key=lambda index: lengths[index])]
+    results: list[list[Class]] = [[] for _ in rows]
+    for ids in (run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)):
+        batch = tokenizer.pad([rows[index] for index in ids], padding=False, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            logits_NxC = model(**batch).logits.float()
+        for row, scores in zip(ids, _scores(model, logits_NxC).tolist(), strict=True):
+            named = [Class(label=names[index], score=score) for index, score in enumerate(scores)]
+            results[row] = sorted(named, key=lambda each: -each.score)
+    return results
+
+
+def _scores(model: PreTrainedModel, logits_NxC: torch.Tensor) -> torch.Tensor:
+    problem = model.config.problem_type
+    if problem == "regression":
+        return logits_NxC
+    if problem == "multi_label_classification" or logits_NxC.shape[1] == 1:
+        return logits_NxC.sigmoid()
+    return logits_NxC.softmax(-1)

@@ -1,0 +1,78 @@
+"""A check that a model's own loss is the cross entropy that minilm trains on, and nothing more.
+
+Mixtures of experts add a loss of their routers if the configuration asks for it (Fedus et al. 2021, section 2.2). That
+loss is a product of two means over all tokens of a batch. Its sum over micro-batches differs from the loss of the step,
+so with it the size of the micro-batches would change the update.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from minilm.models.loading import evaluating, vocabulary_size
+from minilm.utils.hub import quiet_transformers
+
+log = logging.getLogger("minilm")
+
+_ROW_TOKENS = 8  # of the row on which both losses are computed
+# Fields of a configuration that add to the cross entropy, each with the value that adds nothing.
+_NOTHING_ADDED = {
+    "output_router_logits": False,  # mixtures of experts: a loss that gives all experts equally many tokens
+    "z_loss_coefficient": 0.0,  # Bamba: a loss that keeps the denominator of the softmax small
+    "eps": 0.0,  # ProphetNet: label smoothing, for which minilm has --objective.label-smoothing
+}
+
+
+def check_own_loss(network: PreTrainedModel, *, trained: bool = True) -> None:
+    """Compare the model's own loss of a row with the cross entropy of its logits.
+
+    If the two differ, raise a ValueError that names the field of the configuration that is the reason. Log a warning
+    instead if the model is not `trained`, or if no known field is the reason.
+    """
+    own, entropy = _compute_losses(network)
+    if own is None or entropy is None or _near(own, entropy):
+        return
+    kind = type(network).__name__
+    for field, none in _NOTHING_ADDED.items():
+        holders = [each for each in (network, network.config, network.config.get_text_config()) if hasattr(each, field)]
+        asked = [getattr(each, field) for each in holders]
+        for each in holders:
+            setattr(each, field, none)
+        without, _ = _compute_losses(network)
+        for each, value in zip(holders, asked, strict=True):
+            setattr(each, field, value)
+        if without is not None and not _near(without, own):
+            reason = f"model.config.{field} {asked[0]} adds a term to the loss of {kind}"
+            if not trained:
+                log.warning(f"{reason}; the evaluation measures the cross entropy alone")
+                return
+            raise ValueError(
+                f"{reason}, and minilm trains on the cross entropy alone: pass "
+                f"--model.config.{field.replace('_', '-')} {none} to leave the term out"
+            )
+    log.warning(
+        f"{kind} computes a loss of {own:.4g} for a test row, whose cross entropy is {entropy:.4g}; minilm uses the "
+        "cross entropy"
+    )
+
+
+def _compute_losses(network: PreTrainedModel) -> tuple[float | None, float | None]:
+    """Return the model's own loss of a row and the cross entropy that is nearest to it, or None for both."""
+    ids_1xL = torch.arange(1, 1 + _ROW_TOKENS, device=network.device)[None] % vocabulary_size(network)
+    try:
+        with evaluating(network), quiet_transformers():
+            output: Any = network(input_ids=ids_1xL, labels=ids_1xL)
+            logits_LxV, ids_L = output.logits.float()[0, :_ROW_TOKENS], ids_1xL[0]
+            # A masked LM predicts the token itself, a causal one the next token.
+            entropies = [F.cross_entropy(logits_LxV, ids_L), F.cross_entropy(logits_LxV[:-1], ids_L[1:])]
+            own = float(output.loss)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None, None
+    return own, min((float(entropy) for entropy in entropies), key=lambda entropy: abs(entropy - own))
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-5 * abs(other)

@@ -1,0 +1,82 @@
+"""Causal LM: every token is predicted from those before it.
+
+Axes: T tokens of the micro-batch, N targets of the micro-batch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.config import CausalLM
+from minilm.data.corpus import Examples
+from minilm.data.micro_batch import MicroBatch, concatenate_rows
+from minilm.data.special_ids import is_token
+from minilm.models.inference import check_beginnings, generate
+from minilm.models.loading import check_causal
+from minilm.objectives.language_modeling import LanguageModel
+from minilm.utils.shell import shell_line
+
+
+class CausalCollator:
+    """Joins rows of token ids; each token but a row's first is the target of the one before it.
+
+    `padded` and `multiple` are those of `minilm.data.batch_plan.Plan`.
+    """
+
+    ahead = 1
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool, multiple: int) -> None:
+        self.possible = is_token(tokenizer)
+        self.padded, self.multiple = padded, multiple
+
+    def rate(self, progress: float = 0.0) -> float:
+        """Share of the tokens that are targets, as good as."""
+        return 1.0
+
+    def __call__(
+        self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
+    ) -> MicroBatch:
+        """As `MaskedCollator`; of examples, epoch and progress nothing depends on."""
+        ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
+        index_N = np.delete(np.arange(len(ids_T)), np.cumsum([len(row) for row in rows] or [1]) - 1)
+        return MicroBatch(
+            input_ids_T=torch.from_numpy(ids_T),
+            packing=packing,
+            target_index_N=torch.from_numpy(index_N),
+            target_ids_N=torch.from_numpy(ids_T[index_N + 1]),
+        )
+
+
+class Causal(LanguageModel):
+    """Causal LM."""
+
+    auto, causal, pipeline, title = AutoModelForCausalLM, True, "text-generation", "causal language model"
+    predicted = "every token but the first"
+
+    def __init__(self, settings: CausalLM) -> None:
+        self.settings = settings
+
+    def collator(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Examples,
+        *,
+        seed: int | None,
+        padded: bool,
+        multiple: int,
+    ) -> CausalCollator:
+        return CausalCollator(tokenizer, padded=padded, multiple=multiple)
+
+    def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        check_causal(network, "; where the model can be made one, pass --model.config.is-decoder True")
+        check_beginnings(network, tokenizer, texts)
+
+    def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        return generate(network, tokenizer, [text])[0].removeprefix(text)
+
+    def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+        return shell_line("generate", folder, "…")

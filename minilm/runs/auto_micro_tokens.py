@@ -1,0 +1,135 @@
+"""`batch.micro_tokens=auto`: minilm times a few sizes before the first step, and takes the best one that fits."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from minilm.config import Config
+from minilm.data.micro_batch import MicroBatch, loss_sum
+from minilm.distributed.hardware import peak_memory
+from minilm.distributed.sharding import is_sharded
+from minilm.models.head import Head
+from minilm.runs.checkpoint import Checkpoint
+from minilm.utils.launch_variables import processes_here
+
+log = logging.getLogger("minilm")
+
+_SMALLEST_TOKENS = 512  # each size is twice the one before
+_LIMIT_SECONDS = 8.0  # no larger size is tried after this time
+_REPEATS = 3
+_FASTEST_TOLERANCE = 1.03  # the smallest size within this factor of the fastest time a token wins
+_GIVE_UP_FACTOR = 1.1  # no larger size is tried after one that is slower than the fastest by this factor
+_MEMORY_SHARE = 0.8  # share of the free memory that a run may use
+
+
+def resolve_micro_tokens(
+    config: Config,
+    accelerator: Accelerator,
+    head: Head,
+    checkpoint: Checkpoint | None,
+    first_step: Callable[[Config], Sequence[MicroBatch]],
+) -> Config:
+    """Return `config` with a number of tokens in place of `auto`, the same one on every process.
+
+    Each process times the forward and backward pass of the largest micro-batch that `first_step` returns for a size,
+    and drops the gradients. A resumed run keeps its number, so that it repeats to the bit. Raises ValueError where the
+    smallest size does not fit into the memory, and for a sharded run.
+    """
+    if config.batch.micro_tokens != "auto":
+        return config
+    if is_sharded(accelerator):
+        raise ValueError("batch.micro_tokens=auto does not work with sharding: give a number of tokens")
+    if checkpoint is not None:
+        return _with(config, checkpoint.config["batch"]["micro_tokens"])
+    times = _try_sizes(accelerator, head, lambda size: first_step(_with(config, size)))
+    all_times: list[dict[int, float]] = gather_object([times])
+    common = [size for size in times if all(size in one for one in all_times)]
+    worst = {size: max(one[size] for one in all_times) for size in common}
+    if not worst:
+        raise ValueError(
+            f"batch.micro_tokens=auto: {_SMALLEST_TOKENS} tokens do not fit into the memory; set a lower number"
+        )
+    best = fastest(worst)
+    if accelerator.is_main_process:
+        speeds = ", ".join(f"{1 / seconds:,.0f} tokens/s of {size:,}" for size, seconds in worst.items())
+        log.info(f"micro-batches of up to {best:,} tokens (tried: {speeds})")
+    return _with(config, best)
+
+
+def micro_tokens_of(config: Config) -> int:
+    """Return `batch.micro_tokens`; raise ValueError where it is `auto` and nothing has resolved it."""
+    if config.batch.micro_tokens == "auto":
+        raise ValueError("batch.micro_tokens=auto works only in the loop of minilm.train: give a number of tokens")
+    return config.batch.micro_tokens
+
+
+def fastest(seconds: dict[int, float]) -> int:
+    """Return the smallest size whose seconds a token are within the tolerance of the fewest."""
+    return min(size for size, taken in seconds.items() if taken <= _FASTEST_TOLERANCE * min(seconds.values()))
+
+
+def _with(config: Config, micro_tokens: int) -> Config:
+    return replace(config, batch=replace(config.batch, micro_tokens=micro_tokens))
+
+
+def _try_sizes(
+    accelerator: Accelerator, head: Head, micro_batches: Callable[[int], Sequence[MicroBatch]]
+) -> dict[int, float]:
+    """Return the seconds a token by size, for sizes that double as long as they fit and may become faster."""
+    times: dict[int, float] = {}
+    training, began, room = head.training, time.perf_counter(), _Room(accelerator, head)
+    head.train()
+    size = _SMALLEST_TOKENS
+    while True:
+        batches = micro_batches(size)
+        largest = max(batches, key=lambda batch: len(batch.input_ids_T))
+        try:
+            taken = min(_seconds(accelerator, head, largest) for _ in range(_REPEATS))
+        except torch.OutOfMemoryError:
+            break
+        times[size] = taken / max(1, len(largest.input_ids_T))
+        late = time.perf_counter() - began > _LIMIT_SECONDS
+        slow = times[size] > _GIVE_UP_FACTOR * min(times.values())
+        if len(batches) == 1 or late or slow or not room.fits_twice():
+            break
+        size *= 2
+    head.train(training)
+    return times
+
+
+def _seconds(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
+    """Return the seconds of one forward and backward pass."""
+    mark = time.perf_counter()
+    with accelerator.autocast():
+        nats = loss_sum(head, batch.to(accelerator.device))
+    torch.autograd.grad(nats, [p for p in head.parameters() if p.requires_grad])
+    float(nats.detach())  # waits for the device
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)
+    return time.perf_counter() - mark
+
+
+class _Room:
+    """The memory that a process has left."""
+
+    def __init__(self, accelerator: Accelerator, head: Head) -> None:
+        self.device = accelerator.device
+        trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+        self.moments = 2 * 4 * trained
+        if self.device.type == "cuda":
+            self.held, self.free = torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
+        else:
+            share = psutil.virtual_memory().available // processes_here(os.environ)
+            self.held, self.free = psutil.Process().memory_info().rss, share
+
+    def fits_twice(self) -> bool:
+        """Return whether twice the memory used so far would fit, together with the optimizer's moments."""
+        used = peak_memory(self.device) - self.held
+        return 2 * used + self.moments < _MEMORY_SHARE * self.free

@@ -1,0 +1,110 @@
+"""Early stopping: signals, and gradients that are not finite."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from minilm.config import Run
+from minilm.data.batch_plan import Plan
+from minilm.runs.recorder import Recorder
+from minilm.utils.signals import SIGNALS, die_with_parent, heard, remember
+
+# torchrun forwards a signal within milliseconds; a person takes longer to press ctrl-C again.
+ECHO_SECONDS = 2.0
+
+
+class TrainingStopped(Exception):  # noqa: N818 - it is not an error
+    """The run ended early and in good order. `status` is the exit status of the process."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
+    """Inside it, each of SIGNALS asks for an end after the current step; a second SIGINT ends the process at once.
+
+    Under torchrun, ctrl-C reaches a process twice: from the terminal, and forwarded by the launcher. So a second SIGINT
+    within `ECHO_SECONDS` does not count there.
+
+    The processes of a job receive a signal at different moments and agree on a step by `agree`. `saves` says whether
+    the run writes a checkpoint then. A signal after the last `agree` is kept for `minilm.utils.signals.heard`.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
+        self.accelerator, self.saves = accelerator, saves
+        self.signal, self._answered = heard(), False
+        self._last_signal = -ECHO_SECONDS  # seconds of the monotonic clock
+        self._asked: Tensor | None = None
+        self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            die_with_parent()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.signal and not self._answered:
+            remember(self.signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._last_signal < ECHO_SECONDS
+        if self.signal and number == signal.SIGINT and not echo:
+            self._answered = True
+            raise KeyboardInterrupt
+        self.signal = number
+        self._last_signal = time.monotonic()
+
+    def agree(self, step: int) -> TrainingStopped | None:
+        """Return the exception that ends the run after `step`, on all processes or on none; None to go on.
+
+        Every process calls it after each step. With several processes a signal takes effect one step later, so that no
+        step waits for the exchange.
+        """
+        number = self.signal
+        if self.accelerator.num_processes > 1:
+            if self._copied is not None:
+                self._copied.synchronize()
+            number = 0 if self._asked is None else int(self._asked.max())
+            # torch.full fills on the device. torch.tensor would copy from the host and wait.
+            mine = torch.full((1,), self.signal, device=self.accelerator.device)
+            self._asked = self.accelerator.gather(mine).to("cpu", non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+        if not number:
+            return None
+        self._answered = True
+        name = signal.Signals(number).name
+        left = "--run.resume latest goes on" if self.saves else "nothing was saved because run.save_every is 0"
+        return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)
+
+
+def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
+    """Return the exception for `run.max_bad_steps` steps in a row without a finite gradient, else None.
+
+    Its message names the first of these steps and its examples.
+    """
+    if recorder.bad_steps < run.max_bad_steps:
+        return None
+    first = recorder.bad_since()
+    ids = plan.step(first).examples.tolist()
+    listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+    saved = (
+        f"checkpoint-{recorder.steps} has the last good weights" if run.save_every else "no checkpoint was asked for"
+    )
+    return TrainingStopped(
+        f"no finite gradient in {recorder.bad_steps} steps in a row, since step {first + 1} (examples {listed}); these "
+        f"steps changed nothing, and {saved}: look at the examples, or start again with a lower optim.lr",
+        1,
+    )

@@ -1,0 +1,196 @@
+"""The output folder: minilm chooses it before any work, and fills it so that a kill leaves no half-written file."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.config import Run
+from minilm.distributed.deepspeed import size_of
+from minilm.models.lora import is_adapted, merged, save_adapter
+from minilm.runs.checkpoint import (
+    Checkpoint,
+    discard_checkpoints,
+    find_checkpoint,
+    find_obstacles,
+    is_checkpoint,
+    save_tokenizer,
+)
+from minilm.runs.hub_upload import check_access, claim_repo
+from minilm.utils.atomic_files import replacing_files, sync
+from minilm.utils.folder_lock import LOCK, lock_folder
+from minilm.utils.hub import quiet_transformers
+
+
+def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
+    """Return the output folder, and the checkpoint to resume from where `run.resume` asks for one.
+
+    A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that does not exist or is empty. A resumed
+    run gets the folder of its checkpoint. For `latest` without `run.output_dir`, that is the newest checkpoint in
+    out/NAME, out/NAME-2, …
+
+    The function creates and changes nothing, but it locks a folder that exists (`minilm.utils.folder_lock`), so call it
+    inside `unlocked_at_end`. Raises ValueError where the folder cannot be written, where it is not empty and neither
+    `run.resume` nor `run.overwrite` is set, where another run uses it, where there is no checkpoint, or where the hub
+    would refuse `run.push_to_hub`.
+    """
+    if run.resume is not None:
+        folder, checkpoint = _resumed(run.resume, run.output_dir, name)
+    else:
+        folder, checkpoint = _new(run.output_dir, name, overwrite=run.overwrite), None
+    with refuse_unwritable(folder):
+        # The run replaces all other files, but it appends to this one.
+        if (folder / "log.jsonl").is_symlink():
+            raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
+        with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
+            pass
+        if checkpoint is None and not run.overwrite and not is_free(folder):
+            raise ValueError(
+                f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
+                "--run.resume latest to go on with the run in it"
+            )
+    _lock(folder)
+    if run.push_to_hub is not None:
+        check_access(run.push_to_hub, run.license)
+    return folder, checkpoint
+
+
+def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: int = 0) -> None:
+    """Create the folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
+
+    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is, where
+    there is no room for a checkpoint and the model, where a path that minilm did not write has the name of a checkpoint
+    of one of these `steps`, where the hub refuses the repository, or where another run has taken the folder in the
+    meantime.
+    """
+    weights = sum(size_of(p) * p.element_size() for p in network.parameters())
+    needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments as well
+    with refuse_unwritable(folder):
+        free = shutil.disk_usage(_nearest(folder)).free
+        if free < needed:
+            raise ValueError(
+                f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: "
+                "delete files there, or choose another run.output_dir"
+            )
+        obstacles = find_obstacles(folder, steps) if run.save_every else []
+        if obstacles:
+            raise ValueError(
+                f"run.output_dir {folder} holds {obstacles[0].name}, which minilm did not write and which has the name "
+                "of a checkpoint: move it away, or choose another run.output_dir"
+            )
+    if run.push_to_hub is not None:
+        claim_repo(run.push_to_hub)
+    with refuse_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+        if run.overwrite:
+            discard_checkpoints(folder)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (folder / "adapter" / name).unlink(missing_ok=True)
+        elif run.resume is None:
+            _take(folder)
+
+
+def _take(folder: Path) -> None:
+    """Take an empty folder. If several runs find it empty, only one of them can create its log."""
+    with suppress(FileExistsError):
+        if is_free(folder):
+            (folder / "log.jsonl").touch(exist_ok=False)
+            return
+    raise ValueError(
+        f"another run has taken run.output_dir {folder} in the meantime: give another --run.output-dir, or leave it "
+        "out and start again, which finds a free name"
+    )
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether the folder does not exist or is empty, except for the lock file of a killed run."""
+    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+
+
+@contextmanager
+def refuse_unwritable(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a ValueError that names run.output_dir."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
+
+
+def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
+    if asked is not None:
+        return Path(asked).expanduser()
+    folder, number = Path("out", name), 1
+    while not overwrite and not is_free(folder):
+        number += 1
+        folder = Path("out", f"{name}-{number}")
+    return folder
+
+
+def _newest(name: str) -> Path:
+    """Return the folder with the newest checkpoint among out/NAME, out/NAME-2, …"""
+    first, others = Path("out", name), Path("out").glob(f"{name}-*")
+    folders = [first, *(path for path in others if path.name.removeprefix(f"{name}-").isdecimal())]
+    manifests = [path for folder in folders for path in folder.glob("checkpoint-*/manifest.json")]
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent.parent if manifests else first
+
+
+def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoint]:
+    """Return the folder of the checkpoint and the checkpoint.
+
+    The folder is locked first, since another run that uses it may remove the checkpoint during the read.
+    """
+    if resume == "latest":
+        folder = Path(asked).expanduser() if asked is not None else _newest(name)
+        _lock(folder)
+        return folder, find_checkpoint(resume, folder)
+    path = Path(resume).expanduser().resolve()
+    if asked is not None and Path(asked).expanduser().resolve() != path.parent:
+        raise ValueError(
+            f"run.output_dir {asked} is not the folder of {resume}; leave it out to go on in {path.parent}"
+        )
+    if is_checkpoint(path):
+        _lock(path.parent)
+    return path.parent, find_checkpoint(resume, Path())
+
+
+def _lock(folder: Path) -> None:
+    """Lock the folder if it exists."""
+    with refuse_unwritable(folder):
+        if folder.is_dir():
+            lock_folder(folder)
+
+
+def export(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+) -> list[str]:
+    """Save in the Hugging Face format, and return the names of the files in `folder`.
+
+    `weights` takes the place of `network.state_dict()`. An adapter of LoRA is merged into the weights, and also saved
+    separately in `adapter/`. The files are written and synced in a temporary folder inside `folder`, then renamed into
+    place, the weights last, so that each file is complete at any time.
+    """
+    weights = network.state_dict() if weights is None else weights
+    with replacing_files(folder, last=".safetensors") as temporary:
+        with quiet_transformers():
+            network.save_pretrained(temporary, state_dict=merged(network, weights))
+            save_tokenizer(tokenizer, temporary)
+        if is_adapted(network):
+            save_adapter(network, weights, temporary / "adapter")
+        names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+    # The chat templates of an earlier model would take precedence over this one's.
+    if "chat_template.jinja" not in names:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    sync(folder)
+    return names

@@ -1,0 +1,323 @@
+"""The record of a run: the progress bar, log.jsonl, run.json and all_results.json."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from minilm.config import Config
+from minilm.config.parsing import to_dict
+from minilm.data.batch_plan import Ids, Plan
+from minilm.data.corpus import Examples, Prepared
+from minilm.data.sources import source_facts
+from minilm.data.special_ids import id_count
+from minilm.distributed.deepspeed import size_of
+from minilm.distributed.hardware import Peak, Precision, describe, device_peak, peak_memory
+from minilm.models.head import Head
+from minilm.optim.optimizer import warmup_steps
+from minilm.runs.checkpoint import RESULTS, Progress
+from minilm.runs.loss_spikes import Spikes
+from minilm.runs.trackers import open_trackers
+from minilm.utils.atomic_files import publish
+from minilm.utils.progress import progress_bar
+
+log = logging.getLogger("minilm")
+Track = Callable[[dict[str, float], int], None]
+
+
+class Recorder:
+    """The progress bar and the log of the steps; where not `enabled`, on all processes but one, only their count.
+
+    The figures of a step stay on the device until the next step is recorded, so that logging never waits for a step.
+    track: a function such as `accelerator.log`, which receives the figures as `train/…`, `eval/…` and `final/…`.
+    peak_flops: FLOP/s of all processes' devices together, for MFU.
+    """
+
+    def __init__(
+        self, folder: Path, track: Track, *, total_steps: int, peak_flops: float, progress: Progress, enabled: bool
+    ) -> None:
+        self.folder, self.track, self.peak_flops, self.enabled = folder, track, peak_flops, enabled
+        self.steps, self.tokens = progress.step, progress.tokens
+        self.seconds, self.flops = progress.seconds, progress.flops
+        # Steps in a row without a finite gradient. The last recorded step does not count yet.
+        self.bad_steps = 0
+        self._rate = self._mfu = math.nan
+        self._pending: dict[str, Any] | None = None
+        self._examples = np.zeros(0, np.int64)  # ids of the examples of the pending step
+        self._mark = time.perf_counter()
+        self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
+        self._log = _open_log(folder / "log.jsonl", progress.log_bytes) if enabled else None
+        self._spikes = Spikes(folder / "log.jsonl") if enabled else None
+        self._bar = progress_bar(
+            total=total_steps, initial=progress.step, unit="step", disable=not enabled, smoothing=0.05
+        )
+
+    def step(
+        self,
+        *,
+        epoch: float,
+        lr: float,
+        loss: Tensor,
+        grad_norm: Tensor,
+        examples: Ids,
+        tokens: int,
+        flops: float,
+    ) -> None:
+        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` counts all processes without padding.
+
+        A loss far above the recent ones gets another line in the log, with the ids of the step's `examples`.
+        """
+        self._flush()
+        seconds = self._lap()
+        self.steps += 1
+        self.tokens += tokens
+        self.flops += flops
+        rate, mfu = tokens / seconds, flops / seconds / self.peak_flops
+        self._rate = rate if math.isnan(self._rate) else 0.95 * self._rate + 0.05 * rate
+        self._mfu = mfu if math.isnan(self._mfu) else 0.95 * self._mfu + 0.05 * mfu
+        figures = torch.stack((loss, grad_norm)).to("cpu", non_blocking=self._copied is not None)
+        if self._copied is not None:
+            self._copied.record()
+        self._examples = examples
+        self._pending = {
+            "step": self.steps,
+            "epoch": round(epoch, 6),
+            "loss": figures[0],
+            "lr": lr,
+            "grad_norm": figures[1],
+            "tokens": self.tokens,
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(mfu, 4),
+            "seconds": round(self.seconds, 4),
+            "memory_gb": round(peak_memory(loss.device) / 1e9, 3),
+        }
+        self._bar.update()
+
+    def evaluation(self, epoch: float, figures: dict[str, float], text: str) -> None:
+        """Record the figures of an evaluation after the steps recorded so far, and show `text`, its summary.
+
+        Its time does not count as training time.
+        """
+        if not self.enabled:
+            return
+        self._write("eval", {"step": self.steps, "epoch": round(epoch, 6), **figures})
+        self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {text}")
+        self._mark = time.perf_counter()
+
+    def catch_up(self) -> None:
+        """Wait for the last step and write it, so that the time after it does not count as training time."""
+        self._flush()
+        self._lap()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.seconds += seconds
+        return seconds
+
+    def progress(self, **best_fields: Any) -> Progress:
+        """Write all steps recorded so far to the log, and return the progress of the run.
+
+        best_fields: the result of `minilm.runs.best_checkpoint.Best.progress_fields`.
+        """
+        self.catch_up()
+        return Progress(
+            step=self.steps,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            flops=self.flops,
+            log_bytes=0 if self._log is None else self._log.tell(),
+            **best_fields,
+        )
+
+    def bad_since(self) -> int:
+        """Return the index, from 0, of the first of the last steps in a row without a finite gradient."""
+        return self.steps - (self._pending is not None) - self.bad_steps
+
+    def totals(self) -> dict[str, float]:
+        """Return steps, tokens without padding, training seconds, tokens per second and MFU of the run so far."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "train_seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "mfu": round(self.flops / seconds / self.peak_flops, 4),
+        }
+
+    def conclude(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the results, the figures of the last evaluation and the totals, and hand them to the trackers."""
+        results = {**figures, **self.totals()}
+        if self.enabled:
+            self._tell("final", results, self.steps)
+        return results
+
+    def close(self) -> None:
+        """Write what is pending and leave the terminal clean."""
+        self._bar.close()
+        if self._log is not None:
+            self._flush()
+            self._log.close()
+            self._log = None
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            line, self._pending = self._pending, None
+            if self._copied is not None:
+                self._copied.synchronize()  # waits for that copy, not for the work queued after it
+            loss, grad_norm = float(line["loss"]), float(line["grad_norm"])
+            self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
+            line["loss"] = loss if math.isfinite(loss) else None  # JSON lacks infinity
+            line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
+            self._write("train", line)
+            if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.above(loss)) is not None:
+                spike = {"step": line["step"], "spike_loss": loss, "usual_loss": usual}
+                self._write("train", {**spike, "examples": self._examples.tolist()})
+                self._bar.write(f"step {line['step']}: loss {loss:.3f}, far above {usual:.3f} before (see log.jsonl)")
+            self._bar.set_postfix_str(
+                f"loss {loss:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
+            )
+
+    def _write(self, part: str, line: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write((json.dumps(line) + "\n").encode())
+            self._log.flush()
+            self._tell(part, line, line["step"])
+
+    def _tell(self, part: str, figures: dict[str, Any], step: int) -> None:
+        numbers = {k.removeprefix("eval_"): v for k, v in figures.items() if isinstance(v, int | float) and k != "step"}
+        self.track({f"{part}/{name}": value for name, value in numbers.items()}, step)
+
+
+def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
+    """Open the log for appending after its first `keep_bytes`. A resumed run writes the lines after them again."""
+    path.touch()
+    log_file = path.open("r+b")
+    log_file.truncate(min(keep_bytes, path.stat().st_size))
+    log_file.seek(0, 2)
+    return log_file
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: version(name) for name in ("minilm", "torch", "transformers", "tokenizers", "datasets", "accelerate")}
+
+
+def run_facts(
+    accelerator: Accelerator,
+    head: Head,
+    plan: Plan,
+    prepared: Prepared,
+    total_steps: int,
+    precision: Precision,
+    peak: Peak,
+) -> dict[str, Any]:
+    """Return the facts of a run that its configuration leaves open, as JSON types."""
+    return {
+        "model": type(head.model).__name__,
+        "parameters": sum(map(size_of, head.model.parameters())),
+        "head": head.summary,
+        "vocabulary": len(prepared.tokenizer),
+        "train": {
+            **({} if plan.rows is None else {"rows": plan.rows}),
+            **prepared.train.facts(),
+            "unknown": _unknown(prepared.train, prepared.tokenizer),
+        },
+        "eval": {**prepared.eval.facts(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
+        "labels": prepared.labels.summary if prepared.labels is not None else (),
+        "steps": total_steps,
+        "padding_share": round(plan.padding_share(), 4),
+        "processes": accelerator.num_processes,
+        "precision": precision.name,
+        "precision_reason": precision.reason,
+        "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a device, {peak.source}",
+        "hardware": describe(accelerator.device),
+    }
+
+
+def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of unknown tokens."""
+    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never uses
+        return 0.0
+    return float(examples.counts(id_count(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
+
+
+def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
+    (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
+    content = {"config": to_dict(config), **facts, "sources": source_facts(config.data), "versions": versions()}
+    publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
+    for part in ("train", "eval"):
+        unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
+        rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
+        log.info(f"{part}: {rows}{facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
+    for line in facts["labels"]:
+        log.log(logging.WARNING if line.startswith("WARNING") else logging.INFO, line)
+    log.info(
+        f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
+        f"{facts['head']}"
+    )
+    hardware = facts["hardware"]
+    log.info(
+        f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} thread(s) each, "
+        f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
+    )
+    log.info(f"output folder: {folder}")
+    unit = "rows" if "rows" in facts["train"] else "examples"
+    log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
+    if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
+        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: the rate never reaches optim.lr")
+
+
+def open_recorder(
+    accelerator: Accelerator,
+    config: Config,
+    folder: Path,
+    head: Head,
+    plan: Plan,
+    prepared: Prepared,
+    total_steps: int,
+    precision: Precision,
+    progress: Progress,
+) -> tuple[Recorder, dict[str, Any]]:
+    """Announce the run, start its trackers, and return its recorder and the facts of `run_facts`.
+
+    Every process calls it, once the main process has claimed `folder`.
+    """
+    main = accelerator.is_main_process
+    peak = device_peak(accelerator.device, precision.name)
+    facts = run_facts(accelerator, head, plan, prepared, total_steps, precision, peak)
+    if main:
+        announce(folder, config, facts)
+        open_trackers(accelerator, config, folder, progress.step)
+    recorder = Recorder(
+        folder,
+        accelerator.log,
+        total_steps=total_steps,
+        peak_flops=peak.flops * accelerator.num_processes,
+        progress=progress,
+        enabled=main,
+    )
+    return recorder, facts
+
+
+def write_results(folder: Path, results: dict[str, float]) -> None:
+    """Write `all_results.json`."""
+    publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def write_samples(folder: Path, step: int, samples: dict[str, str]) -> None:
+    """Append the final model's output for each sample text to the log."""
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        for text, output in samples.items():
+            file.write(json.dumps({"step": step, "sample": text, "output": output}) + "\n")

@@ -1,0 +1,284 @@
+"""Resuming from a checkpoint: minilm refuses whatever would change a step, and then repeats the run to the bit."""
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minilm.config import Config, Run
+from minilm.config.parsing import flat, to_dict
+from minilm.distributed.deepspeed import ZeroOptimizer, writable
+from minilm.distributed.sharding import part_like
+from minilm.models.lora import is_adapted, unmerged
+from minilm.runs.checkpoint import (
+    ADAPTER,
+    OPTIMIZER,
+    RESULTS,
+    WEIGHTS,
+    Checkpoint,
+    Progress,
+    copy_to_cpu,
+    describe_optimizer,
+    is_stateless,
+    parameter_names,
+    read_checkpoint,
+)
+from minilm.runs.early_stopping import TrainingStopped
+from minilm.runs.run_inputs import compare_circumstances, compare_inputs
+
+log = logging.getLogger("minilm")
+
+# Settings that may change when a run goes on. They decide how it runs and how long, not what a step computes.
+_WHERE = ("run.output_dir", "run.overwrite", "run.resume")  # these change in every resume, so no line reports them
+_SOURCES = (
+    "data.source",
+    "data.eval_source",
+    "tokens.name",
+    "model.name",
+)  # minilm.runs.run_inputs compares their content
+_MAY_CHANGE = (
+    *_WHERE,
+    *_SOURCES,
+    *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
+    *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
+    *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
+    *("model.gradient_checkpointing", "model.attention"),
+)
+# The settings among them that change the order of a step's sums, or the numbers that dropout draws.
+_ROUNDING = ("batch.micro_tokens", "model.gradient_checkpointing", "model.attention", "run.deterministic")
+
+
+def resume(
+    checkpoint: Checkpoint | None,
+    config: Config,
+    inputs: dict[str, Any],
+    total: int,
+    network: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+) -> Progress:
+    """Load the checkpoint into the model and the optimizer, and return its progress; without one, return zero progress.
+
+    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. precision: the one that this job computes in.
+    Raises ValueError where the checkpoint belongs to another run, TrainingStopped where its run is finished.
+    """
+    if checkpoint is None:
+        return Progress()
+    changed = check_settings(checkpoint, config)
+    origin = checkpoint.config.get("model", {}).get("name") != config.model.name
+    if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=is_adapted(network)):
+        _refuse(checkpoint, "", others)
+    _check_unfinished(checkpoint, config.run, total)
+    _warn_of_precision(checkpoint, config.run, precision)
+    rounding = [line for line in changed if line.startswith(_ROUNDING)]
+    rounding += compare_circumstances(checkpoint.inputs, inputs)
+    if rounding:
+        log.warning(f"the run may not repeat to the bit: {'; '.join(rounding)}")
+    log.info(f"resuming from {checkpoint.folder}")
+    for line in changed:
+        if line not in rounding:
+            log.info(f"changed since: {line}")
+    restore(checkpoint, network, optimizer)
+    return checkpoint.progress
+
+
+def _check_unfinished(checkpoint: Checkpoint, run: Run, total: int) -> None:
+    """Raise TrainingStopped where the run of the checkpoint is finished, ValueError where it is beyond `total`."""
+    step = checkpoint.progress.step
+    folder = checkpoint.folder.parent
+    if step > total:
+        raise ValueError(
+            f"{checkpoint.folder} is at step {step}, beyond the {total} steps of this run: set a larger run.max_steps "
+            "or run.epochs"
+        )
+    if not (folder / RESULTS).exists():
+        return
+    if step == total:
+        raise TrainingStopped(f"the run in {folder} is finished; a larger --run.max-steps goes on from step {step}", 0)
+    if run.patience is not None and checkpoint.progress.stale >= run.patience:
+        raise TrainingStopped(
+            f"the run in {folder} stopped by run.patience; a larger --run.patience goes on from step {step}", 0
+        )
+
+
+def _warn_of_precision(checkpoint: Checkpoint, run: Run, precision: str) -> None:
+    """Warn where `run.precision` is auto and has chosen another precision than before."""
+    before = _precision_of(checkpoint)
+    if run.precision == "auto" and before not in (None, precision):
+        log.warning(
+            f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
+            f"--run.precision {before} keeps it"
+        )
+
+
+def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
+    """Return a line for each changed setting that may change. Raises ValueError for those that change the result."""
+    if checkpoint is None:
+        return []
+    # An older checkpoint lacks newer settings. Its run behaved as their defaults do.
+    defaults = to_dict(Config(objective=type(config.objective)()))
+    before, now = flat(defaults) | flat(checkpoint.config), flat(to_dict(config))
+    if before.get("run.precision") == "auto" != config.run.precision:
+        before["run.precision"] = _precision_of(checkpoint) or "auto"
+    changes = {
+        name: f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
+    if refused:
+        _refuse(checkpoint, " with other settings", refused)
+    return [change for name, change in changes.items() if name not in _WHERE]
+
+
+def check_best(checkpoint: Checkpoint | None, run: Run) -> None:
+    """Raise ValueError where the end of the run could not load the best weights so far, as `run.load_best` asks."""
+    if checkpoint is None or not run.load_best:
+        return
+    progress, folder = checkpoint.progress, checkpoint.folder.parent
+    if progress.best_step in (0, progress.step):
+        return
+    try:
+        path = folder / f"checkpoint-{progress.best_step}"
+        best = read_checkpoint(path).progress
+        if (best.step, best.figure) != (progress.best_step, progress.best):
+            raise ValueError(f"{path} belongs to another run")
+    except ValueError as error:
+        raise ValueError(
+            f"run.load_best: the best evaluation was after step {progress.best_step}, and {error}: "
+            "leave run.load_best out, or run.resume to start anew"
+        ) from error
+
+
+def _precision_of(checkpoint: Checkpoint) -> str | None:
+    """Return the precision that run.json names, the one of the last start; None where it names none."""
+    precision = None
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        precision = json.loads((checkpoint.folder.parent / "run.json").read_text(encoding="utf-8"))["precision"]
+    return precision if precision in ("fp32", "bf16", "fp16") else None
+
+
+def _refuse(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
+    raise ValueError(
+        f"cannot resume from {checkpoint.folder}{why}: {'; '.join(changes)}; "
+        "set them back, or leave run.resume out to start anew"
+    )
+
+
+def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
+    """Load the weights of this run's checkpoint of `step` into its model; for step 0, warn and keep the last weights.
+
+    Raises ValueError where the checkpoint is no longer usable.
+    """
+    if step == 0:
+        log.warning("run.load_best: no evaluation gave a finite run.best_metric, so the last weights are the result")
+        return
+    try:
+        _load_weights(read_checkpoint(folder / f"checkpoint-{step}"), network)
+    except ValueError as error:
+        raise ValueError(
+            f"run.load_best: {error}; --run.resume latest without run.load_best ends the run with its last weights"
+        ) from error
+
+
+def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights, optimizer state and loss scaling, bit for bit. Raise ValueError where they do not fit the model."""
+    _load_weights(checkpoint, network)
+    _load_moments(checkpoint, optimizer, network)
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and checkpoint.scaler:
+        try:
+            scaler.load_state_dict(checkpoint.scaler)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{checkpoint.folder}: its loss scaling cannot be read: {error}") from error
+
+
+def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
+    current = network.state_dict(keep_vars=True)
+    try:
+        weights = load_file(checkpoint.folder / WEIGHTS)
+        if is_adapted(network):
+            weights = unmerged(
+                network, weights, load_file(checkpoint.folder / ADAPTER), copy_to_cpu(current, keep=True)
+            )
+        parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
+        with writable(network):
+            missing, unexpected = network.load_state_dict(parts, strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint.folder}: its weights do not fit the model: {' '.join(str(error).split())}"
+        ) from error
+    loaded = {id(current[name]) for name in weights if name in current}
+    lost = [name for name in missing if id(current[name]) not in loaded]  # tied weights are stored under one name
+    if lost or unexpected:
+        raise ValueError(
+            f"{checkpoint.folder}: its weights do not fit the model: {', '.join([*lost, *unexpected][:3])}"
+        )
+
+
+def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> None:
+    try:
+        stored = load_file(checkpoint.folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
+    _check_optimizer(checkpoint, optimizer, stored)
+    names = parameter_names(network)
+    parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, ZeroOptimizer):  # its groups hold DeepSpeed's flattened copies of the parameters
+        parameters = [*optimizer.state]
+    slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
+    if sum(map(len, slots)) != len(stored):
+        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
+    numbers = checkpoint.optimizer.get("numbers", [])
+    state: dict[int, dict[str, Any]] = {
+        index: {slot: _number(value) if slot in numbers else value for slot, value in own.items()}
+        for index, own in enumerate(slots)
+        if own
+    }
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.restore({parameters[index]: own for index, own in state.items()})
+    else:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# The state of AdamW, which wrote nearly all checkpoints of minilm 0.1. They do not name their optimizer.
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+    """Raise ValueError where another optimizer wrote the checkpoint, or where it holds no state of this one."""
+    now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
+    slots = {key.partition("/")[0] for key in stored}
+    anew = "leave run.resume out to start anew"
+    if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
+        raise ValueError(
+            f"{checkpoint.folder}: {OPTIMIZER} holds {', '.join(sorted(slots))}, which is not the state of {now}, the "
+            f"optimizer of this run: use the one that wrote it, or {anew}"
+        )
+    if before not in (None, now):
+        raise ValueError(
+            f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: use {before}, or {anew}"
+        )
+    if not slots and checkpoint.progress.step > 0 and not is_stateless(optimizer):
+        raise ValueError(
+            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (minilm saves an "
+            f"optimizer by its state_dict): {anew}"
+        )
+
+
+def _number(value: Tensor) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the stored state of the parameter of this name, by slot: of each tensor, the shard of this process."""
+    end = f"/{name}"
+    return {key.removesuffix(end): part_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}

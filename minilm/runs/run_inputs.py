@@ -1,0 +1,119 @@
+"""The inputs of a run: everything besides its settings that its result depends on, in a form that can be compared."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minilm.data.corpus import Prepared, state_of
+from minilm.distributed.hardware import describe
+from minilm.runs.recorder import versions
+
+# Fields of a configuration that say where a model comes from, not what it computes. minilm trains float32 weights.
+_ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
+_CHUNK = 2**20  # elements of a parameter that are summed at a time
+_WEIGHTS = "weights before training"
+
+
+def collect_inputs(prepared: Prepared, network: PreTrainedModel, processes: int) -> dict[str, Any]:
+    """Return everything besides the settings that the result depends on, by name, as JSON types.
+
+    This is the only such list: add new inputs here, and `minilm.runs.resume` will compare them. The weights before
+    training matter in two cases only, since a checkpoint holds all trained weights: LoRA's frozen weights are not in
+    it, and a changed `model.name` must still mean the same model. The generation configuration changes no step, but a
+    run exports it.
+    """
+    inputs = {
+        "training examples": prepared.train.facts(),
+        "evaluation examples": {**prepared.eval.facts(), "parts": prepared.eval_parts},
+        "tokenizer": _digest(state_of(prepared.tokenizer)),
+        "model configuration": _fields(network.config.to_dict()),
+        "generation configuration": _fields(network.generation_config.to_dict()) if network.can_generate() else {},
+        _WEIGHTS: {
+            kind: _checksum({n: p for n, p in network.named_parameters() if p.requires_grad == (kind == "trained")})
+            for kind in ("trained", "frozen")
+        },
+        "versions": versions(),
+        "machine": {
+            "processes": processes,
+            **describe(network.device),
+            "attention": network.config._attn_implementation,
+        },
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(inputs, default=str))
+    return plain
+
+
+def _digest(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration, and of the ones nested in it, that decide what a model computes."""
+    return {
+        name: _fields(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if not str(name).startswith("_") and name not in _ORIGIN
+    }
+
+
+def _checksum(parameters: dict[str, Tensor]) -> str:
+    """Return a checksum of the parameters, which depends on their bits in float32 and on their order."""
+    return _digest({name: _sums(parameter.detach()) for name, parameter in parameters.items()})
+
+
+def _sums(parameter: Tensor) -> list[int]:
+    """Return for each chunk the sum of its elements' bits, read as integers, with weights 1, 3, 5, …, modulo 2**64."""
+    bits = parameter.float().flatten().view(torch.int32)
+    factors = torch.arange(1, 2 * min(_CHUNK, len(bits)) + 1, 2, device=bits.device)
+    sums: list[int] = [int((chunk * factors[: len(chunk)]).sum()) for chunk in torch.split(bits, _CHUNK)]
+    return sums
+
+
+def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
+    """Return a line for each difference between two results of `collect_inputs`, except the versions and the machine.
+
+    origin: model.name has changed, so compare the weights before training. base: compare the frozen weights, which the
+    checkpoints of LoRA do not hold. Inputs that an older checkpoint lacks are not compared.
+    """
+    changes = []
+    for part in ("training examples", "evaluation examples"):
+        if part in before and before[part] != now[part]:
+            changes.append(f"the {part} were {json.dumps(before[part])}, are now {json.dumps(now[part])}")
+    if before.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+        changes.append("the tokenizer has changed: its vocabulary, its rules or its special tokens are different")
+    same_library = _library(before) == _library(now)
+    for part in ("model configuration", "generation configuration"):
+        fields, others = _part(before, part, now[part]), now[part]
+        for field in sorted(fields.keys() | others.keys() if same_library else fields.keys() & others.keys()):
+            if (old := fields.get(field)) != (new := others.get(field)):
+                changes.append(f"{field} of the {part} was {json.dumps(old)}, is {json.dumps(new)}")
+    weights, others = _part(before, _WEIGHTS, {}), now[_WEIGHTS]
+    if (origin or base) and weights.get("frozen", others["frozen"]) != others["frozen"]:
+        changes.append("model.name is no longer the model that the run began with: its weights are different")
+    elif origin and weights.get("trained", others["trained"]) != others["trained"]:
+        changes.append("model.name is not the model that the run began with: its weights are different")
+    return changes
+
+
+def compare_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each difference in the libraries and the machine, which may change the last bits of a step."""
+    changes = []
+    for part in ("versions", "machine"):
+        old, new = _part(before, part, {}), now[part]
+        changes += [f"{name} was {old[name]}, is {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
+    return changes
+
+
+def _library(inputs: dict[str, Any]) -> Any:
+    """Return the release of transformers, since releases differ in the fields of their configurations."""
+    return _part(inputs, "versions", {}).get("transformers")
+
+
+def _part(inputs: dict[str, Any], name: str, missing: dict[str, Any]) -> dict[str, Any]:
+    """Return a part of a checkpoint's inputs. The checkpoint is not trusted: any other type counts as empty."""
+    value = inputs.get(name, missing)
+    return value if isinstance(value, dict) else {}

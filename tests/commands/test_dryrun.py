@@ -1,0 +1,115 @@
+"""The plan of a run against the run itself, and that nothing of it is left behind."""
+
+import re
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minilm import CausalLM, Config, Data, MaskedLM
+from minilm.commands import dry_run as dryrun
+from minilm.commands.dry_run import dry_run
+from minilm.commands.recipe import run_recipe
+from minilm.data.batch_plan import Plan
+from minilm.distributed.hardware import count_flops
+from minilm.models.head import freeze_unused
+from minilm.objectives.objective import build, objective_of, prepare
+from minilm.train import train
+from tests.jobs import CONFIG, write_text
+from tests.launch import read_log
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """Two epochs of 18 steps, of several micro-batches each."""
+    run = replace(CONFIG.run, max_steps=None, epochs=2.0, eval_every=10, save_every=0, output_dir=str(tmp_path / "out"))
+    data = Data(source=write_text(tmp_path / "text.txt"), eval_fraction=0.1)
+    return replace(CONFIG, data=data, objective=MaskedLM(rate=0.3), run=run)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """A clock by which a step takes 30 seconds."""
+    clock = SimpleNamespace(now=100.0)
+
+    def tick() -> float:
+        clock.now += 30.0
+        return clock.now
+
+    monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=tick))
+    return clock
+
+
+def planned(capsys: pytest.CaptureFixture[str], config: Config, **options: bool) -> dict[str, str]:
+    """The lines of a dry run by their first words."""
+    capsys.readouterr()
+    dry_run(config, "test", **options)
+    return {what: said.strip() for what, said in (line.split(" ", 1) for line in capsys.readouterr().out.splitlines())}
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return float(found[1].replace(",", ""))
+
+
+def test_the_plan_is_that_of_the_run(config, clock, capsys, tmp_path):
+    lines = planned(capsys, config)
+    assert list(lines) == ["output", "data", "model", "hardware", "steps", "FLOPs", "memory", "time"]
+    assert not (tmp_path / "out").exists()
+    train(config)
+    steps, evaluations = read_log(tmp_path / "out")
+    assert number(r"^([\d,]+) of 8 examples: 2.00 epochs", lines["steps"]) == len(steps) == 36
+    assert number(r"epochs, ([\d,]+) tokens", lines["steps"]) == steps[-1]["tokens"]
+    assert number(r"evaluations (\d+) x", lines["time"]) == len(evaluations) == 4
+    assert number(r"([\d.]+) GB a process", lines["memory"]) == pytest.approx(steps[-1]["memory_gb"], rel=0.2)
+    assert lines["output"].startswith(str(tmp_path / "out"))
+
+    prepared = prepare(config)
+    head = objective_of(config.objective).head(build(config, prepared), prepared)
+    freeze_unused(head)
+    cost, plan = count_flops(head, 24), Plan(prepared.train.lengths, examples=8, micro_tokens=40)
+    flops = sum(cost.step(plan.step(index), 0.3) for index in range(36))
+    assert number(r"^(\S+),", lines["FLOPs"]) == pytest.approx(flops, rel=0.01)
+    # 36 steps of 30 seconds, but that those of the probe are not quite as large as all.
+    assert number(r"training ([\d.]+) min", lines["time"]) == pytest.approx(18.0, rel=0.25)
+    assert "by 3 steps" in lines["time"]
+
+
+def test_of_a_loop_of_its_own_only_data_and_steps_are_told(config, capsys):
+    lines = planned(capsys, config, own_loop=True)
+    assert lines["steps"] == "36 of 8 examples"
+    assert lines["time"].startswith("unknown")
+
+
+def test_a_run_is_not_planned_from_its_middle_nor_into_a_folder_that_is_taken(config, tmp_path):
+    with pytest.raises(ValueError, match=r"leave run\.resume out"):
+        dry_run(replace(config, run=replace(config.run, resume="latest")), "test")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        dry_run(config, "test")
+
+
+def test_a_step_that_does_not_fit_is_one_line(config, monkeypatch):
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dryrun, "train_step", fail)
+    with pytest.raises(ValueError, match=r"lower batch\.micro_tokens, now 40"):
+        dry_run(config, "test")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_every_recipe_has_the_flag(own, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["recipes/mine.py", "--dry-run", "--batch.examples", "3"])
+    monkeypatch.setattr("minilm.commands.recipe.ended_by_signals", lambda: lambda work: work)
+    monkeypatch.setattr("minilm.commands.recipe._show_log", lambda: None)
+    monkeypatch.setattr(dryrun, "dry_run", lambda config, name, own_loop: seen.append((config, name, own_loop)))
+    monkeypatch.setattr("minilm.train.train", pytest.fail)
+    run_recipe(Config(objective=CausalLM()), "", pytest.fail if own else None)
+    ((config, name, own_loop),) = seen
+    assert (config.batch.examples, name, own_loop) == (3, "mine", own)

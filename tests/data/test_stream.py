@@ -1,0 +1,244 @@
+"""Streams: the tokens of the mapped documents, with nothing else stored and no more read than is needed."""
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
+from transformers import PreTrainedTokenizerBase
+
+from minilm.config import Batch, Config, Data, Run, Tokens
+from minilm.data.batch_plan import fill_rows
+from minilm.data.corpus import encode
+from minilm.data.documents import load_documents
+from minilm.data.streaming import Stream, stream_documents
+from minilm.objectives.masked_lm import Masked
+
+TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(25)]
+LINES = "\n".join([*TEXTS[:9], " ", *TEXTS[9:]]).encode()
+JSONL = "".join(json.dumps({"number": 1, "a": {"text": [text, "."]}}) + "\n" for text in TEXTS).encode()
+
+
+def _parquet() -> bytes:
+    file = io.BytesIO()
+    Dataset.from_dict({"text": TEXTS, "number": [*range(25)]}).to_parquet(file, batch_size=10)
+    return file.getvalue()
+
+
+SOURCES: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "a.txt": (LINES, {}),
+    "a.txt.gz": (gzip.compress(LINES), {}),
+    "paragraphs.txt": (b"\n\n".join(text.encode() for text in TEXTS), {"document": "paragraph"}),
+    "windows.txt": ("Citroën\nand others\n".encode("cp1252"), {}),
+    "a.jsonl": (JSONL, {"column": "a.text"}),
+    "a.jsonl.gz": (gzip.compress(JSONL), {"column": "a.text"}),
+    "a.csv": (("number,text\n" + "".join(f'1,"{text}"\n' for text in TEXTS)).encode(), {}),
+    "a.parquet": (_parquet(), {}),
+}
+
+
+def _texts(stream: Stream) -> list[str]:
+    return [text for batch in stream.iter(batch_size=4) for text in batch["text"]]
+
+
+def _write(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_stream_gives_the_mapped_documents_in_their_order_and_stores_none(tmp_path: Path, name: str) -> None:
+    content, options = SOURCES[name]
+    source = _write(tmp_path, name, content)
+    data = Data(source=source, eval_source=source, streaming=True, **options)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    before = {*cache.rglob("*.arrow")}
+    train, held_out = stream_documents(data)
+    found = _texts(train)
+    assert {*cache.rglob("*.arrow")} == before
+    assert found == _texts(train) == _texts(held_out[""])
+    assert found == load_documents(replace(data, streaming=False), seed=0)[0]["text"][:]
+
+
+def test_a_saved_dataset_is_streamed_by_rows_and_splits(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    files = sorted(tmp_path.rglob("*"))
+    split = {"split": "train[3:20]", "eval_split": "train[:3]+train[20:]"}
+    train, held_out = stream_documents(Data(source=str(tmp_path / "saved"), streaming=True, **split))
+    assert _texts(train) == TEXTS[3:20]
+    assert {name: _texts(part) for name, part in held_out.items()} == {
+        "train[:3]": TEXTS[:3],
+        "train[20:]": TEXTS[20:],
+    }
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.95])
+def test_the_share_held_out_is_exact_and_spread_over_the_stream(tmp_path: Path, fraction: float) -> None:
+    lines = [f"line {number}" for number in range(100)]
+    source = _write(tmp_path, "a.txt", "\n".join(lines).encode())
+    train, held_out = stream_documents(Data(source=source, streaming=True, eval_fraction=fraction))
+    inside, outside = _texts(held_out[""]), _texts(train)
+    assert sorted(inside + outside) == sorted(lines)
+    for part in (50, 100):
+        assert abs(len({*lines[:part]} & {*inside}) - part * fraction) < 1
+
+
+def test_sources_follow_each_other_as_often_as_their_weights_say(tmp_path: Path) -> None:
+    sources = (_write(tmp_path, "a.txt", b"a\nb\nc\nd"), _write(tmp_path, "b.txt", b"e\nf\ng\nh"))
+    data = Data(source=sources, weights=(0.5, 2), streaming=True, eval_source=sources[0])
+    assert "".join(_texts(stream_documents(data)[0])) == "bdefghefgh"
+
+
+@pytest.mark.parametrize("layout", ["documents", "blocks"])
+def test_the_ids_are_those_of_the_mapped_documents_and_a_second_run_reads_nothing(
+    tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = _write(tmp_path, "a.txt", LINES)
+    data = Data(source=source, eval_source=source, streaming=True)
+    stream, mapped = stream_documents(data)[0], load_documents(replace(data, streaming=False), seed=0)[0]
+    one, other = (encode(documents, tokenizer, max_length=16, layout=layout) for documents in (stream, mapped))
+    assert len(one) == len(other)
+    assert all(np.array_equal(one[i], other[i]) for i in range(len(one)))
+
+    def unread() -> Iterator[str]:
+        raise AssertionError("read again")
+
+    again = encode(replace(stream, texts=unread), tokenizer, max_length=8, layout=layout)
+    assert np.array_equal(again.ids[:], one.ids[:])
+
+
+def test_a_stream_is_known_by_the_content_of_its_files_and_what_is_taken_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    data = Data(source=_write(tmp_path, "a.txt", LINES), streaming=True)
+    others = [replace(data, **options) for options in ({"split": "train[:9]"}, {"document": "paragraph"})]
+    others.append(replace(data, eval_fraction=0.5))
+    identity = stream_documents(data)[0].identity
+    assert stream_documents(data)[0].identity == identity
+    assert all(stream_documents(other)[0].identity != identity for other in others)
+    assert stream_documents(data)[1][""].identity != identity
+    os.utime(path, ns=(1, 1))
+    copy = replace(data, source=_write(tmp_path, "b.txt", LINES))
+    assert stream_documents(data)[0].identity == stream_documents(copy)[0].identity == identity
+    path.write_bytes(LINES.replace(b"Document 1,", b"Document 8,"))
+    os.utime(path, ns=(1, 1))
+    assert stream_documents(data)[0].identity != identity
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A dataset of a million rows on a hub that is none, and the rows that were asked for."""
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(10**6):
+            read.append(number)
+            yield {"text": f"Row {number} of the dataset, which has some words."}
+
+    def load_dataset(path: str, **options: Any) -> IterableDataset:
+        assert (path, options) == (
+            "some/rows",
+            {"name": None, "split": "train", "revision": "abc", "streaming": True},
+        )
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    return read
+
+
+@pytest.mark.parametrize(("layout", "most"), [("documents", 1500), ("blocks", 20000)])
+def test_of_a_hub_stream_no_more_is_read_than_the_steps_need(hub: list[int], layout: str, most: int) -> None:
+    config = Config(
+        data=Data(source="some/rows", streaming=True, eval_fraction=0.1),
+        tokens=Tokens(vocab_size=400),
+        batch=Batch(examples=10, max_length=64, layout=layout),
+        run=Run(max_steps=40),
+    )
+    prepared = Masked(config.objective).prepare(config)
+    assert len(prepared.train) >= 400
+    assert len(prepared.eval) >= 44
+    assert max(hub) < most
+    assert "abc" in stream_documents(config.data)[0].identity
+
+
+@pytest.mark.parametrize(("overflow", "max_length"), [("split", 64), ("truncate", 8)])
+def test_of_a_hub_stream_packed_rows_get_the_documents_that_fill_them(
+    hub: list[int], overflow: str, max_length: int
+) -> None:
+    config = Config(
+        data=Data(source="some/rows", streaming=True, eval_fraction=0.1),
+        tokens=Tokens(vocab_size=400, overflow=overflow),
+        batch=Batch(examples=30, max_length=max_length, layout="packed"),
+        run=Run(max_steps=100),
+    )
+    prepared = Masked(config.objective).prepare(config)
+    assert len(fill_rows(prepared.train.lengths, max_length, 0)) >= 3000
+    assert len(fill_rows(prepared.eval.lengths, max_length, 0)) >= 333
+    assert max(hub) < 60_000
+
+
+def test_of_several_hub_streams_all_is_read_so_that_each_has_its_share(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load_dataset(path: str, **options: Any) -> IterableDataset:
+        return Dataset.from_dict({"text": [f"{path} {number}" for number in range(300)]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    config = Config(
+        data=Data(source=("some/a", "some/b"), weights=(1, 0.5), streaming=True, eval_fraction=0.1),
+        tokens=Tokens(kind="characters"),
+        batch=Batch(examples=10),
+        run=Run(max_steps=2),
+    )
+    prepared = Masked(config.objective).prepare(config)
+    assert "b" in prepared.tokenizer.get_vocab()
+    assert [len(prepared.train), len(prepared.eval)] == [270 + 135, 30 + 30]
+    assert [message for message in caplog.messages if message.startswith("data.source: of several all is read")]
+
+
+REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
+    "share of rows": (LINES, {"split": "train[:10%]"}, "takes no part such as"),
+    "no such split": (LINES, {"split": "test"}, "no split 'test'"),
+    "blank": (b"\n \n", {}, "no document has text"),
+    "empty": (b"", {}, "is empty"),
+    "not text": (b"ok\n\x81\n", {}, "line 2: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_streamed_is_refused_in_one_line_that_names_the_source(tmp_path: Path, case: str) -> None:
+    content, options, said = REFUSED[case]
+    data = Data(source=_write(tmp_path, "a.txt", content), streaming=True, **options)
+    with pytest.raises(ValueError, match=rf"^[^\n]*a\.txt[^\n]*{said}[^\n]*\Z"):
+        _texts(stream_documents(data)[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "said"),
+    [
+        (JSONL, "b.text", "no column 'b.text'"),
+        (JSONL, "number", "line 1: column 'number' holds int where text"),
+        (JSONL[:-9], "a.text", "line 25: not JSON, or cut off"),
+    ],
+)
+def test_a_row_that_cannot_be_streamed_is_named(tmp_path: Path, content: bytes, column: str, said: str) -> None:
+    data = Data(source=_write(tmp_path, "a.jsonl", content), column=column, streaming=True)
+    with pytest.raises(ValueError, match=rf"^[^\n]*a\.jsonl[^\n]*{said}[^\n]*\Z"):
+        _texts(stream_documents(data)[0])
+
+
+def test_labels_are_not_streamed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data\.streaming: is for language models"):
+        load_documents(Data(source=_write(tmp_path, "a.jsonl", JSONL), streaming=True), seed=0, labels=True)

@@ -1,0 +1,408 @@
+"""Precision by measurement, FLOPs against a count by hand, and launches that are not what they look like."""
+
+import json
+import mmap
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from minilm.data.batch_plan import Step
+from minilm.data.packing import pack
+from minilm.distributed import hardware
+from minilm.distributed.hardware import (
+    Cost,
+    check_devices,
+    check_launch,
+    choose_precision,
+    count_flops,
+    describe,
+    device_peak,
+    fair_threads,
+    gemm_rate,
+)
+from minilm.models.head import SparseHead
+from tests.jobs import launched
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LAYERS, HIDDEN, INNER, VOCABULARY = 2, 32, 48, 90
+
+
+@pytest.fixture
+def cpu_of_ratio(monkeypatch):
+    """A CPU whose bf16 products run at the given multiple of the rate of fp32, and a launch without a precision."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def pretend(ratio):
+        monkeypatch.setattr(hardware, "gemm_rate", lambda dtype, *_: ratio if dtype is torch.bfloat16 else 1.0)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("asked", "launcher", "ratio", "name", "reason"),
+    [
+        ("auto", "no", 9.0, "bf16", "here runs at 9 times"),
+        ("auto", "no", 0.01, "fp32", "here runs at 0.01 times"),
+        ("auto", "bf16", 9.0, "bf16", "asked for at launch; a bf16"),
+        ("auto", "bf16", 0.01, "bf16", "asked for at launch; WARNING: .* at 0.01 times"),
+        ("bf16", "no", 9.0, "bf16", "asked for; a bf16"),
+        ("bf16", "no", 0.01, "bf16", "asked for; WARNING: .* at 0.01 times"),
+        ("fp32", "bf16", 9.0, "fp32", "asked for"),
+    ],
+)
+def test_precision_on_a_cpu_is_measured_and_what_is_asked_is_obeyed(
+    asked, launcher, ratio, name, reason, cpu_of_ratio, monkeypatch
+):
+    cpu_of_ratio(ratio)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    precision = choose_precision(asked, CPU)
+    assert precision.name == name
+    assert re.search(reason, precision.reason)
+
+
+@pytest.mark.parametrize(("asked", "launcher"), [("fp16", "no"), ("auto", "fp16")])
+def test_fp16_on_a_cpu_is_refused(asked, launcher, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        choose_precision(asked, CPU)
+
+
+@pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu_takes_bf16_only_where_the_hardware_has_it(native, name, cpu_of_ratio, monkeypatch):
+    cpu_of_ratio(9.0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert choose_precision("auto", CUDA).name == name
+    assert choose_precision("fp32", CUDA).name == "fp32"
+
+
+def test_the_rate_of_a_matrix_product_is_measured():
+    peak = device_peak(CPU, "fp32")
+    assert peak.source == "measured"
+    assert peak.flops > 1e8
+    assert gemm_rate(torch.float32, 128, 0.0) > 1e7
+
+
+@pytest.mark.parametrize(("slow", "products"), [(0, 1000), (9, 10), (10**6, 5)], ids=["idle", "busy", "no AMX"])
+def test_a_rate_is_not_taken_from_a_few_products_that_were_disturbed(slow, products, monkeypatch):
+    clock = [0.0]
+    done = []
+
+    def product(a, b):
+        if len(a) == 256:
+            clock[0] += 2.0 if len(done) < slow else 0.01
+            done.append(a)
+
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "mm", product)
+    rate = gemm_rate(torch.float32, 256, 2.0 if slow > 10 else 10.0)
+    assert rate == pytest.approx(2 * 256**3 / (2.0 if slow > 10 else 0.01))
+    assert abs(len(done) - products) <= 1
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "tera"),
+    [
+        ("NVIDIA H200", "bf16", 989),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67),
+        ("NVIDIA A100-SXM4-40GB", "fp16", 312),
+        ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA L4", "bf16", 121),
+        ("Tesla T4", "fp16", 65),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA RTX A1000", "bf16", None),
+        ("NVIDIA T400 4GB", "fp16", None),
+    ],
+)
+def test_the_datasheet_peak_is_that_of_this_card_or_measured(card, precision, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(hardware, "gemm_rate", lambda *_: 7.0)
+    peak = device_peak(CUDA, precision)
+    assert peak.source == ("datasheet" if tera else "measured")
+    assert peak.flops == pytest.approx(1e12 * tera if tera else 7.0)
+
+
+def tiny_head(kind: str = "bert", attention: str | None = None, **fields) -> SparseHead:
+    size = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": INNER}
+    config = AutoConfig.for_model(kind, **size, **fields, vocab_size=VOCABULARY, pad_token_id=0)
+    return SparseHead(AutoModelForMaskedLM.from_config(config, attn_implementation=attention))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_flops_of_bert_are_those_counted_by_hand(attention):
+    cost = count_flops(tiny_head(attention=attention), 32)
+    attention, mlp = 4 * HIDDEN * HIDDEN, 2 * HIDDEN * INNER  # query, key, value, output; the two of the MLP
+    last = HIDDEN * HIDDEN + mlp  # what follows attention in the last layer: a target's cost, and no other token's
+    assert cost.per_token == pytest.approx(2 * (LAYERS * (attention + mlp) - last))
+    assert cost.per_square == pytest.approx(LAYERS * 2 * 2 * HIDDEN)  # queries with keys, weights with values
+    assert cost.per_target == pytest.approx(2 * (last + HIDDEN * (HIDDEN + VOCABULARY)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        *[(kind, (23,)) for kind in ("bert", "modernbert", "mpnet", "distilbert", "albert")],
+        *[(kind, (23, 10, 10, 1)) for kind in ("bert", "modernbert", "distilbert", "albert")],
+    ],
+)
+def test_flops_at_other_lengths_and_numbers_of_targets_are_predicted(kind, lengths, monkeypatch):
+    monkeypatch.setattr(
+        "minilm.data.packing.SHORT", 0
+    )  # in bins attention works on masked pairs too, which do not count
+    head = tiny_head(kind).train()
+    cost = count_flops(head, 32)
+    assert head.training
+    head.eval()
+    tokens = sum(lengths)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # CPU kernels are not counted
+        head.logits(torch.full((tokens,), 7), pack(lengths), torch.arange(5))
+    predicted = tokens * cost.per_token + sum(n**2 for n in lengths) * cost.per_square + 5 * cost.per_target
+    assert predicted == counter.get_total_flops()
+
+
+def test_counting_keeps_nothing_for_a_gradient():
+    head, failures = tiny_head(), []
+
+    def go_back(module, inputs, output):
+        try:
+            output.logits.sum().backward()
+        except (RuntimeError, TypeError) as error:
+            failures.append(error)
+
+    head.model.register_forward_hook(go_back)
+    count_flops(head, 32)
+    assert len(failures) == 3
+
+
+def test_a_model_that_shares_relative_positions_can_be_counted():
+    head = tiny_head("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False)
+    assert count_flops(head, 32).per_token > 0
+
+
+def test_a_step_costs_three_forwards_of_its_real_tokens():
+    step = Step(epoch=0, micro_batches=[[np.arange(2)]], tokens=30, square_lengths=500, padded_tokens=40)
+    assert Cost(per_token=7.0, per_square=2.0, per_target=10.0).step(step, 0.1) == 3 * (30 * 7 + 500 * 2 + 3 * 10)
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.scorecard(20)
+def test_more_processes_than_gpus_are_refused_with_the_number_that_works():
+    for devices, here in ((1, 2), (2, 8)):
+        with pytest.raises(ValueError, match=rf"^{here} processes .* type .*--num_processes {devices} [^\n]*$"):
+            check_devices(devices, launched(0, here))
+    for devices, environment in ((0, launched(0)), (2, launched(0)), (2, {}), (1, {"LOCAL_WORLD_SIZE": "2"})):
+        check_devices(devices, environment)
+
+
+@pytest.mark.scorecard(20)
+@pytest.mark.parametrize(
+    ("processes", "environment"),
+    [
+        (1, {**LAUNCHED, **ADDRESS, "ACCELERATE_USE_CPU": "True"}),  # --cpu --num_processes 2
+        (1, {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),  # --multi_gpu --num_processes 2, no GPU
+        (2, {}),
+    ],
+)
+def test_launches_that_do_not_do_what_they_say_are_refused_with_the_command_that_does(processes, environment):
+    with pytest.raises(ValueError, match="accelerate launch --multi_gpu --num_processes N") as caught:
+        check_launch(processes, environment)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.scorecard(20)
+@pytest.mark.parametrize(
+    ("processes", "environment"),
+    [
+        (1, {}),
+        (1, {**LAUNCHED, "ACCELERATE_USE_CPU": "True"}),
+        (2, {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
+        (2, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),  # torchrun
+        (1, ADDRESS),  # left over in a shell
+        (1, {**LAUNCHED, "MASTER_ADDR": "127.0.0.1"}),
+    ],
+)
+def test_right_launches_pass(processes, environment):
+    check_launch(processes, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "3"}, None),
+        (LAUNCHED, None),
+        ({**LAUNCHED, "OMP_NUM_THREADS": "1"}, 8),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, None),  # left over in a shell
+        ({**launched(0, 2), "OMP_NUM_THREADS": "1"}, 4),
+        ({**launched(0, 3), "OMP_NUM_THREADS": "1"}, 2),
+        ({**launched(0, 20), "OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_a_process_gets_its_share_of_the_cores_where_a_launcher_took_them(environment, threads, monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert fair_threads(environment) == threads
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_description_of_the_machine_holds_three_plain_facts(readable, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError
+
+    if not readable:
+        monkeypatch.setattr(hardware.Path, "read_text", refuse)
+    facts = describe(CPU)
+    assert set(facts) == {"device", "cpu_capability", "threads_per_process"}
+    assert json.loads(json.dumps(facts)) == facts
+    assert str(facts["device"]).endswith(f" processors ({facts['cpu_capability']})")
+    assert facts["threads_per_process"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("used", "flags", "told"),
+    [
+        ("AVX2", "avx512_bf16 amx_bf16", "AVX2"),  # ATEN_CPU_CAPABILITY=avx2
+        ("AVX512", "avx512f", "AVX512"),
+        ("AVX512", "avx512f avx512_bf16", "AVX512_BF16"),
+        ("AVX512", "amx_bf16 avx512f avx512_bf16", "AMX"),
+    ],
+)
+def test_the_description_of_the_machine_tells_how_its_processors_compute_bf16(used, flags, told, monkeypatch):
+    processor = f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 {flags}\n\n"
+    monkeypatch.setattr(hardware.Path, "read_text", lambda *args, **kwargs: 2 * processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    assert describe(CPU)["device"] == f"Some CPU, 2 processors ({told})"
+
+
+class CLibrary:
+    """Notes what it is told, and has a block of memory, or none, for who asks."""
+
+    def __init__(self, block):
+        self.told = []
+        self.malloc = lambda size: self.told.append(("malloc", size.value)) or block
+        self.madvise = lambda at, size, advice: self.told.append(("madvise", at.value, size.value, advice))
+        self.free = lambda at: self.told.append(("free", at.value))
+
+    def mallopt(self, parameter, value):
+        self.told.append(("mallopt", parameter, value))
+
+
+KEPT = [("mallopt", -4, 0), ("mallopt", -1, -1)]
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def c_library(monkeypatch):
+    library = CLibrary(block=3 * PAGE + 16)
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(hardware.os, "sysconf", lambda name: 200)
+    monkeypatch.setattr(hardware, "_memory_is_rationed", lambda: False)
+    for key in [key for key in os.environ if key.startswith("MALLOC_")]:
+        monkeypatch.delenv(key)
+    return library
+
+
+def test_the_c_library_keeps_memory_and_gets_half_of_the_machine_s_in_huge_pages(c_library):
+    hardware.keep_freed_memory(CPU)
+    advised = ("madvise", 4 * PAGE, 99 * PAGE + 16, mmap.MADV_HUGEPAGE)
+    assert c_library.told == [*KEPT, ("malloc", 100 * PAGE), advised, ("free", 3 * PAGE + 16)]
+
+
+def test_no_huge_pages_where_memory_is_rationed_or_there_is_no_such_block(c_library, monkeypatch):
+    monkeypatch.setattr(hardware, "_memory_is_rationed", lambda: True)
+    hardware.keep_freed_memory(CPU)
+    assert c_library.told == KEPT
+    monkeypatch.setattr(hardware, "_memory_is_rationed", lambda: False)
+    monkeypatch.setattr(c_library, "malloc", lambda size: None)
+    hardware.keep_freed_memory(CPU)
+    assert c_library.told == KEPT * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "environment"),
+    [("cpu", "", {}), ("cpu", "glibc", {"MALLOC_ARENA_MAX": "1"}), ("cuda", "glibc", {})],
+)
+def test_other_c_libraries_gpus_and_the_user_s_own_settings_are_left_alone(
+    device, name, environment, c_library, monkeypatch
+):
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: (name, ""))
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    hardware.keep_freed_memory(torch.device(device))
+    assert c_library.told == []
+
+
+@pytest.mark.parametrize(
+    ("limited", "accounting", "rationed"),
+    [(None, "0", False), (None, "1", False), (None, "2", True), ("RLIMIT_AS", "0", True), ("RLIMIT_DATA", "0", True)],
+)
+def test_memory_is_rationed_by_a_limit_or_by_strict_accounting(limited, accounting, rationed, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = {getattr(resource, limited): 2**40} if limited else {}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, resource.RLIM_INFINITY),) * 2)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda path, encoding: f"{accounting}\n")
+    assert hardware._memory_is_rationed() == rationed
+
+
+def test_a_process_has_its_tensors_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("no huge pages to be had by asking for them")
+    if hardware._memory_is_rationed():
+        pytest.skip("the addresses of this process are limited")
+    script = """
+import torch
+from minilm.distributed.hardware import keep_freed_memory
+keep_freed_memory(torch.device("cpu"))
+held = torch.ones(2**24)
+print(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert int(said.stdout.split()[1]) > 48 * 1024  # kB, of 64 MB
+
+
+@pytest.mark.parametrize(("environment", "made"), [({}, 41), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "99"}, 40)])
+def test_kernels_that_fp32_has_little_use_for_are_forgotten_unless_the_user_says_otherwise(environment, made):
+    script = """
+import torch
+from minilm.distributed.hardware import keep_few_kernels
+keep_few_kernels("fp32")
+for rows in [*range(1, 41), 1]:
+    torch.nn.functional.gelu(torch.ones(rows, 64))
+"""
+    variables = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+    environment = {key: value for key, value in os.environ.items() if key not in variables} | environment
+    environment["ONEDNN_VERBOSE"] = "2"
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    if "eltwise" not in said.stdout:
+        pytest.skip("torch does not take GELUs from oneDNN here")
+    assert said.stdout.count("create:cache_miss") == made
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "few"),
+    [("fp32", "AVX512", True), ("auto", "AVX2", True), ("auto", "AVX512", False), ("bf16", "AVX512", False)],
+)
+def test_all_kernels_are_kept_where_products_may_be_in_bf16(asked, capability, few, monkeypatch):
+    variable = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    hardware.keep_few_kernels(asked)
+    assert (variable in os.environ) == few

@@ -1,0 +1,71 @@
+"""The order of the packages: a module imports only from its own package and from packages before it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+
+ORDER = (
+    *("utils", "config", "data", "models", "optim", "objectives", "distributed", "runs"),
+    *("train", "fork", "commands"),
+)
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "minilm").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of minilm that a module imports, wherever in the file it does: packages, or modules beside them."""
+    modules = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module} if node.module != "minilm" else {f"minilm.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in modules if name and name.startswith("minilm.")}
+
+
+def part_of(path: Path) -> str:
+    """The package of a module, or a module that is beside the packages."""
+    return path.parts[1].removesuffix(".py")
+
+
+def too_late(path: Path) -> set[str]:
+    """What a module imports from packages that come after its own."""
+    own = ORDER.index(part_of(path))
+    return {part for part in imported(path) if part in ORDER and ORDER.index(part) > own}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=str)
+def test_a_module_imports_only_from_packages_before_its_own(path: Path) -> None:
+    assert too_late(path) == set()
+
+
+def test_the_order_has_every_part_and_no_other() -> None:
+    assert {part_of(path) for path in FILES} == {*ORDER, "__init__"}
+
+
+def test_a_wrong_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "minilm" / "data" / "wrong.py"
+    wrong.parent.mkdir(parents=True)
+    wrong.write_text(
+        "def load():\n    from minilm.models.head import Head\n    import minilm.train\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert too_late(Path("minilm", "data", "wrong.py")) == {"models", "train"}
+
+
+def test_config_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys, minilm, minilm.config.parsing; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""
+
+
+@pytest.mark.parametrize("package", [part for part in ORDER if (ROOT / "minilm" / part).is_dir()])
+def test_a_package_says_what_lives_in_it(package: str) -> None:
+    doc = ast.get_docstring(ast.parse((ROOT / "minilm" / package / "__init__.py").read_text(encoding="utf-8")))
+    assert doc is not None
+    assert len(doc.splitlines()) >= 2

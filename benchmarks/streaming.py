@@ -122,7 +122,7 @@ def prepare_files(folder: str, size: int) -> None:
     """Write the text, a text to evaluate on, and a tokenizer into `folder`."""
     from minilm.config import Data
     from minilm.data.documents import load_documents
-    from minilm.data.vocabulary import train_tokenizer
+    from minilm.data.tokenizer_training import train_tokenizer
 
     write_text(Path(folder, "text.txt"), size)
     write_text(Path(folder, "held_out.txt"), 1)

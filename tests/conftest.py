@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from minilm.commands.main import main
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from tests.jobs import forget_other_tests
 from tests.scorecard import Scorecard
 

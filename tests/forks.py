@@ -142,7 +142,7 @@ def make_materials(folder: Path) -> None:
         GPT2LMHeadModel,
     )
 
-    from minilm.data.vocabulary import train_tokenizer
+    from minilm.data.tokenizer_training import train_tokenizer
 
     os.chdir(folder)
     sentences = ("The quick brown fox jumps over the lazy dog.", "Return a list of the names.", "A short one.")

@@ -34,10 +34,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from minilm import CausalLM, Classification, MaskedLM, Model
-from minilm.data.corpus import Examples, Prepared, train_tokenizer
+from minilm.data.corpus import Examples, Prepared
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.special_ids import PADDING_FIELDS
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.distributed.hardware import count_flops
 from minilm.models.head import Head, freeze_unused
 from minilm.models.loading import load_model

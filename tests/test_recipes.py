@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from tests.launch import ROOT, TINY, configured, launch, read_log
 
 

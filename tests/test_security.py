@@ -14,8 +14,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from minilm.config import Data, Model, Run, Tokens
-from minilm.data.corpus import load_tokenizer
 from minilm.data.documents import load_documents
+from minilm.data.tokenizer import load_tokenizer
 from minilm.models.inference import load_masked_lm
 from minilm.models.loading import load_model
 from minilm.runs.checkpoint import find_checkpoint, read_checkpoint

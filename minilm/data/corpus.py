@@ -1,14 +1,11 @@
-"""From documents to token ids: find a tokenizer, encode once into a corpus on disk, view it as examples.
+"""From documents to token ids: encode once into a corpus on disk, and view it as examples.
 
 A corpus is every document's ids one after the other, without special tokens, in one flat file. Layout and maximum
 length are views of it, so changing them encodes nothing again.
 """
 
-import hashlib
-import itertools
-import json
 from array import array
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,90 +13,21 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from minilm.config import Tokens
 from minilm.data.array_file import FlatFile, growing
+from minilm.data.document_texts import Documents, count_of, fingerprint, in_batches
 from minilm.data.encoding_errors import naming_texts
 from minilm.data.labels import Labels
-from minilm.data.special_ids import SpecialInTexts, id_count, ids_around, read_special_tokens
-from minilm.data.streaming import Stream
+from minilm.data.special_ids import id_count, ids_around
+from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
 from minilm.data.text_bytes import bytes_by_token, name_lengths
-from minilm.data.vocabulary import (
-    BATCH,
-    Documents,
-    count_of,
-    extend_tokenizer,
-    in_batches,
-    text_columns,
-    train_tokenizer,
-)
 from minilm.data.word_boundaries import begins_word
 from minilm.utils.cache import open_entry
-from minilm.utils.hub import loading
 from minilm.utils.progress import progress_bar
 
 _T = TypeVar("_T", bound=np.generic)
-_VERSION = 5  # of the files below in the cache
 _CHUNK = 2**20  # documents that are cut into examples at a time
-# What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
-_SETTINGS = (
-    "chat_template",
-    "clean_up_tokenization_spaces",
-    "model_input_names",
-    "model_max_length",
-    "padding_side",
-    "special_tokens_map",
-    "split_special_tokens",
-    "truncation_side",
-)
-
-
-def load_tokenizer(
-    tokens: Tokens, model_name: str | None, documents: Documents, *, causal: bool = False
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of `tokens.name`, else of the model, else one trained on the texts of `documents`.
-
-    With `tokens.extend`, words of the documents are added to one that was not trained. Raises ValueError when it cannot
-    be loaded or extended, or lacks a token that masked or `causal` LM needs. Code that comes with it is not run.
-    """
-    name = tokens.name or model_name
-    if name is None:
-        if tokens.extend:
-            raise ValueError(
-                "tokens.extend adds to a tokenizer that exists; here one is trained: set tokens.vocab_size"
-            )
-        key = fingerprint(documents, tokens.kind, tokens.vocab_size, causal, columns=text_columns(documents))
-        return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
-    with loading(name, f"tokenizer {name!r} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer {name!r} has no fast form, only one in Python: a run can take another with --tokens.name"
-        )
-    if tokenizer.pad_token_id is None and not causal:  # GPT-2 and Llama classify so
-        tokenizer.pad_token = tokenizer.eos_token
-    role, field = ("end-of-text", "eos_token") if causal else ("padding", "pad_token")
-    if getattr(tokenizer, field) is None:
-        raise ValueError(
-            f"tokenizer {name!r} has no {role} token: name one as {field} in its tokenizer_config.json; a run can take "
-            "another tokenizer with --tokens.name"
-        )
-    if not tokens.extend:
-        return tokenizer
-    key = fingerprint(documents, state_of(tokenizer), tokens.extend, columns=text_columns(documents))
-    return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
-
-
-def state_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What tells a tokenizer from others, as JSON types."""
-    return [tokenizer.backend_tokenizer.to_str(), *(getattr(tokenizer, name) for name in _SETTINGS)]
-
-
-def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """What `build` gives, from the cache where it was built before."""
-    folder = open_entry(f"tokenizer-{key}", lambda folder: build().save_pretrained(folder))
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +226,7 @@ def _write_ids(
     backend.encode_special_tokens = tokenizer.split_special_tokens
     # The fast one does not know places.
     encode_batch = backend.encode_batch if words or text_bytes else backend.encode_batch_fast
-    sizes, counted, special = array("q", [0]), 0, SpecialInTexts(tokenizer)
+    sizes, counted, special = array("q", [0]), 0, SpecialTokenCounter(tokenizer)
     with (
         growing(folder / "ids.npy", np.dtype(kind)) as file,
         growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
@@ -331,26 +259,3 @@ def _surround(values: NDArray[_T], before: Sized, after: Sized, value: Any) -> N
     row = np.full(len(before) + len(values) + len(after), value, values.dtype)
     row[len(before) : len(before) + len(values)] = values
     return row
-
-
-def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
-    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits.
-
-    The texts are read once: the cache remembers the hash by the name that the datasets library gives to how they came
-    about, which is another for files that changed and comes from the same cache as the texts.
-    """
-    digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
-    if isinstance(documents, Stream):
-        digest.update(documents.identity.encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-    name = digest.copy()
-    name.update(json.dumps([documents._fingerprint, *columns]).encode())
-
-    def build(folder: Path) -> None:
-        for batch in documents.iter(batch_size=BATCH):
-            for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
-                encoded = text.encode("utf-8", "surrogatepass")
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        (folder / "fingerprint").write_text(digest.hexdigest(), encoding="utf-8")
-
-    return (open_entry(f"fingerprint-{name.hexdigest()}", build) / "fingerprint").read_text(encoding="utf-8")

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.array_file import FlatFile
-from minilm.data.corpus import Examples, fingerprint, state_of
+from minilm.data.corpus import Examples
+from minilm.data.document_texts import BATCH, fingerprint, text_columns
 from minilm.data.encoding_errors import naming_texts
-from minilm.data.special_ids import SpecialInTexts, read_special_tokens
-from minilm.data.vocabulary import BATCH, text_columns
+from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
+from minilm.data.tokenizer import state_of
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import progress_bar
 
@@ -69,7 +70,7 @@ def _write(
     max_length: int,
     name: str,
 ) -> None:
-    ids, types, sizes, cut, special = [], [], [0], 0, SpecialInTexts(tokenizer)
+    ids, types, sizes, cut, special = [], [], [0], 0, SpecialTokenCounter(tokenizer)
     with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
         for batch in documents.iter(batch_size=BATCH):
             with ExitStack() as stack:

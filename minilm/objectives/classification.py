@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Classification, Config
-from minilm.data.corpus import Examples, Prepared, load_tokenizer
+from minilm.data.corpus import Examples, Prepared
 from minilm.data.documents import load_documents
 from minilm.data.labels import Labels, is_one_dataset, read_labels
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
 from minilm.data.packing import Packing
 from minilm.data.special_ids import encode_stand_in
 from minilm.data.text_pairs import encode_pairs
+from minilm.data.tokenizer import load_tokenizer
 from minilm.models.agreement import check_agreement
 from minilm.models.head import AFTER_ATTENTION, Head
 from minilm.models.inference import classify

@@ -9,13 +9,14 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from minilm.config import Config
-from minilm.data.corpus import Examples, Prepared, encode, load_tokenizer
+from minilm.data.corpus import Examples, Prepared, encode
+from minilm.data.document_texts import Documents
 from minilm.data.documents import load_documents
 from minilm.data.labels import is_one_dataset
 from minilm.data.micro_batch import LanguageCollator
 from minilm.data.special_ids import id_count
 from minilm.data.streaming import Stream, chained, stream_documents
-from minilm.data.vocabulary import Documents
+from minilm.data.tokenizer import load_tokenizer
 from minilm.models.agreement import check_agreement
 from minilm.models.head import SparseHead
 from minilm.objectives.evaluation import LanguageEvaluator, unigram_nats

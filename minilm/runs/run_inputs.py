@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.data.corpus import Prepared, state_of
+from minilm.data.corpus import Prepared
+from minilm.data.tokenizer import state_of
 from minilm.distributed.hardware import describe
 from minilm.runs.recorder import versions
 

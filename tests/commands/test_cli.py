@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from minilm.commands.main import main
 from minilm.commands.recipe import guarded, quick_imports
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import fill_mask, generate, load_causal_lm, load_masked_lm
 from tests.jobs import launched
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.data.corpus import encode
 from minilm.data.text_bytes import bytes_by_token, name_lengths
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from tests.languages import EVERYTHING
 
 WORDS = ["the quick fox", "a list of names", "  spaces   and\ttabs\n", "naïve café", "中文字 と 日本語", *EVERYTHING]

@@ -19,7 +19,8 @@ import numpy as np
 from datasets import Dataset
 
 from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
-from minilm.data.corpus import Examples, state_of
+from minilm.data.corpus import Examples
+from minilm.data.tokenizer import state_of
 from minilm.objectives.objective import prepare
 from minilm.utils.cache import cache_folder
 from tests.jobs import CONFIG, write_text

@@ -193,7 +193,7 @@ def main() -> None:
     """The command line."""
     from datasets import Dataset
 
-    from minilm.data.vocabulary import train_tokenizer
+    from minilm.data.tokenizer_training import train_tokenizer
 
     torch.set_num_threads(1)
     tokenizer = train_tokenizer(Dataset.from_dict({"text": SENTENCES * 20}), "bpe", 400)

@@ -34,11 +34,13 @@ from transformers import (
 from minilm import Batch, Classification, Config, Data, Run, Tokens
 from minilm.commands.evaluate import evaluate
 from minilm.config import CausalLM, MaskedLM, Model
-from minilm.data.corpus import Prepared, encode, load_tokenizer
+from minilm.data.corpus import Prepared, encode
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import collate_whole, concatenate_rows
 from minilm.data.special_ids import id_count, ids_around
-from minilm.data.vocabulary import extend_tokenizer, train_tokenizer
+from minilm.data.tokenizer import load_tokenizer
+from minilm.data.tokenizer_extension import extend_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.head import SparseHead
 from minilm.models.loading import load_model
 from minilm.objectives.causal_lm import CausalCollator

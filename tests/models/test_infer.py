@@ -16,7 +16,7 @@ from transformers import (
     pipeline,
 )
 
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import (
     check_beginnings,
     classify,

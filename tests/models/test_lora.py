@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from minilm import CausalLM, Classification, Config, Data, MaskedLM, Model
-from minilm.data.corpus import train_tokenizer
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import loss_sum
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.head import SparseHead, freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.lora import is_adapted

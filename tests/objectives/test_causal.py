@@ -19,7 +19,7 @@ from minilm.data.batch_plan import Plan
 from minilm.data.corpus import encode
 from minilm.data.micro_batch import loss_sum
 from minilm.data.packing import pack
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.head import SparseHead
 from minilm.models.inference import load_causal_lm
 from minilm.models.loading import load_model

@@ -15,7 +15,7 @@ from minilm.config import MaskedLM
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, encode
 from minilm.data.micro_batch import MicroBatch
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.objectives.masked_lm import MaskedCollator, _mix, _spans
 from minilm.objectives.objective import objective_of
 from minilm.train import load_steps

@@ -116,7 +116,7 @@ def test_ctrl_c_while_documents_are_encoded_leaves_a_clean_terminal_and_nothing_
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_the_line_after_the_training_of_a_tokenizer_begins_on_the_left(kind: str) -> None:
     program = (
-        "from datasets import Dataset; from minilm.data.vocabulary import train_tokenizer; "
+        "from datasets import Dataset; from minilm.data.tokenizer_training import train_tokenizer; "
         f"train_tokenizer(Dataset.from_dict({{'text': {list(SENTENCES)!r}}}), {kind!r}, 300); print('the next line')"
     )
     with Terminal(sys.executable, "-c", program) as terminal:

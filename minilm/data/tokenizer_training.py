@@ -1,22 +1,17 @@
-"""Vocabularies learnt from documents: byte-level BPE, WordPiece, Unigram or characters; and words added to others."""
+"""Train a tokenizer on documents: byte-level BPE, WordPiece, Unigram or single characters."""
 
 import io
-import json
 import math
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeAlias
 
-from datasets import Dataset
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from minilm.data.special_ids import id_count
-from minilm.data.streaming import Stream
+from minilm.data.document_texts import Documents, count_texts, texts_of
 from minilm.utils.progress import progress_bar
 from minilm.utils.shell import silent_stdout
 
@@ -37,8 +32,6 @@ _CAUSAL_SPECIAL = {
 _STAND_INS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
 # It needs time and memory for every character, and drops what it would use less than half a time: of a few words, all.
 _CHARACTERS = 10**4, 10**7
-Documents: TypeAlias = Dataset | Stream
-BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
 
 
 def train_tokenizer(
@@ -84,7 +77,7 @@ def _collect_characters(documents: Documents, special: list[AddedToken], unknown
 def _train_on(documents: Documents, tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
     """Train a tokenizer of the tokenizers library, which draws its bars on stderr if that is a terminal."""
     with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainer, length=_count_texts(documents))
+        tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_texts(documents))
     if sys.stderr.isatty():
         # The library leaves the cursor behind its last bar. Remove that bar, so that the next line begins on the left.
         print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
@@ -128,7 +121,7 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
     for text in progress_bar(
-        texts_of(documents), desc="reading", total=_count_texts(documents), unit="text", leave=False
+        texts_of(documents), desc="reading", total=count_texts(documents), unit="text", leave=False
     ):
         words.update(word for word, _ in splitter.pre_tokenize_str(text))
     best = _learn_pieces(words, vocab_size - len(names))
@@ -183,94 +176,3 @@ def _learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
     learned = SentencePieceProcessor(model_proto=trained.getvalue())
     ids = range(1, len(learned))
     return [(learned.id_to_piece(index).translate(_STAND_INS), learned.get_score(index)) for index in ids]
-
-
-def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer with `size` tokens more: the most frequent words of the documents that it splits into several.
-
-    The new ids follow the old ones, which keep their meaning, and a word is what the tokenizer itself takes for one,
-    with the space before it where it is of the token, if only letters and digits are in it. Byte-level BPE finds a new
-    token where it is a whole word; WordPiece also at the beginning of one, and Unigram wherever it is the likeliest.
-    Raises ValueError when there are fewer such words, or the tokenizer is of another kind.
-    """
-    backend, known = tokenizer.backend_tokenizer, id_count(tokenizer)
-    state = json.loads(backend.to_str())
-    model = state["model"]
-    if model["type"] not in ("BPE", "WordPiece", "Unigram") or backend.pre_tokenizer is None:
-        raise ValueError(
-            "tokens.extend adds whole words to BPE, WordPiece and Unigram tokenizers that split texts into words; this "
-            "one does not: leave it out"
-        )
-    if model["type"] == "Unigram" and known > len(tokenizer):
-        raise ValueError("tokens.extend numbers the pieces of a Unigram tokenizer, whose ids have holes: leave it out")
-    words = _split_words(backend, documents)
-    if len(words) < size:
-        raise ValueError(
-            f"tokens.extend={size}, but the documents hold {len(words)} words, twice or more, that the tokenizer "
-            "splits: lower it, or give more documents"
-        )
-    if model["type"] == "Unigram":
-        scores = dict(model["vocab"])
-        unlikely = min(scores.values())
-        beside = sorted((index, token) for token, index in tokenizer.get_added_vocab().items())
-        model["vocab"] += [[token, unlikely] for index, token in beside if index >= len(model["vocab"])]
-        for word in words[:size]:  # a little likelier than its parts, and the more so the longer it is
-            parts = sum(scores.get(piece.value, unlikely) for piece in backend.model.tokenize(word))
-            model["vocab"].append([word, parts + 0.1 * len(word)])
-    else:
-        model["vocab"] |= {word: known + number for number, word in enumerate(words[:size])}
-    if model["type"] == "BPE":
-        model["ignore_merges"] = True  # a word that is a token is one, whatever merges there are
-    roles = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
-        model_max_length=tokenizer.model_max_length,
-        model_input_names=tokenizer.model_input_names,
-        padding_side=tokenizer.padding_side,
-        truncation_side=tokenizer.truncation_side,
-        chat_template=tokenizer.chat_template,
-        **roles,
-    )
-
-
-def _split_words(backend: Tokenizer, documents: Documents) -> list[str]:
-    """The words of letters and digits that occur more than once and are several tokens, the most frequent first."""
-    found: Counter[str] = Counter()
-    for text in texts_of(documents):
-        text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-        for word, (start, stop) in backend.pre_tokenizer.pre_tokenize_str(text):
-            if text[start:stop].replace("\u2581", " ").strip().isalnum():
-                found[word] += 1
-    often = sorted((word for word, count in found.items() if count > 1), key=lambda word: (-found[word], word))
-    return [word for word in often if len(backend.model.tokenize(word)) > 1]
-
-
-def count_of(documents: Documents) -> int | None:
-    """How many there are, where that is known."""
-    return None if isinstance(documents, Stream) else len(documents)
-
-
-def in_batches(documents: Documents) -> Iterator[list[str]]:
-    """The texts, many at a time."""
-    for batch in documents.iter(batch_size=BATCH):
-        yield batch["text"]
-
-
-def text_columns(documents: Documents) -> tuple[str, ...]:
-    """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
-    pairs = not isinstance(documents, Stream) and "pair" in documents.column_names
-    return ("text", "pair") if pairs else ("text",)
-
-
-def texts_of(documents: Documents) -> Iterator[str]:
-    """Yield each text of all columns."""
-    for batch in documents.iter(batch_size=BATCH):
-        for column in text_columns(documents):
-            yield from batch[column]
-
-
-def _count_texts(documents: Documents) -> int | None:
-    """Return how many texts `texts_of` yields, where that is known."""
-    count = count_of(documents)
-    return None if count is None else count * len(text_columns(documents))

@@ -10,7 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.corpus import Examples, encode
-from minilm.data.vocabulary import train_tokenizer
+from minilm.data.tokenizer_training import train_tokenizer
 from minilm.data.word_boundaries import begins_word
 from tests.languages import EVERYTHING, LANGUAGES
 

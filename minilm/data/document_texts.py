@@ -1,0 +1,70 @@
+"""The texts of documents, from a dataset or a stream: read in batches, counted and hashed."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from datasets import Dataset
+
+from minilm.data.streaming import Stream
+from minilm.utils.cache import open_entry
+
+_VERSION = 5  # of the files below in the cache
+Documents: TypeAlias = Dataset | Stream
+BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
+
+
+def count_of(documents: Documents) -> int | None:
+    """How many there are, where that is known."""
+    return None if isinstance(documents, Stream) else len(documents)
+
+
+def count_texts(documents: Documents) -> int | None:
+    """Return how many texts `texts_of` yields, where that is known."""
+    count = count_of(documents)
+    return None if count is None else count * len(text_columns(documents))
+
+
+def in_batches(documents: Documents) -> Iterator[list[str]]:
+    """The texts, many at a time."""
+    for batch in documents.iter(batch_size=BATCH):
+        yield batch["text"]
+
+
+def text_columns(documents: Documents) -> tuple[str, ...]:
+    """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
+    pairs = not isinstance(documents, Stream) and "pair" in documents.column_names
+    return ("text", "pair") if pairs else ("text",)
+
+
+def texts_of(documents: Documents) -> Iterator[str]:
+    """Yield each text of all columns."""
+    for batch in documents.iter(batch_size=BATCH):
+        for column in text_columns(documents):
+            yield from batch[column]
+
+
+def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
+    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits.
+
+    The texts are read once: the cache remembers the hash by the name that the datasets library gives to how they came
+    about, which is another for files that changed and comes from the same cache as the texts.
+    """
+    digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
+    if isinstance(documents, Stream):
+        digest.update(documents.identity.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+    name = digest.copy()
+    name.update(json.dumps([documents._fingerprint, *columns]).encode())
+
+    def build(folder: Path) -> None:
+        for batch in documents.iter(batch_size=BATCH):
+            for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
+                encoded = text.encode("utf-8", "surrogatepass")
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        (folder / "fingerprint").write_text(digest.hexdigest(), encoding="utf-8")
+
+    return (open_entry(f"fingerprint-{name.hexdigest()}", build) / "fingerprint").read_text(encoding="utf-8")

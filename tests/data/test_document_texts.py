@@ -1,0 +1,57 @@
+"""The texts of documents are hashed by content, once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from minilm.config import Data
+from minilm.data.document_texts import fingerprint
+from minilm.data.documents import load_documents
+
+
+@pytest.mark.parametrize("document", ["line", "file"])
+def test_texts_are_hashed_once_for_each_state_of_their_files(
+    document: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Dataset] = []
+    iterate = Dataset.iter
+
+    def spy(documents: Dataset, *rest: Any, **options: Any) -> Iterator[Any]:
+        read.append(documents)
+        return iterate(documents, *rest, **options)
+
+    monkeypatch.setattr(Dataset, "iter", spy)
+    file = tmp_path / "text.txt"
+
+    def keys() -> list[str]:
+        documents, held_out = load_documents(Data(source=str(file), document=document, eval_fraction=0.5), seed=1)
+        read.clear()
+        return [fingerprint(documents), fingerprint(held_out[""]), fingerprint(documents, 7)]
+
+    def write(text: str, seconds: int) -> None:
+        file.write_text(text)
+        os.utime(file, (seconds, seconds))
+
+    write("one line\nan other\n", 1)
+    first = keys()
+    assert len(set(first)) == len(read) == 3
+    assert keys() == first
+    assert read == []
+    write("two line\nor other\n", 1)  # of the same size and time
+    assert len({*first, *keys()}) == 6
+    write("one line\nan other\n", 3)
+    assert keys() == first  # they are of the content
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"fingerprint", "rows"}
+
+
+def test_a_hash_is_of_the_columns_that_are_asked_for(cache: Path) -> None:
+    documents = Dataset.from_dict({"text": ["one", "two"], "pair": ["two", "one"]})
+    asked = (("text",), ("pair",), ("text", "pair"), ("pair", "text"))
+    keys = [fingerprint(documents, columns=columns) for columns in asked]
+    assert len(set(keys)) == 4
+    assert [fingerprint(documents, columns=columns) for columns in asked] == keys
+    assert fingerprint(documents.select_columns("text")) == keys[0]

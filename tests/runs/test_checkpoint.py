@@ -70,7 +70,7 @@ def refused(damaged: Path, named: str) -> None:
         assert "\n" not in message
         assert str(damaged) in message
         assert named in message.replace(str(damaged), "")
-        assert "there is also checkpoint-1" in message
+        assert "to resume from checkpoint-1, give its path" in message
 
 
 def test_a_checkpoint_loads_plainly_with_the_same_logits_bit_for_bit_and_holds_no_code(tokenizer, tmp_path):
@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_without_another_one_gets_no_hint(folder):
     (folder / "checkpoint-1" / MANIFEST).unlink()
     with pytest.raises(ValueError, match=STATE) as caught:
         find_checkpoint("latest", folder)
-    assert "there is also" not in str(caught.value)
+    assert "give its path" not in str(caught.value)
 
 
 def test_latest_is_the_complete_one_with_the_highest_step(folder):

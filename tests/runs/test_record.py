@@ -256,7 +256,7 @@ def facts(tokenizer, monkeypatch) -> dict:
 
     return run_facts(
         SimpleNamespace(num_processes=2, device=torch.device("cpu")),
-        SimpleNamespace(model=network, described="full head (it mixes)"),
+        SimpleNamespace(model=network, summary="full head (it mixes)"),
         Plan(lengths, examples=2, micro_tokens=64),
         Prepared(
             tokenizer=tokenizer,

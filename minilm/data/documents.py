@@ -1,4 +1,6 @@
-"""Training and evaluation documents from data sources: `load_documents` returns one document per row."""
+"""Stored documents: `load_documents` reads the sources into datasets with one document per row."""
+
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -9,6 +11,7 @@ from minilm.data.glue import with_glue_columns
 from minilm.data.pydocs import pydocs
 from minilm.data.rows import Blank
 from minilm.data.sources import check_data_settings, no_documents, quiet_datasets, read_rows
+from minilm.data.splits import assemble_splits
 from minilm.utils.local_files import is_text
 
 
@@ -20,10 +23,8 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
     set. With `labels` it has the column `label`, of the type that it has in the source (a ClassLabel is kept).
     Documents without a visible character are left out; with `labels` they are refused.
 
-    Evaluation documents come from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of
-    each source drawn by `seed`. They are one set named "". If `data.eval_split` joins several splits by `+`, they are
-    one set for each split, with its name. If they are the training documents, both are the same dataset. Raises
-    ValueError in one line that names the file, the row, the column or the split at fault.
+    `minilm.data.splits.assemble_splits` says which documents are for evaluation. `seed` draws those that are held out.
+    Raise ValueError in one line that names the file, the row, the column or the split at fault.
     """
     data = with_glue_columns(data)
     check_data_settings(data, labels=labels)
@@ -31,58 +32,62 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
         raise ValueError("data.streaming: is for language models; leave it out where there are labels")
     if "pydocs" in data.sources and data.eval_split:
         raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
-    if data.eval_source is None and data.eval_split is None:
-        parts = [_held_out(data, source, seed, labels) for source in data.sources]
-        train, held_out = [part[0] for part in parts], {"": _joined([part[1] for part in parts], data)}
-    else:
-        train = [_read(data, source, data.split, labels) for source in data.sources]
-        splits = (data.eval_split or "train").split("+")
-        sources = (data.eval_source,) if data.eval_source else data.sources
-        if not data.weights and (sources, splits) == (data.sources, [data.split]):
-            documents = _joined(train, data)
-            return documents, {"": documents}
-        held_out = {
-            split if len(splits) > 1 else "": _joined([_read(data, source, split, labels) for source in sources], data)
-            for split in splits
-        }
-    if data.weights:
-        weighted = zip(train, data.weights, data.sources, strict=True)
-        train = [_repeated(part, weight, seed, source) for part, weight, source in weighted]
-    return _joined(train, data), held_out
+    return assemble_splits(data, _DatasetReader(data, seed, labels))
 
 
-def _held_out(data: Data, source: str, seed: int, labels: bool) -> tuple[Dataset, Dataset]:
-    """Return (training documents, held-out documents) of a source."""
-    if source == "pydocs" and not labels:
-        train_texts, eval_texts = pydocs(data.eval_fraction)
-        return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
-    documents = _read(data, source, data.split, labels)
-    if data.document == "file" and is_text(source):
-        return _cut_ends(documents, data.eval_fraction)
-    count = round(len(documents) * data.eval_fraction)
-    if not 0 < count < len(documents):
-        part = "training" if count else "evaluation"
-        raise ValueError(
-            f"{source}: the {part} part is empty when data.eval_fraction={data.eval_fraction} of "
-            f"{len(documents)} documents is held out; change data.eval_fraction or give data.eval_source"
-        )
-    parts = documents.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
+@quiet_datasets()
+def read_documents(data: Data) -> Dataset:
+    """Return all rows of `data.split`, also blank ones, of all sources in turn, as `load_documents` has them."""
+    check_data_settings(data, labels=False)
+    return _join([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
 
 
-def _repeated(documents: Dataset, weight: float, seed: int, source: str) -> Dataset:
-    """Return the documents `weight` times. Its fraction adds that share of them, drawn by `seed`, in order."""
-    whole, share = divmod(weight, 1)
-    drawn = np.random.default_rng(seed).permutation(len(documents))[: round(share * len(documents))]
-    indices = [*range(len(documents))] * int(whole) + sorted(drawn.tolist())
-    if not indices:
-        raise ValueError(
-            f"{source}: data.weights {weight} selects none of {len(documents)} documents; give a larger weight"
-        )
-    return documents.select(indices)
+@dataclass(frozen=True)
+class _DatasetReader:
+    """Reads documents as datasets (a `minilm.data.splits.SplitReader`)."""
+
+    data: Data
+    seed: int
+    labels: bool
+
+    def read(self, source: str, split: str) -> Dataset:
+        return _read(self.data, source, split, self.labels)
+
+    def hold_out(self, source: str) -> tuple[Dataset, Dataset]:
+        """Draw the evaluation documents by the seed. A text file that is one document gives its end."""
+        fraction = self.data.eval_fraction
+        if source == "pydocs" and not self.labels:
+            train_texts, eval_texts = pydocs(fraction)
+            return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
+        documents = self.read(source, self.data.split)
+        if self.data.document == "file" and is_text(source):
+            return _cut_ends(documents, fraction)
+        count = round(len(documents) * fraction)
+        if not 0 < count < len(documents):
+            part = "training" if count else "evaluation"
+            raise ValueError(
+                f"{source}: the {part} part is empty when data.eval_fraction={fraction} of "
+                f"{len(documents)} documents is held out; change data.eval_fraction or give data.eval_source"
+            )
+        parts = documents.train_test_split(test_size=count, seed=self.seed)
+        return parts["train"], parts["test"]
+
+    def repeat(self, documents: Dataset, source: str, weight: float) -> Dataset:
+        """Repeat all documents, then draw the fraction of the weight by the seed and keep their order."""
+        whole, share = divmod(weight, 1)
+        drawn = np.random.default_rng(self.seed).permutation(len(documents))[: round(share * len(documents))]
+        indices = [*range(len(documents))] * int(whole) + sorted(drawn.tolist())
+        if not indices:
+            raise ValueError(
+                f"{source}: data.weights {weight} selects none of {len(documents)} documents; give a larger weight"
+            )
+        return documents.select(indices)
+
+    def join(self, parts: list[Dataset]) -> Dataset:
+        return _join(parts, self.data)
 
 
-def _joined(parts: list[Dataset], data: Data) -> Dataset:
+def _join(parts: list[Dataset], data: Data) -> Dataset:
     """Return the documents of several sources, one source after the other."""
     try:
         return datasets.concatenate_datasets(parts)
@@ -97,13 +102,6 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     cuts = [int(len(text) * (1 - fraction)) for text in texts]
     train = Dataset.from_dict({"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]})
     return train, Dataset.from_dict({"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]})
-
-
-@quiet_datasets()
-def read_documents(data: Data) -> Dataset:
-    """Return all rows of `data.split`, also blank ones, of all sources in turn, as `load_documents` has them."""
-    check_data_settings(data, labels=False)
-    return _joined([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
 
 
 def _read(data: Data, source: str, split: str, labels: bool, *, blank: Blank = "drop") -> Dataset:

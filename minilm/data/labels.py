@@ -15,6 +15,7 @@ from minilm.config import Classification
 from minilm.data.label_column import SECRET, LabelColumn
 from minilm.data.label_names import LabelIds, fold_name, list_names, match_labels, quote_names
 from minilm.data.label_report import Rows, report_classes, report_numbers
+from minilm.data.splits import is_one_dataset
 from minilm.utils.validation import closest
 
 # The problems as minilm names them, and as `problem_type` of a Hugging Face configuration names them.
@@ -100,11 +101,6 @@ def read_labels(
     if settings.class_weights == "balanced":
         labels = replace(labels, weights=_balance(ids[0], len(match.names)))
     return labels, ids[0], np.concatenate(ids[1:] or ids)
-
-
-def is_one_dataset(train: Dataset, parts: Mapping[str, Dataset]) -> bool:
-    """Return whether training and evaluation have the same documents, as they do for a model that is only evaluated."""
-    return all(part is train for part in parts.values())
 
 
 def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from minilm.config import Data
 from minilm.data.glue import with_glue_columns
 from minilm.data.sources import check_data_settings, list_files, no_documents, quiet_datasets, revision, stream_rows
+from minilm.data.splits import assemble_splits
 from minilm.data.text_files import fingerprint_file
 from minilm.utils.local_files import full_ending
 
@@ -46,29 +47,32 @@ def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
     """
     data = with_glue_columns(data)
     check_data_settings(data, labels=False)
-    if data.eval_source is None and data.eval_split is None:
-        whole = [_stream(data, source, data.split) for source in data.sources]
-        train = [_share(stream, data.eval_fraction, inside=False) for stream in whole]
-        empty = f"data.eval_fraction={data.eval_fraction} holds out no document; raise it or give data.eval_source"
-        parts = [
-            _share(stream, data.eval_fraction, if_empty=f"{source}: {empty}")
-            for stream, source in zip(whole, data.sources, strict=True)
-        ]
-        held_out = {"": chained(parts)}
-    else:
-        train = [_stream(data, source, data.split) for source in data.sources]
-        splits = (data.eval_split or "train").split("+")
-        sources = (data.eval_source,) if data.eval_source else data.sources
-        held_out = {
-            split if len(splits) > 1 else "": chained([_stream(data, source, split) for source in sources])
-            for split in splits
-        }
-    if data.weights:
-        train = [
-            _repeated(stream, weight, source)
-            for stream, weight, source in zip(train, data.weights, data.sources, strict=True)
-        ]
-    return chained(train), held_out
+    return assemble_splits(data, _StreamReader(data))
+
+
+@dataclass(frozen=True)
+class _StreamReader:
+    """Reads documents as streams (a `minilm.data.splits.SplitReader`). A stream without a document fails when read."""
+
+    data: Data
+
+    def read(self, source: str, split: str) -> Stream:
+        return _stream(self.data, source, split)
+
+    def hold_out(self, source: str) -> tuple[Stream, Stream]:
+        """Hold out documents at equal distances."""
+        documents, fraction = self.read(source, self.data.split), self.data.eval_fraction
+        empty = f"{source}: data.eval_fraction={fraction} holds out no document; raise it or give data.eval_source"
+        return _share(documents, fraction, inside=False), _share(documents, fraction, if_empty=empty)
+
+    def repeat(self, documents: Stream, source: str, weight: float) -> Stream:
+        """Repeat all documents, then take the fraction of the weight at equal distances."""
+        whole, share = divmod(weight, 1)
+        empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
+        return chained([*[documents] * int(whole), *([_share(documents, share, if_empty=empty)] if share else [])])
+
+    def join(self, parts: list[Stream]) -> Stream:
+        return chained(parts)
 
 
 def _stream(data: Data, source: str, split: str) -> Stream:
@@ -89,13 +93,6 @@ def _stream(data: Data, source: str, split: str) -> Stream:
                 raise no_documents(data, source, split)
 
     return Stream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
-
-
-def _repeated(stream: Stream, weight: float, source: str) -> Stream:
-    """Return the documents `weight` times. Its fraction adds that share of them, at equal distances."""
-    whole, share = divmod(weight, 1)
-    empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
-    return chained([*[stream] * int(whole), *([_share(stream, share, if_empty=empty)] if share else [])])
 
 
 def _share(stream: Stream, fraction: float, *, inside: bool = True, if_empty: str = "") -> Stream:

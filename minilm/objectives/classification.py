@@ -23,10 +23,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from minilm.config import Classification, Config
 from minilm.data.corpus import Examples, Prepared
 from minilm.data.documents import load_documents
-from minilm.data.labels import Labels, is_one_dataset, read_labels
+from minilm.data.labels import Labels, read_labels
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
 from minilm.data.packing import Packing
 from minilm.data.special_ids import encode_stand_in
+from minilm.data.splits import is_one_dataset
 from minilm.data.text_pairs import encode_pairs
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.agreement import check_agreement

@@ -12,9 +12,9 @@ from minilm.config import Config
 from minilm.data.corpus import Examples, Prepared, encode
 from minilm.data.document_texts import Documents
 from minilm.data.documents import load_documents
-from minilm.data.labels import is_one_dataset
 from minilm.data.micro_batch import LanguageCollator
 from minilm.data.special_ids import id_count
+from minilm.data.splits import is_one_dataset
 from minilm.data.streaming import Stream, chained, stream_documents
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.agreement import check_agreement

@@ -1,0 +1,66 @@
+"""Training and evaluation documents: which split of which source makes each part of them, and how often.
+
+`assemble_splits` decides this once for documents that are stored and for documents that are streamed. A `SplitReader`
+does the reading.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
+from minilm.config import Data
+
+T = TypeVar("T")
+
+
+class SplitReader(Protocol[T]):
+    """Reads documents as a T, a dataset or a stream. Each method raises ValueError if it gets no document."""
+
+    def read(self, source: str, split: str) -> T:
+        """Return the documents of a split of a source."""
+
+    def hold_out(self, source: str) -> tuple[T, T]:
+        """Return (training documents, evaluation documents), which divide `data.split` of a source.
+
+        `data.eval_fraction` is the share of the evaluation documents.
+        """
+
+    def repeat(self, documents: T, source: str, weight: float) -> T:
+        """Return the training documents of a source `weight` times, such as once and a half for 1.5."""
+
+    def join(self, parts: list[T]) -> T:
+        """Return all documents of several parts, one part after the other."""
+
+
+def assemble_splits(data: Data, reader: SplitReader[T]) -> tuple[T, dict[str, T]]:
+    """Return (training documents, evaluation documents by name).
+
+    Training documents are those of `data.split` of all sources, in the order of the sources. Evaluation documents come
+    from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of each source. They are
+    one set named "". If `data.eval_split` joins several splits by `+`, they are one set for each split, with its name.
+    `data.weights` repeats training documents only. If training and evaluation documents are the same, both are one
+    object.
+    """
+    if data.eval_source is None and data.eval_split is None:
+        halves = [reader.hold_out(source) for source in data.sources]
+        train = [half[0] for half in halves]
+        evaluation = {"": reader.join([half[1] for half in halves])}
+    else:
+        train = [reader.read(source, data.split) for source in data.sources]
+        splits = (data.eval_split or "train").split("+")
+        sources = (data.eval_source,) if data.eval_source else data.sources
+        if not data.weights and (sources, splits) == (data.sources, [data.split]):
+            documents = reader.join(train)
+            return documents, {"": documents}
+        evaluation = {
+            split if len(splits) > 1 else "": reader.join([reader.read(source, split) for source in sources])
+            for split in splits
+        }
+    if data.weights:
+        weighted = zip(train, data.sources, data.weights, strict=True)
+        train = [reader.repeat(documents, source, weight) for documents, source, weight in weighted]
+    return reader.join(train), evaluation
+
+
+def is_one_dataset(train: object, parts: Mapping[str, object]) -> bool:
+    """Return whether training and evaluation have the same documents, as they do for a model that is only evaluated."""
+    return all(part is train for part in parts.values())

@@ -136,7 +136,8 @@ ENTRIES: dict[str, Entry] = {
         flags="--data.source pydocs --data.eval-split validation", says="data.eval_split: pydocs has no splits"
     ),
     "stream past the end": Entry(
-        flags="--data.source docs.txt --data.streaming --data.split train[900:]", says="there is no document"
+        flags="--data.source docs.txt --data.streaming --data.split train[900:]",
+        says="no document has text (split 'train[900:]')",
     ),
     "stream that leaves nothing to evaluate on": Entry(
         flags="--data.source docs.txt --data.streaming --data.eval-fraction 0.001", says="holds out no document"
@@ -234,11 +235,13 @@ ENTRIES: dict[str, Entry] = {
     ),
     "a separator between nothing": classified(
         labelled(*["joy", "joy,", "anger", "joy,anger"] * 10),
-        "of which a part is empty",
+        "has the label 'joy,', in which a part is empty",
         PAIRS + " --data.label-separator ,",
     ),
     "a separator in lists": classified(
-        labelled(*[["joy"], ["anger"]] * 10), "and not text to split", PAIRS + " --data.label-separator ,"
+        labelled(*[["joy"], ["anger"]] * 10),
+        "holds List(Value('string')), not text to split",
+        PAIRS + " --data.label-separator ,",
     ),
     "unseen label": classified(
         in_turn(
@@ -372,7 +375,7 @@ ENTRIES: dict[str, Entry] = {
     "resume with another tokenizer": Entry(
         flags="--run.resume latest --run.output-dir run --tokens.name gpt2 --run.max-steps 3",
         prepare=lower_cased,
-        says="the tokenizer is another one",
+        says="the tokenizer has changed",
     ),
     "resume with other documents": Entry(
         flags="--run.resume latest --run.output-dir run --run.max-steps 3",

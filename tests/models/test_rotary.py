@@ -66,7 +66,7 @@ def test_queries_and_keys_of_one_product_are_turned_in_one_go(monkeypatch: pytes
     monkeypatch.setattr(rotary, "_turned", noted)
     assert all(map(torch.equal, outcome(turn, q, k, cos, sin), expected))
     assert seen == [(2, *q.shape), q.shape, k.shape]
-    assert all(rotary._together(*pair) is None for pair in ((k, q), (q, k.clone()), (q, k[:, :2]), (q.clone(), k)))
+    assert all(rotary._view_as_one(*pair) is None for pair in ((k, q), (q, k.clone()), (q, k[:, :2]), (q.clone(), k)))
 
 
 def test_where_angles_are_trained_they_have_gradients() -> None:

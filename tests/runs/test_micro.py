@@ -137,10 +137,10 @@ def test_a_memory_that_is_too_small_for_any_is_told(sizes: Any, monkeypatch: pyt
 
 
 def test_a_sharded_run_takes_a_number() -> None:
-    with pytest.raises(ValueError, match="not sharded: give a number of tokens"):
+    with pytest.raises(ValueError, match="does not work with sharding: give a number of tokens"):
         resolve_micro_tokens(AUTO, SimpleNamespace(is_fsdp2=True), None, None, None)  # type: ignore[arg-type]
 
 
 def test_a_loop_of_ones_own_takes_a_number() -> None:
-    with pytest.raises(ValueError, match="give this one a number"):
+    with pytest.raises(ValueError, match="only in the loop of minilm.train: give a number of tokens"):
         minilm.runs.auto_micro_tokens.micro_tokens_of(AUTO)

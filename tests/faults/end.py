@@ -35,14 +35,17 @@ ENDS: dict[str, dict[str, Any]] = {
 KILL = """
 import os, signal, time
 from pathlib import Path
-import minilm.runs.output_folder
 import minilm.train
+from minilm.runs import output_folder
+from minilm.runs.checkpoint import Saver
+from minilm.runs.recorder import Recorder
 
+OWNERS = {{"": minilm.train, "output": output_folder, "Recorder": Recorder, "Saver": Saver}}
 steps = [0]
 
 def killing(work, side):
     owner, _, name = work.rpartition(".")
-    owner = minilm.runs.output_folder if owner == "output" else getattr(minilm.train, owner) if owner else minilm.train
+    owner = OWNERS[owner]
     original = getattr(owner, name)
 
     def work(*args, **kwargs):

@@ -142,5 +142,5 @@ def test_a_sharded_run_takes_a_number() -> None:
 
 
 def test_a_loop_of_ones_own_takes_a_number() -> None:
-    with pytest.raises(ValueError, match="only in the loop of minilm.train: give a number of tokens"):
+    with pytest.raises(ValueError, match=r"only in the loop of minilm\.train: give a number of tokens"):
         minilm.runs.auto_micro_tokens.micro_tokens_of(AUTO)

@@ -56,7 +56,7 @@ import minilm.models.attention
 import minilm.models.fast_modules
 from minilm.config import Config, Model
 from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Prepared
+from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.packing import Packing
 from minilm.models.head import Head, SparseHead
@@ -152,10 +152,10 @@ class RandomPlan(Plan):
         step = super().step(index)
         examples = np.random.default_rng((self.seed, index)).permutation(step.examples)
         parts = np.array_split(examples, PARTS)
-        return replace(step, micro_batches=[parts], padded_tokens=sum(self._seen(part) for part in parts))
+        return replace(step, micro_batches=[parts], padded_tokens=sum(self._padded_tokens(part) for part in parts))
 
 
-def head_of(rungs: tuple[str, ...], network: PreTrainedModel, prepared: Prepared) -> Head:
+def head_of(rungs: tuple[str, ...], network: PreTrainedModel, prepared: PreparedData) -> Head:
     """The head of these rungs."""
     return PartialHead(network, rungs) if SPARSE in rungs else PlainHead(network)
 
@@ -167,7 +167,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
     if EPOCH in rungs:
         config = replace(config, batch=replace(config.batch, group="epoch"))
     if BINS not in rungs and not torch.cuda.is_available():  # where it is no rung
-        minilm.data.packing.SHORT = 0
+        minilm.data.packing.SHORT_ROW_TOKENS = 0
         setattr(minilm.models.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library

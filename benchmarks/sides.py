@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
 from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Prepared
+from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import Collator
 from minilm.distributed.hardware import Cost, count_flops, peak_memory
 from minilm.distributed.launch import start
@@ -201,7 +201,7 @@ class Parts:
 
     config: Config
     accelerator: Accelerator
-    prepared: Prepared
+    prepared: PreparedData
     network: PreTrainedModel
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -212,7 +212,7 @@ class Parts:
     """None: that of another contender counts."""
 
 
-def assemble(config: Config, head_of: Callable[[PreTrainedModel, Prepared], Head] | None = None) -> Parts:
+def assemble(config: Config, head_of: Callable[[PreTrainedModel, PreparedData], Head] | None = None) -> Parts:
     """The parts of a run of minilm; `head_of` in place of the objective's own head."""
     accelerator, _ = start(config.run)
     prepared, objective = prepare(config), objective_of(config.objective)

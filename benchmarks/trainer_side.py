@@ -25,7 +25,7 @@ from transformers import (
 
 from minilm.config import Config, Optim
 from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import MicroBatch
 from minilm.distributed.hardware import peak_memory
 from minilm.objectives.causal_lm import Causal
@@ -45,8 +45,8 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = {"input_ids": self.examples[index].tolist()}
-        if self.examples.types is not None:
-            row["token_type_ids"] = self.examples.row_types(index).tolist()
+        if self.examples.type_ids is not None:
+            row["token_type_ids"] = self.examples.token_type_ids(index).tolist()
         if self.examples.labels is not None:
             row["labels"] = self.examples.labels[index].tolist()
         return row
@@ -60,7 +60,7 @@ def padded_labels(batch: MicroBatch, shift: int = 0) -> Tensor:
     (group,) = batch.packing.groups
     labels_T = torch.full_like(batch.input_ids_T, -100)
     labels_T[batch.target_index_N + shift] = batch.target_ids_N
-    return group.pad(labels_T).masked_fill(~group.real(labels_T.device), -100)
+    return group.pad(labels_T).masked_fill(~group.token_mask(labels_T.device), -100)
 
 
 def padding_multiple() -> int:
@@ -71,7 +71,7 @@ def padding_multiple() -> int:
 class ReadySteps(Dataset[dict[str, Tensor]]):
     """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
 
-    def __init__(self, plan: Plan, steps: int, prepared: Prepared, objective: Objective, seed: int) -> None:
+    def __init__(self, plan: Plan, steps: int, prepared: PreparedData, objective: Objective, seed: int) -> None:
         self.collator = objective.collator(
             prepared.tokenizer, prepared.train, seed=seed, padded=True, multiple=padding_multiple()
         )
@@ -89,7 +89,7 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
         (ids,) = step.micro_batches[0]
         batch = self.collator([examples[int(i)] for i in ids], ids, step.epoch)
         (group,) = batch.packing.groups
-        real_RxL = group.real(batch.input_ids_T.device)
+        real_RxL = group.token_mask(batch.input_ids_T.device)
         return {
             "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, self.padding),
             "attention_mask": real_RxL.long(),
@@ -100,7 +100,7 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
 class Turns(TrainerCallback):
     """Let Trainer take a turn each time that the other end of the connection asks for it."""
 
-    def __init__(self, side: Side, prepared: Prepared) -> None:
+    def __init__(self, side: Side, prepared: PreparedData) -> None:
         self.side, self.prepared, self.connection = side, prepared, side.connection
         self._begin()
 
@@ -191,7 +191,7 @@ class TurnTrainer(OrderedTrainer):
         return loss
 
 
-def evaluate(config: Config, model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
+def evaluate(config: Config, model: PreTrainedModel, prepared: PreparedData) -> dict[str, float]:
     """The figures of minilm's evaluation of a model, which it makes minilm's."""
     objective = objective_of(config.objective)
     head = objective.head(model, prepared)
@@ -257,7 +257,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, att
         ).train()
 
 
-def _rows(config: Config, prepared: Prepared, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
+def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
     """What Trainer loads, its collator, and how many items make a batch; `in_order`: of minilm's steps."""
     objective, examples, size = objective_of(config.objective), prepared.train, config.batch.examples
     plan = Plan(

@@ -16,7 +16,7 @@ What a configuration is made of is imported from here; `help(minilm.Data)` says 
     minilm.train                 train; for a loop of your own train_step, load_steps, seed_dropout
     minilm.fork                  begin, start_recording, end: what a loop of your own begins and ends with
     minilm.objectives.objective  prepare (data and tokenizer), build (the model), objective_of (its head and evaluation)
-    minilm.data.corpus           Prepared and Examples, what `prepare` returns
+    minilm.data.corpus           PreparedData and Examples, what `prepare` returns
     minilm.data.batch_plan       Plan: which examples make up step i, and how they are cut into micro-batches
     minilm.data.micro_batch      MicroBatch, on its way to the model, and its loss
     minilm.models.head           SparseHead: a model of transformers that gives the losses of a batch's targets

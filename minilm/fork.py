@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from minilm.config import Config
 from minilm.data.batch_plan import Plan
-from minilm.data.corpus import Prepared
+from minilm.data.corpus import PreparedData
 from minilm.distributed.hardware import Precision
 from minilm.distributed.launch import finish, first_on_each_host, start, together
 from minilm.distributed.sharding import is_sharded
@@ -35,7 +35,7 @@ class Begun:
     precision: Precision
     folder: Path
     """The output folder; it is still empty."""
-    prepared: Prepared
+    prepared: PreparedData
     push_to_hub: str | None = None
     """The repository of the hub that gets the result."""
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
 from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Examples, Prepared
-from minilm.data.micro_batch import Collate, Collator, MicroBatch, loss_sum
+from minilm.data.corpus import Examples, PreparedData
+from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
 from minilm.distributed.hardware import count_flops
 from minilm.distributed.launch import (
     explain_lost_contact,
@@ -83,7 +83,9 @@ def train_step(
     `num_processes` undoes the mean that DDP takes over processes.
     """
     device = accelerator.device
-    targets = accelerator.reduce(torch.full((), float(sum(batch.targets for batch in micro_batches)), device=device))
+    targets = accelerator.reduce(
+        torch.full((), float(sum(batch.target_count for batch in micro_batches)), device=device)
+    )
     scale = accelerator.num_processes / targets.clamp(min=1)
     loss = torch.zeros((), device=device)
     # One autocast around all micro-batches casts each weight once.
@@ -221,7 +223,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 
 
 def build_head(
-    config: Config, accelerator: Accelerator, prepared: Prepared, checkpoint: Checkpoint | None = None
+    config: Config, accelerator: Accelerator, prepared: PreparedData, checkpoint: Checkpoint | None = None
 ) -> tuple[Head, Config]:
     """Return the model with its head on this process's device, and `config` with a number for `batch.micro_tokens`."""
     objective = objective_of(config.objective)
@@ -234,7 +236,7 @@ def build_head(
     return head, resolve_micro_tokens(config, accelerator, head, checkpoint, first)
 
 
-def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: Prepared) -> list[MicroBatch]:
+def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: PreparedData) -> list[MicroBatch]:
     """Return this process's micro-batches of the first step."""
     plan, collator, _ = build_plan(config, accelerator, head, prepared)
     item: Item = next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))
@@ -245,7 +247,7 @@ def build_plan(
     config: Config,
     accelerator: Accelerator,
     head: Head,
-    prepared: Prepared,
+    prepared: PreparedData,
 ) -> tuple[Plan, Collator, Evaluator]:
     """Return the plan of the steps, the collator that makes their micro-batches, and the evaluator."""
     objective = objective_of(config.objective)
@@ -276,7 +278,7 @@ Item = tuple[Step, list[MicroBatch]]
 class _Steps(Dataset[Item]):
     """A dataset whose item i is step i of `total` and this process's micro-batches of it."""
 
-    def __init__(self, plan: Plan, examples: Examples, collator: Collate, rank: int, total: int) -> None:
+    def __init__(self, plan: Plan, examples: Examples, collator: CollateFunction, rank: int, total: int) -> None:
         self.plan, self.examples, self.collator, self.rank, self.total = plan, examples, collator, rank, total
 
     def __getitem__(self, index: int) -> Item:
@@ -295,7 +297,7 @@ class _StepLoader(DataLoader[Item]):
 
 
 def load_steps(
-    plan: Plan, examples: Examples, collator: Collate, accelerator: Accelerator, steps: range, workers: int
+    plan: Plan, examples: Examples, collator: CollateFunction, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
     """Return an iterable over `steps` that gives each `Step` and this process's micro-batches of it.
 

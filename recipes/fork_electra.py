@@ -111,7 +111,9 @@ def train(config: Config, name: str) -> dict[str, float]:
         steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)
         for step, (global_batch, micro_batches) in enumerate(steps):
             seed_dropout(seed, step, accelerator.process_index)
-            targets = torch.full((), float(sum(batch.targets for batch in micro_batches)), device=accelerator.device)
+            targets = torch.full(
+                (), float(sum(batch.target_count for batch in micro_batches)), device=accelerator.device
+            )
             electra.targets_per_token = accelerator.reduce(targets) / global_batch.tokens
             lr = learning_rate(optim, step, total)
             result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=optim.max_grad_norm)

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from minilm import Config, Model, Optim, Run
 from minilm.commands.recipe import run_recipe
-from minilm.data.micro_batch import collate_whole
-from minilm.data.packing import Group, Packing
+from minilm.data.micro_batch import collate_all_targets
+from minilm.data.packing import Packing, RowGroup
 from minilm.distributed.hardware import count_flops
 from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
 from minilm.fork import begin, end, start_recording
@@ -44,13 +44,13 @@ TEACHER_LAYER = -1  # the last layer, as for the paper's base models; its large 
 STATES = ("query", "key", "value")
 
 
-def divergence(student_TxH: Tensor, teacher_TxH: Tensor, group: Group) -> Tensor:
+def divergence(student_TxH: Tensor, teacher_TxH: Tensor, group: RowGroup) -> Tensor:
     """Return KL(teacher || student) of softmax(x x^T / sqrt(d)) at the group's tokens, the mean of A=HEADS heads."""
     log_p = []
     for x_TxH in (student_TxH, teacher_TxH):
         x_RxAxLxD = group.pad(x_TxH.view(len(x_TxH), HEADS, -1)[group.start : group.stop]).transpose(1, 2)
         scores = (x_RxAxLxD @ x_RxAxLxD.transpose(-1, -2)).float() / math.sqrt(x_RxAxLxD.shape[-1])
-        bias = group.bias(None, scores)  # hides padding
+        bias = group.attention_bias(None, scores)  # hides padding
         log_p.append((scores if bias is None else scores + bias.clamp(min=-1e9)).log_softmax(-1))
     return group.unpad(F.kl_div(log_p[0], log_p[1], reduction="none", log_target=True).sum(-1).mean(1))
 
@@ -111,7 +111,7 @@ def train(config: Config, name: str) -> dict[str, float]:
     model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim))
     model.train()
     with closing(recorder):
-        steps = load_steps(plan, prepared.train, collate_whole, accelerator, range(total), config.batch.workers)
+        steps = load_steps(plan, prepared.train, collate_all_targets, accelerator, range(total), config.batch.workers)
         for step, (global_batch, micro_batches) in enumerate(steps):
             seed_dropout(config.run.seed, step, accelerator.process_index)
             lr = learning_rate(optim, step, total)

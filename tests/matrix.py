@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from minilm import CausalLM, Classification, MaskedLM, Model
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.special_ids import PADDING_FIELDS
@@ -150,7 +150,7 @@ def measure(head: str, kind: str) -> Result:
 def attempt(result: Result) -> None:
     """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
     objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
-    prepared = Prepared(
+    prepared = PreparedData(
         tokenizer=tokenizer,
         train=EXAMPLES,
         eval=EXAMPLES,
@@ -248,7 +248,7 @@ def try_special_ids(result: Result, situation: str) -> str:
             network = load_model(model, tokenizer, max_length=LONGEST, seed=0, auto=objective.auto, fields=fields)
         objective.check(network, tokenizer, ())
         plain, examples = deepcopy(network).train(), examples_of(rows)
-        prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples, labels=LABELS, fields=fields)
+        prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples, labels=LABELS, fields=fields)
         head = objective.head(network, prepared).train()
         freeze_unused(head)
         step = "fails"

@@ -199,7 +199,7 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
     for contender in ladder.contenders_of(config, ladder.RUNGS):
         with monkeypatch.context() as process:  # what a rung changes in its own process
-            process.setattr("minilm.data.packing.SHORT", minilm.data.packing.SHORT)
+            process.setattr("minilm.data.packing.SHORT_ROW_TOKENS", minilm.data.packing.SHORT_ROW_TOKENS)
             process.setattr("minilm.models.attention._by_products", minilm.models.attention._by_products)
             taken.append(turns_of(contender)[1])
     heads: list[Any] = [part.model for part in parts]

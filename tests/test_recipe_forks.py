@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTrainin
 
 from minilm import Batch, Config, Data, Model, Optim, Run
 from minilm.commands.seeds import sweep
-from minilm.data.micro_batch import collate_whole, target_nats
+from minilm.data.micro_batch import collate_all_targets, target_losses
 from minilm.objectives.masked_lm import MaskedCollator
 from recipes import fork_electra, fork_minilm
 from tests.jobs import finish_all
@@ -137,8 +137,8 @@ def test_divergences_are_those_of_plain_models_row_by_row(tokenizer: PreTrainedT
                 )
                 total_L += (p * (p / q).log()).sum(-1).mean(0)
             expected.append(total_L)
-        batch = collate_whole(ROWS, np.arange(4), 0, 0.0)
-        found_N = target_nats(fork_minilm.Distiller(student, teacher), batch)
+        batch = collate_all_targets(ROWS, np.arange(4), 0, 0.0)
+        found_N = target_losses(fork_minilm.Distiller(student, teacher), batch)
     torch.testing.assert_close(found_N, torch.cat(expected), rtol=1e-4, atol=1e-6)
 
 
@@ -148,11 +148,11 @@ def test_electras_loss_is_that_of_transformers(
     monkeypatch.setattr(fork_electra, "draw", lambda logits_NxV: logits_NxV.argmax(-1))
     electra = fork_electra.Electra(configs["fork_electra"], tokenizer).eval()
     batch = MaskedCollator(tokenizer, rate=0.4, seed=0, padded=False, multiple=1)(ROWS, np.arange(4), 0)
-    electra.targets_per_token = torch.tensor(batch.targets / len(batch.input_ids_T))
+    electra.targets_per_token = torch.tensor(batch.target_count / len(batch.input_ids_T))
     lengths = [len(row) for row in ROWS]
     original_T = torch.from_numpy(np.concatenate(ROWS))
     with torch.no_grad():
-        found = target_nats(electra, batch) / batch.targets
+        found = target_losses(electra, batch) / batch.target_count
         ids_RxL, mask_RxL = pad_rows(batch.input_ids_T, lengths, 0)
         labels_T = torch.full_like(original_T, -100).index_copy(0, batch.target_index_N, batch.target_ids_N)
         labels_RxL, _ = pad_rows(labels_T, lengths, -100)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from minilm.config import Config
 from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator
 from minilm.distributed.deepspeed import size_of
 from minilm.distributed.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
@@ -72,13 +72,15 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     finish(accelerator)
 
 
-def _data(prepared: Prepared, plan: Plan) -> str:
-    train, held = prepared.train.facts(), prepared.eval.facts()
-    return f"{plan.counted(train['tokens'])}; to evaluate: {held['examples']:,} examples, {held['tokens']:,} tokens"
+def _data(prepared: PreparedData, plan: Plan) -> str:
+    train, held = prepared.train.identity(), prepared.eval.identity()
+    return (
+        f"{plan.describe_size(train['tokens'])}; to evaluate: {held['examples']:,} examples, {held['tokens']:,} tokens"
+    )
 
 
 def _planned(
-    config: Config, accelerator: Accelerator, precision: Precision, prepared: Prepared
+    config: Config, accelerator: Accelerator, precision: Precision, prepared: PreparedData
 ) -> list[tuple[str, str]]:
     """Return lines on model, steps, FLOPs, memory and time, of which a probe measures the last two."""
     head, config = build_head(config, accelerator, prepared)
@@ -151,7 +153,7 @@ def _probe(
     The first one is the step that needs most memory. Its time does not count.
     """
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
-    first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest(plan.step(index)))
+    first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest_micro_batch_tokens(plan.step(index)))
     steps = range(first, total, max(1, (total - first) // 100))
     model.train()
     count, seconds, flops, mark = 0, 0.0, 0.0, 0.0

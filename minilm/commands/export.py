@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.commands.evaluate import objective_for
 from minilm.config import CausalLM, Classification, MaskedLM
-from minilm.data.special_ids import id_count
+from minilm.data.special_ids import count_embedding_rows
 from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
 from minilm.models.loading import longest_input
 from minilm.runs.checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
@@ -127,7 +127,7 @@ def _write_onnx(folder: Path, path: Path) -> None:
 def _batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> dict[str, Tensor]:
     """Rows of ids, each with one token less than the one before and padding in its place, int64[N, T] by name."""
     padding = tokenizer.pad_token_id or 0
-    ids_NT = torch.arange(rows * length).view(rows, length) * 7 % (id_count(tokenizer) - 1)
+    ids_NT = torch.arange(rows * length).view(rows, length) * 7 % (count_embedding_rows(tokenizer) - 1)
     ids_NT += ids_NT >= padding  # any id but that of padding
     mask_NT = (torch.arange(length) < length - torch.arange(rows)[:, None]).long()
     batch = {"input_ids": torch.where(mask_NT == 1, ids_NT, padding), "attention_mask": mask_NT}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class FlatFile:
+class ArrayFile:
     """A one-dimensional array in a file written by `np.save`. A slice is a copy, and must not have a step.
 
     A memory map would also read slices, but every page that was read would count as memory of the process.
@@ -37,12 +37,12 @@ class FlatFile:
             raise OSError(f"{self._path} was cut while the run read it: start the run again, or resume it")
         return np.frombuffer(content, self.dtype)
 
-    def __reduce__(self) -> tuple[type["FlatFile"], tuple[Path]]:
-        return FlatFile, (self._path,)
+    def __reduce__(self) -> tuple[type["ArrayFile"], tuple[Path]]:
+        return ArrayFile, (self._path,)
 
 
 @contextmanager
-def growing(path: Path, kind: np.dtype[Any]) -> Iterator[BinaryIO]:
+def create_array_file(path: Path, kind: np.dtype[Any]) -> Iterator[BinaryIO]:
     """Open a file for the raw elements of an array. At the end of the block, `path` holds the array as in `np.save`."""
     raw = path.with_suffix(".raw")
     with raw.open("wb") as file:

@@ -83,16 +83,18 @@ class Plan:
         if self._rows is not None:
             ids = np.concatenate([self._rows[row] for row in ids])
         lengths = self.lengths[ids]
-        micro_batches = cut(ids, lengths, self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple)
+        micro_batches = cut_into_micro_batches(
+            ids, lengths, self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple
+        )
         return Step(
             epoch=epoch,
             micro_batches=micro_batches,
             tokens=int(lengths.sum()),
             square_lengths=int((lengths * lengths).sum()),
-            padded_tokens=sum(self._seen(part) for parts in micro_batches for part in parts),
+            padded_tokens=sum(self._padded_tokens(part) for parts in micro_batches for part in parts),
         )
 
-    def counted(self, tokens: int) -> str:
+    def describe_size(self, tokens: int) -> str:
         """Return a phrase with the number of examples and `tokens`, and of rows where a step takes rows."""
         rows = "" if self.rows is None else f"{self.rows:,} rows of "
         return f"{rows}{len(self.lengths):,} examples, {tokens:,} tokens"
@@ -107,11 +109,11 @@ class Plan:
         first = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
         return 1 - sum(step.tokens for step in first) / sum(step.padded_tokens for step in first)
 
-    def largest(self, step: Step) -> int:
+    def largest_micro_batch_tokens(self, step: Step) -> int:
         """Return the tokens of the step's largest micro-batch, with padding."""
-        return max(self._seen(ids) for parts in step.micro_batches for ids in parts)
+        return max(self._padded_tokens(ids) for parts in step.micro_batches for ids in parts)
 
-    def _seen(self, ids: Ids) -> int:
+    def _padded_tokens(self, ids: Ids) -> int:
         """Return the tokens of a micro-batch, with padding. An empty one holds a single padding token."""
         if not self.padded:
             return max(1, int(self.lengths[ids].sum()))
@@ -146,7 +148,7 @@ def fill_rows(lengths: Ids, row_tokens: int, seed: int) -> list[Ids]:
     return np.split(order, stops[1:-1])
 
 
-def cut(
+def cut_into_micro_batches(
     ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, *, padded: bool = False, multiple: int = 1
 ) -> list[list[Ids]]:
     """Cut `ids` into `processes x k` micro-batches sorted by length, longest first; returns `[process][k]` arrays.
@@ -178,14 +180,14 @@ def cut(
     return [[part[rank] for part in rounds] for rank in range(processes)]
 
 
-def cut_alike(
+def deal_micro_batches(
     lengths: Ids, micro_tokens: int, processes: int, *, padded: bool = False, multiple: int = 1
 ) -> list[list[Ids]]:
     """Cut all examples into micro-batches as for one process, and deal these out; return `[process][k]` arrays of ids.
 
     Every process gets k micro-batches, of which the last may be empty.
     """
-    (parts,) = cut(np.arange(len(lengths)), lengths, micro_tokens, padded=padded, multiple=multiple)
+    (parts,) = cut_into_micro_batches(np.arange(len(lengths)), lengths, micro_tokens, padded=padded, multiple=multiple)
     parts += [np.arange(0)] * (-len(parts) % processes)
     return [parts[rank::processes] for rank in range(processes)]
 

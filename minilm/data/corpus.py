@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from minilm.data.array_file import FlatFile, growing
-from minilm.data.document_texts import Documents, count_of, fingerprint, in_batches
-from minilm.data.encoding_errors import naming_texts
+from minilm.data.array_file import ArrayFile, create_array_file
+from minilm.data.document_texts import Documents, count_documents, fingerprint_documents, iterate_batches
+from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.data.labels import Labels
-from minilm.data.special_ids import id_count, ids_around
+from minilm.data.special_ids import count_embedding_rows, find_prefix_and_suffix
 from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
-from minilm.data.text_bytes import bytes_by_token, name_lengths
-from minilm.data.word_boundaries import begins_word
+from minilm.data.text_bytes import count_text_bytes, measure_token_names
+from minilm.data.word_boundaries import find_word_starts
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import progress_bar
 
@@ -37,22 +37,22 @@ class Examples:
     `ids` is a flat array of integers in the order of the documents; `start` and `stop` are int64 arrays.
     """
 
-    ids: NDArray[np.integer] | FlatFile
+    ids: NDArray[np.integer] | ArrayFile
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
     prefix: NDArray[np.int64]
     suffix: NDArray[np.int64]
-    types: NDArray[np.uint8] | FlatFile | None = None
+    type_ids: NDArray[np.uint8] | ArrayFile | None = None
     """Which of two texts each of `ids` is of, where the model is told."""
     labels: NDArray[Any] | None = None
     """Of each example, where it is classified: int64[E], or float32[E] or [E, C]."""
     fingerprint: str = ""
     """A hash of the documents and the tokenizer that they were encoded by."""
-    begins: NDArray[np.bool_] | FlatFile | None = None
+    is_word_start: NDArray[np.bool_] | ArrayFile | None = None
     """Whether each of `ids` begins a word; None where nobody asked."""
-    text_bytes: NDArray[np.integer] | FlatFile | None = None
+    text_bytes: NDArray[np.integer] | ArrayFile | None = None
     """UTF-8 bytes of the text that each of `ids` stands for; None where nobody asked."""
-    special: dict[int, tuple[int, str]] = field(default_factory=dict)
+    special_tokens: dict[int, tuple[int, str]] = field(default_factory=dict)
     """By id of a special token in the texts, the number of the first such text, from 1, and how it begins."""
 
     def __len__(self) -> int:
@@ -62,21 +62,21 @@ class Examples:
         middle = self.ids[self.start[index] : self.stop[index]]
         return np.concatenate((self.prefix, middle, self.suffix), dtype=np.int64, casting="same_kind")
 
-    def row_types(self, index: int) -> NDArray[np.int64]:
+    def token_type_ids(self, index: int) -> NDArray[np.int64]:
         """The token types of an example, where there are `types`."""
-        assert self.types is not None
-        return self.types[self.start[index] : self.stop[index]].astype(np.int64)
+        assert self.type_ids is not None
+        return self.type_ids[self.start[index] : self.stop[index]].astype(np.int64)
 
     def word_starts(self, index: int) -> NDArray[np.bool_]:
         """Whether each token of row `index` begins a word there; a word that was cut goes on as one of its own."""
-        assert self.begins is not None
+        assert self.is_word_start is not None
         start, stop = self.start[index], self.stop[index]
-        begins = self.begins[start:stop].copy()
+        begins = self.is_word_start[start:stop].copy()
         # A cut word begins again.
         begins[:1] = True
         return _surround(begins, self.prefix, self.suffix, True)
 
-    def row_bytes(self, index: int) -> NDArray[np.int64]:
+    def token_bytes(self, index: int) -> NDArray[np.int64]:
         """UTF-8 bytes of the text that each token of row `index` stands for, 0 of what goes around a text."""
         assert self.text_bytes is not None
         sizes = self.text_bytes[self.start[index] : self.stop[index]].astype(np.int64)
@@ -87,11 +87,11 @@ class Examples:
         """Tokens of each example, special tokens included."""
         return self.stop - self.start + (len(self.prefix) + len(self.suffix))
 
-    def facts(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What tells these examples from others, as JSON types."""
         return {"examples": len(self), "tokens": int(self.lengths.sum()), "fingerprint": self.fingerprint}
 
-    def counts(self, vocab_size: int) -> NDArray[np.int64]:
+    def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
         """How often each id occurs in the documents and between them; int64[vocab_size]."""
         total = np.zeros(vocab_size, np.int64)
         for at in range(0, len(self.ids), 2**22):
@@ -100,7 +100,7 @@ class Examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedData:
     """What a run works on."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def encode(
     where words begin, and with `text_bytes` the bytes of text that each stands for. A warning says where texts hold
     special tokens. Once there are `enough` ids, without those that are truncated, no more documents are read.
     """
-    prefix, suffix = ids_around(tokenizer)
+    prefix, suffix = find_prefix_and_suffix(tokenizer)
     before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
     if causal:
         before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
@@ -145,15 +145,15 @@ def encode(
     around = before.tolist(), after.tolist()
     most = room if enough and layout != "blocks" and overflow == "truncate" else None
     splits = tokenizer.split_special_tokens  # which the backend's state does not say
-    key = fingerprint(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough, most)
+    key = fingerprint_documents(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough, most)
     kind = "-".join(["corpus", *["words"] * words, *["bytes"] * text_bytes, key])
     folder = open_entry(
         kind, lambda folder: _write_ids(folder, documents, tokenizer, *around, words, text_bytes, name, enough, most)
     )
-    ids = FlatFile(folder / "ids.npy")
-    begins = FlatFile(folder / "begins.npy") if words else None
-    sizes = FlatFile(folder / "bytes.npy") if text_bytes else None
-    special = read_special_tokens(folder, tokenizer, name)
+    ids = ArrayFile(folder / "ids.npy")
+    is_word_start = ArrayFile(folder / "begins.npy") if words else None
+    sizes = ArrayFile(folder / "bytes.npy") if text_bytes else None
+    special_tokens = read_special_tokens(folder, tokenizer, name)
     start, stop = _examples_of(np.load(folder / "offsets.npy"), room, layout, overflow)
     if len(start) == 0:
         raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
@@ -164,9 +164,9 @@ def encode(
         prefix=prefix,
         suffix=suffix,
         fingerprint=key,
-        begins=begins,
+        is_word_start=is_word_start,
         text_bytes=sizes,
-        special=special,
+        special_tokens=special_tokens,
     )
 
 
@@ -215,12 +215,12 @@ def _write_ids(
     counted. With `words`, write `begins.npy` too: bool, which ids begin a word; with `text_bytes`, `bytes.npy`: uint32,
     the bytes of text that each stands for. Which special tokens are in the texts is written beside.
     """
-    kind = np.uint16 if id_count(tokenizer) <= 2**16 else np.uint32
+    kind = np.uint16 if count_embedding_rows(tokenizer) <= 2**16 else np.uint32
     backend = tokenizer.backend_tokenizer
     if text_bytes:  # RoBERTa's post-processor moves the ends of tokens that are spaces
         backend = Tokenizer.from_str(backend.to_str())
         backend.post_processor = None
-        weight_V = name_lengths(tokenizer)
+        weight_V = measure_token_names(tokenizer)
     backend.no_truncation()  # what it was saved with is not what it is
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
@@ -228,23 +228,23 @@ def _write_ids(
     encode_batch = backend.encode_batch if words or text_bytes else backend.encode_batch_fast
     sizes, counted, special = array("q", [0]), 0, SpecialTokenCounter(tokenizer)
     with (
-        growing(folder / "ids.npy", np.dtype(kind)) as file,
-        growing(folder / "begins.npy", np.dtype(bool)) as begins_file,
-        growing(folder / "bytes.npy", np.dtype(np.uint32)) as bytes_file,
-        progress_bar(total=count_of(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+        create_array_file(folder / "ids.npy", np.dtype(kind)) as file,
+        create_array_file(folder / "begins.npy", np.dtype(bool)) as begins_file,
+        create_array_file(folder / "bytes.npy", np.dtype(np.uint32)) as bytes_file,
+        progress_bar(total=count_documents(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
-        for texts in in_batches(documents):
-            with naming_texts(tokenizer, texts, name, first=len(sizes)):
+        for texts in iterate_batches(documents):
+            with locate_encoding_errors(tokenizer, texts, name, first=len(sizes)):
                 encodings = encode_batch(texts, add_special_tokens=False)
             rows = [[*before, *encoding.ids, *after] for encoding in encodings]
             sizes.extend(map(len, rows))
             file.write(special.count(texts, rows, [*before, *after]).astype(kind).data)
             for text, encoding in zip(texts, encodings, strict=True):
                 if words:
-                    begins = begins_word(text, [start for start, _ in encoding.offsets])
+                    begins = find_word_starts(text, [start for start, _ in encoding.offsets])
                     begins_file.write(_surround(begins, before, after, True).data)
                 if text_bytes:
-                    sizes_L = bytes_by_token(text, encoding.offsets, weight_V[encoding.ids]).astype(np.uint32)
+                    sizes_L = count_text_bytes(text, encoding.offsets, weight_V[encoding.ids]).astype(np.uint32)
                     bytes_file.write(_surround(sizes_L, before, after, 0).data)
             bar.update(len(texts))
             counted += sum(min(len(row), most or len(row)) for row in rows) if enough else 0

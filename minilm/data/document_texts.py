@@ -14,40 +14,40 @@ from minilm.utils.cache import open_entry
 
 _VERSION = 5  # of the files below in the cache
 Documents: TypeAlias = Dataset | Stream
-BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
+DOCUMENTS_PER_BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
 
 
-def count_of(documents: Documents) -> int | None:
+def count_documents(documents: Documents) -> int | None:
     """How many there are, where that is known."""
     return None if isinstance(documents, Stream) else len(documents)
 
 
 def count_texts(documents: Documents) -> int | None:
-    """Return how many texts `texts_of` yields, where that is known."""
-    count = count_of(documents)
-    return None if count is None else count * len(text_columns(documents))
+    """Return how many texts `iterate_texts` yields, where that is known."""
+    count = count_documents(documents)
+    return None if count is None else count * len(find_text_columns(documents))
 
 
-def in_batches(documents: Documents) -> Iterator[list[str]]:
+def iterate_batches(documents: Documents) -> Iterator[list[str]]:
     """The texts, many at a time."""
-    for batch in documents.iter(batch_size=BATCH):
+    for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
         yield batch["text"]
 
 
-def text_columns(documents: Documents) -> tuple[str, ...]:
+def find_text_columns(documents: Documents) -> tuple[str, ...]:
     """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
     pairs = not isinstance(documents, Stream) and "pair" in documents.column_names
     return ("text", "pair") if pairs else ("text",)
 
 
-def texts_of(documents: Documents) -> Iterator[str]:
+def iterate_texts(documents: Documents) -> Iterator[str]:
     """Yield each text of all columns."""
-    for batch in documents.iter(batch_size=BATCH):
-        for column in text_columns(documents):
+    for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
+        for column in find_text_columns(documents):
             yield from batch[column]
 
 
-def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
+def fingerprint_documents(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
     """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits.
 
     The texts are read once: the cache remembers the hash by the name that the datasets library gives to how they came
@@ -61,7 +61,7 @@ def fingerprint(documents: Documents, *rest: object, columns: Sequence[str] = ("
     name.update(json.dumps([documents._fingerprint, *columns]).encode())
 
     def build(folder: Path) -> None:
-        for batch in documents.iter(batch_size=BATCH):
+        for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
             for text in itertools.chain.from_iterable(zip(*(batch[column] for column in columns), strict=True)):
                 encoded = text.encode("utf-8", "surrogatepass")
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)

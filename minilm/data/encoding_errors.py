@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 @contextmanager
-def naming_texts(
+def locate_encoding_errors(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], name: str | None = None, first: int = 1
 ) -> Iterator[None]:
     """Turn the error of a tokenizer that cannot encode one of `texts` into a ValueError that names the text.

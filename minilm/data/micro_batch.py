@@ -31,7 +31,7 @@ class MicroBatch:
     """int64, which of two texts each token is of, where the model is told."""
 
     @property
-    def targets(self) -> int:
+    def target_count(self) -> int:
         """Number of targets; read from the shape, so that asking never waits for a device."""
         return self.target_ids_N.shape[0]
 
@@ -62,7 +62,7 @@ def concatenate_rows(
     return ids_T, pack([len(row) for row in rows] or [1], grouped=not padded, multiple=multiple)
 
 
-def collate_whole(
+def collate_all_targets(
     rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float
 ) -> MicroBatch:
     """The rows as they are, unpadded, each token a target: for a loss that compares models."""
@@ -71,7 +71,7 @@ def collate_whole(
     return MicroBatch(input_ids_T=ids_T, packing=packing, target_index_N=every_N, target_ids_N=ids_T[every_N])
 
 
-def target_nats(model: nn.Module, batch: MicroBatch) -> Tensor:
+def target_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
     """-log p of each target in nats, float32[N], by a model like `SparseHead`."""
     nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T)
     return nats_N
@@ -79,11 +79,11 @@ def target_nats(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The cross entropy of the batch summed over its targets, nats, float32 scalar."""
-    return target_nats(model, batch).sum()
+    return target_losses(model, batch).sum()
 
 
 # (rows, the ids of their examples, the epoch, the share of the run that is done)
-Collate = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]
+CollateFunction = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]
 
 
 class Collator(Protocol):
@@ -103,7 +103,7 @@ class Collator(Protocol):
 class LanguageCollator(Collator, Protocol):
     """The collator of a language model."""
 
-    possible: NDArray[np.bool_]
+    can_be_target: NDArray[np.bool_]
     """bool[vocabulary], the ids that can be targets."""
-    ahead: int
+    target_offset: int
     """How many places after the one where it is predicted a target stands in its row."""

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Kept = TypeVar("Kept")
+_T = TypeVar("_T")
 
-SHORT = 128  # up to this length rows share bins
+SHORT_ROW_TOKENS = 128  # up to this length rows share bins
 # L is a multiple of this in a padded group: that needs few kernels, and makes the softmax in bf16 fast on CPUs.
 _STEP = 32
 # In a group of longer rows, the shortest has at least this share of the longest's tokens, minus some.
@@ -27,7 +27,7 @@ _SIMILAR, _SLACK = 0.75, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class RowGroup:
     """Rows that follow each other in the batch, as R x L: R rows, or R bins that hold several rows each."""
 
     start: int
@@ -55,7 +55,7 @@ class Group:
         x_RLxH = x_RxLxH.flatten(0, 1)
         return x_RLxH if self.place_T is None else _Unpad.apply(x_RLxH, self.place_T)  # type: ignore[no-untyped-call]
 
-    def by_head(self, x_TxAxD: Tensor) -> Tensor:
+    def pad_by_head(self, x_TxAxD: Tensor) -> Tensor:
         """Return the group's tokens as R x A x L x D: padded and ordered by head, in one pass."""
         heads = x_TxAxD.shape[1]
         if self.source_RL is None:
@@ -63,8 +63,8 @@ class Group:
         x_RALxD: Tensor = _Pad.apply(x_TxAxD.flatten(0, 1), *self._places(heads))  # type: ignore[no-untyped-call]
         return x_RALxD.view(self.rows, heads, self.length, -1)
 
-    def from_heads(self, x_RxAxLxD: Tensor) -> Tensor:
-        """Return the inverse of `by_head`."""
+    def unpad_by_head(self, x_RxAxLxD: Tensor) -> Tensor:
+        """Return the inverse of `pad_by_head`."""
         heads = x_RxAxLxD.shape[1]
         if self.place_T is None:
             return x_RxAxLxD.transpose(1, 2).flatten(0, 1)
@@ -84,16 +84,16 @@ class Group:
             place_TxA = (row_T[:, None] * heads + head_A) * self.length + at_T[:, None]
             return source_RxAxL.flatten(), place_TxA.flatten()
 
-        return self.keep(("places", heads), make)
+        return self.cached(("places", heads), make)
 
-    def real(self, device: torch.device) -> Tensor:
+    def token_mask(self, device: torch.device) -> Tensor:
         """Return where there is a token and not padding, bool, R x L."""
         real_RL = torch.ones(self.rows * self.length, dtype=torch.bool, device=device)
         if self.place_T is not None:
             real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
         return real_RL.view(self.rows, self.length)
 
-    def bias(self, window: int | None, like: Tensor, *, causal: bool = False) -> Tensor | None:
+    def attention_bias(self, window: int | None, like: Tensor, *, causal: bool = False) -> Tensor | None:
         """Return the term to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for zero.
 
         It has the type and device of `like`. A token sees the tokens of its row that are fewer than `window` away. With
@@ -102,7 +102,7 @@ class Group:
         """
         if window is not None and window >= self.length:
             window = None
-        return self.keep((window, causal, like.dtype), lambda: self._make_bias(window, like, causal))
+        return self.cached((window, causal, like.dtype), lambda: self._make_bias(window, like, causal))
 
     def _make_bias(self, window: int | None, like: Tensor, causal: bool) -> Tensor | None:
         seen: Tensor | None = None
@@ -110,7 +110,7 @@ class Group:
             owner_RxL = self.owner_RL.view(self.rows, self.length)
             seen = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
         elif self.place_T is not None and not causal:
-            seen = self.real(like.device)[:, None, None, :]
+            seen = self.token_mask(like.device)[:, None, None, :]
         if window is not None or causal:
             at_L = torch.arange(self.length, device=like.device)
             before_LxL = at_L[:, None] - at_L
@@ -120,14 +120,14 @@ class Group:
             seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
         return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
-    def keep(self, kind: Any, make: Callable[[], Kept]) -> Kept:
+    def cached(self, kind: Any, make: Callable[[], _T]) -> _T:
         """Return what `make` returns. It is called once for each `kind`, since all layers need the same."""
         if kind not in self._kept:
             self._kept[kind] = make()
-        kept: Kept = self._kept[kind]
+        kept: _T = self._kept[kind]
         return kept
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Group":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "RowGroup":
         """Return the group with its tensors changed: moved or pinned, for example."""
         indices = (self.source_RL, self.place_T, self.owner_RL)
         source_RL, place_T, owner_RL = (None if index is None else change(index) for index in indices)
@@ -140,7 +140,7 @@ class Packing:
 
     position_T: Tensor
     """int64, the place of each token in its own row, from 0."""
-    groups: tuple[Group, ...]
+    groups: tuple[RowGroup, ...]
     lengths: tuple[int, ...]
     """Tokens of each row."""
     longest: int
@@ -148,8 +148,8 @@ class Packing:
     bounds_R1: Tensor
     """int32[R + 1], the start of each row, and the end of the last one."""
     tiles_B1: Tensor
-    """int32[B + 1], the same for tiles. A tile has whole rows that follow each other, together at most SHORT tokens, or
-    one longer row."""
+    """int32[B + 1], the same for tiles. A tile holds whole rows that follow each other: together at most
+    SHORT_ROW_TOKENS, or one longer row."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
         """Return the packing with its tensors changed: moved or pinned, for example."""
@@ -164,11 +164,11 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
     `grouped=False` puts all rows into one group, for a model that needs its batch padded. Padded lengths are rounded up
     to a multiple of `multiple`.
     """
-    groups: list[Group] = []
+    groups: list[RowGroup] = []
     first = start = 0
     while first < len(lengths):
         last, low, high = first, lengths[first], lengths[first]
-        while last < len(lengths) and (not grouped or high <= SHORT or low >= _SIMILAR * high - _SLACK):
+        while last < len(lengths) and (not grouped or high <= SHORT_ROW_TOKENS or low >= _SIMILAR * high - _SLACK):
             last += 1
             if last < len(lengths):
                 low, high = min(low, lengths[last]), max(high, lengths[last])
@@ -188,16 +188,16 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
 def _tiles(lengths: Sequence[int]) -> list[int]:
     bounds, end = [0], 0
     for length in lengths:
-        if end > bounds[-1] and end + length - bounds[-1] > SHORT:
+        if end > bounds[-1] and end + length - bounds[-1] > SHORT_ROW_TOKENS:
             bounds.append(end)
         end += length
     return [*bounds, end]
 
 
-def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> Group:
+def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> RowGroup:
     count, tokens, longest = len(lengths_R), int(lengths_R.sum()), int(lengths_R.max())
     uneven = grouped and tokens < count * longest
-    in_bins = uneven and longest <= SHORT  # rows of one length have nothing to share
+    in_bins = uneven and longest <= SHORT_ROW_TOKENS  # rows of one length have nothing to share
     step = math.lcm(_STEP, multiple) if uneven else multiple
     length = -(-longest // step) * step
     begin_R, rows = _fill_bins(lengths_R, length) if in_bins else (np.arange(count) * length, count)
@@ -212,7 +212,7 @@ def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> Group
         owner = -1 - np.arange(rows * length)
         owner[place] = np.repeat(np.arange(count), lengths_R)
         owner_RL = torch.from_numpy(owner)
-    return Group(
+    return RowGroup(
         start=start,
         stop=start + tokens,
         rows=rows,

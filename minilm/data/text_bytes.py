@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from minilm.data.special_ids import id_count
+from minilm.data.special_ids import count_embedding_rows
 
 
-def name_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+def measure_token_names(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """Characters of each token's name, int64[V]: of byte-level BPE the bytes that it spells."""
-    lengths = np.ones(id_count(tokenizer), np.int64)
+    lengths = np.ones(count_embedding_rows(tokenizer), np.int64)
     for token, id in tokenizer.get_vocab().items():
         lengths[id] = max(1, len(token))
     return lengths
 
 
-def bytes_by_token(text: str, spans: Sequence[tuple[int, int]], weight_L: NDArray[np.int64]) -> NDArray[np.int64]:
+def count_text_bytes(text: str, spans: Sequence[tuple[int, int]], weight_L: NDArray[np.int64]) -> NDArray[np.int64]:
     """UTF-8 bytes of `text` that each token stands for, int64[L]; their sum is the length of the text.
 
     `spans` are the first character of each token and the one after its last, as the tokenizers library gives them.

@@ -10,12 +10,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from minilm.data.array_file import FlatFile
+from minilm.data.array_file import ArrayFile
 from minilm.data.corpus import Examples
-from minilm.data.document_texts import BATCH, fingerprint, text_columns
-from minilm.data.encoding_errors import naming_texts
+from minilm.data.document_texts import DOCUMENTS_PER_BATCH, find_text_columns, fingerprint_documents
+from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
-from minilm.data.tokenizer import state_of
+from minilm.data.tokenizer import serialize_tokenizer
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import progress_bar
 
@@ -37,10 +37,10 @@ def encode_pairs(
     Token types are kept where any is not 0, or with `zero_types` where the tokenizer gives them at all: GPT-2 adds the
     embedding of type 0 to that of a word. The ids are cached by content.
     """
-    columns = text_columns(documents)
+    columns = find_text_columns(documents)
     tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
     tokenizer.backend_tokenizer.no_padding()
-    key = fingerprint(documents, state_of(tokenizer), columns, max_length, columns=columns)
+    key = fingerprint_documents(documents, serialize_tokenizer(tokenizer), columns, max_length, columns=columns)
     folder = open_entry(f"pairs-{key}", lambda folder: _write(folder, documents, columns, tokenizer, max_length, name))
     tokenizer.backend_tokenizer.no_truncation()
     offsets = np.load(folder / "offsets.npy")
@@ -50,15 +50,15 @@ def encode_pairs(
     typed = facts["typed"] or (zero_types and "token_type_ids" in tokenizer.model_input_names)
     none = np.zeros(0, np.int64)
     return Examples(
-        ids=FlatFile(folder / "ids.npy"),
+        ids=ArrayFile(folder / "ids.npy"),
         start=offsets[:-1],
         stop=offsets[1:],
         prefix=none,
         suffix=none,
-        types=FlatFile(folder / "types.npy") if typed else None,
+        type_ids=ArrayFile(folder / "types.npy") if typed else None,
         labels=labels,
         fingerprint=key,
-        special=read_special_tokens(folder, tokenizer, name),
+        special_tokens=read_special_tokens(folder, tokenizer, name),
     )
 
 
@@ -72,10 +72,10 @@ def _write(
 ) -> None:
     ids, types, sizes, cut, special = [], [], [0], 0, SpecialTokenCounter(tokenizer)
     with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
-        for batch in documents.iter(batch_size=BATCH):
+        for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
             with ExitStack() as stack:
                 for column in columns:
-                    stack.enter_context(naming_texts(tokenizer, batch[column], name, first=len(sizes)))
+                    stack.enter_context(locate_encoding_errors(tokenizer, batch[column], name, first=len(sizes)))
                 encoded = tokenizer(
                     *(batch[column] for column in columns),
                     truncation=True,

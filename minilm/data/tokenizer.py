@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minilm.config import Tokens
-from minilm.data.document_texts import Documents, fingerprint, text_columns
+from minilm.data.document_texts import Documents, find_text_columns, fingerprint_documents
 from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.utils.cache import open_entry
@@ -39,7 +39,9 @@ def load_tokenizer(
             raise ValueError(
                 "tokens.extend adds to a tokenizer that exists; here one is trained: set tokens.vocab_size"
             )
-        key = fingerprint(documents, tokens.kind, tokens.vocab_size, causal, columns=text_columns(documents))
+        key = fingerprint_documents(
+            documents, tokens.kind, tokens.vocab_size, causal, columns=find_text_columns(documents)
+        )
         return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
     with loading(name, f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -57,11 +59,13 @@ def load_tokenizer(
         )
     if not tokens.extend:
         return tokenizer
-    key = fingerprint(documents, state_of(tokenizer), tokens.extend, columns=text_columns(documents))
+    key = fingerprint_documents(
+        documents, serialize_tokenizer(tokenizer), tokens.extend, columns=find_text_columns(documents)
+    )
     return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
 
 
-def state_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def serialize_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """What tells a tokenizer from others, as JSON types."""
     return [tokenizer.backend_tokenizer.to_str(), *(getattr(tokenizer, name) for name in _SETTINGS)]
 

@@ -6,8 +6,8 @@ from collections import Counter
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minilm.data.document_texts import Documents, texts_of
-from minilm.data.special_ids import id_count
+from minilm.data.document_texts import Documents, iterate_texts
+from minilm.data.special_ids import count_embedding_rows
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, size: int) -> PreTrainedTokenizerFast:
@@ -18,7 +18,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
     token where it is a whole word; WordPiece also at the beginning of one, and Unigram wherever it is the likeliest.
     Raises ValueError when there are fewer such words, or the tokenizer is of another kind.
     """
-    backend, known = tokenizer.backend_tokenizer, id_count(tokenizer)
+    backend, known = tokenizer.backend_tokenizer, count_embedding_rows(tokenizer)
     state = json.loads(backend.to_str())
     model = state["model"]
     if model["type"] not in ("BPE", "WordPiece", "Unigram") or backend.pre_tokenizer is None:
@@ -62,7 +62,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
 def _split_words(backend: Tokenizer, documents: Documents) -> list[str]:
     """The words of letters and digits that occur more than once and are several tokens, the most frequent first."""
     found: Counter[str] = Counter()
-    for text in texts_of(documents):
+    for text in iterate_texts(documents):
         text = backend.normalizer.normalize_str(text) if backend.normalizer else text
         for word, (start, stop) in backend.pre_tokenizer.pre_tokenize_str(text):
             if text[start:stop].replace("\u2581", " ").strip().isalnum():

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minilm.data.document_texts import Documents, count_texts, texts_of
+from minilm.data.document_texts import Documents, count_texts, iterate_texts
 from minilm.utils.progress import progress_bar
 from minilm.utils.shell import silent_stdout
 
@@ -65,7 +65,7 @@ def train_tokenizer(
 
 
 def _collect_characters(documents: Documents, special: list[AddedToken], unknown: str) -> Tokenizer:
-    characters = sorted({character for text in texts_of(documents) for character in set(text)})
+    characters = sorted({character for text in iterate_texts(documents) for character in set(text)})
     vocabulary = {token: index for index, token in enumerate([*(t.content for t in special), *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -77,7 +77,7 @@ def _collect_characters(documents: Documents, special: list[AddedToken], unknown
 def _train_on(documents: Documents, tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
     """Train a tokenizer of the tokenizers library, which draws its bars on stderr if that is a terminal."""
     with silent_stdout():
-        tokenizer.train_from_iterator(texts_of(documents), trainer, length=count_texts(documents))
+        tokenizer.train_from_iterator(iterate_texts(documents), trainer, length=count_texts(documents))
     if sys.stderr.isatty():
         # The library leaves the cursor behind its last bar. Remove that bar, so that the next line begins on the left.
         print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
@@ -121,7 +121,7 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
     for text in progress_bar(
-        texts_of(documents), desc="reading", total=count_texts(documents), unit="text", leave=False
+        iterate_texts(documents), desc="reading", total=count_texts(documents), unit="text", leave=False
     ):
         words.update(word for word, _ in splitter.pre_tokenize_str(text))
     best = _learn_pieces(words, vocab_size - len(names))

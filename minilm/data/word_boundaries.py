@@ -29,7 +29,7 @@ def _kinds() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     return space, alone
 
 
-def begins_word(text: str, starts: Sequence[int]) -> NDArray[np.bool_]:
+def find_word_starts(text: str, starts: Sequence[int]) -> NDArray[np.bool_]:
     """Whether each token of `text` begins a word, bool[L]; `starts` are the places of their first characters.
 
     Words are those of BERT's BasicTokenizer (Devlin et al. 2019, released code): they end at white space, and each

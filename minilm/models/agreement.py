@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.data.corpus import Examples, Prepared
-from minilm.data.special_ids import ROLES, encode_stand_in, id_count
+from minilm.data.corpus import Examples, PreparedData
+from minilm.data.special_ids import SPECIAL_ROLES, count_embedding_rows, encode_placeholder
 from minilm.models.head import Head
 from minilm.models.loading import evaluating, find_embedding
 
@@ -19,7 +19,7 @@ log = logging.getLogger("minilm")
 _PART = 2**22  # ids that are looked at in one go
 
 
-def check_agreement(head: Head, prepared: Prepared) -> None:
+def check_agreement(head: Head, prepared: PreparedData) -> None:
     """Raise ValueError for examples that the model would read otherwise than transformers does, or not at all.
 
     Warns of special tokens that the model's configuration and the tokenizer name differently, of an end of text whose
@@ -42,7 +42,7 @@ def check_agreement(head: Head, prepared: Prepared) -> None:
 def _compare_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     config = network.config.get_text_config()
     other = []
-    for role in ROLES:
+    for role in SPECIAL_ROLES:
         ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(config, f"{role}_token_id", None)
         # A tokenizer without a token for padding pads with the end of a text.
         if ours is None or theirs is None or (role == "pad" and ours == tokenizer.eos_token_id):
@@ -64,9 +64,9 @@ def _compare_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 def _check_types(network: PreTrainedModel, examples: Examples) -> None:
     known = getattr(network.config.get_text_config(), "type_vocab_size", None)
-    if examples.types is None or not isinstance(known, int) or known < 1:
+    if examples.type_ids is None or not isinstance(known, int) or known < 1:
         return
-    largest = max(int(types.max(initial=0)) for types in _parts(examples.types))
+    largest = max(int(types.max(initial=0)) for types in _parts(examples.type_ids))
     if largest >= known:
         raise ValueError(
             f"the tokenizer gives token types up to {largest} and {type(network).__name__} knows {known}: take the "
@@ -81,7 +81,7 @@ def _warn_of_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if not named or "token_type_ids" not in inspect.signature(network.forward).parameters:
         return
     known = getattr(network.config.get_text_config(), "type_vocab_size", None)
-    types = sorted({*encode_stand_in(tokenizer).type_ids})
+    types = sorted({*encode_placeholder(tokenizer).type_ids})
     # Without types these models take all to be 0, but for those that look types up elsewhere, as GPT-2 among its words.
     if known is None or (known > 0 and any(types)):
         log.warning(
@@ -95,7 +95,10 @@ def _check_inside(head: Head, tokenizer: PreTrainedTokenizerBase, part: str, exa
     """Raise ValueError for a text with the id in it; rows that are classified may all have it equally often."""
     count_E = np.concatenate([*_counts(examples, id)])
     usual = 0 if examples.labels is None else int(np.bincount(count_E).argmax())
-    name, token = type(head.model).__name__, tokenizer.convert_ids_to_tokens(id) if id < id_count(tokenizer) else ""
+    name, token = (
+        type(head.model).__name__,
+        tokenizer.convert_ids_to_tokens(id) if id < count_embedding_rows(tokenizer) else "",
+    )
     if usual == 0 and not _can_read(head.model, examples[int(count_E.argmin())]):
         raise ValueError(
             f"{name} reads the class of a text at the token that ends it, by its configuration {token} (eos_token_id "
@@ -119,7 +122,7 @@ def _check_ends(
     if not ended:
         return
     first = _name_first(tokenizer, examples, id, ended[0])
-    token = tokenizer.convert_ids_to_tokens(id) if id < id_count(tokenizer) else ""
+    token = tokenizer.convert_ids_to_tokens(id) if id < count_embedding_rows(tokenizer) else ""
     raise ValueError(
         f"{len(ended):,} of the {part} end with the token {token} (id {id}), which is padding for "
         f"{type(network).__name__} in a batch: it would read their class at the token before; the first of "
@@ -130,7 +133,7 @@ def _check_ends(
 
 def _name_first(tokenizer: PreTrainedTokenizerBase, examples: Examples, id: int, example: int) -> str:
     """The number and the beginning of the first text with the special id, or else what the tokens of `example` say."""
-    number, text = examples.special.get(id, (0, ""))
+    number, text = examples.special_tokens.get(id, (0, ""))
     # A text that is classified is one example.
     if number and (examples.labels is None or number == example + 1):
         return f", number {number:,}, begins {text!r}"

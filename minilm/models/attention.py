@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from minilm.data.packing import SHORT, Group, Packing
+from minilm.data.packing import SHORT_ROW_TOKENS, Packing, RowGroup
 from minilm.models.dropout import dropout as drop
 from minilm.models.windowed_attention import around_chunks, chunk_bias, chunk_size, in_chunks
 
@@ -26,7 +26,9 @@ if torch.version.cuda is not None:  # the import takes a fifth of a second
     from minilm.models import short_row_attention as short_rows
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
-_SHORT_BF16 = 512  # tokens of a row, in place of SHORT; longer rows gain a tenth, and need 1.4 times the memory
+_SHORT_BF16 = (
+    512  # tokens of a row, in place of SHORT_ROW_TOKENS; longer rows gain a tenth, and need 1.4 times the memory
+)
 # Arguments that do not change the result. `packed_attention` refuses any other that it does not know.
 _HARMLESS = {
     *("position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "return_dict"),
@@ -109,9 +111,9 @@ def _attend_at_once(
     """
     near = -1 if window is None else window - 1
     query_TxAxD, key_TxAxD, value_TxAxD = (x if x.stride(-1) == 1 else x.contiguous() for x in states)
-    if packing.longest <= SHORT and query_TxAxD.shape[-1] in short_rows.SIZES:
+    if packing.longest <= SHORT_ROW_TOKENS and query_TxAxD.shape[-1] in short_rows.SIZES:
         scaling = query_TxAxD.shape[-1] ** -0.5 if scaling is None else scaling
-        reach = SHORT if window is None else near
+        reach = SHORT_ROW_TOKENS if window is None else near
         short: Tensor = short_rows.attend_short_rows(
             *(query_TxAxD, key_TxAxD, value_TxAxD),
             *(packing.position_T, packing.tiles_B1),
@@ -150,15 +152,15 @@ def _attend_in_groups(
     # The gradient of each slice would be as long as the batch. Those of torch.split are not.
     split = [torch.split(x_TxAxD, sizes) if len(sizes) > 1 else (x_TxAxD,) for x_TxAxD in states]
     for group, *own in zip(packing.groups, *split, strict=False):
-        query, key, value = (group.by_head(x_TxAxD) for x_TxAxD in own)
-        parts.append(group.from_heads(_attend(group, query, key, value, causal, window, scaling, dropout)))
+        query, key, value = (group.pad_by_head(x_TxAxD) for x_TxAxD in own)
+        parts.append(group.unpad_by_head(_attend(group, query, key, value, causal, window, scaling, dropout)))
     if alone:  # a token that attends to itself alone gets its own value
         parts.append(split[2][-1])
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _attend(
-    group: Group,
+    group: RowGroup,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -172,7 +174,7 @@ def _attend(
     if size is None and not _by_products(group, query):
         whole = group.owner_RL is None and (window is None or window >= group.length)
         plain = causal and whole  # the kernel then skips the scores of later tokens
-        bias = None if plain else group.bias(window, query, causal=causal)
+        bias = None if plain else group.attention_bias(window, query, causal=causal)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
         )
@@ -184,12 +186,14 @@ def _attend(
         bias = chunk_bias(group, size, window, scores, causal=causal)
         return (_weights(scores, bias, dropout).to(value.dtype) @ value).flatten(2, 3)[:, :, :length]
     scores = query @ key.transpose(-1, -2)
-    return _weights(scores, group.bias(window, scores, causal=causal), dropout).to(value.dtype) @ value
+    return _weights(scores, group.attention_bias(window, scores, causal=causal), dropout).to(value.dtype) @ value
 
 
-def _by_products(group: Group, query: Tensor) -> bool:
+def _by_products(group: RowGroup, query: Tensor) -> bool:
     """Return whether plain matrix products are faster than torch's kernel, above all in backward."""
-    return query.device.type == "cpu" and group.length <= (_SHORT_BF16 if query.dtype == torch.bfloat16 else SHORT)
+    return query.device.type == "cpu" and group.length <= (
+        _SHORT_BF16 if query.dtype == torch.bfloat16 else SHORT_ROW_TOKENS
+    )
 
 
 def _weights(scores: Tensor, bias: Tensor | None, dropout: float) -> Tensor:

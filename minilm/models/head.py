@@ -149,7 +149,7 @@ class Head(nn.Module):
         if type_ids_T is not None:
             inputs["token_type_ids"] = group.pad(type_ids_T)
         if group.place_T is not None:
-            real_RxL = group.real(input_ids_T.device)
+            real_RxL = group.token_mask(input_ids_T.device)
             inputs["input_ids"] = inputs["input_ids"].masked_fill(~real_RxL, self._trials.padding)
             inputs["attention_mask"] = real_RxL.long()
             if type_ids_T is not None:

@@ -19,7 +19,7 @@ from transformers import (
     TextStreamer,
 )
 
-from minilm.data.encoding_errors import naming_texts
+from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.models.loading import check_causal, longest_input
 from minilm.utils.hub import loading
 
@@ -93,7 +93,7 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     """Raise ValueError for a text without a mask token, or one that is longer than the model's input."""
     longest = longest_input(model)
     for text in texts:
-        with naming_texts(tokenizer, [text]):
+        with locate_encoding_errors(tokenizer, [text]):
             ids = tokenizer(text, verbose=False)["input_ids"]
         if tokenizer.mask_token_id not in ids:
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
@@ -156,7 +156,7 @@ def check_beginnings(
     """Raise ValueError for a text that leaves no room for `max_new_tokens`, or that has no tokens to start from."""
     longest = longest_input(model)
     for text in texts:
-        with naming_texts(tokenizer, [text]):
+        with locate_encoding_errors(tokenizer, [text]):
             ids = tokenizer(text, verbose=False)["input_ids"]
         if not ids and _first_id(tokenizer) is None:
             raise ValueError(
@@ -259,7 +259,7 @@ def classify(
         return []
     longest = longest_input(model)
     columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-    with naming_texts(tokenizer, [text for column in columns for text in column]):
+    with locate_encoding_errors(tokenizer, [text for column in columns for text in column]):
         encoded = tokenizer(*columns, truncation=longest is not None, max_length=longest, verbose=False)
     if cut := sum(bool(row.overflowing) for row in encoded.encodings):
         log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")

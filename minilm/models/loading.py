@@ -21,7 +21,7 @@ from transformers import (
 
 from minilm.config import Model
 from minilm.data.label_names import list_names
-from minilm.data.special_ids import id_count
+from minilm.data.special_ids import count_embedding_rows
 from minilm.models.attention import ATTENTION
 from minilm.models.lora import add_lora
 from minilm.models.new_head import find_label_parameters, start_anew
@@ -62,7 +62,7 @@ def load_model(
     else:
         network, random = _load(model, model.name, auto, fields, new_labels=new_labels)
     _attend_in_full(network)
-    rows, ids = vocabulary_size(network), id_count(tokenizer)
+    rows, ids = vocabulary_size(network), count_embedding_rows(tokenizer)
     known = ids - added
     if known > rows:
         advice = _advice(model, tokenizer, added)

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Model
-from minilm.data.special_ids import PADDING_FIELDS, id_count, special_fields, unused_id
+from minilm.data.special_ids import PADDING_FIELDS, collect_special_ids, count_embedding_rows, find_unused_id
 from minilm.utils.hub import loading
 from minilm.utils.validation import closest
 
@@ -71,9 +71,9 @@ def count_token_types(model: Model, auto: Any) -> int | None:
 
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
     """A model of `model.type` and `model.config`, with random weights and the special ids of the tokenizer."""
-    default, size = configuration_of(model, auto), id_count(tokenizer)
+    default, size = configuration_of(model, auto), count_embedding_rows(tokenizer)
     known = default.to_dict() | default.get_text_config().to_dict()
-    fields = {name: id for name, id in special_fields(tokenizer).items() if name in known}
+    fields = {name: id for name, id in collect_special_ids(tokenizer).items() if name in known}
     generator = torch.get_rng_state()
     try:
         network = _from_fields(model, {"vocab_size": size, **fields}, auto)
@@ -85,7 +85,7 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> 
         # The model cannot do without an id for padding, as those that count positions from it: it gets one that no text
         # holds, if need be of a row more.
         torch.set_rng_state(generator)
-        padding = unused_id(tokenizer)
+        padding = find_unused_id(tokenizer)
         fields |= {name: padding for name in PADDING_FIELDS if name in fields}
         network = _from_fields(model, {"vocab_size": max(size, padding + 1), **fields}, auto)
     if network.can_generate() and network.generation_config is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from minilm.data.packing import SHORT
+from minilm.data.packing import SHORT_ROW_TOKENS
 
 try:
     import triton
@@ -25,7 +25,7 @@ except ImportError:  # only torch for GPUs brings Triton along
     triton = None
 
 SIZES = () if triton is None else (16, 32, 64)  # the sizes of a head that the kernels take
-_ROOM = SHORT  # tokens in a tile
+_ROOM = SHORT_ROW_TOKENS  # tokens in a tile
 _WARPS = 8
 
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minilm.data.packing import SHORT, Group
+from minilm.data.packing import SHORT_ROW_TOKENS, RowGroup
 
 _CHUNK_MULTIPLE = 16  # tokens; products of fewer are slow
 _FEWEST_CHUNKS = 4  # of a row; with fewer chunks a row needs most of its scores anyway
 _VECTOR = 32  # in bf16 W is a multiple of this: a CPU's softmax computes the remainder one number at a time
 
 
-def chunk_size(window: int | None, group: Group) -> int | None:
+def chunk_size(window: int | None, group: RowGroup) -> int | None:
     """Return C for a group whose tokens see those that are fewer than `window` away; None for no chunks.
 
     Bins have no chunks, since they hold several rows. Short rows have none, since chunks would not be faster.
     """
-    if window is None or group.owner_RL is not None or group.length < SHORT:
+    if window is None or group.owner_RL is not None or group.length < SHORT_ROW_TOKENS:
         return None
     size = max(_CHUNK_MULTIPLE, -(-(window - 1) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
     return size if group.length >= _FEWEST_CHUNKS * size else None
@@ -45,12 +45,12 @@ def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) ->
     return around
 
 
-def chunk_bias(group: Group, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
-    """Return the same as `Group.bias` for chunks, R x 1 x N x C x W or a shape that broadcasts to it."""
+def chunk_bias(group: RowGroup, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
+    """Return the same as `RowGroup.bias` for chunks, R x 1 x N x C x W or a shape that broadcasts to it."""
     kind = (size, window, like.shape[-1], causal, like.dtype, like.device)
     if group.place_T is None:
         return _bias_of_whole_rows(group.length, *kind)
-    return group.keep(("chunks", *kind), lambda: _bias(group.real(like.device), *kind))
+    return group.cached(("chunks", *kind), lambda: _bias(group.token_mask(like.device), *kind))
 
 
 @functools.lru_cache(maxsize=2)  # full blocks have the same bias in every step

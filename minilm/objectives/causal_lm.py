@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from minilm.config import CausalLM
 from minilm.data.corpus import Examples
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
-from minilm.data.special_ids import is_token
+from minilm.data.special_ids import mark_used_ids
 from minilm.models.inference import check_beginnings, generate
 from minilm.models.loading import check_causal
 from minilm.objectives.language_modeling import LanguageModel
@@ -27,10 +27,10 @@ class CausalCollator:
     `padded` and `multiple` are those of `minilm.data.batch_plan.Plan`.
     """
 
-    ahead = 1
+    target_offset = 1
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, padded: bool, multiple: int) -> None:
-        self.possible = is_token(tokenizer)
+        self.can_be_target = mark_used_ids(tokenizer)
         self.padded, self.multiple = padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:

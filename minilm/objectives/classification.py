@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Classification, Config
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_documents
 from minilm.data.labels import Labels, read_labels
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
 from minilm.data.packing import Packing
-from minilm.data.special_ids import encode_stand_in
+from minilm.data.special_ids import encode_placeholder
 from minilm.data.splits import is_one_dataset
 from minilm.data.text_pairs import encode_pairs
 from minilm.data.tokenizer import load_tokenizer
@@ -63,8 +63,10 @@ class ClassCollator:
         """Return a batch of rows; `rows[i]` holds the ids of example `examples[i]`. Ignores `epoch` and `progress`."""
         ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
         types_T = None
-        if self.examples.types is not None:
-            types_T = np.concatenate([self.examples.row_types(int(i)) for i in examples] or [np.zeros(1, np.int64)])
+        if self.examples.type_ids is not None:
+            types_T = np.concatenate(
+                [self.examples.token_type_ids(int(i)) for i in examples] or [np.zeros(1, np.int64)]
+            )
         return MicroBatch(
             input_ids_T=torch.from_numpy(ids_T),
             packing=packing,
@@ -203,7 +205,7 @@ class Classify:
     def __init__(self, settings: Classification) -> None:
         self.settings = settings
 
-    def prepare(self, config: Config) -> Prepared:
+    def prepare(self, config: Config) -> PreparedData:
         if config.batch.layout == "blocks":
             raise ValueError(
                 f"batch.layout {config.batch.layout} joins documents, but a classification needs each alone"
@@ -245,7 +247,7 @@ class Classify:
             held_out = concatenate_datasets([part.remove_columns("label") for part in parts.values()])
             train_examples = encode(train, train_labels, "training documents")
             eval_examples = encode(held_out, eval_labels, "evaluation documents")
-        return Prepared(
+        return PreparedData(
             tokenizer=tokenizer,
             train=train_examples,
             eval=eval_examples,
@@ -254,7 +256,7 @@ class Classify:
             fields=labels.fields(),
         )
 
-    def head(self, network: PreTrainedModel, prepared: Prepared) -> ClassHead:
+    def head(self, network: PreTrainedModel, prepared: PreparedData) -> ClassHead:
         assert prepared.labels is not None
         head = ClassHead(network, prepared.labels, label_smoothing=self.settings.label_smoothing)
         check_agreement(head, prepared)
@@ -271,7 +273,7 @@ class Classify:
     ) -> ClassCollator:
         return ClassCollator(examples, padded=padded, multiple=multiple)
 
-    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> ClassEvaluator:
+    def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> ClassEvaluator:
         assert prepared.labels is not None
         return ClassEvaluator(
             examples=prepared.eval,
@@ -300,7 +302,7 @@ def _leave_out_types(tokenizer: PreTrainedTokenizerBase, count: int, *, pair: bo
 
     A warning says so if the tokenizer gives a type other than 0 to a text, or to a `pair` of texts.
     """
-    if any(encode_stand_in(tokenizer, pair=pair).type_ids):
+    if any(encode_placeholder(tokenizer, pair=pair).type_ids):
         log.warning(
             f"the tokenizer gives token types, but the model takes {'only one' if count else 'none'}: they are left out"
         )

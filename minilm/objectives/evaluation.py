@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from minilm.data.batch_plan import cut_alike
+from minilm.data.batch_plan import deal_micro_batches
 from minilm.data.corpus import Examples
-from minilm.data.micro_batch import Collator, LanguageCollator, MicroBatch, target_nats
+from minilm.data.micro_batch import Collator, LanguageCollator, MicroBatch, target_losses
 from minilm.models.loading import evaluating
 from minilm.utils.progress import progress_bar
 
@@ -65,7 +65,7 @@ class LanguageEvaluator:
 
     def __post_init__(self) -> None:
         ids = np.arange(len(self.examples))
-        if not any(self.collator([self.examples[int(i)]], ids[i : i + 1], epoch=0).targets for i in ids):
+        if not any(self.collator([self.examples[int(i)]], ids[i : i + 1], epoch=0).target_count for i in ids):
             raise ValueError("the evaluation documents hold no target: give more of them, or longer ones")
 
     names = ("eval_loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte")
@@ -81,7 +81,7 @@ class LanguageEvaluator:
             for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
                 utf8_bytes += self._bytes_of_targets(ids, batch)
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))
-                nats.append(target_nats(model, batch.to(accelerator.device)))
+                nats.append(target_losses(model, batch.to(accelerator.device)))
         # On the host: not every device has float64. So its bits travel as int64.
         sums = np.array([float(part.cpu().double().sum()) for part in nats])
         everyones = _gathered(accelerator, sums.view(np.int64)).view(np.float64)
@@ -95,10 +95,10 @@ class LanguageEvaluator:
         )
 
     def _bytes_of_targets(self, ids: NDArray[np.int64], batch: MicroBatch) -> int:
-        if not batch.targets:
+        if not batch.target_count:
             return 0
-        bytes_T = np.concatenate([self.examples.row_bytes(int(i)) for i in ids])
-        return int(bytes_T[batch.target_index_N.numpy() + self.collator.ahead].sum())
+        bytes_T = np.concatenate([self.examples.token_bytes(int(i)) for i in ids])
+        return int(bytes_T[batch.target_index_N.numpy() + self.collator.target_offset].sum())
 
 
 def own_batches(
@@ -109,7 +109,9 @@ def own_batches(
     All processes have the same number of batches, which are those that one process would have.
     """
     padded, multiple = collator.padded, collator.multiple
-    parts = cut_alike(examples.lengths, micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple)
+    parts = deal_micro_batches(
+        examples.lengths, micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple
+    )
     mine = parts[accelerator.process_index]
     for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
         yield ids, collator([examples[int(i)] for i in ids], ids, epoch=0)

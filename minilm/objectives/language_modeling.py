@@ -9,11 +9,11 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from minilm.config import Config
-from minilm.data.corpus import Examples, Prepared, encode
+from minilm.data.corpus import Examples, PreparedData, encode
 from minilm.data.document_texts import Documents
 from minilm.data.documents import load_documents
 from minilm.data.micro_batch import LanguageCollator
-from minilm.data.special_ids import id_count
+from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
 from minilm.data.streaming import Stream, chained, stream_documents
 from minilm.data.tokenizer import load_tokenizer
@@ -70,7 +70,7 @@ class LanguageModel:
     words = False
     """Training asks where words begin."""
 
-    def prepare(self, config: Config) -> Prepared:
+    def prepare(self, config: Config) -> PreparedData:
         """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
         if config.data.pair_column is not None:
             raise ValueError("data.pair_column: a language model reads one text; leave it out")
@@ -98,27 +98,29 @@ class LanguageModel:
 
         if train is held_out:
             examples = encode_part(train, None, "documents", words=self.words, text_bytes=True)
-            return Prepared(tokenizer=tokenizer, train=examples, eval=examples)
-        return Prepared(
+            return PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
+        return PreparedData(
             tokenizer=tokenizer,
             train=encode_part(train, needed[0], "training documents", words=self.words),
             eval=encode_part(held_out, needed[1], "evaluation documents", text_bytes=True),
         )
 
-    def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
+    def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
         """The network with its head at the targets alone."""
         head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
         check_agreement(head, prepared)
         return head
 
-    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> LanguageEvaluator:
+    def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> LanguageEvaluator:
         """Loss, perplexity and bits per byte, beside a unigram model's."""
         collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
         return LanguageEvaluator(
             examples=prepared.eval,
             collator=collator,
             micro_tokens=micro_tokens,
-            unigram=unigram_nats(prepared.train.counts(id_count(prepared.tokenizer)) * collator.possible),
+            unigram=unigram_nats(
+                prepared.train.count_ids(count_embedding_rows(prepared.tokenizer)) * collator.can_be_target
+            ),
         )
 
     def said(self, figures: dict[str, float]) -> str:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import MaskedLM
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
-from minilm.data.special_ids import is_token
+from minilm.data.special_ids import mark_used_ids
 from minilm.models.head import SparseHead
 from minilm.models.inference import check_masks, fill_mask
 from minilm.objectives.language_modeling import LanguageModel
@@ -46,7 +46,7 @@ class MaskedCollator:
     that begin a word, bool. rate: at the start of the run; it changes linearly to `final_rate` (Ankner et al. 2023).
     """
 
-    ahead = 0
+    target_offset = 0
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class MaskedCollator:
                 f"the tokenizer {name} has no mask token, which masked LM needs: name one as mask_token in its "
                 "tokenizer_config.json; a run can take another tokenizer with --tokens.name"
             )
-        self.possible = is_token(tokenizer)
-        self.possible[tokenizer.all_special_ids] = False
-        self.replacements = np.flatnonzero(self.possible)
+        self.can_be_target = mark_used_ids(tokenizer)
+        self.can_be_target[tokenizer.all_special_ids] = False
+        self.replacements = np.flatnonzero(self.can_be_target)
         self.mask_id = tokenizer.mask_token_id
         self.first_rate, self.final_rate = rate, rate if final_rate is None else final_rate
         self.unit, self.masked, self.replaced, self.word_starts = unit, masked, replaced, word_starts
@@ -89,7 +89,7 @@ class MaskedCollator:
         if rows:
             hash_T = self._hash(packing.position_T.numpy(), np.repeat(examples, [len(row) for row in rows]), epoch)
             chosen_T, fate_T = self._choose(ids_T, hash_T, examples, self.rate(progress))
-            index_N = np.flatnonzero(chosen_T & self.possible[ids_T])
+            index_N = np.flatnonzero(chosen_T & self.can_be_target[ids_T])
             new_N = self._replace(ids_T[index_N], hash_T[index_N], fate_T[index_N])
         targets_N = ids_T[index_N]
         ids_T[index_N] = new_N
@@ -111,7 +111,7 @@ class MaskedCollator:
         if self.word_starts is None:
             return _uniform(hash_T) < rate, hash_T
         starts = [self.word_starts(int(example)) for example in examples]
-        special_T = ~self.possible[ids_T]
+        special_T = ~self.can_be_target[ids_T]
         breaks_T = special_T | np.concatenate(([True], special_T[:-1]))
         breaks_T[np.cumsum([len(row) for row in starts[:-1]], dtype=np.int64)] = True
         begins_T = np.concatenate(starts) | breaks_T
@@ -199,7 +199,7 @@ class Masked(LanguageModel):
         starts = examples.word_starts if self.words else None
         return MaskedCollator(tokenizer, seed=seed, word_starts=starts, **chosen, **layout)
 
-    def head(self, network: PreTrainedModel, prepared: Prepared) -> SparseHead:
+    def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
         for examples in (prepared.train, prepared.eval):
             self._check_rest(network, prepared.tokenizer, examples)
         return super().head(network, prepared)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import CausalLM, Classification, Config, MaskedLM
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator
 from minilm.models.head import Head
 from minilm.models.loading import check_model, load_model
@@ -53,10 +53,10 @@ class Objective(Protocol):
     def explained(self) -> str:
         """What the figures of its evaluation mean, for the model card."""
 
-    def prepare(self, config: Config) -> Prepared:
+    def prepare(self, config: Config) -> PreparedData:
         """The tokenizer and the examples that the configuration asks for, from the cache where it has them."""
 
-    def head(self, network: PreTrainedModel, prepared: Prepared) -> Head:
+    def head(self, network: PreTrainedModel, prepared: PreparedData) -> Head:
         """The module that gives the losses of a batch's targets."""
 
     def collator(
@@ -70,7 +70,7 @@ class Objective(Protocol):
     ) -> Collator:
         """The collator of training, or with `seed=None` that of evaluation, which is the same in every run."""
 
-    def evaluator(self, prepared: Prepared, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
+    def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         """The evaluation; `micro_tokens` bounds a forward pass and changes no figure."""
 
     def said(self, figures: dict[str, float]) -> str:
@@ -98,7 +98,7 @@ def objective_of(settings: MaskedLM | CausalLM | Classification) -> Objective:
     return _OBJECTIVES[type(settings)](settings)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config) -> PreparedData:
     """The tokenizer and the examples of a run."""
     objective = objective_of(config.objective)
     check_installed(config.model)  # before the work
@@ -107,7 +107,7 @@ def prepare(config: Config) -> Prepared:
         return objective.prepare(config)
 
 
-def build(config: Config, prepared: Prepared, *, trained: bool = True) -> PreTrainedModel:
+def build(config: Config, prepared: PreparedData, *, trained: bool = True) -> PreTrainedModel:
     """The model of a run, loaded or new; ValueError for one that cannot be `trained` as it asks to be."""
     network = load_model(
         config.model,

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from minilm.config import Config
 from minilm.config.parsing import to_dict
 from minilm.data.batch_plan import Ids, Plan
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.sources import source_facts
-from minilm.data.special_ids import id_count
+from minilm.data.special_ids import count_embedding_rows
 from minilm.distributed.deepspeed import size_of
 from minilm.distributed.hardware import Peak, Precision, describe, device_peak, peak_memory
 from minilm.models.head import Head
@@ -217,7 +217,7 @@ def run_facts(
     accelerator: Accelerator,
     head: Head,
     plan: Plan,
-    prepared: Prepared,
+    prepared: PreparedData,
     total_steps: int,
     precision: Precision,
     peak: Peak,
@@ -230,10 +230,10 @@ def run_facts(
         "vocabulary": len(prepared.tokenizer),
         "train": {
             **({} if plan.rows is None else {"rows": plan.rows}),
-            **prepared.train.facts(),
+            **prepared.train.identity(),
             "unknown": _unknown(prepared.train, prepared.tokenizer),
         },
-        "eval": {**prepared.eval.facts(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
+        "eval": {**prepared.eval.identity(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
         "labels": prepared.labels.summary if prepared.labels is not None else (),
         "steps": total_steps,
         "padding_share": round(plan.padding_share(), 4),
@@ -249,7 +249,7 @@ def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
     """Return the share of unknown tokens."""
     if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never uses
         return 0.0
-    return float(examples.counts(id_count(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
+    return float(examples.count_ids(count_embedding_rows(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
 
 
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def open_recorder(
     folder: Path,
     head: Head,
     plan: Plan,
-    prepared: Prepared,
+    prepared: PreparedData,
     total_steps: int,
     precision: Precision,
     progress: Progress,

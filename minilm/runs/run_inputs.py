@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.data.corpus import Prepared
-from minilm.data.tokenizer import state_of
+from minilm.data.corpus import PreparedData
+from minilm.data.tokenizer import serialize_tokenizer
 from minilm.distributed.hardware import describe
 from minilm.runs.recorder import versions
 
@@ -19,7 +19,7 @@ _CHUNK = 2**20  # elements of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
 
 
-def collect_inputs(prepared: Prepared, network: PreTrainedModel, processes: int) -> dict[str, Any]:
+def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: int) -> dict[str, Any]:
     """Return everything besides the settings that the result depends on, by name, as JSON types.
 
     This is the only such list: add new inputs here, and `minilm.runs.resume` will compare them. The weights before
@@ -28,9 +28,9 @@ def collect_inputs(prepared: Prepared, network: PreTrainedModel, processes: int)
     run exports it.
     """
     inputs = {
-        "training examples": prepared.train.facts(),
-        "evaluation examples": {**prepared.eval.facts(), "parts": prepared.eval_parts},
-        "tokenizer": _digest(state_of(prepared.tokenizer)),
+        "training examples": prepared.train.identity(),
+        "evaluation examples": {**prepared.eval.identity(), "parts": prepared.eval_parts},
+        "tokenizer": _digest(serialize_tokenizer(prepared.tokenizer)),
         "model configuration": _fields(network.config.to_dict()),
         "generation configuration": _fields(network.generation_config.to_dict()) if network.can_generate() else {},
         _WEIGHTS: {

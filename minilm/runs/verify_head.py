@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minilm.config import Config
-from minilm.data.corpus import Examples, Prepared
-from minilm.data.micro_batch import Collator, MicroBatch, target_nats
+from minilm.data.corpus import Examples, PreparedData
+from minilm.data.micro_batch import Collator, MicroBatch, target_losses
 from minilm.data.packing import pack
 from minilm.distributed.launch import together
 from minilm.models.head import SHARED, Head
@@ -37,7 +37,7 @@ _SAMPLE_EXAMPLES = 4096  # the rows are chosen among these
 _WHOLE_ELEMENTS = 2**16  # a gradient of more is not compared element by element
 
 
-def verify_head(config: Config, head: Head, prepared: Prepared, *, trained: bool = True) -> None:
+def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: bool = True) -> None:
     """Compare losses and gradients of some of the run's rows with the plain model's; give up what changes them.
 
     The decision depends on the current weights, and is the same on all processes. If the head is not `trained`, the
@@ -132,7 +132,7 @@ def _compute_outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: b
     batch = batch.to(next(head.model.parameters()).device)
     with evaluating(head), torch.set_grad_enabled(trained), _exact_products():
         if by_loss:
-            values = target_nats(head, batch)
+            values = target_losses(head, batch)
             total = values.sum()
         else:
             values = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N, batch.type_ids_T).float()

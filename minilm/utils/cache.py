@@ -3,7 +3,7 @@
 An entry of the cache is a folder of files with a manifest of their names, sizes and checksums:
 
     folder = open_entry(f"ids-{key}", build)   # build(folder) writes the files if there is no entry
-    ids = FlatFile(folder / "ids.npy")
+    ids = ArrayFile(folder / "ids.npy")
 
 `open_entry` is the only way to read an entry. It finds files that were cut, zeroed, changed or copied from another
 entry, and then builds the entry anew.

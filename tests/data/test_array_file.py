@@ -6,38 +6,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilm.data.array_file import FlatFile, growing
+from minilm.data.array_file import ArrayFile, create_array_file
 
 NUMBERS = np.arange(1000, dtype=np.uint16)
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> FlatFile:
+def file(tmp_path: Path) -> ArrayFile:
     """1,000 numbers, written in three parts."""
-    with growing(tmp_path / "numbers.npy", NUMBERS.dtype) as out:
+    with create_array_file(tmp_path / "numbers.npy", NUMBERS.dtype) as out:
         for part in np.split(NUMBERS, [10, 700]):
             part.tofile(out)
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.npy"]
-    return FlatFile(tmp_path / "numbers.npy")
+    return ArrayFile(tmp_path / "numbers.npy")
 
 
 @pytest.mark.parametrize(
     "part", [slice(None), slice(3, 9), slice(990, 2000), slice(-5, None), slice(7, 7), slice(9, 3)]
 )
-def test_a_slice_is_that_of_the_array(file: FlatFile, part: slice) -> None:
+def test_a_slice_is_that_of_the_array(file: ArrayFile, part: slice) -> None:
     for one in (file, pickle.loads(pickle.dumps(file))):
         assert len(one) == 1000
         assert one.dtype == one[part].dtype == np.uint16
         assert np.array_equal(one[part], NUMBERS[part])
 
 
-def test_numpy_reads_what_grew(file: FlatFile, tmp_path: Path) -> None:
+def test_numpy_reads_what_grew(file: ArrayFile, tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "numbers.npy"), NUMBERS)
 
 
 def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
     np.save(tmp_path / "long.npy", np.zeros(2**26, np.uint8))
-    file = FlatFile(tmp_path / "long.npy")
+    file = ArrayFile(tmp_path / "long.npy")
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minilm.data.batch_plan import Ids, Plan, Step, cut, cut_alike, fill_rows
+from minilm.data.batch_plan import Ids, Plan, Step, cut_into_micro_batches, deal_micro_batches, fill_rows
 
 SKEWED = np.random.default_rng(0).lognormal(3.5, 1.0, 5000).astype(np.int64).clip(3, 512)
 
@@ -118,7 +118,7 @@ def test_padded_micro_batches_fit_are_equal_in_number_and_lose_nothing(
     lengths: Ids, micro_tokens: int, processes: int, multiple: int
 ) -> None:
     ids = np.arange(len(lengths)) * 3  # ids are not positions
-    parts = cut(ids, lengths, micro_tokens, processes, padded=True, multiple=multiple)
+    parts = cut_into_micro_batches(ids, lengths, micro_tokens, processes, padded=True, multiple=multiple)
     assert len(parts) == processes
     assert len({len(mine) for mine in parts}) == 1
     flat = [part // 3 for mine in parts for part in mine]
@@ -136,7 +136,7 @@ def test_micro_batches_without_padding_fit_are_balanced_and_lose_nothing(
     lengths: Ids, micro_tokens: int, processes: int
 ) -> None:
     ids = np.arange(len(lengths)) * 3  # ids are not positions
-    parts = cut(ids, lengths, micro_tokens, processes)
+    parts = cut_into_micro_batches(ids, lengths, micro_tokens, processes)
     assert len(parts) == processes
     assert len({len(mine) for mine in parts}) == 1
     flat = [part // 3 for mine in parts for part in mine]
@@ -146,7 +146,7 @@ def test_micro_batches_without_padding_fit_are_balanced_and_lose_nothing(
     assert all(len(part) <= 1 or held <= micro_tokens for part, held in zip(flat, tokens, strict=True))
     assert max(tokens) - min(tokens) <= lengths.max()
     assert all(len(part) for part in flat) or max(map(len, flat)) <= 1
-    again = [part // 3 for mine in cut(ids, lengths, micro_tokens, processes) for part in mine]
+    again = [part // 3 for mine in cut_into_micro_batches(ids, lengths, micro_tokens, processes) for part in mine]
     assert all(np.array_equal(a, b) for a, b in zip(flat, again, strict=True))
 
 
@@ -169,7 +169,7 @@ def _fewest_parts(widths: tuple[int, ...], micro_tokens: int, padded: bool) -> i
 def test_no_way_of_cutting_with_padding_needs_fewer_micro_batches(
     widths: list[int], micro_tokens: int, processes: int
 ) -> None:
-    parts = cut(np.arange(len(widths)), np.array(widths), micro_tokens, processes, padded=True)
+    parts = cut_into_micro_batches(np.arange(len(widths)), np.array(widths), micro_tokens, processes, padded=True)
     assert len(parts[0]) == math.ceil(_fewest_parts(tuple(widths), micro_tokens, True) / processes)
 
 
@@ -178,28 +178,28 @@ def test_no_way_of_cutting_with_padding_needs_fewer_micro_batches(
 def test_a_cut_without_padding_is_at_most_one_micro_batch_from_the_best(
     widths: list[int], micro_tokens: int, processes: int
 ) -> None:
-    parts = cut(np.arange(len(widths)), np.array(widths), micro_tokens, processes)
+    parts = cut_into_micro_batches(np.arange(len(widths)), np.array(widths), micro_tokens, processes)
     fewest = _fewest_parts(tuple(widths), micro_tokens, False)
     assert math.ceil(fewest / processes) <= len(parts[0]) <= math.ceil((fewest + 1) / processes)
 
 
 @pytest.mark.parametrize("micro_tokens", [1024, 4096, 16384])
 def test_micro_batches_without_padding_are_full(micro_tokens: int) -> None:
-    (parts,) = cut(np.arange(len(SKEWED)), SKEWED, micro_tokens)
+    (parts,) = cut_into_micro_batches(np.arange(len(SKEWED)), SKEWED, micro_tokens)
     assert SKEWED.sum() / len(parts) > 0.95 * micro_tokens
 
 
 @pytest.mark.parametrize(("micro_tokens", "processes", "count"), [(199, 1, 10_000), (299, 3, 1667), (99, 4, 2500)])
 def test_a_large_cut_of_equal_lengths_is_found_at_once(micro_tokens: int, processes: int, count: int) -> None:
     start = time.perf_counter()
-    parts = cut(np.arange(10_000), np.full(10_000, 100), micro_tokens, processes)
+    parts = cut_into_micro_batches(np.arange(10_000), np.full(10_000, 100), micro_tokens, processes)
     assert time.perf_counter() - start < 2
     assert [len(mine) for mine in parts] == [count] * processes
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_example_that_is_too_long_is_one_micro_batch_more(padded: bool) -> None:
-    (parts,) = cut(np.arange(7), np.array([30, 30, 30, 400, 30, 30, 30]), 60, padded=padded)
+    (parts,) = cut_into_micro_batches(np.arange(7), np.array([30, 30, 30, 400, 30, 30, 30]), 60, padded=padded)
     assert sorted(map(len, parts)) == [1, 2, 2, 2]
     assert [part.tolist() for part in parts if 3 in part] == [[3]]
 
@@ -307,8 +307,8 @@ def test_the_last_step_gives_a_process_without_examples_an_empty_micro_batch(pad
 def test_an_evaluation_has_the_same_micro_batches_on_any_number_of_processes(
     lengths: Ids, micro_tokens: int, processes: int, padded: bool
 ) -> None:
-    (alone,) = cut_alike(lengths, micro_tokens, 1, padded=padded)
-    dealt = cut_alike(lengths, micro_tokens, processes, padded=padded)
+    (alone,) = deal_micro_batches(lengths, micro_tokens, 1, padded=padded)
+    dealt = deal_micro_batches(lengths, micro_tokens, processes, padded=padded)
     assert len({len(parts) for parts in dealt}) == 1
     everyones = [part.tolist() for parts in dealt for part in parts if len(part)]
     assert sorted(everyones) == sorted(part.tolist() for part in alone)

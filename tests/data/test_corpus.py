@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import minilm.data.corpus
-from minilm.data.array_file import FlatFile
+from minilm.data.array_file import ArrayFile
 from minilm.data.corpus import Examples, encode
 from minilm.data.tokenizer_training import train_tokenizer
 
@@ -73,7 +73,7 @@ def test_blocks_are_the_joined_documents_cut_into_full_rows(
 def test_counts_are_those_of_the_documents_and_of_what_is_between_them(
     documents: Dataset, either: PreTrainedTokenizerBase, layout: str
 ) -> None:
-    counts = encode(documents, either, max_length=17, layout=layout).counts(len(either))
+    counts = encode(documents, either, max_length=17, layout=layout).count_ids(len(either))
     expected = np.bincount(_joined(_plain(either, documents)), minlength=len(either))
     expected[either.sep_token_id] += len(documents) if layout == "blocks" else 0
     assert counts.tolist() == expected.tolist()
@@ -128,7 +128,7 @@ def test_ids_are_read_from_disk_in_the_smallest_type_that_holds_them(size: int, 
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     examples = encode(Dataset.from_dict({"text": ["5 a 65534", "7"]}), tokenizer, max_length=8)
-    assert isinstance(examples.ids, FlatFile)
+    assert isinstance(examples.ids, ArrayFile)
     assert examples.ids.dtype == kind
     assert [examples[i].tolist() for i in range(2)] == [[5, size - 1, 65534], [7]]
     assert examples[0].dtype == np.int64

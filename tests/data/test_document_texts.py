@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from minilm.config import Data
-from minilm.data.document_texts import fingerprint
+from minilm.data.document_texts import fingerprint_documents
 from minilm.data.documents import load_documents
 
 
@@ -30,7 +30,11 @@ def test_texts_are_hashed_once_for_each_state_of_their_files(
     def keys() -> list[str]:
         documents, held_out = load_documents(Data(source=str(file), document=document, eval_fraction=0.5), seed=1)
         read.clear()
-        return [fingerprint(documents), fingerprint(held_out[""]), fingerprint(documents, 7)]
+        return [
+            fingerprint_documents(documents),
+            fingerprint_documents(held_out[""]),
+            fingerprint_documents(documents, 7),
+        ]
 
     def write(text: str, seconds: int) -> None:
         file.write_text(text)
@@ -51,7 +55,7 @@ def test_texts_are_hashed_once_for_each_state_of_their_files(
 def test_a_hash_is_of_the_columns_that_are_asked_for(cache: Path) -> None:
     documents = Dataset.from_dict({"text": ["one", "two"], "pair": ["two", "one"]})
     asked = (("text",), ("pair",), ("text", "pair"), ("pair", "text"))
-    keys = [fingerprint(documents, columns=columns) for columns in asked]
+    keys = [fingerprint_documents(documents, columns=columns) for columns in asked]
     assert len(set(keys)) == 4
-    assert [fingerprint(documents, columns=columns) for columns in asked] == keys
-    assert fingerprint(documents.select_columns("text")) == keys[0]
+    assert [fingerprint_documents(documents, columns=columns) for columns in asked] == keys
+    assert fingerprint_documents(documents.select_columns("text")) == keys[0]

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import minilm.models.attention
 import minilm.models.windowed_attention
-from minilm.data.packing import SHORT, Group, Packing, pack
+from minilm.data.packing import SHORT_ROW_TOKENS, Packing, RowGroup, pack
 from minilm.models import short_row_attention as short_rows
 from minilm.models.attention import packed_attention
 from minilm.models.head import SparseHead
@@ -63,7 +63,7 @@ def test_pad_puts_each_row_in_its_place_and_unpad_takes_it_back(
     packing = pack(lengths, grouped=grouped, multiple=multiple)
     rows, back = iter(x_TxH.split(lengths)), []
     for group, own in zip(packing.groups, rows_of(packing, lengths), strict=True):
-        padded_RxLxH, real_RL = group.pad(x_TxH[group.start : group.stop]), group.real(CPU).flatten()
+        padded_RxLxH, real_RL = group.pad(x_TxH[group.start : group.stop]), group.token_mask(CPU).flatten()
         assert padded_RxLxH.shape == (group.rows, group.length, 2)
         assert group.rows == len(own) if group.owner_RL is None else group.rows <= len(own)
         owner_RL = torch.arange(len(own)).repeat_interleave(group.length) if group.owner_RL is None else group.owner_RL
@@ -83,7 +83,7 @@ def test_pad_puts_each_row_in_its_place_and_unpad_takes_it_back(
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_gradients_pass_pad_and_unpad_as_they_pass_plain_indexing(lengths: tuple[int, ...], multiple: int) -> None:
     (group,) = pack(lengths, grouped=False, multiple=multiple).groups
-    real_RxLx1 = group.real(CPU)[..., None]
+    real_RxLx1 = group.token_mask(CPU)[..., None]
     x_TxH = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
     y_RxLxH = torch.randn(group.rows, group.length, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: group.pad(x) * real_RxLx1, x_TxH)
@@ -105,10 +105,10 @@ def test_by_head_is_pad_with_the_heads_in_front(lengths: tuple[int, ...], multip
     (group,) = pack(lengths, grouped=False, multiple=multiple).groups
     x_TxAxD = torch.randn(sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
     y_RxAxLxD = torch.randn(group.rows, 2, group.length, 3, dtype=torch.float64, requires_grad=True)
-    real_Rx1xLx1 = group.real(CPU)[:, None, :, None]
+    real_Rx1xLx1 = group.token_mask(CPU)[:, None, :, None]
     for ours, reference, given_x in (
-        (lambda x: group.by_head(x) * real_Rx1xLx1, lambda x: group.pad(x).transpose(1, 2) * real_Rx1xLx1, x_TxAxD),
-        (group.from_heads, lambda y: group.unpad(y.transpose(1, 2)), y_RxAxLxD),
+        (lambda x: group.pad_by_head(x) * real_Rx1xLx1, lambda x: group.pad(x).transpose(1, 2) * real_Rx1xLx1, x_TxAxD),
+        (group.unpad_by_head, lambda y: group.unpad(y.transpose(1, 2)), y_RxAxLxD),
     ):
         result, expected = ours(given_x), reference(given_x)
         weight = torch.randn_like(expected)
@@ -145,14 +145,14 @@ def test_groups_hold_short_rows_or_rows_of_similar_length_and_are_as_large_as_th
 def test_the_rows_of_no_two_bins_fit_into_one(lengths: list[int]) -> None:
     (group,) = pack([*lengths, 61, 64]).groups
     assert group.length == 64
-    least = sorted(group.real(CPU).sum(1).tolist())[:2]
+    least = sorted(group.token_mask(CPU).sum(1).tolist())[:2]
     assert sum(least) > 64
 
 
 def test_rows_of_equal_length_are_one_group_that_needs_no_padding() -> None:
     (group,) = pack([20] * 9).groups
     assert (group.rows, group.length, group.source_RL, group.place_T) == (9, 20, None, None)
-    assert group.bias(None, torch.empty(0)) is None
+    assert group.attention_bias(None, torch.empty(0)) is None
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -174,9 +174,9 @@ def test_lengths_are_rounded_up_to_the_multiple(multiple: int) -> None:
 @pytest.mark.parametrize("lengths", [(20, 20), (20, 18)], ids=["equal", "padded"])
 def test_what_is_kept_for_one_device_is_not_used_on_another(lengths: tuple[int, ...], window: int | None) -> None:
     (group,) = pack(lengths).groups
-    before = group.bias(window, torch.empty(0))
-    moved: Group = group.map(lambda tensor: tensor.to("meta"))
-    bias = moved.bias(window, torch.empty(0, device="meta"))
+    before = group.attention_bias(window, torch.empty(0))
+    moved: RowGroup = group.map(lambda tensor: tensor.to("meta"))
+    bias = moved.attention_bias(window, torch.empty(0, device="meta"))
     assert (bias is None) == (before is None)
     assert bias is None or bias.device.type == "meta"
 
@@ -294,7 +294,7 @@ def test_what_chunks_see_in_bfloat16_is_as_wide_as_its_softmax_is_fast(
     widths, results = [], []
     for vector in (32, 1):
         monkeypatch.setattr(minilm.models.windowed_attention, "_VECTOR", vector)
-        key = group.by_head(ours[1][0].transpose(0, 1))
+        key = group.pad_by_head(ours[1][0].transpose(0, 1))
         widths.append(around_chunks(key, size, window, causal=causal).shape[3])
         words: dict[str, Any] = {"packing": pack(lengths), "sliding_window": window, "is_causal": causal}
         attended, _ = packed_attention(nn.Module(), *ours, None, **words)
@@ -485,6 +485,10 @@ def test_tiles_hold_whole_rows_and_as_many_as_fit(lengths: tuple[int, ...]) -> N
     assert tiles[0] == 0
     assert tiles[-1] == sum(lengths)
     assert set(tiles) <= set(bounds)
-    assert all(stop - start <= SHORT or (start, stop) == (0, 300) for start, stop in itertools.pairwise(tiles))
-    assert all(bounds[bounds.index(stop) + 1] - start > SHORT for start, stop in itertools.pairwise(tiles[:-1]))
+    assert all(
+        stop - start <= SHORT_ROW_TOKENS or (start, stop) == (0, 300) for start, stop in itertools.pairwise(tiles)
+    )
+    assert all(
+        bounds[bounds.index(stop) + 1] - start > SHORT_ROW_TOKENS for start, stop in itertools.pairwise(tiles[:-1])
+    )
     assert packing.longest == max(lengths)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.data.corpus import encode
-from minilm.data.text_bytes import bytes_by_token, name_lengths
+from minilm.data.text_bytes import count_text_bytes, measure_token_names
 from minilm.data.tokenizer_training import train_tokenizer
 from tests.languages import EVERYTHING
 
@@ -93,9 +93,9 @@ def test_the_bytes_of_the_tokens_of_any_text_sum_to_its_length(kind: str, added:
         documents = Dataset.from_dict({"text": [*rows, "a"]})
         examples = encode(documents, tokenizer, max_length=10**6, text_bytes=True)
         spelt = [row for row in documents["text"] if tokenizer(row, add_special_tokens=False)["input_ids"]]
-        found = [int(examples.row_bytes(i).sum()) for i in range(len(examples))]
+        found = [int(examples.token_bytes(i).sum()) for i in range(len(examples))]
         assert found == [len(row.encode()) for row in spelt]
-        assert [len(examples.row_bytes(i)) for i in range(len(examples))] == examples.lengths.tolist()
+        assert [len(examples.token_bytes(i)) for i in range(len(examples))] == examples.lengths.tolist()
 
     check()
 
@@ -103,9 +103,9 @@ def test_the_bytes_of_the_tokens_of_any_text_sum_to_its_length(kind: str, added:
 @given(text=st.text())
 def test_a_token_of_byte_level_bpe_has_the_bytes_that_it_spells(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    weights = name_lengths(tokenizer)[encoding.ids]
+    weights = measure_token_names(tokenizer)[encoding.ids]
     if not {*encoding.ids} & {*tokenizer.all_special_ids}:
-        assert bytes_by_token(text, encoding.offsets, weights).tolist() == [len(token) for token in encoding.tokens]
+        assert count_text_bytes(text, encoding.offsets, weights).tolist() == [len(token) for token in encoding.tokens]
 
 
 @pytest.mark.scorecard(31)
@@ -127,4 +127,4 @@ def test_bytes_are_those_of_the_text(
     tokenizer.add_tokens(TOKENS[:2])
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     assert encoding.tokens == tokens
-    assert bytes_by_token(text, encoding.offsets, name_lengths(tokenizer)[encoding.ids]).tolist() == sizes
+    assert count_text_bytes(text, encoding.offsets, measure_token_names(tokenizer)[encoding.ids]).tolist() == sizes

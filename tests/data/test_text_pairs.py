@@ -28,7 +28,7 @@ def test_pairs_are_cached_for_the_settings_that_decide_their_ids_and_types(
 
     def rows(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         examples = encode_pairs(documents, tokenizer, np.zeros(2), max_length=20, name="documents")
-        types = [examples.row_types(i).tolist() for i in range(2)] if examples.types is not None else []
+        types = [examples.token_type_ids(i).tolist() for i in range(2)] if examples.type_ids is not None else []
         return [examples[i].tolist() for i in range(2)] + types
 
     changed = copy.deepcopy(tokenizer)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.config import Tokens
-from minilm.data.tokenizer import load_tokenizer, state_of
+from minilm.data.tokenizer import load_tokenizer, serialize_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 
 
@@ -62,13 +62,18 @@ def test_an_extended_tokenizer_comes_from_the_cache_with_the_settings_of_the_one
 def test_a_tokenizer_has_one_state_in_each_process(wordpiece: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     wordpiece.save_pretrained(tmp_path)
     program = (
-        "import json, sys; from transformers import AutoTokenizer; from minilm.data.tokenizer import state_of; "
-        "print(json.dumps(state_of(AutoTokenizer.from_pretrained(sys.argv[1]))))"
+        "import json, sys; from transformers import AutoTokenizer; "
+        "from minilm.data.tokenizer import serialize_tokenizer; "
+        "print(json.dumps(serialize_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]))))"
     )
     words, states = [sys.executable, "-c", program, str(tmp_path)], []
     for seed in "12":
         states.append(subprocess.run(words, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=-1, check=True).stdout)
-    assert states[0] == states[1] == json.dumps(state_of(AutoTokenizer.from_pretrained(tmp_path))).encode() + b"\n"
+    assert (
+        states[0]
+        == states[1]
+        == json.dumps(serialize_tokenizer(AutoTokenizer.from_pretrained(tmp_path))).encode() + b"\n"
+    )
 
 
 def test_a_tokenizer_is_loaded_by_its_own_name_before_the_models(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.data.corpus import Examples, encode
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.data.word_boundaries import begins_word
+from minilm.data.word_boundaries import find_word_starts
 from tests.languages import EVERYTHING, LANGUAGES
 
 DOCUMENTS = Dataset.from_dict({"text": EVERYTHING})
@@ -26,7 +26,7 @@ def trained(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 def _found(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[tuple[int, int]], NDArray[np.bool_]]:
     """The offsets of the tokens in the text, and which of them begin a word."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["offset_mapping"], begins_word(text, [start for start, _ in encoded["offset_mapping"]])
+    return encoded["offset_mapping"], find_word_starts(text, [start for start, _ in encoded["offset_mapping"]])
 
 
 def _words_of_bert(text: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_the_bytes_of_a_character_and_the_space_before_a_word_belong_to_it() -> 
 
 @pytest.mark.parametrize("text", ["", " ", "\ud800a", "a\x00b"])
 def test_odd_texts_have_words_too(text: str) -> None:
-    assert begins_word(text, range(len(text))).tolist() == [True, False][: len(text)] + [False] * (len(text) - 2)
+    assert find_word_starts(text, range(len(text))).tolist() == [True, False][: len(text)] + [False] * (len(text) - 2)
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])

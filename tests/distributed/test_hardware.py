@@ -158,7 +158,7 @@ def test_flops_of_bert_are_those_counted_by_hand(attention):
 )
 def test_flops_at_other_lengths_and_numbers_of_targets_are_predicted(kind, lengths, monkeypatch):
     monkeypatch.setattr(
-        "minilm.data.packing.SHORT", 0
+        "minilm.data.packing.SHORT_ROW_TOKENS", 0
     )  # in bins attention works on masked pairs too, which do not count
     head = tiny_head(kind).train()
     cost = count_flops(head, 32)

@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
 from minilm.data.corpus import Examples
-from minilm.data.tokenizer import state_of
+from minilm.data.tokenizer import serialize_tokenizer
 from minilm.objectives.objective import prepare
 from minilm.utils.cache import cache_folder
 from tests.jobs import CONFIG, write_text
@@ -110,13 +110,13 @@ def content_of(config: Config) -> dict[str, Any]:
     prepared = prepare(config)
 
     def told(examples: Examples) -> list[Any]:
-        arrays = (examples.ids, examples.begins, examples.types)
+        arrays = (examples.ids, examples.is_word_start, examples.type_ids)
         flat = [None if array is None else np.asarray(array[0 : len(array)]).tobytes() for array in arrays]
         ends = [array.tobytes() for array in (examples.start, examples.stop, examples.prefix, examples.suffix)]
         return [*flat, *ends, np.asarray(examples.labels).tolist(), examples.fingerprint]
 
     return {
-        "tokenizer": state_of(prepared.tokenizer),
+        "tokenizer": serialize_tokenizer(prepared.tokenizer),
         "train": told(prepared.train),
         "eval": told(prepared.eval),
         "fields": prepared.fields,

@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from minilm import Data
-from minilm.data.array_file import FlatFile, growing
+from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.utils import cache
 from minilm.utils.atomic_files import file_facts
 from minilm.utils.cache import cache_folder, open_entry
@@ -93,19 +93,19 @@ def test_several_processes_open_a_damaged_entry_at_once(home: Path) -> None:
 
 def test_a_deleted_cache_does_not_disturb_a_process_that_has_it_open(home: Path) -> None:
     def build(folder: Path) -> None:
-        with growing(folder / "ids.npy", np.dtype(np.uint16)) as file:
+        with create_array_file(folder / "ids.npy", np.dtype(np.uint16)) as file:
             file.write(np.arange(1000, dtype=np.uint16).data)
 
-    file = FlatFile(open_entry("ids", build) / "ids.npy")
+    file = ArrayFile(open_entry("ids", build) / "ids.npy")
     shutil.rmtree(home)
     assert np.array_equal(file[990:], np.arange(990, 1000))
-    assert FlatFile(open_entry("ids", build) / "ids.npy")[5:6] == 5
+    assert ArrayFile(open_entry("ids", build) / "ids.npy")[5:6] == 5
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
-    with growing(tmp_path / "ids.npy", np.dtype(np.uint16)) as out:
+    with create_array_file(tmp_path / "ids.npy", np.dtype(np.uint16)) as out:
         out.write(np.arange(1000, dtype=np.uint16).data)
-    file = FlatFile(tmp_path / "ids.npy")
+    file = ArrayFile(tmp_path / "ids.npy")
     os.truncate(tmp_path / "ids.npy", 500)
     with pytest.raises(OSError, match=r"ids\.npy was cut while the run read it"):
         file[900:]

@@ -25,7 +25,7 @@ import minilm.runs.verify_head
 from minilm.commands.evaluate import evaluate
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.config.parsing import parse
-from minilm.data.corpus import Prepared
+from minilm.data.corpus import PreparedData
 from minilm.distributed.launch import finish
 from minilm.fork import begin, start_recording
 from minilm.models.attention import ATTENTION, packed_attention
@@ -84,7 +84,7 @@ def build(situation: Situation, *, seed: int = 0) -> nn.Module:
 def head_of(situation: Situation, network: Any) -> Head:
     """Return minilm's head of the model."""
     tokenizer = tokenizer_for(situation.head, situation.kind)
-    prepared = Prepared(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES, labels=LABELS)
+    prepared = PreparedData(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES, labels=LABELS)
     return objective_of(HEADS[situation.head].settings).head(network, prepared)
 
 
@@ -326,7 +326,7 @@ def test_only_the_wrong_shortcut_is_given_up(tmp_path: Path, monkeypatch: pytest
     rows = np.random.default_rng(0).integers(5, len(tokenizer), 2000)
     start = np.array([0, 100, 300, 450, 460])
     examples = replace(NO_EXAMPLES, ids=rows, start=start, stop=np.array([90, 270, 420, 457, 640]))
-    prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+    prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
     head = head_of(Situation(kind="bert", head="masked"), network)
     taken = head.shortcuts
     assert taken == ("fused", "short", "padding_free", "sparse")
@@ -367,7 +367,7 @@ def test_esm_is_refused_where_all_of_a_row_may_be_masked(
     examples = replace(
         NO_EXAMPLES, ids=np.full(100, 7), start=start, stop=start + np.array([50, shortest]), suffix=np.array(end, int)
     )
-    prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+    prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
     objective = objective_of(MaskedLM())
     if refused:
         with pytest.raises(ValueError, match=r"--model\.config\.token-dropout False"):

@@ -34,10 +34,10 @@ from transformers import (
 from minilm import Batch, Classification, Config, Data, Run, Tokens
 from minilm.commands.evaluate import evaluate
 from minilm.config import CausalLM, MaskedLM, Model
-from minilm.data.corpus import Prepared, encode
+from minilm.data.corpus import PreparedData, encode
 from minilm.data.labels import Labels
-from minilm.data.micro_batch import collate_whole, concatenate_rows
-from minilm.data.special_ids import id_count, ids_around
+from minilm.data.micro_batch import collate_all_targets, concatenate_rows
+from minilm.data.special_ids import count_embedding_rows, find_prefix_and_suffix
 from minilm.data.tokenizer import load_tokenizer
 from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
@@ -129,7 +129,7 @@ def test_the_special_tokens_around_a_text_are_found_whatever_the_vocabulary(situ
     expected = make()(text)["input_ids"]
     examples = encode(Dataset.from_dict({"text": [text]}), tokenizer, max_length=16)
     assert examples[0].tolist() == expected
-    assert [ids.tolist() for ids in ids_around(tokenizer)] == [before, after]
+    assert [ids.tolist() for ids in find_prefix_and_suffix(tokenizer)] == [before, after]
 
 
 def repeated_line(folder: Path) -> PreTrainedTokenizerBase:
@@ -169,7 +169,7 @@ def test_a_model_has_a_row_for_each_id_and_trains_on_them(
     documents = Dataset.from_dict({"text": [text, "the dog runs"]})
     examples = encode(documents, tokenizer, max_length=16)
     assert examples[0].tolist() == tokenizer(text)["input_ids"]
-    assert id_count(tokenizer) == size == max(tokenizer.get_vocab().values()) + 1
+    assert count_embedding_rows(tokenizer) == size == max(tokenizer.get_vocab().values()) + 1
     fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     network = load_model(Model(type="bert", config=fields), tokenizer, max_length=16, seed=0)
     assert network.config.vocab_size == size
@@ -188,7 +188,7 @@ def test_a_model_has_a_row_for_each_id_and_trains_on_them(
     )
     assert np.isfinite(step.loss.item())
     assert objective.auto is AutoModelForMaskedLM
-    assert examples.counts(id_count(tokenizer)).sum() == 9
+    assert examples.count_ids(count_embedding_rows(tokenizer)).sum() == 9
 
 
 def test_words_are_added_after_the_last_id_where_the_ids_have_holes(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
     changed = {} if padding is None else {"pad_token_id": padding}
     texts = [text, "7 and 49 make 56, all told.", text + " " + text, "3"]
     auto = AutoModelForMaskedLM if head == "masked" else AutoModelForSequenceClassification
-    checkpoint(kind, tmp_path, auto, id_count(tokenizer), **changed, num_labels=3)
+    checkpoint(kind, tmp_path, auto, count_embedding_rows(tokenizer), **changed, num_labels=3)
     plain = auto.from_pretrained(tmp_path).eval()
     encoded = [tokenizer(each, return_tensors="pt") for each in texts]
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
     rows = [e["input_ids"][0].numpy() for e in encoded]
     if head == "masked":
         ours: Any = SparseHead(network).eval()
-        batch = collate_whole(rows, np.arange(4), 0, 0.0)
+        batch = collate_all_targets(rows, np.arange(4), 0, 0.0)
         if not ours.padding_free:
             ids_T, packing = concatenate_rows(rows, padded=True, multiple=1)
             batch = replace(batch, packing=packing)
@@ -512,7 +512,7 @@ def test_token_types_that_a_language_model_does_not_read_are_told(
     examples = encode(Dataset.from_dict({"text": ["1 and 2", "3"]}), tokenizer, max_length=16)
     with caplog.at_level(logging.WARNING, "minilm"):
         objective_of(objective).head(
-            auto.from_config(config), Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+            auto.from_config(config), PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
         )
     lines = [record.message for record in caplog.records if "token types" in record.message]
     assert [told is not None and told in line and NO_TYPES in line for line in lines] == [True] * (told is not None)
@@ -556,10 +556,12 @@ def test_special_tokens_that_model_and_tokenizer_name_differently_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = trained_tokenizer()
-    checkpoint("roberta", tmp_path, AutoModelForMaskedLM, id_count(tokenizer), pad_token_id=9, eos_token_id=11)
+    checkpoint(
+        "roberta", tmp_path, AutoModelForMaskedLM, count_embedding_rows(tokenizer), pad_token_id=9, eos_token_id=11
+    )
     network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=40, seed=0)
     examples = encode(Dataset.from_dict({"text": TEXTS}), tokenizer, max_length=40)
-    prepared = Prepared(tokenizer=tokenizer, train=examples, eval=examples)
+    prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
     with caplog.at_level(logging.WARNING, "minilm"):
         objective_of(MaskedLM()).head(network, prepared)
     (told,) = [record.message for record in caplog.records if "name other special tokens" in record.message]
@@ -575,7 +577,7 @@ def test_a_checkpoint_whose_end_of_text_is_padding_is_told(tmp_path: Path, caplo
     network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=32, seed=0, auto=AutoModelForCausalLM)
     examples = encode(documents, tokenizer, max_length=32, causal=True)
     with caplog.at_level(logging.WARNING, "minilm"):
-        objective_of(CausalLM()).head(network, Prepared(tokenizer=tokenizer, train=examples, eval=examples))
+        objective_of(CausalLM()).head(network, PreparedData(tokenizer=tokenizer, train=examples, eval=examples))
     assert "<|endoftext|>, which ends texts, is padding in the model's configuration" in caplog.text
 
 
@@ -585,7 +587,7 @@ def test_a_classifier_of_last_tokens_is_told_the_padding_and_trains_its_embeddin
 ) -> None:
     tokenizer = train_tokenizer(Dataset.from_dict({"text": TEXTS}), "bpe", 300, causal=True)
     size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "num_labels": 3}
-    config = GPT2Config(vocab_size=id_count(tokenizer), pad_token_id=before, **size)
+    config = GPT2Config(vocab_size=count_embedding_rows(tokenizer), pad_token_id=before, **size)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     auto = AutoModelForSequenceClassification
     network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=32, seed=0, auto=auto)

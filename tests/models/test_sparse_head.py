@@ -43,7 +43,7 @@ def batch_for(
     rows = [rng.integers(5, len(tokenizer), size) for size in lengths]
     collator = MaskedCollator(tokenizer, rate=rate, seed=1, padded=not head.padding_free, multiple=1)
     batch = collator(rows, np.arange(len(rows)), epoch=0)
-    assert batch.targets > 5
+    assert batch.target_count > 5
     return batch
 
 
@@ -98,7 +98,7 @@ def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
     assert not caplog.records
     assert model.training
     batch = batch_for(head, tokenizer, lengths, rate)
-    assert (2 * batch.targets > sum(lengths)) == (rate > 0.5)
+    assert (2 * batch.target_count > sum(lengths)) == (rate > 0.5)
     assert_same_update(head, plain, batch, lengths)
 
 
@@ -141,7 +141,7 @@ def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
         with products:
             ours.backward()
         assert products.sizes >= {100}
-        assert not products.sizes & {sum(lengths), batch.targets} - others
+        assert not products.sizes & {sum(lengths), batch.target_count} - others
         plain.zero_grad()
         theirs = full_loss(plain, batch, lengths)
         theirs.backward()

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from minilm import Config, Model, Optim
 from minilm.config import MaskedLM
-from minilm.data.corpus import Prepared
+from minilm.data.corpus import PreparedData
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.models.attention import ATTENTION
@@ -212,7 +212,7 @@ def test_smoothed_losses_are_torchs_in_training_and_plain_in_evaluation(
 ) -> None:
     network, batch = build(tokenizer), masked(tokenizer)
     head = objective_of(MaskedLM(label_smoothing=0.2)).head(
-        network, Prepared(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
+        network, PreparedData(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
     )
     assert head.fused
     head.fused = fused

@@ -132,7 +132,7 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once(
     assert batch.target_ids_N.tolist() == [int(i) for row in rows for i in row[1:]]
     before = [int(i) for row in rows for i in row[:-1]]
     assert batch.input_ids_T[batch.target_index_N].tolist() == before
-    assert CausalCollator(causal_tokenizer, padded=False, multiple=1)([], np.zeros(0, np.int64), 0).targets == 0
+    assert CausalCollator(causal_tokenizer, padded=False, multiple=1)([], np.zeros(0, np.int64), 0).target_count == 0
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
@@ -147,7 +147,7 @@ def test_each_document_ends_with_the_end_of_text_wherever_it_is_cut_and_padding_
     rows = [examples[i] for i in range(len(examples))]
     assert [int(id) for row in rows for id in row] == joined
     assert max(map(len, rows)) <= max_length
-    assert examples.counts(len(causal_tokenizer))[end] == len(documents)
+    assert examples.count_ids(len(causal_tokenizer))[end] == len(documents)
     batch = objective_of(CausalLM()).collator(causal_tokenizer, NO_EXAMPLES, seed=0, padded=False, multiple=1)(
         rows, np.arange(len(rows)), 0
     )

@@ -69,7 +69,7 @@ def examples_for(rows: Sequence[np.ndarray], labels: np.ndarray, types: np.ndarr
         stop=ends[1:],
         prefix=none,
         suffix=none,
-        types=types,
+        type_ids=types,
         labels=labels,
     )
 
@@ -136,7 +136,7 @@ def test_a_batch_without_examples_has_no_loss_and_every_gradient(tokenizer) -> N
         batch = ClassCollator(examples, padded=not head.padding_free, multiple=1)([], np.zeros(0, np.int64), 0)
         loss = loss_sum(head, batch)
         loss.backward()
-        assert (batch.targets, loss.item()) == (0, 0.0)
+        assert (batch.target_count, loss.item()) == (0, 0.0)
 
 
 def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
@@ -177,12 +177,12 @@ def test_pairs_are_encoded_as_the_tokenizer_does(tokenizer, caplog: pytest.LogCa
         expected = tokenizer(PAIRS["text"][:], PAIRS["pair"][:], truncation=True, max_length=32)
         assert [examples[i].tolist() for i in range(2)] == expected["input_ids"]
         assert caplog.messages == ["1 of 2 documents have more than batch.max_length=32 tokens: cut"]
-    assert examples.types is None  # this tokenizer's models are not told
+    assert examples.type_ids is None  # this tokenizer's models are not told
     tokenizer = deepcopy(tokenizer)
     tokenizer.model_input_names = ["input_ids", "token_type_ids"]
     examples = encode_pairs(PAIRS, tokenizer, np.array([0, 1]), max_length=31, name="documents")
     expected = tokenizer(PAIRS["text"][:], PAIRS["pair"][:], truncation=True, max_length=31)
-    assert [examples.row_types(i).tolist() for i in range(2)] == expected["token_type_ids"]
+    assert [examples.token_type_ids(i).tolist() for i in range(2)] == expected["token_type_ids"]
 
 
 def labelled(values: list[Any], feature: Any = None) -> Dataset:

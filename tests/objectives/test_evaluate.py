@@ -88,7 +88,7 @@ def one_by_one(evaluator: LanguageEvaluator, head: SparseHead) -> EvaluationTota
         for position, target in zip(batch.target_index_N.tolist(), batch.target_ids_N.tolist(), strict=True):
             nats -= float(log_p_LxV[position, target])
             targets += 1
-            utf8_bytes += int(evaluator.examples.row_bytes(index)[position])
+            utf8_bytes += int(evaluator.examples.token_bytes(index)[position])
             unigram += float(evaluator.unigram[target])
     return EvaluationTotals(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
 

@@ -195,7 +195,7 @@ def test_the_rate_changes_linearly_over_the_run(
     rows = [examples[int(i)] for i in ids]
     ordinary = sum(int((~np.isin(row, tokenizer.all_special_ids)).sum()) for row in rows)
     for progress in (0.0, 0.5, 1.0):
-        targets = [collator(rows, ids, epoch, progress).targets for epoch in range(30)]
+        targets = [collator(rows, ids, epoch, progress).target_count for epoch in range(30)]
         rate = collator.rate(progress)
         assert abs(_z([count - rate * ordinary for count in targets])) < 4
     assert _collator(tokenizer, examples, unit=unit, rate=0.3).rate(0.7) == 0.3
@@ -218,7 +218,7 @@ def test_the_rate_of_a_step_is_the_same_wherever_the_run_begins(
 
     whole, rest = batches(0, 0), batches(5, workers)
     assert all(map(torch.equal, *([batch.input_ids_T for batch in end] for end in (rest, whole[-len(rest) :]))))
-    shares = [batch.targets / len(batch.input_ids_T) for batch in whole]
+    shares = [batch.target_count / len(batch.input_ids_T) for batch in whole]
     assert shares[0] > 0.7
     assert shares[-1] < 0.3
 

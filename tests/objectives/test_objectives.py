@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.config import MaskedLM
-from minilm.data.micro_batch import MicroBatch, loss_sum, target_nats
+from minilm.data.micro_batch import MicroBatch, loss_sum, target_losses
 from minilm.models.head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.objectives.objective import objective_of
@@ -92,8 +92,8 @@ def test_80_10_10(
     new_N = batch.input_ids_T[batch.target_index_N]
     masked, same = int((new_N == tokenizer.mask_token_id).sum()), int((new_N == batch.target_ids_N).sum())
     by_chance = 0.1 / (len(tokenizer) - len(special))  # a replacement that happens to be the same token
-    expected = ((masked, 0.8), (batch.targets - masked - same, 0.1 - by_chance), (same, 0.1 + by_chance))
-    z_scores = [_z(count, batch.targets, share) for count, share in expected]
+    expected = ((masked, 0.8), (batch.target_count - masked - same, 0.1 - by_chance), (same, 0.1 + by_chance))
+    z_scores = [_z(count, batch.target_count, share) for count, share in expected]
     assert max(map(abs, z_scores)) < 4
     figure("80/10/10 " + ", ".join(f"{z:+.1f}" for z in z_scores))
 
@@ -209,7 +209,7 @@ def test_rows_follow_each_other_and_are_padded_to_the_longest_where_asked(
         (group,) = groups
         width = math.ceil(max(lengths) / multiple) * multiple
         assert (group.rows, group.length) == (len(lengths), width)
-        assert torch.equal(group.real(torch.device("cpu")), torch.arange(width) < torch.tensor(lengths)[:, None])
+        assert torch.equal(group.token_mask(torch.device("cpu")), torch.arange(width) < torch.tensor(lengths)[:, None])
         assert (group.place_T is None) == ({*lengths} == {width})
 
 
@@ -251,9 +251,9 @@ def test_the_loss_is_that_of_transformers_times_the_number_of_targets(
     ids_RxL, _ = pad_rows(batch.input_ids_T, lengths, tokenizer.pad_token_id)
     reference = bert(input_ids=ids_RxL, attention_mask=mask_RxL, labels=labels_RxL).loss
     head = SparseHead(bert)
-    assert batch.targets > 10
-    assert target_nats(head, batch).shape == (batch.targets,)
-    torch.testing.assert_close(loss_sum(head, batch), reference * batch.targets, rtol=1e-5, atol=0)
+    assert batch.target_count > 10
+    assert target_losses(head, batch).shape == (batch.target_count,)
+    torch.testing.assert_close(loss_sum(head, batch), reference * batch.target_count, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("padded", "multiple"), [(False, 1), (False, 8), (True, 1), (True, 8)])
@@ -263,7 +263,7 @@ def test_a_batch_without_rows_has_no_loss_and_a_gradient_of_zero(
     batch = _collator(tokenizer, padded=padded, multiple=multiple)([], np.zeros(0, np.int64), 0)
     assert batch.input_ids_T.tolist() == [tokenizer.pad_token_id]
     assert [(group.rows, group.length) for group in batch.packing.groups] == [(1, multiple)]
-    assert batch.targets == 0
+    assert batch.target_count == 0
     bert.zero_grad()
     loss = loss_sum(SparseHead(bert), batch)
     loss.backward()

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, metadata_load
 from minilm.config import Classification, Config, Data, MaskedLM, Model, Optim, Run
 from minilm.config.parsing import read_run
 from minilm.data.batch_plan import Plan
-from minilm.data.corpus import Examples, Prepared
+from minilm.data.corpus import Examples, PreparedData
 from minilm.distributed.hardware import Peak, Precision
 from minilm.runs import recorder as record
 from minilm.runs.checkpoint import Progress
@@ -258,7 +258,7 @@ def facts(tokenizer, monkeypatch) -> dict:
         SimpleNamespace(num_processes=2, device=torch.device("cpu")),
         SimpleNamespace(model=network, summary="full head (it mixes)"),
         Plan(lengths, examples=2, micro_tokens=64),
-        Prepared(
+        PreparedData(
             tokenizer=tokenizer,
             train=examples([0, 4, 10], [4, 10, 15], "abc"),
             eval=examples([0, 2], [2, 5], "def"),

@@ -189,7 +189,7 @@ def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer
     first, second = evaluation(MaskedLM(eval_rate=0.3)), evaluation(MaskedLM(rate=0.5, eval_rate=0.3))
     assert torch.equal(first.input_ids_T, second.input_ids_T)
     assert torch.equal(first.target_index_N, second.target_index_N)
-    assert _within(first.targets, 100 * 512, 0.3)
+    assert _within(first.target_count, 100 * 512, 0.3)
 
 
 @pytest.mark.parametrize(("padded", "multiple"), [(False, 1), (False, 8), (True, 1), (True, 8)])

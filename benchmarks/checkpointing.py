@@ -22,7 +22,8 @@ from sides import Parts, Taken, assemble, precision_of, turns_of
 
 from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.distributed.hardware import describe
-from minilm.runs.checkpoint import Progress, Saver
+from minilm.runs.checkpoint import Progress
+from minilm.runs.checkpoint_saver import Saver
 
 EVERY = 20  # steps between checkpoints
 WARM_UP = 3  # steps that are not counted

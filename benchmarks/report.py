@@ -13,7 +13,7 @@ import torch
 from sides import Precision, Taken
 
 from minilm.distributed.hardware import Peak, choose_precision, describe, device_peak
-from minilm.runs.recorder import versions
+from minilm.runs.run_facts import versions
 
 RESULTS = Path(__file__).parent / "results"
 OURS, OTHERS, IDEAL = "#c44e52", "#8c8c8c", "#4c72b0"  # colours

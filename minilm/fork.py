@@ -20,8 +20,10 @@ from minilm.models.head import Head, SparseHead
 from minilm.objectives.objective import prepare
 from minilm.runs.checkpoint import Progress
 from minilm.runs.hub_upload import push
-from minilm.runs.output_folder import choose_output_dir, claim_output_dir, export
-from minilm.runs.recorder import Recorder, open_recorder, write_results
+from minilm.runs.model_export import export
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir
+from minilm.runs.recorder import Recorder, open_recorder
+from minilm.runs.run_facts import write_results
 from minilm.runs.verify_head import verify_head
 from minilm.train import lay_plan
 from minilm.utils.folder_lock import unlock_folder

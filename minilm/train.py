@@ -40,14 +40,17 @@ from minilm.objectives.objective import Evaluator, build, objective_of, prepare
 from minilm.optim.optimizer import build_optimizer, learning_rate, skip_unless_finite
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
 from minilm.runs.best_checkpoint import Best
-from minilm.runs.checkpoint import Checkpoint, Saver, copy_to_cpu
+from minilm.runs.checkpoint import Checkpoint
+from minilm.runs.checkpoint_saver import Saver, gather_full_state
 from minilm.runs.early_stopping import StopRequest, bad_gradients
 from minilm.runs.energy import metered
 from minilm.runs.hub_upload import push
 from minilm.runs.model_card import write_card
-from minilm.runs.output_folder import choose_output_dir, claim_output_dir, export
-from minilm.runs.recorder import open_recorder, write_results, write_samples
+from minilm.runs.model_export import export
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir
+from minilm.runs.recorder import open_recorder, write_samples
 from minilm.runs.resume import check_best, check_settings, load_step, resume
+from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlocked_at_end
@@ -208,7 +211,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         if figures is None:
             figures = evaluator(accelerator, model).figures()
         results = recorder.conclude(figures | energy())
-        weights = copy_to_cpu(network.state_dict(keep_vars=True), keep=main)
+        weights = gather_full_state(network.state_dict(keep_vars=True), keep=main)
         if main:
             files = conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
 

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from minilm.config import Config, Run
-from minilm.runs.checkpoint import Progress, Saver
+from minilm.runs.checkpoint import Progress
+from minilm.runs.checkpoint_saver import Saver
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "training.json", "manifest.json"

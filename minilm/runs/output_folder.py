@@ -7,24 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from minilm.config import Run
 from minilm.distributed.deepspeed import size_of
-from minilm.models.lora import is_adapted, merged, save_adapter
 from minilm.runs.checkpoint import (
     Checkpoint,
     discard_checkpoints,
     find_checkpoint,
     find_obstacles,
     is_checkpoint,
-    save_tokenizer,
 )
 from minilm.runs.hub_upload import check_access, claim_repo
-from minilm.utils.atomic_files import replacing_files, sync
 from minilm.utils.folder_lock import LOCK, lock_folder
-from minilm.utils.hub import quiet_transformers
 
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
@@ -169,28 +164,3 @@ def _lock(folder: Path) -> None:
     with refuse_unwritable(folder):
         if folder.is_dir():
             lock_folder(folder)
-
-
-def export(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
-) -> list[str]:
-    """Save in the Hugging Face format, and return the names of the files in `folder`.
-
-    `weights` takes the place of `network.state_dict()`. An adapter of LoRA is merged into the weights, and also saved
-    separately in `adapter/`. The files are written and synced in a temporary folder inside `folder`, then renamed into
-    place, the weights last, so that each file is complete at any time.
-    """
-    weights = network.state_dict() if weights is None else weights
-    with replacing_files(folder, last=".safetensors") as temporary:
-        with quiet_transformers():
-            network.save_pretrained(temporary, state_dict=merged(network, weights))
-            save_tokenizer(tokenizer, temporary)
-        if is_adapted(network):
-            save_adapter(network, weights, temporary / "adapter")
-        names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
-    # The chat templates of an earlier model would take precedence over this one's.
-    if "chat_template.jinja" not in names:
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
-    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-    sync(folder)
-    return names

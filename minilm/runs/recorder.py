@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,22 +12,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Config
-from minilm.config.parsing import to_dict
 from minilm.data.batch_plan import Ids, Plan
-from minilm.data.corpus import Examples, PreparedData
-from minilm.data.sources import source_facts
-from minilm.data.special_ids import count_embedding_rows
-from minilm.distributed.deepspeed import size_of
-from minilm.distributed.hardware import Peak, Precision, describe, device_peak, peak_memory
+from minilm.data.corpus import PreparedData
+from minilm.distributed.hardware import Precision, device_peak, peak_memory
 from minilm.models.head import Head
-from minilm.optim.optimizer import warmup_steps
-from minilm.runs.checkpoint import RESULTS, Progress
+from minilm.runs.checkpoint import Progress
 from minilm.runs.loss_spikes import Spikes
+from minilm.runs.run_facts import announce, run_facts
 from minilm.runs.trackers import open_trackers
-from minilm.utils.atomic_files import publish
 from minilm.utils.progress import progress_bar
 
 log = logging.getLogger("minilm")
@@ -208,77 +201,6 @@ def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
     return log_file
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a result depends on."""
-    return {name: version(name) for name in ("minilm", "torch", "transformers", "tokenizers", "datasets", "accelerate")}
-
-
-def run_facts(
-    accelerator: Accelerator,
-    head: Head,
-    plan: Plan,
-    prepared: PreparedData,
-    total_steps: int,
-    precision: Precision,
-    peak: Peak,
-) -> dict[str, Any]:
-    """Return the facts of a run that its configuration leaves open, as JSON types."""
-    return {
-        "model": type(head.model).__name__,
-        "parameters": sum(map(size_of, head.model.parameters())),
-        "head": head.summary,
-        "vocabulary": len(prepared.tokenizer),
-        "train": {
-            **({} if plan.rows is None else {"rows": plan.rows}),
-            **prepared.train.identity(),
-            "unknown": _unknown(prepared.train, prepared.tokenizer),
-        },
-        "eval": {**prepared.eval.identity(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
-        "labels": prepared.labels.summary if prepared.labels is not None else (),
-        "steps": total_steps,
-        "padding_share": round(plan.padding_share(), 4),
-        "processes": accelerator.num_processes,
-        "precision": precision.name,
-        "precision_reason": precision.reason,
-        "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a device, {peak.source}",
-        "hardware": describe(accelerator.device),
-    }
-
-
-def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Return the share of unknown tokens."""
-    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never uses
-        return 0.0
-    return float(examples.count_ids(count_embedding_rows(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
-
-
-def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
-    (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
-    content = {"config": to_dict(config), **facts, "sources": source_facts(config.data), "versions": versions()}
-    publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
-    for part in ("train", "eval"):
-        unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
-        rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
-        log.info(f"{part}: {rows}{facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
-    for line in facts["labels"]:
-        log.log(logging.WARNING if line.startswith("WARNING") else logging.INFO, line)
-    log.info(
-        f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
-        f"{facts['head']}"
-    )
-    hardware = facts["hardware"]
-    log.info(
-        f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} thread(s) each, "
-        f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
-    )
-    log.info(f"output folder: {folder}")
-    unit = "rows" if "rows" in facts["train"] else "examples"
-    log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
-    if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
-        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: the rate never reaches optim.lr")
-
-
 def open_recorder(
     accelerator: Accelerator,
     config: Config,
@@ -309,11 +231,6 @@ def open_recorder(
         enabled=main,
     )
     return recorder, facts
-
-
-def write_results(folder: Path, results: dict[str, float]) -> None:
-    """Write `all_results.json`."""
-    publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def write_samples(folder: Path, step: int, samples: dict[str, str]) -> None:

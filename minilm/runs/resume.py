@@ -9,28 +9,18 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from minilm.config import Config, Run
 from minilm.config.parsing import flat, to_dict
-from minilm.distributed.deepspeed import ZeroOptimizer, writable
+from minilm.distributed.deepspeed import writable
 from minilm.distributed.sharding import part_like
 from minilm.models.lora import is_adapted, unmerged
-from minilm.runs.checkpoint import (
-    ADAPTER,
-    OPTIMIZER,
-    RESULTS,
-    WEIGHTS,
-    Checkpoint,
-    Progress,
-    copy_to_cpu,
-    describe_optimizer,
-    is_stateless,
-    parameter_names,
-    read_checkpoint,
-)
+from minilm.runs.checkpoint import ADAPTER, WEIGHTS, Checkpoint, Progress, read_checkpoint
+from minilm.runs.checkpoint_saver import gather_full_state
 from minilm.runs.early_stopping import TrainingStopped
+from minilm.runs.optimizer_state import load_optimizer_state
+from minilm.runs.run_facts import RESULTS
 from minilm.runs.run_inputs import compare_circumstances, compare_inputs
 
 log = logging.getLogger("minilm")
@@ -191,7 +181,7 @@ def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
 def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Load weights, optimizer state and loss scaling, bit for bit. Raise ValueError where they do not fit the model."""
     _load_weights(checkpoint, network)
-    _load_moments(checkpoint, optimizer, network)
+    load_optimizer_state(checkpoint, optimizer, network)
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None and checkpoint.scaler:
         try:
@@ -206,7 +196,7 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
         weights = load_file(checkpoint.folder / WEIGHTS)
         if is_adapted(network):
             weights = unmerged(
-                network, weights, load_file(checkpoint.folder / ADAPTER), copy_to_cpu(current, keep=True)
+                network, weights, load_file(checkpoint.folder / ADAPTER), gather_full_state(current, keep=True)
             )
         parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
         with writable(network):
@@ -221,64 +211,3 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
         raise ValueError(
             f"{checkpoint.folder}: its weights do not fit the model: {', '.join([*lost, *unexpected][:3])}"
         )
-
-
-def _load_moments(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> None:
-    try:
-        stored = load_file(checkpoint.folder / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
-    _check_optimizer(checkpoint, optimizer, stored)
-    names = parameter_names(network)
-    parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if isinstance(optimizer, ZeroOptimizer):  # its groups hold DeepSpeed's flattened copies of the parameters
-        parameters = [*optimizer.state]
-    slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
-    if sum(map(len, slots)) != len(stored):
-        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
-    numbers = checkpoint.optimizer.get("numbers", [])
-    state: dict[int, dict[str, Any]] = {
-        index: {slot: _number(value) if slot in numbers else value for slot, value in own.items()}
-        for index, own in enumerate(slots)
-        if own
-    }
-    if isinstance(optimizer, ZeroOptimizer):
-        optimizer.restore({parameters[index]: own for index, own in state.items()})
-    else:
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-# The state of AdamW, which wrote nearly all checkpoints of minilm 0.1. They do not name their optimizer.
-_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
-
-
-def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
-    """Raise ValueError where another optimizer wrote the checkpoint, or where it holds no state of this one."""
-    now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
-    slots = {key.partition("/")[0] for key in stored}
-    anew = "leave run.resume out to start anew"
-    if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
-        raise ValueError(
-            f"{checkpoint.folder}: {OPTIMIZER} holds {', '.join(sorted(slots))}, which is not the state of {now}, the "
-            f"optimizer of this run: use the one that wrote it, or {anew}"
-        )
-    if before not in (None, now):
-        raise ValueError(
-            f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: use {before}, or {anew}"
-        )
-    if not slots and checkpoint.progress.step > 0 and not is_stateless(optimizer):
-        raise ValueError(
-            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (minilm saves an "
-            f"optimizer by its state_dict): {anew}"
-        )
-
-
-def _number(value: Tensor) -> int | float:
-    number = float(value)
-    return int(number) if number.is_integer() else number
-
-
-def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the stored state of the parameter of this name, by slot: of each tensor, the shard of this process."""
-    end = f"/{name}"
-    return {key.removesuffix(end): part_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from minilm.data.corpus import PreparedData
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.distributed.hardware import describe
-from minilm.runs.recorder import versions
+from minilm.runs.run_facts import versions
 
 # Fields of a configuration that say where a model comes from, not what it computes. minilm trains float32 weights.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")

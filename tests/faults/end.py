@@ -22,7 +22,7 @@ from tests.jobs import config_in, end_of, finish, start
 # The parts of the end, in their order.
 WORK = (
     *("Recorder.step", "Recorder.evaluation", "Saver.save", "load_step", "Recorder.conclude"),
-    *("export", "output.save_tokenizer", "write_samples", "write_card", "write_results"),
+    *("export", "model_export.save_tokenizer", "write_samples", "write_card", "write_results"),
 )
 BOUNDARIES = tuple(f"{side} {work}" for work in WORK for side in ("before", "after"))
 LAST, SAVED = 6, 4  # the step after which each run ends, and the step of an earlier checkpoint
@@ -36,11 +36,11 @@ KILL = """
 import os, signal, time
 from pathlib import Path
 import minilm.train
-from minilm.runs import output_folder
-from minilm.runs.checkpoint import Saver
+from minilm.runs import model_export
+from minilm.runs.checkpoint_saver import Saver
 from minilm.runs.recorder import Recorder
 
-OWNERS = {{"": minilm.train, "output": output_folder, "Recorder": Recorder, "Saver": Saver}}
+OWNERS = {{"": minilm.train, "model_export": model_export, "Recorder": Recorder, "Saver": Saver}}
 steps = [0]
 
 def killing(work, side):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from minilm.runs.checkpoint import Progress, Saver, read_checkpoint
+from minilm.runs.checkpoint import Progress, read_checkpoint
+from minilm.runs.checkpoint_saver import Saver
 from minilm.runs.resume import restore
 from tests.jobs import CONFIG
 from tests.reference import build

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from minilm import Batch, Config, Data, Model, Run, Tokens
-from minilm.runs.checkpoint import Progress, Saver
+from minilm.runs.checkpoint import Progress
+from minilm.runs.checkpoint_saver import Saver
 from minilm.train import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -35,7 +35,7 @@ from minilm.models.lora import is_adapted
 from minilm.objectives.causal_lm import CausalCollator
 from minilm.objectives.classification import ClassCollator, ClassHead
 from minilm.objectives.masked_lm import MaskedCollator
-from minilm.runs.output_folder import export
+from minilm.runs.model_export import export
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 from tests.launch import read_log

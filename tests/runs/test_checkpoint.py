@@ -22,7 +22,8 @@ from minilm.commands.export import export_model
 from minilm.config import Config, Run
 from minilm.config.parsing import to_dict
 from minilm.objectives.objective import objective_of
-from minilm.runs.checkpoint import Progress, Saver, find_checkpoint, read_checkpoint
+from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
+from minilm.runs.checkpoint_saver import Saver
 from minilm.runs.resume import restore, resume
 from tests.checkpoints import (
     INPUTS,

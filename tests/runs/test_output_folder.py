@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from minilm.config import Config, Run
-from minilm.runs.checkpoint import Checkpoint, Progress, Saver
-from minilm.runs.output_folder import choose_output_dir, claim_output_dir, export
+from minilm.runs.checkpoint import Checkpoint, Progress
+from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.model_export import export
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.utils.folder_lock import LOCK, unlocked_at_end
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])

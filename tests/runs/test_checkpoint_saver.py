@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from minilm.config import Config, Run
-from minilm.runs import checkpoint
+from minilm.runs import checkpoint_saver
 from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
 from minilm.runs.resume import restore
 from tests.checkpoints import STATE, contents, names, network, save, saver_in, trained
@@ -102,7 +102,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     [
         (os, "fsync"),
         (os, "rename"),
-        (checkpoint, "save_file"),
+        (checkpoint_saver, "save_file"),
         (Path, "write_text"),
         (BertForMaskedLM, "save_pretrained"),
     ],
@@ -132,7 +132,7 @@ def test_a_failed_write_names_its_checkpoint_and_leaves_all_older_ones(owner, na
 def test_a_failed_write_is_raised_by_the_next_save_which_then_writes_nothing(tokenizer, tmp_path, monkeypatch):
     saver = saver_in(tmp_path, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", fail)
+        patch.setattr(checkpoint_saver, "save_file", fail)
         saver.save(Progress(step=1))
         saver._thread.join()
     with pytest.raises(OSError, match="checkpoint-1 could not be written"):
@@ -218,7 +218,7 @@ def test_what_changes_after_save_returned_does_not_reach_the_checkpoint(tokenize
 
 def test_one_checkpoint_is_written_at_a_time(tokenizer, tmp_path, monkeypatch):
     running, most, lock = [0], [0], threading.Lock()
-    save_file = checkpoint.save_file
+    save_file = checkpoint_saver.save_file
 
     def count(*args: Any) -> None:
         with lock:
@@ -229,7 +229,7 @@ def test_one_checkpoint_is_written_at_a_time(tokenizer, tmp_path, monkeypatch):
         with lock:
             running[0] -= 1
 
-    monkeypatch.setattr(checkpoint, "save_file", count)
+    monkeypatch.setattr(checkpoint_saver, "save_file", count)
     saver = saver_in(tmp_path, tokenizer)
     for step in (1, 2):
         saver.save(Progress(step=step))

@@ -16,10 +16,12 @@ from minilm.config.parsing import read_run
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
 from minilm.distributed.hardware import Peak, Precision
-from minilm.runs import recorder as record
+from minilm.runs import recorder as recorder_module
+from minilm.runs import run_facts as facts_module
 from minilm.runs.checkpoint import Progress
 from minilm.runs.model_card import write_card
-from minilm.runs.recorder import Recorder, announce, run_facts, write_results
+from minilm.runs.recorder import Recorder
+from minilm.runs.run_facts import announce, run_facts, write_results
 
 STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds", "memory_gb"]
 FIGURES = {"eval_loss": 3.0, "perplexity": 20.1, "bits_per_byte": 1.5, "unigram_bits_per_byte": 2.75}
@@ -29,8 +31,8 @@ FIGURES = {"eval_loss": 3.0, "perplexity": 20.1, "bits_per_byte": 1.5, "unigram_
 def clock(monkeypatch):
     """The recorder's clock, moved by hand; the memory never changes."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(record, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(record, "peak_memory", lambda device: 1_250_000_000)
+    monkeypatch.setattr(recorder_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(recorder_module, "peak_memory", lambda device: 1_250_000_000)
     return clock
 
 
@@ -245,7 +247,7 @@ def test_a_disabled_recorder_writes_and_shows_nothing(tmp_path, clock, capfd):
 
 @pytest.fixture
 def facts(tokenizer, monkeypatch) -> dict:
-    monkeypatch.setattr(record, "describe", lambda device: {"device": "a machine", "threads_per_process": 2})
+    monkeypatch.setattr(facts_module, "describe", lambda device: {"device": "a machine", "threads_per_process": 2})
     network = type("SomeForMaskedLM", (), {"parameters": lambda self: [torch.zeros(1000), torch.zeros(234)]})()
     lengths = np.array([4, 6, 5])
     none = np.zeros(0, np.int64)

@@ -1,0 +1,148 @@
+"""The writer of a run's checkpoints: it copies the state in memory, and a thread writes the copy to disk."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.config import Config
+from minilm.config.parsing import to_dict
+from minilm.distributed.sharding import whole
+from minilm.models.lora import adapter_weights, is_adapted, merged
+from minilm.runs.checkpoint import (
+    ADAPTER,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    Progress,
+    complete_checkpoints,
+    find_leftovers,
+    remove_old_checkpoints,
+)
+from minilm.runs.model_export import save_tokenizer
+from minilm.runs.optimizer_state import describe_optimizer, optimizer_tensors
+from minilm.utils.atomic_files import file_facts, replacing
+from minilm.utils.hub import quiet_transformers
+
+log = logging.getLogger("minilm")
+
+
+class Saver:
+    """The writer of a run's checkpoints: the run waits for a copy in memory, and a thread writes the copy to disk.
+
+    The thread writes at most one checkpoint at a time. When that one is complete, it removes older ones, except the
+    newest `run.keep_last` and the best by `run.best_metric`. Only one process of a job writes (`enabled`). After a
+    write that failed, the next call raises OSError; older checkpoints are then untouched.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        network: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        inputs: dict[str, Any],
+        *,
+        enabled: bool,
+    ) -> None:
+        self.folder, self.network, self.optimizer, self.tokenizer = folder, network, optimizer, tokenizer
+        self.config, self.inputs = config, inputs
+        self.enabled = enabled and config.run.save_every > 0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        if self.enabled:
+            for leftover in find_leftovers(folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def due(self, step: int, *, last: bool, better: bool) -> bool:
+        """Return whether to save after this step.
+
+        That is true every `run.save_every` steps, at the end of the run (`last`), and with `run.load_best` after an
+        evaluation that was the best so far (`better`).
+        """
+        run = self.config.run
+        return run.save_every > 0 and (last or step % run.save_every == 0 or (better and run.load_best))
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write `checkpoint-<step>`; return once the state is copied. Every process of the job calls it."""
+        self.wait()
+        # The weights come first: state_dict has FSDP restore the shards that the optimizer refers to.
+        weights = gather_full_state(self.network.state_dict(keep_vars=True), keep=self.enabled)
+        moments = gather_full_state(optimizer_tensors(self.optimizer, self.network), keep=self.enabled)
+        if not self.enabled:
+            return
+        scaler = getattr(self.optimizer, "scaler", None)  # accelerate's wrapper has one under fp16
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "config": to_dict(self.config),
+            "inputs": self.inputs,
+            "scaler": {} if scaler is None else scaler.state_dict(),
+            "optimizer": describe_optimizer(self.optimizer),
+        }
+        arguments = (progress.step, state, weights, moments)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is on disk; raise OSError where it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def explain_resume(self) -> str:
+        """Wait until the checkpoint is on disk, and return a sentence that says how to resume the run."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        complete = complete_checkpoints(self.folder)
+        return f"--run.resume latest goes on from {complete[-1].name}" if complete else "no checkpoint was saved"
+
+    def _write(self, step: int, state: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        target = self.folder / f"checkpoint-{step}"
+        try:
+            with replacing(target) as temporary:
+                with quiet_transformers():
+                    # `resume` needs the names of the model in memory. The original format may have other names.
+                    whole = merged(self.network, weights)
+                    self.network.save_pretrained(temporary, state_dict=whole, save_original_format=False)
+                    save_tokenizer(self.tokenizer, temporary)
+                save_file(moments, temporary / OPTIMIZER)
+                if is_adapted(self.network):
+                    save_file(adapter_weights(self.network, weights), temporary / ADAPTER)
+                (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
+                (temporary / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        except Exception as error:  # wait() raises it again in the thread that trains
+            reason = getattr(error, "strerror", None) or error
+            self._error = OSError(f"{target} could not be written: {reason}; older checkpoints are untouched")
+            return
+        try:
+            remove_old_checkpoints(self.folder, step, self.config.run)
+        except OSError as error:
+            log.warning(f"{target} is saved, but an older checkpoint could not be removed: {error}")
+
+
+def gather_full_state(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Return a copy of each tensor on the CPU where `keep`, else nothing.
+
+    Every process calls this, since each may hold a shard of the tensors. Tied weights, which are one tensor under two
+    names, stay one.
+    """
+    copies = {}
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
+        gathered = whole(tensor)
+        if keep:
+            copies[id(tensor)] = gathered.detach().to("cpu", copy=True)
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()} if keep else {}

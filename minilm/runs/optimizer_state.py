@@ -1,0 +1,120 @@
+"""The optimizer's state in a checkpoint: tensors by the names of their parameters, written and read back to the bit."""
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minilm.distributed.deepspeed import ZeroOptimizer
+from minilm.distributed.sharding import part_like
+from minilm.optim.optimizer import unwrapped
+from minilm.runs.checkpoint import OPTIMIZER, Checkpoint
+
+# Settings of torch's optimizers that add to the state of each parameter.
+_STATE_SETTINGS = ("momentum", "amsgrad", "centered")
+# The state of AdamW, which wrote nearly all checkpoints of minilm 0.1. They do not name their optimizer.
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return facts that identify the kind of state that the optimizer keeps, as JSON types.
+
+    `name` is the name of its class with the settings that add to its state: "SGD with momentum". `numbers` names the
+    parts of a parameter's state that are plain numbers rather than tensors, such as the step of some optimizers.
+    """
+    # DeepSpeed's AdamW keeps the same state as torch's.
+    if isinstance(optimizer, ZeroOptimizer):
+        return {"name": "AdamW", "numbers": []}
+    group = optimizer.param_groups[0]
+    settings = [name for name in _STATE_SETTINGS if group.get(name)]
+    numbers = {slot for slots in optimizer.state.values() for slot, value in slots.items() if _is_number(value)}
+    name = type(unwrapped(optimizer)).__name__ + (f" with {' and '.join(settings)}" if settings else "")
+    return {"name": name, "numbers": sorted(numbers)}
+
+
+def _is_stateless(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer keeps no state, as SGD without momentum does."""
+    return bool(describe_optimizer(optimizer)["name"] == "SGD")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the optimizer's state by `<slot>/<name of the parameter>`, with its plain numbers as tensors.
+
+    None is left out: SGD without momentum keeps it in place of a buffer.
+    """
+    names = _parameter_names(network)
+    return {
+        f"{slot}/{names[parameter]}": torch.tensor(value, dtype=torch.float64) if _is_number(value) else value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+        if value is not None
+    }
+
+
+def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> None:
+    try:
+        stored = load_file(checkpoint.folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
+    _check_optimizer(checkpoint, optimizer, stored)
+    names = _parameter_names(network)
+    parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, ZeroOptimizer):  # its groups hold DeepSpeed's flattened copies of the parameters
+        parameters = [*optimizer.state]
+    slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
+    if sum(map(len, slots)) != len(stored):
+        raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
+    numbers = checkpoint.optimizer.get("numbers", [])
+    state: dict[int, dict[str, Any]] = {
+        index: {slot: _number(value) if slot in numbers else value for slot, value in own.items()}
+        for index, own in enumerate(slots)
+        if own
+    }
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.restore({parameters[index]: own for index, own in state.items()})
+    else:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+    """Raise ValueError where another optimizer wrote the checkpoint, or where it holds no state of this one."""
+    now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
+    slots = {key.partition("/")[0] for key in stored}
+    anew = "leave run.resume out to start anew"
+    if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
+        raise ValueError(
+            f"{checkpoint.folder}: {OPTIMIZER} holds {', '.join(sorted(slots))}, which is not the state of {now}, the "
+            f"optimizer of this run: use the one that wrote it, or {anew}"
+        )
+    if before not in (None, now):
+        raise ValueError(
+            f"{checkpoint.folder}: its optimizer is {before}, and that of this run is {now}: use {before}, or {anew}"
+        )
+    if not slots and checkpoint.progress.step > 0 and not _is_stateless(optimizer):
+        raise ValueError(
+            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (minilm saves an "
+            f"optimizer by its state_dict): {anew}"
+        )
+
+
+def _number(value: Tensor) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the stored state of the parameter of this name, by slot: of each tensor, the shard of this process."""
+    end = f"/{name}"
+    return {key.removesuffix(end): part_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}
+
+
+def _parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
+    """Return the name under which a checkpoint keeps each parameter's moments; a tied parameter has a single name."""
+    return {parameter: name for name, parameter in network.named_parameters()}

@@ -1,0 +1,102 @@
+"""The facts of a run besides its steps: run.json before the first step, all_results.json after the last."""
+
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from minilm.config import Config
+from minilm.config.parsing import to_dict
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import Examples, PreparedData
+from minilm.data.sources import source_facts
+from minilm.data.special_ids import count_embedding_rows
+from minilm.distributed.deepspeed import size_of
+from minilm.distributed.hardware import Peak, Precision, describe
+from minilm.models.head import Head
+from minilm.optim.optimizer import warmup_steps
+from minilm.utils.atomic_files import publish
+
+log = logging.getLogger("minilm")
+
+RESULTS = "all_results.json"  # exists once the run is finished
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: version(name) for name in ("minilm", "torch", "transformers", "tokenizers", "datasets", "accelerate")}
+
+
+def run_facts(
+    accelerator: Accelerator,
+    head: Head,
+    plan: Plan,
+    prepared: PreparedData,
+    total_steps: int,
+    precision: Precision,
+    peak: Peak,
+) -> dict[str, Any]:
+    """Return the facts of a run that its configuration leaves open, as JSON types."""
+    return {
+        "model": type(head.model).__name__,
+        "parameters": sum(map(size_of, head.model.parameters())),
+        "head": head.summary,
+        "vocabulary": len(prepared.tokenizer),
+        "train": {
+            **({} if plan.rows is None else {"rows": plan.rows}),
+            **prepared.train.identity(),
+            "unknown": _unknown(prepared.train, prepared.tokenizer),
+        },
+        "eval": {**prepared.eval.identity(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
+        "labels": prepared.labels.summary if prepared.labels is not None else (),
+        "steps": total_steps,
+        "padding_share": round(plan.padding_share(), 4),
+        "processes": accelerator.num_processes,
+        "precision": precision.name,
+        "precision_reason": precision.reason,
+        "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a device, {peak.source}",
+        "hardware": describe(accelerator.device),
+    }
+
+
+def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of unknown tokens."""
+    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never uses
+        return 0.0
+    return float(examples.count_ids(count_embedding_rows(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
+
+
+def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
+    (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
+    content = {"config": to_dict(config), **facts, "sources": source_facts(config.data), "versions": versions()}
+    publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
+    for part in ("train", "eval"):
+        unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
+        rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
+        log.info(f"{part}: {rows}{facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
+    for line in facts["labels"]:
+        log.log(logging.WARNING if line.startswith("WARNING") else logging.INFO, line)
+    log.info(
+        f"{facts['model']}: {facts['parameters'] / 1e6:.2f} M parameters, vocabulary {facts['vocabulary']:,}, "
+        f"{facts['head']}"
+    )
+    hardware = facts["hardware"]
+    log.info(
+        f"{facts['processes']} process(es) on {hardware['device']}, {hardware['threads_per_process']} thread(s) each, "
+        f"{facts['precision']}: {facts['precision_reason']}; peak for MFU {facts['peak']}"
+    )
+    log.info(f"output folder: {folder}")
+    unit = "rows" if "rows" in facts["train"] else "examples"
+    log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
+    if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
+        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: the rate never reaches optim.lr")
+
+
+def write_results(folder: Path, results: dict[str, float]) -> None:
+    """Write `all_results.json`."""
+    publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")

@@ -41,9 +41,9 @@ class Found:
 
 def write_text(path: Path, size: int) -> None:
     """Fill `path` with `size` bytes of lines, and a few more to end the last of them."""
-    from minilm.data.pydocs import pydocs
+    from minilm.data.pydocs import load_pydocs
 
-    lines = [" ".join(part.split()) + "\n" for text in pydocs()[0] for part in text.split("\n\n") if part.strip()]
+    lines = [" ".join(part.split()) + "\n" for text in load_pydocs()[0] for part in text.split("\n\n") if part.strip()]
     rng = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:

@@ -36,7 +36,7 @@ from sides import Contender, Rounds, compare, minilm_steps
 from trainer_side import trainer_steps
 
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Tokens
-from minilm.data.pydocs import pydocs
+from minilm.data.pydocs import load_pydocs
 
 MASKED = Config(
     data=Data(source="pydocs"),
@@ -189,7 +189,7 @@ def in_folder(config: Config, folder: Path) -> Config:
     if config.data.pair_column is None:
         return config
     path = folder / str(config.data.source)
-    write_pairs(path, pydocs()[0])
+    write_pairs(path, load_pydocs()[0])
     return replace(config, data=replace(config.data, source=str(path)))
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
 from minilm.config.parsing import read_run
 from minilm.data.labels import PROBLEM_TYPES, check_model_labels
-from minilm.data.sources import source_facts
+from minilm.data.sources import fingerprint_sources
 from minilm.distributed.launch import finish, start
 from minilm.models.loading import longest_input
 from minilm.models.new_model import load_configuration
@@ -78,7 +78,7 @@ def _run_file(name: str) -> Path:
 def _warn_of_changes(run: Path, data: Data) -> None:
     """Warn of each evaluation file whose content differs from the record in `run`; older runs have no record."""
     recorded = json.loads(run.read_text(encoding="utf-8")).get("sources", {})
-    current = source_facts(Data(source=data.eval_source or data.source))
+    current = fingerprint_sources(Data(source=data.eval_source or data.source))
     for source in recorded.keys() & current.keys():
         before = _by_file(source, recorded[source])
         now = _by_file(source, current[source])
@@ -92,7 +92,7 @@ def _warn_of_changes(run: Path, data: Data) -> None:
 
 
 def _by_file(source: str, facts: Any) -> dict[str, dict[str, Any]]:
-    """Return by file what `source_facts` records of a source's content, without times.
+    """Return by file what `fingerprint_sources` records of a source's content, without times.
 
     A hub dataset has a single entry under the name of the source.
     """

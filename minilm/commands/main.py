@@ -238,12 +238,12 @@ def _documents(options: argparse.Namespace) -> Any:
     if options.texts:
         raise ValueError("give texts or --file, not both")
     from minilm.config import Data
-    from minilm.data.documents import read_documents
+    from minilm.data.documents import load_all_documents
 
     names = ("column", "delimiter", "pair_column")
     given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     try:
-        rows = read_documents(Data(source=options.file, **given))
+        rows = load_all_documents(Data(source=options.file, **given))
     except ValueError as error:
         # A command's --column is --data.column of a recipe.
         raise ValueError(str(error).replace("--data.", "--")) from None

@@ -22,7 +22,7 @@ def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, l
 
     Raises ValueError that names the file, the row group if one is damaged, and the row of a text that is not UTF-8.
     """
-    with _naming_damage(path), _open(path) as table:
+    with _damage_as_error(path), _open(path) as table:
         outer = find_outer_columns(columns, table.schema, path)
         yield from read_cells(table.batches(list(dict.fromkeys(outer))), columns, outer, path)
 
@@ -43,22 +43,22 @@ def read_cells(
             yield (
                 row,
                 [
-                    cell if name == column.name else column.find({name: cell}, f"{source}, row {row}")
+                    cell if name == column.name else column.get_cell({name: cell}, f"{source}, row {row}")
                     for column, name, cell in named
                 ],
             )
         start += batch.num_rows
 
 
-def read_columnar_names(path: str) -> list[str]:
+def read_columnar_field_names(path: str) -> list[str]:
     """Return the names of a file's columns."""
-    with _naming_damage(path), _open(path) as table:
+    with _damage_as_error(path), _open(path) as table:
         return [*table.schema.names]
 
 
 def read_class_names(path: str, column: Column) -> tuple[str, ...]:
     """Return the names of a column's classes that the datasets library stored in a file; empty if it stored none."""
-    with _naming_damage(path), _open(path) as table:
+    with _damage_as_error(path), _open(path) as table:
         try:
             features = Features.from_arrow_schema(table.schema)
         except Exception:  # other programs may write anything there
@@ -90,12 +90,12 @@ def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> l
     for column in columns:
         name = next((name for name in column.outer_names() if name in schema.names), None)
         if name is None:
-            raise column.missing(source, schema.names)
+            raise column.missing_error(source, schema.names)
         if schema.names.count(name) > 1:
             raise ValueError(f"{source}: {schema.names.count(name)} columns have the name {name!r}; rename all but one")
         kind = schema.field(name).type
         if column.role != "label" and name == column.name and not _can_be_text(kind):
-            raise column.not_text(source, f"the type {kind}")
+            raise column.not_text_error(source, f"the type {kind}")
         outer.append(name)
     return outer
 
@@ -174,7 +174,7 @@ def _open(path: str) -> Iterator[_Parquet | _Arrow]:
 
 
 @contextmanager
-def _naming_damage(path: str) -> Iterator[None]:
+def _damage_as_error(path: str) -> Iterator[None]:
     """Turn an error of pyarrow into a ValueError that names the file, and the row group if one is damaged."""
     try:
         yield
@@ -182,10 +182,10 @@ def _naming_damage(path: str) -> Iterator[None]:
         raise ValueError(f"{path}: {DENIED}") from error
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"{path}: {where_damaged(path) or 'cannot be read'} ({why})") from error
+        raise ValueError(f"{path}: {describe_damage(path) or 'cannot be read'} ({why})") from error
 
 
-def where_damaged(path: str) -> str:
+def describe_damage(path: str) -> str:
     """Return what is wrong with a file, and the row group if one is damaged; empty if the file can be read."""
     group, count = None, 0
     try:

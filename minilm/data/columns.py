@@ -10,7 +10,7 @@ from minilm.utils.validation import closest
 _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
 
 
-class RepeatedKeys(dict[str, Any]):
+class DictWithRepeatedKeys(dict[str, Any]):
     """A JSON object that has some keys twice, with different values."""
 
     repeated: frozenset[str] = frozenset()
@@ -31,12 +31,12 @@ class Column:
         parts = self.name.split(".")
         return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
-    def find(self, row: Mapping[str, Any], where: str) -> Any:
+    def get_cell(self, row: Mapping[str, Any], where: str) -> Any:
         """Return the cell of this column in a row. A list of strings inside a column is one text, joined by spaces.
 
         Raises ValueError that begins with `where` if the row does not have the column.
         """
-        if self.name in row and not isinstance(row, RepeatedKeys):
+        if self.name in row and not isinstance(row, DictWithRepeatedKeys):
             return row[self.name]
         cell = self._follow(row, self.name, where)
         inside = self.name not in row
@@ -53,14 +53,14 @@ class Column:
         for count in range(len(parts), 0, -1):
             key, rest = ".".join(parts[:count]), ".".join(parts[count:])
             if key in row:
-                if isinstance(row, RepeatedKeys) and key in row.repeated:
+                if isinstance(row, DictWithRepeatedKeys) and key in row.repeated:
                     raise ValueError(f"{where}: the key {key!r} stands twice in one object, with different values")
                 return self._follow(row[key], rest, where) if rest else row[key]
         if value is None and path != self.name:
             return None
-        raise self.missing(where, list(row), path)
+        raise self.missing_error(where, list(row), path)
 
-    def missing(self, where: str, known: Sequence[str], part: str = "") -> ValueError:
+    def missing_error(self, where: str, known: Sequence[str], part: str = "") -> ValueError:
         """Return the error for a missing column.
 
         known: the names that there are instead.
@@ -76,7 +76,7 @@ class Column:
             f"{where}: no column {closest(self.name, [outer + name for name in known])} Pass {_FLAGS[self.role]}"
         )
 
-    def not_text(self, where: str, what: str) -> ValueError:
+    def not_text_error(self, where: str, what: str) -> ValueError:
         """Return the error for a cell that holds `what` instead of a text."""
         return ValueError(
             f"{where}: column {self.name!r} holds {what} where text is expected; "
@@ -87,7 +87,7 @@ class Column:
 def check_text(cell: Any, column: Column, where: str, *, blank: bool) -> None:
     """Raise ValueError unless a cell holds a text that UTF-8 can encode. `blank` allows a text of spaces alone."""
     if not isinstance(cell, str):
-        raise column.not_text(where, type(cell).__name__)
+        raise column.not_text_error(where, type(cell).__name__)
     try:
         cell.encode()
     except UnicodeEncodeError:

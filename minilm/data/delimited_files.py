@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from minilm.data.columns import Column
-from minilm.data.text_files import check_mark, find_line_end, open_text, strip_line_end, warn_once
+from minilm.data.text_decoding import check_byte_order_mark, find_line_end, open_text, strip_line_end, warn_once
 from minilm.utils.local_files import ending
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -39,7 +39,7 @@ class _Dialect:
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the line at which each row begins, and its fields. Raises ValueError for a wrong quote."""
         with self.open() as file:
-            yield from _quoted_rows(self, file) if self.quoted else _plain_rows(self, file)
+            yield from _read_quoted_rows(self, file) if self.quoted else _read_plain_rows(self, file)
 
     def header(self) -> list[str]:
         """Return the fields of the first row; empty if there are no rows or the quotes are wrong."""
@@ -100,7 +100,7 @@ def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[
         yield line, cells
 
 
-def read_delimited_names(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
+def read_delimited_header(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
     """Return the names of a file's columns."""
     return _name_columns(_find_dialect(path, columns, encoding, delimiter).header())
 
@@ -155,7 +155,7 @@ def _find_positions(header: list[str], columns: Sequence[Column], where: str) ->
     names = _name_columns(header)
     for column in columns:
         if column.name not in names:
-            error = column.missing(where, names)
+            error = column.missing_error(where, names)
             raise ValueError(f"{error}, or pass --data.delimiter" if len(names) == 1 else str(error))
         if header.count(column.name) > 1:
             warn_once(
@@ -178,15 +178,15 @@ def _name_columns(header: list[str]) -> list[str]:
     return names
 
 
-def _plain_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+def _read_plain_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Yield the line and the fields of each row of a file without quoting."""
     for number, line in enumerate(file, start=1 + _skip_separator(file)):
-        check_mark(dialect.path, number, line)
+        check_byte_order_mark(dialect.path, number, line)
         if text := strip_line_end(line, dialect.newline):
             yield number, text.split("\t")
 
 
-def _quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+def _read_quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Yield the line at which each row begins, and its fields, of a file with quoting."""
     skipped = _skip_separator(file)
     # The csv module ends a row at a carriage return, even inside a line. A NUL replaces it until the row is read. The
@@ -197,7 +197,7 @@ def _quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[st
         nonlocal hidden, begins
         for number, line in enumerate(lines, start=1 + skipped):
             if begins:
-                check_mark(dialect.path, number, line)
+                check_byte_order_mark(dialect.path, number, line)
                 begins = False
             if "\r" in line and dialect.newline == "\n":
                 body = strip_line_end(line, dialect.newline)

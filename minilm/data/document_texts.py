@@ -9,17 +9,17 @@ from typing import TypeAlias
 
 from datasets import Dataset
 
-from minilm.data.streaming import Stream
+from minilm.data.streaming import TextStream
 from minilm.utils.cache import open_entry
 
 _VERSION = 5  # of the files below in the cache
-Documents: TypeAlias = Dataset | Stream
+Documents: TypeAlias = Dataset | TextStream
 DOCUMENTS_PER_BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
 
 
 def count_documents(documents: Documents) -> int | None:
     """How many there are, where that is known."""
-    return None if isinstance(documents, Stream) else len(documents)
+    return None if isinstance(documents, TextStream) else len(documents)
 
 
 def count_texts(documents: Documents) -> int | None:
@@ -36,7 +36,7 @@ def iterate_batches(documents: Documents) -> Iterator[list[str]]:
 
 def find_text_columns(documents: Documents) -> tuple[str, ...]:
     """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
-    pairs = not isinstance(documents, Stream) and "pair" in documents.column_names
+    pairs = not isinstance(documents, TextStream) and "pair" in documents.column_names
     return ("text", "pair") if pairs else ("text",)
 
 
@@ -54,7 +54,7 @@ def fingerprint_documents(documents: Documents, *rest: object, columns: Sequence
     about, which is another for files that changed and comes from the same cache as the texts.
     """
     digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
-    if isinstance(documents, Stream):
+    if isinstance(documents, TextStream):
         digest.update(documents.identity.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
     name = digest.copy()

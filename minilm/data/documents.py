@@ -7,10 +7,10 @@ import numpy as np
 from datasets import Dataset
 
 from minilm.config import Data
-from minilm.data.glue import with_glue_columns
-from minilm.data.pydocs import pydocs
-from minilm.data.rows import Blank
-from minilm.data.sources import check_data_settings, no_documents, quiet_datasets, read_rows
+from minilm.data.glue import apply_glue_task
+from minilm.data.pydocs import load_pydocs
+from minilm.data.rows import BlankPolicy
+from minilm.data.sources import check_data_settings, no_documents_error, quiet_datasets, read_rows
 from minilm.data.splits import assemble_splits
 from minilm.utils.local_files import is_text
 
@@ -26,7 +26,7 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
     `minilm.data.splits.assemble_splits` says which documents are for evaluation. `seed` draws those that are held out.
     Raise ValueError in one line that names the file, the row, the column or the split at fault.
     """
-    data = with_glue_columns(data)
+    data = apply_glue_task(data)
     check_data_settings(data, labels=labels)
     if data.streaming:
         raise ValueError("data.streaming: is for language models; leave it out where there are labels")
@@ -36,7 +36,7 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
 
 
 @quiet_datasets()
-def read_documents(data: Data) -> Dataset:
+def load_all_documents(data: Data) -> Dataset:
     """Return all rows of `data.split`, also blank ones, of all sources in turn, as `load_documents` has them."""
     check_data_settings(data, labels=False)
     return _join([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
@@ -57,7 +57,7 @@ class _DatasetReader:
         """Draw the evaluation documents by the seed. A text file that is one document gives its end."""
         fraction = self.data.eval_fraction
         if source == "pydocs" and not self.labels:
-            train_texts, eval_texts = pydocs(fraction)
+            train_texts, eval_texts = load_pydocs(fraction)
             return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
         documents = self.read(source, self.data.split)
         if self.data.document == "file" and is_text(source):
@@ -104,14 +104,14 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return train, Dataset.from_dict({"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]})
 
 
-def _read(data: Data, source: str, split: str, labels: bool, *, blank: Blank = "drop") -> Dataset:
+def _read(data: Data, source: str, split: str, labels: bool, *, blank: BlankPolicy = "drop") -> Dataset:
     """Return the documents of a source. With labels, blank documents are refused, whatever `blank` is."""
     if labels and (source == "pydocs" or is_text(source)):
         owner = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
         raise ValueError(f"{owner} no labels; give .jsonl, .csv, .tsv or .parquet")
     if source == "pydocs":
-        return Dataset.from_dict({"text": pydocs()[0]})
+        return Dataset.from_dict({"text": load_pydocs()[0]})
     rows = read_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)
     if len(rows) == 0:
-        raise no_documents(data, source, split)
+        raise no_documents_error(data, source, split)
     return rows

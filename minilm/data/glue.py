@@ -21,7 +21,7 @@ _COLUMNS = {
 }
 
 
-def with_glue_columns(data: Data) -> Data:
+def apply_glue_task(data: Data) -> Data:
     """`data` with the columns and the evaluation part of its GLUE task where it names none; any other as it is.
 
     MNLI has two evaluation parts, joined by `+`. Raises ValueError for an unknown task.

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from minilm.data.columns import Column, RepeatedKeys
-from minilm.data.text_files import check_mark, open_text
+from minilm.data.columns import Column, DictWithRepeatedKeys
+from minilm.data.text_decoding import check_byte_order_mark, open_text
 
 _CHUNK = 2**20  # characters to read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -26,10 +26,10 @@ def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[
         where = f"{path}, line {line}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {_KINDS.get(type(row), 'a number')} where an object with the text is expected")
-        yield line, [column.find(row, where) for column in columns]
+        yield line, [column.get_cell(row, where) for column in columns]
 
 
-def read_json_names(path: str) -> list[str]:
+def read_json_keys(path: str) -> list[str]:
     """Return the keys of the first row of a file."""
     row = next(_read_rows(path, _Parser(())), (0, None))[1]
     return list(row) if isinstance(row, dict) else []
@@ -39,7 +39,7 @@ class _Parser:
     """A parser of JSON that marks the objects in which a key of `columns` is repeated."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
-        self.keys = {part for column in columns for part in _possible_keys(column.name)}
+        self.keys = {part for column in columns for part in _list_possible_keys(column.name)}
         self.quoted_keys = [f'"{key}"' for key in self.keys]
         # JSON can also write a key with escapes: \u0061 for a letter of ASCII, and \/ for a slash.
         self.plain = all(key.isascii() and key.isprintable() and not set(key) & set('/"\\') for key in self.keys)
@@ -75,19 +75,19 @@ class _Parser:
         return any(text.count(key, start, end) > 1 for key in self.quoted_keys)
 
     def _mark(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Make an object of its pairs; `RepeatedKeys` if a key of `columns` has different values."""
+        """Make an object of its pairs; `DictWithRepeatedKeys` if a key of `columns` has different values."""
         row = dict(pairs)
         if len(row) == len(pairs):
             return row
         repeated = {key for key, value in pairs if key in self.keys and value != row[key]}
         if not repeated:
             return row
-        marked = RepeatedKeys(row)
+        marked = DictWithRepeatedKeys(row)
         marked.repeated = frozenset(repeated)
         return marked
 
 
-def _possible_keys(name: str) -> Iterator[str]:
+def _list_possible_keys(name: str) -> Iterator[str]:
     """Yield each run of the parts of a dotted path, because a key can hold dots too."""
     parts = name.split(".")
     for start in range(len(parts)):
@@ -129,11 +129,11 @@ def _read_lines(path: str, file: TextIO, parser: _Parser) -> Iterator[tuple[int,
         try:
             yield number, parser.parse_line(line)
         except RecursionError as error:
-            raise _too_deep(path, number) from error
+            raise _too_deep_error(path, number) from error
         except json.JSONDecodeError as error:
-            check_mark(path, number, line)
+            check_byte_order_mark(path, number, line)
             if line.strip(" \t\r\n"):
-                raise _not_json(path, number, error.msg) from error
+                raise _not_json_error(path, number, error.msg) from error
 
 
 def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
@@ -149,11 +149,11 @@ def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
             window.skip_spaces()
         elif character != "]":
             why = "a comma is missing before this row" if character else "the array is not closed"
-            raise _not_json(window.path, window.line, why)
+            raise _not_json_error(window.path, window.line, why)
     window.move(window.place + 1)
     if window.skip_spaces():
-        check_mark(window.path, window.line, window.text[window.place :])
-        raise _not_json(window.path, window.line, "text follows the end of the array")
+        check_byte_order_mark(window.path, window.line, window.text[window.place :])
+        raise _not_json_error(window.path, window.line, "text follows the end of the array")
 
 
 class _Window:
@@ -185,14 +185,14 @@ class _Window:
             try:
                 value, end = self.parser.parse_at(self.text, self.place)
             except RecursionError as error:
-                raise _too_deep(self.path, self.line) from error
+                raise _too_deep_error(self.path, self.line) from error
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self.text) - _UNFINISHED or error.msg.startswith("Unterminated")
                 if cut and self._fill():
                     continue
                 line = self.line + self.text.count("\n", self.place, error.pos)
-                check_mark(self.path, line, self.text[error.pos :])
-                raise _not_json(self.path, line, error.msg) from error
+                check_byte_order_mark(self.path, line, self.text[error.pos :])
+                raise _not_json_error(self.path, line, error.msg) from error
             if end > len(self.text) - _UNFINISHED and self._fill():
                 continue  # a number can go on
             self.move(end)
@@ -206,9 +206,9 @@ class _Window:
         return bool(more)
 
 
-def _not_json(path: str, line: int, why: str) -> ValueError:
+def _not_json_error(path: str, line: int, why: str) -> ValueError:
     return ValueError(f"{path}, line {line}: not JSON, or cut off ({why})")
 
 
-def _too_deep(path: str, line: int) -> ValueError:
+def _too_deep_error(path: str, line: int) -> ValueError:
     return ValueError(f"{path}, line {line}: lists and objects are nested too deeply to be read; flatten the row")

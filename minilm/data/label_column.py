@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset, List, Value
 from numpy.typing import NDArray
 
 # A whole number exactly as str() writes it. So "01" is a name, and str(int(text)) gives the text back.
-WHOLE = re.compile(r"0|-?[1-9][0-9]*")
-DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
+DECIMAL_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
-SECRET = (
+SECRET_LABEL = (
     "-1 stands for a label that is kept secret, as in GLUE's test splits: pass another --data.split or "
     "--data.eval-split, or remove these rows"
 )
@@ -55,7 +55,7 @@ class LabelColumn:
         holds_lists = item is not feature
         dtype = re.sub(r"u?int\d+", "int", re.sub(r"float\d+|double", "float", item.dtype)).removeprefix("large_")
         names = tuple(item.names) if isinstance(item, ClassLabel) else ("False", "True") if dtype == "bool" else ()
-        if holds_lists and dtype == "string" and all(WHOLE.fullmatch(name) for row in values for name in row):
+        if holds_lists and dtype == "string" and all(WHOLE_NUMBER.fullmatch(name) for row in values for name in row):
             values, dtype = [[int(name) for name in row] for row in values], "int"
         return cls(
             part=part,
@@ -73,9 +73,9 @@ class LabelColumn:
         return bool(self.names) and self.dtype != "bool"
 
     @property
-    def class_names_that_are_not_numbers(self) -> tuple[str, ...]:
+    def nonnumeric_class_names(self) -> tuple[str, ...]:
         """The names of a ClassLabel; empty if each of them is a number."""
-        return () if all(map(DECIMAL.fullmatch, self.names)) else self.names
+        return () if all(map(DECIMAL_NUMBER.fullmatch, self.names)) else self.names
 
     def refuse(self, row: int, why: str, problem: str = "") -> NoReturn:
         """Raise ValueError about the label of a row; `problem` is the `--objective.problem` that accepts the label."""
@@ -87,7 +87,7 @@ class LabelColumn:
             f"{label[:60]}{'…' * (len(label) > 60)}: {why}"
         )
 
-    def class_names(self) -> list[str]:
+    def to_names(self) -> list[str]:
         """Return the name of each row's class; the name of a whole number is the number. Raise ValueError for lists."""
         if self.holds_lists:
             self.refuse(0, "a list is not a single label", "multi-label")
@@ -97,7 +97,7 @@ class LabelColumn:
                 names[value] = self._name(row, value)
         return [names[value] for value in self.values]
 
-    def name_lists(self) -> list[list[str]]:
+    def to_name_lists(self) -> list[list[str]]:
         """Return the names of each row's labels. Raise ValueError without lists, or if a row has a label twice."""
         self._check_lists()
         result = []
@@ -130,11 +130,11 @@ class LabelColumn:
         repeats = any(len(set(value)) < len(value) for value in self.values)
         return repeats or not model_labels or lengths == {len(model_labels)}
 
-    def usual_length(self) -> int:
+    def most_common_length(self) -> int:
         """Return the most frequent length of the lists."""
         return Counter(map(len, self.values)).most_common(1)[0][0]
 
-    def multi_hot(self, count: int) -> NDArray[np.float32]:
+    def to_multi_hot(self, count: int) -> NDArray[np.float32]:
         """Return the zeros and ones, float32[E, count]. Raise ValueError for a row that holds anything else."""
         self._check_lists()
         for row, value in enumerate(self.values):
@@ -146,15 +146,15 @@ class LabelColumn:
                 self.refuse(row, "a multi-hot list holds a 0 or 1 for each label")
         return np.array(self.values, np.float32).reshape(len(self.values), count)
 
-    def numbers(self) -> NDArray[np.float32]:
+    def to_numbers(self) -> NDArray[np.float32]:
         """Return the number of each row, float32[E], also from text. Raise ValueError for anything else."""
         numbers = []
         for row, value in enumerate(self.values):
-            is_word = isinstance(value, str) and not DECIMAL.fullmatch(value.strip())
+            is_word = isinstance(value, str) and not DECIMAL_NUMBER.fullmatch(value.strip())
             if self.holds_lists or self.dtype == "bool" or is_word:
                 self.refuse(row, "a regression needs numbers, such as 3 or 4.5")
             name = self._name(row, value) if self.names else value
-            numbers.append(float(value if self.class_names_that_are_not_numbers else name))
+            numbers.append(float(value if self.nonnumeric_class_names else name))
         with np.errstate(over="ignore"):
             result = np.array(numbers, np.float64).astype(np.float32)
         # Text and float64 that are finite can still become infinite: float("1e400"), or 1e39 as float32.
@@ -174,7 +174,7 @@ class LabelColumn:
     def _name(self, row: int, item: Any) -> str:
         if self.names:
             if item == -1:
-                self.refuse(row, SECRET)
+                self.refuse(row, SECRET_LABEL)
             if not 0 <= item < len(self.names):
                 self.refuse(row, f"it is not between 0 and {len(self.names) - 1}, the ids of the column's class names")
             return self.names[int(item)]

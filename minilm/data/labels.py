@@ -12,9 +12,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from minilm.config import Classification
-from minilm.data.label_column import SECRET, LabelColumn
-from minilm.data.label_names import LabelIds, fold_name, list_names, match_labels, quote_names
-from minilm.data.label_report import Rows, report_classes, report_numbers
+from minilm.data.label_column import SECRET_LABEL, LabelColumn
+from minilm.data.label_ids import LabelIds, format_names, match_labels, normalize_name, quote_names
+from minilm.data.label_summary import LabelRows, summarize_classes, summarize_numbers
 from minilm.data.splits import is_one_dataset
 from minilm.utils.validation import closest
 
@@ -36,7 +36,7 @@ class Labels:
     """The names of the C labels, by id; one name for a regression."""
     weights: NDArray[np.float32] | None = None
     """float32[C], the weight of an example of each class; None: all weigh the same."""
-    kept: bool = False
+    same_as_checkpoint: bool = False
     """Whether they are the labels of the checkpoint, whose head is then kept. Otherwise the head starts at random."""
     summary: tuple[str, ...] = ()
     """Lines for the log that say how the labels were read."""
@@ -71,29 +71,31 @@ def read_labels(
     problem = _find_problem(columns[0]) if is_auto else settings.problem
     settings.check_problem(problem)
     if problem == "regression":
-        numbers = [part.numbers() for part in columns]
-        summary = report_numbers(columns, numbers, column, is_auto=is_auto)
-        kept = len(model_labels) == 1
-        names = tuple(model_labels) if kept else ("LABEL_0",)
-        labels = Labels(problem=problem, names=names, kept=kept, summary=tuple(summary))
+        numbers = [part.to_numbers() for part in columns]
+        summary = summarize_numbers(columns, numbers, column, is_auto=is_auto)
+        same_as_checkpoint = len(model_labels) == 1
+        names = tuple(model_labels) if same_as_checkpoint else ("LABEL_0",)
+        labels = Labels(problem=problem, names=names, same_as_checkpoint=same_as_checkpoint, summary=tuple(summary))
         return labels, numbers[0], np.concatenate(numbers[1:] or numbers)
     if problem == "single-label" and len(model_labels) < 2:
         # A model with one output does not tell classes apart.
         model_labels = ()
     is_multi_hot = problem == "multi-label" and columns[0].is_multi_hot(model_labels)
-    places = columns[0].usual_length() if is_multi_hot else None
+    places = columns[0].most_common_length() if is_multi_hot else None
     if places is not None:
-        rows = [_name_places(part.multi_hot(places)) for part in columns]
+        rows = [_name_places(part.to_multi_hot(places)) for part in columns]
     elif problem == "multi-label":
-        rows = [part.name_lists() for part in columns]
+        rows = [part.to_name_lists() for part in columns]
     else:
-        rows = [[[name] for name in part.class_names()] for part in columns]
+        rows = [[[name] for name in part.to_names()] for part in columns]
     _check_secret(columns, rows, model_labels)
     match = _match(columns, rows, model_labels, places)
     _check_unseen(columns[1:], rows[1:], match)
     _check_variety(columns[0].part, rows[0], problem, match, model_labels)
-    summary = report_classes(columns, rows, match, problem, column, places, is_auto=is_auto)
-    labels = Labels(problem=problem, names=match.names, kept=match.kept, summary=tuple(summary))
+    summary = summarize_classes(columns, rows, match, problem, column, places, is_auto=is_auto)
+    labels = Labels(
+        problem=problem, names=match.names, same_as_checkpoint=match.same_as_checkpoint, summary=tuple(summary)
+    )
     if problem == "multi-label":
         indicators = [_build_indicators(part, match) for part in rows]
         return labels, indicators[0], np.concatenate(indicators[1:] or indicators)
@@ -105,14 +107,14 @@ def read_labels(
 
 def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:
     """Raise ValueError unless these are the `model_labels` that a model was trained for."""
-    if labels.kept:
+    if labels.same_as_checkpoint:
         return
     if labels.problem == "regression":
         raise ValueError(
             f"the model predicts {len(model_labels)} numbers, and the data have one{_end_with_labels(model_labels)}"
         )
-    model_names = set(map(fold_name, model_labels))
-    unknown = [name for name in labels.names if fold_name(name) not in model_names] or labels.names
+    model_names = set(map(normalize_name, model_labels))
+    unknown = [name for name in labels.names if normalize_name(name) not in model_names] or labels.names
     raise ValueError(
         f"the data have labels that the model was not trained for: {quote_names(unknown)}"
         f"{_end_with_labels(model_labels)}. Write them as the model's names, or as their numbers 0 to "
@@ -122,7 +124,7 @@ def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:
 
 def _end_with_labels(model_labels: Sequence[str]) -> str:
     """Return the end of an error message that names a checkpoint's labels, or nothing without a checkpoint."""
-    return f" (the model knows {list_names(model_labels)})" if model_labels else ""
+    return f" (the model knows {format_names(model_labels)})" if model_labels else ""
 
 
 def _read_columns(train: Dataset, parts: Mapping[str, Dataset], separator: str | None) -> list[LabelColumn]:
@@ -150,22 +152,22 @@ def _find_problem(column: LabelColumn) -> str:
     return "regression" if column.dtype == "float" else "single-label"
 
 
-def _name_places(places_ExC: NDArray[np.float32]) -> Rows:
+def _name_places(places_ExC: NDArray[np.float32]) -> LabelRows:
     """Return for each row of a multi-hot array the numbers of the columns that hold a one, as names."""
     return [[str(place) for place in row.nonzero()[0]] for row in places_ExC]
 
 
 def _match(
-    columns: Sequence[LabelColumn], rows: Sequence[Rows], model_labels: Sequence[str], places: int | None
+    columns: Sequence[LabelColumn], rows: Sequence[LabelRows], model_labels: Sequence[str], places: int | None
 ) -> LabelIds:
     """Return a checkpoint's names and ids if they fit all documents, or else those of the training documents."""
     train = {name for row in rows[0] for name in row}
     anywhere = {name for part in rows for row in part for name in row}
     match = match_labels(anywhere, columns[0].names, model_labels, places)
-    return match if match.kept else match_labels(train, columns[0].names, model_labels, places)
+    return match if match.same_as_checkpoint else match_labels(train, columns[0].names, model_labels, places)
 
 
-def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[Rows], model_labels: Sequence[str]) -> None:
+def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], model_labels: Sequence[str]) -> None:
     """Raise ValueError for a part whose labels are all -1, unless -1 is a class of the checkpoint or of training."""
     names_by_part = [{name for row in part for name in row} for part in rows]
     train_names = names_by_part[0]
@@ -173,21 +175,21 @@ def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[Rows], model_la
         return
     for part, names in zip(columns, names_by_part, strict=True):
         if names == {"-1"} and part.dtype == "int":
-            raise ValueError(f"every label of the {part.part} is -1. {SECRET}")
+            raise ValueError(f"every label of the {part.part} is -1. {SECRET_LABEL}")
 
 
-def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[Rows], match: LabelIds) -> None:
+def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], match: LabelIds) -> None:
     """Raise ValueError for the first label of the evaluation that has no id."""
     for part, labels_of_rows in zip(columns, rows, strict=True):
         for number, row in enumerate(labels_of_rows):
             if missing := next((name for name in row if name not in match.ids), None):
-                advice = SECRET if missing == "-1" else "Give the training documents one, or remove the row"
+                advice = SECRET_LABEL if missing == "-1" else "Give the training documents one, or remove the row"
                 part.refuse(number, f"no training document has {closest(missing, match.names)} {advice}")
 
 
-def _check_variety(part: str, rows: Rows, problem: str, match: LabelIds, model_labels: Sequence[str]) -> None:
+def _check_variety(part: str, rows: LabelRows, problem: str, match: LabelIds, model_labels: Sequence[str]) -> None:
     """Raise ValueError for rows that all have the same labels, unless these are a checkpoint's labels."""
-    if match.kept or len({frozenset(row) for row in rows}) > 1:
+    if match.same_as_checkpoint or len({frozenset(row) for row in rows}) > 1:
         return
     end = _end_with_labels(model_labels)
     if problem == "multi-label":
@@ -195,7 +197,7 @@ def _check_variety(part: str, rows: Rows, problem: str, match: LabelIds, model_l
     raise ValueError(f"all {part} have the label {rows[0][0]!r}: a classification needs two or more{end}")
 
 
-def _build_indicators(rows: Rows, match: LabelIds) -> NDArray[np.float32]:
+def _build_indicators(rows: LabelRows, match: LabelIds) -> NDArray[np.float32]:
     """Return ones for the labels that an example has and zeros elsewhere, float32[E, C]."""
     result = np.zeros((len(rows), len(match.names)), np.float32)
     for number, row in enumerate(rows):

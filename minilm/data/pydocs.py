@@ -23,7 +23,7 @@ _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 _SHINGLE_WORDS = 8
 
 
-def pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
+def load_pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     """Return (training documents, evaluation documents) from this interpreter's own documentation.
 
     Whole modules are held out until they reach `eval_fraction` of the UTF-8 bytes. Near-duplicates are removed across
@@ -31,13 +31,13 @@ def pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     and `eval_fraction`, and is cached.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(_python_files(root))
+    files = sorted(_find_python_files(root))
     stamp = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
     key = hashlib.sha256(json.dumps([_VERSION, sys.version, eval_fraction, stamp]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
-        documents = [(module, text) for path in files for module, text in _documents(root, path)]
-        train, held_out = _split_by_module(_without_near_duplicates(documents), eval_fraction)
+        documents = [(module, text) for path in files for module, text in _extract_documents(root, path)]
+        train, held_out = _split_by_module(_drop_near_duplicates(documents), eval_fraction)
         content = json.dumps({"train": train, "eval": held_out}, ensure_ascii=False)
         (folder / "documents.json").write_text(content, encoding="utf-8")
 
@@ -46,14 +46,14 @@ def pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     return corpus["train"], corpus["eval"]
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def _find_python_files(root: Path) -> Iterator[Path]:
     """Yield the Python files below a folder, except those in skipped folders."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
-def _documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
+def _extract_documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
     """Yield (module name, text) for each docstring in a source file, or for each topic of the language reference."""
     module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
     try:
@@ -73,7 +73,7 @@ def _documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
             yield module, text
 
 
-def _without_near_duplicates(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _drop_near_duplicates(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Drop each document that shares at least half of its 8-word shingles with those kept before it.
 
     The longest documents come first, so that a docstring quoted by a longer one is the one to be dropped.

@@ -1,6 +1,6 @@
 """Checked rows of files and of datasets, read in the same way whether they are kept or streamed.
 
-`read_batches` yields the cells of columns in batches. `map_rows` keeps them in a file of the cache.
+`read_batches` yields the cells of columns in batches. `cache_rows` keeps them in a file of the cache.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from datasets import Dataset, DatasetInfo, Features, Value
 from datasets.table import InMemoryTable
 
 from minilm.data.columns import Column, check_label, check_text
-from minilm.data.label_kinds import as_kind, label_feature, survey
+from minilm.data.label_dtypes import convert_label, make_label_feature, scan_column
 from minilm.data.tables import RowBatch, Table
 from minilm.utils.cache import open_entry
 
 # The version of the rows in the cache. Raise it when the same files are to be read differently.
 _VERSION = 2
 
-Blank: TypeAlias = Literal["keep", "drop", "refuse"]
+BlankPolicy: TypeAlias = Literal["keep", "drop", "refuse"]
 """What happens to a row whose text has no visible character."""
 
 
 def read_batches(
-    table: Table, columns: Sequence[Column], *, split: str = "train", blank: Blank = "drop"
+    table: Table, columns: Sequence[Column], *, split: str = "train", blank: BlankPolicy = "drop"
 ) -> Iterator[dict[str, list[Any]]]:
     """Yield the checked cells of `columns` in a part of the rows, as a list for each role.
 
@@ -41,12 +41,12 @@ def read_batches(
     file whose cells are all text, `01` is a name. `+1` is a name too, unless the column has decimals such as `0.5`:
     then all cells are numbers. Raises ValueError that names the line or row at fault.
     """
-    kinds = {column.role: survey(table, column).kind for column in columns if column.role == "label"}
+    kinds = {column.role: scan_column(table, column).dtype for column in columns if column.role == "label"}
     for batch in _read_parts(table, columns, _find_parts(table, columns, split)):
         result: dict[str, list[Any]] = {}
         for column, cells in zip(columns, batch.cells, strict=True):
             if column.role == "label":
-                result["label"] = [None if cell is None else as_kind(cell, kinds["label"]) for cell in cells]
+                result["label"] = [None if cell is None else convert_label(cell, kinds["label"]) for cell in cells]
                 for place, label in zip(batch.places, result["label"], strict=True):
                     check_label(label, column, batch.where(place))
             else:
@@ -57,7 +57,7 @@ def read_batches(
         yield result
 
 
-def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: Blank) -> None:
+def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: BlankPolicy) -> None:
     """Check all cells at once, and one by one only if there is a fault, because that takes longer."""
     try:
         "".join(cells).encode()
@@ -77,7 +77,7 @@ def _find_parts(table: Table, columns: Sequence[Column], split: str) -> list[tup
         return [(int(plain[1] or 0), int(plain[2]) if plain[2] else None)]
     try:
         instruction = datasets.ReadInstruction.from_spec(split)
-        parts = instruction.to_absolute({"train": survey(table, columns[0]).rows})
+        parts = instruction.to_absolute({"train": scan_column(table, columns[0]).rows})
     except AssertionError as error:
         raise ValueError(f"the split {split!r}: {error}") from error
     return [(part.from_ or 0, part.to) for part in parts]
@@ -87,7 +87,7 @@ def _read_parts(table: Table, columns: Sequence[Column], parts: list[tuple[int, 
     """Yield the rows of the parts, one part after the other."""
     for start, stop in parts:
         row = 0
-        for batch in table.batches(columns) if stop is None or start < stop else ():
+        for batch in table.iter_batches(columns) if stop is None or start < stop else ():
             count = len(batch.places)
             part = batch[max(0, start - row) : count if stop is None else max(0, min(count, stop - row))]
             if part.places:
@@ -97,7 +97,7 @@ def _read_parts(table: Table, columns: Sequence[Column], parts: list[tuple[int, 
                 break
 
 
-def map_rows(table: Table, columns: Sequence[Column], *, split: str, blank: Blank) -> Dataset:
+def cache_rows(table: Table, columns: Sequence[Column], *, split: str, blank: BlankPolicy) -> Dataset:
     """Return the rows of `read_batches` as a memory-mapped dataset whose columns are the roles.
 
     The content of the table and the arguments decide the place in the cache and the fingerprint of the dataset.
@@ -105,18 +105,18 @@ def map_rows(table: Table, columns: Sequence[Column], *, split: str, blank: Blan
     described = [[column.role, column.name, column.lists_labels] for column in columns]
     content = json.dumps([_VERSION, table.identity, described, split, blank])
     key = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-    folder = open_entry(f"rows-{key}", lambda folder: _write(folder / "rows.arrow", table, columns, split, blank))
+    folder = open_entry(f"rows-{key}", lambda folder: _write_rows(folder / "rows.arrow", table, columns, split, blank))
     rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
     info = DatasetInfo(features=Features.from_arrow_schema(rows.schema))
     return Dataset(InMemoryTable(rows), info=info, fingerprint=key)
 
 
-def _write(path: Path, table: Table, columns: Sequence[Column], split: str, blank: Blank) -> None:
+def _write_rows(path: Path, table: Table, columns: Sequence[Column], split: str, blank: BlankPolicy) -> None:
     """Write the rows of `read_batches` as a stream of Arrow."""
     features: dict[str, Any] = {column.role: Value("string") for column in columns}
     for column in columns:
         if column.role == "label":
-            features["label"] = label_feature(survey(table, column).kind, table.class_names(column))
+            features["label"] = make_label_feature(scan_column(table, column).dtype, table.read_class_names(column))
     schema = Features(features).arrow_schema
     with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for batch in read_batches(table, columns, split=split, blank=blank):

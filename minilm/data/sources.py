@@ -15,11 +15,12 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 
 from minilm.config import Data
-from minilm.data.columnar_files import where_damaged
+from minilm.data.columnar_files import describe_damage
 from minilm.data.columns import Column
-from minilm.data.rows import Blank, map_rows, read_batches
+from minilm.data.fingerprints import fingerprint_file
+from minilm.data.rows import BlankPolicy, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
-from minilm.data.text_files import fingerprint_file, warn_once
+from minilm.data.text_decoding import warn_once
 from minilm.utils.hub import expect, reason
 from minilm.utils.launch_variables import is_main
 from minilm.utils.local_files import ending, is_path, is_saved, is_text, kind_of_files, local_files
@@ -43,7 +44,7 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def list_columns(data: Data, *, labels: bool = False) -> list[Column]:
+def build_columns(data: Data, *, labels: bool = False) -> list[Column]:
     """Return the columns that a run reads, the text first."""
     columns = [Column(role="text", name=data.column)]
     if data.pair_column is not None:
@@ -89,7 +90,7 @@ def _is_on_hub(source: str) -> bool:
     return source != "pydocs" and not is_path(source) and not list_files(source)
 
 
-def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: Blank = "keep") -> Dataset:
+def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
     """Return the rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
 
     Texts are strings. Labels are whole numbers, numbers, strings, truth values, or lists of these, of the same type in
@@ -97,9 +98,9 @@ def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blan
     dropped or refused. Raises ValueError that names the file and the line, the row, the column or the split at fault.
     """
     table, part = open_table(data, source, split)
-    columns = list_columns(data, labels=labels)
+    columns = build_columns(data, labels=labels)
     _look_for_second_text(table, columns)
-    return map_rows(table, columns, split=part, blank=blank)
+    return cache_rows(table, columns, split=part, blank=blank)
 
 
 def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
@@ -108,7 +109,7 @@ def stream_rows(data: Data, source: str, split: str, revision: str | None = None
     A part of a split is given by numbers of rows, not by percent.
     """
     table, part = open_table(data, source, split, streaming=True, revision=revision)
-    for batch in read_batches(table, list_columns(data)[:1], split=part):
+    for batch in read_batches(table, build_columns(data)[:1], split=part):
         yield batch["text"]
 
 
@@ -137,7 +138,7 @@ def open_table(
     return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
 
 
-def no_documents(data: Data, source: str, split: str) -> ValueError:
+def no_documents_error(data: Data, source: str, split: str) -> ValueError:
     """Return the error for a source that has no text with a visible character."""
     at = "" if is_text(source) else f", column {data.column!r}"
     return ValueError(
@@ -151,11 +152,11 @@ def _look_for_second_text(table: Table, columns: list[Column]) -> None:
     second = text.removesuffix("1") + "2"
     if [column.role for column in columns] != ["text", "label"] or not text.endswith("1"):
         return
-    if second in table.names(columns):
+    if second in table.read_column_names(columns):
         warn_once(f"WARNING: there is {second} too, which is not read; for pairs pass --data.pair-column {second}")
 
 
-def source_facts(data: Data) -> dict[str, Any]:
+def fingerprint_sources(data: Data) -> dict[str, Any]:
     """Return the content of each source, as JSON types: the fingerprints of its files, or a revision on the hub."""
     facts: dict[str, Any] = {}
     for source in dict.fromkeys((*data.sources, data.eval_source)):
@@ -165,7 +166,7 @@ def source_facts(data: Data) -> dict[str, Any]:
             if files := list_files(source):
                 facts[source] = [{"file": name, **fingerprint_file(name)} for name in files]
             else:
-                facts[source] = {"revision": revision(source)}
+                facts[source] = {"revision": fetch_revision(source)}
     return facts
 
 
@@ -177,7 +178,7 @@ def list_files(source: str) -> list[str]:
     return sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
 
 
-def revision(source: str) -> str:
+def fetch_revision(source: str) -> str:
     """Return the commit of a dataset on the hub. Raises ValueError if the hub does not answer."""
     try:
         return str(HfApi().dataset_info(source, timeout=10).sha)
@@ -218,7 +219,7 @@ def _load(source: str, path: str, **options: Any) -> Any:
         if why.startswith("Unrecognized instruction"):
             why = _describe_bad_split(split)
         for file in list_files(source) if os.path.isdir(path) else ():
-            if ending(file) == ".arrow" and (damage := where_damaged(file)):
+            if ending(file) == ".arrow" and (damage := describe_damage(file)):
                 raise ValueError(f"{file}: {damage}") from error
         raise ValueError(f"data source {source}: {why}") from error
 

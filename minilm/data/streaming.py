@@ -7,15 +7,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from minilm.config import Data
-from minilm.data.glue import with_glue_columns
-from minilm.data.sources import check_data_settings, list_files, no_documents, quiet_datasets, revision, stream_rows
+from minilm.data.fingerprints import fingerprint_file
+from minilm.data.glue import apply_glue_task
+from minilm.data.sources import (
+    check_data_settings,
+    fetch_revision,
+    list_files,
+    no_documents_error,
+    quiet_datasets,
+    stream_rows,
+)
 from minilm.data.splits import assemble_splits
-from minilm.data.text_files import fingerprint_file
 from minilm.utils.local_files import full_ending
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class TextStream:
     """Texts in a fixed order, read anew by every pass."""
 
     texts: Callable[[], Iterator[str]]
@@ -30,22 +37,22 @@ class Stream:
         while batch := [*itertools.islice(texts, batch_size)]:
             yield {"text": batch}
 
-    def first(self, count: int) -> "Stream":
+    def first(self, count: int) -> "TextStream":
         """Return a stream of the first `count` texts."""
-        return Stream(
+        return TextStream(
             texts=lambda: itertools.islice(self.texts(), count),
             identity=f"{self.identity} first {count}",
             remote=self.remote,
         )
 
 
-def stream_documents(data: Data) -> tuple[Stream, dict[str, Stream]]:
+def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
     """Return (training documents, evaluation documents by name), as `load_documents` without labels.
 
     If a fraction of the documents is held out, document i is held out where floor((i + 1) * fraction) is greater than
     floor(i * fraction): these are every (1 / fraction)-th document.
     """
-    data = with_glue_columns(data)
+    data = apply_glue_task(data)
     check_data_settings(data, labels=False)
     return assemble_splits(data, _StreamReader(data))
 
@@ -56,29 +63,31 @@ class _StreamReader:
 
     data: Data
 
-    def read(self, source: str, split: str) -> Stream:
-        return _stream(self.data, source, split)
+    def read(self, source: str, split: str) -> TextStream:
+        return _stream_split(self.data, source, split)
 
-    def hold_out(self, source: str) -> tuple[Stream, Stream]:
+    def hold_out(self, source: str) -> tuple[TextStream, TextStream]:
         """Hold out documents at equal distances."""
         documents, fraction = self.read(source, self.data.split), self.data.eval_fraction
         empty = f"{source}: data.eval_fraction={fraction} holds out no document; raise it or give data.eval_source"
-        return _share(documents, fraction, inside=False), _share(documents, fraction, if_empty=empty)
+        return _take_share(documents, fraction, inside=False), _take_share(documents, fraction, if_empty=empty)
 
-    def repeat(self, documents: Stream, source: str, weight: float) -> Stream:
+    def repeat(self, documents: TextStream, source: str, weight: float) -> TextStream:
         """Repeat all documents, then take the fraction of the weight at equal distances."""
         whole, share = divmod(weight, 1)
         empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
-        return chained([*[documents] * int(whole), *([_share(documents, share, if_empty=empty)] if share else [])])
+        return join_streams(
+            [*[documents] * int(whole), *([_take_share(documents, share, if_empty=empty)] if share else [])]
+        )
 
-    def join(self, parts: list[Stream]) -> Stream:
-        return chained(parts)
+    def join(self, parts: list[TextStream]) -> TextStream:
+        return join_streams(parts)
 
 
-def _stream(data: Data, source: str, split: str) -> Stream:
+def _stream_split(data: Data, source: str, split: str) -> TextStream:
     """Return a stream of the documents of a split that have a visible character."""
     files = list_files(source)
-    commit = None if files else revision(source)
+    commit = None if files else fetch_revision(source)
     # A copy of a file has the same texts, and so has a file whose time alone changed.
     origin = [[full_ending(name), fingerprint_file(name)] for name in files] if files else [source, commit, data.config]
     settings = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
@@ -90,12 +99,12 @@ def _stream(data: Data, source: str, split: str) -> Stream:
                 yield from batch
                 empty &= not batch
             if empty:
-                raise no_documents(data, source, split)
+                raise no_documents_error(data, source, split)
 
-    return Stream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
+    return TextStream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
 
 
-def _share(stream: Stream, fraction: float, *, inside: bool = True, if_empty: str = "") -> Stream:
+def _take_share(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:
     """Return every (1 / `fraction`)-th document, or all other documents if not `inside`.
 
     if_empty: the message of a ValueError if there are none; without a message, an empty stream is right.
@@ -110,12 +119,12 @@ def _share(stream: Stream, fraction: float, *, inside: bool = True, if_empty: st
         if empty and if_empty:
             raise ValueError(if_empty)
 
-    return Stream(texts=texts, identity=f"{stream.identity} {inside} {fraction}", remote=stream.remote)
+    return TextStream(texts=texts, identity=f"{stream.identity} {inside} {fraction}", remote=stream.remote)
 
 
-def chained(streams: list[Stream]) -> Stream:
+def join_streams(streams: list[TextStream]) -> TextStream:
     """Return the texts of all streams, one stream after the other."""
-    return Stream(
+    return TextStream(
         texts=lambda: itertools.chain.from_iterable(stream.texts() for stream in streams),
         identity=" then ".join(stream.identity for stream in streams),
         remote=any(stream.remote for stream in streams),

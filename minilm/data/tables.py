@@ -9,16 +9,17 @@ from typing import Any, Protocol, TypeAlias
 from datasets import Dataset, IterableDataset
 
 from minilm.config import Data
-from minilm.data import columnar_files, delimited_files, json_files
+from minilm.data import columnar_files, delimited_files, json_files, text_files
 from minilm.data.columns import Column
-from minilm.data.text_files import check_mark, find_line_end, fingerprint_file, open_text, strip_line_end, text_encoding
+from minilm.data.fingerprints import fingerprint_file
+from minilm.data.text_decoding import detect_encoding
 from minilm.utils.local_files import file_kind, full_ending
 
 # A batch ends at this many characters or at `columnar_files.BATCH_ROWS` rows. A single row can be longer.
 _BATCH_CHARACTERS = 2**20
 _COLUMNAR = ("parquet", "arrow")
 
-Rows: TypeAlias = Iterator[tuple[int, list[Any]]]
+NumberedRows: TypeAlias = Iterator[tuple[int, list[Any]]]
 """The place of each row (a line or a number), and its cells."""
 
 
@@ -43,13 +44,13 @@ class Table(Protocol):
     typed: bool
     """True if cells have types such as numbers and lists; False if every cell is text."""
 
-    def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
+    def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         """Yield the cells of these columns in all rows."""
 
-    def names(self, columns: Sequence[Column]) -> list[str]:
+    def read_column_names(self, columns: Sequence[Column]) -> list[str]:
         """Return the names of all columns. A delimited file needs `columns` to find its delimiter."""
 
-    def class_names(self, column: Column) -> tuple[str, ...]:
+    def read_class_names(self, column: Column) -> tuple[str, ...]:
         """Return the names of the classes in a column of labels; empty if the table does not store names."""
 
 
@@ -68,15 +69,15 @@ class FileTable:
         # Names and times are left out: a copy of a file has the same rows.
         self.identity = [[*map(full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
-    def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
+    def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         unit = "row" if self.kind in _COLUMNAR else "line"
         for file, fingerprint in zip(self.files, self.fingerprints, strict=True):
             rows = self._rows(file, columns)
-            yield from _in_batches(rows, partial("{}, {} {}".format, file, unit))
+            yield from _make_batches(rows, partial("{}, {} {}".format, file, unit))
             if fingerprint_file(file) != fingerprint:
                 raise ValueError(f"{file}: was changed while it was read; start again")
 
-    def _rows(self, file: str, columns: Sequence[Column]) -> Rows:
+    def _rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
         if self.kind == "delimited":
             return delimited_files.read_delimited(file, columns, self._encoding, self.delimiter)
         if self.kind == "json":
@@ -84,22 +85,22 @@ class FileTable:
         if self.kind in _COLUMNAR:
             return columnar_files.read_columnar(file, columns)
         if extra := [column for column in columns if column.role != "text"]:
-            raise extra[0].missing(file, ["text"])
-        return _read_text(file, self._encoding, self.data.document)
+            raise extra[0].missing_error(file, ["text"])
+        return text_files.read_text(file, self._encoding, self.data.document)
 
     @cached_property
     def _encoding(self) -> str:
-        return text_encoding(self.files)
+        return detect_encoding(self.files)
 
-    def names(self, columns: Sequence[Column]) -> list[str]:
+    def read_column_names(self, columns: Sequence[Column]) -> list[str]:
         file = self.files[0]
         if self.kind == "delimited":
-            return delimited_files.read_delimited_names(file, columns, self._encoding, self.delimiter)
+            return delimited_files.read_delimited_header(file, columns, self._encoding, self.delimiter)
         if self.kind == "json":
-            return json_files.read_json_names(file)
-        return columnar_files.read_columnar_names(file) if self.kind in _COLUMNAR else ["text"]
+            return json_files.read_json_keys(file)
+        return columnar_files.read_columnar_field_names(file) if self.kind in _COLUMNAR else ["text"]
 
-    def class_names(self, column: Column) -> tuple[str, ...]:
+    def read_class_names(self, column: Column) -> tuple[str, ...]:
         if self.kind not in _COLUMNAR:
             return ()
         names_of = {file: columnar_files.read_class_names(file, column) for file in self.files}
@@ -121,65 +122,39 @@ class DatasetTable:
     def __init__(self, rows: Dataset | IterableDataset, source: str, identity: Any) -> None:
         self.rows, self.source, self.identity = rows, source, identity
 
-    def batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
+    def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         read = self._read_mapped if isinstance(self.rows, Dataset) else self._read_stream
-        return _in_batches(read(columns), lambda row: f"{self.source}, row {row}")
+        return _make_batches(read(columns), lambda row: f"{self.source}, row {row}")
 
-    def _read_mapped(self, columns: Sequence[Column]) -> Rows:
+    def _read_mapped(self, columns: Sequence[Column]) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
         rows = self.rows.select_columns(list(dict.fromkeys(outer))).with_format("arrow")
         parts = (batch for table in rows.iter(batch_size=columnar_files.BATCH_ROWS) for batch in table.to_batches())
         return columnar_files.read_cells(parts, columns, outer, self.source)
 
-    def _read_stream(self, columns: Sequence[Column]) -> Rows:
+    def _read_stream(self, columns: Sequence[Column]) -> NumberedRows:
         numbers = itertools.count()
         for batch in self.rows.iter(batch_size=columnar_files.BATCH_ROWS):
             outer = [self._find_outer_column(column, batch) for column in columns]
             for cells in zip(*(batch[name] for name in outer), strict=True):
                 row = next(numbers)
                 named = zip(columns, outer, cells, strict=True)
-                yield row, [column.find({name: cell}, f"{self.source}, row {row}") for column, name, cell in named]
+                yield row, [column.get_cell({name: cell}, f"{self.source}, row {row}") for column, name, cell in named]
 
     def _find_outer_column(self, column: Column, batch: dict[str, Any]) -> str:
         for name in column.outer_names():
             if name in batch:
                 return name
-        raise column.missing(self.source, list(batch))
+        raise column.missing_error(self.source, list(batch))
 
-    def names(self, columns: Sequence[Column]) -> list[str]:
+    def read_column_names(self, columns: Sequence[Column]) -> list[str]:
         return list(self.rows.column_names or ())
 
-    def class_names(self, column: Column) -> tuple[str, ...]:
+    def read_class_names(self, column: Column) -> tuple[str, ...]:
         return columnar_files.find_class_names(self.rows.features, column)
 
 
-def _read_text(path: str, encoding: str, document: str) -> Rows:
-    """Yield the documents of a text file: its lines, its paragraphs, or the whole file.
-
-    Lines without a visible character separate paragraphs.
-    """
-    newline = find_line_end(path)
-    first, lines = 1, list[str]()
-    with open_text(path, encoding, newline) as file:
-        for number, line in enumerate(file, start=1):
-            check_mark(path, number, line)
-            text = strip_line_end(line, newline)
-            if document == "line":
-                yield number, [text]
-            elif document == "paragraph" and not text.strip():
-                if lines:
-                    yield first, ["\n".join(lines)]
-                    lines = []
-            else:
-                first = first if lines else number
-                lines.append(text)
-        if document == "file":
-            yield 1, ["\n".join([*lines, ""]) if lines and line.endswith(newline) else "\n".join(lines)]
-        elif lines:
-            yield first, ["\n".join(lines)]
-
-
-def _in_batches(rows: Rows, where: Callable[[int], str]) -> Iterator[RowBatch]:
+def _make_batches(rows: NumberedRows, where: Callable[[int], str]) -> Iterator[RowBatch]:
     """Yield the rows in batches whose size is limited, so that memory does not grow with the file."""
     places, cells, characters = list[int](), list[list[Any]](), 0
     for place, row in rows:

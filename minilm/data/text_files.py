@@ -1,176 +1,31 @@
-"""Data files on the disk: their endings, content, encoding and lines, and the lines that cannot be read."""
+"""Text files, `.txt`: each line, each paragraph or the whole file is a document."""
 
-import codecs
-import gzip
-import hashlib
-import io
-import logging
-import os
-import re
-import time
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from collections.abc import Iterator
 
-from minilm.utils.atomic_files import file_facts
-
-log = logging.getLogger("minilm")
-
-_BLOCK = 2**20  # bytes or characters that are decoded at a time
-# A longer file would take seconds to hash at each start.
-_HASHED_BYTES = 2**30
-_SAMPLES, _SAMPLE_BYTES = 64, 2**20
-# A file that changed more recently can change again without getting another time of change.
-_CLOCK_SECONDS = 2.0
-# Log each warning once, however often a run reads the file.
-warn_once = lru_cache(maxsize=None)(log.warning)
-# A character of several bytes in UTF-8. Text in Windows-1252 hardly ever contains such bytes.
-_MULTIBYTE = re.compile(
-    rb"[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
-    rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
-)
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+from minilm.data.text_decoding import check_byte_order_mark, find_line_end, open_text, strip_line_end
 
 
-def fingerprint_file(path: str) -> dict[str, Any]:
-    """Return the size of a file in bytes and its SHA-256, as JSON types. The name and the time do not matter.
+def read_text(path: str, encoding: str, document: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the documents of a text file: its lines, its paragraphs, or the whole file.
 
-    For a file of more than 1 GiB, return its size, its time of change, and the SHA-256 of 64 blocks of 1 MiB: the
-    first, the last, and others at equal distances. A copy of such a file counts as another file unless the copy keeps
-    the time.
+    Lines without a visible character separate paragraphs.
     """
-    stat = os.stat(path)
-    # Every write sets the change time of the inode (ctime), and no program can set it back.
-    identity = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    settled = time.time() - stat.st_ctime > _CLOCK_SECONDS
-    return dict(_hash(*identity) if settled else _hash.__wrapped__(*identity))
-
-
-@lru_cache(maxsize=4096)
-def _hash(path: str, device: int, inode: int, size: int, modified_ns: int, changed_ns: int) -> dict[str, Any]:
-    if size <= _HASHED_BYTES:
-        return file_facts(Path(path))
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for number in range(_SAMPLES):
-            file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return {"bytes": size, "modified_ns": modified_ns, "sha256_of_samples": digest.hexdigest()}
-
-
-def open_bytes(path: str) -> IO[bytes]:
-    """Open a file for reading, and unpack it if its name ends in .gz."""
-    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
-
-
-@contextmanager
-def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
-    """Open a file as text, without its byte-order mark. A line ends at `newline` only, and keeps it.
-
-    If reading or decoding fails inside the block, raise ValueError that names the line.
-    """
-    try:
-        with open_bytes(path) as file:
-            _refuse_utf_16(path, file)
-            yield io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        line = _find_undecodable_line(path, encoding)
-        raise ValueError(f"{path}, line {line}: not UTF-8; convert the file" if line else f"{path}: {error}") from error
-
-
-def find_line_end(path: str) -> str:
-    """Return the line end of a file: a line feed, or a carriage return if the file has no line feed.
-
-    So a carriage return inside a line is text, and a file from an old Macintosh is split into lines.
-    """
-    with open_text(path, "latin-1") as file:
-        while block := file.read(_BLOCK):
-            if "\n" in block:
-                return "\n"
-    return "\r"
-
-
-def strip_line_end(line: str, newline: str) -> str:
-    """Return a line without its end: `newline`, or CR LF if `newline` is LF."""
-    line = line.removesuffix(newline)
-    return line.removesuffix("\r") if newline == "\n" else line
-
-
-def text_encoding(files: Sequence[str]) -> str:
-    """Return the encoding of files: `utf-8`, or `cp1252` (Windows-1252) with a warning.
-
-    Files are read as Windows-1252 if none of them is UTF-8 and none holds a multi-byte character of UTF-8. Raises
-    ValueError that names the file and the line if the files are in neither encoding, or in different ones.
-    """
-    others = {name: line for name in files if (line := _find_undecodable_line(name, "utf-8"))}
-    for name, line in others.items():
-        if len(others) < len(files) or _find_undecodable_line(name, "cp1252"):
-            raise ValueError(f"{name}, line {line}: not UTF-8, or it holds a NUL, which is not text; convert the file")
-        if other := _find_multibyte_line(name):
-            raise ValueError(
-                f"{name}, line {line}: not UTF-8, though line {other} holds UTF-8; "
-                "correct the line, or convert the file"
-            )
-        warn_once(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
-    return "cp1252" if others else "utf-8"
-
-
-def _refuse_utf_16(path: str, file: IO[bytes]) -> None:
-    """Raise ValueError if the file begins with a byte-order mark of UTF-16."""
-    if file.read(2) in _UTF_16:
-        raise ValueError(f"{path}, line 1: the file is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
-    file.seek(0)
-
-
-def _find_undecodable_line(name: str, encoding: str) -> int:
-    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL, or 0."""
-    number = 0
-    try:
-        with open_bytes(name) as file:
-            _refuse_utf_16(name, file)
-            if _is_text(file, encoding):
-                return 0
-            file.seek(0)
-            for line in file:
-                number += 1
-                if "\0" in line.decode(encoding):
-                    return number
-    except UnicodeDecodeError:
-        return number
-    except (OSError, EOFError, zlib.error) as error:
-        advice = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
-        raise ValueError(f"{name}, after line {number}: cannot be read; {advice} ({error})") from error
-    return 0
-
-
-def _find_multibyte_line(name: str) -> int:
-    """Return the number of the first line, from 1, that holds a multi-byte character of UTF-8, or 0."""
-    with open_bytes(name) as file:
-        return next((number for number, line in enumerate(file, start=1) if _MULTIBYTE.search(line)), 0)
-
-
-def check_mark(path: str, number: int, line: str) -> None:
-    """Raise ValueError if a line after the first begins with a byte-order mark, which is not text.
-
-    The mark is there if files were joined. `open_text` removes the mark of the first line.
-    """
-    if number > 1 and line.startswith("\ufeff"):
-        raise ValueError(
-            f"{path}, line {number}: begins with a byte-order mark (U+FEFF), as if files were joined; remove it"
-        )
-
-
-def _is_text(file: IO[bytes], encoding: str) -> bool:
-    """Return whether all of a file can be decoded and holds no NUL. It reads blocks, which is faster than lines."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    try:
-        while block := file.read(_BLOCK):
-            if "\0" in decoder.decode(block):
-                return False
-        decoder.decode(b"", final=True)
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error):
-        return False
-    return True
+    newline = find_line_end(path)
+    first, lines = 1, list[str]()
+    with open_text(path, encoding, newline) as file:
+        for number, line in enumerate(file, start=1):
+            check_byte_order_mark(path, number, line)
+            text = strip_line_end(line, newline)
+            if document == "line":
+                yield number, [text]
+            elif document == "paragraph" and not text.strip():
+                if lines:
+                    yield first, ["\n".join(lines)]
+                    lines = []
+            else:
+                first = first if lines else number
+                lines.append(text)
+        if document == "file":
+            yield 1, ["\n".join([*lines, ""]) if lines and line.endswith(newline) else "\n".join(lines)]
+        elif lines:
+            yield first, ["\n".join(lines)]

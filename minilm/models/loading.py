@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from minilm.config import Model
-from minilm.data.label_names import list_names
+from minilm.data.label_ids import format_names
 from minilm.data.special_ids import count_embedding_rows
 from minilm.models.attention import ATTENTION
 from minilm.models.lora import add_lora
@@ -68,8 +68,8 @@ def load_model(
         advice = _advice(model, tokenizer, added)
         without = [name for name, id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if id >= rows]
         raise ValueError(
-            f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: {list_names(without, 3)} "
-            f"({type(tokenizer).__name__}) have none; {advice}"
+            f"the tokenizer has ids up to {known - 1} and the model's embedding {rows} rows: "
+            f"{format_names(without, 3)} ({type(tokenizer).__name__}) have none; {advice}"
         )
     if added and model.name is not None:
         _add_rows(network, known, ids)
@@ -281,7 +281,7 @@ def _load(
     if random:
         parameters = ", ".join(sorted(random))
         log.warning(
-            f"WARNING: {name} was trained for other labels ({list_names(labels)}): {parameters} start at random"
+            f"WARNING: {name} was trained for other labels ({format_names(labels)}): {parameters} start at random"
         )
     if missing:
         log.warning(

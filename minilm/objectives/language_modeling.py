@@ -15,7 +15,7 @@ from minilm.data.documents import load_documents
 from minilm.data.micro_batch import LanguageCollator
 from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
-from minilm.data.streaming import Stream, chained, stream_documents
+from minilm.data.streaming import TextStream, join_streams, stream_documents
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.agreement import check_agreement
 from minilm.models.head import SparseHead
@@ -32,7 +32,7 @@ def _documents(config: Config) -> tuple[Documents, Documents]:
             return train, train
         return train, concatenate_datasets([*parts.values()])
     stream, streams = stream_documents(config.data)
-    return stream, chained([*streams.values()])
+    return stream, join_streams([*streams.values()])
 
 
 def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
@@ -40,7 +40,7 @@ def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
 
     That is so of several sources: how much of a run each makes up, with its weight, is known once it is read.
     """
-    if not isinstance(train, Stream) or not train.remote or config.run.max_steps is None:
+    if not isinstance(train, TextStream) or not train.remote or config.run.max_steps is None:
         return None, None
     if len(config.data.sources) > 1:
         log.warning(
@@ -54,7 +54,7 @@ def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
 
 
 def _first(documents: Documents, count: int | None) -> Documents:
-    return documents.first(count) if isinstance(documents, Stream) and count else documents
+    return documents.first(count) if isinstance(documents, TextStream) and count else documents
 
 
 class LanguageModel:

@@ -117,7 +117,7 @@ def build(config: Config, prepared: PreparedData, *, trained: bool = True) -> Pr
         auto=objective_of(config.objective).auto,
         fields=prepared.fields,
         added=config.tokens.extend,
-        new_labels=prepared.labels is not None and not prepared.labels.kept,
+        new_labels=prepared.labels is not None and not prepared.labels.same_as_checkpoint,
     )
     if prepared.labels is None:
         check_own_loss(network, trained=trained)

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from minilm.config import Config, Data
 from minilm.config.parsing import to_dict
-from minilm.data.glue import with_glue_columns
+from minilm.data.glue import apply_glue_task
 from minilm.objectives.objective import objective_of
 from minilm.runs.energy import CPUS, GPUS
 from minilm.utils.atomic_files import publish
@@ -163,7 +163,7 @@ def _on_hub(sources: tuple[str, ...]) -> list[str]:
 
 def _evaluated_on(data: Data) -> dict[str, Any]:
     """Return the fields of an `EvalResult` that name its dataset."""
-    data = with_glue_columns(data)
+    data = apply_glue_task(data)
     sources = (data.eval_source,) if data.eval_source is not None else data.sources
     if len(sources) > 1 or not _on_hub(sources):
         return {"dataset_type": "unknown", "dataset_name": "held-out documents"}

@@ -13,7 +13,7 @@ from minilm.config import Config
 from minilm.config.parsing import to_dict
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
-from minilm.data.sources import source_facts
+from minilm.data.sources import fingerprint_sources
 from minilm.data.special_ids import count_embedding_rows
 from minilm.distributed.deepspeed import size_of
 from minilm.distributed.hardware import Peak, Precision, describe
@@ -73,7 +73,7 @@ def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
 def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
     (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
-    content = {"config": to_dict(config), **facts, "sources": source_facts(config.data), "versions": versions()}
+    content = {"config": to_dict(config), **facts, "sources": fingerprint_sources(config.data), "versions": versions()}
     publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""

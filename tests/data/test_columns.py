@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from minilm.config import Data
 from minilm.data.documents import load_documents
-from minilm.data.glue import with_glue_columns
+from minilm.data.glue import apply_glue_task
 
 LABELS: dict[str, list[Any]] = {
     "integers": [3, 0, 7],
@@ -180,9 +180,9 @@ def test_a_task_of_glue_needs_its_name_alone(task: str, source: str, monkeypatch
 
 def test_what_is_said_of_a_task_goes_before_what_is_known_of_it() -> None:
     data = Data(source="glue", config="mrpc", pair_column="idx", eval_split="train[:10]")
-    assert with_glue_columns(data) == data
-    assert with_glue_columns(Data(source="glue", config="mrpc", eval_source="a.csv")).eval_split is None
-    assert with_glue_columns(Data(source="imdb")) == Data(source="imdb")
+    assert apply_glue_task(data) == data
+    assert apply_glue_task(Data(source="glue", config="mrpc", eval_source="a.csv")).eval_split is None
+    assert apply_glue_task(Data(source="imdb")) == Data(source="imdb")
 
 
 @pytest.mark.parametrize(("config", "said"), [("mprc", "did you mean 'mrpc'"), (None, "There are: cola"), ("ax", "ax")])

@@ -16,8 +16,8 @@ from datasets import Dataset, DatasetDict
 
 from minilm.config import Data
 from minilm.data.documents import load_documents
-from minilm.data.sources import source_facts
-from minilm.data.text_files import text_encoding
+from minilm.data.sources import fingerprint_sources
+from minilm.data.text_decoding import detect_encoding
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
 TEXTS_SORTED = sorted(TEXTS)
@@ -311,19 +311,19 @@ def test_a_text_in_windows_1252_is_read_with_a_warning(tmp_path: Path, caplog: p
 def test_a_letter_may_lie_across_the_blocks_that_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("minilm.data.text_files._BLOCK", 1)
+    monkeypatch.setattr("minilm.data.text_decoding._BLOCK", 1)
     path = tmp_path / "a.txt"
     for content, expected in (("ok\nä€😀\n".encode(), "utf-8"), (b"ok\n\xc3", "cp1252")):
         path.write_bytes(content)
-        assert text_encoding([str(path)]) == expected
+        assert detect_encoding([str(path)]) == expected
     assert caplog.text.count("so the file is read as Windows-1252") == 1
 
 
 def test_the_facts_of_a_source_are_the_size_and_hash_of_each_file(tmp_path: Path) -> None:
     data = _several(tmp_path, eval_source=str(tmp_path / "a.txt"))
     content = (tmp_path / "b.jsonl").read_bytes()
-    facts = source_facts(data)
+    facts = fingerprint_sources(data)
     assert [*facts] == [*data.sources]
     hashed = hashlib.sha256(content).hexdigest()
     assert facts[data.sources[1]] == [{"file": data.sources[1], "bytes": len(content), "sha256": hashed}]
-    assert source_facts(Data()) == source_facts(Data(source="on/hub")) == {}
+    assert fingerprint_sources(Data()) == fingerprint_sources(Data(source="on/hub")) == {}

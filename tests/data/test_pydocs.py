@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minilm.data.pydocs import pydocs
+from minilm.data.pydocs import load_pydocs
 
 Corpus = tuple[list[str], list[str]]
 
@@ -19,7 +19,7 @@ Corpus = tuple[list[str], list[str]]
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     """The documentation of this interpreter."""
-    return pydocs(0.05)
+    return load_pydocs(0.05)
 
 
 def _bytes(texts: list[str]) -> int:
@@ -75,7 +75,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whole_modules_are_held_out(library: Path) -> None:
-    train, held_out = pydocs(0.3)
+    train, held_out = load_pydocs(0.3)
     modules = [{text.split("_")[0] for text in part} for part in (train, held_out)]
     assert not modules[0] & modules[1]
     assert len(modules[0] | modules[1]) == 30
@@ -92,7 +92,7 @@ def test_nothing_is_executed_and_broken_files_are_passed_over(library: Path, tmp
     (library / "escape.py").write_text('"""A wrong \\d escape."""')
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train, held_out = pydocs(0.05)
+        train, held_out = load_pydocs(0.05)
     texts = train + held_out
     assert {"Text of an evil module.", "Text of class A.", "A wrong \\d escape."} <= set(texts)
     assert not any("Never to be seen" in text for text in texts)
@@ -107,7 +107,7 @@ def test_docstrings_topics_and_nothing_else_are_taken(library: Path) -> None:
     (library / "pydoc_data" / "topics.py").write_text("topics = {'if': 'The if statement.', 'while': 'Too short'}")
     (library / "code.py").write_text('x = "Just any string."\nasync def f():\n    """\n    Text of\n    f.\n    """\n')
     (library / "notes.txt").write_text('"""Not even Python."""')
-    texts = {text for part in pydocs(0.05) for text in part if not text.startswith("m")}
+    texts = {text for part in load_pydocs(0.05) for text in part if not text.startswith("m")}
     assert texts == {"Docstring in pydoc_data folder.", "The if statement.", "Text of\nf."}
 
 
@@ -116,24 +116,24 @@ def test_a_repeated_docstring_stays_once_and_the_longer_of_two_stays(library: Pa
     half = " ".join(long.split()[:20] + other.split()[:10])  # 13 of its 23 shingles are long's, and 3 of other's
     (library / "a.py").write_text(f'"""{half}"""\ndef f():\n    """{long}"""')
     (library / "b.py").write_text(f'"""{long.upper()}"""\ndef f():\n    """{other}"""')
-    texts = [text for part in pydocs(0.05) for text in part if not text.startswith("m")]
+    texts = [text for part in load_pydocs(0.05) for text in part if not text.startswith("m")]
     assert sorted(texts) == [long, other]
 
 
 def test_a_second_call_parses_nothing_and_a_change_is_seen(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, parse, parsed = pydocs(0.3), ast.parse, []
+    first, parse, parsed = load_pydocs(0.3), ast.parse, []
     monkeypatch.setattr(ast, "parse", lambda *args: (parsed.append(args), parse(*args))[1])
-    assert pydocs(0.3) == first
+    assert load_pydocs(0.3) == first
     assert not parsed
-    assert pydocs(0.1) != first
+    assert load_pydocs(0.1) != first
     (library / "new.py").write_text('"""A new text appears."""')
-    assert any("A new text appears." in part for part in pydocs(0.3))
+    assert any("A new text appears." in part for part in load_pydocs(0.3))
 
 
 def test_the_corpus_does_not_depend_on_the_process(library: Path, tmp_path: Path) -> None:
     code = f"import sysconfig; sysconfig.get_paths = lambda: {{'stdlib': {str(library)!r}}}; "
-    code += "import json; from minilm.data.pydocs import pydocs; print(json.dumps(pydocs(0.3)))"
+    code += "import json; from minilm.data.pydocs import load_pydocs; print(json.dumps(load_pydocs(0.3)))"
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_HOME": str(tmp_path / f"hf{seed}")}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert json.loads(done.stdout) == [*pydocs(0.3)]
+        assert json.loads(done.stdout) == [*load_pydocs(0.3)]

@@ -21,7 +21,7 @@ from minilm.config import Batch, Config, Data, Run, Tokens
 from minilm.data.batch_plan import fill_rows
 from minilm.data.corpus import encode
 from minilm.data.documents import load_documents
-from minilm.data.streaming import Stream, stream_documents
+from minilm.data.streaming import TextStream, stream_documents
 from minilm.objectives.masked_lm import Masked
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(25)]
@@ -47,7 +47,7 @@ SOURCES: dict[str, tuple[bytes, dict[str, Any]]] = {
 }
 
 
-def _texts(stream: Stream) -> list[str]:
+def _texts(stream: TextStream) -> list[str]:
     return [text for batch in stream.iter(batch_size=4) for text in batch["text"]]
 
 

@@ -18,7 +18,7 @@ from minilm.commands.export import export_model
 from minilm.commands.recipe import guarded
 from minilm.commands.report import write_report
 from minilm.commands.seeds import sweep
-from minilm.data.columnar_files import read_columnar_names
+from minilm.data.columnar_files import read_columnar_field_names
 from minilm.data.sources import read_rows
 from minilm.train import train
 from minilm.utils.cache import open_entry
@@ -179,8 +179,8 @@ def read(path: Path) -> None:
         ("model/tokenizer.json", load, "model"),
         ("model/tokenizer_config.json", load, "model"),
         ("model", load, "model"),
-        ("rows.parquet", lambda path: read_columnar_names(str(path)), "rows.parquet"),
-        ("rows.arrow", lambda path: read_columnar_names(str(path)), "rows.arrow"),
+        ("rows.parquet", lambda path: read_columnar_field_names(str(path)), "rows.parquet"),
+        ("rows.arrow", lambda path: read_columnar_field_names(str(path)), "rows.arrow"),
         ("rows.parquet", read, "rows.parquet"),
         ("saved/data-00000-of-00001.arrow", read, "saved"),
         ("saved/state.json", read, "saved"),

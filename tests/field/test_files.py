@@ -24,10 +24,10 @@ from pyarrow import parquet
 
 from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
 from minilm.config.parsing import parse
-from minilm.data.documents import load_documents, read_documents
-from minilm.data.sources import read_rows, source_facts, stream_rows
+from minilm.data.documents import load_all_documents, load_documents
+from minilm.data.fingerprints import fingerprint_file
+from minilm.data.sources import fingerprint_sources, read_rows, stream_rows
 from minilm.data.streaming import stream_documents
-from minilm.data.text_files import fingerprint_file
 from minilm.objectives.objective import prepare
 from minilm.train import train
 
@@ -835,12 +835,12 @@ def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, n
         right = rewrite(word)
         config = run_of(data, tmp_path / "out", MaskedLM())
         assert texts_of(prepare(config)) == right
-        (facts,) = source_facts(data)[str(path)]
+        (facts,) = fingerprint_sources(data)[str(path)]
         assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         if streaming:
             assert [*stream_documents(data)[0].texts()] == right
         else:
-            assert load_documents(data, 0)[0]["text"][:] == read_documents(data)["text"][:] == right
+            assert load_documents(data, 0)[0]["text"][:] == load_all_documents(data)["text"][:] == right
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
@@ -865,8 +865,8 @@ def test_the_time_and_the_inode_of_a_file_do_not_change_the_fingerprint(
 def test_the_fingerprint_of_a_large_file_is_its_size_time_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.data.text_files._HASHED_BYTES", 100)
-    monkeypatch.setattr("minilm.data.text_files._SAMPLE_BYTES", 2)
+    monkeypatch.setattr("minilm.data.fingerprints._HASHED_BYTES", 100)
+    monkeypatch.setattr("minilm.data.fingerprints._SAMPLE_BYTES", 2)
     path = tmp_path / "a.txt"
     fingerprints = []
     for content, time in ((b"a" * 200, 1), (b"a" * 198 + b"bb", 1), (b"a" * 200, 2), (b"a" * 201, 1), (b"a" * 200, 1)):

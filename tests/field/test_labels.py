@@ -108,7 +108,7 @@ def test_classes_have_the_names_that_the_rows_have(situation: str) -> None:
     labels, train_ids, eval_ids = read(values, feature, known)
     assert (labels.problem, labels.names) == ("single-label", names)
     assert train_ids.tolist() == eval_ids.tolist() == ids
-    assert labels.kept == bool(known and situation in CLASSES)
+    assert labels.same_as_checkpoint == bool(known and situation in CLASSES)
 
 
 HOT = [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
@@ -378,7 +378,7 @@ def test_ids_give_the_written_names_back_whatever_the_order_of_the_rows(column: 
     # The names of a checkpoint are kept, whatever the order of its ids.
     known = tuple(reversed(labels.names))
     kept, kept_ids, _ = read(column, known=known)
-    assert kept.kept
+    assert kept.same_as_checkpoint
     assert [known[index] for index in kept_ids] == [str(value) for value in column]
 
 
@@ -413,7 +413,13 @@ def load(name: str, tokenizer: Any, values: list[Any]) -> Any:
     labels, _, _ = read(values, known=read_model_labels(name))
     fields, auto = labels.fields(), AutoModelForSequenceClassification
     return load_model(
-        Model(name=name), tokenizer, max_length=16, seed=1, auto=auto, fields=fields, new_labels=not labels.kept
+        Model(name=name),
+        tokenizer,
+        max_length=16,
+        seed=1,
+        auto=auto,
+        fields=fields,
+        new_labels=not labels.same_as_checkpoint,
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minilm.data.label_column import DECIMAL, WHOLE, LabelColumn
-from minilm.data.label_names import LabelIds, fold_name, list_names, quote_names
+from minilm.data.label_column import DECIMAL_NUMBER, WHOLE_NUMBER, LabelColumn
+from minilm.data.label_ids import LabelIds, format_names, normalize_name, quote_names
 
 # Number of names, each with its counts, in the first line.
 _COUNTED = 10
@@ -15,12 +15,12 @@ _COUNTED = 10
 _RARE = 10
 _SEPARATORS = (",", ";", "|", "/")
 
-Rows = list[list[str]]
+LabelRows = list[list[str]]
 
 
-def report_classes(
+def summarize_classes(
     columns: Sequence[LabelColumn],
-    rows: Sequence[Rows],
+    rows: Sequence[LabelRows],
     match: LabelIds,
     problem: str,
     column: str,
@@ -54,22 +54,22 @@ def report_classes(
         unlabelled = f"{none[0]:,} documents" if is_one_part else f"{none[0]:,} train and {sum(none[1:]):,} eval"
         line += f". They are written as {form}. {unlabelled} have none"
     lines = [line]
-    if match.kept:
+    if match.same_as_checkpoint:
         lines.append(_report_kept(match))
-    if is_auto and not is_multi_label and not match.kept:
+    if is_auto and not is_multi_label and not match.same_as_checkpoint:
         lines += _report_doubts(columns[0], [row[0] for row in rows[0]], match.names)
-    folded = Counter(map(fold_name, match.names))
-    if alike := [name for name in match.names if folded[fold_name(name)] > 1]:
+    folded = Counter(map(normalize_name, match.names))
+    if alike := [name for name in match.names if folded[normalize_name(name)] > 1]:
         lines.append(f"WARNING: {quote_names(alike)} differ in case or space alone, and are separate labels")
     return lines
 
 
-def report_numbers(
+def summarize_numbers(
     columns: Sequence[LabelColumn], numbers: Sequence[NDArray[np.float32]], column: str, *, is_auto: bool
 ) -> list[str]:
     """Return lines with the range of a regression's numbers, and what may have been misread.
 
-    The arguments are those of `report_classes`; `numbers` holds the numbers of each column.
+    The arguments are those of `summarize_classes`; `numbers` holds the numbers of each column.
     """
     parts = {"train": numbers[0], "eval": np.concatenate(numbers[1:])} if len(numbers) > 1 else {"eval": numbers[0]}
     ranges = "; ".join(
@@ -77,7 +77,7 @@ def report_numbers(
         for name, part in parts.items()
     )
     lines = [f"labels in {column!r}: regression, {ranges}"]
-    if names := columns[0].class_names_that_are_not_numbers:
+    if names := columns[0].nonnumeric_class_names:
         lines.append(f"WARNING: the numbers stand for classes, in the order of {quote_names(names)}")
     if is_auto and all((part == np.round(part)).all() for part in numbers):
         lines.append("labels: all numbers are whole. If they are classes, pass --objective.problem single-label")
@@ -88,8 +88,8 @@ def _report_kept(match: LabelIds) -> str:
     """Return a line that says which label of the checkpoint each label of the data is."""
     if not match.renamings:
         return "labels: the names and ids are those of the checkpoint"
-    listed = list_names([f"{ours!r} is {theirs!r}" for ours, theirs in match.renamings])
-    by_number = any(fold_name(ours) != fold_name(theirs) for ours, theirs in match.renamings)
+    listed = format_names([f"{ours!r} is {theirs!r}" for ours, theirs in match.renamings])
+    by_number = any(normalize_name(ours) != normalize_name(theirs) for ours, theirs in match.renamings)
     if by_number and not all(f"LABEL_{ours}" == theirs for ours, theirs in match.renamings):
         return f"WARNING: labels are taken for the checkpoint's by number: {listed}"
     return f"labels: the names and ids are those of the checkpoint: {listed}"
@@ -100,11 +100,16 @@ def _report_doubts(column: LabelColumn, labels: Sequence[str], names: Sequence[s
     examples = Counter(labels)
     classes = set(names)
     lines = []
-    if column.dtype in ("int", "string") and not column.names and len(classes) > 2 and all(map(WHOLE.fullmatch, names)):
+    if (
+        column.dtype in ("int", "string")
+        and not column.names
+        and len(classes) > 2
+        and all(map(WHOLE_NUMBER.fullmatch, names))
+    ):
         lines.append(
             "labels: whole numbers are taken as classes. To predict a number, pass --objective.problem regression"
         )
-    elif column.dtype == "string" and all(DECIMAL.fullmatch(name.strip()) for name in names):
+    elif column.dtype == "string" and all(DECIMAL_NUMBER.fullmatch(name.strip()) for name in names):
         lines.append(
             "WARNING: the labels are numbers written as text, which are taken as classes. To predict a number, pass "
             "--objective.problem regression"

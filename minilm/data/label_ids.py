@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from minilm.data.label_column import WHOLE
+from minilm.data.label_column import WHOLE_NUMBER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class LabelIds:
 
     ids: dict[str, int]
     names: tuple[str, ...]
-    kept: bool = False
+    same_as_checkpoint: bool = False
     """Whether the names and ids are a checkpoint's, so that its head stays as it is."""
     renamings: tuple[tuple[str, str], ...] = ()
     """Pairs of a label as the data write it and its different name in the checkpoint."""
@@ -42,7 +42,7 @@ def match_labels(
             return replace(match, names=tuple(class_names))
         return _number_labels(class_names)
     # If the checkpoint's names are numbers, numbers in the data can only mean these names, which did not match.
-    by_number = all(map(WHOLE.fullmatch, occurring)) and not all(map(WHOLE.fullmatch, model_labels))
+    by_number = all(map(WHOLE_NUMBER.fullmatch, occurring)) and not all(map(WHOLE_NUMBER.fullmatch, model_labels))
     if by_number and all(0 <= int(name) < len(model_labels) for name in occurring):
         ids = range(len(model_labels))
         return _keep_model_labels([*map(str, ids)], ids, model_labels)
@@ -52,31 +52,31 @@ def match_labels(
 def sort_names(names: Collection[str]) -> tuple[str, ...]:
     """Return the names in the order of their ids: whole numbers and LABEL_<number> by number, others by characters."""
     for prefix in ("", "LABEL_"):
-        if all(name.startswith(prefix) and WHOLE.fullmatch(name.removeprefix(prefix)) for name in names):
+        if all(name.startswith(prefix) and WHOLE_NUMBER.fullmatch(name.removeprefix(prefix)) for name in names):
             return tuple(sorted(names, key=lambda name: int(name.removeprefix(prefix))))
     return tuple(sorted(names))
 
 
-def fold_name(name: str) -> str:
+def normalize_name(name: str) -> str:
     """Return the name without differences in case, spacing and Unicode composition, to compare it with others."""
     return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
 
 
-def list_names(names: Sequence[str], count: int = 10) -> str:
+def format_names(names: Sequence[str], count: int = 10) -> str:
     """Return the first `count` names, separated by commas."""
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def quote_names(names: Sequence[str]) -> str:
     """Return the first ten names in quotes, separated by commas."""
-    return list_names([*map(repr, names)])
+    return format_names([*map(repr, names)])
 
 
 def _keep_model_labels(names: Sequence[str], ids: Iterable[int], model_labels: Sequence[str]) -> LabelIds:
     """Return the labels of a checkpoint; the data write the label with the id `ids[i]` as `names[i]`."""
     pairs = dict(zip(names, ids, strict=True))
     renamings = tuple((name, model_labels[index]) for name, index in pairs.items() if name != model_labels[index])
-    return LabelIds(ids=pairs, names=tuple(model_labels), kept=True, renamings=renamings)
+    return LabelIds(ids=pairs, names=tuple(model_labels), same_as_checkpoint=True, renamings=renamings)
 
 
 def _number_labels(names: Sequence[str]) -> LabelIds:
@@ -86,7 +86,7 @@ def _number_labels(names: Sequence[str]) -> LabelIds:
 
 def _match_names(occurring: Collection[str], model_labels: Sequence[str]) -> dict[str, int]:
     """Return the checkpoint's id of each label; empty if it lacks a label, or has two that a label could mean."""
-    for simplify in (str, fold_name):
+    for simplify in (str, normalize_name):
         theirs = {simplify(name): index for index, name in enumerate(model_labels)}
         ours = {name: theirs.get(simplify(name)) for name in sort_names(occurring)}
         if len(theirs) == len(model_labels) and len(set(ours.values())) == len(ours) and None not in ours.values():

@@ -1,0 +1,139 @@
+"""Data files on the disk: their endings, content, encoding and lines, and the lines that cannot be read."""
+
+import codecs
+import gzip
+import io
+import logging
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import IO, TextIO, cast
+
+log = logging.getLogger("minilm")
+
+_BLOCK = 2**20  # bytes or characters that are decoded at a time
+# Log each warning once, however often a run reads the file.
+warn_once = lru_cache(maxsize=None)(log.warning)
+# A character of several bytes in UTF-8. Text in Windows-1252 hardly ever contains such bytes.
+_MULTIBYTE = re.compile(
+    rb"[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
+    rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
+)
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """Open a file for reading, and unpack it if its name ends in .gz."""
+    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
+
+
+@contextmanager
+def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
+    """Open a file as text, without its byte-order mark. A line ends at `newline` only, and keeps it.
+
+    If reading or decoding fails inside the block, raise ValueError that names the line.
+    """
+    try:
+        with open_bytes(path) as file:
+            _refuse_utf_16(path, file)
+            yield io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        line = _find_undecodable_line(path, encoding)
+        raise ValueError(f"{path}, line {line}: not UTF-8; convert the file" if line else f"{path}: {error}") from error
+
+
+def find_line_end(path: str) -> str:
+    """Return the line end of a file: a line feed, or a carriage return if the file has no line feed.
+
+    So a carriage return inside a line is text, and a file from an old Macintosh is split into lines.
+    """
+    with open_text(path, "latin-1") as file:
+        while block := file.read(_BLOCK):
+            if "\n" in block:
+                return "\n"
+    return "\r"
+
+
+def strip_line_end(line: str, newline: str) -> str:
+    """Return a line without its end: `newline`, or CR LF if `newline` is LF."""
+    line = line.removesuffix(newline)
+    return line.removesuffix("\r") if newline == "\n" else line
+
+
+def detect_encoding(files: Sequence[str]) -> str:
+    """Return the encoding of files: `utf-8`, or `cp1252` (Windows-1252) with a warning.
+
+    Files are read as Windows-1252 if none of them is UTF-8 and none holds a multi-byte character of UTF-8. Raises
+    ValueError that names the file and the line if the files are in neither encoding, or in different ones.
+    """
+    others = {name: line for name in files if (line := _find_undecodable_line(name, "utf-8"))}
+    for name, line in others.items():
+        if len(others) < len(files) or _find_undecodable_line(name, "cp1252"):
+            raise ValueError(f"{name}, line {line}: not UTF-8, or it holds a NUL, which is not text; convert the file")
+        if other := _find_multibyte_line(name):
+            raise ValueError(
+                f"{name}, line {line}: not UTF-8, though line {other} holds UTF-8; "
+                "correct the line, or convert the file"
+            )
+        warn_once(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
+    return "cp1252" if others else "utf-8"
+
+
+def _refuse_utf_16(path: str, file: IO[bytes]) -> None:
+    """Raise ValueError if the file begins with a byte-order mark of UTF-16."""
+    if file.read(2) in _UTF_16:
+        raise ValueError(f"{path}, line 1: the file is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
+    file.seek(0)
+
+
+def _find_undecodable_line(name: str, encoding: str) -> int:
+    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL, or 0."""
+    number = 0
+    try:
+        with open_bytes(name) as file:
+            _refuse_utf_16(name, file)
+            if _is_text(file, encoding):
+                return 0
+            file.seek(0)
+            for line in file:
+                number += 1
+                if "\0" in line.decode(encoding):
+                    return number
+    except UnicodeDecodeError:
+        return number
+    except (OSError, EOFError, zlib.error) as error:
+        advice = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
+        raise ValueError(f"{name}, after line {number}: cannot be read; {advice} ({error})") from error
+    return 0
+
+
+def _find_multibyte_line(name: str) -> int:
+    """Return the number of the first line, from 1, that holds a multi-byte character of UTF-8, or 0."""
+    with open_bytes(name) as file:
+        return next((number for number, line in enumerate(file, start=1) if _MULTIBYTE.search(line)), 0)
+
+
+def check_byte_order_mark(path: str, number: int, line: str) -> None:
+    """Raise ValueError if a line after the first begins with a byte-order mark, which is not text.
+
+    The mark is there if files were joined. `open_text` removes the mark of the first line.
+    """
+    if number > 1 and line.startswith("\ufeff"):
+        raise ValueError(
+            f"{path}, line {number}: begins with a byte-order mark (U+FEFF), as if files were joined; remove it"
+        )
+
+
+def _is_text(file: IO[bytes], encoding: str) -> bool:
+    """Return whether all of a file can be decoded and holds no NUL. It reads blocks, which is faster than lines."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        while block := file.read(_BLOCK):
+            if "\0" in decoder.decode(block):
+                return False
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error):
+        return False
+    return True

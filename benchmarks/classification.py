@@ -32,7 +32,7 @@ from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Batch, Classification, Config, Model, Optim, Run
-from minilm.config.parsing import parse
+from minilm.config.command_line import parse_flags
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples
 from minilm.distributed.hardware import choose_precision, describe, usable_processors
@@ -74,7 +74,7 @@ class Batches(Dataset[list[dict[str, Any]]]):
             seed=config.run.seed,
             group=config.batch.group,
         )
-        self.steps = config.run.steps(self.plan.steps_per_epoch)
+        self.steps = config.run.count_steps(self.plan.steps_per_epoch)
 
     def __len__(self) -> int:
         return self.steps
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of the model to fine-tune")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
     options, rest = parser.parse_known_args()
-    config = parse(replace(CONFIG, model=Model(name=options.model)), arguments=rest)
+    config = parse_flags(replace(CONFIG, model=Model(name=options.model)), arguments=rest)
     for part, name in (("optim", "layer_decay"), ("objective", "label_smoothing"), ("batch", "micro_tokens")):
         if getattr(getattr(config, part), name) != getattr(getattr(CONFIG, part), name):
             parser.error(f"{part}.{name} is not taken here: Trainer's side does not have it")

@@ -18,7 +18,7 @@ from sides import Parts, assemble, precision_of, turns_of
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilm.config import Config
-from minilm.config.parsing import parse
+from minilm.config.command_line import parse_flags
 
 WARM_UP = 3  # steps before all others
 ROOM = 2**24  # bytes of records that the profiler may keep of a step
@@ -57,7 +57,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")
-    config = parse(runpy.run_path(str(options.recipe))["CONFIG"], arguments=flags)
+    config = parse_flags(runpy.run_path(str(options.recipe))["CONFIG"], arguments=flags)
     parts = labelled_parts(config)
     steps, cuda = turns_of(parts, WARM_UP + 2 * options.steps), parts.accelerator.device.type == "cuda"
     for _ in range(WARM_UP):

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
-from minilm.config.parsing import read_run
+from minilm.config.serialization import read_run_config
 from minilm.data.corpus import Examples
 from minilm.distributed.hardware import choose_precision, describe
 from minilm.models.loading import load_model
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("run", metavar="DIR", type=Path, help="output folder of the main job")
     folder = parser.parse_args().run
     transformers_logging.set_verbosity_error()
-    config = read_run(str(folder / "run.json"))
+    config = read_run_config(str(folder / "run.json"))
     ours = json.loads((folder / "all_results.json").read_text())
     precision = choose_precision(config.run.precision, Accelerator().device).name
     prepared = prepare(config)

@@ -32,7 +32,7 @@ import contextlib
 import inspect
 from itertools import pairwise
 
-from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens, groups
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens, settings
 
 __all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]
 
@@ -40,14 +40,14 @@ __all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", 
 def _explain() -> None:
     """Have `help` show the string under each field, which Python drops, as part of the constructor."""
     with contextlib.suppress(OSError):  # where the source is not there
-        for owner in ast.parse(inspect.getsource(groups)).body:
+        for owner in ast.parse(inspect.getsource(settings)).body:
             if isinstance(owner, ast.ClassDef) and owner.name in __all__:
                 said = [
                     f"{ast.unparse(field.target)}: {' '.join(ast.literal_eval(text.value).split())}"
                     for field, text in pairwise(owner.body)
                     if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
                 ]
-                getattr(groups, owner.name).__init__.__doc__ = "\n".join(said) or None
+                getattr(settings, owner.name).__init__.__doc__ = "\n".join(said) or None
 
 
 _explain()

@@ -70,7 +70,7 @@ def start_recording(begun: Begun, config: Config, head: Head) -> tuple[Plan, int
     if isinstance(head, SparseHead):
         verify_head(config, head, prepared)
     plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))
-    total = config.run.steps(plan.steps_per_epoch)
+    total = config.run.count_steps(plan.steps_per_epoch)
     together(lambda: claim_output_dir(folder, config.run, head.model), main_only=True)
     recorder, _ = open_recorder(accelerator, config, folder, head, plan, prepared, total, begun.precision, Progress())
     return plan, total, recorder

@@ -53,9 +53,9 @@ from minilm.runs.resume import check_best, check_settings, load_step, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
 from minilm.runs.verify_head import verify_head
-from minilm.utils.folder_lock import unlocked_at_end
-from minilm.utils.hub import quiet_transformers
-from minilm.utils.signals import hold_back_signals, leave_signals_to_parent
+from minilm.utils.folder_lock import unlock_at_end
+from minilm.utils.progress import quiet_transformers
+from minilm.utils.signals import block_signals, ignore_signals_from_others
 
 log = logging.getLogger("minilm")
 
@@ -113,7 +113,7 @@ def train_step(
 
 @explain_lost_contact()
 @restore_on_error()
-@unlocked_at_end()
+@unlock_at_end()
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
@@ -141,7 +141,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         together(lambda: compile_layers(head))
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
-    total = config.run.steps(plan.steps_per_epoch)
+    total = config.run.count_steps(plan.steps_per_epoch)
 
     # Resume: put the weights and moments of the checkpoint in place. A new run has no progress yet.
     progress = together(lambda: resume(checkpoint, config, inputs, total, network, optimizer, precision.name))
@@ -295,7 +295,7 @@ class _StepLoader(DataLoader[Item]):
     """A DataLoader whose workers leave signals to this process from their start."""
 
     def __iter__(self) -> Any:
-        with hold_back_signals():
+        with block_signals():
             return super().__iter__()
 
 
@@ -315,7 +315,7 @@ def load_steps(
         num_workers=workers,
         collate_fn=_unchanged,  # the default would search the items for arrays to convert
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=ignore_signals_from_others,
     )
 
 

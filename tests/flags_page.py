@@ -1,4 +1,4 @@
-"""`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config/groups.py."""
+"""`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config/settings.py."""
 
 import ast
 import dataclasses
@@ -15,7 +15,7 @@ HEADER = """# Flags
 
 Every recipe takes these flags. `python RECIPE --help` shows them with the recipe's own defaults; the defaults below are
 those of `minilm.Config`. `python -m tests.flags_page` writes this page from the docstrings in
-`minilm/config/groups.py`.
+`minilm/config/settings.py`.
 
 | flag of every recipe | what it does |
 |---|---|

@@ -27,7 +27,7 @@ from typing import Literal
 import psutil
 
 from minilm.config import Config
-from minilm.config.parsing import parse
+from minilm.config.command_line import parse_flags
 from tests.launch import ROOT, TINY
 
 LIMIT = 20  # seconds from launch to the end
@@ -177,7 +177,7 @@ def run_forked(entries: dict[str, Entry], home: Path, endpoint: str) -> None:
     import pandas  # noqa: F401
     import sklearn.metrics  # noqa: F401
 
-    parse(Config(), "", [])
+    parse_flags(Config(), "", [])
     hubs = {"offline": ("HF_HUB_OFFLINE", "1"), "server": ("HF_ENDPOINT", endpoint)}
     hubs["unreachable"] = ("HF_ENDPOINT", "http://127.0.0.1:9")
     os.environ.pop("HF_HUB_OFFLINE", None)

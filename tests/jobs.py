@@ -21,7 +21,7 @@ import minilm.distributed.launch
 import minilm.train
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.commands.recipe import guarded
-from minilm.utils.signals import ended_by_signals
+from minilm.utils.signals import interrupt_on_signals
 from tests.launch import ROOT
 
 LAUNCHERS = ("accelerate", "torchrun")
@@ -269,7 +269,7 @@ def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.P
 def _train(config: Config, planted: str) -> int:
     exec(planted, {})
     try:
-        guarded(ended_by_signals()(lambda: _discard(minilm.train.train(config))))
+        guarded(interrupt_on_signals()(lambda: _discard(minilm.train.train(config))))
     except SystemExit as end:
         return int(end.code or 0)
     return 0

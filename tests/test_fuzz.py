@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from minilm.config import Config, Data
-from minilm.config.parsing import from_dict, read_run, to_dict
+from minilm.config.serialization import from_dict, read_run_config, to_dict
 from minilm.data.documents import load_documents
 
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -120,5 +120,5 @@ def test_a_run_file_of_any_content_is_read_or_refused_by_its_name(content: bytes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run.json")
         path.write_bytes(content)
-        config, message = outcome(lambda: read_run(str(path)))
+        config, message = outcome(lambda: read_run_config(str(path)))
     assert str(path) in message if message else isinstance(config, Config)

@@ -1,6 +1,7 @@
-"""The order of the packages: a module imports only from its own package and from packages before it."""
+"""The order of the packages and the names in them: imports go one way, and a public name has one meaning."""
 
 import ast
+import collections
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_a_wrong_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_config_imports_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys, minilm, minilm.config.parsing; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
+        "import sys, minilm, minilm.config.command_line; "
+        "print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""
 
@@ -69,3 +71,33 @@ def test_a_package_says_what_lives_in_it(package: str) -> None:
     doc = ast.get_docstring(ast.parse((ROOT / "minilm" / package / "__init__.py").read_text(encoding="utf-8")))
     assert doc is not None
     assert len(doc.splitlines()) >= 2
+
+
+def repeated_names(folder: Path) -> dict[str, list[str]]:
+    """Return the public names of modules, classes and functions below a folder that occur in more than one module.
+
+    A module may hold a function of its own name.
+    """
+    places = collections.defaultdict(set)
+    for path in sorted(folder.rglob("*.py")):
+        module = path.relative_to(folder).as_posix()
+        names = [] if path.stem == "__init__" else [path.stem]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                names.append(node.name)
+        for name in names:
+            if not name.startswith("_"):
+                places[name].add(module)
+    return {name: sorted(modules) for name, modules in places.items() if len(modules) > 1}
+
+
+def test_a_public_name_is_defined_in_one_module() -> None:
+    assert repeated_names(ROOT / "minilm") == {}
+
+
+def test_a_repeated_name_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "load.py").write_text("class Batch: ...\ndef load(): ...\ndef _private(): ...\n")
+    (tmp_path / "two.py").write_text("def load(): ...\nclass Batch:\n    def save(self): ...\ndef _private(): ...\n")
+    (tmp_path / "three.py").write_text("class Other:\n    def save(self): ...\n")
+    assert repeated_names(tmp_path) == {"Batch": ["one/load.py", "two.py"], "load": ["one/load.py", "two.py"]}

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from torch.multiprocessing.spawn import spawn
 
 from minilm.distributed.hardware import choose_precision, describe, device_peak, usable_processors
-from minilm.utils.cache import CacheError, cache_folder
+from minilm.utils.cache import CacheError, get_cache_folder
 
 _PATIENCE = 120.0  # seconds for processes to meet, which takes a few on a machine that has nothing else to do
 _TOGETHER = 2  # processes that are to meet
@@ -150,7 +150,7 @@ def _disk() -> Finding:
 
 def _caches() -> Iterator[Finding]:
     try:
-        folder = cache_folder()
+        folder = get_cache_folder()
         if not os.access(folder, os.W_OK):
             raise CacheError(f"the cache {folder} cannot be written; set HF_HOME to a folder that can be")
     except CacheError as error:

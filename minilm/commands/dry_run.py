@@ -22,7 +22,7 @@ from minilm.objectives.objective import prepare
 from minilm.optim.optimizer import build_optimizer, learning_rate
 from minilm.runs.output_folder import choose_output_dir
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
-from minilm.utils.folder_lock import unlocked_at_end
+from minilm.utils.folder_lock import unlock_at_end
 
 _FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0  # the probe ends when it has timed both
 _MOST_STEPS = 1000
@@ -51,7 +51,7 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
     accelerator, precision = start(config.run)
-    with unlocked_at_end():
+    with unlock_at_end():
         folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
     prepared = first_on_each_host(accelerator, lambda: prepare(config))
     rows = config.batch.max_length if config.batch.layout == "packed" else None
@@ -62,7 +62,9 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     if prepared.labels is not None:
         lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
     if own_loop:
-        lines.append(("steps", f"{config.run.steps(plan.steps_per_epoch):,} of {config.batch.examples} {plan.unit}"))
+        lines.append(
+            ("steps", f"{config.run.count_steps(plan.steps_per_epoch):,} of {config.batch.examples} {plan.unit}")
+        )
         lines.append(("time", "unknown, as are model and memory, because this recipe has its own loop"))
     else:
         lines += _planned(config, accelerator, precision, prepared)
@@ -86,7 +88,7 @@ def _planned(
     head, config = build_head(config, accelerator, prepared)
     cost = count_flops(head, config.batch.max_length)
     plan, collator, _ = build_plan(config, accelerator, head, prepared)
-    total = config.run.steps(plan.steps_per_epoch)
+    total = config.run.count_steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
     state = weights + 3 * sum(p.numel() * p.element_size() for p in trained)  # gradients and two moments

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
-from minilm.config.parsing import read_run
+from minilm.config.serialization import read_run_config
 from minilm.data.labels import PROBLEM_TYPES, check_model_labels
 from minilm.data.sources import fingerprint_sources
 from minilm.distributed.launch import finish, start
@@ -104,7 +104,7 @@ def _build_config(name: str, data: Data | None) -> Config:
     """Return the configuration that evaluates the model, from its run.json or else from its class."""
     run = _run_file(name)
     if run.is_file():
-        config = read_run(str(run))
+        config = read_run_config(str(run))
     elif data is None:
         raise ValueError(f"{name} has no run.json that names evaluation documents: give --data.source")
     else:

@@ -21,7 +21,7 @@ from minilm.data.special_ids import count_embedding_rows
 from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
 from minilm.models.loading import longest_input
 from minilm.runs.checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
-from minilm.utils.atomic_files import replacing, sync
+from minilm.utils.atomic_files import replace_folder, sync_path
 
 _LOADERS: dict[type, Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]] = {
     MaskedLM: load_masked_lm,
@@ -55,7 +55,7 @@ def export_model(source: str | Path, output: str | Path, kind: str) -> Path:
     if is_checkpoint(folder):
         read_checkpoint(folder)  # checks it against its sums
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
+    with replace_folder(target) as temporary:
         if kind == "onnx":
             _write_onnx(folder, temporary / "model.onnx")
         elif not _copy(folder, temporary, _WEIGHTS):
@@ -71,7 +71,7 @@ def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> bool:
         copy = target / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-        sync(copy)
+        sync_path(copy)
     return bool(files)
 
 

@@ -6,7 +6,8 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -252,21 +253,25 @@ def _documents(options: argparse.Namespace) -> Any:
     return rows
 
 
-def _quiet_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Import transformers, and switch off its progress bars and warnings in the block."""
+    with ExitStack() as stack:
+        with quick_imports():
+            from minilm.utils.progress import quiet_transformers
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+            stack.enter_context(quiet_transformers())
+        yield
 
 
 def _print_json(line: dict[str, Any]) -> None:
     print(json.dumps(line, ensure_ascii=False))
 
 
+@_quiet_transformers()
 def _generate(options: argparse.Namespace) -> None:
     with quick_imports():
         from minilm.models.inference import check_beginnings, generate, load_causal_lm
-    _quiet_transformers()
     texts = _texts(options)
     model, tokenizer = load_causal_lm(options.model)
     check_beginnings(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
@@ -282,10 +287,10 @@ def _generate(options: argparse.Namespace) -> None:
             _print_json({**_row_field(options, number), "input": text, "text": result})
 
 
+@_quiet_transformers()
 def _fill_mask(options: argparse.Namespace) -> None:
     with quick_imports():
         from minilm.models.inference import check_masks, fill_mask, load_masked_lm, on_one_line
-    _quiet_transformers()
     texts = _texts(options)
     model, tokenizer = load_masked_lm(options.model)
     check_masks(model, tokenizer, [text for text in texts if text.strip()])
@@ -308,10 +313,10 @@ def _fill_mask(options: argparse.Namespace) -> None:
                     print(f"{prefix}{fill.probability:6.1%}  {fill.token:<16}  {on_one_line(fill.text)}")
 
 
+@_quiet_transformers()
 def _classify(options: argparse.Namespace) -> None:
     with quick_imports():
         from minilm.models.inference import classify, load_classifier, on_one_line
-    _quiet_transformers()
     pairs: list[str] | None = None
     if options.pair_column is not None:
         if options.file is None or options.pair is not None:
@@ -340,13 +345,13 @@ def _classify(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from minilm.config.parsing import parse_data
+    from minilm.config.command_line import parse_data_flags
 
-    data = parse_data(options.rest)
+    data = parse_data_flags(options.rest)
     with quick_imports():
         from minilm.commands.evaluate import evaluate
-    _quiet_transformers()
-    figures = evaluate(options.model, data)
+    with _quiet_transformers():
+        figures = evaluate(options.model, data)
     if options.json:
         _print_json(figures)
     else:
@@ -355,10 +360,10 @@ def _evaluate(options: argparse.Namespace) -> None:
             print(f"{name:<{width}}  {value:.6g}")
 
 
+@_quiet_transformers()
 def _export(options: argparse.Namespace) -> None:
     with quick_imports():
         from minilm.commands.export import export_model
-    _quiet_transformers()
     print(f"written: {export_model(options.model, options.output, options.format)}")
 
 

@@ -15,10 +15,10 @@ from typing import NoReturn
 
 from minilm.commands.completion import RECIPE, recipe_completion
 from minilm.config import Config
-from minilm.config.parsing import parse, take_seeds
-from minilm.utils.launch_variables import is_main, is_one_of_several
-from minilm.utils.shell import outlasting_readers, reader_is_gone
-from minilm.utils.signals import ended_by_signals, first_to_tell
+from minilm.config.command_line import parse_flags, parse_seeds
+from minilm.utils.launch_variables import claim_error_report, is_distributed, is_main_process
+from minilm.utils.output_streams import discard_unread_output, survive_closed_output
+from minilm.utils.signals import interrupt_on_signals
 from minilm.utils.validation import check
 
 
@@ -33,16 +33,16 @@ def run_recipe(
     """
     arguments = [word for word in sys.argv[1:] if word not in ("--debug", "--dry-run")]
 
-    @ended_by_signals()
+    @interrupt_on_signals()
     def work() -> None:
         if arguments[:1] == [RECIPE]:
             print(recipe_completion(config, Path(sys.argv[0]).name, "".join(arguments[1:])))
             return
-        seeds, rest = take_seeds(arguments)
+        seeds, rest = parse_seeds(arguments)
         check(
             not seeds or "--dry-run" not in sys.argv, "--seeds and --dry-run exclude each other: leave one of them out"
         )
-        resolved = parse(config, description, rest)
+        resolved = parse_flags(config, description, rest)
         _show_log()
         name = Path(sys.argv[0]).stem
         if "--dry-run" in sys.argv:
@@ -59,7 +59,7 @@ def run_recipe(
         else:
             (trains or train)(resolved, name)
 
-    with outlasting_readers():
+    with survive_closed_output():
         guarded(work, debug="--debug" in sys.argv)
 
 
@@ -88,21 +88,21 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
     for signal n, and the exception's own for TrainingStopped. It is 141, without a line, if nothing reads stdout any
     more. Any other exception is a bug and shows its traceback. With `debug`, all exceptions do.
     """
-    several = is_one_of_several(os.environ)
+    several = is_distributed(os.environ)
     try:
         work()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout):
+        if isinstance(error, BrokenPipeError) and discard_unread_output(sys.stdout):
             sys.exit(128 + signal.SIGPIPE)
         status, line = _describe(error)
         if line is None or debug:
             if not several:
                 raise
             # The call keeps processes silent that end because they lose contact with this one.
-            first_to_tell()
+            claim_error_report()
             traceback.print_exc()
-        elif first_to_tell():
+        elif claim_error_report():
             print(line, file=sys.stderr, flush=True)
         if several and (line is None or isinstance(error, OSError | KeyboardInterrupt)):
             _leave(status)
@@ -141,4 +141,4 @@ def _show_log() -> None:
     logger = logging.getLogger("minilm")
     logger.propagate = False
     logger.handlers = [logging.StreamHandler()]
-    logger.setLevel(logging.INFO if is_main(os.environ) else logging.ERROR)
+    logger.setLevel(logging.INFO if is_main_process(os.environ) else logging.ERROR)

@@ -7,9 +7,9 @@ from typing import Any
 
 from minilm.commands.charts import COLOURS, DARK_COLOURS, Panel, panels, style, svg, write_png
 from minilm.config import Config
-from minilm.config.parsing import from_dict, to_dict
+from minilm.config.serialization import from_dict, to_dict
 from minilm.runs.run_log import Logged, read_runs, shown
-from minilm.utils.atomic_files import publish
+from minilm.utils.atomic_files import write_atomically
 
 _MARK = '<meta name="generator" content="minilm report">'
 
@@ -115,7 +115,7 @@ def write_report(folders: Sequence[str], output: str = "report.html", *, png: bo
         if png:
             written.append(path.with_suffix(".png"))
             write_png(written[1], found, names)
-        publish(path, page(runs, found))
+        write_atomically(path, page(runs, found))
     except OSError as error:
         raise ValueError(f"--output {output} cannot be written: {error.strerror or error}") from error
     return written

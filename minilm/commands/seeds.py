@@ -18,9 +18,9 @@ from minilm.config import Config, Run
 from minilm.distributed.launch import explain_lost_contact, join_job, one_job, restore_on_error, together
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.output_folder import choose_output_dir, is_free, refuse_unwritable
-from minilm.utils.atomic_files import publish
-from minilm.utils.folder_lock import lock_folder, unlock_folder, unlocked_at_end
-from minilm.utils.signals import heard
+from minilm.utils.atomic_files import write_atomically
+from minilm.utils.folder_lock import lock_folder, unlock_at_end, unlock_folder
+from minilm.utils.signals import get_last_signal
 
 log = logging.getLogger("minilm")
 
@@ -29,7 +29,7 @@ SUMMARY = "seeds.json"
 
 @explain_lost_contact()
 @restore_on_error()
-@unlocked_at_end()
+@unlock_at_end()
 def sweep(
     config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]
 ) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def sweep(
             clear_device_cache(garbage_collection=True)  # the next run has room for a model of its own
             summary = summarise(results)
             if main:
-                publish(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+                write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if main:
         _show(summary, folder)
     return summary
@@ -102,7 +102,7 @@ def _train_seed(
 def _stop_if_signalled(config: Config, finished: Mapping[int, object]) -> None:
     """Raise TrainingStopped on all processes where one of them received a signal too late for its run."""
     join_job(config.run)
-    if number := max(gather_object([heard()])):
+    if number := max(gather_object([get_last_signal()])):
         raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_list_finished(finished)}", 128 + number)
 
 

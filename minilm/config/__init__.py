@@ -1,22 +1,22 @@
-"""The settings of a run and their two written forms, the command line and `run.json`. Nothing here imports torch.
+"""The settings of a run, and their two written forms: flags on the command line, and `run.json`.
 
-`groups` has every setting with its default and its help. `parsing` reads flags and `run.json`. `foreign_flags` answers
-flags of other programs. Import the classes from the package: `from minilm.config import Config`.
+`settings` holds every setting with its default and its help. `command_line` reads flags, and `serialization` reads and
+writes JSON. `foreign_flags` answers flags of other programs. None of them imports torch. Import the classes from the
+package: `from minilm.config import Config`.
 """
 
-from minilm.config.groups import (
+from minilm.config.settings import (
     Batch,
     CausalLM,
     Classification,
     Config,
+    ConfigValue,
     Data,
     MaskedLM,
     Model,
     Optim,
     Run,
     Tokens,
-    Value,
-    lower_is_better,
 )
 
 __all__ = [
@@ -24,12 +24,11 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Config",
+    "ConfigValue",
     "Data",
     "MaskedLM",
     "Model",
     "Optim",
     "Run",
     "Tokens",
-    "Value",
-    "lower_is_better",
 ]

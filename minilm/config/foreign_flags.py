@@ -18,7 +18,7 @@ _LAUNCHER = "a flag of the launcher: accelerate launch --multi_gpu --num_process
 _CONFIG = "--model.config.FIELD, a field of the Hugging Face configuration"
 _LOGGED = "not needed: log.jsonl in the output folder has one line per step"
 
-ANSWERS = {
+FOREIGN_FLAGS = {
     # The model and its tokenizer.
     "model_name_or_path": "--model.name",
     "model_name": "--model.name",
@@ -183,7 +183,7 @@ def refuse_foreign_flags(words: Sequence[str], default: Config) -> None:
         owners = [group for group, fields in own.items() if last in fields]
         if len(owners) == 1:
             raise ValueError(f"unknown flag {flag}: use --{owners[0]}.{last.replace('_', '-')}")
-        if last in ANSWERS:
-            answer = ANSWERS[last]
+        if last in FOREIGN_FLAGS:
+            answer = FOREIGN_FLAGS[last]
             verb = "use" if answer.startswith("--") else "it is"
             raise ValueError(f"unknown flag {flag}: {verb} {answer}")

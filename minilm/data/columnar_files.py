@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, LargeList, List
 from pyarrow import parquet
 
 from minilm.data.columns import Column
-from minilm.utils.local_files import DENIED, file_kind
+from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind
 
 BATCH_ROWS = 1000  # rows that are converted to Python objects at a time
 
@@ -161,7 +161,7 @@ class _Arrow:
 @contextmanager
 def _open(path: str) -> Iterator[_Parquet | _Arrow]:
     """Open a file, and unpack it into a temporary file first if its name ends in .gz."""
-    kind = _Parquet if file_kind(path) == "parquet" else _Arrow
+    kind = _Parquet if get_file_kind(path) == "parquet" else _Arrow
     if not path.endswith(".gz"):
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
             yield kind(file)
@@ -179,7 +179,7 @@ def _damage_as_error(path: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise ValueError(f"{path}: {DENIED}") from error
+        raise ValueError(f"{path}: {PERMISSION_DENIED}") from error
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{path}: {describe_damage(path) or 'cannot be read'} ({why})") from error
@@ -199,8 +199,8 @@ def describe_damage(path: str) -> str:
                     table.file.read_row_group(group)
                 group = None
     except PermissionError:
-        return DENIED
+        return PERMISSION_DENIED
     except (OSError, EOFError, ValueError, pyarrow.ArrowException):
-        kind = "Parquet" if file_kind(path) == "parquet" else "Arrow"
+        kind = "Parquet" if get_file_kind(path) == "parquet" else "Arrow"
         return f"not {kind}, or cut off" if group is None else f"row group {group} of {count} is damaged"
     return ""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from minilm.utils.validation import closest
+from minilm.utils.validation import suggest_name
 
 _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
 
@@ -73,7 +73,7 @@ class Column:
                 f"pass another {_FLAGS[self.role]}"
             )
         return ValueError(
-            f"{where}: no column {closest(self.name, [outer + name for name in known])} Pass {_FLAGS[self.role]}"
+            f"{where}: no column {suggest_name(self.name, [outer + name for name in known])} Pass {_FLAGS[self.role]}"
         )
 
     def not_text_error(self, where: str, what: str) -> ValueError:

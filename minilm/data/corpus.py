@@ -24,7 +24,7 @@ from minilm.data.special_token_counter import SpecialTokenCounter, read_special_
 from minilm.data.text_bytes import count_text_bytes, measure_token_names
 from minilm.data.word_boundaries import find_word_starts
 from minilm.utils.cache import open_entry
-from minilm.utils.progress import progress_bar
+from minilm.utils.progress import show_progress
 
 _T = TypeVar("_T", bound=np.generic)
 _CHUNK = 2**20  # documents that are cut into examples at a time
@@ -231,7 +231,7 @@ def _write_ids(
         create_array_file(folder / "ids.npy", np.dtype(kind)) as file,
         create_array_file(folder / "begins.npy", np.dtype(bool)) as begins_file,
         create_array_file(folder / "bytes.npy", np.dtype(np.uint32)) as bytes_file,
-        progress_bar(total=count_documents(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+        show_progress(total=count_documents(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
     ):
         for texts in iterate_batches(documents):
             with locate_encoding_errors(tokenizer, texts, name, first=len(sizes)):

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from minilm.data.columns import Column
 from minilm.data.text_decoding import check_byte_order_mark, find_line_end, open_text, strip_line_end, warn_once
-from minilm.utils.local_files import ending
+from minilm.utils.local_files import get_ending
 
 _DELIMITERS = (",", ";", "\t", "|")
 # A quote that is not closed takes in the rest of the file, which must not fill the memory.
@@ -108,7 +108,7 @@ def read_delimited_header(path: str, columns: Sequence[Column], encoding: str, d
 def _find_dialect(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> _Dialect:
     """Decide the delimiter and the quoting of a file."""
     newline = find_line_end(path)
-    usual = _Dialect(path, encoding, newline, "\t" if ending(path) == ".tsv" else ",")
+    usual = _Dialect(path, encoding, newline, "\t" if get_ending(path) == ".tsv" else ",")
     dialect = replace(usual, delimiter=delimiter or _find_delimiter(usual, columns))
     return _find_quoting(dialect) if dialect.delimiter == "\t" else dialect
 

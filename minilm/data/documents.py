@@ -12,7 +12,7 @@ from minilm.data.pydocs import load_pydocs
 from minilm.data.rows import BlankPolicy
 from minilm.data.sources import check_data_settings, no_documents_error, quiet_datasets, read_rows
 from minilm.data.splits import assemble_splits
-from minilm.utils.local_files import is_text
+from minilm.utils.local_files import is_plain_text
 
 
 @quiet_datasets()
@@ -60,7 +60,7 @@ class _DatasetReader:
             train_texts, eval_texts = load_pydocs(fraction)
             return Dataset.from_dict({"text": train_texts}), Dataset.from_dict({"text": eval_texts})
         documents = self.read(source, self.data.split)
-        if self.data.document == "file" and is_text(source):
+        if self.data.document == "file" and is_plain_text(source):
             return _cut_ends(documents, fraction)
         count = round(len(documents) * fraction)
         if not 0 < count < len(documents):
@@ -106,7 +106,7 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 def _read(data: Data, source: str, split: str, labels: bool, *, blank: BlankPolicy = "drop") -> Dataset:
     """Return the documents of a source. With labels, blank documents are refused, whatever `blank` is."""
-    if labels and (source == "pydocs" or is_text(source)):
+    if labels and (source == "pydocs" or is_plain_text(source)):
         owner = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
         raise ValueError(f"{owner} no labels; give .jsonl, .csv, .tsv or .parquet")
     if source == "pydocs":

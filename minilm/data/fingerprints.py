@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from minilm.utils.atomic_files import file_facts
+from minilm.utils.atomic_files import hash_file
 
 # A longer file would take seconds to hash at each start.
 _HASHED_BYTES = 2**30
@@ -33,7 +33,7 @@ def fingerprint_file(path: str) -> dict[str, Any]:
 @lru_cache(maxsize=4096)
 def _hash_file(path: str, device: int, inode: int, size: int, modified_ns: int, changed_ns: int) -> dict[str, Any]:
     if size <= _HASHED_BYTES:
-        return file_facts(Path(path))
+        return hash_file(Path(path))
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for number in range(_SAMPLES):

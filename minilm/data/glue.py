@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 
 from minilm.config import Data
-from minilm.utils.validation import closest
+from minilm.utils.validation import suggest_name
 
 _IDS = ("nyu-mll/glue", "glue")
 # The columns of a task: its text, or both. The labels are in the column `label` of all. `ax` has no part to train on.
@@ -29,7 +29,7 @@ def apply_glue_task(data: Data) -> Data:
     if not isinstance(data.source, str) or data.source not in _IDS or os.path.exists(data.source):
         return data
     if data.config not in _COLUMNS:
-        task = closest(data.config or "", list(_COLUMNS))
+        task = suggest_name(data.config or "", list(_COLUMNS))
         raise ValueError(f"{data.source}: data.config names the task, not {task} Pass --data.config")
     if (data.column, data.pair_column) == (Data.column, None):
         column, pair_column = _COLUMNS[data.config]

@@ -16,7 +16,7 @@ from minilm.data.label_column import SECRET_LABEL, LabelColumn
 from minilm.data.label_ids import LabelIds, format_names, match_labels, normalize_name, quote_names
 from minilm.data.label_summary import LabelRows, summarize_classes, summarize_numbers
 from minilm.data.splits import is_one_dataset
-from minilm.utils.validation import closest
+from minilm.utils.validation import suggest_name
 
 # The problems as minilm names them, and as `problem_type` of a Hugging Face configuration names them.
 PROBLEM_TYPES = {
@@ -184,7 +184,7 @@ def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], mat
         for number, row in enumerate(labels_of_rows):
             if missing := next((name for name in row if name not in match.ids), None):
                 advice = SECRET_LABEL if missing == "-1" else "Give the training documents one, or remove the row"
-                part.refuse(number, f"no training document has {closest(missing, match.names)} {advice}")
+                part.refuse(number, f"no training document has {suggest_name(missing, match.names)} {advice}")
 
 
 def _check_variety(part: str, rows: LabelRows, problem: str, match: LabelIds, model_labels: Sequence[str]) -> None:

@@ -21,10 +21,17 @@ from minilm.data.fingerprints import fingerprint_file
 from minilm.data.rows import BlankPolicy, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
 from minilm.data.text_decoding import warn_once
-from minilm.utils.hub import expect, reason
-from minilm.utils.launch_variables import is_main
-from minilm.utils.local_files import ending, is_path, is_saved, is_text, kind_of_files, local_files
-from minilm.utils.validation import closest
+from minilm.utils.hub import describe_loading_error, use_cache_if_offline
+from minilm.utils.launch_variables import is_main_process
+from minilm.utils.local_files import (
+    find_file_kind,
+    find_local_files,
+    get_ending,
+    is_local_path,
+    is_plain_text,
+    is_saved_dataset,
+)
+from minilm.utils.validation import suggest_name
 
 log = logging.getLogger("minilm")
 
@@ -34,7 +41,7 @@ def quiet_datasets() -> Iterator[None]:
     """Silence the log of the datasets library, and show its progress bars only in a terminal, from one process."""
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    if not sys.stderr.isatty() or not is_main(os.environ):
+    if not sys.stderr.isatty() or not is_main_process(os.environ):
         datasets.disable_progress_bars()
     try:
         yield
@@ -58,7 +65,7 @@ def build_columns(data: Data, *, labels: bool = False) -> list[Column]:
 def check_data_settings(data: Data, *, labels: bool) -> None:
     """Raise ValueError for a setting that no source can follow, or that needs labels when none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
-    kinds = {source: kind_of_files(source) for source in sources}
+    kinds = {source: find_file_kind(source) for source in sources}
 
     def refuse(setting: str, why: str) -> None:
         value = getattr(data, setting)
@@ -87,7 +94,7 @@ def check_data_settings(data: Data, *, labels: bool) -> None:
 
 
 def _is_on_hub(source: str) -> bool:
-    return source != "pydocs" and not is_path(source) and not list_files(source)
+    return source != "pydocs" and not is_local_path(source) and not list_files(source)
 
 
 def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
@@ -120,16 +127,16 @@ def open_table(
     sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
     if streaming and sliced is None:
         raise ValueError(f"{source}: a stream takes no part such as {split}; give numbers of rows such as train[:5000]")
-    if files := local_files(source):
+    if files := find_local_files(source):
         _check_files(source, split, files)
         return FileTable(files, data), split
-    if streaming and not is_path(source):
+    if streaming and not is_local_path(source):
         assert sliced is not None
         rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
         start, stop = int(sliced[2] or 0), sliced[3]
         rows = rows.skip(start) if start else rows
         return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
-    cached = expect(source, "dataset")
+    cached = use_cache_if_offline(source, "dataset")
     rows = _load(source, os.path.expanduser(source), name=data.config, split=split)
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
@@ -140,7 +147,7 @@ def open_table(
 
 def no_documents_error(data: Data, source: str, split: str) -> ValueError:
     """Return the error for a source that has no text with a visible character."""
-    at = "" if is_text(source) else f", column {data.column!r}"
+    at = "" if is_plain_text(source) else f", column {data.column!r}"
     return ValueError(
         f"{source}: no document has text (split {split!r}{at}); change the source, the split or the column"
     )
@@ -173,8 +180,8 @@ def fingerprint_sources(data: Data) -> dict[str, Any]:
 def list_files(source: str) -> list[str]:
     """Return the files of a source, also of a saved dataset; empty for a dataset on the hub."""
     path = os.path.expanduser(source)
-    if not is_saved(path):
-        return local_files(source)
+    if not is_saved_dataset(path):
+        return find_local_files(source)
     return sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
 
 
@@ -183,7 +190,7 @@ def fetch_revision(source: str) -> str:
     try:
         return str(HfApi().dataset_info(source, timeout=10).sha)
     except Exception as error:  # the type depends on the HTTP library
-        raise ValueError(f"data source {source}: {reason(error, 'dataset')}") from error
+        raise ValueError(f"data source {source}: {describe_loading_error(error, 'dataset')}") from error
 
 
 def _check_files(source: str, split: str, files: list[str]) -> None:
@@ -215,11 +222,11 @@ def _load(source: str, path: str, **options: Any) -> Any:
         return datasets.load_dataset(path, **options)
     except Exception as error:  # the library raises errors of many types
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        why = reason(error.__cause__ if generating and error.__cause__ else error, "dataset")
+        why = describe_loading_error(error.__cause__ if generating and error.__cause__ else error, "dataset")
         if why.startswith("Unrecognized instruction"):
             why = _describe_bad_split(split)
         for file in list_files(source) if os.path.isdir(path) else ():
-            if ending(file) == ".arrow" and (damage := describe_damage(file)):
+            if get_ending(file) == ".arrow" and (damage := describe_damage(file)):
                 raise ValueError(f"{file}: {damage}") from error
         raise ValueError(f"data source {source}: {why}") from error
 
@@ -230,7 +237,7 @@ def _load_saved(path: str, split: str) -> Dataset:
     listing = Path(path, datasets.config.DATASETDICT_JSON_FILENAME)
     names = json.loads(listing.read_text())["splits"] if listing.is_file() else ["train"]
     if name not in names:
-        raise ValueError(f"no split {closest(name, names)}")
+        raise ValueError(f"no split {suggest_name(name, names)}")
     folder = Path(path, name) if listing.is_file() else Path(path)
     if not json.loads((folder / datasets.config.DATASET_STATE_JSON_FILENAME).read_text())["_data_files"]:
         raise ValueError("is empty")

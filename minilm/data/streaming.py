@@ -18,7 +18,7 @@ from minilm.data.sources import (
     stream_rows,
 )
 from minilm.data.splits import assemble_splits
-from minilm.utils.local_files import full_ending
+from minilm.utils.local_files import get_full_ending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,9 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
     files = list_files(source)
     commit = None if files else fetch_revision(source)
     # A copy of a file has the same texts, and so has a file whose time alone changed.
-    origin = [[full_ending(name), fingerprint_file(name)] for name in files] if files else [source, commit, data.config]
+    origin = (
+        [[get_full_ending(name), fingerprint_file(name)] for name in files] if files else [source, commit, data.config]
+    )
     settings = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
 
     def texts() -> Iterator[str]:

@@ -13,7 +13,7 @@ from minilm.data import columnar_files, delimited_files, json_files, text_files
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.text_decoding import detect_encoding
-from minilm.utils.local_files import file_kind, full_ending
+from minilm.utils.local_files import get_file_kind, get_full_ending
 
 # A batch ends at this many characters or at `columnar_files.BATCH_ROWS` rows. A single row can be longer.
 _BATCH_CHARACTERS = 2**20
@@ -59,7 +59,7 @@ class FileTable:
 
     def __init__(self, files: Sequence[str], data: Data) -> None:
         self.files, self.data = tuple(files), data
-        self.kind = file_kind(files[0])
+        self.kind = get_file_kind(files[0])
         self.typed = self.kind != "delimited"
         self.delimiter = "\t" if data.delimiter == "tab" else data.delimiter
         try:
@@ -67,7 +67,7 @@ class FileTable:
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
         # Names and times are left out: a copy of a file has the same rows.
-        self.identity = [[*map(full_ending, files)], self.fingerprints, data.document, self.delimiter]
+        self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         unit = "row" if self.kind in _COLUMNAR else "line"

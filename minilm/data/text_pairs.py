@@ -17,7 +17,7 @@ from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.utils.cache import open_entry
-from minilm.utils.progress import progress_bar
+from minilm.utils.progress import show_progress
 
 log = logging.getLogger("minilm")
 
@@ -71,7 +71,7 @@ def _write(
     name: str,
 ) -> None:
     ids, types, sizes, cut, special = [], [], [0], 0, SpecialTokenCounter(tokenizer)
-    with progress_bar(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
+    with show_progress(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
         for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
             with ExitStack() as stack:
                 for column in columns:

@@ -10,7 +10,7 @@ from minilm.data.document_texts import Documents, find_text_columns, fingerprint
 from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.utils.cache import open_entry
-from minilm.utils.hub import loading
+from minilm.utils.hub import explain_loading_errors
 
 # What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
 _SETTINGS = (
@@ -43,7 +43,7 @@ def load_tokenizer(
             documents, tokens.kind, tokens.vocab_size, causal, columns=find_text_columns(documents)
         )
         return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
-    with loading(name, f"tokenizer {name!r} cannot be loaded"):
+    with explain_loading_errors(name, f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from minilm.data.document_texts import Documents, count_texts, iterate_texts
-from minilm.utils.progress import progress_bar
-from minilm.utils.shell import silent_stdout
+from minilm.utils.output_streams import silence_stdout
+from minilm.utils.progress import show_progress
 
 _SPECIAL = {
     "pad_token": "[PAD]",
@@ -76,7 +76,7 @@ def _collect_characters(documents: Documents, special: list[AddedToken], unknown
 
 def _train_on(documents: Documents, tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
     """Train a tokenizer of the tokenizers library, which draws its bars on stderr if that is a terminal."""
-    with silent_stdout():
+    with silence_stdout():
         tokenizer.train_from_iterator(iterate_texts(documents), trainer, length=count_texts(documents))
     if sys.stderr.isatty():
         # The library leaves the cursor behind its last bar. Remove that bar, so that the next line begins on the left.
@@ -120,7 +120,7 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
     # The "<" stands alone, so that a text with "<0x0A>" in it is not taken for the byte of that name.
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
-    for text in progress_bar(
+    for text in show_progress(
         iterate_texts(documents), desc="reading", total=count_texts(documents), unit="text", leave=False
     ):
         words.update(word for word, _ in splitter.pre_tokenize_str(text))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minilm.data.batch_plan import Step
 from minilm.models.head import Head
-from minilm.utils.launch_variables import is_one_of_several, processes_here
+from minilm.utils.launch_variables import count_local_processes, is_distributed
 
 # Dense peaks in TFLOP/s from the makers' datasheets: (substring of the device's name, bf16 and fp16, fp32).
 # The fp32 column is for plain fp32, since torch keeps TF32 off by default.
@@ -316,7 +316,7 @@ def check_launch(processes: int, environment: Mapping[str, str]) -> None:
 
 def check_devices(devices: int, environment: Mapping[str, str]) -> None:
     """Raise ValueError if this machine has more processes than GPUs, since each takes one; `devices` 0 means CPUs."""
-    here = processes_here(environment)
+    here = count_local_processes(environment)
     if devices and here > devices:
         raise ValueError(
             f"{here} processes were started and there are {devices} GPUs here: "
@@ -334,7 +334,7 @@ def fair_threads(environment: Mapping[str, str]) -> int | None:
 
     Launchers set 1 because they do not know a better number. Returns None for any other value, or without a launcher.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in environment or is_one_of_several(environment)
+    launched = "ACCELERATE_MIXED_PRECISION" in environment or is_distributed(environment)
     if not launched or environment.get("OMP_NUM_THREADS") != "1":
         return None
-    return max(1, usable_processors() // processes_here(environment))
+    return max(1, usable_processors() // count_local_processes(environment))

@@ -34,8 +34,8 @@ from minilm.distributed.hardware import (
     repeat_to_the_bit,
 )
 from minilm.distributed.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
-from minilm.utils.launch_variables import check_job, leftovers_hidden
-from minilm.utils.signals import killed_by_signals
+from minilm.utils.launch_variables import check_launch_variables, hide_leftover_ranks
+from minilm.utils.signals import restore_default_signals
 
 T = TypeVar("T")
 
@@ -56,8 +56,8 @@ def join_job(run: Run) -> PartialState:
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
     outside = not dist.is_initialized()
     if outside:
-        check_job(os.environ)
-    with killed_by_signals(), hidden_from_accelerate(), leftovers_hidden():
+        check_launch_variables(os.environ)
+    with restore_default_signals(), hidden_from_accelerate(), hide_leftover_ranks():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     _joined[0] |= outside and dist.is_initialized()
     check_launch(state.num_processes, os.environ)
@@ -102,7 +102,7 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     zero = zero_stage(os.environ) is not None
     _check_combination(run, mode, state.device, sharded=sharding is not None, zero=zero)
     _check_earlier(mode, state.device)
-    with hidden_from_accelerate(), leftovers_hidden():
+    with hidden_from_accelerate(), hide_leftover_ranks():
         accelerator = Accelerator(
             mixed_precision=mode,
             cpu=_on_cpu(),
@@ -228,7 +228,7 @@ def first_on_each_host(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """
     group = None
     if accelerator.num_processes > 1:
-        with killed_by_signals():
+        with restore_default_signals():
             group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def wait_for_everyone() -> None:

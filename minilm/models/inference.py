@@ -21,7 +21,7 @@ from transformers import (
 
 from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.models.loading import check_causal, longest_input
-from minilm.utils.hub import loading
+from minilm.utils.hub import explain_loading_errors
 
 log = logging.getLogger("minilm")
 
@@ -69,7 +69,7 @@ def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreT
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no config.json (did its run finish?)")
-    with loading(str(name), f"no {kind} can be loaded from {str(name)!r}"):
+    with explain_loading_errors(str(name), f"no {kind} can be loaded from {str(name)!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = auto.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True

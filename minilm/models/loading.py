@@ -26,8 +26,8 @@ from minilm.models.attention import ATTENTION
 from minilm.models.lora import add_lora
 from minilm.models.new_head import find_label_parameters, start_anew
 from minilm.models.new_model import build_model, change_configuration, configuration_of, head_name
-from minilm.utils.hub import loading
-from minilm.utils.validation import closest
+from minilm.utils.hub import explain_loading_errors
+from minilm.utils.validation import suggest_name
 
 log = logging.getLogger("minilm")
 
@@ -135,7 +135,7 @@ def _choose_attention(network: PreTrainedModel, name: str) -> None:
         *(key for key in AttentionInterface().valid_keys() if "|" not in key and key != ATTENTION),
     ]
     if name not in known:
-        raise ValueError(f"model.attention {closest(name, known)}")
+        raise ValueError(f"model.attention {suggest_name(name, known)}")
     try:
         network.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
@@ -150,7 +150,7 @@ def _freeze(network: PreTrainedModel, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matching = fnmatch.filter(parameters, pattern)
         if not matching:
-            raise ValueError(f"model.freeze matches no parameter: {closest(pattern, list(parameters))}")
+            raise ValueError(f"model.freeze matches no parameter: {suggest_name(pattern, list(parameters))}")
         for name in matching:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -252,7 +252,7 @@ def _load(
     """The model, and the names of its parameters that start at random."""
     config, refusal = configuration_of(model, auto), f"model {name!r} cannot be loaded"
     labels = [str(label) for label in (config.id2label or {}).values()]
-    with loading(name, refusal):
+    with explain_loading_errors(name, refusal):
         change_configuration(config, {**fields, **model.config})
         # float32 whatever the checkpoint's own type: the optimizer needs it, and autocast does the rest.
         network, report = auto.from_pretrained(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from minilm.config import Model
-from minilm.utils.validation import check, closest
+from minilm.utils.validation import check, suggest_name
 
 log = logging.getLogger("minilm")
 
@@ -106,7 +106,7 @@ def _choose(network: PreTrainedModel, linear: Mapping[str, nn.Module], patterns:
     for pattern in patterns:
         if not matching(pattern):
             ends = {name.rpartition(".")[2] for name in linear}
-            raise ValueError(f"model.lora_targets matches no linear layer: {closest(pattern, sorted(ends))}")
+            raise ValueError(f"model.lora_targets matches no linear layer: {suggest_name(pattern, sorted(ends))}")
     kind = network.config.get_text_config().model_type
     names = {name for pattern in patterns or USUAL.get(kind, ()) for name in matching(pattern)}
     if not names:

@@ -10,13 +10,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from minilm.config import Model
 from minilm.data.special_ids import PADDING_FIELDS, collect_special_ids, count_embedding_rows, find_unused_id
-from minilm.utils.hub import loading
-from minilm.utils.validation import closest
+from minilm.utils.hub import explain_loading_errors
+from minilm.utils.validation import suggest_name
 
 
 def load_configuration(name: str) -> Any:
     """That of a model, a folder or hub id. ValueError where there is none; code that comes with it is not run."""
-    with loading(name, f"model {name!r} cannot be loaded"):
+    with explain_loading_errors(name, f"model {name!r} cannot be loaded"):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -26,7 +26,7 @@ def configuration_of(model: Model, auto: Any) -> PretrainedConfig:
         try:
             config = AutoConfig.for_model(model.type)
         except ValueError:
-            raise ValueError(f"model.type {closest(model.type, _types(auto))}") from None
+            raise ValueError(f"model.type {suggest_name(model.type, _types(auto))}") from None
         if type(config) not in auto._model_mapping:
             raise ValueError(
                 f"model.type {model.type} has no {head_name(auto)} head; these have: {', '.join(_types(auto))}"
@@ -40,7 +40,9 @@ def configuration_of(model: Model, auto: Any) -> PretrainedConfig:
     known = {**_fields_of(config.get_text_config()), **_fields_of(config)}
     for field in model.config:
         if field not in known:
-            raise ValueError(f"model.config: {model.name or model.type} has no field {closest(field, list(known))}")
+            raise ValueError(
+                f"model.config: {model.name or model.type} has no field {suggest_name(field, list(known))}"
+            )
     return config
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from minilm.models.loading import evaluating, vocabulary_size
-from minilm.utils.hub import quiet_transformers
+from minilm.utils.progress import quiet_transformers
 
 log = logging.getLogger("minilm")
 

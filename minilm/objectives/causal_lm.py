@@ -18,7 +18,7 @@ from minilm.data.special_ids import mark_used_ids
 from minilm.models.inference import check_beginnings, generate
 from minilm.models.loading import check_causal
 from minilm.objectives.language_modeling import LanguageModel
-from minilm.utils.shell import shell_line
+from minilm.utils.shell import format_command
 
 
 class CausalCollator:
@@ -79,4 +79,4 @@ class Causal(LanguageModel):
         return generate(network, tokenizer, [text])[0].removeprefix(text)
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-        return shell_line("generate", folder, "…")
+        return format_command("generate", folder, "…")

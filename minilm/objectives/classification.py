@@ -37,7 +37,7 @@ from minilm.models.loading import computes_again, evaluating
 from minilm.models.new_model import count_token_types, load_configuration
 from minilm.models.probes import as_if_trained
 from minilm.objectives.metrics import ClassEvaluator
-from minilm.utils.shell import shell_line
+from minilm.utils.shell import format_command
 
 log = logging.getLogger("minilm")
 
@@ -294,7 +294,7 @@ class Classify:
         return ", ".join(f"{label.label} ({label.score:.2f})" for label in best[:3])
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-        return shell_line("classify", folder, "…")
+        return format_command("classify", folder, "…")
 
 
 def _leave_out_types(tokenizer: PreTrainedTokenizerBase, count: int, *, pair: bool) -> None:

@@ -14,7 +14,7 @@ from minilm.data.batch_plan import deal_micro_batches
 from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator, LanguageCollator, MicroBatch, target_losses
 from minilm.models.loading import evaluating
-from minilm.utils.progress import progress_bar
+from minilm.utils.progress import show_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def own_batches(
         examples.lengths, micro_tokens, accelerator.num_processes, padded=padded, multiple=multiple
     )
     mine = parts[accelerator.process_index]
-    for ids in progress_bar(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
+    for ids in show_progress(mine, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
         yield ids, collator([examples[int(i)] for i in ids], ids, epoch=0)
 
 

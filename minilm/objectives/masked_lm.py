@@ -19,7 +19,7 @@ from minilm.data.special_ids import mark_used_ids
 from minilm.models.head import SparseHead
 from minilm.models.inference import check_masks, fill_mask
 from minilm.objectives.language_modeling import LanguageModel
-from minilm.utils.shell import shell_line
+from minilm.utils.shell import format_command
 
 _Hashes = NDArray[np.uint64]
 _P, _LONGEST = 0.2, 10  # of the lengths of spans, in words (Joshi et al. 2020, section 3.1)
@@ -227,4 +227,4 @@ class Masked(LanguageModel):
         return ", ".join(f"{fill.token} ({fill.probability:.0%})" for fill in best)
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-        return shell_line("fill-mask", folder, f"… {tokenizer.mask_token} …")
+        return format_command("fill-mask", folder, f"… {tokenizer.mask_token} …")

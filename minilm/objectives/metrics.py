@@ -124,3 +124,8 @@ class ClassEvaluator:
         labels = self.examples.labels
         assert labels is not None
         return Classified(problem=self.problem, parts=self.parts, logits_ExC=table_ExC.double().numpy(), labels=labels)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether the evaluation figure of this name is a loss."""
+    return metric.startswith(("eval_loss", "perplexity", "bits_per_byte", "mse"))

@@ -18,7 +18,7 @@ from minilm.models.own_loss import check_own_loss
 from minilm.objectives.causal_lm import Causal
 from minilm.objectives.classification import Classify
 from minilm.objectives.masked_lm import Masked
-from minilm.utils.cache import cache_errors
+from minilm.utils.cache import explain_cache_errors
 
 
 class Figures(Protocol):
@@ -103,7 +103,7 @@ def prepare(config: Config) -> PreparedData:
     objective = objective_of(config.objective)
     check_installed(config.model)  # before the work
     check_model(config.model, max_length=config.batch.max_length, auto=objective.auto)
-    with cache_errors():
+    with explain_cache_errors():
         return objective.prepare(config)
 
 

@@ -17,7 +17,7 @@ from minilm.distributed.hardware import peak_memory
 from minilm.distributed.sharding import is_sharded
 from minilm.models.head import Head
 from minilm.runs.checkpoint import Checkpoint
-from minilm.utils.launch_variables import processes_here
+from minilm.utils.launch_variables import count_local_processes
 
 log = logging.getLogger("minilm")
 
@@ -126,7 +126,7 @@ class _Room:
         if self.device.type == "cuda":
             self.held, self.free = torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
         else:
-            share = psutil.virtual_memory().available // processes_here(os.environ)
+            share = psutil.virtual_memory().available // count_local_processes(os.environ)
             self.held, self.free = psutil.Process().memory_info().rss, share
 
     def fits_twice(self) -> bool:

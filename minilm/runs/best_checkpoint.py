@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilm.config import Run, lower_is_better
+from minilm.config import Run
+from minilm.objectives.metrics import lower_is_better
 from minilm.runs.checkpoint import Progress
-from minilm.utils.validation import closest
+from minilm.utils.validation import suggest_name
 
 
 class Best:
@@ -17,7 +18,7 @@ class Best:
 
     def __init__(self, run: Run, names: Sequence[str], progress: Progress) -> None:
         if run.best_metric not in names:
-            raise ValueError(f"run.best_metric {closest(run.best_metric, names)}")
+            raise ValueError(f"run.best_metric {suggest_name(run.best_metric, names)}")
         self.metric, self.patience = run.best_metric, run.patience
         self.value, self.step, self.stale = progress.best, progress.best_step, progress.stale
         self._last: tuple[int, float | None] = (0, None)

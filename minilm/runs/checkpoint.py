@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilm.config import Run, lower_is_better
-from minilm.utils.atomic_files import file_facts
+from minilm.config import Run
+from minilm.objectives.metrics import lower_is_better
+from minilm.utils.atomic_files import hash_file
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter.safetensors"  # LoRA's matrices, which are merged into those weights
@@ -59,7 +60,7 @@ class Checkpoint:
     folder: Path
     progress: Progress
     config: dict[str, Any]
-    """The configuration of the run that wrote it, in the form of `minilm.config.parsing.to_dict`."""
+    """The configuration of the run that wrote it, in the form of `minilm.config.serialization.to_dict`."""
     inputs: dict[str, Any]
     """The result of `minilm.runs.run_inputs.collect_inputs` in the run that wrote it."""
     scaler: dict[str, Any]
@@ -110,7 +111,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 Path(name).name == name and path.is_file() and not path.is_symlink(),
                 f"{name!r} is not a regular file in it",
             )
-            _require(file_facts(path) == facts, f"{name} is not what its {MANIFEST} says: it is damaged")
+            _require(hash_file(path) == facts, f"{name} is not what its {MANIFEST} says: it is damaged")
         # Checkpoints of minilm 0.1 lack these two, and have the training examples alone in place of all inputs.
         state = {"scaler": {}, "optimizer": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:

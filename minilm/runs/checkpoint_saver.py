@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.distributed.sharding import whole
 from minilm.models.lora import adapter_weights, is_adapted, merged
 from minilm.runs.checkpoint import (
@@ -30,8 +30,8 @@ from minilm.runs.checkpoint import (
 )
 from minilm.runs.model_export import save_tokenizer
 from minilm.runs.optimizer_state import describe_optimizer, optimizer_tensors
-from minilm.utils.atomic_files import file_facts, replacing
-from minilm.utils.hub import quiet_transformers
+from minilm.utils.atomic_files import hash_file, replace_folder
+from minilm.utils.progress import quiet_transformers
 
 log = logging.getLogger("minilm")
 
@@ -112,7 +112,7 @@ class Saver:
     def _write(self, step: int, state: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         target = self.folder / f"checkpoint-{step}"
         try:
-            with replacing(target) as temporary:
+            with replace_folder(target) as temporary:
                 with quiet_transformers():
                     # `resume` needs the names of the model in memory. The original format may have other names.
                     whole = merged(self.network, weights)
@@ -122,7 +122,7 @@ class Saver:
                 if is_adapted(self.network):
                     save_file(adapter_weights(self.network, weights), temporary / ADAPTER)
                 (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-                files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
+                files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
                 (temporary / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
         except Exception as error:  # wait() raises it again in the thread that trains
             reason = getattr(error, "strerror", None) or error

@@ -14,7 +14,7 @@ from torch import Tensor
 from minilm.config import Run
 from minilm.data.batch_plan import Plan
 from minilm.runs.recorder import Recorder
-from minilm.utils.signals import SIGNALS, die_with_parent, heard, remember
+from minilm.utils.signals import STOP_SIGNALS, die_with_parent, get_last_signal, record_signal
 
 # torchrun forwards a signal within milliseconds; a person takes longer to press ctrl-C again.
 ECHO_SECONDS = 2.0
@@ -35,12 +35,12 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     within `ECHO_SECONDS` does not count there.
 
     The processes of a job receive a signal at different moments and agree on a step by `agree`. `saves` says whether
-    the run writes a checkpoint then. A signal after the last `agree` is kept for `minilm.utils.signals.heard`.
+    the run writes a checkpoint then. `minilm.utils.signals.get_last_signal` returns a signal after the last `agree`.
     """
 
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
         self.accelerator, self.saves = accelerator, saves
-        self.signal, self._answered = heard(), False
+        self.signal, self._answered = get_last_signal(), False
         self._last_signal = -ECHO_SECONDS  # seconds of the monotonic clock
         self._asked: Tensor | None = None
         self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
@@ -48,7 +48,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
             die_with_parent()
         return self
 
@@ -56,7 +56,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self.signal and not self._answered:
-            remember(self.signal)
+            record_signal(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._last_signal < ECHO_SECONDS

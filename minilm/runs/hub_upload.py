@@ -15,7 +15,8 @@ from pathlib import Path, PurePath
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
-from minilm.utils.hub import LOG_IN, chain
+from minilm.utils.errors import iterate_causes
+from minilm.utils.hub import LOGIN_HINT
 
 log = logging.getLogger("minilm")
 
@@ -93,14 +94,14 @@ def _refusing(repo: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Return one line that says why a request to the hub failed, and what to do."""
-    causes = [*chain(error)]
+    causes = [*iterate_causes(error)]
     if any(isinstance(one, LocalTokenNotFoundError) for one in causes):
-        return f"there is no token: {LOG_IN}"
+        return f"there is no token: {LOGIN_HINT}"
     if any(isinstance(one, UnicodeEncodeError) for one in causes):  # raised for the header that holds the token
-        return f"the token is not a valid token of the hub: {LOG_IN}"
+        return f"the token is not a valid token of the hub: {LOGIN_HINT}"
     status = next((one.response.status_code for one in causes if isinstance(one, HfHubHTTPError)), 0)
     if status == 401:
-        return f"the hub does not know the token: {LOG_IN}"
+        return f"the hub does not know the token: {LOGIN_HINT}"
     if status == 403:
         return "the token may not write there: give a repository of yours, or use a token with write access"
     if status >= 500:

@@ -8,12 +8,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from minilm.config import Config, Data
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.data.glue import apply_glue_task
 from minilm.objectives.objective import objective_of
 from minilm.runs.energy import CPUS, GPUS
-from minilm.utils.atomic_files import publish
-from minilm.utils.local_files import is_path, local_files
+from minilm.utils.atomic_files import write_atomically
+from minilm.utils.local_files import find_local_files, is_local_path
 
 _CARD = """---
 {metadata}
@@ -100,7 +100,7 @@ def write_card(
         settings="\n".join(settings),
         **{key: facts[key] for key in ("model", "parameters", "processes", "precision")},
     )
-    publish(folder / "README.md", card)
+    write_atomically(folder / "README.md", card)
 
 
 def _energy(results: dict[str, float]) -> str:
@@ -140,7 +140,7 @@ def metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardD
         library_name="transformers",
         pipeline_tag=pipeline,
         license=config.run.license,
-        base_model=base if base is not None and not is_path(base) else None,
+        base_model=base if base is not None and not is_local_path(base) else None,
         tags=["minilm", pipeline],
         datasets=_on_hub(config.data.sources) or None,
         metrics=list(dict.fromkeys(_METRICS[kind] for kind in kinds.values() if kind in _METRICS)) or None,
@@ -154,7 +154,7 @@ def _on_hub(sources: tuple[str, ...]) -> list[str]:
 
     def local(source: str) -> bool:
         try:
-            return source == "pydocs" or is_path(source) or bool(local_files(source))
+            return source == "pydocs" or is_local_path(source) or bool(find_local_files(source))
         except ValueError:  # files that are gone by now
             return True
 

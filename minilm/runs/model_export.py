@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.models.lora import is_adapted, merged, save_adapter
-from minilm.utils.atomic_files import replacing_files, sync
-from minilm.utils.hub import quiet_transformers
+from minilm.utils.atomic_files import replace_files, sync_path
+from minilm.utils.progress import quiet_transformers
 
 
 def export(
@@ -21,7 +21,7 @@ def export(
     place, the weights last, so that each file is complete at any time.
     """
     weights = network.state_dict() if weights is None else weights
-    with replacing_files(folder, last=".safetensors") as temporary:
+    with replace_files(folder, last=".safetensors") as temporary:
         with quiet_transformers():
             network.save_pretrained(temporary, state_dict=merged(network, weights))
             save_tokenizer(tokenizer, temporary)
@@ -32,7 +32,7 @@ def export(
     if "chat_template.jinja" not in names:
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-    sync(folder)
+    sync_path(folder)
     return names
 
 

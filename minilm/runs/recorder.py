@@ -22,7 +22,7 @@ from minilm.runs.checkpoint import Progress
 from minilm.runs.loss_spikes import Spikes
 from minilm.runs.run_facts import announce, run_facts
 from minilm.runs.trackers import open_trackers
-from minilm.utils.progress import progress_bar
+from minilm.utils.progress import show_progress
 
 log = logging.getLogger("minilm")
 Track = Callable[[dict[str, float], int], None]
@@ -51,7 +51,7 @@ class Recorder:
         self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
         self._log = _open_log(folder / "log.jsonl", progress.log_bytes) if enabled else None
         self._spikes = Spikes(folder / "log.jsonl") if enabled else None
-        self._bar = progress_bar(
+        self._bar = show_progress(
             total=total_steps, initial=progress.step, unit="step", disable=not enabled, smoothing=0.05
         )
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from minilm.config import Config, Run
-from minilm.config.parsing import flat, to_dict
+from minilm.config.serialization import flatten_settings, to_dict
 from minilm.distributed.deepspeed import writable
 from minilm.distributed.sharding import part_like
 from minilm.models.lora import is_adapted, unmerged
@@ -114,7 +114,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
         return []
     # An older checkpoint lacks newer settings. Its run behaved as their defaults do.
     defaults = to_dict(Config(objective=type(config.objective)()))
-    before, now = flat(defaults) | flat(checkpoint.config), flat(to_dict(config))
+    before, now = flatten_settings(defaults) | flatten_settings(checkpoint.config), flatten_settings(to_dict(config))
     if before.get("run.precision") == "auto" != config.run.precision:
         before["run.precision"] = _precision_of(checkpoint) or "auto"
     changes = {

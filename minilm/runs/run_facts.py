@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Config
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.sources import fingerprint_sources
@@ -19,7 +19,7 @@ from minilm.distributed.deepspeed import size_of
 from minilm.distributed.hardware import Peak, Precision, describe
 from minilm.models.head import Head
 from minilm.optim.optimizer import warmup_steps
-from minilm.utils.atomic_files import publish
+from minilm.utils.atomic_files import write_atomically
 
 log = logging.getLogger("minilm")
 
@@ -74,7 +74,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
     (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
     content = {"config": to_dict(config), **facts, "sources": fingerprint_sources(config.data), "versions": versions()}
-    publish(folder / "run.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / "run.json", json.dumps(content, indent=2) + "\n")
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
         rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
@@ -99,4 +99,4 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
 
 def write_results(folder: Path, results: dict[str, float]) -> None:
     """Write `all_results.json`."""
-    publish(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_atomically(folder / RESULTS, json.dumps(results, indent=2) + "\n")

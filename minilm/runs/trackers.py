@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from minilm.config import Config
-from minilm.config.parsing import flat, to_dict
-from minilm.utils.atomic_files import publish
+from minilm.config.serialization import flatten_settings, to_dict
+from minilm.utils.atomic_files import write_atomically
 
 log = logging.getLogger("minilm")
 
@@ -44,10 +44,10 @@ def open_trackers(accelerator: Accelerator, config: Config, folder: Path, step: 
         if importlib.util.find_spec(name) is None:
             log.warning(f"run.trackers {name} is not installed, and the run goes on without it: pip install {name}")
             continue
-        feeds.append(_Feed(name, folder, runs.get(name), flat(to_dict(config)), step))
+        feeds.append(_Feed(name, folder, runs.get(name), flatten_settings(to_dict(config)), step))
     end = time.monotonic() + _PATIENCE_SECONDS
     runs |= {feed.name: feed.run for feed in feeds if feed.wait_for_start(end)}
-    publish(folder / RUNS, json.dumps(runs) + "\n") if runs else (folder / RUNS).unlink(missing_ok=True)
+    write_atomically(folder / RUNS, json.dumps(runs) + "\n") if runs else (folder / RUNS).unlink(missing_ok=True)
     accelerator.trackers.extend(feeds)
 
 

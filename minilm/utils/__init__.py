@@ -1,4 +1,4 @@
-"""Tools that know nothing of models: atomic files, the cache, the hub, local files, progress bars, signals, checks.
+"""Tools without knowledge of models: files, the cache, the hub, launch variables, signals, output, checks of values.
 
-They import nothing else of minilm. Begin with `atomic_files`, which writes all files, and `cache`.
+These modules import nothing else of minilm. Begin with `atomic_files`, which writes all files, and `cache`.
 """

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all."""
+"""Files and folders that are written completely or not at all, even if the process is killed."""
 
 import contextlib
 import fcntl
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 
-def file_facts(path: Path) -> dict[str, Any]:
-    """Return the size of a file in bytes, and its SHA-256."""
+def hash_file(path: Path) -> dict[str, Any]:
+    """Return the size of a file in bytes and its SHA-256, as `{"bytes": …, "sha256": …}`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def publish(path: Path, text: str) -> None:
-    """Write a text file so that `path` holds the old or the whole new content, even if the process is killed."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file. At any time `path` holds either the old content or all of the new content."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("x", encoding="utf-8", newline="") as file:
@@ -28,67 +28,74 @@ def publish(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync(path.parent)
+        sync_path(path.parent)
     finally:
-        remove(temporary)
+        remove_path(temporary)
 
 
 @contextlib.contextmanager
-def replacing(target: Path, *, needed: Callable[[], bool] | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that replaces it at the end of the block, once all files are on disk.
+def replace_folder(target: Path, *, needed: Callable[[], bool] | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, and rename it to `target` at the end of the block.
 
-    needed: give it if several processes may write the target at the same time. Each process then has a separate
-        temporary folder, and they take turns at the end. A process drops its folder if `needed()` returns False in its
-        turn.
+    All files are on disk before the rename. If the block raises, `target` stays as it was.
+
+    needed: pass it if several processes may write `target` at the same time. Each process then has its own temporary
+        folder, and one after the other calls `needed()` and renames its folder if the answer is True.
     """
     suffix = "" if needed is None else f"-{uuid.uuid4().hex[:12]}"
     temporary, old = (target.with_name(f".{target.name}{suffix}.{kind}") for kind in ("writing", "replaced"))
-    for leftover in (temporary, old):  # a killed run may have left them
-        remove(leftover)
+    # A killed run may have left them behind.
+    for leftover in (temporary, old):
+        remove_path(leftover)
     temporary.mkdir()
     try:
         yield temporary
-        follow_umask(temporary)
+        _apply_umask(temporary)
         for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        with contextlib.nullcontext() if needed is None else turn(target.parent):
-            if needed is None:
-                _put(temporary, target, old)
-            elif needed():
-                try:
-                    _put(temporary, target, old)
-                except OSError:  # without locks, another process may have renamed at the same time
-                    if needed():
-                        raise
+            sync_path(path)
+        if needed is None:
+            _rename_over(temporary, target, old)
+        else:
+            with _one_process_at_a_time(target.parent):
+                if needed():
+                    try:
+                        _rename_over(temporary, target, old)
+                    except OSError:
+                        # On a file system without locks, another process may have renamed at the same time.
+                        if needed():
+                            raise
     finally:
         for leftover in (temporary, old):
-            remove(leftover)
+            remove_path(leftover)
 
 
 @contextlib.contextmanager
-def replacing_files(folder: Path, *, last: str) -> Iterator[Path]:
-    """Yield a temporary folder inside `folder`. At the end, its files replace those of the same names in `folder`.
+def replace_files(folder: Path, *, last: str) -> Iterator[Path]:
+    """Yield a temporary folder inside `folder`, and move its files into `folder` at the end of the block.
 
-    Each file is replaced at once as a whole. Files whose names end in `last` are replaced last.
+    Each file replaces the old file of its name at once and completely. Other files in `folder` stay. If the block
+    raises, `folder` stays as it was.
+
+    last: the suffix of the files that are moved last, such as `.safetensors`.
     """
     temporary = folder / f".export-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()
     try:
         yield temporary
-        follow_umask(temporary)
+        _apply_umask(temporary)
         files = [path for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: (path.suffix == last, path.name)):
-            sync(path)
+            sync_path(path)
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
-        sync(folder)
+        sync_path(folder)
     finally:
-        remove(temporary)
+        remove_path(temporary)
 
 
-def _put(temporary: Path, target: Path, old: Path) -> None:
-    """Rename `target`, if it exists, to `old`, and `temporary` to `target`."""
+def _rename_over(temporary: Path, target: Path, old: Path) -> None:
+    """Rename `temporary` to `target`. A `target` that exists is first renamed to `old`."""
     if os.path.lexists(target):
         os.rename(target, old)
     try:
@@ -97,14 +104,14 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
         if os.path.lexists(old):
             os.rename(old, target)
         raise
-    sync(target.parent)
+    sync_path(target.parent)
 
 
 @contextlib.contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """Keep other processes of this host from entering the block for the same folder.
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Let only one process of this host at a time into the block for the same folder.
 
-    On a file system without locks on folders, such as NFS, it does nothing.
+    This has no effect on a file system that cannot lock folders, such as NFS.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -115,12 +122,12 @@ def turn(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def follow_umask(folder: Path) -> None:
+def _apply_umask(folder: Path) -> None:
     """Give each file below a folder the mode that the umask gives to a new file.
 
-    folder: `mkdir` must have made it, because its mode shows the umask.
-
     Some libraries write files that only the owner can read.
+
+    folder: a folder that `mkdir` made. Its mode shows the umask.
     """
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
@@ -128,7 +135,7 @@ def follow_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove a file, or a folder with its content, and ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -137,8 +144,8 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+def sync_path(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

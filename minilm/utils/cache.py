@@ -1,12 +1,13 @@
-"""A cache of files between runs. Each entry is named by what it was made from, and checked whenever it is opened.
+"""A cache of files between runs. It checks an entry whenever a run opens it.
 
-An entry of the cache is a folder of files with a manifest of their names, sizes and checksums:
+An entry is a folder of files, with a manifest of their names, sizes and checksums. Its name stands for everything that
+decides its content:
 
-    folder = open_entry(f"ids-{key}", build)   # build(folder) writes the files if there is no entry
-    ids = ArrayFile(folder / "ids.npy")
+    folder = open_entry(f"ids-{key}", build)   # build(folder) writes the files if there is no such entry
+    ids = np.load(folder / "ids.npy", mmap_mode="r")
 
 `open_entry` is the only way to read an entry. It finds files that were cut, zeroed, changed or copied from another
-entry, and then builds the entry anew.
+entry, and builds such an entry again.
 """
 
 import errno
@@ -20,27 +21,28 @@ from typing import Any
 
 import xxhash
 
-from minilm.utils.atomic_files import replacing
+from minilm.utils.atomic_files import replace_folder
+from minilm.utils.errors import iterate_causes
 
 log = logging.getLogger("minilm")
 
 _MANIFEST = "manifest.json"
-# XXH3 hashes 14 GB/s in memory, SHA-256 1.5 and CRC-32 4, so that the checksum takes less time than reading the file.
-# It guards against damage, not against attackers.
+# XXH3 hashes 14 GB/s in memory, where SHA-256 hashes 1.5 and CRC-32 hashes 4. The checksum therefore takes less time
+# than reading the file. It guards against damage, not against attackers.
 _ALGORITHM = "xxh3_128"
-# In a longer file, only blocks at even distances are checked, and they have this many bytes in all. Otherwise a run
-# would wait minutes for a slow disk. A changed size is always found.
+# In a longer file, minilm checks only blocks at equal distances, which have this many bytes in all. Otherwise a run
+# would wait minutes for a slow disk. It always finds a changed size.
 _CHECKED_BYTES = 2**34
 _BLOCK_BYTES = 2**20
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Return the folder of the cache, `$HF_HOME/minilm` (default `~/.cache/huggingface/minilm`), and create it.
 
-    Raises CacheError if it cannot be created.
+    Raise CacheError if it cannot be created.
     """
     folder = _home() / "minilm"
-    with cache_errors(folder):
+    with explain_cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -51,26 +53,28 @@ def _home() -> Path:
 
 
 def open_entry(name: str, build: Callable[[Path], object]) -> Path:
-    """Return the folder of the cache entry `name` after checking its files. `build(folder)` fills a new entry.
+    """Check the files of the cache entry `name` and return its folder. Build the entry first if it does not exist.
 
-    name: must stand for the content, for example `f"ids-{hash of everything that decides the ids}"`, because an entry
-        that is there is not built again. A new version of the files needs a new name.
-    build: writes files and folders into the empty folder that it gets, and nowhere else. If it raises, the cache stays
-        as it was.
+    name: must contain a hash of everything that decides the content, because an existing entry is not built again. A
+        new format of the files needs a new name.
+    build: called with an empty folder, which it fills. It must not write elsewhere. If it raises, the cache stays as it
+        was.
 
     The files are on disk before other processes can see the entry. If several processes build an entry at the same
-    time, the first to finish publishes it, and the others use that one. A damaged entry is built anew, with a warning
-    that names the file. A process that has an old file open can go on reading it. The modes of all files follow the
-    umask, so that several users can share a cache. Raises CacheError if the cache cannot be read or written, or if the
-    disk is full.
+    time, all use the one that is finished first. A damaged entry is built again, with a warning that names the file. A
+    process that has an old file open can still read it. The modes of all files follow the umask, so that several users
+    can share a cache. Raise CacheError if the cache cannot be read or written, or if the disk is full.
     """
-    folder = cache_folder() / name
+    folder = get_cache_folder() / name
     damage = _find_damage(folder)
     if damage is None:
         return folder
     if os.path.lexists(folder):
         log.warning(f"the cache is damaged and is built anew: {damage}")
-    with cache_errors(folder.parent), replacing(folder, needed=lambda: _find_damage(folder) is not None) as temporary:
+    with (
+        explain_cache_errors(folder.parent),
+        replace_folder(folder, needed=lambda: _find_damage(folder) is not None) as temporary,
+    ):
         build(temporary)
         _write_manifest(temporary, name)
     return folder
@@ -78,12 +82,12 @@ def open_entry(name: str, build: Callable[[Path], object]) -> Path:
 
 def _write_manifest(folder: Path, name: str) -> None:
     """Write the names, sizes and checksums of the files of an entry."""
-    files = {path.relative_to(folder).as_posix(): _facts(path) for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): _measure_file(path) for path in folder.rglob("*") if path.is_file()}
     text = json.dumps({"entry": name, "files": files}, indent=2, sort_keys=True) + "\n"
     (folder / _MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _measure_file(path: Path) -> dict[str, Any]:
     """Return the size of a file and a checksum of its content (see `_CHECKED_BYTES`)."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -91,14 +95,14 @@ def _facts(path: Path) -> dict[str, Any]:
         blocks = -(-size // _BLOCK_BYTES)
         checked = min(blocks, _CHECKED_BYTES // _BLOCK_BYTES)
         for number in range(checked):
-            # The last block is always among those checked.
+            # These blocks always include the last one.
             file.seek((number + 1) * blocks // checked * _BLOCK_BYTES - _BLOCK_BYTES)
             digest.update(buffer[: file.readinto(buffer)])
     return {"bytes": size, _ALGORITHM: digest.hexdigest()}
 
 
 def _find_damage(folder: Path) -> str | None:
-    """Return which file of an entry differs from the manifest, and how; None if the entry is whole."""
+    """Return which file of an entry differs from the manifest and how, or None if the entry is undamaged."""
     manifest = folder / _MANIFEST
     try:
         content = json.loads(manifest.read_bytes())
@@ -113,9 +117,9 @@ def _find_damage(folder: Path) -> str | None:
         return f"{manifest} belongs to another entry, {entry}"
     for name, facts in files.items():
         try:
-            if (actual := _facts(folder / name)) != facts:
+            if (actual := _measure_file(folder / name)) != facts:
                 difference = "size" if actual["bytes"] != facts.get("bytes") else "checksum"
-                return f"{folder / name} has another {difference} than {manifest} says"
+                return f"{folder / name} has a different {difference} from the one in {manifest}"
         except PermissionError as error:
             raise _unreadable(folder, error) from error
         except OSError as error:
@@ -126,7 +130,7 @@ def _find_damage(folder: Path) -> str | None:
 
 
 def _unreadable(folder: Path, error: OSError) -> "CacheError":
-    """Return the error for an entry that belongs to another user."""
+    """Return the error for an entry that this user may not read."""
     return CacheError(
         f"the cache entry {folder} cannot be read: {error.strerror}; set HF_HOME to a folder of your own, or ask the "
         "owner of this one for access"
@@ -134,21 +138,22 @@ def _unreadable(folder: Path, error: OSError) -> "CacheError":
 
 
 class CacheError(ValueError):
-    """An error for a cache that cannot be read or written. The message says where it is and what to do."""
+    """The cache cannot be read or written. The message says where it is and what to do."""
 
 
 @contextmanager
-def cache_errors(below: Path | None = None) -> Iterator[None]:
-    """Turn errors of writing below a folder, and of a full disk anywhere, into a CacheError.
+def explain_cache_errors(below: Path | None = None) -> Iterator[None]:
+    """Turn an error from writing below a folder, or from a full disk anywhere, into a CacheError.
 
-    below: if None, only a full disk is turned into a CacheError, and the message names `HF_HOME`.
+    below: the folder. If None, only a full disk becomes a CacheError.
     """
     try:
         yield
     except CacheError:
         raise
-    except Exception as error:  # the libraries that write tokenizers and tables raise errors of many types
-        causes = [*_causes(error)]
+    except Exception as error:
+        # The libraries that write tokenizers and tables raise errors of many types.
+        causes = [*iterate_causes(error)]
         numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
         if numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(error):
             raise CacheError(
@@ -156,16 +161,8 @@ def cache_errors(below: Path | None = None) -> Iterator[None]:
                 "folder on another disk"
             ) from error
         if isinstance(error, OSError) and below is not None and str(error.filename or "").startswith(str(below)):
-            gone = isinstance(error, FileNotFoundError)
-            why = (
-                "it was removed meanwhile; start again" if gone else f"{error.strerror}; set HF_HOME to another folder"
-            )
+            why = f"{error.strerror}; set HF_HOME to another folder"
+            if isinstance(error, FileNotFoundError):
+                why = "it was removed during the run; start again"
             raise CacheError(f"the cache {below} cannot be written: {why}") from error
         raise
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and the errors that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -1,12 +1,12 @@
 """A lock that keeps two runs from using an output folder at the same time.
 
 The main process of a run holds a lock (`flock`) on the file `.lock` in the folder. The operating system releases the
-lock when the process ends in any way, so that a killed run can be resumed at once. A run that ends by itself removes
-the file. A killed run leaves the file, which then does not block other runs.
+lock when the process ends for any reason, so a killed run can be resumed at once. A run that ends normally removes the
+file. A killed run leaves it behind, where it does not block other runs.
 
-Hosts that share the folder see each other's locks if the file system passes them on. NFS 4, NFS 3 with its lock
+Hosts that share the folder see each other's locks if the file system passes them on: NFS 4, NFS 3 with its lock
 service, Lustre mounted with `flock`, CephFS and GPFS do. NFS mounted with `nolock` or `local_lock=flock`, and Lustre
-mounted with `localflock`, only keep the runs of one host apart. If the file system has no locks, a warning says so.
+mounted with `localflock`, separate only the runs of one host. If the file system has no locks, a warning says so.
 """
 
 import atexit
@@ -23,16 +23,16 @@ from pathlib import Path
 log = logging.getLogger("minilm")
 
 LOCK = ".lock"
-# A killed process keeps its locks until its last thread has ended.
+# A killed process keeps its locks until its last thread has ended, so a new run tries again for this long.
 _PATIENCE_SECONDS = 2.0
-# For each folder that this process has locked, the descriptor of the lock's file.
+# The folders that this process has locked, each with the descriptor of the lock's file.
 _held: dict[Path, int] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock an existing folder against the runs of other processes, until the surrounding `unlocked_at_end` ends.
+    """Lock an existing folder against other processes, until the surrounding `unlock_at_end` ends.
 
-    Raises ValueError if another process has locked it, and OSError if the file cannot be written.
+    Raise ValueError if another process has locked it, and OSError if the lock's file cannot be written.
     """
     if folder.resolve() in _held:
         return
@@ -53,19 +53,20 @@ def lock_folder(folder: Path) -> None:
             ) from None
         except OSError as error:
             log.warning(
-                f"{folder} takes no locks ({error.strerror}): start a second run in it only after this one ends"
+                f"{folder} cannot be locked ({error.strerror}): do not start a second run in it before this one ends"
             )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
-        os.close(descriptor)  # a run that has just ended removed this file; try again with a new one
+        # The run that held the lock has ended and removed this file. Try again with a new file.
+        os.close(descriptor)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     _held[folder.resolve()] = descriptor
 
 
 def _read_holder(descriptor: int) -> str:
-    """Return the process that wrote the lock's file, in parentheses; empty if the file does not tell."""
+    """Return the process that wrote the lock's file, in parentheses; empty if the file does not name one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         holder = json.loads(os.pread(descriptor, 1000, 0))
         return f" (process {int(holder['pid'])} on {str(holder['host'])[:100]!r})"
@@ -73,8 +74,8 @@ def _read_holder(descriptor: int) -> str:
 
 
 @contextmanager
-def unlocked_at_end() -> Iterator[None]:
-    """Unlock at the end of the block, also after an error, the folders that were locked inside it."""
+def unlock_at_end() -> Iterator[None]:
+    """At the end of the block, also after an error, unlock the folders that were locked inside it."""
     before = set(_held)
     try:
         yield
@@ -84,10 +85,10 @@ def unlocked_at_end() -> Iterator[None]:
 
 
 def unlock_folder(folder: Path) -> None:
-    """Unlock a folder, if this process has locked it."""
+    """Unlock a folder if this process has locked it."""
     descriptor = _held.pop(folder.resolve(), None)
     if descriptor is not None:
-        # Remove the file before the lock is released: afterwards it may belong to another run.
+        # The file must go before the lock is released, because afterwards it may belong to another run.
         with suppress(OSError):
             (folder / LOCK).unlink()
         os.close(descriptor)
@@ -99,7 +100,7 @@ def _unlock_all() -> None:
 
 
 def _drop_inherited_locks() -> None:
-    """Close the locks in a forked process, so that a loader worker that outlives a killed run does not hold them."""
+    """Close the locks in a forked process. Otherwise a loader worker would hold them after its run was killed."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: tell them from paths, ask whether the hub answers, and explain failures in a line."""
+"""Models and datasets by name: whether the hub answers, and why one cannot be loaded, in one line."""
 
 import json
 import logging
@@ -15,54 +15,47 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
-from minilm.utils.local_files import DENIED, is_path
+from minilm.utils.errors import iterate_causes
+from minilm.utils.local_files import PERMISSION_DENIED, is_local_path
+from minilm.utils.progress import quiet_transformers
 
 log = logging.getLogger("minilm")
 
-LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Switch off the progress bars and warnings of transformers in the block; minilm prints what matters itself."""
-    level, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if has_bar:
-            transformers_logging.enable_progress_bar()
+def explain_loading_errors(name: str, refusal: str) -> Iterator[None]:
+    """Turn any error of the block into a ValueError with the message `refusal: reason`.
 
-
-@contextmanager
-def loading(name: str, refusal: str) -> Iterator[None]:
-    """Turn any error of the block, which loads the model or tokenizer `name`, into the ValueError `refusal: reason`."""
+    The block loads the model or tokenizer `name` quietly. If the hub does not answer, it loads from the cache, and a
+    warning says so.
+    """
     try:
-        cached = expect(name, "model")
+        cached = use_cache_if_offline(name, "model")
         with quiet_transformers():
             yield
         if cached:
             log.warning(f"the hub does not answer: {name} comes from the cache")
     except Exception as error:
-        # The libraries raise all kinds of errors for damaged files.
-        raise ValueError(f"{refusal}: {reason(error)}") from error
+        # The libraries raise errors of many types for damaged files.
+        raise ValueError(f"{refusal}: {describe_loading_error(error)}") from error
 
 
-def expect(name: str, kind: str) -> bool:
-    """Prepare to load a `model` or `dataset`: return True, and use only the cache, if the hub does not answer.
+def use_cache_if_offline(name: str, kind: str) -> bool:
+    """Return whether the hub does not answer. From then on the libraries of Hugging Face use only their cache.
 
-    The libraries themselves would ask the hub for a minute, file by file. Raise ValueError for a path that does not
-    exist or may not be read.
+    Otherwise they would ask the hub again for each file, for a minute in all. A local path needs no hub. Raise
+    ValueError if it does not exist or this user may not read it.
+
+    name: a path or a hub id. kind: `model` or `dataset`.
     """
-    if is_path(name):
+    if is_local_path(name):
         if not os.path.exists(os.path.expanduser(name)):
             raise ValueError("there is no such folder")
         if not os.access(os.path.expanduser(name), os.R_OK):
-            raise ValueError(f"{name}: {DENIED}")
+            raise ValueError(f"{name}: {PERMISSION_DENIED}")
         return False
     if constants.is_offline_mode():
         return False
@@ -72,28 +65,31 @@ def expect(name: str, kind: str) -> bool:
         # Several HTTP libraries may raise here, each with its own errors.
         answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         if answered or isinstance(error, ValueError):
-            # The error of the load itself will say what is wrong.
+            # The load itself will fail, and its error says what is wrong.
             return False
-        # The libraries read the variable HF_HUB_OFFLINE only when they are imported. These are the values it sets.
+        # The libraries read HF_HUB_OFFLINE only when they are imported. These are the values that it sets.
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return True
     return False
 
 
-def reason(error: BaseException, kind: str = "model") -> str:
-    """Return one line that says why a name could not be loaded and what to do, from an error of the libraries."""
-    causes = [*chain(error)]
+def describe_loading_error(error: BaseException, kind: str = "model") -> str:
+    """Return one line that says why a model or dataset could not be loaded, and what to do.
+
+    error: what the libraries raised. kind: `model` or `dataset`.
+    """
+    causes = [*iterate_causes(error)]
     message = " ".join(str(error).split())
 
     def caused_by(*kinds: type) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if file := next(filter(None, map(_denied_file, causes)), None):
-        return f"{file}: {DENIED}"
+        return f"{file}: {PERMISSION_DENIED}"
     if caused_by(GatedRepoError) or "is a gated dataset" in message:
-        return f"it is gated: accept its terms on its page on the hub, then {LOG_IN}"
+        return f"it is gated: accept its terms on its page on the hub, then {LOGIN_HINT}"
     if caused_by(RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError):
-        return f"there is no such file or folder here and no such {kind} on the hub; if it is private, {LOG_IN}"
+        return f"there is no such file or folder here and no such {kind} on the hub; if it is private, {LOGIN_HINT}"
     if caused_by(ConnectionError, LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
             return "it is neither here nor in the cache, and HF_HUB_OFFLINE forbids the hub: unset it, or give a folder"
@@ -108,8 +104,8 @@ def reason(error: BaseException, kind: str = "model") -> str:
         return f"its weights are damaged, so copy or download them again ({message})"
     if "file named" in message and "model.safetensors" in message:
         return (
-            "there is no model.safetensors, and minilm does not read pickled weights such as pytorch_model.bin, since "
-            "they can run code: convert weights that you trust with save_pretrained of transformers"
+            "there is no model.safetensors, and minilm does not read pickled weights such as pytorch_model.bin, which "
+            "can run code: convert weights that you trust with save_pretrained of transformers"
         )
     if caused_by(json.JSONDecodeError, UnicodeDecodeError):
         return f"one of its files is not valid JSON, so copy or download it again ({message})"
@@ -117,16 +113,9 @@ def reason(error: BaseException, kind: str = "model") -> str:
 
 
 def _denied_file(error: BaseException) -> str | None:
-    """Return the file that an error is about if this user may not read it, or else None."""
+    """Return the file that the error is about if this user may not read it, else None."""
     if not isinstance(error, OSError):
         return None
     # safetensors reports every file that it cannot open as missing.
     file = str(error.filename or str(error).removeprefix("No such file or directory: "))
     return file if os.path.exists(file) and not os.access(file, os.R_OK) else None
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and the errors that caused it, latest first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Signals of a process from its start to its end, and the choice of the process that prints why a job ends."""
+"""Signals that stop a run: how each process of a job receives them, and the last one that came."""
 
 import ctypes
 import os
@@ -7,40 +7,39 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
-from minilm.utils.launch_variables import is_main, is_one_of_several
-
 # SIGUSR1 is the notice that SLURM's --signal=USR1@120 gives before it takes the machines away.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# The last signal, in a list so that a signal handler can set it.
-_heard = [0]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# It is a list so that a signal handler can change it. 0 means that no signal came.
+_last_signal = [0]
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Have each of SIGNALS raise KeyboardInterrupt(number) inside the block; afterwards only SIGINT still does."""
-    for number in SIGNALS:
+def interrupt_on_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt(number) inside the block when one of STOP_SIGNALS comes.
+
+    After the block SIGTERM and SIGUSR1 have no effect, since the process is about to end. SIGINT still raises.
+    """
+    for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
     die_with_parent()
     try:
         yield
     finally:
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            # The process is already ending.
             signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def killed_by_signals() -> Iterator[None]:
-    """Have each of SIGNALS kill the process inside the block, where `ended_by_signals` would raise.
+def restore_default_signals() -> Iterator[None]:
+    """Let STOP_SIGNALS kill the process inside the block, where `interrupt_on_signals` would raise.
 
-    Use it around a library's wait for other processes. They may never come, and Python does not run signal handlers
-    during the wait.
+    Use it around a library call that waits for other processes. They may never come, and Python does not run signal
+    handlers during such a call.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in SIGNALS if is_main_thread and signal.getsignal(number) is _interrupt]
+    numbers = [number for number in STOP_SIGNALS if is_main_thread and signal.getsignal(number) is _interrupt]
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -51,85 +50,70 @@ def killed_by_signals() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    remember(number)
+    record_signal(number)
     raise KeyboardInterrupt(number)
 
 
-def remember(number: int) -> None:
-    """Record a signal that did not end anything yet, for `heard`."""
-    _heard[0] = number
+def record_signal(number: int) -> None:
+    """Record a signal that has not ended anything yet, so that `get_last_signal` returns it."""
+    _last_signal[0] = number
 
 
-def heard() -> int:
-    """Return the last signal that raised KeyboardInterrupt or was recorded by `remember`, or 0 without one.
+def get_last_signal() -> int:
+    """Return the last signal that raised KeyboardInterrupt or was recorded by `record_signal`; 0 if none came.
 
-    Python drops a KeyboardInterrupt that is raised in a destructor. The signal is then known only here.
+    Python drops a KeyboardInterrupt that is raised inside a destructor. This function still returns its signal.
     """
-    return _heard[0]
+    return _last_signal[0]
 
 
 @contextmanager
-def hold_back_signals() -> Iterator[None]:
-    """Hold SIGNALS back until the end of the block. Processes that start inside it never get them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+def block_signals() -> Iterator[None]:
+    """Delay STOP_SIGNALS until the end of the block. Processes that start inside it never receive them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
-    """Ignore SIGNALS unless the parent process sends them. This is the `worker_init_fn` of a DataLoader.
+def ignore_signals_from_others(worker: int = 0) -> None:
+    """Ignore STOP_SIGNALS unless the parent process sends them. Pass this function as a DataLoader's `worker_init_fn`.
 
-    Process managers signal all processes of a job. If a worker obeyed, the last step would lack its batches.
+    Process managers send signals to all processes of a job. If a loader worker ended at once, the last step of the run
+    would lack its batches.
     """
     # macOS does not have sigwaitinfo.
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=_wait_for_parent, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.Thread(target=_end_when_parent_asks, name="signals", daemon=True).start()
 
 
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+def _end_when_parent_asks() -> None:
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher dies, since a launcher of one process does not pass signals on."""
+    """Have Linux send SIGTERM to this process when its launcher dies.
+
+    A launcher that started a single process does not pass signals on to it.
+    """
     if sys.platform == "linux" and not os.environ.keys().isdisjoint(
         ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
     ):
         pdeathsig = 1  # PR_SET_PDEATHSIG in sys/prctl.h
         ctypes.CDLL(None).prctl(pdeathsig, signal.SIGTERM)
-        if _orphaned():
+        if _is_orphan():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _orphaned() -> bool:
-    """Return whether accelerate's launcher of one process died before `die_with_parent`, so that init is the parent.
+def _is_orphan() -> bool:
+    """Return whether accelerate's launcher of a single process died before `die_with_parent`.
 
-    If init itself is the launcher, as in a container, both are in one process group. torchrun ends its own workers.
+    The parent is then init. In a container init itself may be the launcher; then both are in one process group.
+    torchrun ends its own workers.
     """
     launched_alone = "ACCELERATE_DYNAMO_MODE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     return launched_alone and os.getppid() == 1 and os.getpgid(1) != os.getpgrp()
-
-
-def first_to_tell() -> bool:
-    """Return whether this process is the first of its job on this host to call this, and so prints why the job ends.
-
-    Without torchrun's folder for error files, it is the main process.
-    """
-    if not is_one_of_several(os.environ):
-        return True
-    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        try:
-            # The launcher has one temporary folder for all processes that it started.
-            (Path(error_file).parent.parent / "told").touch(exist_ok=False)
-            return True
-        except FileExistsError:
-            return False
-        except OSError:
-            # The folder is gone, so the variable was left behind by a launcher that has ended.
-            return True
-    return is_main(os.environ)

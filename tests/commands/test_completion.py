@@ -83,7 +83,7 @@ def test_the_commands_script_is_bash_and_knows_commands_and_flags(
 def test_an_unknown_shell_is_refused_in_one_line(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.commands.recipe.ended_by_signals", lambda: lambda work: work)
+    monkeypatch.setattr("minilm.commands.recipe.interrupt_on_signals", lambda: lambda work: work)
     monkeypatch.setattr(sys, "argv", ["recipes/mine.py", *words])
     with pytest.raises(SystemExit) as end:
         run_recipe(Config(objective=CausalLM()), "", pytest.fail)

@@ -106,7 +106,7 @@ def test_a_step_that_does_not_fit_is_one_line(config, monkeypatch):
 def test_every_recipe_has_the_flag(own, monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", ["recipes/mine.py", "--dry-run", "--batch.examples", "3"])
-    monkeypatch.setattr("minilm.commands.recipe.ended_by_signals", lambda: lambda work: work)
+    monkeypatch.setattr("minilm.commands.recipe.interrupt_on_signals", lambda: lambda work: work)
     monkeypatch.setattr("minilm.commands.recipe._show_log", lambda: None)
     monkeypatch.setattr(dryrun, "dry_run", lambda config, name, own_loop: seen.append((config, name, own_loop)))
     monkeypatch.setattr("minilm.train.train", pytest.fail)

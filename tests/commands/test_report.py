@@ -16,7 +16,7 @@ from minilm.commands import report
 from minilm.commands.charts import panels, ticks
 from minilm.commands.report import write_report
 from minilm.config import Config, MaskedLM, Optim
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.runs.run_log import read_runs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Config:
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     """Run a recipe on these flags, and return its exit status."""
-    monkeypatch.setattr("minilm.commands.recipe.ended_by_signals", lambda: lambda work: work)
+    monkeypatch.setattr("minilm.commands.recipe.interrupt_on_signals", lambda: lambda work: work)
     monkeypatch.setattr("minilm.commands.recipe._show_log", lambda: None)
 
     def run(config: Config, *flags: str, trains: Callable[..., dict[str, float]] | None = None) -> object:
@@ -139,7 +139,7 @@ def test_a_folder_that_is_taken_is_refused_before_the_first_seed(config: Config,
 def test_a_signal_too_late_for_its_run_ends_the_sweep(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(minilm.utils.signals, "_heard", [0])
+    monkeypatch.setattr(minilm.utils.signals, "_last_signal", [0])
 
     def trains(config: Config, name: str) -> dict[str, float]:
         Path(str(config.run.output_dir)).mkdir(parents=True)

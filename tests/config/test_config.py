@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.config.parsing import from_dict, parse, to_dict
+from minilm.config.command_line import parse_flags
+from minilm.config.serialization import from_dict, to_dict
 from tests.jobs import launched
 
 GROUPS = {name: MaskedLM if name == "objective" else kind for name, kind in typing.get_type_hints(Config).items()}
@@ -202,7 +203,7 @@ def _change(config: Config, group: str, /, **fields: object) -> Config:
 def test_flags_change_what_they_name_and_data_source_resets_its_group_but_for_the_share_held_out(
     flags: str, expected: Config
 ) -> None:
-    assert parse(RECIPE, arguments=flags.split()) == expected
+    assert parse_flags(RECIPE, arguments=flags.split()) == expected
 
 
 @pytest.mark.parametrize("source", ["some/hub", ("a.txt", "b.csv")])
@@ -210,7 +211,7 @@ def test_from_run_repeats_a_run_but_for_its_output_folder(tmp_path: Path, source
     file = tmp_path / "run.json"
     recipe = _change(RECIPE, "data", source=source)
     file.write_text(json.dumps({"config": to_dict(recipe), "versions": {}}))
-    repeated = parse(Config(), arguments=["--run.seed", "5", "--from-run", str(file), "--batch.examples", "3"])
+    repeated = parse_flags(Config(), arguments=["--run.seed", "5", "--from-run", str(file), "--batch.examples", "3"])
     assert repeated == _change(_change(recipe, "run", output_dir=None, seed=5), "batch", examples=3)
 
 
@@ -232,12 +233,12 @@ def test_from_run_refuses_what_is_no_run_json_and_names_the_file(tmp_path: Path,
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=r"^--from-run [^\n]*run\.json[^\n]*\Z"):
-        parse(Config(), arguments=["--from-run", str(file)])
+        parse_flags(Config(), arguments=["--from-run", str(file)])
 
 
 def test_from_run_without_a_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--from-run needs the path"):
-        parse(Config(), arguments=["--from-run"])
+        parse_flags(Config(), arguments=["--from-run"])
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_a_bad_flag_exits_with_status_2_and_only_the_first_process_speaks(
         monkeypatch.setenv(name, value)
     stderr = sys.stderr
     with pytest.raises(SystemExit) as end:
-        parse(Config(), arguments=flags)
+        parse_flags(Config(), arguments=flags)
     output = capsys.readouterr()
     assert end.value.code == 2
     assert sys.stderr is stderr
@@ -282,5 +283,5 @@ def test_a_fraction_of_epochs_is_the_steps_that_are_meant() -> None:
         (1e-9, 10, 1),
         (3.0, 7, 21),
     ):
-        assert Run(epochs=epochs).steps(per_epoch) == steps
-    assert Run(epochs=1.1, max_steps=5).steps(100) == 5
+        assert Run(epochs=epochs).count_steps(per_epoch) == steps
+    assert Run(epochs=1.1, max_steps=5).count_steps(100) == 5

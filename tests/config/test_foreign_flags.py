@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minilm import Classification, Config
-from minilm.config.foreign_flags import ANSWERS
-from minilm.config.parsing import parse
+from minilm.config.command_line import parse_flags
+from minilm.config.foreign_flags import FOREIGN_FLAGS
 from tests.launch import ROOT
 
 
@@ -25,7 +25,7 @@ def own_flags() -> set[str]:
 
 def test_every_flag_that_an_answer_names_exists() -> None:
     launchers = {"--multi_gpu", "--num_processes", "--file"}
-    named = {flag for answer in ANSWERS.values() for flag in re.findall(r"--[a-z][a-z_.-]*", answer)}
+    named = {flag for answer in FOREIGN_FLAGS.values() for flag in re.findall(r"--[a-z][a-z_.-]*", answer)}
     assert {flag.rstrip(".") for flag in named} - launchers - {"--model.config."[:-1]} <= own_flags()
 
 
@@ -49,27 +49,27 @@ def test_every_flag_that_an_answer_names_exists() -> None:
 )
 def test_a_foreign_flag_is_answered_with_ours(word: str, answer: str) -> None:
     with pytest.raises(ValueError, match=re.escape(word.split("=")[0]) + ": .*" + answer) as error:
-        parse(Config(), "", [word, "3"])
+        parse_flags(Config(), "", [word, "3"])
     assert "\n" not in str(error.value)
 
 
 def test_no_answer_stands_for_a_name_that_is_a_field_of_one_group() -> None:
     """Such a name is answered from the configuration, so that the table could only contradict it."""
     names = [flag.rpartition(".")[2].replace("-", "_") for flag in own_flags()]
-    assert not [name for name in ANSWERS if names.count(name) == 1]
+    assert not [name for name in FOREIGN_FLAGS if names.count(name) == 1]
 
 
 def test_own_flags_and_their_values_pass() -> None:
-    config = parse(Config(), "", ["--optim.lr", "1e-3", "--data.no-streaming", "--batch.max_length=64"])
+    config = parse_flags(Config(), "", ["--optim.lr", "1e-3", "--data.no-streaming", "--batch.max_length=64"])
     assert (config.optim.lr, config.batch.max_length) == (1e-3, 64)
-    config = parse(Config(), "", ["--model.config.dropout", "0.5", "--run.samples", "batch_size"])
+    config = parse_flags(Config(), "", ["--model.config.dropout", "0.5", "--run.samples", "batch_size"])
     assert config.model.config == {"dropout": 0.5}
     assert config.run.samples == ("batch_size",)
 
 
 def test_a_setting_of_another_objective_is_not_called_foreign(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(Config(objective=Classification()), "", ["--objective.rate", "0.2"])
+        parse_flags(Config(objective=Classification()), "", ["--objective.rate", "0.2"])
     assert "--objective.rate" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 import minilm.distributed.launch
 import minilm.fork
 from minilm import Config, Data, Run, Tokens
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.distributed.deepspeed import zero_stage
 from minilm.distributed.sharding import asked_for_sharding
 from minilm.runs.checkpoint import Checkpoint, Progress

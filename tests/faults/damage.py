@@ -22,7 +22,7 @@ from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
 from minilm.data.corpus import Examples
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.objectives.objective import prepare
-from minilm.utils.cache import cache_folder
+from minilm.utils.cache import get_cache_folder
 from tests.jobs import CONFIG, write_text
 
 
@@ -152,7 +152,7 @@ def trial(
 
     Each file is damaged in so many of the ways, and the next file in the next ones.
     """
-    cache = cache_folder()
+    cache = get_cache_folder()
     with warnings_of_minilm() as usual:
         right = content_of(config)
         del usual[:]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minilm import Config
-from minilm.utils.signals import SIGNALS
+from minilm.utils.signals import STOP_SIGNALS
 from tests.jobs import LAUNCHERS, config_in, end_of, finish_all, start
 
 STEPS = 120
@@ -25,7 +25,7 @@ Case = tuple[str, int, int, signal.Signals]
 """Launcher (or "fork"), processes, loader workers of each process, signal."""
 CASES: list[Case] = [
     case
-    for case in itertools.product(("python", "accelerate", "torchrun"), (1, 2), (0, 2), SIGNALS)
+    for case in itertools.product(("python", "accelerate", "torchrun"), (1, 2), (0, 2), STOP_SIGNALS)
     if case[:2] != ("python", 2)
 ]
 

@@ -17,8 +17,8 @@ import xxhash
 from minilm import Data
 from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.utils import cache
-from minilm.utils.atomic_files import file_facts
-from minilm.utils.cache import cache_folder, open_entry
+from minilm.utils.atomic_files import hash_file
+from minilm.utils.cache import get_cache_folder, open_entry
 from tests.faults.damage import DAMAGES, configs, trial
 from tests.faults.power import disk_of
 from tests.jobs import CONFIG, config_in, end_of, finish, start
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.scorecard(40)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of an empty cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return cache_folder()
+    return get_cache_folder()
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_blocks_at_even_distances_of_a_very_long_file_are_checked(
             file.write(b"x")
         caplog.clear()
         open_entry("long", build)
-        return "has another checksum" in caplog.text
+        return "has a different checksum" in caplog.text
 
     # Of 101 blocks, about every tenth and the last are read.
     assert [block for block in range(101) if changed(block * 100 + 30)] == [9, 19, 29, 39, 49, 59, 69, 79, 89, 100]
     os.truncate(home / "long" / "file", 10_049)
     caplog.clear()
     assert (open_entry("long", build) / "file").stat().st_size == 10_050
-    assert "has another size" in caplog.text
+    assert "has a different size" in caplog.text
 
 
 def test_the_checksum_of_a_file_is_that_of_its_bytes(home: Path) -> None:
@@ -150,7 +150,7 @@ def test_an_entry_is_checked_faster_than_sha256_would(home: Path, figure: Callab
     open_entry("large", lambda folder: None)
     seconds = time.process_time() - begin
     begin = time.process_time()
-    file_facts(folder / "file")
+    hash_file(folder / "file")
     assert seconds < time.process_time() - begin
     figure(f"checked at {size / seconds / 1e9:.0f} GB/s")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minilm.commands.main import main
-from minilm.utils.shell import shell_line
+from minilm.utils.shell import format_command
 from tests.jobs import write_text
 from tests.launch import ROOT
 
@@ -64,7 +64,7 @@ def test_the_shell_reads_the_line_that_tries_a_model_as_it_is_meant(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = f"{shlex.quote(sys.executable)} -c 'import sys; print(ascii(sys.argv[1:]))'"
-    line = shell_line("fill-mask", Path(name), text)
+    line = format_command("fill-mask", Path(name), text)
     read = subprocess.run(
         ["bash", "-c", f'minilm() {{ {show} "$@"; }}; {line}'], capture_output=True, text=True, check=True
     )

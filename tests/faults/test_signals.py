@@ -59,9 +59,9 @@ import os, time
 if os.fork() == 0:
     while os.getppid() == int(os.environ["LAUNCHER"]):
         time.sleep(0.01)
-    from minilm.utils.signals import ended_by_signals
+    from minilm.utils.signals import interrupt_on_signals
     try:
-        with ended_by_signals():
+        with interrupt_on_signals():
             time.sleep(2 * (os.getppid() == 1))
         print("never told" if os.getppid() == 1 else "not init's")
     except KeyboardInterrupt as error:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from minilm import Config
-from minilm.utils.folder_lock import LOCK, lock_folder, unlocked_at_end
+from minilm.utils.folder_lock import LOCK, lock_folder, unlock_at_end
 from tests.jobs import Job, config_in, end_of, finish, start
 
 pytestmark = pytest.mark.scorecard(43)
@@ -171,7 +171,7 @@ def test_one_of_two_resumes_at_once_goes_on(reference: dict[str, object], live: 
 def test_the_lock_file_of_a_killed_run_does_not_block_others(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
     for _ in range(2):
-        with unlocked_at_end():
+        with unlock_at_end():
             lock_folder(tmp_path)
             lock_folder(tmp_path)
             assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
@@ -191,7 +191,7 @@ def test_a_lock_is_respected_if_its_file_does_not_name_the_process(content: byte
         lock_folder(tmp_path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with unlocked_at_end():
+    with unlock_at_end():
         lock_folder(tmp_path)
 
 
@@ -210,6 +210,6 @@ def test_a_warning_names_a_file_system_without_locks(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", fail)
-    with unlocked_at_end():
+    with unlock_at_end():
         lock_folder(tmp_path)
-    assert f"{tmp_path} takes no locks" in caplog.text
+    assert f"{tmp_path} cannot be locked" in caplog.text

@@ -22,7 +22,7 @@ from minilm.data.columnar_files import read_columnar_field_names
 from minilm.data.sources import read_rows
 from minilm.train import train
 from minilm.utils.cache import open_entry
-from minilm.utils.hub import loading
+from minilm.utils.hub import explain_loading_errors
 from tests.faults.damage import configs, content_of
 from tests.jobs import config_in, fork
 from tests.tiny import tiny_config
@@ -162,7 +162,7 @@ def test_a_second_user_prepares_the_same_data_from_a_shared_cache(name: str, sha
 
 
 def load(path: Path) -> None:
-    with loading(str(path), "model.name"):
+    with explain_loading_errors(str(path), "model.name"):
         AutoTokenizer.from_pretrained(path)
         AutoModelForMaskedLM.from_pretrained(path)
 

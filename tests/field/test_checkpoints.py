@@ -24,7 +24,7 @@ import minilm.models.head
 import minilm.runs.verify_head
 from minilm.commands.evaluate import evaluate
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.config.parsing import parse
+from minilm.config.command_line import parse_flags
 from minilm.data.corpus import PreparedData
 from minilm.distributed.launch import finish
 from minilm.fork import begin, start_recording
@@ -240,7 +240,7 @@ def test_the_advice_about_routers_works_for_a_checkpoint(
     with pytest.raises(ValueError, match=ADVICE):
         train(asked)
     assert not (tmp_path / "out").exists()
-    train(parse(asked, "", ["--model.config.output-router-logits", "False"]))
+    train(parse_flags(asked, "", ["--model.config.output-router-logits", "False"]))
     caplog.clear()
     figures = evaluate(tmp_path / "model", Data(source=asked.data.source))
     assert np.isfinite(figures["eval_loss"])

@@ -23,7 +23,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
-from minilm.config.parsing import parse
+from minilm.config.command_line import parse_flags
 from minilm.data.documents import load_all_documents, load_documents
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.sources import fingerprint_sources, read_rows, stream_rows
@@ -773,9 +773,9 @@ def test_the_kind_of_document_of_a_recipe_holds_only_for_plain_text(tmp_path: Pa
     (tmp_path / "a.txt").write_text("a\n")
     recipe = Config(data=Data(source="input.txt", document="file"))
     sources = {name: ["--data.source", str(tmp_path / name)] for name in ("a.jsonl", "a.txt")}
-    assert parse(recipe, arguments=sources["a.jsonl"]).data.document == "line"
-    assert parse(recipe, arguments=sources["a.txt"]).data.document == "file"
-    given = parse(recipe, arguments=[*sources["a.jsonl"], "--data.document", "paragraph"])
+    assert parse_flags(recipe, arguments=sources["a.jsonl"]).data.document == "line"
+    assert parse_flags(recipe, arguments=sources["a.txt"]).data.document == "file"
+    given = parse_flags(recipe, arguments=[*sources["a.jsonl"], "--data.document", "paragraph"])
     with pytest.raises(ValueError, match=r"--data\.document paragraph: no source is \.txt; leave it out"):
         load_documents(given.data, 0)
 

@@ -26,7 +26,7 @@ from minilm.models.head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
-from minilm.utils.signals import SIGNALS
+from minilm.utils.signals import STOP_SIGNALS
 from tests.jobs import CONFIG, finish_all, start, write_text
 from tests.launch import read_log
 from tests.reference import build
@@ -56,7 +56,7 @@ def state_of_process() -> dict[str, Any]:
     return {
         "accelerate": [dict(state._shared_state) for state in (PartialState, AcceleratorState, GradientState)],
         "group": dist.is_initialized(),
-        "handlers": [signal.getsignal(number) for number in SIGNALS],
+        "handlers": [signal.getsignal(number) for number in STOP_SIGNALS],
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": torch.get_default_dtype(),

@@ -24,7 +24,7 @@ from transformers import (
 
 from minilm import Batch, Config, Data, Tokens
 from minilm.commands.evaluate import evaluate
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.data.corpus import Examples
 from minilm.models.head import SparseHead
 from minilm.objectives.evaluation import EvaluationTotals, LanguageEvaluator, unigram_nats

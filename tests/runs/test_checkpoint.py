@@ -20,7 +20,7 @@ from transformers import (
 
 from minilm.commands.export import export_model
 from minilm.config import Config, Run
-from minilm.config.parsing import to_dict
+from minilm.config.serialization import to_dict
 from minilm.objectives.objective import objective_of
 from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
 from minilm.runs.checkpoint_saver import Saver

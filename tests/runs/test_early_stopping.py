@@ -53,14 +53,14 @@ def test_a_run_that_saves_nothing_does_not_say_that_it_can_go_on() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what was swallowed
 def test_a_signal_that_a_destructor_swallowed_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minilm.utils.signals, "_heard", [0])
-    before = {number: signal.getsignal(number) for number in minilm.utils.signals.SIGNALS}
+    monkeypatch.setattr(minilm.utils.signals, "_last_signal", [0])
+    before = {number: signal.getsignal(number) for number in minilm.utils.signals.STOP_SIGNALS}
 
     class Swallows:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with minilm.utils.signals.ended_by_signals():
+    with minilm.utils.signals.interrupt_on_signals():
         held = Swallows()
         del held
         with StopRequest(Accelerator(cpu=True), saves=True) as request:

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from transformers import BertConfig, BertForMaskedLM
 
 from minilm.config import Config
-from minilm.config.parsing import read_run
+from minilm.config.serialization import read_run_config
 from minilm.fork import Begun, end
 from minilm.runs.checkpoint import read_checkpoint
 from minilm.runs.hub_upload import check_access, claim_repo, push
@@ -169,7 +169,7 @@ def test_a_run_may_go_on_to_be_published_elsewhere_and_its_repetition_is_not_pub
     config = config_of(out.parent, "other/name")
     (changed,) = check_settings(checkpoint, config)
     assert changed == 'run.push_to_hub was "model", is "other/name"'
-    repeated = read_run(str(out / "run.json")).run
+    repeated = read_run_config(str(out / "run.json")).run
     assert (repeated.push_to_hub, repeated.license) == (None, "apache-2.0")
 
 

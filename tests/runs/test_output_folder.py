@@ -24,7 +24,7 @@ from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.checkpoint_saver import Saver
 from minilm.runs.model_export import export
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
-from minilm.utils.folder_lock import LOCK, unlocked_at_end
+from minilm.utils.folder_lock import LOCK, unlock_at_end
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
 LEFTOVERS = (".checkpoint-11.writing", ".checkpoint-1.discarded", ".checkpoint-10.replaced")
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def unlocked() -> Iterator[None]:
     """What a test locks is unlocked after it."""
-    with unlocked_at_end():
+    with unlock_at_end():
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 
 from minilm.config import Classification, Config, Data, MaskedLM, Model, Optim, Run
-from minilm.config.parsing import read_run
+from minilm.config.serialization import read_run_config
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
 from minilm.distributed.hardware import Peak, Precision
@@ -282,7 +282,7 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     assert content["train"] == {"examples": 3, "tokens": 15, "fingerprint": "abc", "unknown": 1 / 15}
     assert content["eval"] == {"examples": 2, "tokens": 5, "fingerprint": "def", "unknown": 1 / 15}
     assert {"minilm", "torch", "transformers"} <= set(content["versions"])
-    assert read_run(str(tmp_path / "run.json")) == replace(config, run=replace(config.run, output_dir=None))
+    assert read_run_config(str(tmp_path / "run.json")) == replace(config, run=replace(config.run, output_dir=None))
 
 
 def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, facts, caplog):

@@ -17,7 +17,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from minilm import Config, Run
-from minilm.config.parsing import read_run
+from minilm.config.serialization import read_run_config
 from minilm.runs import trackers
 from minilm.runs.trackers import open_trackers
 from minilm.train import train
@@ -242,7 +242,7 @@ def test_a_run_ends_as_ever_when_its_tracker_fails(
     assert said_of_trackers(caplog) == [f"tensorboard: no route{GOES_ON}"]
     assert [step["step"] for step in read_log(tmp_path / "out")[0]] == [1, 2, 3, 4]
     assert (tmp_path / "out" / "all_results.json").exists()
-    assert read_run(str(tmp_path / "out" / "run.json")).run.trackers == ("tensorboard",)
+    assert read_run_config(str(tmp_path / "out" / "run.json")).run.trackers == ("tensorboard",)
 
 
 def test_a_new_run_in_the_folder_of_another_does_not_go_on_with_its_trackers(stub: type[Stub], tmp_path: Path) -> None:

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 
 from minilm import Data
-from minilm.utils.atomic_files import publish
-from minilm.utils.cache import cache_folder, open_entry
+from minilm.utils.atomic_files import write_atomically
+from minilm.utils.cache import get_cache_folder, open_entry
 from tests.jobs import CONFIG, finish, write_text
 
 
 def test_the_cache_lies_where_the_hugging_face_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    assert cache_folder() == tmp_path / "hf" / "minilm"
+    assert get_cache_folder() == tmp_path / "hf" / "minilm"
     monkeypatch.delenv("HF_HOME")
-    assert cache_folder() == tmp_path / "xdg" / "huggingface" / "minilm"
-    assert cache_folder().is_dir()
+    assert get_cache_folder() == tmp_path / "xdg" / "huggingface" / "minilm"
+    assert get_cache_folder().is_dir()
 
 
 @pytest.mark.parametrize("text", ["", "naïve\n😀\r\n", "x" * 100_000])
@@ -32,7 +32,7 @@ def test_publish_replaces_the_file_whole_and_readable_by_all(tmp_path: Path, old
     path = tmp_path / "a.json"
     if old is not None:
         path.write_text(old)
-    publish(path, text)
+    write_atomically(path, text)
     assert path.read_bytes() == text.encode()
     assert os.listdir(tmp_path) == ["a.json"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -61,7 +61,7 @@ def test_publish_that_fails_leaves_the_old_content_and_nothing_else(
     else:
         monkeypatch.setattr(os, place, fail)
     with pytest.raises(type(error)):
-        publish(path, "new")
+        write_atomically(path, "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({} if old is None else {"a.json": old})
 
 
@@ -72,7 +72,7 @@ def test_publish_renames_only_what_has_reached_the_disk(tmp_path: Path, monkeypa
     )
     renamed = []
     monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append((os.stat(a).st_ino, len("new"))), replace(a, b)))
-    publish(tmp_path / "a.json", "new")
+    write_atomically(tmp_path / "a.json", "new")
     assert [*renamed, (tmp_path.stat().st_ino, tmp_path.stat().st_size)] == synced
 
 
@@ -80,7 +80,7 @@ def test_publish_renames_only_what_has_reached_the_disk(tmp_path: Path, monkeypa
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an empty cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return cache_folder()
+    return get_cache_folder()
 
 
 def write(folder: Path, text: str = "whole") -> None:

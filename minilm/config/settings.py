@@ -11,7 +11,7 @@ from typing import Literal
 
 from minilm.utils.validation import check, check_choices, check_repo_id
 
-Value = bool | int | float | str | list[str]
+ConfigValue = bool | int | float | str | list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Model:
     """Hub id or folder of a checkpoint to start from. Default: build a new model from type and config."""
     type: str = "modernbert"
     """Hugging Face model type of a new model (bert, roberta, modernbert, …). Not used with model.name."""
-    config: dict[str, Value] = field(default_factory=dict)
+    config: dict[str, ConfigValue] = field(default_factory=dict)
     """Fields of the Hugging Face configuration, such as hidden_dropout_prob 0.0. They override a checkpoint's."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained, as patterns of names, such as *.embeddings.* and *.layer.[0-3].*"""
@@ -327,9 +327,9 @@ class Run:
     license: str | None = None
     """License for the model card, by the hub's name for it, such as apache-2.0."""
 
-    def steps(self, per_epoch: int) -> int:
-        """Return the number of steps of the run, with `per_epoch` steps in an epoch."""
-        # Rounded first: 1.1 * 100 is a little over 110 in floating point and must give 110.
+    def count_steps(self, per_epoch: int) -> int:
+        """Return the number of steps of a run whose epochs have `per_epoch` steps each."""
+        # In floating point, 1.1 * 100 is a little more than 110. It must give 110, so the product is rounded first.
         return self.max_steps or max(1, int(-(-round(self.epochs * per_epoch, 6) // 1)))
 
     def __post_init__(self) -> None:
@@ -366,8 +366,3 @@ class Config:
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether the evaluation figure of this name is a loss."""
-    return metric.startswith(("eval_loss", "perplexity", "bits_per_byte", "mse"))

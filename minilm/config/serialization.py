@@ -1,0 +1,83 @@
+"""Write a configuration as JSON and read it from JSON, as in `run.json` and in a checkpoint."""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from minilm.config import Config, MaskedLM
+from minilm.utils.validation import check, suggest_name
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain JSON types, with the class of the objective as a name. See `from_dict`."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    tree["objective"]["name"] = type(config.objective).__name__
+    return tree
+
+
+def flatten_settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that `to_dict` returns by group as one dictionary with keys `group.name`."""
+    return {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value from JSON has a field's type. Each group itself checks the choices of a Literal."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple and isinstance(value, list | tuple):
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is dict and isinstance(value, dict):
+        return all(_fits(name, parts[0]) and _fits(inner, parts[1]) for name, inner in value.items())
+    if origin is list and isinstance(value, list):
+        return all(_fits(inner, parts[0]) for inner in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return origin is Literal or (origin is None and isinstance(value, kind))
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Return the configuration that `to_dict` wrote.
+
+    Raise ValueError for an unknown group or field, and for a value that has not the field's type.
+    """
+    groups = typing.get_type_hints(Config)
+    check(isinstance(tree, dict), "a configuration must be an object with groups of settings")
+    for name in set(tree) - set(groups):
+        raise ValueError(f"unknown group of settings {suggest_name(name, list(groups))}")
+    built = {}
+    for name, kind in groups.items():
+        given = tree.get(name, {})
+        check(isinstance(given, dict), f"the group {name} must be an object with settings, not {given!r}")
+        values = dict(given)
+        if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
+            chosen = values.pop("name", MaskedLM.__name__)
+            check(str(chosen) in choices, f"unknown {name}.name {suggest_name(str(chosen), list(choices))}")
+            kind = choices[str(chosen)]
+        known = [f.name for f in dataclasses.fields(kind)]
+        for unknown in set(values) - set(known):
+            raise ValueError(f"unknown setting {name}.{suggest_name(unknown, known)}")
+        for setting, value in values.items():
+            wanted = typing.get_type_hints(kind)[setting]
+            check(
+                _fits(value, wanted), f"{name}.{setting} must be {getattr(wanted, '__name__', wanted)}, not {value!r}"
+            )
+        built[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Config(**built)
+
+
+def read_run_config(path: str) -> Config:
+    """Return the configuration in a run's `run.json`, without the output folder and repository, which that run owns."""
+    try:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+        check(isinstance(run, dict) and "config" in run, "it holds no config")
+        config = from_dict(run["config"])
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, output_dir=None, resume=None, push_to_hub=None)
+    )

@@ -20,7 +20,7 @@ from minilm.models.head import Head, SparseHead
 from minilm.objectives.objective import prepare
 from minilm.runs.checkpoint import Progress
 from minilm.runs.hub_upload import push
-from minilm.runs.model_export import export
+from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.runs.recorder import Recorder, open_recorder
 from minilm.runs.run_facts import write_results
@@ -88,7 +88,7 @@ def end(begun: Begun, recorder: Recorder, networks: dict[str, Any]) -> dict[str,
     if main:
         for part, network in networks.items():
             (begun.folder / part).mkdir(exist_ok=True)
-            saved = export(network, begun.prepared.tokenizer, begun.folder / part)
+            saved = save_model(network, begun.prepared.tokenizer, begun.folder / part)
             files += [str(Path(part, name)) for name in saved]
         write_results(begun.folder, results)
     begun.accelerator.free_memory()

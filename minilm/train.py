@@ -46,7 +46,7 @@ from minilm.runs.early_stopping import StopRequest, bad_gradients
 from minilm.runs.energy import metered
 from minilm.runs.hub_upload import push
 from minilm.runs.model_card import write_card
-from minilm.runs.model_export import export
+from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.runs.recorder import open_recorder, write_samples
 from minilm.runs.resume import check_best, check_settings, load_step, resume
@@ -344,7 +344,7 @@ def conclude(
 
     Returns the names of the model's files. `write_results` comes last, since its file marks the run as finished.
     """
-    files = export(network, tokenizer, folder, weights)
+    files = save_model(network, tokenizer, folder, weights)
     objective = objective_of(config.objective)
     samples = {}
     if config.run.samples:

@@ -11,7 +11,7 @@ from minilm.utils.atomic_files import replace_files, sync_path
 from minilm.utils.progress import quiet_transformers
 
 
-def export(
+def save_model(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
 ) -> list[str]:
     """Save in the Hugging Face format, and return the names of the files in `folder`.

@@ -30,7 +30,7 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     out/NAME, out/NAME-2, …
 
     The function creates and changes nothing, but it locks a folder that exists (`minilm.utils.folder_lock`), so call it
-    inside `unlocked_at_end`. Raises ValueError where the folder cannot be written, where it is not empty and neither
+    inside `unlock_at_end`. Raises ValueError where the folder cannot be written, where it is not empty and neither
     `run.resume` nor `run.overwrite` is set, where another run uses it, where there is no checkpoint, or where the hub
     would refuse `run.push_to_hub`.
     """

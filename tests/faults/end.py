@@ -22,7 +22,7 @@ from tests.jobs import config_in, end_of, finish, start
 # The parts of the end, in their order.
 WORK = (
     *("Recorder.step", "Recorder.evaluation", "Saver.save", "load_step", "Recorder.conclude"),
-    *("export", "model_export.save_tokenizer", "write_samples", "write_card", "write_results"),
+    *("save_model", "model_export.save_tokenizer", "write_samples", "write_card", "write_results"),
 )
 BOUNDARIES = tuple(f"{side} {work}" for work in WORK for side in ("before", "after"))
 LAST, SAVED = 6, 4  # the step after which each run ends, and the step of an earlier checkpoint

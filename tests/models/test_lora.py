@@ -35,7 +35,7 @@ from minilm.models.lora import is_adapted
 from minilm.objectives.causal_lm import CausalCollator
 from minilm.objectives.classification import ClassCollator, ClassHead
 from minilm.objectives.masked_lm import MaskedCollator
-from minilm.runs.model_export import export
+from minilm.runs.model_export import save_model
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 from tests.launch import read_log
@@ -65,7 +65,7 @@ def bases(tokenizer: PreTrainedTokenizerBase, documents: Dataset, tmp_path_facto
         auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
         tokenizer = tokenizer if kind == "bert" else causal
         network = load_model(Model(type=kind, config=fields(kind, own)), tokenizer, max_length=32, seed=0, auto=auto)
-        export(network, tokenizer, _made(place / job))
+        save_model(network, tokenizer, _made(place / job))
     return place
 
 
@@ -161,7 +161,7 @@ def test_the_saved_weights_are_merged_and_the_adapter_is_one_of_peft(job, bases,
     if job == "classes":  # its head is nobody else's
         torch.nn.init.normal_(network.classifier.weight)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    export(network, tokenizer, tmp_path)
+    save_model(network, tokenizer, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     auto = AUTOS.get(job, AutoModelForCausalLM)
     plain, report = auto.from_pretrained(tmp_path, output_loading_info=True)
@@ -196,7 +196,7 @@ def test_the_layers_are_pefts_or_those_of_the_attention_or_those_that_are_named(
     kind, targets, expected, tokenizer, tmp_path
 ) -> None:
     base = load_model(Model(type=kind, config=fields(kind)), tokenizer, max_length=32, seed=0)
-    export(base, tokenizer, tmp_path)
+    save_model(base, tokenizer, tmp_path)
     model = Model(name=str(tmp_path), lora_rank=2, lora_targets=targets)
     network = load_model(model, tokenizer, max_length=32, seed=0)
     names = {name.removesuffix(".base_layer") for name, _ in network.named_modules() if name.endswith(".base_layer")}

@@ -22,7 +22,7 @@ from transformers import (
 from minilm.config import Config, Run
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.checkpoint_saver import Saver
-from minilm.runs.model_export import export
+from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.utils.folder_lock import LOCK, unlock_at_end
 
@@ -361,7 +361,7 @@ def test_an_exported_model_loads_plainly_with_the_same_logits_bit_for_bit(tokeni
     (tmp_path / "notes.txt").write_text("mine")
     model = network(tokenizer)
     expected = logits(model)
-    export(model, tokenizer, tmp_path)
+    save_model(model, tokenizer, tmp_path)
     assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(tmp_path)), expected)
     assert AutoTokenizer.from_pretrained(tmp_path)("A short one.") == tokenizer("A short one.")
     assert len(pipeline("fill-mask", model=str(tmp_path))("The [MASK] fox.")) == 5
@@ -376,19 +376,19 @@ def test_every_chat_template_is_exported_and_none_of_an_earlier_model(template, 
     chatting.chat_template = {"default": "oldest", "rag": "oldest"}
     chatting.save_pretrained(tmp_path)  # as transformers does it: in a folder
     for chatting.chat_template in ("old", {"default": "older", "rag": "old"}, template):
-        export(network(tokenizer), chatting, tmp_path)
+        save_model(network(tokenizer), chatting, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
 
 
 def test_an_export_takes_the_place_of_an_older_one(tokenizer, tmp_path):
     for seed in (0, 1):
-        export(network(tokenizer, seed), tokenizer, tmp_path)
+        save_model(network(tokenizer, seed), tokenizer, tmp_path)
     assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(tmp_path)), logits(network(tokenizer, 1)))
 
 
 @pytest.mark.parametrize("fails", ["model", "tokenizer", "sync"])
 def test_an_old_model_survives_a_failed_export(fails, tokenizer, tmp_path, monkeypatch):
-    export(network(tokenizer), tokenizer, tmp_path)
+    save_model(network(tokenizer), tokenizer, tmp_path)
     before = contents(tmp_path)
 
     def fail(*args, **kwargs):
@@ -405,7 +405,7 @@ def test_an_old_model_survives_a_failed_export(fails, tokenizer, tmp_path, monke
     }[fails]
     monkeypatch.setattr(target, name, write_half if fails == "model" else fail)
     with pytest.raises(OSError, match="No space left"):
-        export(network(tokenizer, seed=1), tokenizer, tmp_path)
+        save_model(network(tokenizer, seed=1), tokenizer, tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -417,6 +417,6 @@ def test_the_weights_are_renamed_last(tokenizer, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", record)
-    export(network(tokenizer), tokenizer, tmp_path)
+    save_model(network(tokenizer), tokenizer, tmp_path)
     assert renamed[-1] == "model.safetensors"
     assert sorted(renamed) == sorted(contents(tmp_path))

@@ -1,6 +1,6 @@
 """minilm: train language models on the Hugging Face ecosystem with a loop that you own.
 
-A run is one value, a `Config`; `train` makes of it a model that `from_pretrained` loads, and returns its figures:
+A `Config` describes a run. `train` runs it, writes a model that `from_pretrained` loads, and returns the figures:
 
     from minilm import Batch, Config, Data, Model, Run
     from minilm.train import train
@@ -9,45 +9,35 @@ A run is one value, a `Config`; `train` makes of it a model that `from_pretraine
     figures = train(Config(data=Data(source="my_text.txt"), model=model, batch=Batch(examples=16), run=Run(epochs=2)))
     print(figures["eval_loss"], figures["perplexity"])
 
-What a configuration is made of is imported from here; `help(minilm.Data)` says what its fields mean, as a recipe's
-`--help` does. What a run is made of is in modules, which import torch and so take seconds, in the order of a run:
+Import `Config` and its groups of settings from `minilm`. `help(minilm.Data)` explains the fields of a group, as the
+`--help` of a recipe does. Import everything else from its module, which takes seconds because it imports torch. These
+are the main modules, in the order in which a run uses them:
 
-    minilm.commands.recipe       run_recipe: a Config as a program, with a flag for each field
-    minilm.train                 train; for a loop of your own train_step, load_steps, seed_dropout
-    minilm.fork                  begin, start_recording, end: what a loop of your own begins and ends with
-    minilm.objectives.objective  prepare (data and tokenizer), build (the model), objective_of (its head and evaluation)
-    minilm.data.corpus           PreparedData and Examples, what `prepare` returns
-    minilm.data.batch_plan       Plan: which examples make up step i, and how they are cut into micro-batches
-    minilm.data.micro_batch      MicroBatch, on its way to the model, and its loss
-    minilm.models.head           SparseHead: a model of transformers that gives the losses of a batch's targets
-    minilm.optim.optimizer       build_optimizer, learning_rate
-    minilm.runs.recorder         Recorder: log.jsonl and the progress bar
-    minilm.runs.checkpoint       Saver, find_checkpoint: how a run is kept and found again
-    minilm.models.inference      fill_mask, generate, classify: a trained model, used
-    minilm.commands.evaluate     evaluate: a trained model, measured
+    minilm.commands.recipe        run_recipe: run a Config as a program with a flag for each field
+    minilm.train                  train; for a loop of your own, train_step, load_steps and seed_dropout
+    minilm.fork                   begin, start_recording, end: the beginning and the end of a loop of your own
+    minilm.objectives.objective   prepare (data and tokenizer), build (the model), objective_of (head and evaluation)
+    minilm.data.corpus            PreparedData and its Examples: the token ids on disk
+    minilm.data.batch_plan        Plan: the examples of each step, and how it is cut into micro-batches
+    minilm.data.micro_batch       MicroBatch: the token ids and targets of one forward pass
+    minilm.models.head            SparseHead: a model of transformers that computes logits only at the targets
+    minilm.optim.optimizer        build_optimizer, learning_rate
+    minilm.runs.recorder          Recorder: log.jsonl and the progress bar
+    minilm.runs.checkpoint        find_checkpoint, read_checkpoint: find a checkpoint and check its files
+    minilm.runs.checkpoint_saver  Saver: write a checkpoint
+    minilm.models.inference       fill_mask, generate, classify: use a trained model
+    minilm.commands.evaluate      evaluate: measure a trained model
 """
 
-import ast
 import contextlib
-import inspect
-from itertools import pairwise
 
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens, settings
+from minilm.config.field_help import read_field_help
 
 __all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]
 
-
-def _explain() -> None:
-    """Have `help` show the string under each field, which Python drops, as part of the constructor."""
-    with contextlib.suppress(OSError):  # where the source is not there
-        for owner in ast.parse(inspect.getsource(settings)).body:
-            if isinstance(owner, ast.ClassDef) and owner.name in __all__:
-                said = [
-                    f"{ast.unparse(field.target)}: {' '.join(ast.literal_eval(text.value).split())}"
-                    for field, text in pairwise(owner.body)
-                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-                ]
-                getattr(settings, owner.name).__init__.__doc__ = "\n".join(said) or None
-
-
-_explain()
+# `help` shows the docstring of the constructor. The source may be missing where only compiled files are installed.
+with contextlib.suppress(OSError):
+    for _group, _texts in read_field_help().items():
+        _lines = [f"{field}: {text}" for field, text in _texts.items()]
+        getattr(settings, _group).__init__.__doc__ = "\n".join(_lines) or None

@@ -46,7 +46,7 @@ ENTRIES: dict[str, Entry] = {
     "missing file": Entry(flags="--data.source doc.txt", says="doc.txt: no such file"),
     "second source missing": Entry(flags="--data.source docs.txt doc.txt", says="doc.txt: no such file"),
     "weights and sources differ in number": Entry(
-        flags="--data.source docs.txt docs.txt --data.weights 1", says="data.weights must be one for each source"
+        flags="--data.source docs.txt docs.txt --data.weights 1", says="data.weights takes one number for each source"
     ),
     "missing folder": Entry(flags="--data.source texts/", says="texts/: no such"),
     "folder without matching files": Entry(
@@ -334,7 +334,9 @@ ENTRIES: dict[str, Entry] = {
         flags="--model.name bert --model.attention flash_attention_2", says="flash_attention_2 cannot be had"
     ),
     "layer decay 1.5": Entry(flags="--optim.layer-decay 1.5", says="optim.layer_decay must lie in (0, 1]"),
-    "label smoothing 1": Entry(flags="--objective.label-smoothing 1", says="objective.label_smoothing=1"),
+    "label smoothing 1": Entry(
+        flags="--objective.label-smoothing 1", says="objective.label_smoothing must lie in [0, 1), not 1"
+    ),
     "rate 1.5": Entry(flags="--objective.rate 1.5", says="objective.rate"),
     "final rate 0": Entry(flags="--objective.final-rate 0", says="objective.final_rate must lie in (0, 1]"),
     "masked and replaced, more than all": Entry(

@@ -1,13 +1,12 @@
 """`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config/settings.py."""
 
-import ast
 import dataclasses
 import inspect
 import typing
-from itertools import pairwise
 from typing import Any, Literal
 
 from minilm.config import Config
+from minilm.config.field_help import read_field_help
 from tests.launch import ROOT
 
 PAGE = ROOT / "docs" / "flags.md"
@@ -27,17 +26,6 @@ those of `minilm.Config`. `python -m tests.flags_page` writes this page from the
 `--data.source` sets the other `--data` flags of a recipe back to their defaults, except `--data.document` and
 `--data.eval-fraction`.
 """
-
-
-def read_docstrings(kind: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass, by field, on one line."""
-    (owner,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(owner, ast.ClassDef)
-    return {
-        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
-        for field, text in pairwise(owner.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
 
 
 def describe_values(kind: Any) -> str:
@@ -71,7 +59,7 @@ def escape(text: str) -> str:
 
 def build_section(group: str, kind: type) -> str:
     """Return the flags of one group as a table."""
-    texts = read_docstrings(kind)
+    texts = read_field_help()[kind.__name__]
     types = typing.get_type_hints(kind)
     lines = [
         f"## {group}",

@@ -17,17 +17,17 @@ from minilm.utils.validation import check
 
 
 def _has_flag(words: Sequence[str], flag: str) -> bool:
-    """Return whether `flag` is among the words, as `FLAG` or `FLAG=VALUE`."""
+    """Return whether the words contain a flag, as `FLAG` or `FLAG=VALUE`."""
     return any(word.split("=")[0] == flag for word in words)
 
 
 def _split_flag(words: Sequence[str], flag: str) -> list[str]:
-    """Return the words with `FLAG=VALUE` as two words."""
+    """Return the words, with `FLAG=VALUE` split into two words."""
     return [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
 
 
 def parse_seeds(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Return the numbers after `--seeds`, and the other words. Raise ValueError if the numbers are not valid seeds."""
+    """Return the numbers after `--seeds` and the other words. Raise ValueError if the numbers are not valid seeds."""
     words = _split_flag(arguments, "--seeds")
     if "--seeds" not in words:
         return [], words
@@ -36,24 +36,29 @@ def parse_seeds(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
     seeds, rest = words[at + 1 : end], words[:at] + words[end:]
     check(bool(seeds), "--seeds needs numbers: --seeds 0 1 2")
     for flag, instead in (
-        ("--run.seed", "leave it out"),
-        ("--run.resume", "pass --run.seed to resume the run of one seed"),
+        ("--run.seed", "leave --run.seed out"),
+        ("--run.resume", "pass --run.seed in place of --seeds to resume the run of one seed"),
     ):
         check(not _has_flag(rest, flag), f"--seeds and {flag} exclude each other: {instead}")
     for word in seeds:
         check(word.removeprefix("-").isdecimal(), f"--seeds takes whole numbers, not {word!r}")
     numbers = list(map(int, seeds))
     for seed in numbers:
-        # The constructor refuses a number that is not a valid seed.
+        # The constructor raises an error for a number that is not a valid seed.
         Run(seed=seed)
-        check(numbers.count(seed) == 1, f"--seeds has {seed} twice: leave one out")
+        check(numbers.count(seed) == 1, f"--seeds has {seed} twice: give each seed once")
     return numbers, rest
 
 
 def parse_flags(default: Config, description: str = "", arguments: Sequence[str] | None = None) -> Config:
-    """Return `default` with the flags of the command line applied. A bad flag ends the process with status 2.
+    """Return `default` with the changes that the flags of the command line make.
 
-    `--from-run FILE` replaces the defaults by the settings of an earlier run (its run.json).
+    `--from-run FILE` replaces the defaults by the settings of an earlier run, read from its run.json.
+
+    arguments: the words of the command line. Default: those of this process.
+
+    Raise ValueError for a flag of another program and for a wrong value. `--help` ends the process with status 0, and
+    a flag or value that tyro cannot read ends it with status 2.
     """
     # tyro imports slowly, and only a command line needs it.
     import tyro
@@ -76,8 +81,8 @@ def parse_flags(default: Config, description: str = "", arguments: Sequence[str]
         "defaults. "
         "--from-run FILE repeats the run that wrote this run.json. --dry-run runs a few steps, prints what the whole "
         "run would do, need and take, and writes nothing to the output folder. --seeds 0 1 2 trains once per seed, "
-        "each into seed-<n> of the output folder, and writes the mean and deviation of the figures to seeds.json "
-        "there. --debug shows tracebacks."
+        "each time into the folder seed-<n> of the output folder, and writes the mean and standard deviation of the "
+        "figures to seeds.json there. --debug shows tracebacks."
     )
     messages = io.StringIO()
     options = (tyro.conf.AvoidSubcommands,)
@@ -85,7 +90,7 @@ def parse_flags(default: Config, description: str = "", arguments: Sequence[str]
         with contextlib.redirect_stderr(messages):
             config: Config = tyro.cli(Config, default=default, args=rest, config=options, description=description)
     except SystemExit:
-        # A job prints one message, and not one from each process.
+        # One process prints the message for the whole job.
         if messages.getvalue() and claim_error_report():
             sys.stderr.write(messages.getvalue())
         raise
@@ -93,7 +98,10 @@ def parse_flags(default: Config, description: str = "", arguments: Sequence[str]
 
 
 def _reset_document(config: Config) -> Config:
-    """Return the configuration without the recipe's `data.document` if no source is plain text."""
+    """Return the configuration with the default of `data.document` if no source is plain text.
+
+    A recipe may set `data.document` for its own source, but it applies only to plain text.
+    """
     data = config.data
     if data.document == Data.document:
         return config
@@ -104,9 +112,9 @@ def _reset_document(config: Config) -> Config:
 
 
 def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[str]]:
-    """Return `default` with the fields of `--model.config.FIELD VALUE` that it does not have yet, and the other words.
+    """Return `default` with the new fields that `--model.config.FIELD VALUE` adds, and the other words.
 
-    tyro itself reads the flag of a field that `default` has, since it knows the type of the field.
+    Flags of fields that `default` already has are among the other words. tyro reads them, because it knows their types.
     """
     start = "--model.config."
     fields: dict[str, ConfigValue] = {}
@@ -128,7 +136,7 @@ def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[st
 
 
 def _parse_literal(word: str) -> Any:
-    """Return the number or truth value that a word stands for, or else the word."""
+    """Return the number or truth value that a word stands for, or the word itself if it is neither."""
     with contextlib.suppress(ValueError, SyntaxError):
         if isinstance(value := ast.literal_eval(word), bool | int | float):
             return value
@@ -136,7 +144,10 @@ def _parse_literal(word: str) -> Any:
 
 
 def parse_data_flags(arguments: Sequence[str]) -> Data | None:
-    """Return the settings of the `--data.…` flags, or None without such flags."""
+    """Return the settings of the `--data.…` flags of `minilm evaluate`, or None if there are none.
+
+    Raise ValueError if `--data.source` is missing among them.
+    """
     import tyro
 
     @dataclasses.dataclass
@@ -147,5 +158,5 @@ def parse_data_flags(arguments: Sequence[str]) -> Data | None:
         return None
     data = tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog="minilm evaluate DIR").data
     if not _has_flag(arguments, "--data.source"):
-        raise ValueError("give --data.source too, or no --data flag, which repeats the evaluation of the run")
+        raise ValueError("give --data.source too, or no --data flag at all to repeat the evaluation of the run")
     return data

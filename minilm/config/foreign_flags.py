@@ -1,6 +1,7 @@
-"""Flags of other training programs, each with minilm's flag for the same purpose. Imports no torch.
+"""Flags of other training programs, each with the flag of minilm for the same purpose.
 
-The names come from transformers' TrainingArguments and example scripts, litgpt, torchtitan and nanoGPT.
+They are those of transformers' TrainingArguments and example scripts, litgpt, torchtitan and nanoGPT. This file does
+not import torch.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ _LAUNCHER = "a flag of the launcher: accelerate launch --multi_gpu --num_process
 _CONFIG = "--model.config.FIELD, a field of the Hugging Face configuration"
 _LOGGED = "not needed: log.jsonl in the output folder has one line per step"
 
+# The name of a flag of another program, and the answer to a user who types it. An answer that begins with -- names the
+# flag of minilm. Any other answer completes the sentence "unknown flag X: it is …".
 FOREIGN_FLAGS = {
     # The model and its tokenizer.
     "model_name_or_path": "--model.name",
@@ -166,9 +169,12 @@ FOREIGN_FLAGS = {
 
 
 def refuse_foreign_flags(words: Sequence[str], default: Config) -> None:
-    """Raise ValueError for the first unknown flag for which minilm has a flag, and name that flag.
+    """Raise ValueError for the first flag that minilm does not have but can answer.
 
-    The unknown flag is one of another program (`--learning-rate`), or minilm's own without its group (`--lr`).
+    That is a flag of another program (`--learning-rate`), or a flag of minilm without its group (`--lr`). The error
+    says what to use in its place. Other unknown flags are left to the parser.
+
+    words: the words of the command line. default: the configuration whose fields are the flags.
     """
     groups = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     own = {group: {field.name for field in dataclasses.fields(settings)} for group, settings in groups.items()}

@@ -1,4 +1,4 @@
-"""Write a configuration as JSON and read it from JSON, as in `run.json` and in a checkpoint."""
+"""A configuration as JSON, the form that it has in `run.json` and in checkpoints."""
 
 import dataclasses
 import json
@@ -12,19 +12,19 @@ from minilm.utils.validation import check, suggest_name
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain JSON types, with the class of the objective as a name. See `from_dict`."""
+    """Return the configuration as JSON types. The class of the objective becomes a name. `from_dict` reads it."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     tree["objective"]["name"] = type(config.objective).__name__
     return tree
 
 
 def flatten_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that `to_dict` returns by group as one dictionary with keys `group.name`."""
+    """Return the result of `to_dict` as one dictionary with the keys `group.name`."""
     return {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value from JSON has a field's type. Each group itself checks the choices of a Literal."""
+    """Return whether a value from JSON has the type of a field. The constructor checks the choices of a Literal."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -41,18 +41,18 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """Return the configuration that `to_dict` wrote.
+    """Return the configuration that `to_dict` wrote. A group or field that is missing has its default.
 
-    Raise ValueError for an unknown group or field, and for a value that has not the field's type.
+    Raise ValueError for an unknown group or field, and for a value that does not have the type of its field.
     """
     groups = typing.get_type_hints(Config)
-    check(isinstance(tree, dict), "a configuration must be an object with groups of settings")
+    check(isinstance(tree, dict), "a configuration must be an object that holds groups of settings")
     for name in set(tree) - set(groups):
         raise ValueError(f"unknown group of settings {suggest_name(name, list(groups))}")
     built = {}
     for name, kind in groups.items():
         given = tree.get(name, {})
-        check(isinstance(given, dict), f"the group {name} must be an object with settings, not {given!r}")
+        check(isinstance(given, dict), f"the group {name} must be an object that holds settings, not {given!r}")
         values = dict(given)
         if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
             chosen = values.pop("name", MaskedLM.__name__)
@@ -71,10 +71,14 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def read_run_config(path: str) -> Config:
-    """Return the configuration in a run's `run.json`, without the output folder and repository, which that run owns."""
+    """Return the configuration in the `run.json` of a run, for another run.
+
+    `run.output_dir`, `run.resume` and `run.push_to_hub` are None, because the output folder and the repository belong
+    to the run that wrote the file. Raise ValueError if the file cannot be read.
+    """
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
-        check(isinstance(run, dict) and "config" in run, "it holds no config")
+        check(isinstance(run, dict) and "config" in run, "it has no config")
         config = from_dict(run["config"])
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error

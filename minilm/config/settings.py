@@ -1,6 +1,6 @@
-"""One run, described by a tree of frozen dataclasses: `Config(data=…, model=…, …)`.
+"""The settings of a run, as a tree of frozen dataclasses: `Config(data=…, model=…, …)`.
 
-Every default lives here, construction checks every value, and every field is a command-line flag of the same name
+Every default is here. A constructor checks its values. Each field is also a flag of the same name on the command line
 (`--batch.examples 64`). This file imports neither torch nor transformers, so that `--help` and the error about a
 mistyped flag appear at once.
 """
@@ -63,7 +63,7 @@ class Data:
         )
         check(
             not self.streaming or "pydocs" not in self.sources,
-            "data.streaming: pydocs cannot be streamed; leave it out",
+            "data.streaming: pydocs cannot be streamed; leave data.streaming out",
         )
         check(
             not self.streaming or self.document != "file",
@@ -73,16 +73,16 @@ class Data:
         check(all_named, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
         check(
             len(self.weights) in (0, len(self.sources)),
-            f"data.weights must be one for each source: there are {len(self.weights)} for {len(self.sources)} sources",
+            f"data.weights takes one number for each source, but has {len(self.weights)} for {len(self.sources)}",
         )
         for weight in self.weights:
             check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
-        check(self.label_separator != "", "data.label_separator is empty: give the character between labels")
+        check(self.label_separator != "", "data.label_separator is empty: give the text between labels")
         check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The sources as a tuple, also if there is only one."""
+        """The sources as a tuple, even if there is only one."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
@@ -141,7 +141,7 @@ class Model:
             check(self.name is not None, "model.lora_rank needs a checkpoint to start from: set model.name")
             check(
                 not self.freeze,
-                "model.freeze: LoRA freezes all other weights itself; leave it out, and choose by model.lora_targets",
+                "model.freeze: LoRA itself freezes all other weights; leave it out, and choose by model.lora_targets",
             )
         else:
             check(not self.lora_targets, "model.lora_targets needs a rank: set model.lora_rank")
@@ -168,13 +168,18 @@ class MaskedLM:
 
     def __post_init__(self) -> None:
         check_choices("objective", self)
-        check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
+        check(
+            0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
+        )
         for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
             check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
         for name in ("masked", "replaced"):
             check(0 <= getattr(self, name) <= 1, f"objective.{name} must lie in [0, 1], not {getattr(self, name)}")
-        check(self.masked + self.replaced < 1 + 1e-9, "objective.masked and objective.replaced sum to more than 1")
+        check(
+            self.masked + self.replaced < 1 + 1e-9,
+            "objective.masked and objective.replaced sum to more than 1: lower one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +190,9 @@ class CausalLM:
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
-        check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
+        check(
+            0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +209,9 @@ class Classification:
 
     def __post_init__(self) -> None:
         check_choices("objective", self)
-        check(0 <= self.label_smoothing < 1, f"objective.label_smoothing={self.label_smoothing} is not in [0, 1)")
+        check(
+            0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
+        )
         if self.problem != "auto":
             self.check_problem(self.problem)
 
@@ -211,7 +220,7 @@ class Classification:
         given = {"class_weights": self.class_weights != "equal", "label_smoothing": self.label_smoothing > 0}
         for name in given:
             single = problem == "single-label" or not given[name]
-            check(single, f"objective.{name} needs single labels, but the problem is {problem}")
+            check(single, f"objective.{name} needs one class for each text, but the problem is {problem}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,10 +350,14 @@ class Run:
         check(self.timeout < 2**31, f"run.timeout must be below 2**31, not {self.timeout}")
         check(self.save_every >= 0, f"run.save_every must be 0 or more, not {self.save_every}")
         check(self.save_every > 0 or not self.load_best, "run.load_best needs checkpoints: set run.save_every above 0")
-        check(not (self.resume and self.overwrite), "run.resume and run.overwrite exclude each other")
+        check(
+            not (self.resume and self.overwrite),
+            "run.resume and run.overwrite exclude each other: leave one of them out",
+        )
         check(
             not (self.compile and self.deterministic),
-            "run.compile chooses kernels by speed, so the last bits may differ: leave it out, or run.deterministic",
+            "run.compile chooses kernels by speed, so the last bits may differ: leave out run.compile or "
+            "run.deterministic",
         )
         check(0 <= self.seed < 2**63, f"run.seed must be 0 or more and fit 63 bits, not {self.seed}")
         if self.push_to_hub is not None:
@@ -357,7 +370,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run: one field for each group of flags. `train(config)` needs nothing else."""
+    """Everything that decides a run, with one field for each group of flags. `train(config)` needs nothing else."""
 
     data: Data = field(default_factory=Data)
     tokens: Tokens = field(default_factory=Tokens)

@@ -3,7 +3,8 @@
 import dataclasses
 
 from minilm.config import Batch, Optim, Run
-from tests.flags_page import PAGE, build_page, describe_values, format_default, read_docstrings
+from minilm.config.field_help import read_field_help
+from tests.flags_page import PAGE, build_page, describe_values, format_default
 
 
 def test_the_page_is_that_of_the_configuration() -> None:
@@ -19,5 +20,5 @@ def test_a_row_has_the_values_the_default_and_the_docstring() -> None:
         "",
     ]
     assert describe_values(int | None) == "INT"
-    assert read_docstrings(Run)["seed"] == "Seed of the initial weights, the order, the masks and dropout."
+    assert read_field_help()["Run"]["seed"] == "Seed of the initial weights, the order, the masks and dropout."
     assert "| `--batch.examples INT` | 32 | Examples in an optimizer step" in build_page()

@@ -98,5 +98,5 @@ def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_repeats_to_the_bit_is_not_compiled() -> None:
-    with pytest.raises(ValueError, match=r"leave it out, or run\.deterministic\Z"):
+    with pytest.raises(ValueError, match=r"leave out run\.compile or run\.deterministic\Z"):
         Run(compile=True, deterministic=True)

@@ -1,4 +1,4 @@
-"""The texts of documents, from a dataset or a stream: read in batches, counted and hashed."""
+"""The texts of documents, from a dataset or a stream: read them in batches, count them and hash them."""
 
 import hashlib
 import itertools
@@ -12,48 +12,53 @@ from datasets import Dataset
 from minilm.data.streaming import TextStream
 from minilm.utils.cache import open_entry
 
-_VERSION = 5  # of the files below in the cache
+# A part of every hash. Raise it when the code that encodes texts or trains tokenizers changes what it writes.
+_VERSION = 5
+DOCUMENTS_PER_BATCH = 2000
+"""The number of documents that are read at a time. The tokenizers library spreads them over all cores."""
 Documents: TypeAlias = Dataset | TextStream
-DOCUMENTS_PER_BATCH = 2000  # documents read at a time; the tokenizers library spreads them over all cores
+"""Documents with a column `text`, and with a column `pair` if each document is a pair of texts."""
 
 
 def count_documents(documents: Documents) -> int | None:
-    """How many there are, where that is known."""
+    """Return the number of documents, or None for a stream."""
     return None if isinstance(documents, TextStream) else len(documents)
 
 
 def count_texts(documents: Documents) -> int | None:
-    """Return how many texts `iterate_texts` yields, where that is known."""
+    """Return the number of texts that `iterate_texts` yields, or None for a stream."""
     count = count_documents(documents)
     return None if count is None else count * len(find_text_columns(documents))
 
 
-def iterate_batches(documents: Documents) -> Iterator[list[str]]:
-    """The texts, many at a time."""
-    for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
-        yield batch["text"]
-
-
 def find_text_columns(documents: Documents) -> tuple[str, ...]:
-    """Return the columns that hold text: `text`, and `pair` where documents are pairs of texts."""
+    """Return the columns that hold text: `text`, and `pair` if documents are pairs of texts."""
     pairs = not isinstance(documents, TextStream) and "pair" in documents.column_names
     return ("text", "pair") if pairs else ("text",)
 
 
+def iterate_batches(documents: Documents) -> Iterator[list[str]]:
+    """Yield the column `text` in batches of `DOCUMENTS_PER_BATCH` texts."""
+    for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
+        yield batch["text"]
+
+
 def iterate_texts(documents: Documents) -> Iterator[str]:
-    """Yield each text of all columns."""
+    """Yield each text of all text columns."""
     for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
         for column in find_text_columns(documents):
             yield from batch[column]
 
 
-def fingerprint_documents(documents: Documents, *rest: object, columns: Sequence[str] = ("text",)) -> str:
-    """A hash of every text, or of a stream's identity, and of whatever else decides the result, as 24 hex digits.
+def fingerprint_documents(documents: Documents, *settings: object, columns: Sequence[str] = ("text",)) -> str:
+    """Return a hash of all texts of `columns`, or of a stream's identity, and of `settings`, as 24 hex digits.
 
-    The texts are read once: the cache remembers the hash by the name that the datasets library gives to how they came
-    about, which is another for files that changed and comes from the same cache as the texts.
+    settings: JSON types that decide what is made of the texts.
+
+    The texts are hashed only once. The cache keeps the hash under the fingerprint that the datasets library gives a
+    dataset. The fingerprint changes when the files of the dataset change.
     """
-    digest = hashlib.blake2b(json.dumps([_VERSION, *rest]).encode(), digest_size=12)
+    digest = hashlib.blake2b(json.dumps([_VERSION, *settings]).encode(), digest_size=12)
     if isinstance(documents, TextStream):
         digest.update(documents.identity.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""Texts that a tokenizer cannot encode: a vocabulary without an unknown token may lack a letter of them."""
+"""Errors for texts that a tokenizer cannot encode.
+
+If a vocabulary has no unknown token, it may lack a letter of a text.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,14 +13,15 @@ from transformers import PreTrainedTokenizerBase
 def locate_encoding_errors(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], name: str | None = None, first: int = 1
 ) -> Iterator[None]:
-    """Turn the error of a tokenizer that cannot encode one of `texts` into a ValueError that names the text.
+    """Turn a tokenizer's error into a ValueError that names the first of `texts` that it cannot encode.
 
-    `name` is what the texts are called as a whole, `first` the number of the first of them there.
+    name: what the message calls the documents that hold the texts. Without it, the message quotes the text alone.
+    first: the number of the first text among the documents.
     """
     try:
         yield
     except Exception as error:
-        # The tokenizers library raises nothing more specific than this class.
+        # The tokenizers library raises `Exception` itself, not a subclass.
         if type(error) is not Exception:
             raise
         for number, text in enumerate(texts, first):
@@ -27,7 +31,7 @@ def locate_encoding_errors(
                 which = f"number {number:,} of the {name}, which begins {text[:40]!r}," if name else repr(text[:40])
                 raise ValueError(
                     f"the tokenizer cannot encode {which} because its vocabulary lacks a part of the text "
-                    f"({' '.join(str(cause).split())}): take that part out of the text, or give the tokenizer an "
-                    "unknown token"
+                    f"({' '.join(str(cause).split())}). Take that part out of the text, or give the tokenizer an "
+                    "unknown token."
                 ) from cause
         raise

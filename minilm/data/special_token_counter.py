@@ -1,6 +1,8 @@
-"""Count the special tokens that stand in texts, and warn of them."""
+"""Count the special tokens that texts hold, and warn of them.
 
-import itertools
+A tokenizer takes a text such as `</s>` in a page of HTML for the special token of that name.
+"""
+
 import json
 import logging
 from collections.abc import Sequence
@@ -14,51 +16,60 @@ log = logging.getLogger("minilm")
 
 
 class SpecialTokenCounter:
-    """Which special tokens stand in texts, in how many, and which text is the first of these.
-
-    A tokenizer takes a text such as `</s>` in a page of HTML for the token of that name.
-    """
+    """Counts the texts that hold each special token, and remembers the first of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}  # what is unknown is no word of the text's
-        self._special = np.array(sorted(ids), np.int64)
-        self.texts: dict[int, int] = {}
-        """By id, in how many texts it stands."""
-        self.first: dict[int, tuple[int, str]] = {}
-        """By id, the number of the first of these texts, from 1, and how it begins."""
-        self._read = 0  # texts so far
+        # The unknown token stands for ordinary text.
+        self._special = np.array(sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}), np.int64)
+        self._texts: dict[int, int] = {}
+        """The number of texts with each special id."""
+        self._first: dict[int, tuple[int, str]] = {}
+        """For each special id, the number of the first text with it, from 1, and how that text begins."""
+        self._read = 0
+        """The number of texts so far."""
 
-    def count(self, texts: Sequence[str], rows: Sequence[Sequence[int]], around: Sequence[int]) -> NDArray[np.int64]:
-        """Go on with texts and their rows of ids, which end with or begin by those of `around`; return all the ids."""
-        ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
-        own = [id for id in around if id in self._special]
-        if np.isin(ids, self._special).sum() > len(own) * len(rows):
+    def count(
+        self,
+        texts: Sequence[str],
+        rows: Sequence[Sequence[int]],
+        ids: NDArray[np.int64],
+        *,
+        surrounding: Sequence[int] = (),
+    ) -> None:
+        """Count the special tokens of the next texts.
+
+        rows: the ids of each text. `ids` holds the same ids in one array.
+        surrounding: the ids that were added around each text. They are not counted.
+        """
+        added = [id for id in surrounding if id in self._special]
+        # Most batches hold no other special token. One comparison for the whole batch finds that out.
+        if np.isin(ids, self._special).sum() > len(added) * len(rows):
             special = {*self._special.tolist()}
             for number, (text, row) in enumerate(zip(texts, rows, strict=True), self._read + 1):
                 for id in {*row} & special:
-                    if row.count(id) > own.count(id):
-                        self.texts[id] = self.texts.get(id, 0) + 1
-                        self.first.setdefault(id, (number, text[:40]))
+                    if row.count(id) > added.count(id):
+                        self._texts[id] = self._texts.get(id, 0) + 1
+                        self._first.setdefault(id, (number, text[:40]))
         self._read += len(texts)
-        return ids
 
     def write(self, folder: Path) -> None:
-        """Keep what was counted in `folder`."""
-        counted = [[id, self.texts[id], *self.first[id]] for id in sorted(self.texts)]
-        (folder / "special.json").write_text(json.dumps(counted), encoding="utf-8")
+        """Write the counts to `special.json` in `folder`, for `read_special_tokens`."""
+        counts = [[id, self._texts[id], *self._first[id]] for id in sorted(self._texts)]
+        (folder / "special.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
 def read_special_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[int, tuple[int, str]]:
-    """Return what `SpecialTokenCounter` wrote: for each id, the number of the first text with it and how that begins.
+    """Read what a `SpecialTokenCounter` wrote, and warn of each special token in the texts.
 
-    A warning names each special token in the texts, which it calls `name`.
+    Return the number of the first text with each special id, from 1, and how that text begins. The warnings call the
+    texts `name`.
     """
     first = {}
     for id, count, number, text in json.loads((folder / "special.json").read_text("utf-8")):
         first[id] = (number, text)
         token = tokenizer.convert_ids_to_tokens(id)
         log.warning(
-            f"{count:,} of the {name} hold the special token {token}, the first of them number {number:,}, which "
-            f"begins {text!r}: change it there if it is meant as text"
+            f"{count:,} of the {name} hold the special token {token}. The first is number {number:,}, which begins "
+            f"{text!r}. If the token is meant as text, write it differently there."
         )
     return first

@@ -1,5 +1,6 @@
-"""Texts, or pairs of texts, encoded whole for classification: special tokens, token types and all."""
+"""Encode texts, or pairs of texts, for classification: each with its special tokens and token types."""
 
+import itertools
 import json
 import logging
 from contextlib import ExitStack
@@ -31,14 +32,20 @@ def encode_pairs(
     name: str,
     zero_types: bool = False,
 ) -> Examples:
-    """One example a document: its `text`, and its `pair` where there is that column, as the tokenizer joins them.
+    """Encode each document as one example: its `text`, joined with its `pair` by the tokenizer if there is one.
 
-    What is longer than `max_length` tokens loses tokens from the end of its longer text; a warning says how many did.
-    Token types are kept where any is not 0, or with `zero_types` where the tokenizer gives them at all: GPT-2 adds the
-    embedding of type 0 to that of a word. The ids are cached by content.
+    labels: the label of each document, int64[D], float32[D] or float32[D, C].
+    max_length: the most tokens of an example. A longer one loses tokens at the end of its longer text, or at the
+        beginning if the tokenizer truncates there. A warning says how many examples did.
+    name: what messages call the documents.
+    zero_types: keep token types even if all are 0. GPT-2 needs this, since it adds the embedding of type 0 to the
+        token's.
+
+    The ids are cached by content. Raises ValueError if the tokenizer cannot encode a text.
     """
     columns = find_text_columns(documents)
-    tokenizer.backend_tokenizer.no_truncation()  # what it was saved with is not what it is
+    # The backend remembers how it truncated and padded last, which must not change the key.
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     key = fingerprint_documents(documents, serialize_tokenizer(tokenizer), columns, max_length, columns=columns)
     folder = open_entry(f"pairs-{key}", lambda folder: _write(folder, documents, columns, tokenizer, max_length, name))
@@ -46,15 +53,17 @@ def encode_pairs(
     offsets = np.load(folder / "offsets.npy")
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if cut := facts["cut"]:
-        log.warning(f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens: cut")
+        log.warning(
+            f"{cut:,} of {len(documents):,} {name} have more than batch.max_length={max_length} tokens and are cut"
+        )
     typed = facts["typed"] or (zero_types and "token_type_ids" in tokenizer.model_input_names)
-    none = np.zeros(0, np.int64)
+    nothing = np.zeros(0, np.int64)
     return Examples(
         ids=ArrayFile(folder / "ids.npy"),
         start=offsets[:-1],
         stop=offsets[1:],
-        prefix=none,
-        suffix=none,
+        prefix=nothing,
+        suffix=nothing,
         type_ids=ArrayFile(folder / "types.npy") if typed else None,
         labels=labels,
         fingerprint=key,
@@ -70,6 +79,13 @@ def _write(
     max_length: int,
     name: str,
 ) -> None:
+    """Encode the documents and write the files of `encode_pairs` into `folder`.
+
+    - `ids.npy`: uint32, and `types.npy`: uint8, the ids and token types of all documents, with their special tokens.
+    - `offsets.npy`: int64, where each document begins, and the end of the last one.
+    - `facts.json`: the number of documents that were cut, and whether any token type is not 0.
+    - `special.json`: the special tokens inside texts.
+    """
     ids, types, sizes, cut, special = [], [], [0], 0, SpecialTokenCounter(tokenizer)
     with show_progress(total=len(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar:
         for batch in documents.iter(batch_size=DOCUMENTS_PER_BATCH):
@@ -88,11 +104,13 @@ def _write(
                 types.append(np.array(row.type_ids, np.uint8))
                 sizes.append(len(row.ids))
                 cut += bool(row.overflowing)
-            own = [np.extract(np.equal(row.special_tokens_mask, 0), row.ids).tolist() for row in encoded.encodings]
-            special.count(batch["text"], own, ())
+            # Leave out the special tokens that the tokenizer added around the texts.
+            rows = [np.extract(np.equal(row.special_tokens_mask, 0), row.ids).tolist() for row in encoded.encodings]
+            special.count(batch["text"], rows, np.fromiter(itertools.chain.from_iterable(rows), np.int64))
             bar.update(len(batch["text"]))
     special.write(folder)
-    if "token_type_ids" not in tokenizer.model_input_names:  # its models have no use for them
+    # If the tokenizer does not name token types, its models do not take them.
+    if "token_type_ids" not in tokenizer.model_input_names:
         types = [np.zeros_like(row) for row in types]
     np.save(folder / "ids.npy", np.concatenate(ids))
     np.save(folder / "types.npy", all_types := np.concatenate(types))

@@ -1,4 +1,4 @@
-"""Load a run's tokenizer, or train or extend one on its documents, with a cache between runs."""
+"""Load the tokenizer of a run. Train one on the documents if there is none, or extend one by words of the documents."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from minilm.data.tokenizer_training import train_tokenizer
 from minilm.utils.cache import open_entry
 from minilm.utils.hub import explain_loading_errors
 
-# What a tokenizer is saved with beside its backend, where it decides ids or token types or comes back from the cache.
+# The settings outside the backend that decide ids or token types, or that a tokenizer from the cache must keep.
 _SETTINGS = (
     "chat_template",
     "clean_up_tokenization_spaces",
@@ -28,49 +28,57 @@ _SETTINGS = (
 def load_tokenizer(
     tokens: Tokens, model_name: str | None, documents: Documents, *, causal: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of `tokens.name`, else of the model, else one trained on the texts of `documents`.
+    """Return the tokenizer `tokens.name`, else the model's, else one that is trained on the texts of `documents`.
 
-    With `tokens.extend`, words of the documents are added to one that was not trained. Raises ValueError when it cannot
-    be loaded or extended, or lacks a token that masked or `causal` LM needs. Code that comes with it is not run.
+    With `tokens.extend`, a loaded tokenizer gets that many words of the documents. Trained and extended tokenizers are
+    cached. Code that comes with a tokenizer is not run. Raises ValueError if the tokenizer cannot be loaded or
+    extended, or lacks a token that the objective needs: the end of a text for a `causal` LM, else padding.
     """
     name = tokens.name or model_name
     if name is None:
         if tokens.extend:
             raise ValueError(
-                "tokens.extend adds to a tokenizer that exists; here one is trained: set tokens.vocab_size"
+                "tokens.extend adds to a tokenizer that exists, but this run trains one. Set tokens.vocab_size instead."
             )
-        key = fingerprint_documents(
-            documents, tokens.kind, tokens.vocab_size, causal, columns=find_text_columns(documents)
+        return _open_cached(
+            lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal),
+            documents,
+            *(tokens.kind, tokens.vocab_size, causal),
         )
-        return _cached(key, lambda: train_tokenizer(documents, tokens.kind, tokens.vocab_size, causal=causal))
     with explain_loading_errors(name, f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"tokenizer {name!r} has no fast form, only one in Python: a run can take another with --tokens.name"
+            f"tokenizer {name!r} exists only in Python, without the fast form that minilm needs. A run can take "
+            "another tokenizer with --tokens.name."
         )
-    if tokenizer.pad_token_id is None and not causal:  # GPT-2 and Llama classify so
+    # GPT-2 and Llama have no padding token. To classify with them, the token that ends texts serves as padding.
+    if tokenizer.pad_token_id is None and not causal:
         tokenizer.pad_token = tokenizer.eos_token
     role, field = ("end-of-text", "eos_token") if causal else ("padding", "pad_token")
     if getattr(tokenizer, field) is None:
         raise ValueError(
-            f"tokenizer {name!r} has no {role} token: name one as {field} in its tokenizer_config.json; a run can take "
-            "another tokenizer with --tokens.name"
+            f"tokenizer {name!r} has no {role} token. Name one as {field} in its tokenizer_config.json. A run can also "
+            "take another tokenizer with --tokens.name."
         )
     if not tokens.extend:
         return tokenizer
-    key = fingerprint_documents(
-        documents, serialize_tokenizer(tokenizer), tokens.extend, columns=find_text_columns(documents)
+    return _open_cached(
+        lambda: extend_tokenizer(tokenizer, documents, tokens.extend),
+        documents,
+        *(serialize_tokenizer(tokenizer), tokens.extend),
     )
-    return _cached(key, lambda: extend_tokenizer(tokenizer, documents, tokens.extend))
 
 
 def serialize_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What tells a tokenizer from others, as JSON types."""
+    """Return everything that distinguishes a tokenizer from others, as JSON types. It is the same in each process."""
     return [tokenizer.backend_tokenizer.to_str(), *(getattr(tokenizer, name) for name in _SETTINGS)]
 
 
-def _cached(key: str, build: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """What `build` gives, from the cache where it was built before."""
+def _open_cached(
+    build: Callable[[], PreTrainedTokenizerBase], documents: Documents, *settings: object
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that `build` makes of `documents` and `settings`, from the cache if it is there."""
+    key = fingerprint_documents(documents, *settings, columns=find_text_columns(documents))
     folder = open_entry(f"tokenizer-{key}", lambda folder: build().save_pretrained(folder))
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -28,23 +28,30 @@ _CAUSAL_SPECIAL = {
     "pad_token": "<|endoftext|>",
     "unk_token": "<|unknown|>",
 }
-# The sentencepiece library reads lines of cells: these stand for the characters that end them, and the reverse.
-_STAND_INS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
-# It needs time and memory for every character, and drops what it would use less than half a time: of a few words, all.
-_CHARACTERS = 10**4, 10**7
+# The sentencepiece library reads a table of tab-separated lines. Tabs and line ends inside words change places with
+# characters for private use, and change back in the pieces.
+_SWAPS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
+# The sentencepiece library drops pieces that it expects to use less than half a time, which is all pieces of a short
+# text. So a shorter text is repeated until it has this many characters.
+_LEAST_CHARACTERS = 10**4
+# Its time and memory grow with the text. Of a longer text, a sample of about this many characters is used.
+_MOST_CHARACTERS = 10**7
 
 
 def train_tokenizer(
     documents: Documents, kind: str, vocab_size: int, *, causal: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE (Radford et al. 2019, section 2.2), WordPiece (as BERT's, lower-cased) or Unigram (Kudo
-    2018, section 3.2) on `text`, or take every character for a token. The same documents give the same tokenizer.
+    """Train a tokenizer on the texts of documents. The same documents give the same tokenizer.
 
-    For masked LM it adds `[CLS]` and `[SEP]` around one text, and between and after two. A `causal` one adds nothing:
-    it has one special token, which ends a document.
+    kind: "bpe" is byte-level BPE (Radford et al. 2019, section 2.2), "wordpiece" is WordPiece as BERT's, lower-cased,
+        "unigram" is Unigram (Kudo 2018, section 3.2), and "characters" makes each character a token.
+    vocab_size: the largest number of tokens, special tokens included. "characters" ignores it.
+    causal: if true, the tokenizer adds no special token to a text, and `<|endoftext|>` ends a document. Otherwise it
+        puts `[CLS]` and `[SEP]` around a text, and `[SEP]` between the two texts of a pair and at its end.
     """
     roles = _CAUSAL_SPECIAL if causal else _SPECIAL
-    # In BPE and Unigram, as in RoBERTa's, " [MASK]" stands for " word": the mask takes the space before it.
+    # In BPE and Unigram, a token of a word includes the space before the word. So the mask takes that space too, as
+    # RoBERTa's does.
     names = dict.fromkeys(roles.values())
     special = [AddedToken(name, special=True, lstrip=name == "[MASK]" and kind in ("bpe", "unigram")) for name in names]
     if kind == "bpe":
@@ -75,7 +82,7 @@ def _collect_characters(documents: Documents, special: list[AddedToken], unknown
 
 
 def _train_on(documents: Documents, tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
-    """Train a tokenizer of the tokenizers library, which draws its bars on stderr if that is a terminal."""
+    """Train a tokenizer of the tokenizers library. The library draws progress bars if stderr is a terminal."""
     with silence_stdout():
         tokenizer.train_from_iterator(iterate_texts(documents), trainer, length=count_texts(documents))
     if sys.stderr.isatty():
@@ -101,8 +108,9 @@ def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedT
         tokenizer.decoder = decoders.WordPiece()
         return tokenizer
 
-    # The trainer numbers the ## letters, which decide ties, in an order that differs from run to run. So learn them
-    # first, hand them over sorted as if they were special, and build the tokenizer anew from the vocabulary.
+    # The trainer numbers the ## letters in an order that differs from run to run, and the numbers decide between
+    # equally good merges. So learn the letters first, and give them sorted to the trainer as if they were special
+    # tokens. Then build the tokenizer anew from the vocabulary, where they are not special.
     tokenizer = empty()
     _train_on(documents, tokenizer, trainers.WordPieceTrainer(vocab_size=1, show_progress=False))
     letters = sorted(token for token in tokenizer.get_vocab() if token.startswith("##"))
@@ -114,10 +122,9 @@ def _train_wordpiece(documents: Documents, vocab_size: int, special: list[AddedT
 
 
 def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedToken], unknown: str) -> Tokenizer:
-    """As SentencePiece does: spaces are U+2581, and what has no piece is spelt in bytes, so that no text is lost."""
-
+    """Train Unigram as SentencePiece does: a space is U+2581, and a character without a piece is spelt in bytes."""
     names = [*(token.content for token in special), *(f"<0x{byte:02X}>" for byte in range(256))]
-    # The "<" stands alone, so that a text with "<0x0A>" in it is not taken for the byte of that name.
+    # "<" is always a word of its own. Otherwise "<0x0A>" in a text would be taken for the byte of that name.
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     splitter, words = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces]), Counter[str]()
     for text in show_progress(
@@ -135,44 +142,48 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
 
 
 def _learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
-    """At most `size` pieces that spell the words, with their log probabilities, by the sentencepiece library.
+    """Return at most `size` pieces of the words, with their log probabilities, from the sentencepiece library.
 
-    There are fewer where the words give no more, and none of a character that is not among the `size` most frequent.
-    Of more text than `_CHARACTERS` says a sample is taken, which depends on the words and their counts alone.
+    There are fewer pieces if the words do not yield more. The pieces use only the `size` most frequent characters.
+    words: the number of times that each word occurs. The result does not depend on their order.
     """
-    words = Counter({word.translate(_STAND_INS): count for word, count in words.items()})
+    words = Counter({word.translate(_SWAPS): count for word, count in words.items()})
     letters: Counter[str] = Counter()
     for word, count in words.items():
         for letter in word:
             letters[letter] += count
     for reserved in "\0\t\n\r\u2585":
         del letters[reserved]
-    kept = sorted(letters, key=lambda letter: (-letters[letter], letter))[:size]
-    if not kept:
+    frequent = sorted(letters, key=lambda letter: (-letters[letter], letter))[:size]
+    if not frequent:
         return []
-    spelt, parts = re.compile(f"[{re.escape(''.join(kept))}]{{1,1000}}"), Counter[str]()
+    # Cut words at rare characters, and also into at most 1,000 characters, because the library leaves out a line of
+    # more than 4,192 bytes.
+    pattern, parts = re.compile(f"[{re.escape(''.join(frequent))}]{{1,1000}}"), Counter[str]()
     for word, count in words.items():
-        for part in spelt.findall(word):  # the library leaves out a line of more than 4192 bytes
+        for part in pattern.findall(word):
             parts[part] += count
-    fewest, most = _CHARACTERS
     total = sum(len(part) * count for part, count in parts.items())
-    times, share = max(1, fewest // total), math.ceil(total / most)
-    sample = {part: (times * count + zlib.crc32(part.encode()) % share) // share for part, count in parts.items()}
-    trained = io.BytesIO()
+    repeats, divisor = max(1, _LEAST_CHARACTERS // total), math.ceil(total / _MOST_CHARACTERS)
+    # The checksum decides which rare parts are in a sample, so that their order does not matter.
+    sample = {part: (repeats * count + zlib.crc32(part.encode()) % divisor) // divisor for part, count in parts.items()}
+    model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=(f"{part}\t{count}" for part, count in sorted(sample.items()) if count),
         input_format="tsv",
-        model_writer=trained,
-        vocab_size=size + 1,  # one is for what is unknown
+        model_writer=model,
+        # One more, for the unknown token.
+        vocab_size=size + 1,
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         bos_id=-1,
         eos_id=-1,
-        num_threads=1,  # the order of its sums depends on how many there are
+        # The number of threads decides the order of sums, and so their rounding.
+        num_threads=1,
         minloglevel=2,
     )
-    learned = SentencePieceProcessor(model_proto=trained.getvalue())
-    ids = range(1, len(learned))
-    return [(learned.id_to_piece(index).translate(_STAND_INS), learned.get_score(index)) for index in ids]
+    processor = SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(1, len(processor))
+    return [(processor.id_to_piece(index).translate(_SWAPS), processor.get_score(index)) for index in ids]

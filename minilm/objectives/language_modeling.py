@@ -93,7 +93,7 @@ class LanguageModel:
                 words=words,
                 text_bytes=text_bytes,
                 name=name,
-                enough=count * config.batch.max_length if joined and count else None,
+                enough_ids=count * config.batch.max_length if joined and count else None,
             )
 
         if train is held_out:

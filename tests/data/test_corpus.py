@@ -34,7 +34,7 @@ def _middles(examples: Examples) -> list[list[int]]:
 def test_split_drops_no_token_and_cuts_into_the_fewest_nearly_equal_pieces(
     documents: Dataset, either: PreTrainedTokenizerBase, max_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(minilm.data.corpus, "_CHUNK", 7)
+    monkeypatch.setattr(minilm.data.corpus, "_CHUNK_DOCUMENTS", 7)
     examples = encode(documents, either, max_length=max_length)
     rows = [examples[i].tolist() for i in range(len(examples))]
     assert examples.lengths.tolist() == [len(row) for row in rows]
@@ -83,13 +83,13 @@ def test_counts_are_those_of_the_documents_and_of_what_is_between_them(
 def test_ids_are_encoded_once_for_each_content(
     layout: str, tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded, write = [], minilm.data.corpus._write_ids
+    encoded, write = [], minilm.data.corpus._write_corpus
 
     def spy(folder: Path, documents: Dataset, *rest: object) -> None:
         encoded.extend(documents["text"])
         write(folder, documents, *rest)
 
-    monkeypatch.setattr(minilm.data.corpus, "_write_ids", spy)
+    monkeypatch.setattr(minilm.data.corpus, "_write_corpus", spy)
 
     def rows(texts: list[str], max_length: int) -> list[list[int]]:
         encoded.clear()

@@ -64,7 +64,7 @@ def test_words_are_added_by_how_often_they_occur(documents: Dataset) -> None:
 def test_only_a_tokenizer_that_exists_and_splits_words_is_extended(documents: Dataset) -> None:
     with pytest.raises(ValueError, match=r"^tokens.extend adds to a tokenizer that exists[^\n]*\Z"):
         load_tokenizer(Tokens(extend=5), None, documents)
-    with pytest.raises(ValueError, match=r"^tokens.extend adds whole words to BPE[^\n]*leave it out\Z"):
+    with pytest.raises(ValueError, match=r"^tokens.extend adds whole words to BPE[^\n]*Leave tokens\.extend out\.\Z"):
         extend_tokenizer(train_tokenizer(documents, "characters", 300), documents, 5)
 
 

@@ -108,7 +108,8 @@ def test_pieces_have_line_ends_in_them_and_come_from_long_words_too() -> None:
 
 def test_of_much_text_unigram_learns_from_a_sample(documents: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train_tokenizer(documents, "unigram", 320).get_vocab()
-    monkeypatch.setattr("minilm.data.tokenizer_training._CHARACTERS", (1, 2000))
+    monkeypatch.setattr("minilm.data.tokenizer_training._LEAST_CHARACTERS", 1)
+    monkeypatch.setattr("minilm.data.tokenizer_training._MOST_CHARACTERS", 2000)
     sampled = [
         train_tokenizer(some, "unigram", 320).backend_tokenizer.to_str()
         for some in (documents, documents.select(range(len(documents))[::-1]))

@@ -107,7 +107,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
         out.write(np.arange(1000, dtype=np.uint16).data)
     file = ArrayFile(tmp_path / "ids.npy")
     os.truncate(tmp_path / "ids.npy", 500)
-    with pytest.raises(OSError, match=r"ids\.npy was cut while the run read it"):
+    with pytest.raises(OSError, match=r"ids\.npy was truncated while the run read it"):
         file[900:]
 
 

@@ -613,8 +613,8 @@ def test_evaluate_reports_a_second_text_once(tokenizer: Any, tmp_path: Path, cap
     source = rows_in(tmp_path / "rows.jsonl", [row, {**row, "label": "b"}])
     evaluate(name, Data(source=source, column="sentence1"))
     assert sum("there is sentence2 too" in message for message in caplog.messages) == 1
-    assert [message for message in caplog.messages if "tokens: cut" in message] == [
-        "2 of 2 documents have more than batch.max_length=64 tokens: cut"
+    assert [message for message in caplog.messages if "tokens and are cut" in message] == [
+        "2 of 2 documents have more than batch.max_length=64 tokens and are cut"
     ]
 
 

@@ -548,7 +548,7 @@ def test_special_tokens_in_texts_are_told_once(
             told = [record.message for record in caplog.records if "special token" in record.message]
             assert len(told) == (token is not None)
             if token:
-                assert f"3 of the training documents hold the special token {token}, the first of them" in told[0]
+                assert f"3 of the training documents hold the special token {token}. The first is number" in told[0]
                 assert repr(text) in told[0]
 
 

@@ -176,7 +176,7 @@ def test_pairs_are_encoded_as_the_tokenizer_does(tokenizer, caplog: pytest.LogCa
         examples = encode_pairs(PAIRS, tokenizer, np.array([0, 1]), max_length=32, name="documents")
         expected = tokenizer(PAIRS["text"][:], PAIRS["pair"][:], truncation=True, max_length=32)
         assert [examples[i].tolist() for i in range(2)] == expected["input_ids"]
-        assert caplog.messages == ["1 of 2 documents have more than batch.max_length=32 tokens: cut"]
+        assert caplog.messages == ["1 of 2 documents have more than batch.max_length=32 tokens and are cut"]
     assert examples.type_ids is None  # this tokenizer's models are not told
     tokenizer = deepcopy(tokenizer)
     tokenizer.model_input_names = ["input_ids", "token_type_ids"]

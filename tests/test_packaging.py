@@ -8,6 +8,7 @@ import yaml
 
 from minilm.config import Run
 from tests.launch import ROOT
+from tests.test_imports import ORDER
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
@@ -26,6 +27,13 @@ def test_the_version_is_in_setup_cfg_and_nowhere_else() -> None:
     stated = re.compile(rf"(version\W{{1,6}}|minilm[- =v]+){re.escape(version)}\b", re.IGNORECASE)
     found = [path.name for path in places if path.is_file() and stated.search(path.read_text())]
     assert found == ["setup.cfg"]
+
+
+def test_every_folder_of_minilm_is_a_package_that_setup_cfg_finds() -> None:
+    folders = {path.parent for path in (ROOT / "minilm").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+    assert SETUP["options"]["packages"] == "find:"
+    assert SETUP["options.packages.find"]["include"] == "minilm*"
 
 
 def test_the_workflow_calls_ci_run_on_every_python_of_setup_cfg() -> None:
@@ -62,3 +70,30 @@ def test_the_image_runs_as_a_user_who_is_not_root_and_has_what_the_build_reads()
     assert words == copied
     kept = (ROOT / ".dockerignore").read_text().splitlines()
     assert {line.removeprefix("!") for line in kept if line.startswith("!")} == copied
+
+
+def test_the_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"\b(?:tests|minilm|docs|recipes)/[\w*/]+(?:\.\w+)?", text)
+    modules = [name.replace(".", "/") + ".py" for name in re.findall(r"python -m (tests[\w.]+)", text)]
+    assert len(paths) > 8
+    assert len(modules) > 2
+    built = "docs/api"
+    assert [path for path in [*paths, *modules] if path != built and not list(ROOT.glob(path))] == []
+
+
+def test_the_tree_in_the_readme_has_each_part_of_minilm_and_the_files_that_it_names() -> None:
+    (tree,) = re.findall(r"^```\nminilm/\n(.*?)^\w", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^  (\w[\w.]*)/? (.*\n(?: {4,}.*\n)*)", tree, re.MULTILINE)
+    assert {name for name, _ in entries} == {
+        path.name for path in (ROOT / "minilm").iterdir() if path.name not in ("__init__.py", "py.typed", "__pycache__")
+    }
+    named = [ROOT / "minilm" / name / file for name, text in entries for file in re.findall(r"\((\w+\.py)\)", text)]
+    assert len(named) >= 5
+    assert [path for path in named if not path.exists()] == []
+
+
+def test_the_order_of_packages_in_contributing_is_the_one_that_is_checked() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (order,) = re.findall(r"before it in this order: (.*?)\. ", text, re.DOTALL)
+    assert tuple(name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", order)) == ORDER

@@ -17,8 +17,8 @@ ORDER = (
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "minilm").rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """The parts of minilm that a module imports, wherever in the file it does: packages, or modules beside them."""
+def find_imports(path: Path) -> set[str]:
+    """Return the packages of minilm that a module imports, anywhere in the file, and the modules beside packages."""
     modules = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -28,52 +28,50 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in modules if name and name.startswith("minilm.")}
 
 
-def part_of(path: Path) -> str:
-    """The package of a module, or a module that is beside the packages."""
+def find_package(path: Path) -> str:
+    """Return the package of a module, or the module itself if it is beside the packages."""
     return path.parts[1].removesuffix(".py")
 
 
-def too_late(path: Path) -> set[str]:
-    """What a module imports from packages that come after its own."""
-    own = ORDER.index(part_of(path))
-    return {part for part in imported(path) if part in ORDER and ORDER.index(part) > own}
+def find_wrong_imports(path: Path) -> set[str]:
+    """Return the packages that a module imports although they come after its own."""
+    own = ORDER.index(find_package(path))
+    return {part for part in find_imports(path) if part in ORDER and ORDER.index(part) > own}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=str)
 def test_a_module_imports_only_from_packages_before_its_own(path: Path) -> None:
-    assert too_late(path) == set()
+    assert find_wrong_imports(path) == set()
 
 
-def test_the_order_has_every_part_and_no_other() -> None:
-    assert {part_of(path) for path in FILES} == {*ORDER, "__init__"}
+def test_the_order_has_every_package_and_no_other() -> None:
+    assert {find_package(path) for path in FILES} == {*ORDER, "__init__"}
 
 
-def test_a_wrong_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = tmp_path / "minilm" / "data" / "wrong.py"
     wrong.parent.mkdir(parents=True)
     wrong.write_text(
         "def load():\n    from minilm.models.head import Head\n    import minilm.train\n", encoding="utf-8"
     )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    assert too_late(Path("minilm", "data", "wrong.py")) == {"models", "train"}
+    assert find_wrong_imports(Path("minilm", "data", "wrong.py")) == {"models", "train"}
 
 
-def test_config_imports_neither_torch_nor_transformers() -> None:
-    program = (
-        "import sys, minilm, minilm.config.command_line; "
-        "print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    )
+@pytest.mark.parametrize("module", ["minilm", "minilm.config", "minilm.config.command_line", "minilm.commands.main"])
+def test_settings_and_commands_import_no_large_library_at_first(module: str) -> None:
+    program = f"import sys, {module}; print(*{{'torch', 'transformers', 'datasets', 'numpy'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.strip() == b""
 
 
 @pytest.mark.parametrize("package", [part for part in ORDER if (ROOT / "minilm" / part).is_dir()])
-def test_a_package_says_what_lives_in_it(package: str) -> None:
+def test_a_package_says_what_is_in_it(package: str) -> None:
     doc = ast.get_docstring(ast.parse((ROOT / "minilm" / package / "__init__.py").read_text(encoding="utf-8")))
     assert doc is not None
     assert len(doc.splitlines()) >= 2
 
 
-def repeated_names(folder: Path) -> dict[str, list[str]]:
+def find_repeated_names(folder: Path) -> dict[str, list[str]]:
     """Return the public names of modules, classes and functions below a folder that occur in more than one module.
 
     A module may hold a function of its own name.
@@ -92,12 +90,12 @@ def repeated_names(folder: Path) -> dict[str, list[str]]:
 
 
 def test_a_public_name_is_defined_in_one_module() -> None:
-    assert repeated_names(ROOT / "minilm") == {}
+    assert find_repeated_names(ROOT / "minilm") == {}
 
 
-def test_a_repeated_name_is_seen(tmp_path: Path) -> None:
+def test_a_repeated_name_is_found(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "load.py").write_text("class Batch: ...\ndef load(): ...\ndef _private(): ...\n")
     (tmp_path / "two.py").write_text("def load(): ...\nclass Batch:\n    def save(self): ...\ndef _private(): ...\n")
     (tmp_path / "three.py").write_text("class Other:\n    def save(self): ...\n")
-    assert repeated_names(tmp_path) == {"Batch": ["one/load.py", "two.py"], "load": ["one/load.py", "two.py"]}
+    assert find_repeated_names(tmp_path) == {"Batch": ["one/load.py", "two.py"], "load": ["one/load.py", "two.py"]}

@@ -1,4 +1,4 @@
-"""One fact, one place: the version, the Pythons, what CI calls, and the packages that trackers are."""
+"""Packaging: the version, the Python versions, CI, the extras and the image agree with each other and the text."""
 
 import configparser
 import re
@@ -15,8 +15,8 @@ SETUP.read(ROOT / "setup.cfg")
 CI = (ROOT / ".ci" / "run").read_text()
 
 
-def packages(extra: str) -> list[str]:
-    """Names of the packages of an extra."""
+def read_extra(extra: str) -> list[str]:
+    """Return the names of the packages of an extra."""
     return re.findall(r"^[\w-]+", SETUP["options.extras_require"][extra], re.MULTILINE)
 
 
@@ -45,7 +45,7 @@ def test_the_workflow_calls_ci_run_on_every_python_of_setup_cfg() -> None:
     assert SETUP["options"]["python_requires"] == f">={pythons[0]},<3.{last + 1}"
 
 
-def test_ci_run_is_the_readme_s_command_lint_and_types_as_before_a_commit() -> None:
+def test_ci_run_has_the_command_of_the_readme_and_the_checks_before_a_commit() -> None:
     command = re.search(r"pip install (-e \S+ && pytest)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert command is not None
     assert f"pip install -q {command[1]}\n" in CI
@@ -56,12 +56,12 @@ def test_ci_run_is_the_readme_s_command_lint_and_types_as_before_a_commit() -> N
     ]
 
 
-def test_the_extra_trackers_is_what_run_trackers_takes() -> None:
+def test_the_extra_trackers_has_the_packages_that_run_trackers_takes() -> None:
     (names, _) = typing.get_args(typing.get_type_hints(Run)["trackers"])
-    assert sorted(packages("trackers")) == sorted(typing.get_args(names))
+    assert sorted(read_extra("trackers")) == sorted(typing.get_args(names))
 
 
-def test_the_image_runs_as_a_user_who_is_not_root_and_has_what_the_build_reads() -> None:
+def test_the_image_does_not_run_as_root_and_copies_what_the_build_reads() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     assert "FROM python:3.11-slim" in lines
     assert lines.index("USER minilm") < lines.index('ENTRYPOINT ["minilm"]')

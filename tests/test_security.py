@@ -1,4 +1,4 @@
-"""Files by other people run no code and reach no file outside their folder; secrets are written nowhere."""
+"""Files by other people cannot run code or reach files outside their folder, and secrets are never written."""
 
 import ast
 import json
@@ -36,11 +36,12 @@ from tests.checkpoints import (
 )
 from tests.launch import ROOT, TINY, launch
 
-MARK = "executed"  # a file that hostile code would leave in the working directory
+# Hostile code that runs leaves this folder in the working directory.
+MARK = "executed"
 
 
 class Payload:
-    """Pickled, it leaves the mark when it is loaded."""
+    """An object whose pickle leaves the mark when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (MARK,)
@@ -65,7 +66,7 @@ def pickle_beside_the_weights(model: Path) -> None:
 
 
 def code_of_its_own(model: Path, kind: str) -> None:
-    """A configuration that asks for classes in a file beside it; of a type that transformers knows, or does not."""
+    """Have the configuration ask for classes in a file beside it. `kind` is the model type that it states."""
     (model / "evil.py").write_text(CODE)
     named = {"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Network", "AutoTokenizer": ["evil.T", "evil.T"]}
     for name in ("config.json", "tokenizer_config.json"):
@@ -94,7 +95,7 @@ def linked_file(folder: Path) -> None:
 
 
 def pickled(name: str) -> Callable[[Path], None]:
-    """The file of this name is a pickle, and the manifest says so."""
+    """Return a function that replaces the file of this name by a pickle, which the manifest lists."""
 
     def prepare(folder: Path) -> None:
         (folder / name).write_bytes(PICKLE)
@@ -112,7 +113,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
 
 
 def attempt(work: Callable[[], object]) -> str:
-    """`refused` by a ValueError, or `loaded`."""
+    """Return `refused` if the work raises ValueError, else `loaded`."""
     try:
         work()
     except ValueError:
@@ -122,7 +123,7 @@ def attempt(work: Callable[[], object]) -> str:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working directory, with a file outside of whatever is read."""
+    """A working directory, with a file outside of all folders that a test loads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").write_text("mine")
@@ -137,7 +138,7 @@ def test_the_payloads_leave_their_mark_when_they_run(place):
 
 
 @pytest.mark.scorecard(23)
-def test_nothing_that_comes_with_a_model_or_a_checkpoint_or_documents_is_run(tokenizer, documents, place, figure):
+def test_code_beside_a_model_a_checkpoint_or_documents_does_not_run(tokenizer, documents, place, figure):
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     clean = place / "clean"
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size)).save_pretrained(clean)
@@ -214,7 +215,7 @@ def test_a_link_in_an_output_folder_does_not_lead_out_of_it(linked, tokenizer, p
 
 
 @pytest.mark.scorecard(24)
-def test_secrets_of_the_environment_are_in_no_file_and_no_message(tmp_path, documents, figure):
+def test_secrets_of_the_environment_are_not_in_files_or_messages(tmp_path, documents, figure):
     (tmp_path / "documents.txt").write_text("\n".join(documents["text"]))
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
     secrets = {name: f"canary{name.replace('_', '')}0123456789" for name in names}
@@ -235,8 +236,8 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "subproce
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen", "yaml.load"}
 
 
-def suspicions(source: str) -> list[str]:
-    """What in a program could run what it reads: modules, calls, and loading without a refusal of remote code."""
+def find_unsafe_code(source: str) -> list[str]:
+    """Return the modules and calls by which a program could run what it reads, or load remote code."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -252,8 +253,8 @@ def suspicions(source: str) -> list[str]:
 
 @pytest.mark.scorecard(23)
 @pytest.mark.parametrize("path", sorted((ROOT / "minilm").rglob("*.py")), ids=lambda path: path.name)
-def test_no_module_can_run_what_it_reads(path):
-    assert suspicions(path.read_text()) == []
+def test_modules_cannot_run_what_they_read(path):
+    assert find_unsafe_code(path.read_text()) == []
 
 
 @pytest.mark.parametrize(
@@ -268,11 +269,11 @@ def test_no_module_can_run_what_it_reads(path):
         "np.load(path, allow_pickle=True)",
     ],
 )
-def test_what_could_run_code_is_seen(source):
-    assert len(suspicions(source)) == 1
+def test_unsafe_code_is_found(source):
+    assert len(find_unsafe_code(source)) == 1
 
 
-def test_torch_is_not_asked_for_pickles_by_the_loaders(tokenizer, place, monkeypatch):
+def test_the_loaders_never_call_torch_load(tokenizer, place, monkeypatch):
     asked: list[object] = []
     monkeypatch.setattr(torch, "load", lambda *words, **settings: asked.append(words))
     folder, saved = place / "model", network(tokenizer)

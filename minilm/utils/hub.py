@@ -44,10 +44,10 @@ def explain_loading_errors(name: str, refusal: str) -> Iterator[None]:
 
 
 def use_cache_if_offline(name: str, kind: str) -> bool:
-    """Return whether the hub does not answer. From then on the libraries of Hugging Face use only their cache.
+    """Return True if the hub does not answer, and from then on let the Hugging Face libraries use only their cache.
 
-    Otherwise they would ask the hub again for each file, for a minute in all. A local path needs no hub. Raise
-    ValueError if it does not exist or this user may not read it.
+    Without this, the libraries would ask the hub again for each file, for a minute in all. Return False for a local
+    path. Raise ValueError if the path does not exist or this user may not read it.
 
     name: a path or a hub id. kind: `model` or `dataset`.
     """

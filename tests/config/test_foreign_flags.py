@@ -1,4 +1,4 @@
-"""Flags of other programs are answered with minilm's, in one line, and every flag that an answer names exists."""
+"""The error for a flag of another program names the flag of minilm, in one line."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from tests.launch import ROOT
 
 
 def own_flags() -> set[str]:
-    """All flags of a configuration, of each objective too, read from its types."""
+    """Return all flags of a configuration, also those of each objective, from its types."""
     flags = set()
     for group, kind in typing.get_type_hints(Config).items():
         for choice in typing.get_args(kind) or (kind,):
@@ -53,8 +53,8 @@ def test_a_foreign_flag_is_answered_with_ours(word: str, answer: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_no_answer_stands_for_a_name_that_is_a_field_of_one_group() -> None:
-    """Such a name is answered from the configuration, so that the table could only contradict it."""
+def test_the_table_has_no_name_that_is_a_field_of_a_single_group() -> None:
+    """The error for such a name comes from the configuration, so an entry of the table could only contradict it."""
     names = [flag.rpartition(".")[2].replace("-", "_") for flag in own_flags()]
     assert not [name for name in FOREIGN_FLAGS if names.count(name) == 1]
 
@@ -85,7 +85,7 @@ def test_train_lists_the_recipes_and_says_how_to_start_one(run) -> None:
     assert any(line.startswith("Start one:") and "accelerate launch" in line for line in output)
 
 
-def test_train_says_where_its_words_belong(run) -> None:
+def test_train_says_where_arguments_belong(run) -> None:
     status, _, error = run("train", "--optim.lr", "1e-3")
     assert status == 2
     assert error == ["error: minilm train takes no arguments: pass --optim.lr 1e-3 to a recipe"]

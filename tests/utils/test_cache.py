@@ -1,8 +1,7 @@
-"""The cache: a file or a folder is there whole, or not at all."""
+"""The cache: other processes see an entry only when it is complete."""
 
 import errno
 import os
-import stat
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,68 +11,17 @@ from typing import Any
 import pytest
 
 from minilm import Data
-from minilm.utils.atomic_files import write_atomically
 from minilm.utils.cache import get_cache_folder, open_entry
 from tests.jobs import CONFIG, finish, write_text
 
 
-def test_the_cache_lies_where_the_hugging_face_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_beside_the_caches_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     assert get_cache_folder() == tmp_path / "hf" / "minilm"
     monkeypatch.delenv("HF_HOME")
     assert get_cache_folder() == tmp_path / "xdg" / "huggingface" / "minilm"
     assert get_cache_folder().is_dir()
-
-
-@pytest.mark.parametrize("text", ["", "naïve\n😀\r\n", "x" * 100_000])
-@pytest.mark.parametrize("old", [None, "old"])
-def test_publish_replaces_the_file_whole_and_readable_by_all(tmp_path: Path, old: str | None, text: str) -> None:
-    path = tmp_path / "a.json"
-    if old is not None:
-        path.write_text(old)
-    write_atomically(path, text)
-    assert path.read_bytes() == text.encode()
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-
-
-@pytest.mark.parametrize("old", [None, "old"])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["write", "fsync", "replace"])
-def test_publish_that_fails_leaves_the_old_content_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, old: str | None
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    path, opened = tmp_path / "a.json", Path.open
-    if old is not None:
-        path.write_text(old)
-    if place == "write":
-
-        def unwritable(*arguments: object, **options: object) -> object:
-            file = opened(*arguments, **options)  # type: ignore[call-overload]
-            file.write = fail
-            return file
-
-        monkeypatch.setattr(Path, "open", unwritable)
-    else:
-        monkeypatch.setattr(os, place, fail)
-    with pytest.raises(type(error)):
-        write_atomically(path, "new")
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({} if old is None else {"a.json": old})
-
-
-def test_publish_renames_only_what_has_reached_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (synced.append((os.fstat(file).st_ino, os.fstat(file).st_size)), fsync(file))
-    )
-    renamed = []
-    monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append((os.stat(a).st_ino, len("new"))), replace(a, b)))
-    write_atomically(tmp_path / "a.json", "new")
-    assert [*renamed, (tmp_path.stat().st_ino, tmp_path.stat().st_size)] == synced
 
 
 @pytest.fixture
@@ -84,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, text: str = "whole") -> None:
-    """An entry of a file, an empty one, and one in a folder."""
+    """Fill an entry with a file, an empty file, and a file in a folder."""
     (folder / "file").write_text(text)
     (folder / "empty").touch()
     (folder / "below").mkdir()
@@ -92,11 +40,11 @@ def write(folder: Path, text: str = "whole") -> None:
 
 
 def never(folder: Path) -> None:
-    raise AssertionError("what is in the cache was built again")
+    raise AssertionError("an entry of the cache was built again")
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
-def test_an_entry_whose_building_fails_leaves_nothing_behind(home: Path, error: BaseException) -> None:
+def test_an_entry_that_fails_to_build_leaves_nothing_behind(home: Path, error: BaseException) -> None:
     def build(folder: Path) -> None:
         write(folder)
         raise error
@@ -106,7 +54,7 @@ def test_an_entry_whose_building_fails_leaves_nothing_behind(home: Path, error: 
     assert os.listdir(home) == []
 
 
-def test_an_entry_is_shown_only_when_it_is_done_and_is_built_once(home: Path) -> None:
+def test_an_entry_appears_only_when_it_is_complete_and_is_built_once(home: Path) -> None:
     def build(folder: Path) -> None:
         write(folder)
         assert not (home / "made").exists()
@@ -116,7 +64,7 @@ def test_an_entry_is_shown_only_when_it_is_done_and_is_built_once(home: Path) ->
     assert (open_entry("made", never) / "file").read_text() == "whole"
 
 
-def test_of_two_that_build_at_once_the_first_to_finish_wins(home: Path) -> None:
+def test_if_two_build_an_entry_at_once_the_first_to_finish_wins(home: Path) -> None:
     def build(folder: Path) -> None:
         write(folder, "slow")
         open_entry("made", lambda folder: write(folder, "fast"))
@@ -126,7 +74,7 @@ def test_of_two_that_build_at_once_the_first_to_finish_wins(home: Path) -> None:
 
 
 def note_writes(folder: str, notes: str) -> None:
-    """Have this process write a line for each file that it opens to write below `folder`, or that it makes or renames.
+    """Have this process note each file below `folder` that it opens for writing, makes or renames.
 
     The lines are "<process> <event> <path>".
     """

@@ -1,4 +1,4 @@
-"""What a user sees at a terminal: a line that says how far a run is, and no rubbish after ctrl-C."""
+"""What a user sees at a terminal: the progress of a run, and a clean line after ctrl-C."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ from tests.launch import ROOT, TINY
 
 
 class Terminal(contextlib.AbstractContextManager["Terminal"]):
-    """A program on a terminal of its own, with what it has written there."""
+    """A program on its own terminal, and the text that it has written there."""
 
     def __init__(self, *command: str, **environment: str) -> None:
         self.keyboard, theirs = pty.openpty()
@@ -42,7 +42,7 @@ class Terminal(contextlib.AbstractContextManager["Terminal"]):
         os.close(theirs)
 
     def read(self, until: str | None = None, seconds: float = 60) -> None:
-        """Wait until that has been written, or for the end."""
+        """Wait until the program has written text that matches `until`, or until it ends."""
         end = time.monotonic() + seconds
         while until is None or not re.search(until, self.written):
             assert time.monotonic() < end, self.written[-3000:]
@@ -68,7 +68,7 @@ class Terminal(contextlib.AbstractContextManager["Terminal"]):
         os.write(self.keyboard, key.encode())
 
     def lines(self) -> list[str]:
-        """What the lines look like once all is written: a return goes back to the beginning of one."""
+        """Return the lines that the terminal shows at the end. A carriage return goes back to the start of a line."""
         shown = []
         for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.written).replace("\r\n", "\n").split("\n"):
             text = ""
@@ -80,7 +80,7 @@ class Terminal(contextlib.AbstractContextManager["Terminal"]):
 
 @pytest.fixture
 def flags(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> tuple[str, ...]:
-    """A run of a tiny model on so much text that encoding it takes many seconds."""
+    """Flags for a run of a tiny model on so much text that encoding it takes many seconds."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("".join(f"{' '.join(SENTENCES)} Number {i}.\n" for i in range(60_000)))
     return (

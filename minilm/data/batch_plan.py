@@ -1,7 +1,8 @@
-"""The plan of batches: which examples make up each step, and how a step is cut into micro-batches. numpy only.
+"""The plan of batches: which examples make up each step, and how a step is cut into micro-batches. It needs only numpy.
 
-A step is a random global batch, which does not depend on the number of processes. Its micro-batches are the same
-examples sorted by length. The gradient is a sum over the step's targets, so the cut changes padding, never the update.
+A step is a random global batch, which does not depend on the number of processes. The examples of a step are sorted by
+length and cut into micro-batches. The gradient is a sum over the targets of the step. So the cut decides how much
+padding there is, but it does not change the update.
 """
 
 import heapq
@@ -12,36 +13,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-# The best cut of a step takes milliseconds up to this number: examples squared times micro-batches.
-_EXACT_WORK = 2**20
+"""The numbers of examples, int64[E]."""
+# The largest problem, in examples squared times micro-batches, for which the cut with the least padding is searched.
+# The search then takes milliseconds.
+_MOST_SEARCH_WORK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One global batch. `micro_batches[rank][i]` are the ids of the examples in the i-th forward of process `rank`."""
+    """A global batch, cut into micro-batches."""
 
     epoch: int
+    """The epoch of the examples, from 0."""
     micro_batches: list[list[Ids]]
+    """`micro_batches[rank][i]` are the examples of the i-th forward pass of process `rank`."""
     tokens: int
     """Tokens of the step over all processes, without padding."""
     square_lengths: int
-    """Sum of the squared lengths, for counting attention's FLOPs."""
+    """Sum of the squared lengths of the examples, for the FLOPs of attention."""
     padded_tokens: int
     """Tokens of the step over all processes, with padding."""
 
     @property
     def examples(self) -> Ids:
-        """The ids of all examples of the step, ascending."""
+        """All examples of the step, in ascending order."""
         return np.sort(np.concatenate([ids for parts in self.micro_batches for ids in parts]))
 
 
 class Plan:
-    """All steps of a run, as a pure function of (lengths, seed, step). Any step takes equally long to look up.
+    """All steps of a run, as a pure function of (lengths, seed, step). Every step takes the same time to look up.
 
-    lengths: int64[N], tokens of each example. examples: size of a step. micro_tokens: most tokens of a micro-batch,
-    with padding. processes: how many share a step. group: sort the examples of each `step`, or of each `epoch`, by
-    length. padded: the model needs padding; lengths are then rounded up to `multiple`. row_tokens: a step takes rows in
-    place of single examples, and a row holds examples of up to so many tokens together.
+    lengths: int64[E], the tokens of each example.
+    examples: the number of examples in a step, or of rows with `row_tokens`.
+    micro_tokens: the most tokens of a micro-batch, with padding. A longer example is a micro-batch by itself.
+    processes: the number of processes that share a step.
+    group: "step" draws the examples of a step at random. "epoch" puts examples of similar length into the same step.
+    padded: whether the model needs rectangular batches. Their width is then a multiple of `multiple`.
+    row_tokens: fill rows of at most this many tokens with examples first. A step then takes whole rows.
+
+    Raises ValueError if a step has fewer examples than there are processes.
     """
 
     def __init__(
@@ -71,11 +81,12 @@ class Plan:
         self._weights = lengths if self._rows is None else np.array([lengths[row].sum() for row in self._rows])
         self.steps_per_epoch = math.ceil(len(self._weights) / examples)
         self.rows = None if self._rows is None else len(self._rows)
-        """How many rows the examples fill where a step takes rows, else None."""
-        self._latest: tuple[int, Ids, Ids] | None = None  # of the last epoch that was looked up
+        """The number of rows that the examples fill. None without `row_tokens`."""
+        self._cached_order: tuple[int, Ids, Ids] | None = None
+        """The last epoch that was looked up, and its order."""
 
     def step(self, index: int) -> Step:
-        """Return step `index` of the run, counted from 0 over all epochs. The last step of an epoch may be smaller."""
+        """Return step `index` of the run, counted from 0 over all epochs. One step of each epoch may be smaller."""
         epoch, at = divmod(index, self.steps_per_epoch)
         order, steps = self._epoch_order(epoch)
         at = int(steps[at])
@@ -95,48 +106,48 @@ class Plan:
         )
 
     def describe_size(self, tokens: int) -> str:
-        """Return a phrase with the number of examples and `tokens`, and of rows where a step takes rows."""
+        """Return a phrase with the number of examples and of `tokens`, and of rows if a step takes rows."""
         rows = "" if self.rows is None else f"{self.rows:,} rows of "
         return f"{rows}{len(self.lengths):,} examples, {tokens:,} tokens"
 
     @property
     def unit(self) -> str:
-        """The unit of `examples`: "rows" where a step takes rows, else "examples"."""
+        """The unit of a step's size: "rows" if a step takes rows, else "examples"."""
         return "examples" if self.rows is None else "rows"
 
     def padding_share(self, steps: int = 20) -> float:
-        """Return the share of padding among the tokens of the first `steps` steps."""
+        """Return the share of the tokens that are padding, in the first `steps` steps of the run."""
         first = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
         return 1 - sum(step.tokens for step in first) / sum(step.padded_tokens for step in first)
 
     def largest_micro_batch_tokens(self, step: Step) -> int:
-        """Return the tokens of the step's largest micro-batch, with padding."""
+        """Return the number of tokens in the largest micro-batch of a step, with padding."""
         return max(self._padded_tokens(ids) for parts in step.micro_batches for ids in parts)
 
     def _padded_tokens(self, ids: Ids) -> int:
-        """Return the tokens of a micro-batch, with padding. An empty one holds a single padding token."""
+        """Return the number of tokens of a micro-batch, with padding. An empty one has a single padding token."""
         if not self.padded:
             return max(1, int(self.lengths[ids].sum()))
         return max(1, len(ids)) * _round_up(int(self.lengths[ids].max(initial=1)), self.multiple)
 
     def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
-        """Return the order in which steps take the epoch's examples or rows, and the order of the steps."""
-        if self._latest is not None and self._latest[0] == epoch:
-            return self._latest[1:]
+        """Return the order in which the epoch's examples or rows fill steps, and the order of these steps."""
+        if self._cached_order is not None and self._cached_order[0] == epoch:
+            return self._cached_order[1:]
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self._weights))
         steps = np.arange(self.steps_per_epoch)
         if self.group == "epoch":
             order = order[np.argsort(self._weights[order], kind="stable")]
             steps = rng.permutation(self.steps_per_epoch)
-        self._latest = (epoch, order, steps)
+        self._cached_order = (epoch, order, steps)
         return order, steps
 
 
 def fill_rows(lengths: Ids, row_tokens: int, seed: int) -> list[Ids]:
-    """Return rows of example ids: in an order drawn by `seed`, each row takes the next examples while they fit.
+    """Return the examples of each row. In a random order, each row takes the next examples as long as they fit.
 
-    An example of more than `row_tokens` tokens is a row by itself.
+    An example of more than `row_tokens` tokens is a row by itself. The order depends only on `seed`.
     """
     order = np.random.default_rng((seed, 2**32)).permutation(len(lengths))
     ends = np.cumsum(lengths[order])
@@ -151,31 +162,37 @@ def fill_rows(lengths: Ids, row_tokens: int, seed: int) -> list[Ids]:
 def cut_into_micro_batches(
     ids: Ids, lengths: Ids, micro_tokens: int, processes: int = 1, *, padded: bool = False, multiple: int = 1
 ) -> list[list[Ids]]:
-    """Cut `ids` into `processes x k` micro-batches sorted by length, longest first; returns `[process][k]` arrays.
+    """Cut examples into micro-batches, and return them as `[process][i]`, the longest examples first.
 
-    k is the smallest number that the search finds for which no micro-batch holds more than `micro_tokens` tokens (a
-    longer example is a micro-batch by itself). Without padding the micro-batches are balanced in tokens. With padding,
-    the cut of the sorted examples with the least padding is taken. Where processes wait for each other, only cuts whose
-    largest micro-batch is as small as possible count. Every process gets k micro-batches. A micro-batch is empty only
-    when there are fewer examples than micro-batches.
+    ids: int64[E], the examples.
+    lengths: int64[E], their tokens.
+    micro_tokens: the most tokens of a micro-batch, with padding. A longer example is a micro-batch by itself.
+    padded: whether the model needs rectangular batches. Their width is then a multiple of `multiple`.
+
+    Every process gets the same number of micro-batches, the smallest that the search finds. A micro-batch is empty only
+    if there are fewer examples than micro-batches. Without padding, the micro-batches have nearly the same number of
+    tokens. With padding, the examples are sorted by length and cut so that padding is least, or nearly least if there
+    are very many. Several processes wait for each other, so for them the largest micro-batch is made as small as
+    possible first.
     """
     order = np.argsort(-lengths, kind="stable")
     ids = ids[order]
     if not padded:
-        parts = [ids[part] for part in _deal(lengths[order].tolist(), micro_tokens, processes)]
+        parts = [ids[part] for part in _balance(lengths[order].tolist(), micro_tokens, processes)]
         return [parts[rank::processes] for rank in range(processes)]
     widths = [_round_up(int(length), multiple) for length in lengths[order]]
-    count = processes * math.ceil(len(_greedy(widths, micro_tokens)) / processes)
-    exact = len(widths) ** 2 * count <= _EXACT_WORK
-    capacity = micro_tokens if exact and processes == 1 else _least_capacity(widths, micro_tokens, count)
+    count = processes * math.ceil(len(_fill_greedily(widths, micro_tokens)) / processes)
+    exact = len(widths) ** 2 * count <= _MOST_SEARCH_WORK
+    capacity = micro_tokens if exact and processes == 1 else _find_least_capacity(widths, micro_tokens, count)
     if exact:
-        stops = _least_padding(np.array(widths), capacity, min(count, len(widths)))
+        stops = _minimize_padding(np.array(widths), capacity, min(count, len(widths)))
     else:
-        stops = _split_to(_greedy(widths, capacity), widths, count)
+        stops = _halve_largest(_fill_greedily(widths, capacity), widths, count)
     parts = [ids[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
     parts += [ids[:0]] * (count - len(parts))
     rounds = [parts[at : at + processes] for at in range(0, count, processes)]
-    # Parts come longest first; every other round is dealt in reverse, so that no process always gets the larger one.
+    # The parts are sorted, the longest examples first. Every other round is dealt in reverse, so that no process always
+    # gets the larger part.
     rounds = [part[::-1] if number % 2 else part for number, part in enumerate(rounds)]
     return [[part[rank] for part in rounds] for rank in range(processes)]
 
@@ -183,20 +200,24 @@ def cut_into_micro_batches(
 def deal_micro_batches(
     lengths: Ids, micro_tokens: int, processes: int, *, padded: bool = False, multiple: int = 1
 ) -> list[list[Ids]]:
-    """Cut all examples into micro-batches as for one process, and deal these out; return `[process][k]` arrays of ids.
+    """Cut all examples into micro-batches as one process would, deal them out, and return them as `[process][i]`.
 
-    Every process gets k micro-batches, of which the last may be empty.
+    So the micro-batches do not depend on the number of processes. Every process gets the same number of them, of which
+    the last may be empty.
     """
     (parts,) = cut_into_micro_batches(np.arange(len(lengths)), lengths, micro_tokens, padded=padded, multiple=multiple)
     parts += [np.arange(0)] * (-len(parts) % processes)
     return [parts[rank::processes] for rank in range(processes)]
 
 
-def _deal(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]]:
-    """Give each size, longest first, to the part that has the least so far (Graham 1969); return indices by part."""
-    # At most j sizes of more than micro_tokens / (j + 1) fit into a part.
-    crowds = [sum(size * (j + 1) > micro_tokens for size in sizes) / j for j in range(1, 8)]
-    least = max(sum(min(size, micro_tokens) for size in sizes) / micro_tokens, *crowds)
+def _balance(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]]:
+    """Give each size to the part with the smallest sum so far (Graham 1969), and return the indices of each part.
+
+    sizes: in descending order.
+    """
+    # At most j sizes of more than micro_tokens / (j + 1) fit into a part. So each bound is a least number of parts.
+    bounds = [sum(size * (j + 1) > micro_tokens for size in sizes) / j for j in range(1, 8)]
+    least = max(sum(min(size, micro_tokens) for size in sizes) / micro_tokens, *bounds)
     count = processes * max(1, math.ceil(least / processes))
     while True:
         parts: list[list[int]] = [[] for _ in range(count)]
@@ -210,21 +231,29 @@ def _deal(sizes: list[int], micro_tokens: int, processes: int) -> list[list[int]
         count += processes * math.ceil(count / (50 * processes))
 
 
-def _least_capacity(widths: list[int], micro_tokens: int, count: int) -> int:
-    """Return the smallest capacity that needs at most `count` parts; a width above micro_tokens is a part by itself."""
+def _find_least_capacity(widths: list[int], micro_tokens: int, count: int) -> int:
+    """Return the smallest capacity in tokens that needs at most `count` parts.
+
+    A width above `micro_tokens` is a part by itself.
+    """
     low, high = max((width for width in widths if width <= micro_tokens), default=1), micro_tokens
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_greedy(widths, middle)) <= count else (middle + 1, high)
+        low, high = (low, middle) if len(_fill_greedily(widths, middle)) <= count else (middle + 1, high)
     return low
 
 
-def _least_padding(widths: Ids, capacity: int, count: int) -> list[int]:
-    """Return where each of `count` parts stops so that padding is least, by dynamic programming over the stops."""
+def _minimize_padding(widths: Ids, capacity: int, count: int) -> list[int]:
+    """Return where each of `count` parts stops so that padding is least, by dynamic programming over the stops.
+
+    widths: in descending order. A part is as wide as its first example.
+    """
     at = np.arange(len(widths) + 1)
-    size = at - at[:-1, None]  # [start, stop]
+    # The number of examples of the part [start, stop].
+    size = at - at[:-1, None]
     cost = np.where((size == 1) | ((size > 1) & (size * widths[:, None] <= capacity)), size * widths[:, None], np.inf)
-    best = np.where(at == 0, 0.0, np.inf)  # fewest padded tokens of the parts so far, by the stop of the last one
+    # The fewest padded tokens of the parts so far, by the stop of the last of them.
+    best = np.where(at == 0, 0.0, np.inf)
     starts = []
     for _ in range(count):
         total = best[:-1, None] + cost
@@ -236,8 +265,8 @@ def _least_padding(widths: Ids, capacity: int, count: int) -> list[int]:
     return stops[::-1]
 
 
-def _greedy(widths: list[int], capacity: int) -> list[int]:
-    """Return where each part stops if every part takes as many examples as fit; `widths` is descending."""
+def _fill_greedily(widths: list[int], capacity: int) -> list[int]:
+    """Return where each part stops if every part takes as many examples as fit. `widths` is in descending order."""
     stops, at = [], 0
     while at < len(widths):
         at = min(len(widths), at + max(1, capacity // widths[at]))
@@ -245,8 +274,8 @@ def _greedy(widths: list[int], capacity: int) -> list[int]:
     return stops
 
 
-def _split_to(stops: list[int], widths: list[int], count: int) -> list[int]:
-    """Halve the largest parts until there are `count`, or every part is a single example."""
+def _halve_largest(stops: list[int], widths: list[int], count: int) -> list[int]:
+    """Halve the largest part until there are `count` parts or every part is a single example. Return the stops."""
     while len(stops) < count:
         starts = [0, *stops[:-1]]
         costs = [
@@ -260,4 +289,5 @@ def _split_to(stops: list[int], widths: list[int], count: int) -> list[int]:
 
 
 def _round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is not less than `number`."""
     return -(-number // multiple) * multiple

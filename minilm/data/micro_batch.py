@@ -1,4 +1,4 @@
-"""A micro-batch: rows of token ids joined to one flat row, and the targets in it; its loss is a sum over those.
+"""A micro-batch: rows of token ids joined to one flat row, and the targets in it. Its loss is a sum over the targets.
 
 Axes: T tokens of the micro-batch, N targets of the micro-batch.
 """
@@ -17,30 +17,30 @@ from minilm.data.packing import Packing, pack
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """A micro-batch on its way to the model: its rows one after the other, without padding."""
+    """The input of one forward pass: rows of tokens one after the other, without padding, and their targets."""
 
     input_ids_T: Tensor
-    """int64, the rows' token ids, concatenated."""
+    """int64, the token ids of all rows."""
     packing: Packing
-    """Where the rows lie."""
+    """Where each row is among the T tokens."""
     target_index_N: Tensor
-    """int64, where the targets are among the T tokens."""
+    """int64, for each target, the index of the token at which it is predicted."""
     target_ids_N: Tensor
-    """What to predict there: int64, ids; of a classification, the labels."""
+    """What to predict there: int64 token ids, or the labels for classification."""
     type_ids_T: Tensor | None = None
-    """int64, which of two texts each token is of, where the model is told."""
+    """int64, the token types, which say to which of two texts a token belongs. None if the model takes no types."""
 
     @property
     def target_count(self) -> int:
-        """Number of targets; read from the shape, so that asking never waits for a device."""
+        """The number of targets. It comes from a shape, so that reading it never waits for a device."""
         return self.target_ids_N.shape[0]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The batch on `device`; the copy from pinned memory does not block."""
+        """Return the batch on `device`. A copy from pinned memory does not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
-        """The batch in page-locked memory (called by DataLoader)."""
+        """Return the batch in page-locked memory. A DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -56,8 +56,13 @@ class MicroBatch:
 def concatenate_rows(
     rows: Sequence[NDArray[np.int64]], *, padded: bool, multiple: int
 ) -> tuple[NDArray[np.int64], Packing]:
-    """The rows one after the other, and where they lie. No rows give one token without a target, so that a process that
-    has nothing to do in a step can still join its collectives."""
+    """Return the rows one after the other, int64[T], and where each row is.
+
+    padded: whether the model needs a rectangular batch, whose width is then a multiple of `multiple`.
+
+    Without rows, return one token. Then a process without examples in a step can still run the model and take part in
+    collective operations.
+    """
     ids_T = np.concatenate(rows) if rows else np.zeros(1, np.int64)
     return ids_T, pack([len(row) for row in rows] or [1], grouped=not padded, multiple=multiple)
 
@@ -65,45 +70,55 @@ def concatenate_rows(
 def collate_all_targets(
     rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float
 ) -> MicroBatch:
-    """The rows as they are, unpadded, each token a target: for a loss that compares models."""
+    """Return the rows as a batch in which each token is a target, for a loss that compares models.
+
+    It ignores `examples`, `epoch` and `progress`.
+    """
     ids, packing = concatenate_rows(rows, padded=False, multiple=1)
     ids_T, every_N = torch.from_numpy(ids), torch.arange(len(ids) if rows else 0)
     return MicroBatch(input_ids_T=ids_T, packing=packing, target_index_N=every_N, target_ids_N=ids_T[every_N])
 
 
 def target_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """-log p of each target in nats, float32[N], by a model like `SparseHead`."""
+    """Return the loss of each target, -log p in nats, float32[N].
+
+    model: computes the losses from the fields of a batch, as `SparseHead` does.
+    """
     nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T)
     return nats_N
 
 
 def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """The cross entropy of the batch summed over its targets, nats, float32 scalar."""
+    """Return the sum of the losses of the batch's targets in nats, a float32 scalar."""
     return target_losses(model, batch).sum()
 
 
-# (rows, the ids of their examples, the epoch, the share of the run that is done)
 CollateFunction = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]
+"""Makes a batch of rows of token ids. It gets the rows, their example numbers, the epoch, and the share of the run's
+steps that are done."""
 
 
 class Collator(Protocol):
-    """Rows of token ids to a batch."""
+    """A `CollateFunction` that says how its batches are laid out and how many targets they have."""
 
     padded: bool
+    """Whether the model needs rectangular batches."""
     multiple: int
+    """The width of a rectangular batch is a multiple of this."""
 
     def rate(self, progress: float = 0.0) -> float:
-        """Share of the tokens that are targets; `progress` is the share of the run's steps that are done."""
+        """Return the share of the tokens that are targets. `progress` is the share of the run's steps that are done."""
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
-    ) -> MicroBatch: ...
+    ) -> MicroBatch:
+        """Make a batch of `rows` of token ids. `examples` are their example numbers, int64[R]."""
 
 
 class LanguageCollator(Collator, Protocol):
     """The collator of a language model."""
 
     can_be_target: NDArray[np.bool_]
-    """bool[vocabulary], the ids that can be targets."""
+    """bool[V], whether each of the V ids of the tokenizer can be a target."""
     target_offset: int
-    """How many places after the one where it is predicted a target stands in its row."""
+    """The place of a target in its row, minus the place at which it is predicted: 1 for causal LM, 0 for masked LM."""

@@ -1,11 +1,11 @@
-"""Rows of different lengths without padding: one flat row of tokens, and its groups of rows for attention.
+"""Rows of different lengths without padding: one flat row of tokens, and groups of its rows for attention.
 
 All layers of a transformer except attention work on each token alone. They take all tokens of a batch as one row.
-Attention (`minilm.models.attention`) takes a group of rows at a time as one tensor. Several short rows share a bin,
-where a mask keeps them apart, so that a few large products take the place of many small ones. Longer rows form small
-groups of similar length, padded inside the group.
+Attention (`minilm.models.attention`) takes one group of rows at a time, as a rectangle. Short rows share bins, in which
+a mask keeps them apart. So a few large matrix products replace many small ones. Longer rows form small groups of
+similar length, which are padded to the longest of the group.
 
-Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head, H any other.
+Axes: T tokens of the batch or group, R rows of a group, L padded length, A heads, D size of a head, H any other.
 """
 
 import math
@@ -19,34 +19,41 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 
-SHORT_ROW_TOKENS = 128  # up to this length rows share bins
-# L is a multiple of this in a padded group: that needs few kernels, and makes the softmax in bf16 fast on CPUs.
-_STEP = 32
-# In a group of longer rows, the shortest has at least this share of the longest's tokens, minus some.
-_SIMILAR, _SLACK = 0.75, 4
+SHORT_ROW_TOKENS = 128
+"""The length up to which rows share bins."""
+# In a group with padding, L is a multiple of this. So there are few shapes for which a kernel is compiled, and the
+# softmax in bf16 is fast on CPUs.
+_LENGTH_MULTIPLE = 32
+# In a group of longer rows, the shortest has at least this share of the tokens of the longest, minus the slack.
+_LEAST_SIMILARITY = 0.75
+_SLACK_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup:
-    """Rows that follow each other in the batch, as R x L: R rows, or R bins that hold several rows each."""
+    """Rows that follow each other in the batch, as an R x L rectangle: R rows, or R bins with several rows each."""
 
     start: int
-    """Where its tokens begin in the batch."""
+    """The first token of the group in the batch."""
     stop: int
-    """Where they end."""
+    """The token of the batch after the last of the group."""
     rows: int
+    """R."""
     length: int
-    """L: no row is longer."""
+    """L, at least the length of each row."""
     source_RL: Tensor | None
-    """int64, which of the group's tokens each place holds (padding repeats a token); None without padding."""
+    """int64, the token of the group at each place of the rectangle. Padding repeats a token. None without padding."""
     place_T: Tensor | None
-    """int64, the place of each of the group's tokens; None without padding."""
+    """int64, the place of each token of the group in the rectangle. None without padding."""
     owner_RL: Tensor | None
-    """int64, the number of the row at each place, and a unique number at each place of padding; None without bins."""
-    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """int64, the number of the row at each place. Each place of padding has a number of its own. None without bins."""
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def pad(self, x_TxH: Tensor) -> Tensor:
-        """Return the group's tokens as R x L x H. Let nothing depend on padding: no gradient flows back from it."""
+        """Return the group's tokens as R x L x H.
+
+        The caller must ignore the values of padding, because no gradient flows back from them.
+        """
         x_RLxH = x_TxH if self.source_RL is None else _Pad.apply(x_TxH, self.source_RL, self.place_T)  # type: ignore[no-untyped-call]
         return x_RLxH.view(self.rows, self.length, *x_TxH.shape[1:])
 
@@ -56,7 +63,7 @@ class RowGroup:
         return x_RLxH if self.place_T is None else _Unpad.apply(x_RLxH, self.place_T)  # type: ignore[no-untyped-call]
 
     def pad_by_head(self, x_TxAxD: Tensor) -> Tensor:
-        """Return the group's tokens as R x A x L x D: padded and ordered by head, in one pass."""
+        """Return the group's tokens as R x A x L x D, as `pad` and a transposition would, but in one copy."""
         heads = x_TxAxD.shape[1]
         if self.source_RL is None:
             return x_TxAxD.view(self.rows, self.length, *x_TxAxD.shape[1:]).transpose(1, 2)
@@ -72,7 +79,7 @@ class RowGroup:
         return x_TAxD.view(-1, heads, x_RxAxLxD.shape[-1])
 
     def _places(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Return `source_RL` and `place_T` for each token and head, int64[R A L] and int64[T A]."""
+        """Return `source_RL` and `place_T` for each pair of token and head, int64[R A L] and int64[T A]."""
         assert self.source_RL is not None
         assert self.place_T is not None
         source_RL, place_T = self.source_RL, self.place_T
@@ -87,92 +94,96 @@ class RowGroup:
         return self.cached(("places", heads), make)
 
     def token_mask(self, device: torch.device) -> Tensor:
-        """Return where there is a token and not padding, bool, R x L."""
+        """Return a mask that is True for tokens and False for padding, bool, R x L."""
         real_RL = torch.ones(self.rows * self.length, dtype=torch.bool, device=device)
         if self.place_T is not None:
             real_RL = torch.zeros_like(real_RL).index_fill_(0, self.place_T, True)
         return real_RL.view(self.rows, self.length)
 
     def attention_bias(self, window: int | None, like: Tensor, *, causal: bool = False) -> Tensor | None:
-        """Return the term to add to attention's scores, R x 1 x L x L or a shape that broadcasts to it; None for zero.
+        """Return the term to add to attention scores, R x 1 x L x L or a shape that broadcasts to it; None for zero.
 
-        It has the type and device of `like`. A token sees the tokens of its row that are fewer than `window` away. With
-        `causal` it sees none after it, and so no padding, which comes last. Padding sees itself at least: without that,
-        its softmax would be NaN.
+        It has the dtype and device of `like`. A token sees the tokens of its row that are fewer than `window` places
+        away. With `causal` it sees no later token, and so no padding, which comes last. Padding always sees itself.
+        Otherwise its softmax would be NaN.
         """
         if window is not None and window >= self.length:
             window = None
         return self.cached((window, causal, like.dtype), lambda: self._make_bias(window, like, causal))
 
     def _make_bias(self, window: int | None, like: Tensor, causal: bool) -> Tensor | None:
-        seen: Tensor | None = None
+        visible: Tensor | None = None
         if self.owner_RL is not None:
             owner_RxL = self.owner_RL.view(self.rows, self.length)
-            seen = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
+            visible = (owner_RxL[:, :, None] == owner_RxL[:, None, :])[:, None]
         elif self.place_T is not None and not causal:
-            seen = self.token_mask(like.device)[:, None, None, :]
+            visible = self.token_mask(like.device)[:, None, None, :]
         if window is not None or causal:
             at_L = torch.arange(self.length, device=like.device)
             before_LxL = at_L[:, None] - at_L
             near_LxL = (before_LxL >= 0) if causal else torch.ones_like(before_LxL, dtype=torch.bool)
             if window is not None:
                 near_LxL &= before_LxL.abs() < window
-            seen = near_LxL if seen is None else (seen & near_LxL) | (before_LxL == 0)
-        return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+            visible = near_LxL if visible is None else (visible & near_LxL) | (before_LxL == 0)
+        return None if visible is None else like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
-    def cached(self, kind: Any, make: Callable[[], _T]) -> _T:
-        """Return what `make` returns. It is called once for each `kind`, since all layers need the same."""
-        if kind not in self._kept:
-            self._kept[kind] = make()
-        kept: _T = self._kept[kind]
-        return kept
+    def cached(self, key: Any, make: Callable[[], _T]) -> _T:
+        """Return what `make` returns, and call it only once for each `key`. All layers of a model need the same."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: _T = self._cache[key]
+        return value
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RowGroup":
-        """Return the group with its tensors changed: moved or pinned, for example."""
+        """Return the group with `change` applied to its tensors, to move or pin them for example."""
         indices = (self.source_RL, self.place_T, self.owner_RL)
         source_RL, place_T, owner_RL = (None if index is None else change(index) for index in indices)
-        return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _kept={})
+        return replace(self, source_RL=source_RL, place_T=place_T, owner_RL=owner_RL, _cache={})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """The rows of a batch in its flat row of T tokens."""
+    """Where the rows of a batch are in its flat row of T tokens."""
 
     position_T: Tensor
     """int64, the place of each token in its own row, from 0."""
     groups: tuple[RowGroup, ...]
+    """All rows, in order."""
     lengths: tuple[int, ...]
-    """Tokens of each row."""
+    """The tokens of each row."""
     longest: int
-    """Tokens of the longest row."""
+    """The tokens of the longest row."""
     bounds_R1: Tensor
-    """int32[R + 1], the start of each row, and the end of the last one."""
+    """int32[R + 1] for all R rows of the batch, where each row begins, and the end of the last one."""
     tiles_B1: Tensor
-    """int32[B + 1], the same for tiles. A tile holds whole rows that follow each other: together at most
+    """int32[B + 1], the same for B tiles. A tile holds whole rows that follow each other: together at most
     SHORT_ROW_TOKENS, or one longer row."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
-        """Return the packing with its tensors changed: moved or pinned, for example."""
+        """Return the packing with `change` applied to its tensors, to move or pin them for example."""
         groups = tuple(group.map(change) for group in self.groups)
         position_T, bounds_R1, tiles_B1 = (change(x) for x in (self.position_T, self.bounds_R1, self.tiles_B1))
         return replace(self, position_T=position_T, groups=groups, bounds_R1=bounds_R1, tiles_B1=tiles_B1)
 
 
 def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> Packing:
-    """Return the packing of rows of these lengths in this order, which should be sorted.
+    """Return the packing of rows of these lengths, in this order.
 
-    `grouped=False` puts all rows into one group, for a model that needs its batch padded. Padded lengths are rounded up
-    to a multiple of `multiple`.
+    lengths: the tokens of each row. If they are sorted, the groups are larger.
+    grouped: False puts all rows into one group, for a model that needs a rectangular batch.
+    multiple: the padded length of a group is a multiple of this.
     """
     groups: list[RowGroup] = []
     first = start = 0
     while first < len(lengths):
         last, low, high = first, lengths[first], lengths[first]
-        while last < len(lengths) and (not grouped or high <= SHORT_ROW_TOKENS or low >= _SIMILAR * high - _SLACK):
+        while last < len(lengths) and (
+            not grouped or high <= SHORT_ROW_TOKENS or low >= _LEAST_SIMILARITY * high - _SLACK_TOKENS
+        ):
             last += 1
             if last < len(lengths):
                 low, high = min(low, lengths[last]), max(high, lengths[last])
-        groups.append(_group(np.array(lengths[first:last]), start, multiple, grouped=grouped))
+        groups.append(_build_group(np.array(lengths[first:last]), start, multiple, grouped=grouped))
         first, start = last, groups[-1].stop
     position_T = np.concatenate([np.arange(length) for length in lengths])
     return Packing(
@@ -181,11 +192,12 @@ def pack(lengths: Sequence[int], *, grouped: bool = True, multiple: int = 1) -> 
         lengths=tuple(lengths),
         longest=max(lengths),
         bounds_R1=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        tiles_B1=torch.tensor(_tiles(lengths), dtype=torch.int32),
+        tiles_B1=torch.tensor(_bound_tiles(lengths), dtype=torch.int32),
     )
 
 
-def _tiles(lengths: Sequence[int]) -> list[int]:
+def _bound_tiles(lengths: Sequence[int]) -> list[int]:
+    """Return where each tile begins, and the end of the last one."""
     bounds, end = [0], 0
     for length in lengths:
         if end > bounds[-1] and end + length - bounds[-1] > SHORT_ROW_TOKENS:
@@ -194,11 +206,13 @@ def _tiles(lengths: Sequence[int]) -> list[int]:
     return [*bounds, end]
 
 
-def _group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> RowGroup:
+def _build_group(lengths_R: Any, start: int, multiple: int, *, grouped: bool) -> RowGroup:
+    """Return the group of rows of these lengths (an int64 array), whose first token is `start`."""
     count, tokens, longest = len(lengths_R), int(lengths_R.sum()), int(lengths_R.max())
     uneven = grouped and tokens < count * longest
-    in_bins = uneven and longest <= SHORT_ROW_TOKENS  # rows of one length have nothing to share
-    step = math.lcm(_STEP, multiple) if uneven else multiple
+    # Rows of one length need no bins.
+    in_bins = uneven and longest <= SHORT_ROW_TOKENS
+    step = math.lcm(_LENGTH_MULTIPLE, multiple) if uneven else multiple
     length = -(-longest // step) * step
     begin_R, rows = _fill_bins(lengths_R, length) if in_bins else (np.arange(count) * length, count)
     source_RL = place_T = owner_RL = None
@@ -230,7 +244,8 @@ def _fill_bins(lengths_R: Any, size: int) -> tuple[Any, int]:
     it.
     """
     begin_R = np.zeros_like(lengths_R)
-    ends_by_room: list[list[int]] = [[] for _ in range(size + 1)]  # for each amount of room, the ends of such bins
+    # For each amount of room, the ends of the bins that have so much room left.
+    ends_by_room: list[list[int]] = [[] for _ in range(size + 1)]
     bins = 0
     for row in np.argsort(-lengths_R, kind="stable"):
         length = int(lengths_R[row])
@@ -244,7 +259,7 @@ def _fill_bins(lengths_R: Any, size: int) -> tuple[Any, int]:
 
 
 class _Pad(torch.autograd.Function):
-    """Rows of `x` by `source`. The gradient is gathered by `place`, which leaves out padding."""
+    """Select the rows `source` of `x`. The gradient is gathered by `place`, which leaves out padding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -258,7 +273,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Rows of `x` by `place`. No two places are the same, so that the gradient is copied and not added up."""
+    """Select the rows `place` of `x`. No two places are the same, so that the gradient is copied and not summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:

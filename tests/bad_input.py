@@ -106,7 +106,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "share of a stream": Entry(
         flags="--data.source docs.txt --data.streaming --data.split train[:10%]",
-        says="a stream takes no part such as train[:10%]",
+        says="a stream cannot read the part train[:10%]",
     ),
     "stream of pydocs": Entry(flags="--data.source pydocs --data.streaming", says="data.streaming: pydocs cannot"),
     "truncated jsonl, streamed": Entry(
@@ -154,13 +154,15 @@ ENTRIES: dict[str, Entry] = {
         flags="--data.source docs.txt --data.streaming --data.document file", says="a document cannot be a whole file"
     ),
     "stream of labels": classified(
-        labelled(*["yes", "no"] * 20), "data.streaming: is for language models", PAIRS + " --data.streaming"
+        labelled(*["yes", "no"] * 20),
+        "data.streaming: only language models can read a stream",
+        PAIRS + " --data.streaming",
     ),
     "impossible model": Entry(flags="--model.config.num-attention-heads 3", says="model.config: The hidden size"),
     "unknown split": Entry(flags="--data.source docs.txt --data.split test", says="test"),
     "unknown evaluation split": Entry(flags="--data.source docs.txt --data.eval-split validation", says="validation"),
     "bad slice": Entry(flags="--data.source docs.txt --data.split train[:5z]", says="train[:5z]"),
-    "nothing to evaluate on": Entry(flags="--data.eval-fraction 0.001", says="evaluation part is empty"),
+    "nothing to evaluate on": Entry(flags="--data.eval-fraction 0.001", says="leaves no evaluation document"),
     "no mask token": Entry(flags="--model.name bert", prepare=without("mask_token"), says="no mask token"),
     "no pad token": Entry(flags="--model.name bert", prepare=without("pad_token"), says="--tokens.name"),
     "vocabulary larger than the embedding": Entry(
@@ -226,7 +228,7 @@ ENTRIES: dict[str, Entry] = {
         PAIRS + " --data.eval-source more.jsonl",
     ),
     "multi-hot lists of two lengths": classified(
-        labelled(*[[1.0, 0.0], [0.0, 1.0], [1.0]] * 10), "multi-hot lists have one for each of 2 labels"
+        labelled(*[[1.0, 0.0], [0.0, 1.0], [1.0]] * 10), "a multi-hot list has one for each of 2 labels"
     ),
     "a list in place of a class": classified(
         in_turn(labelled([1], [0]), lambda: os.rename("docs.jsonl", "more.jsonl"), labelled(*[0, 1, 2] * 10)),
@@ -262,7 +264,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "labels of a .txt file": classified(lambda: None, "a .txt file has no labels", "--data.source docs.txt"),
     "one sentence column of two": classified(
-        labelled(*["yes", "no"] * 20), "WARNING: there is sentence2 too", LABELLED, runs=True
+        labelled(*["yes", "no"] * 20), "WARNING: the column sentence2 is not read", LABELLED, runs=True
     ),
     "a pair for a language model": Entry(
         flags=PAIRS, prepare=labelled(1, 2), says="data.pair_column: a language model reads one text"

@@ -1,4 +1,4 @@
-"""Columnar files, `.parquet` and `.arrow`: only the columns that a run needs are read."""
+"""Columnar files, `.parquet` and `.arrow`. Only the columns that a run needs are read."""
 
 import gzip
 import shutil
@@ -14,13 +14,14 @@ from pyarrow import parquet
 from minilm.data.columns import Column
 from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind
 
-BATCH_ROWS = 1000  # rows that are converted to Python objects at a time
+# Number of rows that are converted to Python objects at a time.
+BATCH_ROWS = 1000
 
 
 def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
     """Yield the number of each row, from 0, and its cells of `columns`. Other columns are not read.
 
-    Raises ValueError that names the file, the row group if one is damaged, and the row of a text that is not UTF-8.
+    Raise ValueError that names the file, the row group if one is damaged, and the row of a text that is not UTF-8.
     """
     with _damage_as_error(path), _open(path) as table:
         outer = find_outer_columns(columns, table.schema, path)
@@ -33,7 +34,7 @@ def read_cells(
     """Yield the number of each row and its cells of `columns`.
 
     batches: record batches of Arrow.
-    outer: for each of `columns`, the name of the column in the batches that it is or lies in.
+    outer: for each of `columns`, the name of the column of the batches that is or contains it.
     """
     start = 0
     for batch in batches:
@@ -57,11 +58,12 @@ def read_columnar_field_names(path: str) -> list[str]:
 
 
 def read_class_names(path: str, column: Column) -> tuple[str, ...]:
-    """Return the names of a column's classes that the datasets library stored in a file; empty if it stored none."""
+    """Return the names of a column's classes if the datasets library stored them in the file, or else nothing."""
     with _damage_as_error(path), _open(path) as table:
         try:
             features = Features.from_arrow_schema(table.schema)
-        except Exception:  # other programs may write anything there
+        except Exception:
+            # Other programs may write anything there.
             return ()
     return find_class_names(features, column)
 
@@ -82,9 +84,9 @@ def find_class_names(features: Features, column: Column) -> tuple[str, ...]:
 
 
 def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> list[str]:
-    """Return for each column the name of the column in the schema that it is or lies in.
+    """Return for each column the name of the column of the schema that is or contains it.
 
-    Raises ValueError for a missing column, a name that several columns have, or a type that is not text.
+    Raise ValueError for a missing column, a name that several columns have, or a type that is not text.
     """
     outer = []
     for column in columns:
@@ -101,7 +103,7 @@ def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> l
 
 
 def _can_be_text(kind: Any) -> bool:
-    """Return whether a column of this type may hold texts. The check of each row finds what this one lets through."""
+    """Return False for some types that are not text. The check of each row refuses all others."""
     types = pyarrow.types
     return not (
         types.is_temporal(kind) or types.is_decimal(kind) or types.is_binary(kind) or types.is_large_binary(kind)
@@ -109,7 +111,7 @@ def _can_be_text(kind: Any) -> bool:
 
 
 def _to_python(column: Any, source: str, start: int) -> list[Any]:
-    """Convert a part of a column, which begins at row `start`. Raises ValueError that names a row that is not UTF-8."""
+    """Return the values of a batch that begins at row `start`. Raise ValueError that names a row that is not UTF-8."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError as error:
@@ -117,7 +119,7 @@ def _to_python(column: Any, source: str, start: int) -> list[Any]:
             try:
                 cell.as_py()
             except UnicodeDecodeError:
-                raise ValueError(f"{source}, row {row}: not UTF-8; write the file again from texts") from error
+                raise ValueError(f"{source}, row {row}: the text is not UTF-8; write the file again") from error
         raise
 
 
@@ -160,7 +162,7 @@ class _Arrow:
 
 @contextmanager
 def _open(path: str) -> Iterator[_Parquet | _Arrow]:
-    """Open a file, and unpack it into a temporary file first if its name ends in .gz."""
+    """Open a file. If its name ends in .gz, unpack it into a temporary file first."""
     kind = _Parquet if get_file_kind(path) == "parquet" else _Arrow
     if not path.endswith(".gz"):
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
@@ -175,7 +177,7 @@ def _open(path: str) -> Iterator[_Parquet | _Arrow]:
 
 @contextmanager
 def _damage_as_error(path: str) -> Iterator[None]:
-    """Turn an error of pyarrow into a ValueError that names the file, and the row group if one is damaged."""
+    """Turn an error of pyarrow into a ValueError that names the file, and the damaged row group if there is one."""
     try:
         yield
     except PermissionError as error:
@@ -186,7 +188,7 @@ def _damage_as_error(path: str) -> Iterator[None]:
 
 
 def describe_damage(path: str) -> str:
-    """Return what is wrong with a file, and the row group if one is damaged; empty if the file can be read."""
+    """Return what is wrong with a file, with the number of a damaged row group; empty if the file can be read."""
     group, count = None, 0
     try:
         with _open(path) as table:

@@ -1,4 +1,4 @@
-"""Delimited files, `.csv` and `.tsv`: every cell is text, and every row has as many fields as the header."""
+"""Delimited files, `.csv` and `.tsv`. Every cell is text, and every row has as many fields as the header."""
 
 import csv
 import itertools
@@ -13,8 +13,9 @@ from minilm.data.text_decoding import check_byte_order_mark, find_line_end, open
 from minilm.utils.local_files import get_ending
 
 _DELIMITERS = (",", ";", "\t", "|")
-# A quote that is not closed takes in the rest of the file, which must not fill the memory.
+# A field with an unclosed quote extends to the end of the file. The limit keeps it from filling the memory.
 csv.field_size_limit(2**28)
+# The first line that Excel writes to name the delimiter.
 _SEPARATOR = re.compile(r"sep=(.)[\r\n]*")
 # A whole field in quotes. A quote inside it is doubled.
 _QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
@@ -29,20 +30,20 @@ class _Dialect:
     newline: str
     delimiter: str
     quoted: bool = True
-    """Whether quotes enclose fields. Otherwise they are text, and the delimiter is a tab."""
+    """Whether quotes enclose fields. If not, quotes are text, and the delimiter is a tab."""
     problem: str = ""
-    """Why a file of tabs cannot be read without quoting; empty if it can."""
+    """Why a file with tabs cannot be read without quoting; empty if it can."""
 
     def open(self) -> AbstractContextManager[TextIO]:
         return open_text(self.path, self.encoding, self.newline)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield the line at which each row begins, and its fields. Raises ValueError for a wrong quote."""
+        """Yield the line at which each row begins, and its fields. Raise ValueError for a misplaced quote."""
         with self.open() as file:
             yield from _read_quoted_rows(self, file) if self.quoted else _read_plain_rows(self, file)
 
     def header(self) -> list[str]:
-        """Return the fields of the first row; empty if there are no rows or the quotes are wrong."""
+        """Return the fields of the first row; empty if there is no row or a quote is misplaced."""
         try:
             return next(self.rows(), (0, []))[1]
         except ValueError:
@@ -55,18 +56,18 @@ def read_delimited(
     """Yield the line at which each row begins, counted from 1, and its cells of `columns`.
 
     An empty cell of a column of labels is None. Lines end at LF or CR LF, or at CR in a file without LF. Blank lines
-    are skipped. A field that begins with a quote ends at the next quote that is not doubled, and may hold delimiters
+    are skipped. A field that begins with a quote ends at the next quote that is not doubled. It may hold delimiters
     and line ends.
 
-    delimiter: if None, the header decides. It is the usual one of the file's ending, or else the first of `, ; tab |`
-        with which the header names the columns.
+    delimiter: if None, the header decides. The delimiter is the usual one of the file's ending if the header then has
+        all `columns`, or else the first of `, ; tab |` with which it has them.
 
-    In a file whose delimiter is a tab, quotes are text if every line has as many tabs as the header. The exception is a
-    file in which every field with a quote is a well-formed quoted field, and in which one of them holds a doubled quote
-    or a CR, or the whole header is in quotes. Only a program that quotes writes such a file.
+    If the delimiter is a tab and every line has as many tabs as the header, quotes are text. There is one exception: a
+    file that only a program that quotes can have written. In such a file, every field with a quote is a well-formed
+    quoted field. Besides, a field holds a doubled quote or a CR, or the whole header is in quotes.
 
-    Raises ValueError that names the line: for a row with another number of fields than the header, for a quote that is
-    not closed, for text after a closing quote, and for a missing column.
+    Raise ValueError that names the line: for a row whose number of fields differs from the header's, for a quote that
+    is not closed, for text after a closing quote, and for a missing column.
     """
     dialect = _find_dialect(path, columns, encoding, delimiter)
     try:
@@ -75,11 +76,11 @@ def read_delimited(
         at = dialect.problem.partition(":")[0]
         if not dialect.problem or str(error).startswith(f"{path}, {at}:"):
             raise
-        raise ValueError(f"{path}, {dialect.problem}. Nor can the file be read with quotes: {error}") from error
+        raise ValueError(f"{path}, {dialect.problem}. The file cannot be read with quotes either: {error}") from error
 
 
 def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield what `read_delimited` yields, in this dialect."""
+    """Yield the rows of `read_delimited`, for a file in this dialect."""
     labels = [index for index, column in enumerate(columns) if column.role == "label"]
     header, first = list[str](), True
     rows = dialect.rows()
@@ -90,7 +91,8 @@ def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[
             continue
         if len(fields) != len(header):
             if len(fields) == 1 < len(header) and not fields[0].strip():
-                continue  # a line of spaces is blank too
+                # A line of spaces is blank too.
+                continue
             others = (fields for _, fields in rows) if first else None
             raise ValueError(_describe_wrong_count(dialect, line, fields, header, others))
         first = False
@@ -101,7 +103,7 @@ def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[
 
 
 def read_delimited_header(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
-    """Return the names of a file's columns."""
+    """Return the names of the columns, from the header."""
     return _name_columns(_find_dialect(path, columns, encoding, delimiter).header())
 
 
@@ -114,9 +116,9 @@ def _find_dialect(path: str, columns: Sequence[Column], encoding: str, delimiter
 
 
 def _find_delimiter(usual: _Dialect, columns: Sequence[Column]) -> str:
-    """Return the delimiter with which the header names the columns. Raises ValueError if two delimiters do.
+    """Return the delimiter with which the header names the columns. Raise ValueError if two delimiters do.
 
-    usual: the dialect with the delimiter that the file's ending stands for.
+    usual: the dialect with the usual delimiter of the file's ending.
     """
     with usual.open() as file:
         if stated := _SEPARATOR.fullmatch(file.readline()):
@@ -128,10 +130,10 @@ def _find_delimiter(usual: _Dialect, columns: Sequence[Column]) -> str:
     fitting = [each for each in fitting if each == usual.delimiter or headers[each] != usual_header]
     if len(fitting) > 1:
         listed = " and ".join(map(_name_delimiter, fitting))
-        raise ValueError(f"{usual.path}, line 1: {listed} could separate the fields; pass --data.delimiter")
+        raise ValueError(f"{usual.path}, line 1: {listed} could be the delimiter; pass --data.delimiter")
     if fitting:
         if fitting[0] != usual.delimiter:
-            warn_once(f"{usual.path}: {_name_delimiter(fitting[0])} separates the fields, by the header")
+            warn_once(f"{usual.path}: {_name_delimiter(fitting[0])} separates the fields of its header")
         return fitting[0]
     if len(usual_header) == 1 and (several := [each for each in candidates if len(headers[each]) > 1]):
         return several[0]
@@ -151,7 +153,7 @@ def _skip_separator(file: TextIO) -> int:
 
 
 def _find_positions(header: list[str], columns: Sequence[Column], where: str) -> list[int]:
-    """Return the position of each column's cell in a row. Raises ValueError for a missing column."""
+    """Return the position of each column's cell in a row. Raise ValueError for a missing column."""
     names = _name_columns(header)
     for column in columns:
         if column.name not in names:
@@ -159,8 +161,8 @@ def _find_positions(header: list[str], columns: Sequence[Column], where: str) ->
             raise ValueError(f"{error}, or pass --data.delimiter" if len(names) == 1 else str(error))
         if header.count(column.name) > 1:
             warn_once(
-                f"WARNING: {where}: {column.name!r} is the name of {header.count(column.name)} columns; the first is "
-                f"read, and the next is called {column.name}.1"
+                f"WARNING: {where}: {column.name!r} is the name of {header.count(column.name)} columns. The first is "
+                f"read. To read the second, call it {column.name}.1"
             )
     return [names.index(column.name) for column in columns]
 
@@ -189,8 +191,8 @@ def _read_plain_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, lis
 def _read_quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Yield the line at which each row begins, and its fields, of a file with quoting."""
     skipped = _skip_separator(file)
-    # The csv module ends a row at a carriage return, even inside a line. A NUL replaces it until the row is read. The
-    # text itself does not hold a NUL.
+    # The csv module would end a row at a carriage return inside a line. A NUL replaces the carriage return until the
+    # row is read. The text itself holds no NUL, because `detect_encoding` refuses it.
     hidden, begins = False, True
 
     def hide(lines: Iterable[str]) -> Iterator[str]:
@@ -220,10 +222,11 @@ def _read_quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, li
 
 
 def _find_quoting(dialect: _Dialect) -> _Dialect:
-    """Return the dialect of a file of tabs, quoted or not by the rule of `read_delimited`."""
+    """Return the dialect of a file with tabs, quoted or not by the rule of `read_delimited`."""
     tabs, header_line = -1, 0
-    # Whether every field with a quote is a quoted one, whether only a program that quotes writes such a file, and
-    # whether a field begins with a quote.
+    # well_formed: every field with a quote is a well-formed quoted field.
+    # proven: if they are well formed, only a program that quotes can have written the file.
+    # opens: a field begins with a quote.
     well_formed, proven, opens = True, False, False
     with dialect.open() as file:
         for number, line in enumerate(file, start=1 + _skip_separator(file)):
@@ -244,7 +247,7 @@ def _find_quoting(dialect: _Dialect) -> _Dialect:
                     proven |= '""' in field or "\r" in field
                     opens |= field.startswith('"')
     if opens and not (well_formed and proven):
-        warn_once(f"{dialect.path}: quotes are text, as every line has the header's number of tabs")
+        warn_once(f"{dialect.path}: quotes are text, because every line has as many tabs as the header")
     return replace(dialect, quoted=well_formed and proven)
 
 
@@ -257,12 +260,15 @@ def _describe_wrong_count(
 ) -> str:
     """Return the error message for a row with too few or too many fields.
 
-    others: the rows after it if it is the first row, otherwise None.
+    others: the rows after it if it is the first row after the header, otherwise None.
     """
     what = f"{dialect.path}, line {line}: {_count_fields(len(fields))} where the header has {len(header)}"
     ends = sum(field.count("\n") for field in fields)
     if ends:
-        return f"{what}; quotes hold {ends} line ends of this row: double a quote that is text, and quote its field"
+        return (
+            f"{what}; quoted fields of this row hold {ends} line ends; "
+            "if a quote is text, double it and quote its field"
+        )
     name = _name_delimiter(dialect.delimiter)
     if len(fields) == len(header) + 1:
         extra, blank = _compare_counts(fields, others, len(header) + 1)
@@ -289,7 +295,8 @@ def _compare_counts(fields: list[str], others: Iterator[list[str]] | None, count
             if len(row) != count:
                 return False, False
             blank &= not row[-1]
-    except ValueError:  # a later row cannot be read
+    except ValueError:
+        # A later row cannot be read.
         return False, False
     return True, blank
 
@@ -299,7 +306,7 @@ def _describe_wrong_quote(dialect: _Dialect, start: int, line: int, error: csv.E
     if "expected after" in str(error):
         at = f"{dialect.path}, line {line}"
         begin = "" if start == line else f" (the row begins in line {start})"
-        return f"{at}: text follows a closing quote{begin}; double a quote that is text, and quote its field"
+        return f"{at}: text follows a closing quote{begin}; if the quote is text, double it and quote its field"
     opened = _find_open_quote(dialect, start)
     return (
         f"{dialect.path}, line {opened}: the quote that opens here is not closed; close it, or double it if it is text"

@@ -19,17 +19,17 @@ from minilm.utils.local_files import is_plain_text
 def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Dataset, dict[str, Dataset]]:
     """Return (training documents, evaluation documents by name), memory-mapped if they are large.
 
-    Each is a dataset with the string column `text`. It has a second text in the column `pair` if `data.pair_column` is
-    set. With `labels` it has the column `label`, of the type that it has in the source (a ClassLabel is kept).
-    Documents without a visible character are left out; with `labels` they are refused.
+    Each is a dataset with the string column `text`. If `data.pair_column` is set, the column `pair` holds a second
+    text. With `labels`, the column `label` has the type that it has in the source, such as a ClassLabel.
+    Documents without a visible character are dropped. With `labels`, they raise ValueError.
 
-    `minilm.data.splits.assemble_splits` says which documents are for evaluation. `seed` draws those that are held out.
-    Raise ValueError in one line that names the file, the row, the column or the split at fault.
+    `minilm.data.splits.assemble_splits` says which documents are for evaluation. If a fraction is held out, `seed`
+    decides which documents it holds. Raise ValueError in one line that names the file, row, column or split.
     """
     data = apply_glue_task(data)
     check_data_settings(data, labels=labels)
     if data.streaming:
-        raise ValueError("data.streaming: is for language models; leave it out where there are labels")
+        raise ValueError("data.streaming: only language models can read a stream; leave it out")
     if "pydocs" in data.sources and data.eval_split:
         raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
     return assemble_splits(data, _DatasetReader(data, seed, labels))
@@ -37,7 +37,7 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
 
 @quiet_datasets()
 def load_all_documents(data: Data) -> Dataset:
-    """Return all rows of `data.split`, also blank ones, of all sources in turn, as `load_documents` has them."""
+    """Return the documents of `data.split` of all sources, one source after the other. Blank documents are kept."""
     check_data_settings(data, labels=False)
     return _join([_read(data, source, data.split, labels=False, blank="keep") for source in data.sources], data)
 
@@ -54,7 +54,7 @@ class _DatasetReader:
         return _read(self.data, source, split, self.labels)
 
     def hold_out(self, source: str) -> tuple[Dataset, Dataset]:
-        """Draw the evaluation documents by the seed. A text file that is one document gives its end."""
+        """Choose the evaluation documents at random. If a text file is one document, its end is held out."""
         fraction = self.data.eval_fraction
         if source == "pydocs" and not self.labels:
             train_texts, eval_texts = load_pydocs(fraction)
@@ -66,14 +66,14 @@ class _DatasetReader:
         if not 0 < count < len(documents):
             part = "training" if count else "evaluation"
             raise ValueError(
-                f"{source}: the {part} part is empty when data.eval_fraction={fraction} of "
-                f"{len(documents)} documents is held out; change data.eval_fraction or give data.eval_source"
+                f"{source}: data.eval_fraction={fraction} of {len(documents)} documents leaves no {part} document; "
+                "change data.eval_fraction or give data.eval_source"
             )
         parts = documents.train_test_split(test_size=count, seed=self.seed)
         return parts["train"], parts["test"]
 
     def repeat(self, documents: Dataset, source: str, weight: float) -> Dataset:
-        """Repeat all documents, then draw the fraction of the weight by the seed and keep their order."""
+        """Repeat all documents, then add a random share of them for the fraction of the weight, in order."""
         whole, share = divmod(weight, 1)
         drawn = np.random.default_rng(self.seed).permutation(len(documents))[: round(share * len(documents))]
         indices = [*range(len(documents))] * int(whole) + sorted(drawn.tolist())
@@ -93,11 +93,13 @@ def _join(parts: list[Dataset], data: Data) -> Dataset:
         return datasets.concatenate_datasets(parts)
     except ValueError as error:
         kinds = ", ".join(f"{part.features['label']} in {s}" for part, s in zip(parts, data.sources, strict=True))
-        raise ValueError(f"data.label_column: the labels of the sources differ in type: {kinds}") from error
+        raise ValueError(
+            f"data.label_column: the labels of the sources differ in type: {kinds}; write all labels alike"
+        ) from error
 
 
 def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Split each document in two: return the beginnings, and the ends with `fraction` of the characters."""
+    """Return the beginnings of the documents, and their ends, which have `fraction` of the characters."""
     texts = documents["text"]
     cuts = [int(len(text) * (1 - fraction)) for text in texts]
     train = Dataset.from_dict({"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]})
@@ -105,7 +107,7 @@ def _cut_ends(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def _read(data: Data, source: str, split: str, labels: bool, *, blank: BlankPolicy = "drop") -> Dataset:
-    """Return the documents of a source. With labels, blank documents are refused, whatever `blank` is."""
+    """Return the documents of a split. With labels, blank documents raise ValueError, whatever `blank` is."""
     if labels and (source == "pydocs" or is_plain_text(source)):
         owner = "pydocs has" if source == "pydocs" else f"data source {source}: a .txt file has"
         raise ValueError(f"{owner} no labels; give .jsonl, .csv, .tsv or .parquet")

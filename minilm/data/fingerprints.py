@@ -1,4 +1,4 @@
-"""Fingerprints of files: two files with the same content have the same one."""
+"""Fingerprints of files: files with the same content have the same fingerprint."""
 
 import hashlib
 import os
@@ -9,25 +9,25 @@ from typing import Any
 
 from minilm.utils.atomic_files import hash_file
 
-# A longer file would take seconds to hash at each start.
+# A file of more bytes is not hashed as a whole, because that would take seconds at each start.
 _HASHED_BYTES = 2**30
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
-# A file that changed more recently can change again without getting another time of change.
+# A file that changed so recently can change again without a new time of change, so its hash is not remembered.
 _CLOCK_SECONDS = 2.0
 
 
 def fingerprint_file(path: str) -> dict[str, Any]:
-    """Return the size of a file in bytes and its SHA-256, as JSON types. The name and the time do not matter.
+    """Return the size of a file in bytes and its SHA-256, as JSON types. Its name and times are left out.
 
     For a file of more than 1 GiB, return its size, its time of change, and the SHA-256 of 64 blocks of 1 MiB: the
-    first, the last, and others at equal distances. A copy of such a file counts as another file unless the copy keeps
-    the time.
+    first, the last, and others at equal distances. A copy of such a file has another fingerprint unless the copy keeps
+    the time of change.
     """
     stat = os.stat(path)
     # Every write sets the change time of the inode (ctime), and no program can set it back.
     identity = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    settled = time.time() - stat.st_ctime > _CLOCK_SECONDS
-    return dict(_hash_file(*identity) if settled else _hash_file.__wrapped__(*identity))
+    is_old_enough = time.time() - stat.st_ctime > _CLOCK_SECONDS
+    return dict(_hash_file(*identity) if is_old_enough else _hash_file.__wrapped__(*identity))
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""The tasks of GLUE (Wang et al. 2019) by the names of their configurations on the hub, so that one flag is enough."""
+"""The tasks of GLUE (Wang et al. 2019): their columns and evaluation splits, so that --data.config alone is enough."""
 
 import os
 from dataclasses import replace
@@ -7,7 +7,8 @@ from minilm.config import Data
 from minilm.utils.validation import suggest_name
 
 _IDS = ("nyu-mll/glue", "glue")
-# The columns of a task: its text, or both. The labels are in the column `label` of all. `ax` has no part to train on.
+# The columns of each task's first and second text. Every task has its labels in the column `label`. The task `ax` is
+# left out, because it has no training split.
 _COLUMNS = {
     "cola": ("sentence", None),
     "sst2": ("sentence", None),
@@ -22,9 +23,10 @@ _COLUMNS = {
 
 
 def apply_glue_task(data: Data) -> Data:
-    """`data` with the columns and the evaluation part of its GLUE task where it names none; any other as it is.
+    """Return `data` with the columns and the evaluation split of its GLUE task, unless it already names some.
 
-    MNLI has two evaluation parts, joined by `+`. Raises ValueError for an unknown task.
+    For a source that is not GLUE, return `data` unchanged. MNLI has two evaluation splits, joined by `+`. Raise
+    ValueError for an unknown task.
     """
     if not isinstance(data.source, str) or data.source not in _IDS or os.path.exists(data.source):
         return data

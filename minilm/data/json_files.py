@@ -8,18 +8,19 @@ from typing import Any, TextIO
 from minilm.data.columns import Column, DictWithRepeatedKeys
 from minilm.data.text_decoding import check_byte_order_mark, open_text
 
-_CHUNK = 2**20  # characters to read at a time
+# Number of characters to read at a time.
+_CHUNK = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
-# An error within so many characters of the end of the window may come from a value that goes on, such as "-Infinity" or
-# a pair of escapes.
+# An error within this number of characters of the window's end may come from a value that continues after it, such as
+# "-Infinity" or a pair of escapes.
 _UNFINISHED = 16
 _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield the line of each row, from 1, and its cells of `columns`. Other keys of a row do not matter.
+    """Yield the line at which each row begins, from 1, and its cells of `columns`. Other keys of a row are ignored.
 
-    Raises ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
+    Raise ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
     `columns` that stands twice with different values, and for a missing column.
     """
     for line, row in _read_rows(path, _Parser(columns)):
@@ -36,7 +37,7 @@ def read_json_keys(path: str) -> list[str]:
 
 
 class _Parser:
-    """A parser of JSON that marks the objects in which a key of `columns` is repeated."""
+    """A parser of JSON that marks each object in which a key of `columns` stands twice."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.keys = {part for column in columns for part in _list_possible_keys(column.name)}
@@ -45,7 +46,7 @@ class _Parser:
         self.plain = all(key.isascii() and key.isprintable() and not set(key) & set('/"\\') for key in self.keys)
         self.marking = json.JSONDecoder(object_pairs_hook=self._mark)
         self.fast = json.JSONDecoder()
-        # Python refuses a whole number of more than 4300 digits. A column that is read cannot hold one, but others can.
+        # Python refuses to parse an integer of more than 4300 digits. Columns that are not read may hold one.
         self.long_numbers = json.JSONDecoder(object_pairs_hook=self._mark, parse_int=float)
 
     def parse_line(self, line: str) -> Any:
@@ -69,13 +70,13 @@ class _Parser:
         return self.marking.raw_decode(text, start) if self._may_repeat(text, start, end) else (value, end)
 
     def _may_repeat(self, text: str, start: int, end: int) -> bool:
-        """Return whether one of the keys may stand twice in an object."""
+        """Return whether a key of `columns` may stand twice in an object of this part of the text."""
         if not self.plain or text.find("\\u00", start, end) >= 0:
             return True
         return any(text.count(key, start, end) > 1 for key in self.quoted_keys)
 
     def _mark(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Make an object of its pairs; `DictWithRepeatedKeys` if a key of `columns` has different values."""
+        """Return the object of these pairs: a `DictWithRepeatedKeys` if a key of `columns` has different values."""
         row = dict(pairs)
         if len(row) == len(pairs):
             return row
@@ -88,7 +89,7 @@ class _Parser:
 
 
 def _list_possible_keys(name: str) -> Iterator[str]:
-    """Yield each run of the parts of a dotted path, because a key can hold dots too."""
+    """Yield each key that a dotted path may contain: for `a.b`, these are `a`, `a.b` and `b`."""
     parts = name.split(".")
     for start in range(len(parts)):
         for stop in range(start + 1, len(parts) + 1):
@@ -96,7 +97,7 @@ def _list_possible_keys(name: str) -> Iterator[str]:
 
 
 def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
-    """Yield the line and the value of each row."""
+    """Yield the line at which each row begins, and its value."""
     with open_text(path) as file:
         window = _Window(path, file, parser)
         if window.skip_spaces() == "[":
@@ -114,7 +115,7 @@ def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
 
 
 def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
-    """Return whether each line is one value, by the first line. An object can also extend over several lines."""
+    """Return whether each line is one value, judged by the first line. An object can also extend over several lines."""
     line = next((line for line in file if line.strip()), "{}")
     try:
         parser.parse_line(line)
@@ -137,7 +138,7 @@ def _read_lines(path: str, file: TextIO, parser: _Parser) -> Iterator[tuple[int,
 
 
 def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
-    """Yield the line and the value of each item of an array. The window is at its opening bracket."""
+    """Yield the line at which each item of an array begins, and its value. The window is at the opening bracket."""
     window.move(window.place + 1)
     character = window.skip_spaces()
     while character != "]":
@@ -157,14 +158,14 @@ def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
 
 
 class _Window:
-    """A part of a file's text that holds at least the value being read. `place` is the position in that part."""
+    """A part of a file's text that holds at least the value to read next. `place` is the position in that part."""
 
     def __init__(self, path: str, file: TextIO, parser: _Parser) -> None:
         self.path, self.file, self.parser = path, file, parser
         self.text, self.place, self.line = "", 0, 1
 
     def move(self, place: int) -> None:
-        """Move forward to a place, and count its line."""
+        """Move forward to a place, and count the lines up to it."""
         self.line += self.text.count("\n", self.place, place)
         self.place = place
 
@@ -194,12 +195,13 @@ class _Window:
                 check_byte_order_mark(self.path, line, self.text[error.pos :])
                 raise _not_json_error(self.path, line, error.msg) from error
             if end > len(self.text) - _UNFINISHED and self._fill():
-                continue  # a number can go on
+                # A number may continue after the window.
+                continue
             self.move(end)
             return value
 
     def _fill(self) -> bool:
-        """Read on, at least as much as the rest of the window. Return False at the end of the file."""
+        """Add text to the window, at least as much as it still holds. Return False at the end of the file."""
         more = self.file.read(max(_CHUNK, len(self.text) - self.place))
         if more:
             self.text, self.place = self.text[self.place :] + more, 0
@@ -211,4 +213,4 @@ def _not_json_error(path: str, line: int, why: str) -> ValueError:
 
 
 def _too_deep_error(path: str, line: int) -> ValueError:
-    return ValueError(f"{path}, line {line}: lists and objects are nested too deeply to be read; flatten the row")
+    return ValueError(f"{path}, line {line}: the lists and objects are nested too deeply; flatten the row")

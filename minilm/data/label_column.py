@@ -1,4 +1,4 @@
-"""The label column of one part of the documents, read as names, numbers or multi-hot lists."""
+"""The labels of the training documents or of one evaluation part, read as names, numbers or multi-hot lists."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, List, Value
 from numpy.typing import NDArray
 
-# A whole number exactly as str() writes it. So "01" is a name, and str(int(text)) gives the text back.
+# A whole number exactly as str() writes it, so that str(int(text)) gives the text back. "01" is a name.
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 DECIMAL_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -22,29 +22,29 @@ SECRET_LABEL = (
 
 @dataclass(frozen=True, kw_only=True)
 class LabelColumn:
-    """The labels of one part of the documents, as the data write them."""
+    """The labels of one part of the documents, as the source has them."""
 
     part: str
     """The name of the part in errors, such as `training documents`."""
     values: list[Any]
     """One value for each row: an int, float, bool or str, or a list of them."""
     names: tuple[str, ...]
-    """The names that the numbers stand for (a ClassLabel's, or False and True). Empty if the values are the labels
-    themselves."""
+    """The names that the values stand for: those of a ClassLabel, or False and True. Otherwise empty."""
     holds_lists: bool
     """Whether each value is a list."""
     dtype: str
     """The type of a label: `int`, `float`, `bool`, `string` or `null` (only empty lists)."""
     documents: Dataset
-    """The documents. Errors quote their texts."""
+    """The documents, whose texts errors quote."""
     suggests_problem: bool
-    """Whether errors suggest another `--objective.problem`. A trained model has one problem, so they do not for it."""
+    """Whether errors suggest another `--objective.problem`. For a trained model they do not, because its problem is
+    fixed."""
 
     @classmethod
     def read(
         cls, documents: Dataset, part: str, separator: str | None = None, *, suggests_problem: bool = True
     ) -> "LabelColumn":
-        """Read the column `label` of the documents; `separator` stands between the labels of a cell.
+        """Read the column `label` of the documents. `separator` stands between the labels of a cell that lists several.
 
         Lists of strings become lists of integers if all strings are whole numbers.
         """
@@ -78,7 +78,7 @@ class LabelColumn:
         return () if all(map(DECIMAL_NUMBER.fullmatch, self.names)) else self.names
 
     def refuse(self, row: int, why: str, problem: str = "") -> NoReturn:
-        """Raise ValueError about the label of a row; `problem` is the `--objective.problem` that accepts the label."""
+        """Raise ValueError for the label of a row. `problem` is the `--objective.problem` that would accept it."""
         if problem and self.suggests_problem:
             why += f"; pass --objective.problem {problem} if that is what the column holds"
         text, label = self.documents[row]["text"], repr(self.values[row])
@@ -88,7 +88,7 @@ class LabelColumn:
         )
 
     def to_names(self) -> list[str]:
-        """Return the name of each row's class; the name of a whole number is the number. Raise ValueError for lists."""
+        """Return the name of each row's class. The name of a whole number is the number. Raise ValueError for lists."""
         if self.holds_lists:
             self.refuse(0, "a list is not a single label", "multi-label")
         names: dict[Any, str] = {}
@@ -98,7 +98,7 @@ class LabelColumn:
         return [names[value] for value in self.values]
 
     def to_name_lists(self) -> list[list[str]]:
-        """Return the names of each row's labels. Raise ValueError without lists, or if a row has a label twice."""
+        """Return the names of each row's labels. Raise ValueError if there are no lists or a list repeats a label."""
         self._check_lists()
         result = []
         for row, value in enumerate(self.values):
@@ -107,8 +107,8 @@ class LabelColumn:
                 twice = max(names, key=names.count)
                 self.refuse(
                     row,
-                    f"{twice!r} is there twice. A list holds each label of the row once, or it is multi-hot: a 0 or 1 "
-                    "for each label, and as many entries in every row",
+                    f"the list holds {twice!r} twice. Write each label of a row once, or write multi-hot lists: of the "
+                    "same length in every row, with a 0 or 1 for each label",
                 )
             result.append(names)
         return result
@@ -116,9 +116,11 @@ class LabelColumn:
     def is_multi_hot(self, model_labels: Sequence[str]) -> bool:
         """Return whether the lists hold a 0 or 1 for each label, and not the labels themselves.
 
-        Floats and truth values are multi-hot. Integers are multi-hot if all of them are 0 or 1 and all lists have the
-        same length, two or more. Read as labels, they would repeat a label in a row, or give every row the same two
-        labels. `model_labels` are a checkpoint's: with more labels than a list has entries, two of them may be meant.
+        Lists of floats and booleans are multi-hot. Lists of integers are multi-hot if all of them are 0 or 1 and all
+        lists have the same length of two or more. As labels, such integers would make no sense: a row would have a
+        label twice, or every row would have the same two labels. There is one exception. `model_labels` are those of a
+        checkpoint. If it has more or fewer labels than a list has entries, and no list repeats a label, the integers
+        are labels.
         """
         if not self.holds_lists or self.has_class_names or self.dtype not in ("int", "float", "bool"):
             return False
@@ -131,7 +133,7 @@ class LabelColumn:
         return repeats or not model_labels or lengths == {len(model_labels)}
 
     def most_common_length(self) -> int:
-        """Return the most frequent length of the lists."""
+        """Return the most common length of the lists."""
         return Counter(map(len, self.values)).most_common(1)[0][0]
 
     def to_multi_hot(self, count: int) -> NDArray[np.float32]:
@@ -140,14 +142,14 @@ class LabelColumn:
         for row, value in enumerate(self.values):
             if len(value) != count:
                 self.refuse(
-                    row, f"it has {len(value)} entries, but multi-hot lists have one for each of {count} labels"
+                    row, f"the list has {len(value)} entries, but a multi-hot list has one for each of {count} labels"
                 )
             if any(item not in (0, 1) for item in value):
                 self.refuse(row, "a multi-hot list holds a 0 or 1 for each label")
         return np.array(self.values, np.float32).reshape(len(self.values), count)
 
     def to_numbers(self) -> NDArray[np.float32]:
-        """Return the number of each row, float32[E], also from text. Raise ValueError for anything else."""
+        """Return the number of each row, float32[E]. It may be written as text. Raise ValueError for anything else."""
         numbers = []
         for row, value in enumerate(self.values):
             is_word = isinstance(value, str) and not DECIMAL_NUMBER.fullmatch(value.strip())
@@ -157,7 +159,7 @@ class LabelColumn:
             numbers.append(float(value if self.nonnumeric_class_names else name))
         with np.errstate(over="ignore"):
             result = np.array(numbers, np.float64).astype(np.float32)
-        # Text and float64 that are finite can still become infinite: float("1e400"), or 1e39 as float32.
+        # A finite text or float64 can become infinite: float("1e400"), or 1e39 as float32.
         if not np.isfinite(result).all():
             row = int(np.isfinite(result).argmin())
             self.refuse(row, "a regression needs finite numbers up to 3.4e38, the largest of float32")
@@ -167,7 +169,7 @@ class LabelColumn:
         if not self.holds_lists:
             self.refuse(
                 0,
-                "it is not a list of labels. --data.label-separator splits text that lists several",
+                "it is not a list of labels. To split text that lists several, pass --data.label-separator",
                 "single-label",
             )
 
@@ -176,7 +178,7 @@ class LabelColumn:
             if item == -1:
                 self.refuse(row, SECRET_LABEL)
             if not 0 <= item < len(self.names):
-                self.refuse(row, f"it is not between 0 and {len(self.names) - 1}, the ids of the column's class names")
+                self.refuse(row, f"it is not between 0 and {len(self.names) - 1}, the ids of the column's classes")
             return self.names[int(item)]
         if isinstance(item, float):
             if not item.is_integer():
@@ -186,7 +188,7 @@ class LabelColumn:
 
 
 def _split_cells(documents: Dataset, part: str, separator: str) -> list[list[str]]:
-    """Return the labels of each cell, without the space around them. A blank cell has no label."""
+    """Return the labels of each cell, without spaces around them. A blank cell has no label."""
     feature = documents.features["label"]
     if isinstance(feature, ClassLabel) or getattr(feature, "dtype", "list") not in ("string", "large_string"):
         raise ValueError(

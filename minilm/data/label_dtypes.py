@@ -1,4 +1,4 @@
-"""The dtype of the cells in a column of labels: whole numbers, numbers, names, truth values, or lists of these."""
+"""The dtype of a column of labels, inferred from all its cells."""
 
 import json
 import math
@@ -14,28 +14,28 @@ from minilm.data.columns import Column, check_label
 from minilm.data.tables import Table
 
 _LIST = "list of "
-# Words that programs write for a missing number. In a column of names they are names.
+# Words that programs write for a missing number. In a column of names, they are names.
 _MISSING = re.compile(r"-?nan|na|n/a|<na>|null|none|[+-]?inf(inity)?")
 _NUMBER = re.compile(r" *[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)? *")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
-# The dtypes of cells that are text. The later of two dtypes can hold cells of both.
+# The dtypes of cells that are text. Of two dtypes, the later one can hold the cells of both.
 _TEXT_DTYPES = ("int64", "whole", "float64", "string")
 
 
 @dataclass(frozen=True)
 class ColumnScan:
-    """The results of one pass over a column."""
+    """The number of rows and the dtype of a column."""
 
     rows: int
     dtype: str
-    """The dtype of the cells as labels: `int64`, `float64`, `string`, `bool`, or `list of ` and one of these."""
+    """`int64`, `float64`, `string`, `bool`, or `list of ` and one of these."""
 
 
 def scan_column(table: Table, column: Column) -> ColumnScan:
-    """Count the rows of a table, and decide the dtype of the cells in a column of labels.
+    """Count the rows of a table, and infer the dtype of a column of labels from all its cells.
 
-    The result is remembered by the table's content, because the parts of a source are read one by one. Raises
-    ValueError where no dtype holds all cells.
+    The result is cached by the table's identity, because a run reads several splits of a source. Raise ValueError that
+    names a row if no dtype can hold all cells.
     """
     return _scan_column(_ScanKey(json.dumps(table.identity), column, table))
 
@@ -50,7 +50,7 @@ class _ScanKey:
 @lru_cache(maxsize=16)
 def _scan_column(key: _ScanKey) -> ColumnScan:
     table, column = key.table, key.column
-    # A text that lists labels is not a number, however it is written.
+    # If a text lists labels, it is not a number, even if it looks like one.
     infer_dtype = _infer_dtype_of_value if table.typed or column.lists_labels else _infer_dtype_of_text
     rows, dtype, first, missing = 0, "", "", ""
     for batch in table.iter_batches([column]):
@@ -75,17 +75,17 @@ def _scan_column(key: _ScanKey) -> ColumnScan:
             common = _find_common_dtype(dtype, cell_dtype, typed=table.typed) if dtype else cell_dtype
             if not common:
                 raise ValueError(
-                    f"{holds}, {_describe(cell_dtype)}, and {first} holds {_describe(dtype)}; write all labels alike"
+                    f"{holds}, {_describe(cell_dtype)}, but {first} holds {_describe(dtype)}; write all labels alike"
                 )
             dtype, first = common, first or where
     dtype = "string" if dtype == "whole" else dtype
     if missing and dtype in ("int64", "float64"):
-        raise ValueError(f"{missing}, and {first} holds {_describe(dtype)}; give the row a number or take it out")
+        raise ValueError(f"{missing}, but {first} holds {_describe(dtype)}; fill in a number, or remove the row")
     return ColumnScan(rows, dtype or "string")
 
 
 def _describe(dtype: str) -> str:
-    """Return a dtype of label in words, with its article."""
+    """Return the words for a label of this dtype, such as `a list of numbers`."""
     one, many = {
         "int64": ("a whole number", "whole numbers"),
         "float64": ("a number", "numbers"),
@@ -97,10 +97,10 @@ def _describe(dtype: str) -> str:
 
 
 def _infer_dtype_of_text(cell: str) -> str:
-    """Return the dtype of a cell of text, which is a number only if it is written as numbers are: `01` is a name.
+    """Return the dtype of a cell of text. Only a number in usual notation is a number: `01` is a name.
 
-    `whole` is a whole number that int64 writes in another way: `+1`, `-0`, or a number beyond 64 bits. It is a number
-    if the column has decimals. Otherwise it is a name, because its class would be called `1`.
+    `whole` stands for a whole number that would change if it were stored as int64: `+1`, `-0`, or a number beyond 64
+    bits. If the column has decimals, it is a number. Otherwise it is a name, because the class must not become `1`.
     """
     if not _NUMBER.fullmatch(cell) or not math.isfinite(float(cell)):
         return "string"
@@ -111,7 +111,7 @@ def _infer_dtype_of_text(cell: str) -> str:
 
 
 def _infer_dtype_of_value(cell: Any) -> str:
-    """Return the dtype of a cell that has a type; empty if the cell is not a label. An empty list is a `list of `."""
+    """Return the dtype of a typed cell; empty if the cell is not a label. The dtype of an empty list is `list of `."""
     if isinstance(cell, list):
         dtypes = {_infer_dtype_of_value(item) for item in cell}
         item = "float64" if dtypes == {"int64", "float64"} else dtypes.pop() if len(dtypes) == 1 else ""
@@ -123,12 +123,13 @@ def _infer_dtype_of_value(cell: Any) -> str:
 
 
 def _find_common_dtype(one: str, other: str, *, typed: bool) -> str | None:
-    """Return the dtype that can hold cells of both dtypes, or None."""
+    """Return the dtype that can hold the cells of both dtypes, or None."""
     if not typed:
         return max(one, other, key=_TEXT_DTYPES.index)
     if one.startswith(_LIST) != other.startswith(_LIST):
         return None
-    items = {one.removeprefix(_LIST), other.removeprefix(_LIST)} - {""}  # an empty list has no item
+    # An empty list has no dtype of items.
+    items = {one.removeprefix(_LIST), other.removeprefix(_LIST)} - {""}
     if len(items) == 2 and items != {"int64", "float64"}:
         return None
     item = "float64" if len(items) == 2 else "".join(items)
@@ -136,14 +137,14 @@ def _find_common_dtype(one: str, other: str, *, typed: bool) -> str | None:
 
 
 def convert_label(cell: Any, dtype: str) -> Any:
-    """Convert a cell to the dtype of its column."""
+    """Convert a cell of a column of labels to the dtype of the column."""
     if dtype.startswith(_LIST):
         return [convert_label(item, dtype.removeprefix(_LIST)) for item in cell]
     return {"int64": int, "float64": float}.get(dtype, lambda cell: cell)(cell)
 
 
 def make_label_feature(dtype: str, names: tuple[str, ...]) -> Any:
-    """Return the type of a column of labels in the datasets library: a ClassLabel if whole numbers have names."""
+    """Return the datasets feature of a column of labels: a ClassLabel if whole numbers have names."""
     item = dtype.removeprefix(_LIST) or "int64"
     feature = ClassLabel(names=list(names)) if names and item == "int64" else Value(item)
     return List(feature) if dtype.startswith(_LIST) else feature

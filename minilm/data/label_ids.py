@@ -1,4 +1,4 @@
-"""The names and ids of the labels: a checkpoint's if the data have its labels, or else the data's own."""
+"""The ids of labels. A checkpoint's ids are used if the data have its labels. Otherwise the data decide them."""
 
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
@@ -9,24 +9,25 @@ from minilm.data.label_column import WHOLE_NUMBER
 
 @dataclass(frozen=True, kw_only=True)
 class LabelIds:
-    """The id of each label as the data write it, and the name of each id in the model."""
+    """The id of each label of the data, and the name of each id in the model."""
 
     ids: dict[str, int]
     names: tuple[str, ...]
     same_as_checkpoint: bool = False
-    """Whether the names and ids are a checkpoint's, so that its head stays as it is."""
+    """Whether the names and ids are those of the checkpoint, so that its head is used unchanged."""
     renamings: tuple[tuple[str, str], ...] = ()
-    """Pairs of a label as the data write it and its different name in the checkpoint."""
+    """(label in the data, name in the checkpoint), for each label whose names differ."""
 
 
 def match_labels(
     occurring: Collection[str], class_names: Sequence[str], model_labels: Sequence[str], places: int | None = None
 ) -> LabelIds:
-    """Return names and ids for the labels that occur in the data; `class_names` are those of its ClassLabel, if any.
+    """Return names and ids for the labels that occur in the data.
 
-    `model_labels` are a checkpoint's labels by id. The checkpoint's names and ids are kept if the data use the same
-    names (in any case and spacing), or if the data have numbers and the checkpoint's names are not numbers. `places` is
-    the length of multi-hot lists, which give each label a place but no name.
+    class_names: those of the data's ClassLabel, if any.
+    model_labels: a checkpoint's labels by id. Its names and ids are used if the data have the same names, whatever
+        their case and spacing. They are used too if the data have the ids instead and the names are not numbers.
+    places: the length of multi-hot lists, which give each label a place but no name.
     """
     if places is not None:
         numbers = tuple(map(str, range(places)))
@@ -41,7 +42,7 @@ def match_labels(
             match = _keep_model_labels(class_names, range(len(model_labels)), model_labels)
             return replace(match, names=tuple(class_names))
         return _number_labels(class_names)
-    # If the checkpoint's names are numbers, numbers in the data can only mean these names, which did not match.
+    # If the checkpoint's names are numbers, numbers in the data could only mean these names, and they did not match.
     by_number = all(map(WHOLE_NUMBER.fullmatch, occurring)) and not all(map(WHOLE_NUMBER.fullmatch, model_labels))
     if by_number and all(0 <= int(name) < len(model_labels) for name in occurring):
         ids = range(len(model_labels))
@@ -50,7 +51,7 @@ def match_labels(
 
 
 def sort_names(names: Collection[str]) -> tuple[str, ...]:
-    """Return the names in the order of their ids: whole numbers and LABEL_<number> by number, others by characters."""
+    """Return the names in the order of their ids: whole numbers and LABEL_<number> by number, others alphabetically."""
     for prefix in ("", "LABEL_"):
         if all(name.startswith(prefix) and WHOLE_NUMBER.fullmatch(name.removeprefix(prefix)) for name in names):
             return tuple(sorted(names, key=lambda name: int(name.removeprefix(prefix))))
@@ -58,7 +59,7 @@ def sort_names(names: Collection[str]) -> tuple[str, ...]:
 
 
 def normalize_name(name: str) -> str:
-    """Return the name without differences in case, spacing and Unicode composition, to compare it with others."""
+    """Return a form of the name that ignores case, spacing and Unicode composition, for comparisons."""
     return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
 
 
@@ -73,19 +74,19 @@ def quote_names(names: Sequence[str]) -> str:
 
 
 def _keep_model_labels(names: Sequence[str], ids: Iterable[int], model_labels: Sequence[str]) -> LabelIds:
-    """Return the labels of a checkpoint; the data write the label with the id `ids[i]` as `names[i]`."""
+    """Return the labels of a checkpoint. The data write the label with the id `ids[i]` as `names[i]`."""
     pairs = dict(zip(names, ids, strict=True))
     renamings = tuple((name, model_labels[index]) for name, index in pairs.items() if name != model_labels[index])
     return LabelIds(ids=pairs, names=tuple(model_labels), same_as_checkpoint=True, renamings=renamings)
 
 
 def _number_labels(names: Sequence[str]) -> LabelIds:
-    """Return new labels with ids in this order."""
+    """Return labels whose ids are their places in `names`."""
     return LabelIds(ids={name: index for index, name in enumerate(names)}, names=tuple(names))
 
 
 def _match_names(occurring: Collection[str], model_labels: Sequence[str]) -> dict[str, int]:
-    """Return the checkpoint's id of each label; empty if it lacks a label, or has two that a label could mean."""
+    """Return the checkpoint's id of each label; empty if the checkpoint lacks a label, or if a label fits two."""
     for simplify in (str, normalize_name):
         theirs = {simplify(name): index for index, name in enumerate(model_labels)}
         ours = {name: theirs.get(simplify(name)) for name in sort_names(occurring)}

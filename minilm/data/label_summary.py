@@ -1,4 +1,4 @@
-"""Lines for the log that say how the labels were read, so that a wrong column or problem shows before training."""
+"""Lines for the log about the labels, so that a user sees a wrong column or problem before training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 from minilm.data.label_column import DECIMAL_NUMBER, WHOLE_NUMBER, LabelColumn
 from minilm.data.label_ids import LabelIds, format_names, normalize_name, quote_names
 
-# Number of names, each with its counts, in the first line.
+# Number of names that the first line lists with their counts.
 _COUNTED = 10
-# Number of classes from which a warning says that most of them have a single example.
+# With at least this many classes, a warning says if most of them have a single example.
 _RARE = 10
+# Characters that may separate the labels of a cell.
 _SEPARATORS = (",", ";", "|", "/")
 
 LabelRows = list[list[str]]
+"""The names of each row's labels."""
 
 
 def summarize_classes(
@@ -28,10 +30,11 @@ def summarize_classes(
     *,
     is_auto: bool,
 ) -> list[str]:
-    """Return lines with the problem, the names, the number of examples of each, and what may have been misread.
+    """Return lines with the problem, the classes, their numbers of examples, and warnings about likely mistakes.
 
-    `columns` and `rows` hold the training documents and then each evaluation part, or one entry where both are the
-    same documents. `places` is the length of multi-hot lists. `is_auto`: minilm chose the problem by the values.
+    `columns` and `rows` hold the training documents and then each evaluation part, or one entry if both are the same
+    documents. `column` is the name of the label column. `places` is the length of multi-hot lists. `is_auto` says that
+    minilm chose the problem and not the user.
     """
     counts = [Counter(match.ids[name] for row in part for name in row) for part in rows]
     train_counts = counts[0]
@@ -55,19 +58,19 @@ def summarize_classes(
         line += f". They are written as {form}. {unlabelled} have none"
     lines = [line]
     if match.same_as_checkpoint:
-        lines.append(_report_kept(match))
+        lines.append(_describe_renamings(match))
     if is_auto and not is_multi_label and not match.same_as_checkpoint:
-        lines += _report_doubts(columns[0], [row[0] for row in rows[0]], match.names)
+        lines += _find_likely_mistakes(columns[0], [row[0] for row in rows[0]], match.names)
     folded = Counter(map(normalize_name, match.names))
     if alike := [name for name in match.names if folded[normalize_name(name)] > 1]:
-        lines.append(f"WARNING: {quote_names(alike)} differ in case or space alone, and are separate labels")
+        lines.append(f"WARNING: {quote_names(alike)} differ only in case or spaces, but are separate labels")
     return lines
 
 
 def summarize_numbers(
     columns: Sequence[LabelColumn], numbers: Sequence[NDArray[np.float32]], column: str, *, is_auto: bool
 ) -> list[str]:
-    """Return lines with the range of a regression's numbers, and what may have been misread.
+    """Return lines with the range of a regression's numbers, and warnings about likely mistakes.
 
     The arguments are those of `summarize_classes`; `numbers` holds the numbers of each column.
     """
@@ -84,19 +87,19 @@ def summarize_numbers(
     return lines
 
 
-def _report_kept(match: LabelIds) -> str:
-    """Return a line that says which label of the checkpoint each label of the data is."""
+def _describe_renamings(match: LabelIds) -> str:
+    """Return a line that names the checkpoint's label for each label of the data."""
     if not match.renamings:
         return "labels: the names and ids are those of the checkpoint"
     listed = format_names([f"{ours!r} is {theirs!r}" for ours, theirs in match.renamings])
     by_number = any(normalize_name(ours) != normalize_name(theirs) for ours, theirs in match.renamings)
     if by_number and not all(f"LABEL_{ours}" == theirs for ours, theirs in match.renamings):
-        return f"WARNING: labels are taken for the checkpoint's by number: {listed}"
+        return f"WARNING: labels are matched with the checkpoint's by number: {listed}"
     return f"labels: the names and ids are those of the checkpoint: {listed}"
 
 
-def _report_doubts(column: LabelColumn, labels: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return lines that say what a column of classes may hold instead of classes."""
+def _find_likely_mistakes(column: LabelColumn, labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return lines that say what a column may hold instead of classes."""
     examples = Counter(labels)
     classes = set(names)
     lines = []
@@ -107,11 +110,11 @@ def _report_doubts(column: LabelColumn, labels: Sequence[str], names: Sequence[s
         and all(map(WHOLE_NUMBER.fullmatch, names))
     ):
         lines.append(
-            "labels: whole numbers are taken as classes. To predict a number, pass --objective.problem regression"
+            "labels: whole numbers are read as classes. To predict a number, pass --objective.problem regression"
         )
     elif column.dtype == "string" and all(DECIMAL_NUMBER.fullmatch(name.strip()) for name in names):
         lines.append(
-            "WARNING: the labels are numbers written as text, which are taken as classes. To predict a number, pass "
+            "WARNING: the labels are numbers written as text, and are read as classes. To predict a number, pass "
             "--objective.problem regression"
         )
     for separator in _SEPARATORS:
@@ -124,8 +127,8 @@ def _report_doubts(column: LabelColumn, labels: Sequence[str], names: Sequence[s
             break
     if lists := [name for name in names if name.strip().startswith("[") and name.strip().endswith("]")]:
         lines.append(
-            f"WARNING: {lists[0]!r} is read as one class. If it is meant as a list, write the rows as JSON lines, or "
-            "the labels with a separator between them, and pass --data.label-separator"
+            f"WARNING: {lists[0]!r} is read as one class. If it is a list, write the rows as JSON lines, or write "
+            "the labels with a separator between them and pass --data.label-separator"
         )
     single = sum(examples[name] == 1 for name in examples)
     if len(examples) >= _RARE and 2 * single > len(examples):

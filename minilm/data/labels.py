@@ -1,4 +1,4 @@
-"""From a column of labels to numbers: the problem, the names of the classes, and their weights.
+"""The labels of a classifier: the problem, the names of the classes, their weights, and the labels as numbers.
 
 Axes: E examples, C labels.
 """
@@ -18,7 +18,7 @@ from minilm.data.label_summary import LabelRows, summarize_classes, summarize_nu
 from minilm.data.splits import is_one_dataset
 from minilm.utils.validation import suggest_name
 
-# The problems as minilm names them, and as `problem_type` of a Hugging Face configuration names them.
+# The `problem_type` of a Hugging Face configuration for each problem.
 PROBLEM_TYPES = {
     "single-label": "single_label_classification",
     "multi-label": "multi_label_classification",
@@ -35,11 +35,11 @@ class Labels:
     names: tuple[str, ...]
     """The names of the C labels, by id; one name for a regression."""
     weights: NDArray[np.float32] | None = None
-    """float32[C], the weight of an example of each class; None: all weigh the same."""
+    """float32[C]: the weight of an example of each class. None: all weights are 1."""
     same_as_checkpoint: bool = False
-    """Whether they are the labels of the checkpoint, whose head is then kept. Otherwise the head starts at random."""
+    """Whether they are the labels of the checkpoint. If so, its head is used. If not, the head starts at random."""
     summary: tuple[str, ...] = ()
-    """Lines for the log that say how the labels were read."""
+    """Lines for the log about the labels."""
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a Hugging Face configuration that describe the labels."""
@@ -58,13 +58,17 @@ def read_labels(
     column: str = "label",
     separator: str | None = None,
 ) -> tuple[Labels, NDArray[Any], NDArray[Any]]:
-    """Return the meaning of the labels, the training examples' labels, and those of all evaluation parts in turn.
+    """Return (labels, the labels of the training examples, the labels of the evaluation examples).
 
-    The arrays are int64[E] for a single label, float32[E, C] of zeros and ones for several, float32[E] for a
-    regression. `model_labels` are the labels of a checkpoint by id; its ids are kept if the data have its labels.
-    `parts` holds the evaluation documents by name, or `train` itself. `separator` stands between the labels of a cell
-    that lists several. The summary calls the label column `column`. Raise ValueError for labels that do not fit a
-    problem, and for labels of the evaluation that training does not see.
+    The arrays are int64[E] for a single label, float32[E, C] of zeros and ones for several labels, and float32[E] for a
+    regression. The evaluation examples are those of all parts, one part after the other.
+
+    parts: the evaluation documents by name, or `train` itself.
+    model_labels: the labels of a checkpoint by id. Its ids are used if the data have its labels.
+    column: the name of the label column in the summary.
+    separator: the text between the labels of a cell that lists several.
+
+    Raise ValueError for labels that do not fit the problem, and for evaluation labels that no training example has.
     """
     columns = _read_columns(train, parts, separator)
     is_auto = settings.problem == "auto"
@@ -78,7 +82,7 @@ def read_labels(
         labels = Labels(problem=problem, names=names, same_as_checkpoint=same_as_checkpoint, summary=tuple(summary))
         return labels, numbers[0], np.concatenate(numbers[1:] or numbers)
     if problem == "single-label" and len(model_labels) < 2:
-        # A model with one output does not tell classes apart.
+        # A model with one output has no classes.
         model_labels = ()
     is_multi_hot = problem == "multi-label" and columns[0].is_multi_hot(model_labels)
     places = columns[0].most_common_length() if is_multi_hot else None
@@ -88,9 +92,9 @@ def read_labels(
         rows = [part.to_name_lists() for part in columns]
     else:
         rows = [[[name] for name in part.to_names()] for part in columns]
-    _check_secret(columns, rows, model_labels)
-    match = _match(columns, rows, model_labels, places)
-    _check_unseen(columns[1:], rows[1:], match)
+    _check_secret_labels(columns, rows, model_labels)
+    match = _match_with_checkpoint(columns, rows, model_labels, places)
+    _check_evaluation_labels(columns[1:], rows[1:], match)
     _check_variety(columns[0].part, rows[0], problem, match, model_labels)
     summary = summarize_classes(columns, rows, match, problem, column, places, is_auto=is_auto)
     labels = Labels(
@@ -101,17 +105,17 @@ def read_labels(
         return labels, indicators[0], np.concatenate(indicators[1:] or indicators)
     ids = [np.array([match.ids[name] for (name,) in part], np.int64) for part in rows]
     if settings.class_weights == "balanced":
-        labels = replace(labels, weights=_balance(ids[0], len(match.names)))
+        labels = replace(labels, weights=_balance_weights(ids[0], len(match.names)))
     return labels, ids[0], np.concatenate(ids[1:] or ids)
 
 
 def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:
-    """Raise ValueError unless these are the `model_labels` that a model was trained for."""
+    """Raise ValueError if the labels are not those that a model was trained for, `model_labels`."""
     if labels.same_as_checkpoint:
         return
     if labels.problem == "regression":
         raise ValueError(
-            f"the model predicts {len(model_labels)} numbers, and the data have one{_end_with_labels(model_labels)}"
+            f"the model predicts {len(model_labels)} numbers, but the data have one{_end_with_labels(model_labels)}"
         )
     model_names = set(map(normalize_name, model_labels))
     unknown = [name for name in labels.names if normalize_name(name) not in model_names] or labels.names
@@ -123,12 +127,12 @@ def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:
 
 
 def _end_with_labels(model_labels: Sequence[str]) -> str:
-    """Return the end of an error message that names a checkpoint's labels, or nothing without a checkpoint."""
+    """Return the end of an error message, which lists a checkpoint's labels; empty without a checkpoint."""
     return f" (the model knows {format_names(model_labels)})" if model_labels else ""
 
 
 def _read_columns(train: Dataset, parts: Mapping[str, Dataset], separator: str | None) -> list[LabelColumn]:
-    """Return the label columns of the training documents and of each part, or one column if they are one dataset."""
+    """Return the label columns of the training documents and of each part; one column if all are the same documents."""
     if is_one_dataset(train, parts):
         return [LabelColumn.read(train, "documents", separator, suggests_problem=False)]
     names = [f"evaluation documents {name}".rstrip() for name in parts]
@@ -141,7 +145,7 @@ def _read_columns(train: Dataset, parts: Mapping[str, Dataset], separator: str |
             for part in columns[1:]
         ]
     elif columns[0].dtype != "string":
-        # If the training documents have numbers, the evaluation documents' numbers count, and not their names.
+        # If the training documents have numbers without names, the evaluation documents' names are ignored.
         columns[1:] = [replace(part, names=()) if part.has_class_names else part for part in columns[1:]]
     return columns
 
@@ -153,22 +157,24 @@ def _find_problem(column: LabelColumn) -> str:
 
 
 def _name_places(places_ExC: NDArray[np.float32]) -> LabelRows:
-    """Return for each row of a multi-hot array the numbers of the columns that hold a one, as names."""
+    """Return the names of each row's labels, where the name of a label is its place in the multi-hot list."""
     return [[str(place) for place in row.nonzero()[0]] for row in places_ExC]
 
 
-def _match(
+def _match_with_checkpoint(
     columns: Sequence[LabelColumn], rows: Sequence[LabelRows], model_labels: Sequence[str], places: int | None
 ) -> LabelIds:
-    """Return a checkpoint's names and ids if they fit all documents, or else those of the training documents."""
+    """Return a checkpoint's names and ids if they fit all documents, or else ids for the training labels."""
     train = {name for row in rows[0] for name in row}
     anywhere = {name for part in rows for row in part for name in row}
     match = match_labels(anywhere, columns[0].names, model_labels, places)
     return match if match.same_as_checkpoint else match_labels(train, columns[0].names, model_labels, places)
 
 
-def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], model_labels: Sequence[str]) -> None:
-    """Raise ValueError for a part whose labels are all -1, unless -1 is a class of the checkpoint or of training."""
+def _check_secret_labels(
+    columns: Sequence[LabelColumn], rows: Sequence[LabelRows], model_labels: Sequence[str]
+) -> None:
+    """Raise ValueError if all labels of a part are -1, unless -1 is a class of the checkpoint or of training."""
     names_by_part = [{name for row in part for name in row} for part in rows]
     train_names = names_by_part[0]
     if "-1" in model_labels or ("-1" in train_names and len(train_names) > 1):
@@ -178,8 +184,8 @@ def _check_secret(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], mod
             raise ValueError(f"every label of the {part.part} is -1. {SECRET_LABEL}")
 
 
-def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], match: LabelIds) -> None:
-    """Raise ValueError for the first label of the evaluation that has no id."""
+def _check_evaluation_labels(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], match: LabelIds) -> None:
+    """Raise ValueError for the first evaluation label that has no id."""
     for part, labels_of_rows in zip(columns, rows, strict=True):
         for number, row in enumerate(labels_of_rows):
             if missing := next((name for name in row if name not in match.ids), None):
@@ -188,7 +194,7 @@ def _check_unseen(columns: Sequence[LabelColumn], rows: Sequence[LabelRows], mat
 
 
 def _check_variety(part: str, rows: LabelRows, problem: str, match: LabelIds, model_labels: Sequence[str]) -> None:
-    """Raise ValueError for rows that all have the same labels, unless these are a checkpoint's labels."""
+    """Raise ValueError if all rows have the same labels, unless the labels are those of a checkpoint."""
     if match.same_as_checkpoint or len({frozenset(row) for row in rows}) > 1:
         return
     end = _end_with_labels(model_labels)
@@ -198,14 +204,14 @@ def _check_variety(part: str, rows: LabelRows, problem: str, match: LabelIds, mo
 
 
 def _build_indicators(rows: LabelRows, match: LabelIds) -> NDArray[np.float32]:
-    """Return ones for the labels that an example has and zeros elsewhere, float32[E, C]."""
+    """Return an array float32[E, C] with a one for each label of an example and zeros elsewhere."""
     result = np.zeros((len(rows), len(match.names)), np.float32)
     for number, row in enumerate(rows):
         result[number, [match.ids[name] for name in row]] = 1
     return result
 
 
-def _balance(labels_E: NDArray[np.int64], count: int) -> NDArray[np.float32]:
+def _balance_weights(labels_E: NDArray[np.int64], count: int) -> NDArray[np.float32]:
     """Return a weight for each of `count` classes, inversely proportional to its number of examples.
 
     The weight is E / (C' x examples of the class), where C' classes have examples; its mean over all examples is 1.

@@ -1,4 +1,4 @@
-"""The documentation inside CPython as a text corpus of about 2 MB of English. It downloads and executes nothing.
+"""The documentation inside CPython as a text corpus of about 2 MB of English. Nothing is downloaded or executed.
 
 The documents are the docstrings of all modules, classes and functions of the standard library, parsed with `ast`, and
 the topics of the language reference in `pydoc_data/topics.py`, without near-duplicates.
@@ -16,19 +16,20 @@ from pathlib import Path
 
 from minilm.utils.cache import open_entry
 
-# Raise it when the extraction below changes, so that no stale corpus is read from the cache.
+# The version of the corpus in the cache. Increase it when a change to the code changes the documents.
 _VERSION = 2
-# Installed and vendored packages, and tests, whose docstrings document only themselves.
+# Folders to skip: installed and vendored packages, and tests.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_vendor", "lib2to3"}
+# Number of words in a shingle, a sequence of consecutive words.
 _SHINGLE_WORDS = 8
 
 
 def load_pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     """Return (training documents, evaluation documents) from this interpreter's own documentation.
 
-    Whole modules are held out until they reach `eval_fraction` of the UTF-8 bytes. Near-duplicates are removed across
-    both parts, so that the evaluation measures learning and not memory. The result depends only on the Python version
-    and `eval_fraction`, and is cached.
+    Whole modules are held out, up to `eval_fraction` of the UTF-8 bytes. Near-duplicates are removed from both parts
+    together, so that evaluation documents do not repeat training documents. The result depends only on the Python
+    installation and `eval_fraction`, and is cached.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(_find_python_files(root))
@@ -58,10 +59,12 @@ def _extract_documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
     module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
+            # The library may contain invalid escapes.
+            warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return  # templates that are not Python
+        # Some files are templates and not Python.
+        return
     if module == "pydoc_data.topics":
         texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     else:
@@ -74,31 +77,35 @@ def _extract_documents(root: Path, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _drop_near_duplicates(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drop each document that shares at least half of its 8-word shingles with those kept before it.
+    """Drop each document if at least half of its shingles occur in longer documents.
 
-    The longest documents come first, so that a docstring quoted by a longer one is the one to be dropped.
+    The documents are checked from the longest to the shortest. If one quotes another, the quoted one is thus dropped.
     """
-    seen: set[int] = set()
+    earlier: set[int] = set()
     kept = []
     for index in sorted(range(len(documents)), key=lambda i: (-len(documents[i][1]), i)):
         words = documents[index][1].lower().split()
         spans = range(max(1, len(words) - _SHINGLE_WORDS + 1))
         shingles = {_hash(" ".join(words[start : start + _SHINGLE_WORDS])) for start in spans}
-        if len(shingles & seen) * 2 < len(shingles):
+        if len(shingles & earlier) * 2 < len(shingles):
             kept.append(index)
-        seen |= shingles
+        earlier |= shingles
     return [documents[index] for index in sorted(kept)]
 
 
 def _split_by_module(documents: list[tuple[str, str]], eval_fraction: float) -> tuple[list[str], list[str]]:
-    """Hold out modules in a fixed pseudo-random order until `eval_fraction` of the bytes is reached."""
+    """Return (training documents, evaluation documents): modules in a fixed pseudo-random order are held out.
+
+    They have at most `eval_fraction` of the bytes.
+    """
     sizes: dict[str, int] = {}
     for module, text in documents:
         sizes[module] = sizes.get(module, 0) + len(text.encode())
     budget = int(sum(sizes.values()) * eval_fraction)
     held_out: set[str] = set()
     for module in sorted(sizes, key=_hash):
-        if sizes[module] <= budget:  # a larger module, such as the language reference, stays in training
+        # A module that is too large, such as the language reference, stays in training.
+        if sizes[module] <= budget:
             held_out.add(module)
             budget -= sizes[module]
     train = [text for module, text in documents if module not in held_out]

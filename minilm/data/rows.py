@@ -1,6 +1,6 @@
-"""Checked rows of files and of datasets, read in the same way whether they are kept or streamed.
+"""Checked rows of a table.
 
-`read_batches` yields the cells of columns in batches. `cache_rows` keeps them in a file of the cache.
+`read_batches` yields the cells of columns in batches. `cache_rows` stores them in the cache and memory-maps them.
 """
 
 import hashlib
@@ -21,25 +21,24 @@ from minilm.data.label_dtypes import convert_label, make_label_feature, scan_col
 from minilm.data.tables import RowBatch, Table
 from minilm.utils.cache import open_entry
 
-# The version of the rows in the cache. Raise it when the same files are to be read differently.
+# The version of the rows in the cache. Increase it when a change to the code changes the rows of the same files.
 _VERSION = 2
 
 BlankPolicy: TypeAlias = Literal["keep", "drop", "refuse"]
-"""What happens to a row whose text has no visible character."""
+"""What to do with a row whose text has no visible character. `refuse` raises ValueError."""
 
 
 def read_batches(
     table: Table, columns: Sequence[Column], *, split: str = "train", blank: BlankPolicy = "drop"
 ) -> Iterator[dict[str, list[Any]]]:
-    """Yield the checked cells of `columns` in a part of the rows, as a list for each role.
+    """Yield the checked cells of `columns` in batches: a dictionary with a list of cells for each role.
 
     split: `train`, or a part of it such as `train[:5000]` or `train[10%:90%]`.
-    blank: whether to keep, drop or refuse a row whose text has no visible character. A second text without one is kept,
-        unless rows are refused.
+    blank: what to do with a row whose text has no visible character. For the second text, `drop` means `keep`.
 
-    A column of labels means one thing in all rows of all files: whole numbers, numbers, names, or lists of these. In a
-    file whose cells are all text, `01` is a name. `+1` is a name too, unless the column has decimals such as `0.5`:
-    then all cells are numbers. Raises ValueError that names the line or row at fault.
+    All labels of a column have one type: integers, floats, names, booleans, or lists of these. In a delimited file,
+    `01` is a name. `+1` is a name too, unless the column has decimals such as `0.5`: then all cells are floats. Raise
+    ValueError that names the line or row at fault.
     """
     kinds = {column.role: scan_column(table, column).dtype for column in columns if column.role == "label"}
     for batch in _read_parts(table, columns, _find_parts(table, columns, split)):
@@ -58,7 +57,7 @@ def read_batches(
 
 
 def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: BlankPolicy) -> None:
-    """Check all cells at once, and one by one only if there is a fault, because that takes longer."""
+    """Check all cells at once. Only if that fails, check one by one, which is slower but names the row."""
     try:
         "".join(cells).encode()
         good = blank != "refuse" or not any(not text or text.isspace() for text in cells)
@@ -70,7 +69,7 @@ def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: B
 
 
 def _find_parts(table: Table, columns: Sequence[Column], split: str) -> list[tuple[int, int | None]]:
-    """Return the parts of the rows that a split stands for, as (first row, row after the last or None)."""
+    """Return the parts of the rows in a split, each as (first row, row after the last or None for all that follow)."""
     if split == "train":
         return [(0, None)]
     if plain := re.fullmatch(r"train\[(\d*):(\d*)\]", split):
@@ -98,12 +97,12 @@ def _read_parts(table: Table, columns: Sequence[Column], parts: list[tuple[int, 
 
 
 def cache_rows(table: Table, columns: Sequence[Column], *, split: str, blank: BlankPolicy) -> Dataset:
-    """Return the rows of `read_batches` as a memory-mapped dataset whose columns are the roles.
+    """Return the rows of `read_batches` as a memory-mapped dataset. Its columns are named by the roles.
 
-    The content of the table and the arguments decide the place in the cache and the fingerprint of the dataset.
+    The table's identity and the arguments are the key of the cache entry and the fingerprint of the dataset.
     """
-    described = [[column.role, column.name, column.lists_labels] for column in columns]
-    content = json.dumps([_VERSION, table.identity, described, split, blank])
+    selection = [[column.role, column.name, column.lists_labels] for column in columns]
+    content = json.dumps([_VERSION, table.identity, selection, split, blank])
     key = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     folder = open_entry(f"rows-{key}", lambda folder: _write_rows(folder / "rows.arrow", table, columns, split, blank))
     rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
@@ -112,7 +111,7 @@ def cache_rows(table: Table, columns: Sequence[Column], *, split: str, blank: Bl
 
 
 def _write_rows(path: Path, table: Table, columns: Sequence[Column], split: str, blank: BlankPolicy) -> None:
-    """Write the rows of `read_batches` as a stream of Arrow."""
+    """Write the rows of `read_batches` to a file in the stream format of Arrow."""
     features: dict[str, Any] = {column.role: Value("string") for column in columns}
     for column in columns:
         if column.role == "label":

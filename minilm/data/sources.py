@@ -1,4 +1,4 @@
-"""Data sources: files, folders, globs, saved datasets and the hub, from their name to their rows."""
+"""Data sources: open a file, a folder, a glob, a saved dataset or a dataset on the hub by name, and read its rows."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def build_columns(data: Data, *, labels: bool = False) -> list[Column]:
 
 
 def check_data_settings(data: Data, *, labels: bool) -> None:
-    """Raise ValueError for a setting that no source can follow, or that needs labels when none are read."""
+    """Raise ValueError for a setting that has no effect on any source, or that is about labels if none are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     kinds = {source: find_file_kind(source) for source in sources}
 
@@ -100,20 +100,20 @@ def _is_on_hub(source: str) -> bool:
 def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
     """Return the rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
 
-    Texts are strings. Labels are whole numbers, numbers, strings, truth values, or lists of these, of the same type in
-    all rows. A ClassLabel of the source is kept. `blank` decides whether rows without a visible character are kept,
-    dropped or refused. Raises ValueError that names the file and the line, the row, the column or the split at fault.
+    Texts are strings. Labels are integers, floats, strings, booleans, or lists of these, of the same type in all rows.
+    If they are a ClassLabel in the source, they stay one. `blank` decides whether rows without a visible character are
+    kept, dropped or refused. Raise ValueError that names the file and the line, row, column or split at fault.
     """
     table, part = open_table(data, source, split)
     columns = build_columns(data, labels=labels)
-    _look_for_second_text(table, columns)
+    _warn_about_second_text(table, columns)
     return cache_rows(table, columns, split=part, blank=blank)
 
 
 def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
     """Yield the texts of `read_rows` that have a visible character, in batches. Nothing is stored.
 
-    A part of a split is given by numbers of rows, not by percent.
+    `split` may be a part such as `train[:5000]`, but not a part by percent.
     """
     table, part = open_table(data, source, split, streaming=True, revision=revision)
     for batch in read_batches(table, build_columns(data)[:1], split=part):
@@ -123,10 +123,10 @@ def stream_rows(data: Data, source: str, split: str, revision: str | None = None
 def open_table(
     data: Data, source: str, split: str, *, streaming: bool = False, revision: str | None = None
 ) -> tuple[Table, str]:
-    """Return (the rows of a source, the part of them that `split` stands for)."""
+    """Return a table of a source's rows, and the part of the table to read, such as `train` or `train[:5000]`."""
     sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
     if streaming and sliced is None:
-        raise ValueError(f"{source}: a stream takes no part such as {split}; give numbers of rows such as train[:5000]")
+        raise ValueError(f"{source}: a stream cannot read the part {split}; give row numbers, as in train[:5000]")
     if files := find_local_files(source):
         _check_files(source, split, files)
         return FileTable(files, data), split
@@ -153,14 +153,14 @@ def no_documents_error(data: Data, source: str, split: str) -> ValueError:
     )
 
 
-def _look_for_second_text(table: Table, columns: list[Column]) -> None:
-    """Warn where labels belong to pairs of texts and only the first text is read."""
+def _warn_about_second_text(table: Table, columns: list[Column]) -> None:
+    """Warn if a table with labels has a second text that is not read, such as sentence2 beside sentence1."""
     text = columns[0].name
     second = text.removesuffix("1") + "2"
     if [column.role for column in columns] != ["text", "label"] or not text.endswith("1"):
         return
     if second in table.read_column_names(columns):
-        warn_once(f"WARNING: there is {second} too, which is not read; for pairs pass --data.pair-column {second}")
+        warn_once(f"WARNING: the column {second} is not read; to read pairs of texts, pass --data.pair-column {second}")
 
 
 def fingerprint_sources(data: Data) -> dict[str, Any]:
@@ -169,7 +169,8 @@ def fingerprint_sources(data: Data) -> dict[str, Any]:
     for source in dict.fromkeys((*data.sources, data.eval_source)):
         if source in ("pydocs", None):
             continue
-        with suppress(ValueError, OSError):  # the hub does not answer, and the dataset comes from the cache
+        # If the hub does not answer, the dataset comes from the cache, and its revision is not recorded.
+        with suppress(ValueError, OSError):
             if files := list_files(source):
                 facts[source] = [{"file": name, **fingerprint_file(name)} for name in files]
             else:
@@ -178,7 +179,7 @@ def fingerprint_sources(data: Data) -> dict[str, Any]:
 
 
 def list_files(source: str) -> list[str]:
-    """Return the files of a source, also of a saved dataset; empty for a dataset on the hub."""
+    """Return the files of a source, including those of a saved dataset; empty for a dataset on the hub."""
     path = os.path.expanduser(source)
     if not is_saved_dataset(path):
         return find_local_files(source)
@@ -186,10 +187,11 @@ def list_files(source: str) -> list[str]:
 
 
 def fetch_revision(source: str) -> str:
-    """Return the commit of a dataset on the hub. Raises ValueError if the hub does not answer."""
+    """Return the commit of a dataset on the hub. Raise ValueError if the hub does not answer."""
     try:
         return str(HfApi().dataset_info(source, timeout=10).sha)
-    except Exception as error:  # the type depends on the HTTP library
+    except Exception as error:
+        # The HTTP libraries raise errors of different types.
         raise ValueError(f"data source {source}: {describe_loading_error(error, 'dataset')}") from error
 
 
@@ -214,13 +216,14 @@ def _describe_bad_split(split: str) -> str:
 
 
 def _load(source: str, path: str, **options: Any) -> Any:
-    """Load a saved dataset or one on the hub with the datasets library. Raises ValueError in one line."""
+    """Load a saved dataset or a dataset on the hub with the datasets library. Raise ValueError in one line."""
     split = str(options["split"])
     try:
         if os.path.isdir(path):
             return _load_saved(path, split)
         return datasets.load_dataset(path, **options)
-    except Exception as error:  # the library raises errors of many types
+    except Exception as error:
+        # The library raises errors of many types.
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         why = describe_loading_error(error.__cause__ if generating and error.__cause__ else error, "dataset")
         if why.startswith("Unrecognized instruction"):
@@ -232,7 +235,7 @@ def _load(source: str, path: str, **options: Any) -> Any:
 
 
 def _load_saved(path: str, split: str) -> Dataset:
-    """Load a split of a saved dataset, or a part of it. Other splits are not read."""
+    """Load a split of a saved dataset, or a part of a split, and read no other split."""
     name = split.partition("[")[0]
     listing = Path(path, datasets.config.DATASETDICT_JSON_FILENAME)
     names = json.loads(listing.read_text())["splits"] if listing.is_file() else ["train"]

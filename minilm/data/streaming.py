@@ -1,4 +1,4 @@
-"""Streamed documents: each pass reads them anew, and nothing is stored. The counterpart of `load_documents`."""
+"""Streamed documents: every pass reads the sources again, and nothing is stored. The counterpart of `documents`."""
 
 import itertools
 import json
@@ -23,13 +23,13 @@ from minilm.utils.local_files import get_full_ending
 
 @dataclass(frozen=True, kw_only=True)
 class TextStream:
-    """Texts in a fixed order, read anew by every pass."""
+    """Texts in a fixed order. Every pass over them reads the source again."""
 
     texts: Callable[[], Iterator[str]]
     identity: str
-    """Tells apart streams with different texts: the fingerprints of the files or the revision, and the settings."""
+    """Differs between streams with different texts. It holds fingerprints of files or a revision, and the settings."""
     remote: bool
-    """True if the texts come from the hub, so that each pass downloads them."""
+    """True if the texts come from the hub. Each pass then downloads them."""
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
         """Yield the texts in batches, as a `datasets.Dataset` with the column `text` does."""
@@ -37,7 +37,7 @@ class TextStream:
         while batch := [*itertools.islice(texts, batch_size)]:
             yield {"text": batch}
 
-    def first(self, count: int) -> "TextStream":
+    def take(self, count: int) -> "TextStream":
         """Return a stream of the first `count` texts."""
         return TextStream(
             texts=lambda: itertools.islice(self.texts(), count),
@@ -49,8 +49,8 @@ class TextStream:
 def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
     """Return (training documents, evaluation documents by name), as `load_documents` without labels.
 
-    If a fraction of the documents is held out, document i is held out where floor((i + 1) * fraction) is greater than
-    floor(i * fraction): these are every (1 / fraction)-th document.
+    If a fraction of the documents is held out, it is every (1 / fraction)-th document. Document i, from 0, is held out
+    if floor((i + 1) * fraction) is greater than floor(i * fraction).
     """
     data = apply_glue_task(data)
     check_data_settings(data, labels=False)
@@ -59,7 +59,7 @@ def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
 
 @dataclass(frozen=True)
 class _StreamReader:
-    """Reads documents as streams (a `minilm.data.splits.SplitReader`). A stream without a document fails when read."""
+    """Reads documents as streams (a `minilm.data.splits.SplitReader`). An empty stream raises ValueError when read."""
 
     data: Data
 
@@ -73,7 +73,7 @@ class _StreamReader:
         return _take_share(documents, fraction, inside=False), _take_share(documents, fraction, if_empty=empty)
 
     def repeat(self, documents: TextStream, source: str, weight: float) -> TextStream:
-        """Repeat all documents, then take the fraction of the weight at equal distances."""
+        """Repeat all documents, then add a share of them, at equal distances, for the fraction of the weight."""
         whole, share = divmod(weight, 1)
         empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
         return join_streams(
@@ -85,10 +85,10 @@ class _StreamReader:
 
 
 def _stream_split(data: Data, source: str, split: str) -> TextStream:
-    """Return a stream of the documents of a split that have a visible character."""
+    """Return a stream of the documents of a split. Documents without a visible character are dropped."""
     files = list_files(source)
     commit = None if files else fetch_revision(source)
-    # A copy of a file has the same texts, and so has a file whose time alone changed.
+    # Names and times of files are left out, because a copy of a file has the same texts.
     origin = (
         [[get_full_ending(name), fingerprint_file(name)] for name in files] if files else [source, commit, data.config]
     )
@@ -109,7 +109,7 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
 def _take_share(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:
     """Return every (1 / `fraction`)-th document, or all other documents if not `inside`.
 
-    if_empty: the message of a ValueError if there are none; without a message, an empty stream is right.
+    if_empty: the message of the ValueError for a stream without such a document. If it is "", there is no error.
     """
 
     def texts() -> Iterator[str]:

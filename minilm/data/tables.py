@@ -1,4 +1,4 @@
-"""Tables: the rows of files and of datasets, in batches, with the place of each row for error messages."""
+"""Tables: the rows of files and of datasets, in batches. Each row comes with its line or number for error messages."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,20 @@ from minilm.data.fingerprints import fingerprint_file
 from minilm.data.text_decoding import detect_encoding
 from minilm.utils.local_files import get_file_kind, get_full_ending
 
-# A batch ends at this many characters or at `columnar_files.BATCH_ROWS` rows. A single row can be longer.
+# A batch ends when it has this many characters or `columnar_files.BATCH_ROWS` rows. A single row can be longer.
 _BATCH_CHARACTERS = 2**20
 _COLUMNAR = ("parquet", "arrow")
 
 NumberedRows: TypeAlias = Iterator[tuple[int, list[Any]]]
-"""The place of each row (a line or a number), and its cells."""
+"""For each row its place, which is a line number or a row number, and its cells."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Some rows of a table: the place of each row, and one list of cells for each column."""
+    """Consecutive rows of a table: the place of each row, and a list of cells for each column."""
 
     where: Callable[[int], str]
-    """Returns the words for a place in an error message, such as `data.csv, line 7`."""
+    """Returns the beginning of an error message about a place, such as `data.csv, line 7`."""
     places: Sequence[int]
     cells: Sequence[Sequence[Any]]
 
@@ -37,21 +37,21 @@ class RowBatch:
 
 
 class Table(Protocol):
-    """Rows in a fixed order, which can be read several times."""
+    """Rows in a fixed order. They can be read several times."""
 
     identity: Any
-    """A value of JSON types that is equal only for tables with the same content."""
+    """A value of JSON types. It differs between tables with different content."""
     typed: bool
     """True if cells have types such as numbers and lists; False if every cell is text."""
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
-        """Yield the cells of these columns in all rows."""
+        """Yield the cells of these columns, in batches of rows."""
 
     def read_column_names(self, columns: Sequence[Column]) -> list[str]:
-        """Return the names of all columns. A delimited file needs `columns` to find its delimiter."""
+        """Return the names of all columns. `columns` helps to find the delimiter of a delimited file."""
 
     def read_class_names(self, column: Column) -> tuple[str, ...]:
-        """Return the names of the classes in a column of labels; empty if the table does not store names."""
+        """Return the names of the classes in a column of labels; empty if the table stores no names."""
 
 
 class FileTable:
@@ -66,16 +66,16 @@ class FileTable:
             self.fingerprints = [fingerprint_file(file) for file in files]
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        # Names and times are left out: a copy of a file has the same rows.
+        # Names and times of files are left out, because a copy of a file has the same rows.
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         unit = "row" if self.kind in _COLUMNAR else "line"
         for file, fingerprint in zip(self.files, self.fingerprints, strict=True):
             rows = self._rows(file, columns)
-            yield from _make_batches(rows, partial("{}, {} {}".format, file, unit))
+            yield from _group_into_batches(rows, partial("{}, {} {}".format, file, unit))
             if fingerprint_file(file) != fingerprint:
-                raise ValueError(f"{file}: was changed while it was read; start again")
+                raise ValueError(f"{file}: the file changed while it was read; start again")
 
     def _rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
         if self.kind == "delimited":
@@ -108,8 +108,8 @@ class FileTable:
         for file, names in names_of.items():
             if names != first:
                 raise ValueError(
-                    f"{file}: the classes of column {column.name!r} are {', '.join(names) or 'without names'}, and in "
-                    f"{self.files[0]} {', '.join(first) or 'without names'}; write the files with the same classes"
+                    f"{file}: the classes of column {column.name!r} are {', '.join(names) or 'without names'}, but in "
+                    f"{self.files[0]} they are {', '.join(first) or 'without names'}; write them alike"
                 )
         return first
 
@@ -124,7 +124,7 @@ class DatasetTable:
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         read = self._read_mapped if isinstance(self.rows, Dataset) else self._read_stream
-        return _make_batches(read(columns), lambda row: f"{self.source}, row {row}")
+        return _group_into_batches(read(columns), lambda row: f"{self.source}, row {row}")
 
     def _read_mapped(self, columns: Sequence[Column]) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
@@ -154,8 +154,8 @@ class DatasetTable:
         return columnar_files.find_class_names(self.rows.features, column)
 
 
-def _make_batches(rows: NumberedRows, where: Callable[[int], str]) -> Iterator[RowBatch]:
-    """Yield the rows in batches whose size is limited, so that memory does not grow with the file."""
+def _group_into_batches(rows: NumberedRows, where: Callable[[int], str]) -> Iterator[RowBatch]:
+    """Yield the rows in batches of limited size, so that memory does not grow with the file."""
     places, cells, characters = list[int](), list[list[Any]](), 0
     for place, row in rows:
         places.append(place)

@@ -1,4 +1,4 @@
-"""Data files on the disk: their endings, content, encoding and lines, and the lines that cannot be read."""
+"""Text in files: decode it, split it into lines, and name the line that cannot be read."""
 
 import codecs
 import gzip
@@ -13,10 +13,11 @@ from typing import IO, TextIO, cast
 
 log = logging.getLogger("minilm")
 
-_BLOCK = 2**20  # bytes or characters that are decoded at a time
+# Number of bytes or characters that are decoded at a time.
+_BLOCK = 2**20
 # Log each warning once, however often a run reads the file.
 warn_once = lru_cache(maxsize=None)(log.warning)
-# A character of several bytes in UTF-8. Text in Windows-1252 hardly ever contains such bytes.
+# A character that takes several bytes in UTF-8. Text in Windows-1252 hardly ever contains such bytes.
 _MULTIBYTE = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
     rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
@@ -31,9 +32,9 @@ def open_bytes(path: str) -> IO[bytes]:
 
 @contextmanager
 def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
-    """Open a file as text, without its byte-order mark. A line ends at `newline` only, and keeps it.
+    """Open a file as text, without its byte-order mark. Lines end at `newline` only, which stays at their end.
 
-    If reading or decoding fails inside the block, raise ValueError that names the line.
+    If the block fails to read or decode the file, raise ValueError that names the line.
     """
     try:
         with open_bytes(path) as file:
@@ -47,7 +48,7 @@ def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterat
 def find_line_end(path: str) -> str:
     """Return the line end of a file: a line feed, or a carriage return if the file has no line feed.
 
-    So a carriage return inside a line is text, and a file from an old Macintosh is split into lines.
+    A carriage return inside a line is thus text, and a file from an old Macintosh has lines.
     """
     with open_text(path, "latin-1") as file:
         while block := file.read(_BLOCK):
@@ -65,13 +66,15 @@ def strip_line_end(line: str, newline: str) -> str:
 def detect_encoding(files: Sequence[str]) -> str:
     """Return the encoding of files: `utf-8`, or `cp1252` (Windows-1252) with a warning.
 
-    Files are read as Windows-1252 if none of them is UTF-8 and none holds a multi-byte character of UTF-8. Raises
-    ValueError that names the file and the line if the files are in neither encoding, or in different ones.
+    Files are Windows-1252 if none of them is UTF-8 and none holds a multi-byte character of UTF-8. Raise ValueError
+    that names the file and the line if a file has neither encoding, or if the files have different encodings.
     """
     others = {name: line for name in files if (line := _find_undecodable_line(name, "utf-8"))}
     for name, line in others.items():
         if len(others) < len(files) or _find_undecodable_line(name, "cp1252"):
-            raise ValueError(f"{name}, line {line}: not UTF-8, or it holds a NUL, which is not text; convert the file")
+            raise ValueError(
+                f"{name}, line {line}: not UTF-8, or it holds a NUL character, which is not text; convert the file"
+            )
         if other := _find_multibyte_line(name):
             raise ValueError(
                 f"{name}, line {line}: not UTF-8, though line {other} holds UTF-8; "
@@ -89,7 +92,7 @@ def _refuse_utf_16(path: str, file: IO[bytes]) -> None:
 
 
 def _find_undecodable_line(name: str, encoding: str) -> int:
-    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL, or 0."""
+    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL; 0 if there is none."""
     number = 0
     try:
         with open_bytes(name) as file:
@@ -110,7 +113,7 @@ def _find_undecodable_line(name: str, encoding: str) -> int:
 
 
 def _find_multibyte_line(name: str) -> int:
-    """Return the number of the first line, from 1, that holds a multi-byte character of UTF-8, or 0."""
+    """Return the number of the first line, from 1, that holds a multi-byte character of UTF-8; 0 if there is none."""
     with open_bytes(name) as file:
         return next((number for number, line in enumerate(file, start=1) if _MULTIBYTE.search(line)), 0)
 
@@ -118,7 +121,7 @@ def _find_multibyte_line(name: str) -> int:
 def check_byte_order_mark(path: str, number: int, line: str) -> None:
     """Raise ValueError if a line after the first begins with a byte-order mark, which is not text.
 
-    The mark is there if files were joined. `open_text` removes the mark of the first line.
+    Such a mark is left when files are joined. `open_text` removes the mark of the first line.
     """
     if number > 1 and line.startswith("\ufeff"):
         raise ValueError(
@@ -127,7 +130,7 @@ def check_byte_order_mark(path: str, number: int, line: str) -> None:
 
 
 def _is_text(file: IO[bytes], encoding: str) -> bool:
-    """Return whether all of a file can be decoded and holds no NUL. It reads blocks, which is faster than lines."""
+    """Return whether a file can be decoded and holds no NUL. It reads blocks, which is faster than reading lines."""
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
         while block := file.read(_BLOCK):

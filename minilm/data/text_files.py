@@ -6,9 +6,9 @@ from minilm.data.text_decoding import check_byte_order_mark, find_line_end, open
 
 
 def read_text(path: str, encoding: str, document: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the documents of a text file: its lines, its paragraphs, or the whole file.
+    """Yield the line at which each document begins, from 1, and the document as a list of one text.
 
-    Lines without a visible character separate paragraphs.
+    document: `line`, `paragraph` or `file`. Lines without a visible character separate paragraphs.
     """
     newline = find_line_end(path)
     first, lines = 1, list[str]()

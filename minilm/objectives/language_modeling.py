@@ -54,7 +54,7 @@ def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
 
 
 def _first(documents: Documents, count: int | None) -> Documents:
-    return documents.first(count) if isinstance(documents, TextStream) and count else documents
+    return documents.take(count) if isinstance(documents, TextStream) and count else documents
 
 
 class LanguageModel:

@@ -209,7 +209,7 @@ def test_of_several_hub_streams_all_is_read_so_that_each_has_its_share(
 
 
 REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
-    "share of rows": (LINES, {"split": "train[:10%]"}, "takes no part such as"),
+    "share of rows": (LINES, {"split": "train[:10%]"}, "cannot read the part train"),
     "no such split": (LINES, {"split": "test"}, "no split 'test'"),
     "blank": (b"\n \n", {}, "no document has text"),
     "empty": (b"", {}, "is empty"),
@@ -240,5 +240,5 @@ def test_a_row_that_cannot_be_streamed_is_named(tmp_path: Path, content: bytes, 
 
 
 def test_labels_are_not_streamed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.streaming: is for language models"):
+    with pytest.raises(ValueError, match=r"^data\.streaming: only language models"):
         load_documents(Data(source=_write(tmp_path, "a.jsonl", JSONL), streaming=True), seed=0, labels=True)

@@ -141,7 +141,7 @@ DELIMITED = {
         {"a.tsv": PARAPHRASES},
         [{"text": row[3], "pair": row[4], "label": int(row[0])} for row in PARAPHRASE_ROWS],
         options={"column": "#1 String", "pair_column": "#2 String", "label_column": "Quality"},
-        warns="a.tsv: quotes are text, as every line has the header's number of tabs",
+        warns="a.tsv: quotes are text, because every line has as many tabs as the header",
     ),
     "a quote opens the last field of the last line of a .tsv": Situation(
         {"a.tsv": 'text\tlabel\na\tb\nc\t"d\n'}, labelled(("a", "b"), ("c", '"d')), options=LABEL
@@ -168,7 +168,7 @@ DELIMITED = {
     ),
     "a .tsv with too many tabs, and a quote elsewhere": Situation(
         {"a.tsv": 'text\tlabel\n"a\t1\nb\t1\t2\n'},
-        says="a.tsv, line 3: 3 fields where the header in line 1 has 2. Nor .* line 2: the quote that opens here",
+        says="a.tsv, line 3: 3 fields where the header in line 1 has 2. The file .* line 2: the quote that opens here",
     ),
     "a .csv with quotes, commas and line ends": Situation(
         {"a.csv": written([["text", "n"], ["a, b", "1"], ['say "c"', "2"], ["d\ne\r\nf", "3"], ["", "4"]])},
@@ -190,7 +190,7 @@ DELIMITED = {
     ),
     "a quote that swallows rows": Situation(
         {"a.csv": 'text,n\n"a,1\nb,2\nc","d",3\n'},
-        says="a.csv, line 2: 3 fields where the header has 2; quotes hold 2 line ends",
+        says="a.csv, line 2: 3 fields where the header has 2; quoted fields of this row hold 2 line ends",
     ),
     # Counts
     "a comma in a text without quotes": Situation(
@@ -248,7 +248,7 @@ DELIMITED = {
     ),
     "a word for a missing number among numbers": Situation(
         {"a.csv": "text,label\na,1.5\nb,NaN\n"},
-        says="a.csv, line 3: column 'label' holds 'NaN', and .*a.csv, line 2 holds a number",
+        says="a.csv, line 3: column 'label' holds 'NaN', but .*a.csv, line 2 holds a number",
         options=LABEL,
     ),
     "words for missing numbers among words": Situation(
@@ -315,7 +315,7 @@ DELIMITED = {
     ),
     "the same of a .tsv": Situation({"a.tsv": "text\tn\n" + "".join(f"{text}\t1\n" for text in ODD)}, texts(*ODD)),
     "a repeated name, the first": Situation(
-        {"a.csv": "text,text\na,b\n"}, texts("a"), warns="'text' is the name of 2 columns; the first is read"
+        {"a.csv": "text,text\na,b\n"}, texts("a"), warns="'text' is the name of 2 columns. The first is read"
     ),
     "a repeated name, the second": Situation({"a.csv": "text,text\na,b\n"}, texts("b"), options={"column": "text.1"}),
     "a column without a name": Situation({"a.csv": ",text\n0,a\n1,b\n"}, texts("a", "b")),
@@ -332,7 +332,7 @@ DELIMITED = {
     ),
     "a header that two delimiters fit": Situation(
         {"a.csv": "c;x,c\n1;2\n"},
-        says="line 1: , and ; could separate the fields; pass --data.delimiter",
+        says="line 1: , and ; could be the delimiter; pass --data.delimiter",
         options={"column": "c"},
     ),
     "a folder with the name of a file": Situation(
@@ -365,7 +365,7 @@ JSON = {
     ),
     "a name inside a column of texts": Situation(
         {"a.jsonl": lines({"reviews": "a"})},
-        says=r"line 1: no column 'reviews\.text', as 'reviews' has no columns inside; pass another --data.column",
+        says=r"line 1: no column 'reviews\.text', because 'reviews' has no columns inside; pass another --data.column",
         options={"column": "reviews.text"},
     ),
     "a field that changes its type late": Situation(
@@ -399,7 +399,7 @@ JSON = {
     "a whole surrogate pair": Situation({"a.jsonl": lines('{"text": "\\ud83d\\ude00"}')}, texts("😀")),
     "a label that changes its type": Situation(
         {"a.jsonl": lines({"text": "a", "label": 1}, {"text": "b", "label": "1"})},
-        says="line 2: column 'label' holds '1', a text, and .*a.jsonl, line 1 holds a whole number",
+        says="line 2: column 'label' holds '1', a text, but .*a.jsonl, line 1 holds a whole number",
         options=LABEL,
     ),
     "a label that is a list of lists": Situation(
@@ -409,7 +409,7 @@ JSON = {
     ),
     "lists and numbers as labels": Situation(
         {"a.jsonl": lines({"text": "a", "label": [1, 2]}, {"text": "b", "label": 1})},
-        says="line 2: column 'label' holds 1, a whole number, and .*a.jsonl, line 1 holds a list of whole numbers",
+        says="line 2: column 'label' holds 1, a whole number, but .*a.jsonl, line 1 holds a list of whole numbers",
         options=LABEL,
     ),
     "whole numbers and numbers as labels": Situation(
@@ -568,7 +568,7 @@ COLUMNAR = {
     ),
     "other names of classes in the next file": Situation(
         {"in/a.parquet": with_classes("no", "yes"), "in/b.parquet": with_classes("yes", "no")},
-        says="b.parquet: the classes of column 'label' are yes, no, and in",
+        says="b.parquet: the classes of column 'label' are yes, no, but in",
         options=LABEL,
         source="in",
     ),
@@ -782,7 +782,7 @@ def test_the_kind_of_document_of_a_recipe_holds_only_for_plain_text(tmp_path: Pa
 
 def test_a_warning_about_a_file_comes_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     contents = {"a.csv": "text;n\n" + "a;1\n" * 40, "b.txt": "a\nna\xefve\n" * 20}
-    for name, warning in (("a.csv", "separates the fields, by the header"), ("b.txt", "is read as Windows-1252")):
+    for name, warning in (("a.csv", "separates the fields of its header"), ("b.txt", "is read as Windows-1252")):
         path = tmp_path / name
         path.write_text(contents[name], encoding="cp1252")
         for streaming in (False, True):
@@ -883,7 +883,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     batches = stream_rows(Data(source=str(path)), str(path), "train")
     next(batches)
     path.write_text("b\n" * 3000)
-    with pytest.raises(ValueError, match=r"a\.txt: was changed while it was read; start again"):
+    with pytest.raises(ValueError, match=r"a\.txt: the file changed while it was read; start again"):
         list(batches)
 
 

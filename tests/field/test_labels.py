@@ -167,7 +167,7 @@ SEVERAL: dict[str, tuple[list[Any], Any, dict[str, Any], tuple[str, ...], list[l
         {"known": ("x", "joy", "Anger")},
         None,
         None,
-        "differ in case",
+        "differ only in case",
     ),
     "lists for a checkpoint": (
         [["JOY"], ["anger"]],
@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[Dataset, Dataset, dict[str, Any], str]] = {
         "row 1 of .* 1 entries, but",
     ),
     "a multi-hot list with halves": (labelled([[1.0, 0.5]] * 2), labelled([[1.0, 0.0]]), {}, "holds a 0 or 1 for each"),
-    "counts in lists": (labelled([[2, 2], [0, 1]]), labelled([[0, 1]]), {}, "row 0 of .*'2' is there twice"),
+    "counts in lists": (labelled([[2, 2], [0, 1]]), labelled([[0, 1]]), {}, "row 0 of .*the list holds '2' twice"),
     "a decimal as a class": (
         labelled([0.5, 1.0]),
         labelled([1.0]),
@@ -332,14 +332,14 @@ SUMMARIES: dict[str, tuple[list[Any], str]] = {
         "labels in 'label': single-label, 2 classes: 'a' (1 train, 1 eval), 'b' (2 train, 2",
     ),
     "ten names of many": ([*range(25)], "'9' (1 train, 1 eval) and 15 more"),
-    "whole numbers": ([1, 2, 3], "taken as classes. To predict a number, pass --objective.problem regression"),
-    "scores as text": (["0.5", "1.5", "2"], "numbers written as text, which are taken as classes"),
+    "whole numbers": ([1, 2, 3], "read as classes. To predict a number, pass --objective.problem regression"),
+    "scores as text": (["0.5", "1.5", "2"], "numbers written as text, and are read as classes"),
     "several in a cell": (
         ["joy", "anger", "joy,anger"],
         "'joy,anger' is read as one class. If it lists several labels",
     ),
-    "lists as text": (["['a']", "['a', 'b']"], """is read as one class. If it is meant as a list"""),
-    "case apart": (["Good", "good", "bad"], "'Good', 'good' differ in case or space alone"),
+    "lists as text": (["['a']", "['a', 'b']"], """is read as one class. If it is a list"""),
+    "case apart": (["Good", "good", "bad"], "'Good', 'good' differ only in case or spaces"),
     "free text": ([f"text {i}" for i in range(12)], "12 of the 12 classes have a single training example"),
 }
 
@@ -612,7 +612,7 @@ def test_evaluate_reports_a_second_text_once(tokenizer: Any, tmp_path: Path, cap
     row = {"sentence1": "a text " * 30, "sentence2": "another", "label": "a"}
     source = rows_in(tmp_path / "rows.jsonl", [row, {**row, "label": "b"}])
     evaluate(name, Data(source=source, column="sentence1"))
-    assert sum("there is sentence2 too" in message for message in caplog.messages) == 1
+    assert sum("the column sentence2 is not read" in message for message in caplog.messages) == 1
     assert [message for message in caplog.messages if "tokens and are cut" in message] == [
         "2 of 2 documents have more than batch.max_length=64 tokens and are cut"
     ]

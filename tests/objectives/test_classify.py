@@ -271,7 +271,7 @@ def test_numbers_with_a_decimal_point_are_a_regression() -> None:
         ([-1, -1], [1], Classification(), "every label of the training documents is -1.* kept secret"),
         ([0, 1], [-1], Classification(), "every label of the evaluation documents is -1.* kept secret"),
         ([[1, 0, 1], [1, 0, 1]], [[0, 1, 1]], Classification(), "all training documents have the labels '0', '2': "),
-        ([[0, 1, 0, 1], [1]], [[0]], Classification(), r"row 0 .*\[0, 1, 0, 1\]: '0' is there twice. A list holds"),
+        ([[0, 1, 0, 1], [1]], [[0]], Classification(), r"row 0 .*\[0, 1, 0, 1\]: the list holds '0' twice. Write"),
         ([0, 1], [2], Classification(), "row 0 .* label 2: no training document has '2'"),
         (["a", "b"], ["a"], Classification(problem="regression"), "row 0 of the training .*'a': a regression needs"),
         ([0.5, 1.0], [1.0], Classification(problem="single-label"), "label 0.5: it is a number and .*regression"),
@@ -518,10 +518,9 @@ def test_labels_of_a_model_without_names_are_taken_by_number_and_as_many(
         labelled([0, 2, 1, 1], feature).save_to_disk(tmp_path / name)
         figures.append(evaluate(model, Data(source=str(tmp_path / name))))
     assert figures[0] == figures[1]
-    said = (
-        "labels are taken for the checkpoint's by number: 'no' is 'LABEL_0', 'yes' is 'LABEL_1', 'maybe' is 'LABEL_2'"
-    )
-    assert [said in message for message in caplog.messages if "WARNING" in message] == [True]
+    pairs = "'no' is 'LABEL_0', 'yes' is 'LABEL_1', 'maybe' is 'LABEL_2'"
+    warning = f"labels are matched with the checkpoint's by number: {pairs}"
+    assert [warning in message for message in caplog.messages if "WARNING" in message] == [True]
     labelled([0, 1], ClassLabel(names=["no", "yes"])).save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"not trained for: 'no', 'yes' \(the model knows LABEL_0, LABEL_1, LABEL_2\)"):
         evaluate(model, Data(source=str(tmp_path / "two")))

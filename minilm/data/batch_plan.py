@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-"""The numbers of examples, int64[E]."""
+"""Indices of examples, int64[E]."""
 # The largest problem, in examples squared times micro-batches, for which the cut with the least padding is searched.
 # The search then takes milliseconds.
 _MOST_SEARCH_WORK = 2**20
@@ -47,6 +47,7 @@ class Plan:
     examples: the number of examples in a step, or of rows with `row_tokens`.
     micro_tokens: the most tokens of a micro-batch, with padding. A longer example is a micro-batch by itself.
     processes: the number of processes that share a step.
+    seed: decides the order of the examples.
     group: "step" draws the examples of a step at random. "epoch" puts examples of similar length into the same step.
     padded: whether the model needs rectangular batches. Their width is then a multiple of `multiple`.
     row_tokens: fill rows of at most this many tokens with examples first. A step then takes whole rows.
@@ -68,7 +69,10 @@ class Plan:
         row_tokens: int | None = None,
     ) -> None:
         if examples < processes:
-            raise ValueError(f"batch.examples={examples} is less than the {processes} processes that share a step")
+            raise ValueError(
+                f"batch.examples={examples} is less than the {processes} processes that share a step. Raise it, or "
+                "start fewer processes."
+            )
         self.lengths = lengths
         self.examples = examples
         self.micro_tokens = micro_tokens
@@ -78,12 +82,12 @@ class Plan:
         self.padded = padded
         self.multiple = multiple
         self._rows = None if row_tokens is None else fill_rows(lengths, row_tokens, seed)
-        self._weights = lengths if self._rows is None else np.array([lengths[row].sum() for row in self._rows])
-        self.steps_per_epoch = math.ceil(len(self._weights) / examples)
+        self._unit_tokens = lengths if self._rows is None else np.array([lengths[row].sum() for row in self._rows])
+        self.steps_per_epoch = math.ceil(len(self._unit_tokens) / examples)
         self.rows = None if self._rows is None else len(self._rows)
         """The number of rows that the examples fill. None without `row_tokens`."""
         self._cached_order: tuple[int, Ids, Ids] | None = None
-        """The last epoch that was looked up, and its order."""
+        """The last epoch that was looked up, and what `_epoch_order` returns for it."""
 
     def step(self, index: int) -> Step:
         """Return step `index` of the run, counted from 0 over all epochs. One step of each epoch may be smaller."""
@@ -135,10 +139,10 @@ class Plan:
         if self._cached_order is not None and self._cached_order[0] == epoch:
             return self._cached_order[1:]
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self._weights))
+        order = rng.permutation(len(self._unit_tokens))
         steps = np.arange(self.steps_per_epoch)
         if self.group == "epoch":
-            order = order[np.argsort(self._weights[order], kind="stable")]
+            order = order[np.argsort(self._unit_tokens[order], kind="stable")]
             steps = rng.permutation(self.steps_per_epoch)
         self._cached_order = (epoch, order, steps)
         return order, steps

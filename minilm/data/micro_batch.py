@@ -94,8 +94,8 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 CollateFunction = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]
-"""Makes a batch of rows of token ids. It gets the rows, their example numbers, the epoch, and the share of the run's
-steps that are done."""
+"""Makes a batch of rows of token ids. It gets the rows, the indices of their examples, the epoch, and the share of the
+run's steps that are done."""
 
 
 class Collator(Protocol):
@@ -112,7 +112,7 @@ class Collator(Protocol):
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
     ) -> MicroBatch:
-        """Make a batch of `rows` of token ids. `examples` are their example numbers, int64[R]."""
+        """Make a batch of `rows` of token ids. `examples` are the indices of their examples, int64[R]."""
 
 
 class LanguageCollator(Collator, Protocol):

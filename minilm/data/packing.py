@@ -34,9 +34,9 @@ class RowGroup:
     """Rows that follow each other in the batch, as an R x L rectangle: R rows, or R bins with several rows each."""
 
     start: int
-    """The first token of the group in the batch."""
+    """The index of the group's first token in the batch."""
     stop: int
-    """The token of the batch after the last of the group."""
+    """The index after the group's last token in the batch."""
     rows: int
     """R."""
     length: int
@@ -67,7 +67,7 @@ class RowGroup:
         heads = x_TxAxD.shape[1]
         if self.source_RL is None:
             return x_TxAxD.view(self.rows, self.length, *x_TxAxD.shape[1:]).transpose(1, 2)
-        x_RALxD: Tensor = _Pad.apply(x_TxAxD.flatten(0, 1), *self._places(heads))  # type: ignore[no-untyped-call]
+        x_RALxD: Tensor = _Pad.apply(x_TxAxD.flatten(0, 1), *self._places_by_head(heads))  # type: ignore[no-untyped-call]
         return x_RALxD.view(self.rows, heads, self.length, -1)
 
     def unpad_by_head(self, x_RxAxLxD: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ class RowGroup:
         heads = x_RxAxLxD.shape[1]
         if self.place_T is None:
             return x_RxAxLxD.transpose(1, 2).flatten(0, 1)
-        x_TAxD: Tensor = _Unpad.apply(x_RxAxLxD.flatten(0, 2), self._places(heads)[1])  # type: ignore[no-untyped-call]
+        x_TAxD: Tensor = _Unpad.apply(x_RxAxLxD.flatten(0, 2), self._places_by_head(heads)[1])  # type: ignore[no-untyped-call]
         return x_TAxD.view(-1, heads, x_RxAxLxD.shape[-1])
 
-    def _places(self, heads: int) -> tuple[Tensor, Tensor]:
+    def _places_by_head(self, heads: int) -> tuple[Tensor, Tensor]:
         """Return `source_RL` and `place_T` for each pair of token and head, int64[R A L] and int64[T A]."""
         assert self.source_RL is not None
         assert self.place_T is not None

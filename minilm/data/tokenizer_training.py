@@ -31,8 +31,8 @@ _CAUSAL_SPECIAL = {
 # The sentencepiece library reads a table of tab-separated lines. Tabs and line ends inside words change places with
 # characters for private use, and change back in the pieces.
 _SWAPS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
-# The sentencepiece library drops pieces that it expects to use less than half a time, which is all pieces of a short
-# text. So a shorter text is repeated until it has this many characters.
+# The sentencepiece library drops a piece that it expects to occur less than 0.5 times. In a short text, these are all
+# pieces. So a shorter text is repeated until it has about this many characters.
 _LEAST_CHARACTERS = 10**4
 # Its time and memory grow with the text. Of a longer text, a sample of about this many characters is used.
 _MOST_CHARACTERS = 10**7
@@ -43,7 +43,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on the texts of documents. The same documents give the same tokenizer.
 
-    kind: "bpe" is byte-level BPE (Radford et al. 2019, section 2.2), "wordpiece" is WordPiece as BERT's, lower-cased,
+    kind: "bpe" is byte-level BPE (Radford et al. 2019, section 2.2), "wordpiece" is BERT's WordPiece in lower case,
         "unigram" is Unigram (Kudo 2018, section 3.2), and "characters" makes each character a token.
     vocab_size: the largest number of tokens, special tokens included. "characters" ignores it.
     causal: if true, the tokenizer adds no special token to a text, and `<|endoftext|>` ends a document. Otherwise it
@@ -142,7 +142,7 @@ def _train_unigram(documents: Documents, vocab_size: int, special: list[AddedTok
 
 
 def _learn_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
-    """Return at most `size` pieces of the words, with their log probabilities, from the sentencepiece library.
+    """Return at most `size` pieces of the words, with their log probabilities, learnt by sentencepiece.
 
     There are fewer pieces if the words do not yield more. The pieces use only the `size` most frequent characters.
     words: the number of times that each word occurs. The result does not depend on their order.

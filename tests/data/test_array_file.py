@@ -1,4 +1,4 @@
-"""Arrays in files: the same as in memory, without staying in it."""
+"""A slice of an array in a file is that of the array, and does not stay in memory."""
 
 import pickle
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_slice_is_that_of_the_array(file: ArrayFile, part: slice) -> None:
         assert np.array_equal(one[part], NUMBERS[part])
 
 
-def test_numpy_reads_what_grew(file: ArrayFile, tmp_path: Path) -> None:
+def test_numpy_reads_a_created_file(file: ArrayFile, tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "numbers.npy"), NUMBERS)
 
 

@@ -1,4 +1,4 @@
-"""The plan: each step is a pure function of its number, each example comes once, little is padded or waited for."""
+"""Each step is a pure function of its index, each example comes once an epoch, and there is little padding."""
 
 import itertools
 import math
@@ -67,7 +67,7 @@ def test_each_example_comes_exactly_once_an_epoch_whatever_the_sizes(
 @pytest.mark.scorecard(5)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_an_epoch_of_a_prime_number_of_examples_is_whole(
+def test_an_epoch_of_a_prime_number_of_examples_has_each_once(
     processes: int, padded: bool, figure: Callable[[str], None]
 ) -> None:
     lengths = SKEWED[:4999]
@@ -83,7 +83,7 @@ def test_an_epoch_of_a_prime_number_of_examples_is_whole(
 
 @thorough
 @given(sizes, st.integers(3, 20), st.integers(0, 99), groups)
-def test_what_a_step_holds_depends_on_neither_processes_nor_micro_tokens(
+def test_the_examples_of_a_step_do_not_depend_on_processes_or_micro_tokens(
     lengths: Ids, examples: int, index: int, group: str
 ) -> None:
     held = {
@@ -114,7 +114,7 @@ def test_what_a_step_holds_depends_on_neither_processes_nor_micro_tokens(
 @thorough
 @given(sizes, st.integers(1, 300), st.integers(1, 4), st.sampled_from([1, 8]))
 @example(np.array([100, *[30] * 6]), 60, 1, 1)  # one that is too long must not make room for others
-def test_padded_micro_batches_fit_are_equal_in_number_and_lose_nothing(
+def test_padded_micro_batches_fit_and_each_process_gets_the_same_number(
     lengths: Ids, micro_tokens: int, processes: int, multiple: int
 ) -> None:
     ids = np.arange(len(lengths)) * 3  # ids are not positions
@@ -132,9 +132,7 @@ def test_padded_micro_batches_fit_are_equal_in_number_and_lose_nothing(
 @example(np.array([100, *[30] * 6]), 60, 1)
 @example(np.array([5, 6]), 100, 4)
 @example(np.array([3, 3, 2]), 4, 1)  # their sum fits into two, but no two of them into one
-def test_micro_batches_without_padding_fit_are_balanced_and_lose_nothing(
-    lengths: Ids, micro_tokens: int, processes: int
-) -> None:
+def test_micro_batches_without_padding_fit_and_are_balanced(lengths: Ids, micro_tokens: int, processes: int) -> None:
     ids = np.arange(len(lengths)) * 3  # ids are not positions
     parts = cut_into_micro_batches(ids, lengths, micro_tokens, processes)
     assert len(parts) == processes

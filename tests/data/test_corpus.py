@@ -70,7 +70,7 @@ def test_blocks_are_the_joined_documents_cut_into_full_rows(
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
-def test_counts_are_those_of_the_documents_and_of_what_is_between_them(
+def test_counts_include_the_separators_between_documents(
     documents: Dataset, either: PreTrainedTokenizerBase, layout: str
 ) -> None:
     counts = encode(documents, either, max_length=17, layout=layout).count_ids(len(either))
@@ -107,12 +107,14 @@ def test_ids_are_encoded_once_for_each_content(
     assert all(not file.name.startswith(".") for file in cache.iterdir())
 
 
-def test_the_cache_knows_the_tokenizer(documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
+def test_each_tokenizer_has_its_own_cache_entry(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> None:
     for other in (tokenizer, train_tokenizer(documents, "bpe", 300)):
         assert _joined(_middles(encode(documents, other, max_length=512))) == _joined(_plain(other, documents))
 
 
-def test_ids_are_cached_for_whether_special_tokens_in_a_text_are_split(
+def test_the_cache_distinguishes_whether_special_tokens_are_split(
     tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> None:
     documents, other = Dataset.from_dict({"text": ["A [MASK]."]}), copy.deepcopy(tokenizer)
@@ -135,7 +137,7 @@ def test_ids_are_read_from_disk_in_the_smallest_type_that_holds_them(size: int, 
 
 
 @pytest.mark.parametrize("overflow", ["split", "truncate"])
-def test_empty_documents_are_passed_over_and_nothing_but_them_is_refused(
+def test_empty_documents_are_skipped_and_a_corpus_without_others_is_refused(
     wordpiece: PreTrainedTokenizerBase, overflow: str
 ) -> None:
     documents = Dataset.from_dict({"text": ["\x01", "a file", "\x02"]})

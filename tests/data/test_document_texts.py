@@ -1,4 +1,4 @@
-"""The texts of documents are hashed by content, once."""
+"""The texts of documents are hashed once, by content."""
 
 import os
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def test_texts_are_hashed_once_for_each_state_of_their_files(
     assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"fingerprint", "rows"}
 
 
-def test_a_hash_is_of_the_columns_that_are_asked_for(cache: Path) -> None:
+def test_the_hash_depends_on_the_columns_and_their_order(cache: Path) -> None:
     documents = Dataset.from_dict({"text": ["one", "two"], "pair": ["two", "one"]})
     asked = (("text",), ("pair",), ("text", "pair"), ("pair", "text"))
     keys = [fingerprint_documents(documents, columns=columns) for columns in asked]

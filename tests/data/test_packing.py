@@ -101,7 +101,7 @@ def test_gradients_pass_pad_and_unpad_as_they_pass_plain_indexing(lengths: tuple
 
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (3, 3), (1, 5)], ids=str)
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_by_head_is_pad_with_the_heads_in_front(lengths: tuple[int, ...], multiple: int) -> None:
+def test_pad_by_head_equals_pad_and_a_transposition(lengths: tuple[int, ...], multiple: int) -> None:
     (group,) = pack(lengths, grouped=False, multiple=multiple).groups
     x_TxAxD = torch.randn(sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
     y_RxAxLxD = torch.randn(group.rows, 2, group.length, 3, dtype=torch.float64, requires_grad=True)
@@ -156,7 +156,7 @@ def test_rows_of_equal_length_are_one_group_that_needs_no_padding() -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_without_groups_all_rows_are_one(multiple: int) -> None:
+def test_ungrouped_rows_form_one_group(multiple: int) -> None:
     (group,) = pack(MIXED, grouped=False, multiple=multiple).groups
     assert (group.start, group.stop, group.rows, group.length) == (0, sum(MIXED), len(MIXED), 40)
 
@@ -172,7 +172,7 @@ def test_lengths_are_rounded_up_to_the_multiple(multiple: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 4, 10**6])
 @pytest.mark.parametrize("lengths", [(20, 20), (20, 18)], ids=["equal", "padded"])
-def test_what_is_kept_for_one_device_is_not_used_on_another(lengths: tuple[int, ...], window: int | None) -> None:
+def test_a_tensor_cached_for_one_device_is_not_used_on_another(lengths: tuple[int, ...], window: int | None) -> None:
     (group,) = pack(lengths).groups
     before = group.attention_bias(window, torch.empty(0))
     moved: RowGroup = group.map(lambda tensor: tensor.to("meta"))
@@ -282,7 +282,7 @@ def test_bins_are_not_cut_into_chunks() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [3, 17, 22, 33])
-def test_what_chunks_see_in_bfloat16_is_as_wide_as_its_softmax_is_fast(
+def test_chunks_in_bfloat16_see_a_width_with_a_fast_softmax(
     window: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = [260, 250]
@@ -306,7 +306,7 @@ def test_what_chunks_see_in_bfloat16_is_as_wide_as_its_softmax_is_fast(
         assert (found - reference).abs().max() <= 2**-8 * reference.abs().max()
 
 
-def test_queries_and_keys_that_rotary_embeddings_left_in_float32_attend_in_the_type_of_autocast() -> None:
+def test_queries_and_keys_in_float32_attend_in_the_type_of_autocast() -> None:
     query, key, value = states(260 + 250)
     words: dict[str, Any] = {"packing": pack([260, 250]), "sliding_window": 22, "is_causal": True}
     expected, _ = packed_attention(nn.Module(), query, key, value, None, **words)
@@ -432,7 +432,7 @@ def flash(
 @pytest.mark.parametrize("window", [None, 1, 5, 1000])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("products", [True, False], ids=["products", "fused kernel"])
-def test_the_kernel_for_rows_of_any_length_is_asked_for_the_same_attention(
+def test_the_variable_length_kernel_gets_arguments_for_the_same_attention(
     products: bool,
     causal: bool,
     window: int | None,
@@ -468,7 +468,7 @@ def test_the_kernel_for_rows_of_any_length_is_asked_for_the_same_attention(
         ({"capability": (7, 5)}, False),
     ],
 )
-def test_what_the_kernel_for_rows_of_any_length_takes(
+def test_when_the_variable_length_kernel_is_used(
     change: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "shape": (5, 2, 64)}

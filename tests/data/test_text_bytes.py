@@ -1,4 +1,4 @@
-"""Bytes of text by token: their sum is the length of the text in UTF-8, whatever the kind of tokenizer."""
+"""The bytes of a text's tokens sum to its length in UTF-8, with every kind of tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def roberta() -> PreTrainedTokenizerBase:
 
 
 def sentencepiece(prepend: str = "always", normalizer: normalizers.Normalizer | None = None) -> PreTrainedTokenizerBase:
-    """Without a piece for a space alone, which is so spelt in bytes."""
+    """Return a Unigram tokenizer without a piece for a space alone, so that it spells a space in bytes."""
     single = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = ["<unk>", *single, "\u2581a", "a", "b", "c", "bc", "é", "\u2581é"]
     backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
@@ -120,7 +120,7 @@ def test_a_token_of_byte_level_bpe_has_the_bytes_that_it_spells(tokenizer: PreTr
     ],
     ids=["an added word of two-byte letters", "the space before it", "dropped spaces", "a space in bytes", "bytes"],
 )
-def test_bytes_are_those_of_the_text(
+def test_each_token_has_the_bytes_of_its_characters(
     make: Callable[[], PreTrainedTokenizerBase], text: str, tokens: list[str], sizes: list[int], tmp_path: Path
 ) -> None:
     tokenizer = make()

@@ -1,4 +1,4 @@
-"""Texts for classification are cached by all that decides their ids."""
+"""Texts for classification are cached by everything that decides their ids."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from minilm.data.text_pairs import encode_pairs
         lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
     ],
 )
-def test_pairs_are_cached_for_the_settings_that_decide_their_ids_and_types(
+def test_the_cache_distinguishes_the_settings_that_decide_ids_and_types(
     tokenizer: PreTrainedTokenizerBase, cache: Path, change: Callable[[Any], None]
 ) -> None:
     documents = Dataset.from_dict({"text": ["A [MASK].", "The quick"], "pair": ["Another.", "It jumps over. " * 5]})
@@ -40,7 +40,7 @@ def test_pairs_are_cached_for_the_settings_that_decide_their_ids_and_types(
     assert rows(tokenizer) == before
 
 
-def test_pairs_are_not_taken_for_single_texts_that_are_the_same_one_after_the_other(
+def test_pairs_and_single_texts_of_the_same_content_have_different_cache_entries(
     tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> None:
     pair, single = {"text": ["one"], "pair": ["two"]}, {"text": ["one", "two"]}

@@ -1,4 +1,4 @@
-"""A run's tokenizer is the right one, and is trained or extended once."""
+"""The right tokenizer is loaded, and a trained or extended one is cached."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_tokenizer_is_trained_once_for_each_content(
         ("mask_token", "[UNK]"),
     ],
 )
-def test_an_extended_tokenizer_comes_from_the_cache_with_the_settings_of_the_one_that_was_extended(
+def test_an_extended_tokenizer_keeps_the_settings_of_the_original(
     documents: Dataset, wordpiece: PreTrainedTokenizerBase, cache: Path, tmp_path: Path, name: str, value: object
 ) -> None:
     for change in ({}, {name: value}):

@@ -52,7 +52,7 @@ def test_an_extended_tokenizer_knows_new_words_and_reads_everything_else_as_befo
         assert loaded(sentence)["input_ids"] == extended(sentence)["input_ids"]
 
 
-def test_words_are_added_by_how_often_they_occur(documents: Dataset) -> None:
+def test_the_most_frequent_words_are_added_first(documents: Dataset) -> None:
     texts = ["quartz zebra jukebox zebra quartz zebra list"] * 2 + ["jukebox once-only"]
     plain = train_tokenizer(documents, "wordpiece", 150)
     extended = extend_tokenizer(plain, Dataset.from_dict({"text": texts}), 3)

@@ -26,7 +26,9 @@ def test_unigram_gives_back_any_text(unigram: PreTrainedTokenizerBase, text: str
 
 
 @pytest.mark.parametrize("text", ["<0x0A> is a byte", "## a title", "the ##s"])
-def test_a_text_that_looks_like_a_notation_is_text(unigram: PreTrainedTokenizerBase, text: str) -> None:
+def test_a_text_that_looks_like_the_name_of_a_token_is_read_as_text(
+    unigram: PreTrainedTokenizerBase, text: str
+) -> None:
     titled = train_tokenizer(Dataset.from_dict({"text": ["## a title"] * 9}), "unigram", 300)
     for tokenizer in (unigram, titled):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -35,10 +37,10 @@ def test_a_text_that_looks_like_a_notation_is_text(unigram: PreTrainedTokenizerB
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
-def test_training_depends_on_nothing_but_the_documents_and_survives_saving(
+def test_training_depends_only_on_the_documents_and_survives_saving(
     documents: Dataset, kind: str, causal: bool, tmp_path: Path
 ) -> None:
-    """Neither on their order: words are counted first, and hash tables enumerate them as they like."""
+    """The order of the documents must not matter either. Words are counted in hash tables, whose order varies."""
     tied = Dataset.from_dict({"text": EVERYTHING})
     for some, size in ((documents, 320), (tied, 330)):
         first = train_tokenizer(some, kind, size, causal=causal)
@@ -53,7 +55,7 @@ def test_training_depends_on_nothing_but_the_documents_and_survives_saving(
         assert loaded.all_special_ids == first.all_special_ids
 
 
-def test_unigram_keeps_what_is_useful_and_of_too_many_characters_the_frequent() -> None:
+def test_unigram_keeps_useful_pieces_and_the_most_frequent_characters() -> None:
     words = {"lowlands": 8, "low": 20, "lands": 20, "highlands": 9, "xyzzy": 1}
     documents = Dataset.from_dict({"text": [word for word, count in words.items() for _ in range(count)]})
     pieces = train_tokenizer(documents, "unigram", BYTES + 16).get_vocab()
@@ -82,7 +84,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
-def test_unigram_learns_from_any_text_in_silence_and_loses_none_of_it(
+def test_unigram_learns_silently_from_any_text_and_loses_none_of_it(
     texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,7 +108,7 @@ def test_pieces_have_line_ends_in_them_and_come_from_long_words_too() -> None:
     assert any("quartz" in piece for piece in pieces)
 
 
-def test_of_much_text_unigram_learns_from_a_sample(documents: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unigram_learns_from_a_sample_of_a_long_text(documents: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train_tokenizer(documents, "unigram", 320).get_vocab()
     monkeypatch.setattr("minilm.data.tokenizer_training._LEAST_CHARACTERS", 1)
     monkeypatch.setattr("minilm.data.tokenizer_training._MOST_CHARACTERS", 2000)
@@ -129,7 +131,7 @@ ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask":
     ("kind", "size"),
     [("bpe", 300), ("bpe", 400), ("wordpiece", 100), ("wordpiece", 150), ("unigram", 300), ("unigram", 330)],
 )
-def test_a_trained_tokenizer_has_the_size_and_the_special_tokens_asked_for(
+def test_a_trained_tokenizer_has_the_requested_size_and_the_special_tokens(
     documents: Dataset, kind: str, size: int
 ) -> None:
     tokenizer = train_tokenizer(documents, kind, size)
@@ -175,7 +177,7 @@ def test_wordpiece_gives_back_known_text_in_lower_case(wordpiece: PreTrainedToke
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_characters_are_the_tokens_and_what_was_never_seen_is_unknown(causal: bool) -> None:
+def test_each_character_is_a_token_and_a_new_one_is_unknown(causal: bool) -> None:
     documents = Dataset.from_dict({"text": ["to be,\n\tor ", "not 中é🙂"]})
     tokenizer = train_tokenizer(documents, "characters", 300, causal=causal)
     text = "be not\n\t🙂é中, or"

@@ -1,4 +1,4 @@
-"""Where words begin: BERT's own words, whatever the tokenizer, and the same after documents are cut."""
+"""Words are those of BERT with every tokenizer, also after documents are cut."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def _words_of_bert(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_words_of_wordpiece_are_those_that_its_own_tokenizer_numbers(language: str) -> None:
+def test_word_starts_of_wordpiece_agree_with_its_own_word_ids(language: str) -> None:
     tokenizer = train_tokenizer(DOCUMENTS, "wordpiece", 300)
     for text in LANGUAGES[language]:
         ids = tokenizer(text, add_special_tokens=False).word_ids()
@@ -43,7 +43,7 @@ def test_the_words_of_wordpiece_are_those_that_its_own_tokenizer_numbers(languag
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_token_begins_a_word_where_its_start_is_in_another_word_than_the_start_of_the_last(
+def test_a_token_begins_a_word_if_the_token_before_starts_in_another_word(
     language: str, trained: PreTrainedTokenizerBase
 ) -> None:
     for text in LANGUAGES[language]:
@@ -67,13 +67,13 @@ def test_the_bytes_of_a_character_and_the_space_before_a_word_belong_to_it() -> 
 
 
 @pytest.mark.parametrize("text", ["", " ", "\ud800a", "a\x00b"])
-def test_odd_texts_have_words_too(text: str) -> None:
+def test_empty_and_unusual_texts_have_word_starts(text: str) -> None:
     assert find_word_starts(text, range(len(text))).tolist() == [True, False][: len(text)] + [False] * (len(text) - 2)
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
 @pytest.mark.parametrize("max_length", [8, 17, 512])
-def test_a_row_begins_with_a_word_and_has_the_beginnings_of_its_documents(
+def test_each_example_begins_a_word_and_keeps_the_word_starts_of_its_documents(
     trained: PreTrainedTokenizerBase, layout: str, max_length: int
 ) -> None:
     examples = encode(DOCUMENTS, trained, max_length=max_length, layout=layout, words=True)
@@ -91,7 +91,7 @@ def test_a_row_begins_with_a_word_and_has_the_beginnings_of_its_documents(
     assert examples.fingerprint == plain.fingerprint
 
 
-def test_the_beginnings_of_a_row_do_not_take_a_look_at_all_rows(
+def test_the_word_starts_of_one_example_do_not_need_all_lengths(
     trained: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = encode(DOCUMENTS, trained, max_length=17, words=True)

@@ -1,4 +1,4 @@
-"""Special ids inside rows, another padding id, no end token: the plain model's loss, or a refusal (`tests.matrix`)."""
+"""With unusual special ids, the loss is that of the plain model, or the run is refused (see `tests.matrix`)."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tokenizers and checkpoints from the field: what surrounds a text, holes in the ids, padding that is a token too."""
+"""Tokenizers as users have them: special tokens, gaps between ids, padding that is also another token."""
 
 import json
 import logging
@@ -500,7 +500,7 @@ NO_TYPES = "which a language model is trained and evaluated without"
         (CausalLM(), "gpt2", 0, False, None),
     ],
 )
-def test_token_types_that_a_language_model_does_not_read_are_told(
+def test_token_types_that_a_language_model_does_not_read_cause_a_warning(
     objective: Any, kind: str, text: int, named: bool, told: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = typed(text=text)
@@ -535,7 +535,7 @@ def test_more_token_types_than_the_model_knows_are_refused(tmp_path: Path) -> No
         ("no token", True, None),
     ],
 )
-def test_special_tokens_in_texts_are_told_once(
+def test_special_tokens_in_texts_cause_one_warning(
     text: str, causal: bool, token: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     documents = Dataset.from_dict({"text": ["one", "two", text, text, f"{text} {causal}"]})
@@ -552,7 +552,7 @@ def test_special_tokens_in_texts_are_told_once(
                 assert repr(text) in told[0]
 
 
-def test_special_tokens_that_model_and_tokenizer_name_differently_are_told(
+def test_special_tokens_that_model_and_tokenizer_name_differently_cause_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = trained_tokenizer()
@@ -568,7 +568,9 @@ def test_special_tokens_that_model_and_tokenizer_name_differently_are_told(
     assert "pad_token_id is 9 and 0" in told
 
 
-def test_a_checkpoint_whose_end_of_text_is_padding_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_whose_end_of_text_is_padding_causes_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     documents = Dataset.from_dict({"text": TEXTS})
     tokenizer = train_tokenizer(documents, "bpe", 300, causal=True)
     config = tiny_config("llama", tokenizer)
@@ -582,7 +584,7 @@ def test_a_checkpoint_whose_end_of_text_is_padding_is_told(tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 0), (7, 0), (0, 0)], ids=["none", "another", "the same"])
-def test_a_classifier_of_last_tokens_is_told_the_padding_and_trains_its_embedding(
+def test_a_last_token_classifier_gets_the_padding_id_and_trains_its_embedding(
     before: int | None, after: int, tmp_path: Path
 ) -> None:
     tokenizer = train_tokenizer(Dataset.from_dict({"text": TEXTS}), "bpe", 300, causal=True)
@@ -606,7 +608,9 @@ def test_a_classifier_of_last_tokens_is_told_the_padding_and_trains_its_embeddin
         (False, "take the tokenizer that the model was trained with"),
     ],
 )
-def test_a_tokenizer_that_does_not_fit_is_told_as_it_came(named: bool, advice: str, tmp_path: Path) -> None:
+def test_the_advice_for_a_tokenizer_that_does_not_fit_depends_on_its_origin(
+    named: bool, advice: str, tmp_path: Path
+) -> None:
     tokenizer = trained_tokenizer()
     checkpoint("bert", tmp_path / "model", AutoModelForMaskedLM, 100)
     folder = tmp_path / ("other" if named else "model")

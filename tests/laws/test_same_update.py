@@ -1,4 +1,4 @@
-"""Law 1: a step's update does not depend on micro-batches, processes, workers, or on which run it is."""
+"""Law 1: a step's update does not depend on micro-batches, processes or workers, and a run can be repeated."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -59,7 +59,8 @@ from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.packing import Packing
-from minilm.models.head import Head, SparseHead
+from minilm.models.head import Head
+from minilm.models.sparse_head import SparseHead
 from minilm.optim.optimizer import build_optimizer
 
 PLAIN = "plain: random, padded, full head"
@@ -103,7 +104,7 @@ class PlainHead(Head):
         type_ids_T: Tensor | None = None,
     ) -> Tensor:
         """-log p at each place of the padded batch, nats, float32[R L], 0 where there is no target."""
-        logits_RxLxV = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
+        logits_RxLxV = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         batch = MicroBatch(
             input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=target_ids_N
         )
@@ -114,7 +115,7 @@ class PlainHead(Head):
     ) -> Tensor:
         """Logits, N x V, of the targets."""
         place_T = packing.groups[0].place_T
-        logits_RxLxV: Tensor = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
+        logits_RxLxV: Tensor = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         return logits_RxLxV.flatten(0, 1)[target_index_N if place_T is None else place_T[target_index_N]]
 
 
@@ -196,14 +197,14 @@ def without(side: Side, name: str) -> None:
     """minilm's side, but that what `name` names is left to others."""
     # Not by assignment: the modules do not export these names.
     if name == TORCH_MASKS:
-        del minilm.models.fast_modules.FASTER[nn.Dropout]
-        setattr(minilm.models.attention, "drop", F.dropout)  # noqa: B010
+        del minilm.models.fast_modules.FAST_MODULES[nn.Dropout]
+        setattr(minilm.models.attention, "fast_dropout", F.dropout)  # noqa: B010
     if name == TORCH_TURN:
-        setattr(minilm.models.fast_modules, "with_fast_rotary", lambda model: None)  # noqa: B010
+        setattr(minilm.models.fast_modules, "install_fast_rotary", lambda model: None)  # noqa: B010
     if name == HALF_GELU:
-        del minilm.models.fast_modules.FASTER[GELUActivation]
+        del minilm.models.fast_modules.FAST_MODULES[GELUActivation]
     if name == LONG_GELU:
-        del minilm.models.fast_modules.FASTER[NewGELUActivation]
+        del minilm.models.fast_modules.FAST_MODULES[NewGELUActivation]
     if name == WHOLE:
         setattr(minilm.models.attention, "chunk_size", lambda window, group: None)  # noqa: B010
     answer(side, assemble(side.config))

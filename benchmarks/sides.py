@@ -25,7 +25,7 @@ from minilm.data.micro_batch import Collator
 from minilm.distributed.hardware import Cost, count_flops, peak_memory
 from minilm.distributed.launch import start
 from minilm.distributed.sharding import distribute
-from minilm.models.compiling import compile_layers
+from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
 from minilm.objectives.objective import Evaluator, build, objective_of, prepare
 from minilm.optim.optimizer import build_optimizer, learning_rate

@@ -20,7 +20,7 @@ are the main modules, in the order in which a run uses them:
     minilm.data.corpus            PreparedData and its Examples: the token ids on disk
     minilm.data.batch_plan        Plan: the examples of each step, and how it is cut into micro-batches
     minilm.data.micro_batch       MicroBatch: the token ids and targets of one forward pass
-    minilm.models.head            SparseHead: a model of transformers that computes logits only at the targets
+    minilm.models.sparse_head     SparseHead: a model of transformers that computes logits only at the targets
     minilm.optim.optimizer        build_optimizer, learning_rate
     minilm.runs.recorder          Recorder: log.jsonl and the progress bar
     minilm.runs.checkpoint        find_checkpoint, read_checkpoint: find a checkpoint and check its files

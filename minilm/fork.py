@@ -15,8 +15,9 @@ from minilm.data.corpus import PreparedData
 from minilm.distributed.hardware import Precision
 from minilm.distributed.launch import finish, first_on_each_host, start, together
 from minilm.distributed.sharding import is_sharded
-from minilm.models.agreement import check_agreement
-from minilm.models.head import Head, SparseHead
+from minilm.models.compatibility import check_compatibility
+from minilm.models.head import Head
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.objective import prepare
 from minilm.runs.checkpoint import Progress
 from minilm.runs.hub_upload import push
@@ -66,7 +67,7 @@ def start_recording(begun: Begun, config: Config, head: Head) -> tuple[Plan, int
     Returns the plan, the number of steps and the recorder.
     """
     accelerator, folder, prepared = begun.accelerator, begun.folder, begun.prepared
-    check_agreement(head, prepared)
+    check_compatibility(head, prepared)
     if isinstance(head, SparseHead):
         verify_head(config, head, prepared)
     plan = together(lambda: lay_plan(config, accelerator, head, prepared.train))

@@ -34,7 +34,7 @@ from minilm.distributed.launch import (
     together,
 )
 from minilm.distributed.sharding import clip, distribute, is_sharded
-from minilm.models.compiling import compile_layers
+from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
 from minilm.objectives.objective import Evaluator, build, objective_of, prepare
 from minilm.optim.optimizer import build_optimizer, learning_rate, skip_unless_finite

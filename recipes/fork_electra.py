@@ -26,8 +26,9 @@ from minilm.data.packing import Packing
 from minilm.distributed.hardware import count_flops
 from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
 from minilm.fork import begin, end, start_recording
-from minilm.models.head import SparseHead, freeze_unused
+from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.objective import objective_of
 from minilm.optim.optimizer import build_optimizer, learning_rate
 from minilm.train import load_steps, seed_dropout, train_step

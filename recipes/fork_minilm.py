@@ -25,8 +25,10 @@ from minilm.data.packing import Packing, RowGroup
 from minilm.distributed.hardware import count_flops
 from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
 from minilm.fork import begin, end, start_recording
-from minilm.models.head import Head, SparseHead, freeze_unused
-from minilm.models.loading import evaluating, load_model
+from minilm.models.head import Head, freeze_unused
+from minilm.models.loading import load_model
+from minilm.models.sparse_head import SparseHead
+from minilm.models.temporary_changes import evaluation_mode
 from minilm.optim.optimizer import build_optimizer, learning_rate
 from minilm.train import load_steps, seed_dropout, train_step
 
@@ -82,7 +84,7 @@ class Distiller(Head):
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
         """Return the divergences of queries, keys and values, summed at each target, in nats, float32[N]; no logits."""
-        with evaluating(self.teacher):
+        with evaluation_mode(self.teacher):
             teacher_states = self._states(self.teacher, input_ids_T, packing)
         pairs = zip(self._states(self.student, input_ids_T, packing), teacher_states, strict=True)
         kinds = [torch.cat([divergence(*pair, group) for group in packing.groups]) for pair in pairs]

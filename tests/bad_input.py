@@ -333,7 +333,8 @@ ENTRIES: dict[str, Entry] = {
     ),
     "unknown attention": Entry(flags="--model.name bert --model.attention spda", says="did you mean 'sdpa'"),
     "attention that is not installed": Entry(
-        flags="--model.name bert --model.attention flash_attention_2", says="flash_attention_2 cannot be had"
+        flags="--model.name bert --model.attention flash_attention_2",
+        says="cannot use model.attention flash_attention_2",
     ),
     "layer decay 1.5": Entry(flags="--optim.layer-decay 1.5", says="optim.layer_decay must lie in (0, 1]"),
     "label smoothing 1": Entry(

@@ -52,7 +52,7 @@ CUTS = ((range(7),), (range(1), range(1, 4), range(4, 7)))  # a step as one micr
 LONGEST, VOCABULARY, LIMIT = 32, 300, 120  # tokens, tokens, seconds of a processor
 TOLERANCE, GRADIENT = 1e-5, 1e-4  # relative; the second for float32 sums over the tokens in another order
 NO_TARGET = -100
-SHORTCUTS = ("sparse", "padding_free", "alone", "fused")
+SHORTCUTS = ("sparse", "padding_free", "needs_equal_lengths", "fused")
 Gradients = dict[str, Tensor]
 
 
@@ -439,7 +439,13 @@ def line(result: Result) -> str:
         return f"{result.kind:26} {result.why[:200]}"
     equal = "equal" if result.equal else f"WRONG: loss {result.loss:.1e}, gradients {result.gradient:.1e}"
     head = {True: "sparse", False: "full", None: ""}[result.shortcuts.get("sparse")]
-    layout = "packed" if result.shortcuts["padding_free"] else "alone" if result.shortcuts["alone"] else "padded"
+    layout = (
+        "packed"
+        if result.shortcuts["padding_free"]
+        else "alone"
+        if result.shortcuts["needs_equal_lengths"]
+        else "padded"
+    )
     fused = "fused" if result.shortcuts.get("fused") else ""
     notes = "; ".join(filter(None, ["with is_decoder=True" * result.decoder, result.reason[:100]]))
     odd = [f"{name}: {what[:80]}" for name, what in result.special.items() if what not in ("equal", "refused")]

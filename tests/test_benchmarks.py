@@ -239,12 +239,16 @@ def test_the_ladder_has_pairs_without_and_with(pair: str, tmp_path: Path, monkey
         "gelu": ((ladder.LONG_GELU, ladder.OWN_GELU), causal, torch.nn.functional, "gelu"),
         "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.models.windowed_attention._Around, "apply"),
     }[pair]
-    swapped = ("models.attention.drop", "models.fast_modules.with_fast_rotary", "models.attention.chunk_size")
+    swapped = (
+        "models.attention.fast_dropout",
+        "models.fast_modules.install_fast_rotary",
+        "models.attention.chunk_size",
+    )
     losses = []
     for number, contender in enumerate(ladder.pair_of(names, own)):
         own_work = mock.Mock(wraps=getattr(where, function))
         with monkeypatch.context() as process, mock.patch.object(where, function, own_work):
-            process.setattr("minilm.models.fast_modules.FASTER", {**minilm.models.fast_modules.FASTER})
+            process.setattr("minilm.models.fast_modules.FAST_MODULES", {**minilm.models.fast_modules.FAST_MODULES})
             for changed in swapped:  # what a side changes in its own process
                 process.setattr(f"minilm.{changed}", operator.attrgetter(changed)(minilm))
             process.setattr(modeling_modernbert, "apply_rotary_pos_emb", plain_turn())

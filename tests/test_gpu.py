@@ -19,8 +19,8 @@ from minilm.data.corpus import Examples, encode
 from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.data.packing import pack
 from minilm.models import short_row_attention as short_rows
-from minilm.models.compiling import compile_layers
-from minilm.models.head import SparseHead
+from minilm.models.compilation import compile_layers
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.optim.optimizer import build_optimizer
 from minilm.train import load_steps, train_step

@@ -27,8 +27,8 @@ from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, encode
 from minilm.data.micro_batch import MicroBatch
-from minilm.models.head import SparseHead
 from minilm.models.inference import fill_mask
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.optim.optimizer import build_optimizer
 from minilm.train import load_steps, train, train_step

@@ -14,8 +14,8 @@ from minilm.config.serialization import read_run_config
 from minilm.data.labels import PROBLEM_TYPES, check_model_labels
 from minilm.data.sources import fingerprint_sources
 from minilm.distributed.launch import finish, start
-from minilm.models.loading import longest_input
-from minilm.models.new_model import load_configuration
+from minilm.models.input_length import longest_input
+from minilm.models.model_config import load_configuration
 from minilm.objectives.classification import read_model_labels
 from minilm.objectives.objective import build, objective_of, prepare
 from minilm.runs.auto_micro_tokens import micro_tokens_of

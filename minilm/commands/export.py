@@ -19,7 +19,7 @@ from minilm.commands.evaluate import objective_for
 from minilm.config import CausalLM, Classification, MaskedLM
 from minilm.data.special_ids import count_embedding_rows
 from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
-from minilm.models.loading import longest_input
+from minilm.models.input_length import longest_input
 from minilm.runs.checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
 from minilm.utils.atomic_files import replace_folder, sync_path
 

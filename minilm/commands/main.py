@@ -271,10 +271,10 @@ def _print_json(line: dict[str, Any]) -> None:
 @_quiet_transformers()
 def _generate(options: argparse.Namespace) -> None:
     with quick_imports():
-        from minilm.models.inference import check_beginnings, generate, load_causal_lm
+        from minilm.models.inference import check_prompts, generate, load_causal_lm
     texts = _texts(options)
     model, tokenizer = load_causal_lm(options.model)
-    check_beginnings(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
+    check_prompts(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(options, name) for name in names}
     for number, text in enumerate(texts):
@@ -290,7 +290,7 @@ def _generate(options: argparse.Namespace) -> None:
 @_quiet_transformers()
 def _fill_mask(options: argparse.Namespace) -> None:
     with quick_imports():
-        from minilm.models.inference import check_masks, fill_mask, load_masked_lm, on_one_line
+        from minilm.models.inference import check_masks, escape_line_breaks, fill_mask, load_masked_lm
     texts = _texts(options)
     model, tokenizer = load_masked_lm(options.model)
     check_masks(model, tokenizer, [text for text in texts if text.strip()])
@@ -310,13 +310,13 @@ def _fill_mask(options: argparse.Namespace) -> None:
                 _print_json({**field, "input": text, "mask": mask, "fills": [asdict(fill) for fill in fills]})
             else:
                 for fill in fills:
-                    print(f"{prefix}{fill.probability:6.1%}  {fill.token:<16}  {on_one_line(fill.text)}")
+                    print(f"{prefix}{fill.probability:6.1%}  {fill.token:<16}  {escape_line_breaks(fill.text)}")
 
 
 @_quiet_transformers()
 def _classify(options: argparse.Namespace) -> None:
     with quick_imports():
-        from minilm.models.inference import classify, load_classifier, on_one_line
+        from minilm.models.inference import classify, escape_line_breaks, load_classifier
     pairs: list[str] | None = None
     if options.pair_column is not None:
         if options.file is None or options.pair is not None:
@@ -334,7 +334,7 @@ def _classify(options: argparse.Namespace) -> None:
             fields = [asdict(label) for label in labels[: options.top_k]]
             _print_json({**_row_field(options, index), "input": texts[index], **pair, "labels": fields})
             continue
-        text = on_one_line(texts[index] if pairs is None else f"{texts[index]} | {pairs[index]}")
+        text = escape_line_breaks(texts[index] if pairs is None else f"{texts[index]} | {pairs[index]}")
         prefix = _row_number(options, index, len(texts))
         for label in labels[: options.top_k]:
             score = f"{label.score:8.4f}" if is_regression else f"{label.score:6.1%}  {label.label:<16}"

@@ -92,7 +92,7 @@ def distribute(
     Raises ValueError for a model of which a process runs as many forwards as it has lengths, where the weights of each
     layer are gathered in every forward, of all processes together.
     """
-    if head.alone and (accelerator.is_fsdp2 or zero_stage(os.environ) == 3):
+    if head.needs_equal_lengths and (accelerator.is_fsdp2 or zero_stage(os.environ) == 3):
         raise ValueError(
             f"{type(head.model).__name__} takes rows of one length at a time, so its weights cannot be shared out: "
             "use --multi_gpu, or ZeRO's stage 2"

@@ -19,8 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minilm.data.packing import SHORT_ROW_TOKENS, Packing, RowGroup
-from minilm.models.dropout import dropout as drop
-from minilm.models.windowed_attention import around_chunks, chunk_bias, chunk_size, in_chunks
+from minilm.models.dropout import fast_dropout
+from minilm.models.windowed_attention import chunk_bias, chunk_size, gather_chunk_contexts, split_into_chunks
 
 if torch.version.cuda is not None:  # the import takes a fifth of a second
     from minilm.models import short_row_attention as short_rows
@@ -180,8 +180,8 @@ def _attend(
         )
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if size is not None and window is not None:
-        query, length = in_chunks(query, size), query.shape[2]
-        key, value = (around_chunks(x, size, window, causal=causal) for x in (key, value))
+        query, length = split_into_chunks(query, size), query.shape[2]
+        key, value = (gather_chunk_contexts(x, size, window, causal=causal) for x in (key, value))
         scores = query @ key.transpose(-1, -2)
         bias = chunk_bias(group, size, window, scores, causal=causal)
         return (_weights(scores, bias, dropout).to(value.dtype) @ value).flatten(2, 3)[:, :, :length]
@@ -203,7 +203,7 @@ def _weights(scores: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     # Autocast would copy the scores to fp32. In bf16 the kernel computes in fp32 anyway.
     with torch.autocast("cpu", enabled=False):
         weights = scores.softmax(-1)
-    return drop(weights, dropout, training=dropout > 0)
+    return fast_dropout(weights, dropout, training=dropout > 0)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -38,12 +38,12 @@ def linear_cross_entropy(
         hidden_NxH, weight_VxH = hidden_NxH.detach(), weight_VxH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, softmax or softmax_in_place
+        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, softmax or eager_cross_entropy
     )
     return result
 
 
-def softmax_in_place(
+def eager_cross_entropy(
     logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return -log p of each target, float32[N], and if `trained` the gradient of their sum, float32[N, V].
@@ -65,7 +65,7 @@ def softmax_in_place(
     return nats, error
 
 
-def softmax_at_once(
+def compilable_cross_entropy(
     logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the same, for a compiler to fuse. The gradient has the logits' shape and type, with zeros after V."""

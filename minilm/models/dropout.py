@@ -14,10 +14,10 @@ class FastDropout(nn.Dropout):
     """`nn.Dropout` by `dropout`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, training=self.training)
+        return fast_dropout(x, self.p, training=self.training)
 
 
-def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
+def fast_dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     """Return 0 with probability `p`, else x / (1 - p), for each element of `x`; without `training`, `x` itself.
 
     On a CPU torch's generator seeds another one, which draws the mask. So the mask still depends on torch's state

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.activations import FastGELUActivation, GELUActivation, NewGELUActivation
 
 from minilm.models.dropout import FastDropout
-from minilm.models.rotary import with_fast_rotary
+from minilm.models.rotary import install_fast_rotary
 
 
 class ContiguousGELU(nn.Module):
@@ -34,7 +34,7 @@ def _dropout(module: Any) -> nn.Module:
     return FastDropout(module.p).train(module.training)
 
 
-FASTER: dict[type, Callable[[nn.Module], nn.Module]] = {
+FAST_MODULES: dict[type, Callable[[nn.Module], nn.Module]] = {
     nn.Dropout: _dropout,
     GELUActivation: _exact_gelu,
     NewGELUActivation: _gelu,
@@ -42,10 +42,10 @@ FASTER: dict[type, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def with_fast_modules(model: nn.Module) -> None:
+def install_fast_modules(model: nn.Module) -> None:
     """Replace modules of `model` by faster ones, and its function for rotary embeddings (`minilm.models.rotary`)."""
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child) in FASTER:
-                setattr(module, name, FASTER[type(child)](child))
-    with_fast_rotary(model)
+            if type(child) in FAST_MODULES:
+                setattr(module, name, FAST_MODULES[type(child)](child))
+    install_fast_rotary(model)

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from minilm.data.encoding_errors import locate_encoding_errors
-from minilm.models.loading import check_causal, longest_input
+from minilm.models.forward_checks import check_causal
+from minilm.models.input_length import longest_input
 from minilm.utils.hub import explain_loading_errors
 
 log = logging.getLogger("minilm")
@@ -35,7 +36,7 @@ _COMMANDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fill:
+class MaskCandidate:
     """One candidate for a mask."""
 
     token: str
@@ -106,7 +107,7 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
 
 def fill_mask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, top_k: int = 5
-) -> list[list[list[Fill]]]:
+) -> list[list[list[MaskCandidate]]]:
     """Return the `top_k` most probable tokens for each mask of each text: `result[text][mask][rank]`.
 
     Raise ValueError for a text without a mask token, or one that is longer than the model's input.
@@ -124,8 +125,8 @@ def fill_mask(
         results.append(
             [
                 [
-                    Fill(
-                        token=on_one_line(str(tokenizer.decode([index])).strip(" ")),
+                    MaskCandidate(
+                        token=escape_line_breaks(str(tokenizer.decode([index])).strip(" ")),
                         probability=probability,
                         text=_fill_in(tokenizer, input_ids_L, int(place), index),
                     )
@@ -137,7 +138,7 @@ def fill_mask(
     return results
 
 
-def on_one_line(text: str) -> str:
+def escape_line_breaks(text: str) -> str:
     """Return the text with its line breaks written as escapes."""
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
@@ -150,7 +151,7 @@ def _fill_in(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, plac
     return str(tokenizer.decode(keep)).strip()
 
 
-def check_beginnings(
+def check_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
 ) -> None:
     """Raise ValueError for a text that leaves no room for `max_new_tokens`, or that has no tokens to start from."""
@@ -203,7 +204,7 @@ def generate(
     warning counts the tokens of a text that are unknown to the tokenizer. Raise ValueError for a text that is too long
     for the model.
     """
-    check_beginnings(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
+    check_prompts(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
     longest = longest_input(model) or math.inf
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     choice: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
@@ -232,7 +233,7 @@ def generate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Class:
+class ScoredLabel:
     """A label and its score."""
 
     label: str
@@ -247,7 +248,7 @@ def classify(
     pairs: Sequence[str] | None = None,
     *,
     batch_size: int = 32,
-) -> list[list[Class]]:
+) -> list[list[ScoredLabel]]:
     """Return the labels of each text, the likeliest first; `pairs` holds the second text of each pair.
 
     The scores are those of transformers' text-classification pipeline. Texts that are longer than the model's input are
@@ -268,13 +269,13 @@ def classify(
     lengths = [len(row["input_ids"]) for row in rows]
     order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: lengths[index])
     runs = [list(run) for _, run in groupby(order, key=lambda index: lengths[index])]
-    results: list[list[Class]] = [[] for _ in rows]
+    results: list[list[ScoredLabel]] = [[] for _ in rows]
     for ids in (run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)):
         batch = tokenizer.pad([rows[index] for index in ids], padding=False, return_tensors="pt").to(model.device)
         with torch.inference_mode():
             logits_NxC = model(**batch).logits.float()
         for row, scores in zip(ids, _scores(model, logits_NxC).tolist(), strict=True):
-            named = [Class(label=names[index], score=score) for index, score in enumerate(scores)]
+            named = [ScoredLabel(label=names[index], score=score) for index, score in enumerate(scores)]
             results[row] = sorted(named, key=lambda each: -each.score)
     return results
 

@@ -29,7 +29,7 @@ _PREFIX = "base_model.model."  # the names in an adapter's file begin with this
 _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}  # peft has no name for a masked LM
 
 
-def check_installed(model: Model) -> None:
+def check_peft_installed(model: Model) -> None:
     """Raise ValueError if the run uses LoRA and peft is not installed."""
     there = not model.lora_rank or importlib.util.find_spec("peft") is not None
     check(there, "model.lora_rank needs peft, which is not installed: pip install 'peft>=0.21'")
@@ -121,7 +121,7 @@ def _layers(network: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in network.named_modules() if hasattr(module, "base_layer")}
 
 
-def is_adapted(network: nn.Module) -> bool:
+def has_adapter(network: nn.Module) -> bool:
     """Return whether LoRA trains this network."""
     return bool(_layers(network))
 
@@ -136,7 +136,7 @@ def _name_in_file(name: str) -> str:
     return _PREFIX + name.replace(".default.weight", ".weight")
 
 
-def merged(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `weights`, a state dict of the network, as one without an adapter: W + alpha / rank B A in place of W.
 
     Neither the network nor `weights` changes. Without an adapter the result equals `weights`.
@@ -150,29 +150,29 @@ def merged(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     return plain
 
 
-def adapter_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_adapter_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the part of a state dict for an adapter's file, by peft's names: A, B, and a classifier's head."""
     lora: Any = network.peft_config["default"]
     updates, whole = set(_update_names(network)), lora.modules_to_save or ()
     return {_name_in_file(name): x for name, x in weights.items() if name in updates or _within(name, whole)}
 
 
-def unmerged(
+def unmerge_adapter(
     network: PreTrainedModel, plain: Mapping[str, Tensor], adapter: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the state dict from which `merged` made `plain` and `adapter_weights` made `adapter`, bit for bit.
+    """Return the state dict, to the bit, from which `plain` was merged and `adapter` was selected.
 
     Each W with an update comes from `own`, the network's state dict as it was loaded: `plain` minus the update would be
     rounded. Raises ValueError if these are not the W that were merged.
     """
     layers = _layers(network)
-    same_layers = adapter.keys() == adapter_weights(network, own).keys()
+    same_layers = adapter.keys() == select_adapter_weights(network, own).keys()
     check(same_layers, "the adapter of the checkpoint has other layers than model.lora_targets names")
     renamed = {f"{name}.{leaf}": f"{name}.base_layer.{leaf}" for name in layers for leaf in ("weight", "bias")}
     weights = {renamed.get(name, name): tensor for name, tensor in plain.items()}
     weights |= {f"{name}.base_layer.weight": own[f"{name}.base_layer.weight"] for name in layers}
     weights |= {name: adapter[_name_in_file(name)] for name in _update_names(network)}
-    again = merged(network, weights)
+    again = merge_adapter(network, weights)
     for name in (f"{name}.weight" for name in layers):
         same = name in plain and torch.allclose(again[name], plain[name], rtol=1e-4, atol=1e-6)
         check(same, f"model.name is no longer the model that the run began with: {name} has changed")
@@ -183,4 +183,4 @@ def save_adapter(network: PreTrainedModel, weights: Mapping[str, Tensor], folder
     """Save the adapter for `peft.PeftModel.from_pretrained(base, folder)`."""
     lora: Any = network.peft_config["default"]
     lora.save_pretrained(folder)
-    save_file(adapter_weights(network, weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(select_adapter_weights(network, weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -19,7 +19,7 @@ _NAME = "apply_rotary_pos_emb"  # the function's name in all modules of transfor
 Turn = Callable[..., tuple[Tensor, Tensor]]
 
 
-def with_fast_rotary(model: nn.Module) -> None:
+def install_fast_rotary(model: nn.Module) -> None:
     """Replace the function by a faster one in the modules of transformers that `model` comes from.
 
     The change is for all models of these modules. The results are the same up to rounding, and to the bit without

@@ -24,7 +24,7 @@ try:
 except ImportError:  # only torch for GPUs brings Triton along
     triton = None
 
-SIZES = () if triton is None else (16, 32, 64)  # the sizes of a head that the kernels take
+HEAD_SIZES = () if triton is None else (16, 32, 64)  # the sizes of a head that the kernels take
 _ROOM = SHORT_ROW_TOKENS  # tokens in a tile
 _WARPS = 8
 

@@ -31,13 +31,13 @@ def chunk_size(window: int | None, group: RowGroup) -> int | None:
     return size if group.length >= _FEWEST_CHUNKS * size else None
 
 
-def in_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
+def split_into_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
     """Cut rows into chunks of C=`size`, with zeros after the last token: R x A x N x C x D."""
     rows, heads, length, width = x_RxAxLxD.shape
     return F.pad(x_RxAxLxD, (0, 0, 0, -length % size)).view(rows, heads, -1, size, width)
 
 
-def around_chunks(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) -> Tensor:
+def gather_chunk_contexts(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) -> Tensor:
     """Return the tokens that each chunk sees, R x A x N x W x D, with zeros before the first and after the last."""
     before, after = window - 1, 0 if causal else window - 1
     beyond = -(before + size + after) % _VECTOR if x_RxAxLxD.dtype == torch.bfloat16 else 0

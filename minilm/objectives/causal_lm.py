@@ -15,8 +15,8 @@ from minilm.config import CausalLM
 from minilm.data.corpus import Examples
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
 from minilm.data.special_ids import mark_used_ids
-from minilm.models.inference import check_beginnings, generate
-from minilm.models.loading import check_causal
+from minilm.models.forward_checks import check_causal
+from minilm.models.inference import check_prompts, generate
 from minilm.objectives.language_modeling import LanguageModel
 from minilm.utils.shell import format_command
 
@@ -73,7 +73,7 @@ class Causal(LanguageModel):
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         check_causal(network, "; where the model can be made one, pass --model.config.is-decoder True")
-        check_beginnings(network, tokenizer, texts)
+        check_prompts(network, tokenizer, texts)
 
     def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         return generate(network, tokenizer, [text])[0].removeprefix(text)

@@ -30,12 +30,12 @@ from minilm.data.special_ids import encode_placeholder
 from minilm.data.splits import is_one_dataset
 from minilm.data.text_pairs import encode_pairs
 from minilm.data.tokenizer import load_tokenizer
-from minilm.models.agreement import check_agreement
-from minilm.models.head import AFTER_ATTENTION, Head
+from minilm.models.compatibility import check_compatibility
+from minilm.models.head import Head
 from minilm.models.inference import classify
-from minilm.models.loading import computes_again, evaluating
-from minilm.models.new_model import count_token_types, load_configuration
-from minilm.models.probes import as_if_trained
+from minilm.models.layers import AFTER_ATTENTION, uses_gradient_checkpointing
+from minilm.models.model_config import count_token_types, load_configuration
+from minilm.models.temporary_changes import evaluation_mode, randomize_constant_parameters
 from minilm.objectives.metrics import ClassEvaluator
 from minilm.utils.shell import format_command
 
@@ -92,17 +92,21 @@ class ClassHead(Head):
         self._problem = labels.problem
         weights = None if labels.weights is None else torch.from_numpy(labels.weights)
         self._weight_C = None if weights is None else weights.to(model.device)
-        with evaluating(model), as_if_trained(model):
+        with evaluation_mode(model), randomize_constant_parameters(model):
             expected_RxC = self._try_padded()
-            if not self.alone:
+            if not self.needs_equal_lengths:
                 self._try_first_tokens(expected_RxC)
-            self.misread = self._find_misread()
+            self.misread_ids = self._find_misread_ids()
 
     @property
     def summary(self) -> str:
         if self.padding_free:
             return "classes from first tokens, without padding"
-        return "rows of one length at a time, since padding changes its logits" if self.alone else "padded rows"
+        return (
+            "rows of one length at a time, since padding changes its logits"
+            if self.needs_equal_lengths
+            else "padded rows"
+        )
 
     def forward(
         self,
@@ -122,13 +126,13 @@ class ClassHead(Head):
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
         """Return the logits, N x C, of the first N rows of the batch, which begin at `target_index_N`."""
-        if self.alone:
-            runs = self._runs(input_ids_T, packing, type_ids_T)
+        if self.needs_equal_lengths:
+            runs = self._run_equal_lengths(input_ids_T, packing, type_ids_T)
             return torch.cat([logits_RxC for _, logits_RxC in runs])[: len(target_index_N)]
         first_R = target_index_N if len(target_index_N) else target_index_N.new_zeros(1)
         self._first_R = first_R if self.padding_free else None
         try:
-            logits_RxC: Tensor = self.model(**self._inputs(input_ids_T, packing, type_ids_T)).logits
+            logits_RxC: Tensor = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         finally:
             self._first_R = None
         return logits_RxC[: len(target_index_N)]
@@ -142,7 +146,7 @@ class ClassHead(Head):
             return
         layer = self.layers[-1]
         # The backward pass may recompute a layer; by then `_first_R` is no longer set, so a hook inside it would fail.
-        for names in (None,) if computes_again(self.model) else (*AFTER_ATTENTION, None):
+        for names in (None,) if uses_gradient_checkpointing(self.model) else (*AFTER_ATTENTION, None):
             try:
                 handle = (
                     layer.register_forward_hook(self._reduce_output)
@@ -259,7 +263,7 @@ class Classify:
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> ClassHead:
         assert prepared.labels is not None
         head = ClassHead(network, prepared.labels, label_smoothing=self.settings.label_smoothing)
-        check_agreement(head, prepared)
+        check_compatibility(head, prepared)
         return head
 
     def collator(

@@ -13,7 +13,7 @@ from torch import nn
 from minilm.data.batch_plan import deal_micro_batches
 from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator, LanguageCollator, MicroBatch, target_losses
-from minilm.models.loading import evaluating
+from minilm.models.temporary_changes import evaluation_mode
 from minilm.utils.progress import show_progress
 
 
@@ -77,7 +77,7 @@ class LanguageEvaluator:
         processes. So the totals are the same to the bit where the model and a process's hardware and threads are.
         """
         nats, utf8_bytes, targets_V = [], 0, np.zeros(len(self.unigram), np.int64)
-        with evaluating(model):
+        with evaluation_mode(model):
             for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
                 utf8_bytes += self._bytes_of_targets(ids, batch)
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))

@@ -17,8 +17,8 @@ from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
 from minilm.data.streaming import TextStream, join_streams, stream_documents
 from minilm.data.tokenizer import load_tokenizer
-from minilm.models.agreement import check_agreement
-from minilm.models.head import SparseHead
+from minilm.models.compatibility import check_compatibility
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.evaluation import LanguageEvaluator, unigram_nats
 
 log = logging.getLogger("minilm")
@@ -108,7 +108,7 @@ class LanguageModel:
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
         """The network with its head at the targets alone."""
         head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
-        check_agreement(head, prepared)
+        check_compatibility(head, prepared)
         return head
 
     def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> LanguageEvaluator:

@@ -16,8 +16,8 @@ from minilm.config import MaskedLM
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
 from minilm.data.special_ids import mark_used_ids
-from minilm.models.head import SparseHead
 from minilm.models.inference import check_masks, fill_mask
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.language_modeling import LanguageModel
 from minilm.utils.shell import format_command
 

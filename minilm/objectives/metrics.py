@@ -14,7 +14,7 @@ from torch import nn
 
 from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator
-from minilm.models.loading import evaluating
+from minilm.models.temporary_changes import evaluation_mode
 from minilm.objectives.evaluation import own_batches
 
 _NAMES = {
@@ -111,7 +111,7 @@ class ClassEvaluator:
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
         """Classify every example once. The processes share the examples and return the same result."""
         batches: list[tuple[NDArray[np.int64], torch.Tensor]] = []
-        with evaluating(model):
+        with evaluation_mode(model):
             for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
                 batch = batch.to(accelerator.device)
                 logits = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.config import CausalLM, Classification, Config, MaskedLM
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator
+from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.head import Head
 from minilm.models.loading import check_model, load_model
-from minilm.models.lora import check_installed
-from minilm.models.own_loss import check_own_loss
+from minilm.models.lora import check_peft_installed
 from minilm.objectives.causal_lm import Causal
 from minilm.objectives.classification import Classify
 from minilm.objectives.masked_lm import Masked
@@ -101,7 +101,7 @@ def objective_of(settings: MaskedLM | CausalLM | Classification) -> Objective:
 def prepare(config: Config) -> PreparedData:
     """The tokenizer and the examples of a run."""
     objective = objective_of(config.objective)
-    check_installed(config.model)  # before the work
+    check_peft_installed(config.model)  # before the work
     check_model(config.model, max_length=config.batch.max_length, auto=objective.auto)
     with explain_cache_errors():
         return objective.prepare(config)
@@ -120,5 +120,5 @@ def build(config: Config, prepared: PreparedData, *, trained: bool = True) -> Pr
         new_labels=prepared.labels is not None and not prepared.labels.same_as_checkpoint,
     )
     if prepared.labels is None:
-        check_own_loss(network, trained=trained)
+        check_builtin_loss(network, trained=trained)
     return network

@@ -1,7 +1,6 @@
 """The depth of each parameter of a model: how many blocks follow it, in the order in which a forward uses them."""
 
 import inspect
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from minilm.models.loading import evaluating, vocabulary_size
+from minilm.models.embeddings import vocabulary_size
+from minilm.models.layers import find_module_lists
+from minilm.models.temporary_changes import evaluation_mode
 
 # A block: the path of its list's parent, the length of that list, and the block's number in it. XLM has one list of
 # attentions and one of feed-forward parts: those with the same number are one block.
@@ -72,18 +73,6 @@ def parameter_depths(network: PreTrainedModel) -> dict[nn.Parameter, int]:
     return depths
 
 
-def _lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield the path of the parent and the list for each list of modules that is not inside a member of another."""
-    for name, child in module.named_children():
-        inside = f"{path}.{name}" if path else name
-        if not isinstance(child, nn.ModuleList):
-            yield from _lists(child, inside)
-        elif inner := {n: member for n, member in enumerate(child) if isinstance(member, nn.ModuleList)}:
-            yield from ((f"{inside}.{number}", member) for number, member in inner.items())  # Funnel's
-        else:
-            yield path, child
-
-
 def _number(parent: str, modules: nn.ModuleList) -> dict[nn.Module, _Block]:
     """Return the block of each module of the list."""
     return {module: (parent, len(modules), number) for number, module in enumerate(modules)}
@@ -92,7 +81,7 @@ def _number(parent: str, modules: nn.ModuleList) -> dict[nn.Module, _Block]:
 def _blocks(network: PreTrainedModel) -> dict[nn.Module, _Block]:
     """Return the block of each module of a stack. A list of single layers, such as projections, is not a stack."""
     blocks: dict[nn.Module, _Block] = {}
-    for parent, modules in _lists(network):
+    for parent, modules in find_module_lists(network):
         if any(next(module.children(), None) is not None for module in modules):
             blocks |= _number(parent, modules)
     return blocks
@@ -101,7 +90,7 @@ def _blocks(network: PreTrainedModel) -> dict[nn.Module, _Block]:
 def _find_parallel_layers(network: PreTrainedModel, uses: "_Uses") -> dict[nn.Module, _Block]:
     """Return the block of each single layer of a list whose i-th member is used in block i, as XLM's norms are."""
     layers: dict[nn.Module, _Block] = {}
-    for parent, modules in _lists(network):
+    for parent, modules in find_module_lists(network):
         own = _number(parent, modules)
         if all(uses.first.get(p) == block for module, block in own.items() for p in module.parameters()):
             layers |= own
@@ -126,7 +115,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with ExitStack() as stack:
             for module in blocks:
                 stack.callback(module.register_forward_pre_hook(partial(self._call, blocks[module])).remove)
-            stack.enter_context(evaluating(network))
+            stack.enter_context(evaluation_mode(network))
             stack.enter_context(self)
             takes = inspect.signature(network.forward).parameters
             network(input_ids=_input_ids(network), **({"use_cache": False} if "use_cache" in takes else {}))

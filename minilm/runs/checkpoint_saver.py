@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.config import Config
 from minilm.config.serialization import to_dict
 from minilm.distributed.sharding import whole
-from minilm.models.lora import adapter_weights, is_adapted, merged
+from minilm.models.lora import has_adapter, merge_adapter, select_adapter_weights
 from minilm.runs.checkpoint import (
     ADAPTER,
     MANIFEST,
@@ -115,12 +115,12 @@ class Saver:
             with replace_folder(target) as temporary:
                 with quiet_transformers():
                     # `resume` needs the names of the model in memory. The original format may have other names.
-                    whole = merged(self.network, weights)
+                    whole = merge_adapter(self.network, weights)
                     self.network.save_pretrained(temporary, state_dict=whole, save_original_format=False)
                     save_tokenizer(self.tokenizer, temporary)
                 save_file(moments, temporary / OPTIMIZER)
-                if is_adapted(self.network):
-                    save_file(adapter_weights(self.network, weights), temporary / ADAPTER)
+                if has_adapter(self.network):
+                    save_file(select_adapter_weights(self.network, weights), temporary / ADAPTER)
                 (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
                 files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
                 (temporary / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")

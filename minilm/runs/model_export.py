@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.models.lora import is_adapted, merged, save_adapter
+from minilm.models.lora import has_adapter, merge_adapter, save_adapter
 from minilm.utils.atomic_files import replace_files, sync_path
 from minilm.utils.progress import quiet_transformers
 
@@ -23,9 +23,9 @@ def save_model(
     weights = network.state_dict() if weights is None else weights
     with replace_files(folder, last=".safetensors") as temporary:
         with quiet_transformers():
-            network.save_pretrained(temporary, state_dict=merged(network, weights))
+            network.save_pretrained(temporary, state_dict=merge_adapter(network, weights))
             save_tokenizer(tokenizer, temporary)
-        if is_adapted(network):
+        if has_adapter(network):
             save_adapter(network, weights, temporary / "adapter")
         names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
     # The chat templates of an earlier model would take precedence over this one's.

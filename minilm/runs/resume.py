@@ -15,7 +15,7 @@ from minilm.config import Config, Run
 from minilm.config.serialization import flatten_settings, to_dict
 from minilm.distributed.deepspeed import writable
 from minilm.distributed.sharding import part_like
-from minilm.models.lora import is_adapted, unmerged
+from minilm.models.lora import has_adapter, unmerge_adapter
 from minilm.runs.checkpoint import ADAPTER, WEIGHTS, Checkpoint, Progress, read_checkpoint
 from minilm.runs.checkpoint_saver import gather_full_state
 from minilm.runs.early_stopping import TrainingStopped
@@ -63,7 +63,7 @@ def resume(
         return Progress()
     changed = check_settings(checkpoint, config)
     origin = checkpoint.config.get("model", {}).get("name") != config.model.name
-    if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=is_adapted(network)):
+    if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=has_adapter(network)):
         _refuse(checkpoint, "", others)
     _check_unfinished(checkpoint, config.run, total)
     _warn_of_precision(checkpoint, config.run, precision)
@@ -194,8 +194,8 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
     current = network.state_dict(keep_vars=True)
     try:
         weights = load_file(checkpoint.folder / WEIGHTS)
-        if is_adapted(network):
-            weights = unmerged(
+        if has_adapter(network):
+            weights = unmerge_adapter(
                 network, weights, load_file(checkpoint.folder / ADAPTER), gather_full_state(current, keep=True)
             )
         parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}

@@ -1,8 +1,8 @@
 """A comparison of a head with the plain model on a few rows of the run's own data.
 
-The trials at construction (`minilm.models.trials`) use random ids and short rows. `verify_head` compares losses and
-gradients of real rows, once, before the first step. It leaves out a shortcut that changes them, and names it in a
-warning.
+The trials at construction (`minilm.models.shortcut_trials`) use random ids and short rows. `verify_head` compares
+losses and gradients of real rows, once, before the first step. It leaves out a shortcut that changes them, and names it
+in a warning.
 """
 
 import logging
@@ -21,8 +21,9 @@ from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator, MicroBatch, target_losses
 from minilm.data.packing import pack
 from minilm.distributed.launch import together
-from minilm.models.head import SHARED, Head
-from minilm.models.loading import evaluating, vocabulary_size
+from minilm.models.embeddings import vocabulary_size
+from minilm.models.head import SHARED_FORWARD, Head
+from minilm.models.temporary_changes import evaluation_mode
 from minilm.objectives.objective import objective_of
 
 log = logging.getLogger("minilm")
@@ -53,7 +54,7 @@ def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: 
     own_names = together(lambda: _find_wrong_shortcuts(head, examples, collator_of, trained=trained))
     names = sorted({name for part in gather_object([own_names]) for name in part})
     if names:
-        head.give_up(names)
+        head.drop_shortcuts(names)
         log.warning(
             f"on rows of this data {type(head.model).__name__} gives other losses or gradients than transformers by "
             f"minilm's shortcut{'s' * (len(names) > 1)} {', '.join(names)}: left out, so that a step takes longer"
@@ -63,7 +64,7 @@ def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: 
 def _find_wrong_shortcuts(
     head: Head, examples: Examples, collator_of: Callable[[bool], Collator], *, trained: bool
 ) -> list[str]:
-    """Return the names of the shortcuts to give up: none, one if that is enough, else all, and `SHARED` as the last.
+    """Return the shortcuts to give up: none, or one if that is enough, else all, and `SHARED_FORWARD` as the last.
 
     A difference counts only if other rows show one too: a mixture of experts chooses those with the largest scores, and
     rounding may change the choice.
@@ -72,11 +73,11 @@ def _find_wrong_shortcuts(
 
     def differs(draw: int, *names: str) -> bool:
         chosen = _choose(examples, draw)
-        with head.without(*names):
+        with head.without_shortcuts(*names):
             collator = collator_of(not head.padding_free)
             batch = _make_batch(head, collator, examples, chosen)
             ours = _compute_outcome(head, batch, by_loss=by_loss, trained=trained)
-        with head.plain():
+        with head.reference_mode():
             batch = _make_batch(head, collator_of(True), examples, chosen)
             plain = _compute_outcome(head, batch, by_loss=by_loss, trained=trained)
         return not _are_near(ours, plain)
@@ -86,7 +87,7 @@ def _find_wrong_shortcuts(
     for name in head.shortcuts:
         if not differs(0, name):
             return [name]
-    return [*head.shortcuts, *([SHARED] if differs(0, *head.shortcuts) else [])]
+    return [*head.shortcuts, *([SHARED_FORWARD] if differs(0, *head.shortcuts) else [])]
 
 
 def _choose(examples: Examples, draw: int) -> NDArray[np.int64]:
@@ -130,7 +131,7 @@ def _compute_outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: b
     """Return losses or logits of the targets, then the gradients of a sum of them, summarized by `_sketch`."""
     parameters = [parameter for parameter in head.model.parameters() if parameter.requires_grad and trained]
     batch = batch.to(next(head.model.parameters()).device)
-    with evaluating(head), torch.set_grad_enabled(trained), _exact_products():
+    with evaluation_mode(head), torch.set_grad_enabled(trained), _exact_products():
         if by_loss:
             values = target_losses(head, batch)
             total = values.sum()

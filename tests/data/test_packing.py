@@ -20,8 +20,8 @@ import minilm.models.windowed_attention
 from minilm.data.packing import SHORT_ROW_TOKENS, Packing, RowGroup, pack
 from minilm.models import short_row_attention as short_rows
 from minilm.models.attention import packed_attention
-from minilm.models.head import SparseHead
-from minilm.models.windowed_attention import around_chunks, chunk_size
+from minilm.models.sparse_head import SparseHead
+from minilm.models.windowed_attention import chunk_size, gather_chunk_contexts
 
 CPU = torch.device("cpu")
 MIXED = (40, 33, 12, 9, 9, 1, 1)
@@ -295,7 +295,7 @@ def test_chunks_in_bfloat16_see_a_width_with_a_fast_softmax(
     for vector in (32, 1):
         monkeypatch.setattr(minilm.models.windowed_attention, "_VECTOR", vector)
         key = group.pad_by_head(ours[1][0].transpose(0, 1))
-        widths.append(around_chunks(key, size, window, causal=causal).shape[3])
+        widths.append(gather_chunk_contexts(key, size, window, causal=causal).shape[3])
         words: dict[str, Any] = {"packing": pack(lengths), "sliding_window": window, "is_causal": causal}
         attended, _ = packed_attention(nn.Module(), *ours, None, **words)
         results.append([attended, *torch.autograd.grad((attended * weight).sum(), ours)])

@@ -30,7 +30,7 @@ from minilm.distributed.hardware import (
     fair_threads,
     gemm_rate,
 )
-from minilm.models.head import SparseHead
+from minilm.models.sparse_head import SparseHead
 from tests.jobs import launched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

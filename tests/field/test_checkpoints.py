@@ -29,9 +29,10 @@ from minilm.data.corpus import PreparedData
 from minilm.distributed.launch import finish
 from minilm.fork import begin, start_recording
 from minilm.models.attention import ATTENTION, packed_attention
+from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.chunked_loss import linear_cross_entropy
-from minilm.models.head import Head, SparseHead
-from minilm.models.own_loss import check_own_loss
+from minilm.models.head import Head
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.objective import build as build_network
 from minilm.objectives.objective import objective_of
 from minilm.runs.verify_head import verify_head
@@ -175,14 +176,14 @@ def test_types_whose_routers_would_add_to_the_loss_are_refused(caplog: pytest.Lo
     refused, kinds = set(), [kind for kind in types_of("causal") if has_routers(kind)]
     for kind in kinds:
         plain, asked = (build(Situation(kind=kind, changed={ROUTERS: value})) for value in (False, True))
-        check_own_loss(plain)
+        check_builtin_loss(plain)
         more = own_loss(asked) - own_loss(plain)
         if abs(more) > 1e-5:
             refused.add(kind)
             with pytest.raises(ValueError, match=ADVICE):
-                check_own_loss(asked)
+                check_builtin_loss(asked)
         else:
-            check_own_loss(asked)
+            check_builtin_loss(asked)
         assert getattr(asked.config.get_text_config(), ROUTERS) is True
         assert not [record for record in caplog.records if record.name == "minilm"], kind
     assert {"mixtral", "qwen2_moe", "olmoe", "jetmoe", "dbrx", "qwen3_5_moe", "gpt_oss"} <= refused
@@ -206,9 +207,9 @@ def test_other_additions_to_the_loss_are_named(
     network = build(Situation(kind=kind, changed=changed))
     if flag and flag.startswith("--"):
         with pytest.raises(ValueError, match=flag):
-            check_own_loss(network)
+            check_builtin_loss(network)
         return
-    check_own_loss(network)
+    check_builtin_loss(network)
     levels = [record.levelno for record in caplog.records if record.name == "minilm"]
     assert levels == [logging.WARNING] * (flag == "warning")
 

@@ -22,7 +22,7 @@ import minilm.train
 from minilm import Config, Data, MaskedLM, Model
 from minilm.commands.dry_run import dry_run
 from minilm.data.micro_batch import loss_sum
-from minilm.models.head import SparseHead
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train

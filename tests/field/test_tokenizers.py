@@ -41,8 +41,8 @@ from minilm.data.special_ids import count_embedding_rows, find_prefix_and_suffix
 from minilm.data.tokenizer import load_tokenizer
 from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.models.head import SparseHead
 from minilm.models.loading import load_model
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalCollator
 from minilm.objectives.classification import ClassHead
 from minilm.objectives.masked_lm import MaskedCollator

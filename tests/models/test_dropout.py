@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.activations import GELUActivation
 
-from minilm.models.dropout import FastDropout, dropout
+from minilm.models.dropout import FastDropout, fast_dropout
 from minilm.models.fast_modules import ContiguousGELU
-from minilm.models.head import SparseHead
+from minilm.models.sparse_head import SparseHead
 from tests.reference import build
 
 
@@ -18,7 +18,7 @@ from tests.reference import build
 def test_a_share_of_p_is_zero_and_the_rest_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.ones(999, 1001, dtype=dtype)
-    dropped = dropout(x, p, training=True)
+    dropped = fast_dropout(x, p, training=True)
     assert dropped.dtype == dtype
     values = dropped.unique()
     torch.testing.assert_close(values, torch.tensor([0, 1 / (1 - p)], dtype=dtype), rtol=1e-3, atol=0)
@@ -27,7 +27,7 @@ def test_a_share_of_p_is_zero_and_the_rest_keeps_the_mean(p: float, dtype: torch
 
 def test_elements_are_dropped_independently_of_their_neighbours() -> None:
     torch.manual_seed(0)
-    x = dropout(torch.ones(1000, 1000), 0.5, training=True) - 1
+    x = fast_dropout(torch.ones(1000, 1000), 0.5, training=True) - 1
     for step in (1, 2, 3, 4, 8, 1000):
         assert abs(float((x.flatten()[step:] * x.flatten()[:-step]).mean())) < 4 / 1000
     assert abs(float(x.mean(0).std()) - 1000**-0.5) < 0.1 * 1000**-0.5
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_what_is_left() -> None:
 
     def dropped(x: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return dropout(x, 0.3, training=True)
+        return fast_dropout(x, 0.3, training=True)
 
     assert torch.autograd.gradcheck(dropped, x)
 
@@ -48,7 +48,7 @@ def test_the_mask_follows_from_the_seed_of_torch_alone() -> None:
     x, masks = torch.ones(50, 50), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append([dropout(x, 0.5, training=True) for _ in range(2)])
+        masks.append([fast_dropout(x, 0.5, training=True) for _ in range(2)])
     assert torch.equal(masks[0][0], masks[1][0])
     assert torch.equal(masks[0][1], masks[1][1])
     assert not torch.equal(masks[0][0], masks[0][1])
@@ -70,11 +70,11 @@ def test_what_is_computed_again_on_the_way_back_has_the_same_mask() -> None:
 @pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True)])
 def test_without_dropout_nothing_is_done(p: float, training: bool) -> None:
     x = torch.randn(3, 4)
-    assert dropout(x, p, training=training) is x
+    assert fast_dropout(x, p, training=training) is x
 
 
 def test_all_is_dropped_at_one() -> None:
-    assert not dropout(torch.ones(9), 1.0, training=True).any()
+    assert not fast_dropout(torch.ones(9), 1.0, training=True).any()
 
 
 def test_a_head_has_it_and_the_model_is_saved_as_before(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,9 +29,10 @@ from minilm import CausalLM, Classification, Config, Data, MaskedLM, Model
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import loss_sum
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.models.head import SparseHead, freeze_unused
+from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
-from minilm.models.lora import is_adapted
+from minilm.models.lora import has_adapter
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalCollator
 from minilm.objectives.classification import ClassCollator, ClassHead
 from minilm.objectives.masked_lm import MaskedCollator
@@ -203,8 +204,8 @@ def test_the_layers_are_pefts_or_those_of_the_attention_or_those_that_are_named(
     assert {name.rpartition(".")[2] for name in names} == expected
     assert ("bert.encoder.layer.0.attention.self.key" in names) == (targets == ("*",))
     assert "cls.predictions.decoder" not in names  # its weights are the embeddings too
-    assert is_adapted(network)
-    assert not is_adapted(base)
+    assert has_adapter(network)
+    assert not has_adapter(base)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ TAKES = {
 def test_loss_and_gradients_are_those_of_the_plain_model_that_reads_each_row_alone(head: str, kind: str) -> None:
     result = measure(head, kind)
     assert result.equal, result
-    found = tuple(result.shortcuts.get(name, False) for name in ("sparse", "padding_free", "alone"))
+    found = tuple(result.shortcuts.get(name, False) for name in ("sparse", "padding_free", "needs_equal_lengths"))
     assert found == TAKES[head, kind]
     assert result.refused == result.decoder == ((head, kind) == ("causal", "roberta"))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm.models import rotary
-from minilm.models.rotary import with_fast_rotary
+from minilm.models.rotary import install_fast_rotary
 from tests.reference import build
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_the_usual_turn_is_the_model_s_own() -> None:
 def test_another_turn_is_left_alone(kind: str) -> None:
     module = modelling(kind)
     before = module.apply_rotary_pos_emb
-    with_fast_rotary(type("Layer", (nn.Module,), {"__module__": module.__name__})())
+    install_fast_rotary(type("Layer", (nn.Module,), {"__module__": module.__name__})())
     assert module.apply_rotary_pos_emb is before
     assert not hasattr(before, "plain")
 
@@ -133,8 +133,8 @@ def test_a_model_s_gradients_are_unchanged(tokenizer, monkeypatch) -> None:
     for swap in (False, True):
         monkeypatch.setattr(module, "apply_rotary_pos_emb", plain)
         if swap:
-            with_fast_rotary(model)
-            with_fast_rotary(model)  # twice is once
+            install_fast_rotary(model)
+            install_fast_rotary(model)  # twice is once
             assert module.apply_rotary_pos_emb.plain is plain
         loss = model(input_ids=ids, labels=ids).loss
         found.append([loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])

@@ -24,9 +24,9 @@ from transformers import (
 from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.data.packing import pack
 from minilm.models.attention import ATTENTION, packed_attention
-from minilm.models.head import SparseHead
-from minilm.models.probes import as_if_trained
-from minilm.models.rounding import to_round
+from minilm.models.row_padding import count_padding_rows
+from minilm.models.sparse_head import SparseHead
+from minilm.models.temporary_changes import randomize_constant_parameters
 from minilm.objectives.masked_lm import MaskedCollator
 from tests.reference import TYPES, build, full_logits, pad_rows
 
@@ -90,7 +90,8 @@ def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("minilm.models.head.to_round", lambda count, device: more)
+    for module in ("model_inputs", "sparse_head"):
+        monkeypatch.setattr(f"minilm.models.{module}.count_padding_rows", lambda rows, device: more)
     model = build(tokenizer, kind, max_position_embeddings=512 if max(lengths) > 62 else 64).train()
     plain = deepcopy(model)
     head = SparseHead(model)
@@ -116,10 +117,10 @@ class Products(TorchDispatchMode):
 
 
 def test_sizes_are_rounded_up_to_few_others_and_by_little() -> None:
-    assert to_round(100, torch.device("cpu")) == 0
+    assert count_padding_rows(100, torch.device("cpu")) == 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert to_round(100, torch.device("meta")) == 0
-        added = {count: to_round(count, torch.device("cpu")) for count in range(5000)}
+        assert count_padding_rows(100, torch.device("meta")) == 0
+        added = {count: count_padding_rows(count, torch.device("cpu")) for count in range(5000)}
     assert all(0 <= more < max(32, count / 16) for count, more in added.items())
     sizes = {count + more for count, more in added.items() if count >= 512}
     assert len(sizes) <= 16 * math.log2(5000 / 512) + 1
@@ -129,7 +130,7 @@ def test_sizes_are_rounded_up_to_few_others_and_by_little() -> None:
 def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.models.rounding._MULTIPLE", 100)
+    monkeypatch.setattr("minilm.models.row_padding._MULTIPLE", 100)
     plain = build(tokenizer, "modernbert").train()
     head = SparseHead(deepcopy(plain))
     others = {*(parameter.shape[-1] for parameter in plain.parameters()), len(tokenizer), 64, 96, 100}
@@ -401,7 +402,7 @@ def test_untrained_parameters_have_noise_in_a_trial_and_their_own_value_after_it
         model.bert.encoder.layer[0].output.dense.weight.zero_()
         model.bert.encoder.layer[1].output.LayerNorm.weight.fill_(1e-5)
     before = deepcopy(model.state_dict())
-    with as_if_trained(model):
+    with randomize_constant_parameters(model):
         for name, parameter in model.named_parameters():
             assert parameter.std() > 0, name
             changed = (before[name] != before[name].flatten()[0]).any()

@@ -19,8 +19,9 @@ from minilm.data.corpus import PreparedData
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.models.attention import ATTENTION
-from minilm.models.head import SparseHead, freeze_unused
+from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalCollator
 from minilm.objectives.classification import ClassCollator, ClassHead
 from minilm.objectives.masked_lm import MaskedCollator
@@ -231,7 +232,7 @@ def test_smoothed_losses_are_torchs_in_training_and_plain_in_evaluation(
         ("bert", {"freeze": ("bert.embeddings.word_embedding.weight",)}, "did you mean 'bert.embeddings.word_embed"),
         ("bert", {"freeze": ("*",)}, "leaves nothing to train"),
         ("bert", {"attention": "spda"}, "model.attention 'spda': did you mean 'sdpa'"),
-        ("bert", {"attention": "flash_attention_2"}, "model.attention flash_attention_2 cannot be had"),
+        ("bert", {"attention": "flash_attention_2"}, "cannot use model.attention flash_attention_2"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_in_one_line(

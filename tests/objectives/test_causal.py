@@ -20,9 +20,9 @@ from minilm.data.corpus import encode
 from minilm.data.micro_batch import loss_sum
 from minilm.data.packing import pack
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.models.head import SparseHead
 from minilm.models.inference import load_causal_lm
 from minilm.models.loading import load_model
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalCollator
 from minilm.objectives.objective import objective_of, prepare
 from minilm.train import train
@@ -82,7 +82,8 @@ def reference_loss(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> Tensor
 def test_loss_and_gradients_are_those_of_each_document_read_alone(
     kind: str, rounding: int, causal_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.models.head.to_round", lambda count, device: rounding)
+    for module in ("model_inputs", "sparse_head"):
+        monkeypatch.setattr(f"minilm.models.{module}.count_padding_rows", lambda rows, device: rounding)
     model = build(causal_tokenizer, kind).train()
     plain = deepcopy(model)
     head = SparseHead(model)

@@ -85,11 +85,11 @@ def rows_for(lengths: Sequence[int] = LENGTHS) -> list[np.ndarray]:
 def test_loss_and_gradients_are_those_that_transformers_takes(
     kind: str, problem: str, rounding: int, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.models.head.to_round", lambda count, device: rounding)
+    monkeypatch.setattr("minilm.models.model_inputs.count_padding_rows", lambda rows, device: rounding)
     labels, values = PROBLEMS[problem]
     model = build(tokenizer, kind, labels)
     plain, head = deepcopy(model), ClassHead(model, labels)
-    assert (head.padding_free, head.alone) == (kind in WITHOUT_PADDING, kind == "fnet")
+    assert (head.padding_free, head.needs_equal_lengths) == (kind in WITHOUT_PADDING, kind == "fnet")
     rows, two = rows_for(), kind in ("bert", "electra", "albert")
     types_T = np.concatenate([np.arange(len(row)) > len(row) // 2 for row in rows]).astype(np.uint8) if two else None
     examples = examples_for(rows, values, types_T)
@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_those_that_transformers_takes(
     ids_RxL, mask_RxL = pad_rows(torch.from_numpy(np.concatenate(rows)), LENGTHS, tokenizer.pad_token_id)
     more = {"token_type_ids": pad_rows(torch.from_numpy(types_T).long(), LENGTHS, 0)[0]} if two else {}
     labels_N = torch.from_numpy(values)
-    if head.alone:
+    if head.needs_equal_lengths:
         losses = [
             plain(input_ids=torch.from_numpy(row)[None], labels=labels_N[i : i + 1]) for i, row in enumerate(rows)
         ]

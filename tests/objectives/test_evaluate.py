@@ -26,7 +26,7 @@ from minilm import Batch, Config, Data, Tokens
 from minilm.commands.evaluate import evaluate
 from minilm.config.serialization import to_dict
 from minilm.data.corpus import Examples
-from minilm.models.head import SparseHead
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.evaluation import EvaluationTotals, LanguageEvaluator, unigram_nats
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.objectives.objective import prepare

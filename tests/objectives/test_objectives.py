@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, P
 
 from minilm.config import MaskedLM
 from minilm.data.micro_batch import MicroBatch, loss_sum, target_losses
-from minilm.models.head import SparseHead
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.objectives.objective import objective_of
 from tests.reference import NO_EXAMPLES, pad_rows

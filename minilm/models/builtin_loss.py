@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from minilm.models.loading import evaluating, vocabulary_size
+from minilm.models.embeddings import vocabulary_size
+from minilm.models.temporary_changes import evaluation_mode
 from minilm.utils.progress import quiet_transformers
 
 log = logging.getLogger("minilm")
@@ -26,7 +27,7 @@ _NOTHING_ADDED = {
 }
 
 
-def check_own_loss(network: PreTrainedModel, *, trained: bool = True) -> None:
+def check_builtin_loss(network: PreTrainedModel, *, trained: bool = True) -> None:
     """Compare the model's own loss of a row with the cross entropy of its logits.
 
     If the two differ, raise a ValueError that names the field of the configuration that is the reason. Log a warning
@@ -63,7 +64,7 @@ def _compute_losses(network: PreTrainedModel) -> tuple[float | None, float | Non
     """Return the model's own loss of a row and the cross entropy that is nearest to it, or None for both."""
     ids_1xL = torch.arange(1, 1 + _ROW_TOKENS, device=network.device)[None] % vocabulary_size(network)
     try:
-        with evaluating(network), quiet_transformers():
+        with evaluation_mode(network), quiet_transformers():
             output: Any = network(input_ids=ids_1xL, labels=ids_1xL)
             logits_LxV, ids_L = output.logits.float()[0, :_ROW_TOKENS], ids_1xL[0]
             # A masked LM predicts the token itself, a causal one the next token.

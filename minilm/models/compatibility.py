@@ -11,15 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.special_ids import SPECIAL_ROLES, count_embedding_rows, encode_placeholder
+from minilm.models.embeddings import find_embedding
 from minilm.models.head import Head
-from minilm.models.loading import evaluating, find_embedding
+from minilm.models.temporary_changes import evaluation_mode
 
 log = logging.getLogger("minilm")
 
 _PART = 2**22  # ids that are looked at in one go
 
 
-def check_agreement(head: Head, prepared: PreparedData) -> None:
+def check_compatibility(head: Head, prepared: PreparedData) -> None:
     """Raise ValueError for examples that the model would read otherwise than transformers does, or not at all.
 
     Warns of special tokens that the model's configuration and the tokenizer name differently, of an end of text whose
@@ -35,7 +36,7 @@ def check_agreement(head: Head, prepared: PreparedData) -> None:
         _check_types(head.model, examples)
         for id in getattr(head.model, "read_before_padding", ()) if len(examples) else ():
             _check_ends(head.model, prepared.tokenizer, part, examples, id)
-        for id in head.misread if len(examples) else ():
+        for id in head.misread_ids if len(examples) else ():
             _check_inside(head, prepared.tokenizer, part, examples, id)
 
 
@@ -144,7 +145,7 @@ def _name_first(tokenizer: PreTrainedTokenizerBase, examples: Examples, id: int,
 
 def _can_read(network: PreTrainedModel, row: NDArray[np.int64]) -> bool:
     try:
-        with evaluating(network):
+        with evaluation_mode(network):
             network(input_ids=torch.from_numpy(row)[None].to(network.device))
     except (IndexError, RuntimeError, ValueError):
         return False

@@ -18,14 +18,14 @@ from transformers import (
 
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import (
-    check_beginnings,
+    check_prompts,
     classify,
+    escape_line_breaks,
     fill_mask,
     generate,
     load_causal_lm,
     load_classifier,
     load_masked_lm,
-    on_one_line,
 )
 
 
@@ -202,7 +202,7 @@ def test_what_the_tokenizer_does_not_know_is_said(causal, caplog):
     model, tokenizer = load_causal_lm(causal)
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
     with caplog.at_level("WARNING", logger="minilm"):
-        check_beginnings(model, tokenizer, ["qqq", "x"])
+        check_prompts(model, tokenizer, ["qqq", "x"])
         generate(model, tokenizer, ["qqq", "x"], max_new_tokens=1)
     assert [record.message for record in caplog.records] == [
         "3 of the 3 tokens of 'qqq' are unknown to the model's tokenizer"
@@ -210,7 +210,7 @@ def test_what_the_tokenizer_does_not_know_is_said(causal, caplog):
 
 
 def test_line_breaks_are_spelt_out():
-    assert on_one_line("a\r\nb") == "a\\r\\nb"
+    assert escape_line_breaks("a\r\nb") == "a\\r\\nb"
 
 
 def test_a_masked_lm_is_no_causal_lm(folder):

@@ -11,8 +11,10 @@ import minilm.models.attention
 from minilm.config import Model
 from minilm.data.packing import pack
 from minilm.models.attention import packed_attention
-from minilm.models.head import SparseHead, freeze_unused
-from minilm.models.loading import evaluating, load_model
+from minilm.models.head import freeze_unused
+from minilm.models.loading import load_model
+from minilm.models.sparse_head import SparseHead
+from minilm.models.temporary_changes import evaluation_mode
 from tests.tiny import tiny_config
 
 
@@ -27,7 +29,7 @@ def tiny(kind: str, auto: type, tokenizer: PreTrainedTokenizerBase, **fields: ob
 def test_rwkv_keeps_its_weights_over_an_evaluation(tokenizer: PreTrainedTokenizerBase) -> None:
     model = tiny("rwkv", AutoModelForCausalLM, tokenizer, num_hidden_layers=8).train()
     before = copy.deepcopy(model.state_dict())
-    with evaluating(model):
+    with evaluation_mode(model):
         model(torch.tensor([[7, 8, 9]]), use_cache=False)
         assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training
@@ -62,8 +64,8 @@ def test_big_bird_attends_in_full_from_the_start_and_says_so(
 
 
 def test_mobilebert_sees_padding_once_its_embedding_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert SparseHead(tiny("mobilebert", AutoModelForMaskedLM, tokenizer)).alone
-    assert not SparseHead(tiny("mpnet", AutoModelForMaskedLM, tokenizer)).alone
+    assert SparseHead(tiny("mobilebert", AutoModelForMaskedLM, tokenizer)).needs_equal_lengths
+    assert not SparseHead(tiny("mpnet", AutoModelForMaskedLM, tokenizer)).needs_equal_lengths
 
 
 @pytest.mark.parametrize("kind", ["opt", "xglm"])

@@ -16,7 +16,7 @@ def compile_layers(head: Head) -> None:
     Raises ValueError for a model without a list of layers.
     """
     if not head.layers:
-        raise ValueError(f"{type(head.model).__name__} has no list of layers to compile: leave run.compile out")
+        raise ValueError(f"{type(head.model).__name__} has no list of layers: leave run.compile out")
     for layer in head.layers:
         layer.compile(dynamic=True)
     if isinstance(head, SparseHead):

@@ -114,7 +114,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_of_a_batch_are_refused
     if longest == 16:
         assert load_model(model, tokenizer, **arguments).config.model_type == "phi3"
         return
-    with pytest.raises(ValueError, match=r"max_length=17: .* \(longrope\) .* more than 16 tokens.* Lower it to 16"):
+    with pytest.raises(ValueError, match=r"max_length=17 .* \(longrope\) .* more than 16 tokens.* Lower it to 16"):
         load_model(model, tokenizer, **arguments)
 
 

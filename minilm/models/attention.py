@@ -111,7 +111,7 @@ def _attend_at_once(
     """
     near = -1 if window is None else window - 1
     query_TxAxD, key_TxAxD, value_TxAxD = (x if x.stride(-1) == 1 else x.contiguous() for x in states)
-    if packing.longest <= SHORT_ROW_TOKENS and query_TxAxD.shape[-1] in short_rows.SIZES:
+    if packing.longest <= SHORT_ROW_TOKENS and query_TxAxD.shape[-1] in short_rows.HEAD_SIZES:
         scaling = query_TxAxD.shape[-1] ** -0.5 if scaling is None else scaling
         reach = SHORT_ROW_TOKENS if window is None else near
         short: Tensor = short_rows.attend_short_rows(

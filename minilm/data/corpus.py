@@ -28,8 +28,8 @@ from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 
 _T = TypeVar("_T", bound=np.generic)
-# The number of documents that are cut into examples at a time. The arrays in between need several times the memory of
-# the result.
+# The number of documents that are cut into examples at a time. Intermediate arrays need several times the memory of the
+# result.
 _CHUNK_DOCUMENTS = 2**20
 
 
@@ -43,9 +43,9 @@ class Examples:
     ids: NDArray[np.integer] | ArrayFile
     """Integers [I], in the order of the documents."""
     start: NDArray[np.int64]
-    """int64[E]."""
+    """int64[E], where each example begins in `ids`."""
     stop: NDArray[np.int64]
-    """int64[E]."""
+    """int64[E], where it ends."""
     prefix: NDArray[np.int64]
     """The special tokens at the beginning of each example."""
     suffix: NDArray[np.int64]
@@ -174,7 +174,9 @@ def encode(
     start, stop = _cut_into_examples(np.load(folder / "offsets.npy"), room, layout, overflow)
     special_tokens = read_special_tokens(folder, tokenizer, name)
     if len(start) == 0:
-        raise ValueError(f"the {name} hold no token that could be a target: every document is empty once encoded")
+        raise ValueError(
+            f"the {name} hold no token to predict, since all are empty once encoded. Give other documents."
+        )
     return Examples(
         ids=ArrayFile(folder / "ids.npy"),
         start=start,

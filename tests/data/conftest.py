@@ -16,7 +16,7 @@ def wordpiece(documents: Dataset) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(params=["tokenizer", "wordpiece", "unigram"])
-def either(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+def each_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     """A tokenizer of each kind in turn."""
     return request.getfixturevalue(request.param)
 

@@ -31,7 +31,7 @@ def _same(a: Step, b: Step) -> bool:
 
 
 def _padded(lengths: Ids, micro_batches: list[list[Ids]], multiple: int = 1) -> int:
-    """Tokens of the tensors that the collator makes; one without examples is a single row of padding."""
+    """Count the tokens of the collator's tensors. A tensor without examples is a single row of padding."""
     widths = [(max(1, len(p)), max(lengths[p], default=1)) for parts in micro_batches for p in parts]
     return sum(rows * math.ceil(width / multiple) * multiple for rows, width in widths)
 
@@ -131,7 +131,7 @@ def test_padded_micro_batches_fit_and_each_process_gets_the_same_number(
 @given(sizes, st.integers(1, 300), st.integers(1, 4))
 @example(np.array([100, *[30] * 6]), 60, 1)
 @example(np.array([5, 6]), 100, 4)
-@example(np.array([3, 3, 2]), 4, 1)  # their sum fits into two, but no two of them into one
+@example(np.array([3, 3, 2]), 4, 1)  # together they would fit into two, but no two fit into one
 def test_micro_batches_without_padding_fit_and_are_balanced(lengths: Ids, micro_tokens: int, processes: int) -> None:
     ids = np.arange(len(lengths)) * 3  # ids are not positions
     parts = cut_into_micro_batches(ids, lengths, micro_tokens, processes)
@@ -266,7 +266,7 @@ def test_no_process_gets_more_work_than_another(padded: bool) -> None:
     tokens = np.array([[count(SKEWED, [mine]) for mine in step] for step in steps])
     attention = np.array([[(SKEWED[np.concatenate(mine)] ** 2).sum() for mine in step] for step in steps])
     assert (tokens.max(1) / tokens.mean(1)).max() < (1.08 if padded else 1.02)
-    assert (attention.max(1) / attention.mean(1)).mean() < 1.08  # the longest do not always fall to the same one
+    assert (attention.max(1) / attention.mean(1)).mean() < 1.08  # the same process does not always get the longest
 
 
 def _rank_of_each(plan: Plan, index: int) -> NDArray[np.int64]:

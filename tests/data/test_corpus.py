@@ -32,15 +32,15 @@ def _middles(examples: Examples) -> list[list[int]]:
 
 @pytest.mark.parametrize("max_length", [8, 17, 512])
 def test_split_drops_no_token_and_cuts_into_the_fewest_nearly_equal_pieces(
-    documents: Dataset, either: PreTrainedTokenizerBase, max_length: int, monkeypatch: pytest.MonkeyPatch
+    documents: Dataset, each_tokenizer: PreTrainedTokenizerBase, max_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(minilm.data.corpus, "_CHUNK_DOCUMENTS", 7)
-    examples = encode(documents, either, max_length=max_length)
+    examples = encode(documents, each_tokenizer, max_length=max_length)
     rows = [examples[i].tolist() for i in range(len(examples))]
     assert examples.lengths.tolist() == [len(row) for row in rows]
-    assert all((row[0], row[-1]) == (either.cls_token_id, either.sep_token_id) for row in rows)
+    assert all((row[0], row[-1]) == (each_tokenizer.cls_token_id, each_tokenizer.sep_token_id) for row in rows)
     pieces = iter(_middles(examples))
-    for ids in _plain(either, documents):
+    for ids in _plain(each_tokenizer, documents):
         own = [next(pieces) for _ in range(-(-len(ids) // (max_length - 2)))]
         sizes = [len(piece) for piece in own]
         assert _joined(own) == ids
@@ -51,19 +51,19 @@ def test_split_drops_no_token_and_cuts_into_the_fewest_nearly_equal_pieces(
 
 @pytest.mark.parametrize("max_length", [8, 17, 512])
 def test_truncation_is_that_of_transformers(
-    documents: Dataset, either: PreTrainedTokenizerBase, max_length: int
+    documents: Dataset, each_tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> None:
-    examples = encode(documents, either, max_length=max_length, overflow="truncate")
-    reference = either([*documents["text"]], truncation=True, max_length=max_length)["input_ids"]
+    examples = encode(documents, each_tokenizer, max_length=max_length, overflow="truncate")
+    reference = each_tokenizer([*documents["text"]], truncation=True, max_length=max_length)["input_ids"]
     assert [examples[i].tolist() for i in range(len(examples))] == reference
 
 
 @pytest.mark.parametrize("max_length", [8, 17, 512])
 def test_blocks_are_the_joined_documents_cut_into_full_rows(
-    documents: Dataset, either: PreTrainedTokenizerBase, max_length: int
+    documents: Dataset, each_tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> None:
-    examples = encode(documents, either, max_length=max_length, layout="blocks")
-    joined = _joined([*ids, either.sep_token_id] for ids in _plain(either, documents))
+    examples = encode(documents, each_tokenizer, max_length=max_length, layout="blocks")
+    joined = _joined([*ids, each_tokenizer.sep_token_id] for ids in _plain(each_tokenizer, documents))
     assert _joined(_middles(examples)) == joined
     assert set(examples.lengths[:-1]) == {max_length}
     assert 2 < examples.lengths[-1] <= max_length
@@ -71,11 +71,11 @@ def test_blocks_are_the_joined_documents_cut_into_full_rows(
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
 def test_counts_include_the_separators_between_documents(
-    documents: Dataset, either: PreTrainedTokenizerBase, layout: str
+    documents: Dataset, each_tokenizer: PreTrainedTokenizerBase, layout: str
 ) -> None:
-    counts = encode(documents, either, max_length=17, layout=layout).count_ids(len(either))
-    expected = np.bincount(_joined(_plain(either, documents)), minlength=len(either))
-    expected[either.sep_token_id] += len(documents) if layout == "blocks" else 0
+    counts = encode(documents, each_tokenizer, max_length=17, layout=layout).count_ids(len(each_tokenizer))
+    expected = np.bincount(_joined(_plain(each_tokenizer, documents)), minlength=len(each_tokenizer))
+    expected[each_tokenizer.sep_token_id] += len(documents) if layout == "blocks" else 0
     assert counts.tolist() == expected.tolist()
 
 

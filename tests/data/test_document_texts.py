@@ -45,10 +45,10 @@ def test_texts_are_hashed_once_for_each_state_of_their_files(
     assert len(set(first)) == len(read) == 3
     assert keys() == first
     assert read == []
-    write("two line\nor other\n", 1)  # of the same size and time
+    write("two line\nor other\n", 1)  # the same size and time
     assert len({*first, *keys()}) == 6
     write("one line\nan other\n", 3)
-    assert keys() == first  # they are of the content
+    assert keys() == first  # the keys depend on the content alone
     assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"fingerprint", "rows"}
 
 

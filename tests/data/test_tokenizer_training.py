@@ -14,7 +14,8 @@ from tests.languages import EVERYTHING
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 thorough = settings(deadline=None, max_examples=100)
-BYTES = len(SPECIAL) + 256  # the pieces of a Unigram vocabulary that are not learnt
+# The pieces of a Unigram vocabulary that are not learnt.
+BYTES = len(SPECIAL) + 256
 
 
 @thorough
@@ -40,7 +41,7 @@ def test_a_text_that_looks_like_the_name_of_a_token_is_read_as_text(
 def test_training_depends_only_on_the_documents_and_survives_saving(
     documents: Dataset, kind: str, causal: bool, tmp_path: Path
 ) -> None:
-    """The order of the documents must not matter either. Words are counted in hash tables, whose order varies."""
+    """The order of the documents must not matter either: words are counted in hash tables, whose order varies."""
     tied = Dataset.from_dict({"text": EVERYTHING})
     for some, size in ((documents, 320), (tied, 330)):
         first = train_tokenizer(some, kind, size, causal=causal)
@@ -120,7 +121,7 @@ def test_unigram_learns_from_a_sample_of_a_long_text(documents: Dataset, monkeyp
     vocabulary = {piece for piece, _ in json.loads(sampled[0])["model"]["vocab"]}
     assert vocabulary != set(whole)
     assert len(vocabulary & set(whole)) > 300
-    rare = Dataset.from_dict({"text": [f"word{number}" for number in range(1000)]})  # of which none occurs twice
+    rare = Dataset.from_dict({"text": [f"word{number}" for number in range(1000)]})  # none occurs twice
     assert "word" in train_tokenizer(rare, "unigram", 320).get_vocab()
 
 
@@ -140,11 +141,11 @@ def test_a_trained_tokenizer_has_the_requested_size_and_the_special_tokens(
     assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3, 4]
 
 
-def test_special_tokens_stand_around_one_text_and_between_two(either: PreTrainedTokenizerBase) -> None:
-    cls, sep = [either.cls_token_id], [either.sep_token_id]
-    a, b = (either(text, add_special_tokens=False)["input_ids"] for text in ("the list", "a file"))
-    assert either("the list")["input_ids"] == cls + a + sep
-    pair = either("the list", "a file", return_token_type_ids=True)
+def test_special_tokens_stand_around_one_text_and_between_two(each_tokenizer: PreTrainedTokenizerBase) -> None:
+    cls, sep = [each_tokenizer.cls_token_id], [each_tokenizer.sep_token_id]
+    a, b = (each_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the list", "a file"))
+    assert each_tokenizer("the list")["input_ids"] == cls + a + sep
+    pair = each_tokenizer("the list", "a file", return_token_type_ids=True)
     assert pair["input_ids"] == cls + a + sep + b + sep
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
 

@@ -74,7 +74,7 @@ LLAMA = {
 
 
 def words_of(*words: str, unknown: str | None = None, ids: list[int] | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, `ids` their numbers, by default those after the special tokens'."""
+    """Return a tokenizer of whole words. `ids` are their ids, by default those after the special tokens."""
     numbers = ids or [len(SPECIAL) + i for i in range(len(words))]
     vocabulary = {**{token: i for i, token in enumerate(SPECIAL)}, **dict(zip(words, numbers, strict=True))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown or "none"))
@@ -99,7 +99,7 @@ def digits() -> PreTrainedTokenizerFast:
 
 
 def begun() -> PreTrainedTokenizerFast:
-    """As Llama's: a token before the text and none after it, and a space that is put before each text."""
+    """Return a tokenizer as Llama's: it puts a token and a space before each text, and no token after it."""
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("▁", -1.0), ("▁A", -1.0)], 0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -344,7 +344,7 @@ REFUSED: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
 
 
 def ended(single: str = "$A </s>") -> PreTrainedTokenizerBase:
-    """As BART's: its texts end with </s>."""
+    """Return a tokenizer as BART's, whose texts end with </s>."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
     backend.decoder = decoders.ByteLevel()
@@ -379,7 +379,7 @@ def test_a_text_that_the_model_would_misread_is_found_before_the_first_step(situ
 
 
 def typed(cls: int = 0, text: int = 0) -> PreTrainedTokenizerBase:
-    """As BERT's: it gives token types, 1 to a second text."""
+    """Return a tokenizer as BERT's, which gives a second text the token type 1."""
     tokenizer = words_of(*"0123456789", "and", "make", unknown="[UNK]")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"[CLS]:{cls} $A:{text} [SEP]:{text}",
@@ -397,7 +397,7 @@ def typed(cls: int = 0, text: int = 0) -> PreTrainedTokenizerBase:
 
 
 def on_pairs(folder: Path, tokenizer: PreTrainedTokenizerBase, model: Model) -> Config:
-    """A short run on pairs, with this tokenizer."""
+    """Return the configuration of a short run on pairs with this tokenizer."""
     rows = [{"a": f"{i % 10} and {i % 7}", "b": f"make {i % 9}", "label": i % 2} for i in range(24)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -24,7 +24,7 @@ MODELS = {
             "layer_types": ["full_attention", "sliding_attention"],
         },
     ),
-    "padded": Model(  # its attention is its own, and needs padding
+    "padded": Model(  # its own attention code needs padding
         type="mpnet",
         config={
             "hidden_size": 32,
@@ -45,7 +45,7 @@ CONFIG = Config(
     optim=Optim(lr=1e-3),
     run=Run(max_steps=60, precision="fp32"),
 )
-# (processes, micro_tokens): what that makes of most steps, processes x micro-batches.
+# For (processes, micro_tokens), how most steps are cut: processes x micro-batches.
 LAYOUTS = {(1, 256): "1x2", (1, 128): "1x4", (1, 64): "1x8", (1, 48): "1x12", (2, 128): "2x2", (4, 4096): "4x1"}
 
 
@@ -67,7 +67,7 @@ def changed(config: Config, folder: Path, micro_tokens: int = 4096, model: str =
 
 @pytest.fixture(scope="module")
 def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], Path]:
-    """The output folders of a run of each model in each layout, and in one micro-batch on one process."""
+    """Return the output folders of runs: each model in each layout, and in one micro-batch on one process."""
     folder = tmp_path_factory.mktemp("runs")
     everything = [(model, *layout) for model in MODELS for layout in ((1, 4096), *LAYOUTS)]
     finish_all(
@@ -77,7 +77,7 @@ def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 def apart(ours: Path, reference: Path) -> float:
-    """The largest relative difference of a step's loss or gradient norm, or of an evaluation; all else is equal."""
+    """Return the largest relative difference of a loss, gradient norm or evaluation. Check that all else is equal."""
     steps, evaluations = read_log(ours)
     expected_steps, expected_evaluations = read_log(reference)
     assert len(steps) == len(expected_steps) == 60
@@ -99,7 +99,7 @@ def test_neither_processes_nor_micro_batches_change_the_update(
 ) -> None:
     difference = apart(runs(model, *layout), runs(model, 1, 4096))
     figure(f"{LAYOUTS[layout]} {model}: {difference:.0e}")
-    assert 0 < difference <= 1e-5  # none at all would mean that the layouts were one
+    assert 0 < difference <= 1e-5  # no difference at all would mean that the layouts were the same
 
 
 def test_a_launched_run_has_the_same_updates(runs: Callable[[str, int, int], Path], tmp_path: Path) -> None:

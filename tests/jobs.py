@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 import minilm.distributed.launch
 import minilm.train
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
-from minilm.commands.recipe import guarded
+from minilm.commands.recipe import exit_on_error
 from minilm.utils.signals import interrupt_on_signals
 from tests.launch import ROOT
 
@@ -269,11 +269,11 @@ def fork(work: Callable[[], int], stderr: Path, processes: int) -> list[psutil.P
 def _train(config: Config, planted: str) -> int:
     exec(planted, {})
     try:
-        guarded(interrupt_on_signals()(lambda: _discard(minilm.train.train(config))))
+        exit_on_error(interrupt_on_signals()(lambda: _discard(minilm.train.train(config))))
     except SystemExit as end:
         return int(end.code or 0)
     return 0
 
 
 def _discard(result: object) -> None:
-    """Do nothing with the result: `guarded` takes a function that returns nothing."""
+    """Do nothing with the result: `exit_on_error` takes a function that returns nothing."""

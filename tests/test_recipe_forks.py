@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedTokenizerBase
 
 from minilm import Batch, Config, Data, Model, Optim, Run
-from minilm.commands.seeds import sweep
+from minilm.commands.seeds import train_seeds
 from minilm.data.micro_batch import collate_all_targets, target_losses
 from minilm.objectives.masked_lm import MaskedCollator
 from recipes import fork_electra, fork_minilm
@@ -188,7 +188,7 @@ def test_forks_run_under_a_launcher_on_two_processes(
 
 def test_a_fork_is_swept_over_seeds(configs: dict[str, Config], tmp_path: Path) -> None:
     run = replace(configs["fork_electra"].run, max_steps=2, output_dir=str(tmp_path / "out"))
-    summary = sweep(replace(configs["fork_electra"], run=run), "fork", [0, 1], fork_electra.train)
+    summary = train_seeds(replace(configs["fork_electra"], run=run), "fork", [0, 1], fork_electra.train)
     assert summary["steps"] == {"mean": 2.0, "std": 0.0, "values": {"0": 2, "1": 2}}
     first, second = (losses(tmp_path / "out" / f"seed-{seed}") for seed in (0, 1))
     assert not torch.equal(first, second)

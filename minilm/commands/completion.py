@@ -1,4 +1,4 @@
-"""Scripts that let a shell complete the words of `minilm` and of recipes. Imports no torch."""
+"""Scripts with which a shell completes the words of `minilm` and of recipes. This module does not import torch."""
 
 import argparse
 import contextlib
@@ -9,13 +9,13 @@ from typing import Annotated, Any
 from minilm.config import Config
 from minilm.utils.validation import check
 
-# The name of tyro's flag for the same purpose.
-RECIPE = "--tyro-print-completion"
+# tyro has a flag of this name for the same purpose.
+COMPLETION_FLAG = "--tyro-print-completion"
 SHELLS = ("bash", "zsh")
 # The constants of shtab for the metavars of files and folders.
 _FILES = {"FILE": "FILE", "DIR": "DIRECTORY", "OUT": "DIRECTORY"}
 
-# tyro's script completes a recipe that is itself the command. This function finds a recipe after a launcher's name.
+# tyro's script completes a recipe only where the recipe is the command. This function finds it after a launcher.
 _LAUNCHED = """
 _minilm_launched() {
   local at name
@@ -35,7 +35,7 @@ complete -o default -F _minilm_launched accelerate torchrun python python3
 
 
 class PrintCompletion(argparse.Action):
-    """Print the script for a parser with commands, and exit."""
+    """The action of `--completion`: print the script for a parser with subcommands, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
@@ -51,15 +51,15 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def recipe_completion(default: Config, name: str, shell: str) -> str:
-    """Return the script for the recipe with this file name, with all flags of a configuration and of `run_recipe`.
+def build_recipe_completion(default: Config, name: str, shell: str) -> str:
+    """Return the completion script for the recipe with this file name.
 
-    In bash it also completes the flags of a recipe after `accelerate`, `torchrun` and `python`. Raise ValueError for an
-    unknown shell.
+    The script has all flags of a configuration and of `run_recipe`. In bash it also completes the flags of a recipe
+    after `accelerate`, `torchrun` and `python`. Raise ValueError for an unknown shell.
     """
     import tyro
 
-    check(shell in SHELLS, f"{RECIPE} must be one of {', '.join(SHELLS)}, not {shell}")
+    check(shell in SHELLS, f"{COMPLETION_FLAG} must be one of {', '.join(SHELLS)}, not {shell}")
     switch = tyro.conf.FlagCreatePairsOff[bool]
     own: list[tuple[str, Any, Any]] = [
         ("dry_run", Annotated[switch, tyro.conf.arg(help="Describe the run.")], False),
@@ -71,5 +71,5 @@ def recipe_completion(default: Config, name: str, shell: str) -> str:
     command: Any = dataclasses.make_dataclass("Command", fields, bases=(Config,), frozen=True, kw_only=True)
     plain, script = (tyro.conf.AvoidSubcommands,), io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
-        tyro.cli(command, default=command(**vars(default)), args=[RECIPE, shell], prog=name, config=plain)
+        tyro.cli(command, default=command(**vars(default)), args=[COMPLETION_FLAG, shell], prog=name, config=plain)
     return script.getvalue() + (_LAUNCHED if shell == "bash" else "")

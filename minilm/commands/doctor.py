@@ -1,4 +1,4 @@
-"""`minilm doctor`: what this machine offers to a run, what a run would choose, and what to mend before one."""
+"""`minilm doctor`: what this machine has, what a run would choose on it, and what to mend first."""
 
 import math
 import os
@@ -22,25 +22,32 @@ from torch.multiprocessing.spawn import spawn
 from minilm.distributed.hardware import choose_precision, describe, device_peak, usable_processors
 from minilm.utils.cache import CacheError, get_cache_folder
 
-_PATIENCE = 120.0  # seconds for processes to meet, which takes a few on a machine that has nothing else to do
-_TOGETHER = 2  # processes that are to meet
-_LITTLE = 2e9  # bytes of memory or disk below which the small recipes do not fit
-_EXTRAS = {"peft": "LoRA", "matplotlib": "report --png"}  # what else is made use of
+# Seconds within which two processes must connect. An idle machine needs a few.
+_TIMEOUT_SECONDS = 120.0
+# Number of processes that connect in the check.
+_PROCESSES = 2
+# Bytes of memory or disk below which the small recipes do not fit.
+_LOW_BYTES = 2e9
+# Optional packages, and what needs them.
+_EXTRAS = {"peft": "LoRA", "matplotlib": "report --png"}
+# This file exists where the driver of an NVIDIA GPU is loaded.
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report."""
+    """The result of one check; one line of the output."""
 
     what: str
+    """What was checked, in one word."""
     found: str
+    """What the check found."""
     fix: str = ""
-    """What to do; empty where all is well."""
+    """What to do; empty if nothing is wrong."""
 
 
-def findings() -> Iterator[Finding]:
-    """One after the other as they are found; two processes that meet, which takes seconds, come last."""
+def check_machine() -> Iterator[Finding]:
+    """Yield the result of each check as soon as it is known. The slowest check, of two processes, comes last."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     yield _hardware(device)
     yield _precision(device)
@@ -73,7 +80,7 @@ def _precision(device: torch.device) -> Finding:
 
 
 def _memory(device: torch.device) -> Finding:
-    """Free and all, of the GPU or of the machine; less where the container of the process is allowed less."""
+    """Check the free memory of the GPU, or that of the machine within the limit of this container."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         where = "of the GPU"
@@ -83,41 +90,43 @@ def _memory(device: torch.device) -> Finding:
             sizes = {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
             free, total, where = sizes["MemAvailable"], sizes["MemTotal"], "of the machine"
         except (OSError, KeyError, ValueError):
-            return Finding(what="memory", found="unknown: this system does not tell")
-        limit = _number("/sys/fs/cgroup/memory.max")
+            return Finding(what="memory", found="unknown: /proc/meminfo cannot be read")
+        limit = _read_number("/sys/fs/cgroup/memory.max")
         if limit is not None and limit < total:
-            left = limit - (_number("/sys/fs/cgroup/memory.current") or 0)
+            left = limit - (_read_number("/sys/fs/cgroup/memory.current") or 0)
             free, total, where = min(free, left), limit, "allowed here"
-    fix = "end other programs, or lower --batch.micro-tokens" if free < _LITTLE else ""
+    fix = "end other programs, or lower --batch.micro-tokens" if free < _LOW_BYTES else ""
     return Finding(what="memory", found=f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB {where}", fix=fix)
 
 
-def _number(path: str) -> int | None:
+def _read_number(path: str) -> int | None:
+    """Return the number in a file; None if there is none. In memory.max, the word `max` means no limit."""
     try:
         return int(Path(path).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # `max` stands for no limit
+    except (OSError, ValueError):
         return None
 
 
 def _threads() -> Finding:
     threads, usable = torch.get_num_threads(), usable_processors()
     found = f"{threads} for one process, {usable} processors to use"
-    if (busy := _busy()) > 0.5:
+    busy = _busy_processors()
+    if busy > 0.5:
         left = max(1, usable - math.ceil(busy - 0.5))
         found += (
-            f"; other programs take {busy:.1f} of them now, for which a run's threads wait: end those, or start by "
-            f"OMP_NUM_THREADS={left} python in place of accelerate launch"
+            f"; other programs take {busy:.1f} of them now, and a run's threads wait for these: end the programs, or "
+            f"start a recipe with OMP_NUM_THREADS={left} python in place of accelerate launch"
         )
     fix = ""
     if threads < usable and busy <= 0.5 and os.environ.get("OMP_NUM_THREADS"):
-        fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} holds a process started without launcher down: unset it"
+        fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} slows a process without launcher down: unset it"
     elif threads > usable:
-        fix = f"set OMP_NUM_THREADS={usable}: more threads than processors wait for each other"
+        fix = f"set OMP_NUM_THREADS={usable}: with more threads than processors, threads wait for each other"
     return Finding(what="threads", found=found, fix=fix)
 
 
-def _busy(seconds: float = 0.5) -> float:
-    """How many of the processors that this process may run on were at work for others just now."""
+def _busy_processors(seconds: float = 0.5) -> float:
+    """Return how many of the processors of this process other programs use, measured over so many seconds."""
     shares = psutil.cpu_percent(seconds, percpu=True)
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
     busy: float = sum(share for number, share in enumerate(shares) if number in ours) / 100
@@ -125,26 +134,26 @@ def _busy(seconds: float = 0.5) -> float:
 
 
 def _versions() -> Finding:
-    """Of Python and of what minilm requires."""
+    """Check the versions of Python and of the packages that minilm requires."""
     names, wrong = [], []
     for required in map(Requirement, requires("minilm") or []):
         if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
         try:
-            have = version(required.name)
+            installed = version(required.name)
         except PackageNotFoundError:
-            have = "missing"
-        names.append(f"{required.name} {have}")
-        if have == "missing" or not required.specifier.contains(have, prereleases=True):
+            installed = "missing"
+        names.append(f"{required.name} {installed}")
+        if installed == "missing" or not required.specifier.contains(installed, prereleases=True):
             wrong.append(f'"{required}"')
-    extras = [f"{name} {'is' if find_spec(name) else 'not'} there for {use}" for name, use in _EXTRAS.items()]
+    extras = [f"{name} for {use} {'is' if find_spec(name) else 'is not'} installed" for name, use in _EXTRAS.items()]
     found = f"Python {sys.version.split()[0]}, {', '.join(names)}; {', '.join(extras)}"
     return Finding(what="versions", found=found, fix=f"pip install {' '.join(wrong)}" if wrong else "")
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free
-    fix = "free some, or give --run.output-dir on another disk" if free < _LITTLE else ""
+    fix = "free some, or give --run.output-dir on another disk" if free < _LOW_BYTES else ""
     return Finding(what="disk", found=f"{free / 1e9:.1f} GB free in {Path.cwd()}", fix=fix)
 
 
@@ -160,43 +169,45 @@ def _caches() -> Iterator[Finding]:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(folder).free
         found = f"{folder}: {size / 1e9:.2f} GB of prepared data and tokenizers, {free / 1e9:.1f} GB free"
-        yield Finding(what="cache", found=found, fix="set HF_HOME to a folder with room" if free < _LITTLE else "")
+        yield Finding(what="cache", found=found, fix="set HF_HOME to a folder with room" if free < _LOW_BYTES else "")
     offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name, "0") not in ("0", "")]
-    said = (
-        f"not asked: {' and '.join(offline)} set" if offline else "asked for models and data that are not in its cache"
-    )
-    yield Finding(what="hub", found=said)
+    if offline:
+        found = f"not used: {' and '.join(offline)} set"
+    else:
+        found = "used for models and data that are not in its cache"
+    yield Finding(what="hub", found=found)
 
 
 def _processes() -> Finding:
-    """Whether two processes on CPUs find each other, as those of a launcher have to."""
+    """Check that two processes on CPUs connect, as the processes of a launcher must."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        job = spawn(_meet, (folder,), nprocs=_TOGETHER, join=False)  # type: ignore[no-untyped-call]
+        job = spawn(_sum_ranks, (folder,), nprocs=_PROCESSES, join=False)  # type: ignore[no-untyped-call]
         try:
-            while not (ended := job.join(1.0)) and time.perf_counter() - start < _PATIENCE:
+            while not (ended := job.join(1.0)) and time.perf_counter() - start < _TIMEOUT_SECONDS:
                 pass
-            said = "" if ended else f"no answer within {_PATIENCE:g} seconds"
-        except Exception as error:  # of one of the processes, with its traceback
-            said = str(error).strip().splitlines()[-1]
+            problem = "" if ended else f"no answer within {_TIMEOUT_SECONDS:g} seconds"
+        except Exception as error:
+            # The message ends with the last line of the traceback of one process.
+            problem = str(error).strip().splitlines()[-1]
         finally:
             for process in job.processes:
                 process.kill()
                 process.join()
-    if not said:
-        found = f"{_TOGETHER} found each other over gloo, {time.perf_counter() - start:.1f} s"
+    if not problem:
+        found = f"{_PROCESSES} connected over gloo in {time.perf_counter() - start:.1f} s"
         return Finding(what="processes", found=found)
-    fix = "let local connections through; where the host's own name does not resolve, set GLOO_SOCKET_IFNAME=lo"
-    return Finding(what="processes", found=f"{_TOGETHER} did not find each other ({said})", fix=fix)
+    fix = "allow local connections; if the name of this host does not resolve, set GLOO_SOCKET_IFNAME=lo"
+    return Finding(what="processes", found=f"{_PROCESSES} did not connect ({problem})", fix=fix)
 
 
-def _meet(rank: int, folder: str) -> None:
-    """Add up the ranks with the other process."""
+def _sum_ranks(rank: int, folder: str) -> None:
+    """Connect to the other process and add up the ranks with it."""
     store = f"file://{folder}/store"
-    wait = timedelta(seconds=_PATIENCE)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=_TOGETHER, timeout=wait)
+    timeout = timedelta(seconds=_TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=_PROCESSES, timeout=timeout)
     total = torch.tensor([rank + 1])
     dist.all_reduce(total)
     dist.destroy_process_group()
-    if total.item() != sum(range(_TOGETHER + 1)):
+    if total.item() != sum(range(_PROCESSES + 1)):
         raise RuntimeError(f"the sum over the processes is {total.item()}")

@@ -1,4 +1,4 @@
-"""Evaluate a trained model, on other data or as its run did."""
+"""Evaluate a trained model, on other documents or on those of its run."""
 
 import json
 import logging
@@ -24,8 +24,8 @@ from minilm.runs.verify_head import verify_head
 
 log = logging.getLogger("minilm")
 
-# Maximum length of an example in tokens, for a model without a run.json that can read as many.
-_LENGTH = 512
+# Maximum length of an example in tokens for a model without a run.json, unless the model has fewer positions.
+_MAX_LENGTH = 512
 _OBJECTIVES: dict[Any, type] = {
     AutoModelForMaskedLM: MaskedLM,
     AutoModelForCausalLM: CausalLM,
@@ -39,9 +39,9 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
 
     The model's run.json gives the settings: the objective, the length of examples, the precision. Without a run.json
     the objective follows from the model's class, examples have at most 512 tokens, and all other settings are the
-    defaults of `minilm.config`. Labels mean what the model was trained for. Without `data`, the evaluation of the run
-    is repeated, with a warning for each file that has changed since. Raise ValueError without both `data` and run.json,
-    and for labels that the model was not trained for.
+    defaults of `minilm.config`. Labels keep the numbers that the model was trained with. Without `data`, the function
+    repeats the evaluation of the run, and warns of each file that has changed since. Raise ValueError if `data` and
+    run.json are both missing, and for labels that the model was not trained with.
     """
     config = _build_config(str(name), data)
     objective = objective_of(config.objective)
@@ -92,9 +92,9 @@ def _warn_of_changes(run: Path, data: Data) -> None:
 
 
 def _by_file(source: str, facts: Any) -> dict[str, dict[str, Any]]:
-    """Return by file what `fingerprint_sources` records of a source's content, without times.
+    """Return by file name what `fingerprint_sources` records about the content of a source, without times.
 
-    A hub dataset has a single entry under the name of the source.
+    A hub dataset has a single entry, under the name of the source.
     """
     files = facts if isinstance(facts, list) else [{"file": source, **facts}]
     return {file["file"]: {k: v for k, v in file.items() if k not in ("file", "modified_ns")} for file in files}
@@ -108,7 +108,7 @@ def _build_config(name: str, data: Data | None) -> Config:
     elif data is None:
         raise ValueError(f"{name} has no run.json that names evaluation documents: give --data.source")
     else:
-        objective = objective_for(name)
+        objective = infer_objective(name)
         length = _find_length(name, objective_of(objective).auto)
         config = Config(objective=objective, batch=Batch(max_length=length))
     if isinstance(config.objective, Classification):
@@ -128,13 +128,13 @@ def _find_length(name: str, auto: Any) -> int:
     # On the meta device a model has shapes but no weights.
     with torch.device("meta"):
         network = auto.from_config(config)
-    return min(_LENGTH, longest_input(network) or _LENGTH)
+    return min(_MAX_LENGTH, longest_input(network) or _MAX_LENGTH)
 
 
 def _find_problem(name: str) -> Any:
     """Return the problem that a classifier was trained for.
 
-    Like transformers, it takes a classifier with one output and without a `problem_type` for a regression.
+    Like transformers, treat a classifier with one output and without a `problem_type` as a regression.
     """
     config = load_configuration(name)
     if config.problem_type is None and config.num_labels == 1:
@@ -142,7 +142,7 @@ def _find_problem(name: str) -> Any:
     return _PROBLEMS.get(config.problem_type, "single-label")
 
 
-def objective_for(name: str) -> Any:
+def infer_objective(name: str) -> Any:
     """Return the objective of a model's class, with default settings. Raise ValueError for a class without one."""
     config = load_configuration(name)
     for auto, settings in _OBJECTIVES.items():

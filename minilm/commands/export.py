@@ -1,4 +1,4 @@
-"""A model by itself, without what a run keeps beside it: as safetensors, or as ONNX for runtimes without PyTorch.
+"""Export a model alone: as safetensors, or as ONNX for runtimes without PyTorch.
 
 Axes: N rows, T tokens.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.commands.evaluate import objective_for
+from minilm.commands.evaluate import infer_objective
 from minilm.config import CausalLM, Classification, MaskedLM
 from minilm.data.special_ids import count_embedding_rows
 from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
@@ -29,43 +29,46 @@ _LOADERS: dict[type, Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizer
     Classification: load_classifier,
 }
 _WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json")
-# What loads a tokenizer, and what says how the model is used.
-_BESIDE = (
+# Files that load a tokenizer, or say how the model is used.
+_OTHER_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
     "additional_chat_templates/*.jinja",
 )
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_LARGEST = 1.8e9  # bytes of weights within an ONNX file, which cannot hold 2 GiB
-_TOLERANCE = 1e-4  # between the logits of both, relative to the largest one if that is above 1
+# Largest size of weights in bytes inside an ONNX file, which cannot hold 2 GiB. Larger weights get a separate file.
+_LARGEST = 1.8e9
+# Allowed difference between the logits of both models, relative to the largest logit if that is above 1.
+_TOLERANCE = 1e-4
 
 
 def export_model(source: str | Path, output: str | Path, kind: str) -> Path:
-    """Write the model in the folder `source` to the folder `output`, as `safetensors` or `onnx`; returns that folder.
+    """Write the model in the folder `source` to the folder `output`, as `safetensors` or `onnx`, and return `output`.
 
-    It gets the weights, the configuration and the tokenizer; those of safetensors are copied bit for bit. `output`
-    appears when all of it is on disk. Raises ValueError when `source` holds no whole model, when `output` is not empty,
-    and when the model cannot be told in ONNX so that it gives the same logits.
+    The new folder has the weights, the configuration and the tokenizer. Safetensors are copied bit for bit. `output`
+    appears only when all of it is on disk. Raise ValueError if `source` does not hold a complete model, if `output` is
+    not empty, or if the ONNX model does not give the same logits.
     """
     folder, target = Path(source).expanduser(), Path(output).expanduser()
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a model: there is no config.json (did its run finish?)")
+        raise ValueError(f"{folder} does not hold a model: there is no config.json. Did its run finish?")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"--output {target} is there and no empty folder: give another one")
+        raise ValueError(f"--output {target} exists and is not an empty folder: give another one")
     if is_checkpoint(folder):
-        read_checkpoint(folder)  # checks it against its sums
+        # Reading compares each file with its hash.
+        read_checkpoint(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replace_folder(target) as temporary:
         if kind == "onnx":
             _write_onnx(folder, temporary / "model.onnx")
         elif not _copy(folder, temporary, _WEIGHTS):
-            raise ValueError(f"{folder} is no folder of a model: there is no {WEIGHTS}")
-        _copy(folder, temporary, _BESIDE)
+            raise ValueError(f"{folder} does not hold a model: there is no {WEIGHTS}")
+        _copy(folder, temporary, _OTHER_FILES)
     return target
 
 
 def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> bool:
-    """Copy the files of these names; whether there was one."""
+    """Copy the files that match these patterns, and return whether there was one."""
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     for path in files:
         copy = target / path.relative_to(folder)
@@ -76,33 +79,35 @@ def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> bool:
 
 
 class _Logits(nn.Module):
-    """A model as a function from tensors to the logits alone."""
+    """A model that takes tensors and returns the logits alone."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:  # of a fixed order: these are the inputs in the file
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Return the logits. The arguments, in this order, are the inputs of the ONNX file."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
         return logits
 
 
 def _write_onnx(folder: Path, path: Path) -> None:
-    """Write the model as ONNX, for any number and length of texts, once both give the same logits."""
+    """Write the model as ONNX for any number and length of texts, and check that it gives the same logits."""
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f'--format onnx takes {", ".join(missing)}: pip install "minilm[onnx]"')
-    model, tokenizer = _LOADERS[type(objective_for(str(folder)))](folder)
-    model.config.use_cache = False  # keys and values of a causal LM would be outputs too
+        raise ValueError(f'--format onnx needs {", ".join(missing)}: pip install "minilm[onnx]"')
+    model, tokenizer = _LOADERS[type(infer_objective(str(folder)))](folder)
+    # Otherwise the keys and values of a causal LM would be outputs too.
+    model.config.use_cache = False
     logits, longest = _Logits(model).eval(), longest_input(model) or 16
     example = _batch(model, tokenizer, 2, min(7, longest - 1))
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+    # torch.onnx warns that torchvision is missing, which is not needed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of one part of torch about another
+            # Parts of torch warn of other parts of torch.
+            warnings.simplefilter("ignore")
             torch.onnx.export(
                 logits,
                 kwargs=example,
@@ -115,20 +120,22 @@ def _write_onnx(folder: Path, path: Path) -> None:
                 verbose=False,
             )
             gap = max(_gap(path, logits, _batch(model, tokenizer, 3, length)) for length in (3, min(12, longest)))
-    except Exception as error:  # of the exporter, which raises what it likes
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{folder}: {type(model).__name__} cannot be exported as ONNX: {said}") from error
+    except Exception as error:
+        # The exporter raises all kinds of errors.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{folder}: {type(model).__name__} cannot be exported as ONNX: {reason}") from error
     if not gap <= _TOLERANCE:
         raise ValueError(
-            f"{folder}: {type(model).__name__} cannot be exported as ONNX: the logits would be off by {gap:.1e}"
+            f"{folder}: {type(model).__name__} cannot be exported as ONNX: the logits would differ by {gap:.1e}"
         )
 
 
 def _batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> dict[str, Tensor]:
-    """Rows of ids, each with one token less than the one before and padding in its place, int64[N, T] by name."""
+    """Return inputs by name, each int64[N, T]. Each row has one token less than the row before, and more padding."""
     padding = tokenizer.pad_token_id or 0
     ids_NT = torch.arange(rows * length).view(rows, length) * 7 % (count_embedding_rows(tokenizer) - 1)
-    ids_NT += ids_NT >= padding  # any id but that of padding
+    # Skip the id of padding.
+    ids_NT += ids_NT >= padding
     mask_NT = (torch.arange(length) < length - torch.arange(rows)[:, None]).long()
     batch = {"input_ids": torch.where(mask_NT == 1, ids_NT, padding), "attention_mask": mask_NT}
     if "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1:
@@ -137,7 +144,10 @@ def _batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int
 
 
 def _gap(path: Path, logits: nn.Module, batch: dict[str, Tensor]) -> float:
-    """How far the logits of the file are from those of the model, but at padding, relative to the largest above 1."""
+    """Return the largest difference of the logits of the file and the model, relative to the largest logit above 1.
+
+    Positions of padding do not count.
+    """
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""`run_recipe`, the command line of every recipe, and the one line that says why a program ended."""
+"""`run_recipe`, the command line of every recipe, and `exit_on_error`, which reports errors in one line."""
 
 import atexit
 import gc
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from minilm.commands.completion import RECIPE, recipe_completion
+from minilm.commands.completion import COMPLETION_FLAG, build_recipe_completion
 from minilm.config import Config
 from minilm.config.command_line import parse_flags, parse_seeds
 from minilm.utils.launch_variables import claim_error_report, is_distributed, is_main_process
@@ -23,9 +23,11 @@ from minilm.utils.validation import check
 
 
 def run_recipe(
-    config: Config, description: str = "", trains: Callable[[Config, str], dict[str, float]] | None = None
+    config: Config, description: str = "", train_function: Callable[[Config, str], dict[str, float]] | None = None
 ) -> None:
-    """Apply the command line to a recipe's configuration and train, with `minilm.train.train` or a fork of it.
+    """Apply the command line to a recipe's configuration, and train with it.
+
+    train_function: the loop of a fork; `minilm.train.train` by default.
 
     `--dry-run` describes the run in place of training (`minilm.commands.dry_run`). `--seeds` trains once per seed
     (`minilm.commands.seeds`). A mistake of the user ends the process with one line on stderr and status 2; `--debug`
@@ -35,8 +37,8 @@ def run_recipe(
 
     @interrupt_on_signals()
     def work() -> None:
-        if arguments[:1] == [RECIPE]:
-            print(recipe_completion(config, Path(sys.argv[0]).name, "".join(arguments[1:])))
+        if arguments[:1] == [COMPLETION_FLAG]:
+            print(build_recipe_completion(config, Path(sys.argv[0]).name, "".join(arguments[1:])))
             return
         seeds, rest = parse_seeds(arguments)
         check(
@@ -48,26 +50,27 @@ def run_recipe(
         if "--dry-run" in sys.argv:
             with quick_imports():
                 from minilm.commands.dry_run import dry_run
-            dry_run(resolved, name, own_loop=trains is not None)
+            dry_run(resolved, name, own_loop=train_function is not None)
             return
-        # torch takes seconds to import. A wrong flag has ended the process before.
+        # torch takes seconds to import, so it comes after the flags are checked.
         with quick_imports():
-            from minilm.commands.seeds import sweep
+            from minilm.commands.seeds import train_seeds
             from minilm.train import train
         if seeds:
-            sweep(resolved, name, seeds, trains or train)
+            train_seeds(resolved, name, seeds, train_function or train)
         else:
-            (trains or train)(resolved, name)
+            (train_function or train)(resolved, name)
 
     with survive_closed_output():
-        guarded(work, debug="--debug" in sys.argv)
+        exit_on_error(work, debug="--debug" in sys.argv)
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import large libraries in four fifths of the time: switch garbage collection off, which finds nothing in them.
+    """Switch garbage collection off in the block, so that large libraries are imported in four fifths of the time.
 
-    All objects that exist at the end of the block stay out of garbage collection until the process ends.
+    Imports leave nothing to collect. All objects that exist at the end of the block stay out of garbage collection
+    until the process ends.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -75,13 +78,13 @@ def quick_imports() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        # Otherwise libraries report the objects that are left at the end as leaks.
+        # Otherwise libraries report the frozen objects as leaks when the process ends.
         atexit.register(gc.unfreeze)
         if collects:
             gc.enable()
 
 
-def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
+def exit_on_error(work: Callable[[], None], *, debug: bool = False) -> None:
     """Run `work`. If an exception ends it, exit with a status; one process of the job prints one line to stderr.
 
     The status is 2 for a ValueError (a mistake of the user), 1 for an OSError (a full disk, a lost process), 128 + n
@@ -99,7 +102,7 @@ def guarded(work: Callable[[], None], *, debug: bool = False) -> None:
         if line is None or debug:
             if not several:
                 raise
-            # The call keeps processes silent that end because they lose contact with this one.
+            # Other processes end because they lose contact with this one. The call keeps them silent.
             claim_error_report()
             traceback.print_exc()
         elif claim_error_report():
@@ -124,9 +127,9 @@ def _describe(error: BaseException) -> tuple[int, str | None]:
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process at once, since destructors of a broken process group may wait for ever.
+    """End the process without destructors: those of a broken process group may wait for ever.
 
-    A thread that writes a checkpoint still finishes.
+    A thread that writes a checkpoint finishes first.
     """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

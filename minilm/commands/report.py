@@ -1,11 +1,11 @@
-"""`minilm report`: one or several runs as one page of HTML, which asks for nothing from any network."""
+"""`minilm report`: one HTML page about one or several runs. The page needs no network."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from minilm.commands.charts import COLOURS, DARK_COLOURS, Panel, panels, style, svg, write_png
+from minilm.commands.charts import COLOURS, DARK_COLOURS, Panel, build_panels, draw_svg, line_style, write_png
 from minilm.config import Config
 from minilm.config.serialization import from_dict, to_dict
 from minilm.runs.run_log import Logged, read_runs, shown
@@ -51,7 +51,7 @@ td { font-variant-numeric: tabular-nums; white-space: pre-line; }
 for _word, _colours in (("LIGHT", COLOURS), ("DARK", DARK_COLOURS)):
     _STYLE = _STYLE.replace(_word, " ".join(f"--run{at}: {colour};" for at, colour in enumerate(_colours)))
 
-# Under the pointer, or a finger, all charts show what their runs have at that step.
+# All charts show the values of their runs at the step under the pointer or finger.
 _SCRIPT = """
 const names = [...document.querySelectorAll(".key")].map(key => key.textContent);
 const colours = [...document.querySelectorAll(".key path")].map(path => path.style.stroke);
@@ -75,11 +75,11 @@ function show(step) {
     output.replaceChildren(step === null ? "last: " : `step ${Math.round(step).toLocaleString("en")}: `);
     for (const curve of data.curves) {
       const at = step === null ? curve.steps.length - 1 : nearest(curve.steps, step);
-      const said = document.createElement("span");
-      said.textContent = `${names.length > 1 ? "● " : ""}${number(curve.values[at])} `;
-      said.title = names[curve.run];
-      if (names.length > 1) said.style.color = colours[curve.run];
-      output.append(said);
+      const value = document.createElement("span");
+      value.textContent = `${names.length > 1 ? "● " : ""}${number(curve.values[at])} `;
+      value.title = names[curve.run];
+      if (names.length > 1) value.style.color = colours[curve.run];
+      output.append(value);
     }
     const x = data.left + (data.right - data.left) * ((step ?? 0) - data.from) / (data.to - data.from);
     cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
@@ -99,57 +99,60 @@ show(null);
 
 
 def write_report(folders: Sequence[str], output: str = "report.html", *, png: bool = False) -> list[Path]:
-    """Write the page of the runs in these folders, and with `png` their curves as a picture beside it; the paths.
+    """Write a page about the runs in these folders, and return the paths of the files.
 
-    Raises ValueError for a folder without a log, and for an output that cannot be written or is no report by now.
+    png: also write the curves as a picture beside the page. Raise ValueError for a folder without a log, and for an
+    output that cannot be written or that is a file other than a report.
     """
     path = Path(output)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {output}: the report is a page; give a name that ends in .html")
+        raise ValueError(f"--output {output}: the report is an HTML page: give a name that ends in .html")
     runs = read_runs(folders)
-    found, names = panels(runs), [run.name for run in runs]
+    panels, names = build_panels(runs), [run.name for run in runs]
     written = [path]
     try:
         if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-            raise ValueError(f"--output {output} is there and is no report: choose another name")
+            raise ValueError(f"--output {output} exists and is not a report: choose another name")
         if png:
             written.append(path.with_suffix(".png"))
-            write_png(written[1], found, names)
-        write_atomically(path, page(runs, found))
+            write_png(written[1], panels, names)
+        write_atomically(path, build_page(runs, panels))
     except OSError as error:
         raise ValueError(f"--output {output} cannot be written: {error.strerror or error}") from error
     return written
 
 
-def page(runs: Sequence[Logged], found: Sequence[Panel]) -> str:
-    """The page. All that comes from the runs is escaped; its own policy forbids it to load anything."""
+def build_page(runs: Sequence[Logged], panels: Sequence[Panel]) -> str:
+    """Return the page. All text from the runs is escaped, and the page forbids itself to load anything."""
     names = [run.name for run in runs]
     title = escape(" and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more runs")
-    keys = "".join(
-        f'<span class="key"><svg viewBox="0 0 26 10"><path {style(number)} d="M0 5H26"/></svg>{escape(name)}</span>'
-        for number, name in enumerate(names)
+    samples = (
+        f'<svg viewBox="0 0 26 10"><path {line_style(number)} d="M0 5H26"/></svg>' for number in range(len(names))
     )
-    noisy = any(panel.noisy for panel in found)
+    keys = "".join(
+        f'<span class="key">{sample}{escape(name)}</span>' for sample, name in zip(samples, names, strict=True)
+    )
+    noisy = any(panel.noisy for panel in panels)
     mean = " A bold line is the mean over the last fiftieth of a run's steps." if noisy else ""
     bad = (
         " Red marks: no finite value."
-        if any(len(c.finite()) < len(c.values) for p in found for c in p.curves.values())
+        if any(len(c.finite()) < len(c.values) for p in panels for c in p.curves.values())
         else ""
     )
     charts = "".join(
         f"<figure><figcaption><b>{escape(panel.title)}{' (log scale)' if panel.log else ''}</b><output></output>"
-        f"</figcaption>{svg(panel, names)}</figure>"
-        for panel in found
+        f"</figcaption>{draw_svg(panel, names)}</figure>"
+        for panel in panels
     )
     notes = [f'<p class="note">{escape(run.name)}: {escape(note)}</p>' for run in runs for note in run.notes]
     tables = [
-        _table("Results", names, _results(runs)),
-        _table(
-            "Settings that differ" if len(runs) > 1 else "Settings other than the defaults", names, _differing(runs)
+        _build_table("Results", names, _result_rows(runs)),
+        _build_table(
+            "Settings that differ" if len(runs) > 1 else "Settings other than the defaults", names, _setting_rows(runs)
         ),
-        _table("Runs", names, _facts(runs)),
-        _table("Samples", names, _rows([run.samples for run in runs])),
-        _folded("All settings", _table("", names, _rows([run.settings() for run in runs]))),
+        _build_table("Runs", names, _fact_rows(runs)),
+        _build_table("Samples", names, _align([run.samples for run in runs])),
+        _fold("All settings", _build_table("", names, _align([run.settings() for run in runs]))),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
@@ -166,8 +169,8 @@ def page(runs: Sequence[Logged], found: Sequence[Panel]) -> str:
 Rows = dict[str, list[str]]
 
 
-def _table(title: str, names: Sequence[str], rows: Rows) -> str:
-    """Rows of a text for each run; nothing where there are none."""
+def _build_table(title: str, names: Sequence[str], rows: Rows) -> str:
+    """Return a table with a column for each run; nothing if there are no rows."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))
@@ -179,31 +182,32 @@ def _table(title: str, names: Sequence[str], rows: Rows) -> str:
     return f'{heading}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _folded(title: str, content: str) -> str:
+def _fold(title: str, content: str) -> str:
+    """Return content that a click on its title shows; nothing if there is none."""
     return content and f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def _rows(columns: Iterable[dict[str, Any]]) -> Rows:
-    """A row for each key of any column."""
+def _align(columns: Iterable[dict[str, Any]]) -> Rows:
+    """Return a row for each key of any column, as text."""
     columns = list(columns)
     keys = dict.fromkeys(key for column in columns for key in column)
     return {key: [shown(column.get(key)) for column in columns] for key in keys}
 
 
-def _results(runs: Sequence[Logged]) -> Rows:
-    """all_results.json; of a run without it, the last evaluation and the last step."""
+def _result_rows(runs: Sequence[Logged]) -> Rows:
+    """Return the rows of all_results.json, or of the last evaluation and step for a run without that file."""
     columns = []
     for run in runs:
         last = {key: curve.values[-1] for key, curve in run.evaluations.items()}
         columns.append(run.results or {**last, "steps": run.last_step})
-    return _rows(columns)
+    return _align(columns)
 
 
-def _differing(runs: Sequence[Logged]) -> Rows:
-    """The settings in which the runs differ from each other, or a single one from the defaults."""
+def _setting_rows(runs: Sequence[Logged]) -> Rows:
+    """Return the settings that differ between the runs, or those of a single run that are not the defaults."""
     columns = [run.settings() for run in runs]
     if len(runs) > 1:
-        return {key: values for key, values in _rows(columns).items() if len(set(values)) > 1}
+        return {key: values for key, values in _align(columns).items() if len(set(values)) > 1}
     config = runs[0].facts.get("config")
     objective = config.get("objective") if isinstance(config, dict) else None
     try:
@@ -214,8 +218,8 @@ def _differing(runs: Sequence[Logged]) -> Rows:
     return {key: [value] for key, value in columns[0].items() if plain.get(key, "–") != value}
 
 
-def _facts(runs: Sequence[Logged]) -> Rows:
-    """What the runs found out by themselves: data, model, hardware, versions."""
+def _fact_rows(runs: Sequence[Logged]) -> Rows:
+    """Return the facts that each run recorded about its data, model, hardware and versions."""
     columns = []
     for run in runs:
         rest = {key: value for key, value in run.facts.items() if key not in ("config", "sources")}
@@ -226,4 +230,4 @@ def _facts(runs: Sequence[Logged]) -> Rows:
             )
             flat |= {name.replace("_", " "): part for name, part in inner.items()}
         columns.append({"folder": str(run.folder), **flat})
-    return _rows(columns)
+    return _align(columns)

@@ -1,4 +1,4 @@
-"""`--seeds`: the same run once per seed, in one job, and the mean and deviation of its figures."""
+"""The flag `--seeds`: train once per seed in one job, and write the mean and deviation of the figures."""
 
 import json
 import logging
@@ -30,35 +30,37 @@ SUMMARY = "seeds.json"
 @explain_lost_contact()
 @restore_on_error()
 @unlock_at_end()
-def sweep(
-    config: Config, name: str, seeds: Sequence[int], trains: Callable[[Config, str], dict[str, float]]
+def train_seeds(
+    config: Config, name: str, seeds: Sequence[int], train_function: Callable[[Config, str], dict[str, float]]
 ) -> dict[str, Any]:
-    """Call `trains(config, name)` once per seed, each into `seed-<n>` of the output folder, and return the summary.
+    """Call `train_function(config, name)` once per seed, and return the summary of the figures.
 
-    `seeds.json` is written after each seed, so that a sweep that ends early leaves the summary of the seeds that it
-    finished. Raises whatever `trains` raises, and TrainingStopped after a signal between two seeds.
+    Each run writes to `seed-<n>` of the output folder. `seeds.json` there is written after each seed, so that it has
+    the summary of the finished seeds even if a later one fails. Raise whatever `train_function` raises, and
+    TrainingStopped after a signal between two seeds.
     """
     results: dict[int, dict[str, float]] = {}
     with one_job():
         main = join_job(config.run).is_main_process
-        folder = together(lambda: _claim(config.run, name), main_only=True)
+        folder = together(lambda: _claim_folder(config.run, name), main_only=True)
         for number, seed in enumerate(seeds, start=1):
             _stop_if_signalled(config, results)
             log.info(f"seed {seed}, {number} of {len(seeds)}")
-            results[seed] = _train_seed(config, name, seed, folder, trains, results)
-            clear_device_cache(garbage_collection=True)  # the next run has room for a model of its own
-            summary = summarise(results)
+            results[seed] = _train_once(config, name, seed, folder, train_function, results)
+            # Free the memory of this model before the next one is built.
+            clear_device_cache(garbage_collection=True)
+            summary = summarise_seeds(results)
             if main:
                 write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if main:
-        _show(summary, folder)
+        _print_summary(summary, folder)
     return summary
 
 
-def _claim(run: Run, name: str) -> Path:
-    """Create the sweep's folder and lock it before the first seed, so that two sweeps never share it.
+def _claim_folder(run: Run, name: str) -> Path:
+    """Create the folder of all seeds, lock it against other jobs, and return it.
 
-    Raises ValueError where another run has taken the folder, or where it cannot be written.
+    Raise ValueError if another run has taken the folder, or if it cannot be written.
     """
     folder, _ = choose_output_dir(run, name)
     with refuse_unwritable(folder):
@@ -73,23 +75,24 @@ def _claim(run: Run, name: str) -> Path:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Unlock the folder of a sweep whose first seed was refused, and remove it if it is empty."""
+    """Unlock the folder after the first seed was refused, and remove it if it is empty."""
     unlock_folder(folder)
     with suppress(OSError):
         folder.rmdir()
 
 
-def _train_seed(
+def _train_once(
     config: Config,
     name: str,
     seed: int,
     folder: Path,
-    trains: Callable[[Config, str], dict[str, float]],
+    train_function: Callable[[Config, str], dict[str, float]],
     finished: Mapping[int, object],
 ) -> dict[str, float]:
+    """Train one seed. If it ends early, say how to resume that seed alone, and which seeds are finished."""
     place = str(folder / f"seed-{seed}")
     try:
-        return trains(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name)
+        return train_function(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name)
     except ValueError:
         if not finished:
             _remove_empty(folder)
@@ -100,7 +103,7 @@ def _train_seed(
 
 
 def _stop_if_signalled(config: Config, finished: Mapping[int, object]) -> None:
-    """Raise TrainingStopped on all processes where one of them received a signal too late for its run."""
+    """Raise TrainingStopped on all processes if one of them received a signal after its last run had ended."""
     join_job(config.run)
     if number := max(gather_object([get_last_signal()])):
         raise TrainingStopped(f"{signal.Signals(number).name} between seeds; {_list_finished(finished)}", 128 + number)
@@ -110,10 +113,10 @@ def _list_finished(finished: Mapping[int, object]) -> str:
     return f"finished seeds: {', '.join(map(str, finished)) or 'none'}"
 
 
-def summarise(results: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """Return the mean, the standard deviation of the sample (divisor n - 1) and the values by seed of each figure.
+def summarise_seeds(results: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Return for each figure the mean, the sample standard deviation (divisor n - 1) and the values by seed.
 
-    None stands for numbers that are not finite, which JSON lacks, such as the deviation of a single value.
+    None stands for a number that is not finite, such as the deviation of a single value: JSON has no such numbers.
     """
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(name for figures in results.values() for name in figures):
@@ -130,7 +133,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _show(summary: Mapping[str, Any], folder: Path) -> None:
+def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     width = max(map(len, summary))
     print(f"{'':<{width}}  {'mean':>12}  {'deviation':>12}")
     for name, figure in summary.items():

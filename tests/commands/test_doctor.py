@@ -16,14 +16,14 @@ CPU = torch.device("cpu")
 
 
 def test_one_line_a_finding_and_two_processes_that_meet(run, monkeypatch):
-    monkeypatch.setattr(doctor, "_PATIENCE", 300.0)
+    monkeypatch.setattr(doctor, "_TIMEOUT_SECONDS", 300.0)
     monkeypatch.setattr(doctor, "_threads", lambda: Finding(what="threads", found="1", fix="unset it"))
     status, output, _ = run("doctor", "--json")
     found = {line["what"]: line for line in map(json.loads, output)}
     assert list(found) == [
         *("hardware", "precision", "memory", "threads", "versions", "disk", "cache", "hub", "processes"),
     ]
-    assert found["processes"]["found"].startswith("2 found each other over gloo")
+    assert found["processes"]["found"].startswith("2 connected over gloo")
     assert found["processes"]["fix"] == ""
     assert "bf16 matrix product here runs at" in found["precision"]["found"]
     assert f"torch {torch.__version__}" in found["versions"]["found"]
@@ -32,9 +32,9 @@ def test_one_line_a_finding_and_two_processes_that_meet(run, monkeypatch):
 
 def test_what_is_to_mend_stands_out(run, monkeypatch):
     found = [Finding(what="disk", found="none free", fix="free some"), Finding(what="hub", found="asked")]
-    monkeypatch.setattr(doctor, "findings", lambda: iter(found))
+    monkeypatch.setattr(doctor, "check_machine", lambda: iter(found))
     assert run("doctor") == (1, ["MEND  disk       none free -> free some", "ok    hub        asked"], [])
-    monkeypatch.setattr(doctor, "findings", lambda: iter(found[1:]))
+    monkeypatch.setattr(doctor, "check_machine", lambda: iter(found[1:]))
     assert run("doctor")[0] is None
 
 
@@ -51,8 +51,8 @@ def _hang(rank: int, folder: str) -> None:
     [(_fail, 60, "(RuntimeError: no interface)"), (_hang, 0.5, "(no answer within 0.5 seconds)")],
 )
 def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypatch):
-    monkeypatch.setattr(doctor, "_PATIENCE", patience)
-    monkeypatch.setattr(doctor, "_meet", instead)
+    monkeypatch.setattr(doctor, "_TIMEOUT_SECONDS", patience)
+    monkeypatch.setattr(doctor, "_sum_ranks", instead)
     finding = doctor._processes()
     assert said in finding.found
     assert finding.fix
@@ -63,7 +63,7 @@ def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypat
     ("threads", "usable", "variable", "fix"),
     [
         (8, 8, None, ""),
-        (1, 8, "1", "OMP_NUM_THREADS=1 holds"),
+        (1, 8, "1", "OMP_NUM_THREADS=1 slows"),
         (1, 1, "1", ""),
         (8, 2, None, "set OMP_NUM_THREADS=2"),
     ],
@@ -71,7 +71,7 @@ def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypat
 def test_threads(threads, usable, variable, fix, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(doctor, "usable_processors", lambda: usable)
-    monkeypatch.setattr(doctor, "_busy", lambda: 0.2)
+    monkeypatch.setattr(doctor, "_busy_processors", lambda: 0.2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
@@ -101,7 +101,7 @@ def test_versions_that_minilm_does_not_run_on(monkeypatch):
 
 def test_memory_of_a_container_counts_and_little_disk_is_told(monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": 3 * 10**9, "/sys/fs/cgroup/memory.current": 2 * 10**9}
-    monkeypatch.setattr(doctor, "_number", limits.get)
+    monkeypatch.setattr(doctor, "_read_number", limits.get)
     finding = doctor._memory(CPU)
     assert finding.found == "1.0 GB free of 3.0 GB allowed here"
     assert "--batch.micro-tokens" in finding.fix
@@ -116,4 +116,4 @@ def test_a_cache_that_cannot_be_written_and_a_hub_that_is_not_asked(monkeypatch,
     cache, hub = doctor._caches()
     assert cache.found == f"the cache {tmp_path}/file/minilm cannot be written: Not a directory"
     assert cache.fix == "set HF_HOME to another folder"
-    assert hub.found == "not asked: HF_HUB_OFFLINE set"
+    assert hub.found == "not used: HF_HUB_OFFLINE set"

@@ -77,10 +77,10 @@ def not_empty(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (no_weights, "is no folder of a model: there is no model.safetensors"),
-        (no_config, "is no folder of a model: there is no config.json (did its run finish?)"),
+        (no_weights, "does not hold a model: there is no model.safetensors"),
+        (no_config, "does not hold a model: there is no config.json. Did its run finish?"),
         (half_a_checkpoint, "is not a usable checkpoint: there is no manifest.json in it"),
-        (not_empty, "new is there and no empty folder: give another one"),
+        (not_empty, "new exists and is not an empty folder: give another one"),
     ],
 )
 def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_all_as_it_is(
@@ -100,7 +100,7 @@ def test_what_onnx_takes_is_told_with_the_command(folders, run, tmp_path: Path, 
     monkeypatch.setattr(export, "_PACKAGES", ("onnx_not_there",))
     flags = ("--format", "onnx", "--output", str(tmp_path / "new"))
     status, _, error = run("export", str(folders[BertForMaskedLM]), *flags)
-    assert (status, error) == (2, ['error: --format onnx takes onnx_not_there: pip install "minilm[onnx]"'])
+    assert (status, error) == (2, ['error: --format onnx needs onnx_not_there: pip install "minilm[onnx]"'])
     assert not any(tmp_path.iterdir())
 
 
@@ -142,5 +142,5 @@ def test_a_model_that_onnx_cannot_tell_is_refused_in_one_line(folders, run, tmp_
     monkeypatch.setattr(torch.onnx, "export", lambda *arguments, **options: None)
     monkeypatch.setattr(export, "_gap", lambda *arguments: 0.5)
     status, _, (error,) = run("export", str(folders[BertForMaskedLM]), *flags)
-    assert error.endswith("BertForMaskedLM cannot be exported as ONNX: the logits would be off by 5.0e-01")
+    assert error.endswith("BertForMaskedLM cannot be exported as ONNX: the logits would differ by 5.0e-01")
     assert not any(tmp_path.iterdir())

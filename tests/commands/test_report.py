@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minilm.commands import report
-from minilm.commands.charts import panels, ticks
+from minilm.commands.charts import build_panels, choose_ticks
 from minilm.commands.report import write_report
 from minilm.config import Config, MaskedLM, Optim
 from minilm.config.serialization import to_dict
@@ -147,7 +147,7 @@ def test_a_single_step_is_a_point(tmp_path):
 def test_a_long_curve_keeps_its_extremes_and_its_gaps(tmp_path):
     lines = [step(n, loss=50.0 if n == 7001 else None if n == 9000 else 2.0) for n in range(1, 20_001)]
     text, _ = read_page(write_run(tmp_path / "a", lines, planned=20_000), to=tmp_path / "page.html")
-    (panel, *_) = panels(read_runs([str(tmp_path / "a")]))
+    (panel, *_) = build_panels(read_runs([str(tmp_path / "a")]))
     assert panel.values[1] >= 50
     loss = text[: text.index("Learning rate")]
     assert loss.count('<path class="bad"') == 1
@@ -170,7 +170,7 @@ def test_a_long_curve_keeps_its_extremes_and_its_gaps(tmp_path):
     ],
 )
 def test_ticks_are_round(low, high, log, expected):
-    assert ticks(low, high, log=log) == pytest.approx(expected)
+    assert choose_ticks(low, high, log=log) == pytest.approx(expected)
 
 
 def test_runs_of_the_same_name_are_told_apart_and_one_given_twice_is_shown_once(tmp_path):
@@ -186,7 +186,7 @@ def test_what_is_wrong_with_the_command_is_one_line(run, tmp_path):
         ([str(tmp_path)], "there is no log.jsonl in it"),
         ([good, empty], "has no record of a step or an evaluation yet"),
         ([good, "--output", str(tmp_path / "a.png")], "give a name that ends in .html"),
-        ([good, "--output", str(tmp_path / "mine.html")], "is no report: choose another name"),
+        ([good, "--output", str(tmp_path / "mine.html")], "is not a report: choose another name"),
         ([good, "--output", str(tmp_path / "no" / "a.html")], "cannot be written"),
     ):
         status, output, error = run("report", *words)

@@ -136,7 +136,7 @@ def cut_the_link(place: Path) -> Found:
         seconds=max(seconds),
         launchers=ended,
         told=[[line for line in text.splitlines() if line.startswith("error: ")] for text in said],
-        tracebacks=sum("in guarded" in text for text in said),
+        tracebacks=sum("in exit_on_error" in text for text in said),
         resumed=json.loads((folder / "all_results.json").read_text())["steps"] - reached,
     )
 

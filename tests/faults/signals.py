@@ -88,7 +88,7 @@ def trial(place: Path, launcher: str, processes: int, times: int, draw: random.R
         saved += bool(checkpoints)
         assert bool(steps) == bool(checkpoints), f"{steps} steps, {checkpoints}: {told[-3000:]}"
         assert not list(folder.glob(".*")), f"half-written: {list(folder.glob('.*'))}"
-        assert "in guarded" not in told, told[-3000:]  # a traceback of ours
+        assert "in exit_on_error" not in told, told[-3000:]  # a traceback of ours
         again = {"resume": "latest"} if checkpoints else {"overwrite": True}
         if not (folder / "all_results.json").exists():
             finish(replace(asked, run=replace(asked.run, **again)), place, processes)

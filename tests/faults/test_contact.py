@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from minilm.commands.recipe import guarded
+from minilm.commands.recipe import exit_on_error
 from minilm.distributed.launch import explain_lost_contact
 from minilm.runs.checkpoint import Progress
 from tests.checkpoints import saver_in
@@ -62,5 +62,5 @@ def test_of_the_processes_of_a_host_the_first_to_end_tells_why(tmp_path, monkeyp
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path(tmp_path, str(rank), "error.json")))
         with pytest.raises(SystemExit):
-            guarded(lose)
+            exit_on_error(lose)
         assert capsys.readouterr().err == said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minilm.commands.recipe import guarded
+from minilm.commands.recipe import exit_on_error
 from minilm.train import train
 from tests.jobs import config_in, fork, launched
 
@@ -47,7 +47,7 @@ def run(place: Path, environment: dict[str, str], work: Callable[[], None]) -> t
             os.environ.pop(name, None)
         os.environ |= environment
         try:
-            guarded(work)
+            exit_on_error(work)
         except SystemExit as end:
             return int(end.code or 0)
         return 0

@@ -23,12 +23,12 @@ run_recipe(replace(config, run=replace(config.run, output_dir={out!r})))
 """
 COMMAND = """
 import time
-from minilm.commands.recipe import guarded
+from minilm.commands.recipe import exit_on_error
 def work():
     time.sleep(1)
     for number in range({lines}):
         print(number)
-guarded(work)
+exit_on_error(work)
 """
 
 
@@ -70,6 +70,8 @@ def test_the_shell_reads_the_line_that_tries_a_model_as_it_is_meant(
     )
     words = ast.literal_eval(read.stdout)
     seen = []
-    monkeypatch.setattr("minilm.commands.main._fill_mask", lambda options: seen.append((options.model, options.texts)))
+    monkeypatch.setattr(
+        "minilm.commands.main.run_fill_mask", lambda options: seen.append((options.model, options.texts))
+    )
     main(words)
     assert [(str(Path(model)), texts) for model, texts in seen] == [(name, [text])]

@@ -15,9 +15,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from minilm import Config, Data
 from minilm.commands.export import export_model
-from minilm.commands.recipe import guarded
+from minilm.commands.recipe import exit_on_error
 from minilm.commands.report import write_report
-from minilm.commands.seeds import sweep
+from minilm.commands.seeds import train_seeds
 from minilm.data.columnar_files import read_columnar_field_names
 from minilm.data.sources import read_rows
 from minilm.train import train
@@ -49,7 +49,7 @@ def as_child(work: Callable[[], object], place: Path, *, umask: int = 0o022, use
             os.setuid(user)
         os.environ["HF_HOME"] = str(place / "hf")
         try:
-            guarded(lambda: work() and None)
+            exit_on_error(lambda: work() and None)
         except SystemExit as end:
             return int(end.code or 0)
         return 0
@@ -72,7 +72,7 @@ def test_all_that_runs_write_follows_the_umask(umask: int, tmp_path: Path) -> No
 
     def work() -> None:
         made.mkdir()
-        sweep(run(config, "seeds", trackers=("tensorboard",)), "masked", [0], train)
+        train_seeds(run(config, "seeds", trackers=("tensorboard",)), "masked", [0], train)
         train(run(replace(config, model=lora, tokens=replace(config.tokens, vocab_size=16384)), "lora"))
         export_model(made / "lora", made / "exported", "safetensors")
         write_report([str(made / "lora"), str(made / "seeds" / "seed-0")], str(made / "report.html"), png=True)

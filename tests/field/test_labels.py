@@ -499,9 +499,9 @@ def test_the_output_of_texts_on_the_command_line_has_no_numbers(tokenizer: Any, 
     ("words", "message"),
     [
         (("--file", "FILE", "--column", "foo"), "--column foo: a .txt file has no columns; leave it out"),
-        (("--column", "foo"), "--column is about the rows of --file: give --file too, or leave --column out"),
-        (("a text", "--column", "text"), "--column is about the rows of --file"),
-        (("a text", "--delimiter", ";"), "--delimiter is about the rows of --file"),
+        (("--column", "foo"), "--column describes the rows of --file: give --file too, or leave --column out"),
+        (("a text", "--column", "text"), "--column describes the rows of --file"),
+        (("a text", "--delimiter", ";"), "--delimiter describes the rows of --file"),
     ],
 )
 def test_a_flag_about_a_file_is_not_ignored(

@@ -259,12 +259,12 @@ TWO_SWEEPS = """
 import os, sys
 from dataclasses import replace
 import minilm.train
-from minilm.commands.seeds import sweep
+from minilm.commands.seeds import train_seeds
 train = minilm.train.train
 
 def both(config):
     first = 2 * config.run.seed
-    sweep(config, "mine", [first, first + 1], lambda config, name: train(config))
+    train_seeds(config, "mine", [first, first + 1], lambda config, name: train(config))
 
 minilm.train.train = both
 """

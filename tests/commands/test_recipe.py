@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from minilm.commands.main import main
-from minilm.commands.recipe import guarded, quick_imports
+from minilm.commands.recipe import exit_on_error, quick_imports
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import fill_mask, generate, load_causal_lm, load_masked_lm
 from tests.jobs import launched
@@ -130,7 +130,7 @@ def test_errors_end_with_their_status_and_are_told_once_in_a_job(error, status, 
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)  # how a process of several ends at a signal
     with pytest.raises(SystemExit) as caught:
-        guarded(fail(error))
+        exit_on_error(fail(error))
     assert caught.value.code == status
     assert ended in ([], [status])
     assert capsys.readouterr().err.strip() == (line if seen else "")
@@ -138,11 +138,11 @@ def test_errors_end_with_their_status_and_are_told_once_in_a_job(error, status, 
 
 def test_only_what_the_user_got_wrong_is_caught_and_nothing_under_debug(capsys):
     with pytest.raises(RuntimeError):
-        guarded(fail(RuntimeError("a bug")))
+        exit_on_error(fail(RuntimeError("a bug")))
     for error in (ValueError("wrong"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            guarded(fail(error), debug=True)
-    guarded(lambda: None)
+            exit_on_error(fail(error), debug=True)
+    exit_on_error(lambda: None)
     assert capsys.readouterr().err == ""
 
 
@@ -159,7 +159,7 @@ from minilm import Config, Data
 from minilm.commands.recipe import run_recipe
 seen = []
 gc.callbacks.append(lambda phase, info: seen.append(phase) if "torch" in sys.modules else None)
-run_recipe(Config(data=Data(source="pydocs")), trains=lambda config, name: {})
+run_recipe(Config(data=Data(source="pydocs")), train_function=lambda config, name: {})
 print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(seen))
 """
     words = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout.split()

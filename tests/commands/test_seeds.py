@@ -16,7 +16,7 @@ from accelerate import Accelerator
 import minilm.utils.signals
 from minilm import Config, Data
 from minilm.commands.recipe import run_recipe
-from minilm.commands.seeds import summarise, sweep
+from minilm.commands.seeds import summarise_seeds, train_seeds
 from minilm.runs.early_stopping import StopRequest, TrainingStopped
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
@@ -34,10 +34,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     monkeypatch.setattr("minilm.commands.recipe.interrupt_on_signals", lambda: lambda work: work)
     monkeypatch.setattr("minilm.commands.recipe._show_log", lambda: None)
 
-    def run(config: Config, *flags: str, trains: Callable[..., dict[str, float]] | None = None) -> object:
+    def run(config: Config, *flags: str, train_function: Callable[..., dict[str, float]] | None = None) -> object:
         monkeypatch.setattr(sys, "argv", ["recipes/mine.py", *flags])
         try:
-            run_recipe(config, "", trains)
+            run_recipe(config, "", train_function)
         except SystemExit as end:
             return end.code
         return 0
@@ -53,7 +53,7 @@ def test_each_run_of_a_sweep_is_that_of_its_seed_alone(
     assert sorted(path.name for path in out.iterdir()) == ["seed-1", "seed-3", "seeds.json"]
     figures = {seed: json.loads((out / f"seed-{seed}" / "all_results.json").read_text()) for seed in (3, 1)}
     summary = json.loads((out / "seeds.json").read_text())
-    assert summary == summarise(figures)
+    assert summary == summarise_seeds(figures)
     assert figures[3]["eval_loss"] != figures[1]["eval_loss"]
     assert f"{summary['eval_loss']['mean']:.5g}" in said
 
@@ -65,15 +65,15 @@ def test_each_run_of_a_sweep_is_that_of_its_seed_alone(
 SWEPT = """
 import minilm.train
 import torch.distributed as dist
-from minilm.commands.seeds import sweep
+from minilm.commands.seeds import train_seeds
 train, groups = minilm.train.train, []
 
-def trains(config, name):
+def train_function(config, name):
     groups.append(dist.group.WORLD)
     return train(config)
 
 def swept(config):
-    sweep(config, "mine", [3, 1], trains)
+    train_seeds(config, "mine", [3, 1], train_function)
     assert groups[0] is groups[1] is not None
     assert not dist.is_initialized()
 
@@ -90,12 +90,12 @@ def test_two_processes_stay_together_from_seed_to_seed_and_part_after_the_last(c
 
 def test_the_summary_has_the_mean_and_the_deviation_of_a_sample() -> None:
     values = {5: 2.0, 7: 3.5, 0: 2.75}
-    figure = summarise({seed: {"loss": value} for seed, value in values.items()})["loss"]
+    figure = summarise_seeds({seed: {"loss": value} for seed, value in values.items()})["loss"]
     assert figure["mean"] == pytest.approx(statistics.mean(values.values()))
     assert figure["std"] == pytest.approx(statistics.stdev(values.values()))
     assert figure["values"] == {"5": 2.0, "7": 3.5, "0": 2.75}
-    assert summarise({4: {"loss": 2.0}})["loss"] == {"mean": 2.0, "std": None, "values": {"4": 2.0}}
-    far = summarise({4: {"loss": math.inf}, 5: {"loss": 1.0, "f1": 0.5}})
+    assert summarise_seeds({4: {"loss": 2.0}})["loss"] == {"mean": 2.0, "std": None, "values": {"4": 2.0}}
+    far = summarise_seeds({4: {"loss": math.inf}, 5: {"loss": 1.0, "f1": 0.5}})
     assert far["loss"] == {"mean": None, "std": None, "values": {"4": None, "5": 1.0}}
     assert far["f1"]["values"] == {"5": 0.5}
 
@@ -123,7 +123,7 @@ def test_what_is_no_sweep_is_refused_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert recipe(config, *flags.split(), trains=pytest.fail) == 2
+    assert recipe(config, *flags.split(), train_function=pytest.fail) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "out").exists()
@@ -133,7 +133,7 @@ def test_a_folder_that_is_taken_is_refused_before_the_first_seed(config: Config,
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        sweep(config, "mine", [0, 1], pytest.fail)
+        train_seeds(config, "mine", [0, 1], pytest.fail)
 
 
 def test_a_signal_too_late_for_its_run_ends_the_sweep(
@@ -141,23 +141,23 @@ def test_a_signal_too_late_for_its_run_ends_the_sweep(
 ) -> None:
     monkeypatch.setattr(minilm.utils.signals, "_last_signal", [0])
 
-    def trains(config: Config, name: str) -> dict[str, float]:
+    def train_function(config: Config, name: str) -> dict[str, float]:
         Path(str(config.run.output_dir)).mkdir(parents=True)
         with StopRequest(Accelerator(cpu=True), saves=False):
             os.kill(os.getpid(), signal.SIGTERM)
         return {"eval_loss": 1.0}
 
     with pytest.raises(TrainingStopped, match="SIGTERM between seeds; finished seeds: 3") as caught:
-        sweep(config, "mine", [3, 1], trains)
+        train_seeds(config, "mine", [3, 1], train_function)
     assert caught.value.status == 128 + signal.SIGTERM
     assert json.loads((tmp_path / "out" / "seeds.json").read_text())["eval_loss"]["values"] == {"3": 1.0}
 
 
 def test_a_run_that_is_stopped_ends_the_sweep_and_says_how_to_go_on(config: Config, tmp_path: Path) -> None:
-    def trains(config: Config, name: str) -> dict[str, float]:
+    def train_function(config: Config, name: str) -> dict[str, float]:
         raise TrainingStopped("SIGTERM after step 2; --run.resume latest goes on", 143)
 
     alone = f"--run.seed 3 --run.output-dir {tmp_path / 'out' / 'seed-3'} in place of --seeds"
     with pytest.raises(TrainingStopped, match=rf"goes on \(with {alone}\); finished seeds: none") as caught:
-        sweep(config, "mine", [3, 1], trains)
+        train_seeds(config, "mine", [3, 1], train_function)
     assert caught.value.status == 143

@@ -1,0 +1,200 @@
+"""The work of each subcommand of `minilm`, from the parsed arguments to the printed lines.
+
+Each function imports the libraries that it needs, so that a wrong argument ends the command at once.
+"""
+
+import argparse
+import ast
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minilm.commands.recipe import quick_imports
+from minilm.commands.text_input import format_row_number, read_rows, read_texts, row_field
+
+
+def run_fill_mask(options: argparse.Namespace) -> None:
+    """Print the likeliest tokens for each mask of each text."""
+    with quick_imports():
+        from minilm.models.inference import check_masks, fill_mask, load_masked_lm
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        texts = read_texts(options)
+        model, tokenizer = load_masked_lm(options.model)
+        check_masks(model, tokenizer, [text for text in texts if text.strip()])
+        for number, text in enumerate(texts):
+            # A blank row has no mask. It still has its line in the output.
+            masks = fill_mask(model, tokenizer, [text], top_k=options.top_k)[0] if text.strip() else []
+            if number and not options.json:
+                print()
+            _print_fills(options, masks, text, number, len(texts))
+
+
+def _print_fills(options: argparse.Namespace, masks: Any, text: str, number: int, rows: int) -> None:
+    """Print the candidates for each mask of one text; one line without candidates if the text has no mask."""
+    from minilm.models.inference import escape_line_breaks
+
+    if options.json:
+        fields = {**row_field(options, number), "input": text}
+        for mask, fills in enumerate(masks):
+            _print_json({**fields, "mask": mask, "fills": [asdict(fill) for fill in fills]})
+        if not masks:
+            _print_json({**fields, "mask": None, "fills": []})
+        return
+    prefix = format_row_number(options, number, rows)
+    for fill in (fill for fills in masks for fill in fills):
+        print(f"{prefix}{fill.probability:6.1%}  {fill.token:<16}  {escape_line_breaks(fill.text)}")
+    if not masks:
+        print(prefix.rstrip())
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Print a continuation of each text."""
+    with quick_imports():
+        from minilm.models.inference import check_prompts, generate, load_causal_lm
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        texts = read_texts(options)
+        model, tokenizer = load_causal_lm(options.model)
+        check_prompts(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        settings = {name: getattr(options, name) for name in names}
+        for number, text in enumerate(texts):
+            if number and not options.json:
+                print()
+            if not options.json:
+                print(format_row_number(options, number, len(texts)), end="", flush=True)
+            (result,) = generate(model, tokenizer, [text], **settings, stream=not options.json)
+            if options.json:
+                _print_json({**row_field(options, number), "input": text, "text": result})
+
+
+def run_classify(options: argparse.Namespace) -> None:
+    """Print the likeliest labels of each text or pair, or the number that a regression predicts."""
+    with quick_imports():
+        from minilm.models.inference import classify, load_classifier
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        texts, pairs = _read_pairs(options)
+        model, tokenizer = load_classifier(options.model)
+        is_regression = model.config.problem_type == "regression"
+        for number, labels in enumerate(classify(model, tokenizer, texts, pairs)):
+            pair = None if pairs is None else pairs[number]
+            _print_labels(options, labels, texts[number], pair, number, len(texts), is_regression=is_regression)
+
+
+def _read_pairs(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """Return the texts to classify, and their second texts, or None if there are none."""
+    if options.pair_column is not None:
+        if options.file is None or options.pair is not None:
+            raise ValueError("--pair-column is a column of --file: give --file and no --pair, or --pair TEXT alone")
+        rows = read_rows(options)
+        return list(rows["text"]), list(rows["pair"])
+    texts = read_texts(options)
+    return texts, None if options.pair is None else [options.pair] * len(texts)
+
+
+def _print_labels(
+    options: argparse.Namespace,
+    labels: Any,
+    text: str,
+    pair: str | None,
+    number: int,
+    rows: int,
+    *,
+    is_regression: bool,
+) -> None:
+    """Print the best labels of one text, one per line, or as one JSON object."""
+    from minilm.models.inference import escape_line_breaks
+
+    best = labels[: options.top_k]
+    if options.json:
+        second = {} if pair is None else {"pair": pair}
+        fields = [asdict(label) for label in best]
+        _print_json({**row_field(options, number), "input": text, **second, "labels": fields})
+        return
+    text = escape_line_breaks(text if pair is None else f"{text} | {pair}")
+    prefix = format_row_number(options, number, rows)
+    for label in best:
+        score = f"{label.score:8.4f}" if is_regression else f"{label.score:6.1%}  {label.label:<16}"
+        print(f"{prefix}{score}  {text}")
+    if not labels:
+        # A text without tokens has no label. It still has its line in the output.
+        print(f"{prefix}{'-':>8}  {text}" if is_regression else f"{prefix}{'-':>6}  {'-':<16}  {text}")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Print the figures of a model on documents of the user, or on those of its run."""
+    from minilm.config.command_line import parse_data_flags
+
+    data = parse_data_flags(options.rest)
+    with quick_imports():
+        from minilm.commands.evaluate import evaluate
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        figures = evaluate(options.model, data)
+    if options.json:
+        _print_json(figures)
+    else:
+        width = max(map(len, figures))
+        for name, value in figures.items():
+            print(f"{name:<{width}}  {value:.6g}")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write the model of a run or a checkpoint to a new folder."""
+    with quick_imports():
+        from minilm.commands.export import export_model
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        print(f"written: {export_model(options.model, options.output, options.format)}")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write the report about one or several runs."""
+    from minilm.commands.report import write_report
+
+    for path in write_report(options.folders, options.output, png=options.png):
+        print(f"written: {path}")
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """Print one line for each check of this machine. Exit with status 1 if there is something to mend."""
+    with quick_imports():
+        from minilm.commands.doctor import check_machine
+    needs_mending = False
+    for finding in check_machine():
+        needs_mending |= bool(finding.fix)
+        if options.json:
+            print(json.dumps(asdict(finding), ensure_ascii=False), flush=True)
+        else:
+            fix = f" -> {finding.fix}" if finding.fix else ""
+            print(f"{'MEND' if fix else 'ok':<5} {finding.what:<10} {finding.found}{fix}", flush=True)
+    if needs_mending:
+        sys.exit(1)
+
+
+def list_recipes(options: argparse.Namespace) -> None:
+    """Print the recipes of this checkout with their first lines, and how to start one."""
+    folder = Path(__file__).parents[2] / "recipes"
+    recipes = sorted(folder.glob("*.py"))
+    if not recipes:
+        raise ValueError(
+            "a recipe, a file of about 25 lines, starts the training: clone the repository, which has recipes in "
+            "recipes/, or write one that ends in minilm.commands.recipe.run_recipe(CONFIG)"
+        )
+    print(f"A recipe starts the training. Those in {folder}:\n")
+    for recipe in recipes:
+        summary = (ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        print(f"  {recipe.name:<20} {summary}")
+    print(f"\nStart one:    accelerate launch {shlex.quote(str(folder / 'mlm_pydocs.py'))}")
+    print("See its flags: python RECIPE --help    Try it without output: python RECIPE --dry-run")
+    if options.rest:
+        raise ValueError(f"minilm train takes no arguments: pass {shlex.join(options.rest)} to a recipe")
+
+
+def _print_json(line: dict[str, Any]) -> None:
+    print(json.dumps(line, ensure_ascii=False))

@@ -60,7 +60,7 @@ def divergence(student_TxH: Tensor, teacher_TxH: Tensor, group: RowGroup) -> Ten
 class Distiller(Head):
     """A student and its teacher, with the divergence between their relations as the loss."""
 
-    described = "relations of queries, keys and values"
+    summary = "relations of queries, keys and values"
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__(student)

@@ -1,10 +1,13 @@
 """What several test files share: tiny tokenizers, documents and models, and a cache of their own."""
 
+import atexit
+import gc
 import io
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 
 # Before any import of the Hugging Face libraries: no test reaches the network or the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+import minilm.runs.recorder
 from minilm.commands.main import main
 from minilm.data.tokenizer_training import train_tokenizer
 from tests.jobs import forget_other_tests
@@ -30,6 +34,19 @@ SENTENCES = [
 
 
 torch.set_num_threads(1)  # at these sizes a second one only waits; and bitwise comparisons need the same number
+
+
+def _skip_sync(descriptor: int) -> None:
+    """Take the place of `os.fsync`, and refuse what is not an open file.
+
+    No test cuts the power, so none has to wait for the disk. Tests of what is synced wrap this function.
+    """
+    os.fstat(descriptor)
+
+
+os.fsync = _skip_sync
+# Runs of one process, and those that it forks, share one measurement of the processor's peak. It takes half a second.
+minilm.runs.recorder.device_peak = cache(minilm.runs.recorder.device_peak)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,6 +93,15 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
         return status, output.splitlines(), error.splitlines()
 
     return run
+
+
+def pytest_collection_finish() -> None:
+    """Measure the peak before the first fork, and keep what was imported out of the garbage collections of runs."""
+    minilm.runs.recorder.device_peak(torch.device("cpu"), "fp32")
+    gc.collect()
+    gc.freeze()
+    # Otherwise libraries report the frozen objects as leaks when the process ends.
+    atexit.register(gc.unfreeze)
 
 
 SCORECARD = Scorecard()

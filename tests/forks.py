@@ -104,7 +104,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def forked(work: Callable[[], object], errors: Path, processes: int) -> int:
+def forked(work: Callable[[], object], errors: Path, processes: int, limit: float = LIMIT) -> int:
     """Do `work` in children of this process, whose errors go to a file; the exit status that they agree on."""
     from tests.jobs import fork
 
@@ -116,7 +116,7 @@ def forked(work: Callable[[], object], errors: Path, processes: int) -> int:
         return 0
 
     children = fork(status, errors, processes)
-    _, late = psutil.wait_procs(children, LIMIT)
+    _, late = psutil.wait_procs(children, limit)
     for child in late:
         child.kill()
     found = {child.wait() for child in children}
@@ -127,6 +127,16 @@ def run_recipe(recipe: str, flags: list[str]) -> None:
     """`python recipes/RECIPE FLAGS…` in this very process."""
     sys.argv = [recipe, *flags]
     runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+
+
+def check_forked_recipe(recipe: str, *flags: str, place: Path, processes: int = 1, limit: float = 240) -> None:
+    """Run `recipes/RECIPE` in forks of this process, which saves the seconds of imports, and check that it succeeds.
+
+    `place` gets the file of standard error. Each of several processes has the environment that torchrun gives it.
+    """
+    errors = place / "stderr"
+    status = forked(lambda: run_recipe(recipe, [*flags]), errors, processes, limit)
+    assert status == 0, errors.read_text(errors="replace")[-3000:]
 
 
 def make_materials(folder: Path) -> None:

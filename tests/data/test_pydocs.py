@@ -133,7 +133,7 @@ def test_a_second_call_parses_nothing_and_a_change_is_seen(library: Path, monkey
 def test_the_corpus_does_not_depend_on_the_process(library: Path, tmp_path: Path) -> None:
     code = f"import sysconfig; sysconfig.get_paths = lambda: {{'stdlib': {str(library)!r}}}; "
     code += "import json; from minilm.data.pydocs import load_pydocs; print(json.dumps(load_pydocs(0.3)))"
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_HOME": str(tmp_path / f"hf{seed}")}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert json.loads(done.stdout) == [*load_pydocs(0.3)]
+    # This process has another seed, a random one.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "HF_HOME": str(tmp_path / "other cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [*load_pydocs(0.3)]

@@ -66,14 +66,10 @@ def test_a_tokenizer_has_one_state_in_each_process(wordpiece: PreTrainedTokenize
         "from minilm.data.tokenizer import serialize_tokenizer; "
         "print(json.dumps(serialize_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]))))"
     )
-    words, states = [sys.executable, "-c", program, str(tmp_path)], []
-    for seed in "12":
-        states.append(subprocess.run(words, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=-1, check=True).stdout)
-    assert (
-        states[0]
-        == states[1]
-        == json.dumps(serialize_tokenizer(AutoTokenizer.from_pretrained(tmp_path))).encode() + b"\n"
-    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    # This process has another seed, a random one.
+    state = subprocess.run(words, env=os.environ | {"PYTHONHASHSEED": "1"}, stdout=-1, check=True).stdout
+    assert state == json.dumps(serialize_tokenizer(AutoTokenizer.from_pretrained(tmp_path))).encode() + b"\n"
 
 
 def test_a_tokenizer_is_loaded_by_its_own_name_before_the_models(

@@ -67,10 +67,10 @@ def trial(place: Path, launcher: str, processes: int, times: int, draw: random.R
     """So many signals, as a line of figures."""
     config = config_in(place, STEPS, save_every=20)
     reference = place / "reference"
-    finish(replace(config, run=replace(config.run, output_dir=str(reference))), place, processes)
-    timed = replace(config, run=replace(config.run, output_dir=str(place / "timed")))
     began = time.monotonic()
-    job = start(launcher, timed, place, processes=processes)
+    job = start(
+        launcher, replace(config, run=replace(config.run, output_dir=str(reference))), place, processes=processes
+    )
     job.workers(processes)
     assert job.status() == 0, job.stderr.read_text(errors="replace")[-3000:]
     whole = time.monotonic() - began

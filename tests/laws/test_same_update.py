@@ -43,10 +43,10 @@ CONFIG = Config(
     objective=MaskedLM(rate=0.3, final_rate=0.2, unit="word"),
     batch=Batch(examples=12, max_length=48, micro_tokens=4096),
     optim=Optim(lr=1e-3),
-    run=Run(max_steps=60, precision="fp32"),
+    run=Run(max_steps=60, eval_every=20, precision="fp32"),
 )
 # For (processes, micro_tokens), how most steps are cut: processes x micro-batches.
-LAYOUTS = {(1, 256): "1x2", (1, 128): "1x4", (1, 64): "1x8", (1, 48): "1x12", (2, 128): "2x2", (4, 4096): "4x1"}
+LAYOUTS = {(1, 256): "1x2", (1, 128): "1x4", (1, 64): "1x8", (2, 128): "2x2", (4, 4096): "4x1"}
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ from minilm.config import Batch, Classification, Config, Model, Optim, Run
 from minilm.config.command_line import parse_flags
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples
-from minilm.distributed.hardware import choose_precision, describe, usable_processors
+from minilm.distributed.hardware import describe, usable_processors
+from minilm.distributed.precision import choose_precision
 from minilm.objectives.objective import build, prepare
 from minilm.train import train
 

@@ -31,7 +31,8 @@ from transformers.utils import logging as transformers_logging
 from minilm.config import Config
 from minilm.config.serialization import read_run_config
 from minilm.data.corpus import Examples
-from minilm.distributed.hardware import choose_precision, describe
+from minilm.distributed.hardware import describe
+from minilm.distributed.precision import choose_precision
 from minilm.models.loading import load_model
 from minilm.objectives.objective import objective_of, prepare
 

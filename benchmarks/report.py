@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from sides import Precision, Taken
 
-from minilm.distributed.hardware import Peak, choose_precision, describe, device_peak
+from minilm.distributed.hardware import describe
+from minilm.distributed.precision import Peak, choose_precision, device_peak
 from minilm.runs.run_facts import versions
 
 RESULTS = Path(__file__).parent / "results"

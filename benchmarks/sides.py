@@ -22,7 +22,8 @@ from minilm.config import Config
 from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import Collator
-from minilm.distributed.hardware import Cost, count_flops, peak_memory
+from minilm.distributed.flops import Cost, count_flops
+from minilm.distributed.hardware import peak_memory
 from minilm.distributed.launch import start
 from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers

@@ -92,7 +92,7 @@ def write_job(folder: Path) -> None:
 
     from minilm.config import Config, MaskedLM
     from minilm.data.documents import load_documents
-    from minilm.distributed.hardware import choose_precision
+    from minilm.distributed.precision import choose_precision
     from minilm.objectives.objective import build, prepare
 
     config: Config = runpy.run_path(str(RECIPE))["CONFIG"]

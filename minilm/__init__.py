@@ -15,7 +15,7 @@ are the main modules, in the order in which a run uses them:
 
     minilm.commands.recipe        run_recipe: run a Config as a program with a flag for each field
     minilm.train                  train; for a loop of your own, train_step, load_steps and seed_dropout
-    minilm.fork                   begin, start_recording, end: the beginning and the end of a loop of your own
+    minilm.runs.session           begin, start_recording, save_networks: beginning and end of a loop of your own
     minilm.objectives.objective   prepare (data and tokenizer), build (the model), objective_of (head and evaluation)
     minilm.data.corpus            PreparedData and its Examples: the token ids on disk
     minilm.data.batch_plan        Plan: the examples of each step, and how it is cut into micro-batches

@@ -8,9 +8,8 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,42 +17,33 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from minilm.config import Config
 from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
-from minilm.distributed.hardware import count_flops
-from minilm.distributed.launch import (
-    explain_lost_contact,
-    finish,
-    first_on_each_host,
-    restore_on_error,
-    start,
-    together,
-)
-from minilm.distributed.sharding import clip, distribute, is_sharded
+from minilm.distributed.flops import count_flops
+from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
+from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
-from minilm.objectives.objective import Evaluator, build, objective_of, prepare
-from minilm.optim.optimizer import build_optimizer, learning_rate, skip_unless_finite
+from minilm.objectives.objective import Evaluator, build, objective_of
+from minilm.optim.optimizer import apply_update, build_optimizer, learning_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
 from minilm.runs.best_checkpoint import Best
-from minilm.runs.checkpoint import Checkpoint
 from minilm.runs.checkpoint_saver import Saver, gather_full_state
 from minilm.runs.early_stopping import StopRequest, bad_gradients
 from minilm.runs.energy import metered
-from minilm.runs.hub_upload import push
 from minilm.runs.model_card import write_card
 from minilm.runs.model_export import save_model
-from minilm.runs.output_folder import choose_output_dir, claim_output_dir
+from minilm.runs.output_folder import claim_output_dir
 from minilm.runs.recorder import open_recorder, write_samples
-from minilm.runs.resume import check_best, check_settings, load_step, resume
+from minilm.runs.resume import load_step, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
+from minilm.runs.session import Session, begin, plan_batches
 from minilm.runs.verify_head import verify_head
-from minilm.utils.folder_lock import unlock_at_end
 from minilm.utils.progress import quiet_transformers
 from minilm.utils.signals import block_signals, ignore_signals_from_others
 
@@ -86,15 +76,14 @@ def train_step(
     `num_processes` undoes the mean that DDP takes over processes.
     """
     device = accelerator.device
-    targets = accelerator.reduce(
-        torch.full((), float(sum(batch.target_count for batch in micro_batches)), device=device)
-    )
+    own_targets = float(sum(batch.target_count for batch in micro_batches))
+    targets = accelerator.reduce(torch.full((), own_targets, device=device))
     scale = accelerator.num_processes / targets.clamp(min=1)
     loss = torch.zeros((), device=device)
     # One autocast around all micro-batches casts each weight once.
-    with nullcontext() if is_sharded(accelerator) else accelerator.autocast():
+    with accelerator.autocast():
         for number, batch in enumerate(micro_batches, start=1):
-            # Gradients are exchanged once, in the backward of the last micro-batch (with ZeRO, in each).
+            # Gradients are exchanged once, in the backward of the last micro-batch.
             last = number == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(model):
                 nats = loss_sum(model, batch.to(device))
@@ -104,16 +93,11 @@ def train_step(
     loss = accelerator.reduce(loss) / targets.clamp(min=1)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
-    grad_norm = clip(accelerator, model, optimizer, max_grad_norm or math.inf)
-    skip_unless_finite(accelerator, optimizer, grad_norm)
-    optimizer.step()
+    grad_norm = apply_update(accelerator, model, optimizer, max_grad_norm or math.inf)
     optimizer.zero_grad()
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 
-@explain_lost_contact()
-@restore_on_error()
-@unlock_at_end()
 def train(config: Config, name: str = "run") -> dict[str, float]:
     """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
 
@@ -121,122 +105,119 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     with a message that says what to change; TrainingStopped where the run ends early; ConnectionError where another
     process is gone.
     """
-    # Begin: join the other processes, choose the output folder, and refuse a resume that cannot work before any data
-    # is read.
-    accelerator, precision = start(config.run)
-    main = accelerator.is_main_process
-    folder, checkpoint = together(lambda: choose_output_dir(config.run, name), main_only=True)
-    config = replace(config, run=replace(config.run, output_dir=str(folder)))
-    together(lambda: check_settings(checkpoint, config))
-    together(lambda: check_best(checkpoint, config.run), main_only=True)
+    # Begin: join the other processes, choose the output folder, refuse a resume that cannot work, prepare the data.
+    with begin(config, name) as run:
+        accelerator = run.accelerator
+        prepared = run.prepared
+        objective = objective_of(config.objective)
 
-    # Build: the data, the model, the optimizer and the plan of the steps. A resumed run builds the same as a new one.
-    prepared = first_on_each_host(accelerator, lambda: prepare(config))
-    objective = objective_of(config.objective)
-    head, config = build_head(config, accelerator, prepared, checkpoint)
-    network = head.model
-    cost = count_flops(head, config.batch.max_length)
-    inputs = collect_inputs(prepared, network, accelerator.num_processes)
-    if config.run.compile:
-        together(lambda: compile_layers(head))
-    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
-    plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
-    total = config.run.count_steps(plan.steps_per_epoch)
+        # Build: the model, the plan of the steps and the optimizer. A resumed run builds the same as a new one.
+        head, config = build_head(run)
+        network = head.model
+        plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
+        total = config.run.count_steps(plan.steps_per_epoch)
+        cost = count_flops(head, config.batch.max_length)
+        inputs = collect_inputs(prepared, network, accelerator.num_processes)
+        if config.run.compile:
+            compile_layers(head)
+        model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
 
-    # Resume: put the weights and moments of the checkpoint in place. A new run has no progress yet.
-    progress = together(lambda: resume(checkpoint, config, inputs, total, network, optimizer, precision.name))
-    best = together(lambda: Best(config.run, evaluator.names, progress))
+        # Resume: put the weights and moments of the checkpoint in place. A new run has no progress yet. Then all checks
+        # have passed, and the run may write to its output folder.
+        with on_all_ranks():
+            progress = resume(run.checkpoint, config, inputs, total, network, optimizer, run.precision.name)
+            best = Best(config.run, evaluator.names, progress)
+            if accelerator.is_main_process:
+                claim_output_dir(run.folder, config.run, network, total)
+        recorder, facts = open_recorder(
+            accelerator, config, run.folder, head, plan, prepared, total, run.precision, progress
+        )
+        saver = Saver(
+            run.folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
+        )
 
-    # Record: all checks have passed, so the run may write to its output folder from here on.
-    together(lambda: claim_output_dir(folder, config.run, network, total), main_only=True)
-    recorder, facts = open_recorder(accelerator, config, folder, head, plan, prepared, total, precision, progress)
-    saver = together(lambda: Saver(folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=main))
+        # Loop: one update for each step. A run that was killed after its patience was exhausted makes no more steps.
+        model.train()
+        first = total if best.exhausted else progress.step
+        steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
+        eval_every = config.run.eval_every or plan.steps_per_epoch
+        max_grad_norm = config.optim.max_grad_norm
+        figures = early = None
+        request = StopRequest(accelerator, saves=config.run.save_every > 0)
+        with (
+            request,
+            closing(recorder),
+            metered(accelerator, progress.step) as energy,
+            lost_peer_as_error(saver.explain_resume),
+        ):
+            for step, (global_batch, micro_batches) in enumerate(steps, start=first):
+                seed_dropout(config.run.seed, step, accelerator.process_index)
+                lr = learning_rate(config.optim, step, total)
+                result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
+                done = step + 1
+                epoch = done / plan.steps_per_epoch
+                recorder.step(
+                    epoch=epoch,
+                    lr=lr,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    examples=global_batch.examples,
+                    tokens=global_batch.tokens,
+                    flops=cost.step(global_batch, collator.rate(step / total)),
+                )
 
-    # Loop: one update for each step. A run that was killed after its patience was exhausted makes no more steps.
-    model.train()
-    first = total if best.exhausted else progress.step
-    steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
-    eval_every = config.run.eval_every or plan.steps_per_epoch
-    max_grad_norm = config.optim.max_grad_norm
-    figures = early = None
-    request = StopRequest(accelerator, saves=config.run.save_every > 0)
-    with (
-        request,
-        closing(recorder),
-        metered(accelerator, progress.step) as energy,
-        explain_lost_contact(saver.explain_resume),
-    ):
-        for step, (global_batch, micro_batches) in enumerate(steps, start=first):
-            seed_dropout(config.run.seed, step, accelerator.process_index)
-            lr = learning_rate(config.optim, step, total)
-            result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
-            done = step + 1
-            epoch = done / plan.steps_per_epoch
-            recorder.step(
-                epoch=epoch,
-                lr=lr,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                examples=global_batch.examples,
-                tokens=global_batch.tokens,
-                flops=cost.step(global_batch, collator.rate(step / total)),
-            )
+                # Evaluate on the held-out examples. The figures of the last step are those of the result.
+                figures = None
+                better = False
+                if done == total or done % eval_every == 0:
+                    recorder.catch_up()
+                    figures = evaluator(accelerator, model).figures()
+                    better = best.update(figures, done)
+                    recorder.evaluation(epoch, figures, objective.said(figures))
 
-            # Evaluate on the held-out examples. The figures of the last step are those of the result.
-            figures = None
-            better = False
-            if done == total or done % eval_every == 0:
-                recorder.catch_up()
+                # Save a checkpoint where one is due, and leave where all processes agree that this was the last step.
+                early = bad_gradients(recorder, plan, config.run) or request.agree(done)
+                last = done == total or best.exhausted or early is not None
+                if saver.due(done, last=last, better=better):
+                    saver.save(recorder.progress(**best.progress_fields(done)))
+                if last:
+                    break
+            saver.wait()
+
+        # Save: evaluate the weights that are the result, and write the model, its card and all_results.json. An early
+        # end leaves its last checkpoint alone.
+        results = dict[str, float]()
+        if early is None:
+            if config.run.load_best and best.step != recorder.steps:
+                # The main process writes the checkpoint that all of them read.
+                accelerator.wait_for_everyone()
+                with on_all_ranks():
+                    load_step(run.folder, best.step, network)
+                figures = None
+            if figures is None:
                 figures = evaluator(accelerator, model).figures()
-                better = best.update(figures, done)
-                recorder.evaluation(epoch, figures, objective.said(figures))
-
-            # Save a checkpoint where one is due, and leave where all processes agree that this was the last step.
-            early = bad_gradients(recorder, plan, config.run) or request.agree(done)
-            last = done == total or best.exhausted or early is not None
-            if saver.due(done, last=last, better=better):
-                saver.save(recorder.progress(**best.progress_fields(done)))
-            if last:
-                break
-        saver.wait()
-
-    # Save: evaluate the weights that are the result, and write the model, its card and all_results.json. An early end
-    # leaves its last checkpoint alone.
-    if early is None:
-        if config.run.load_best and best.step != recorder.steps:
-            # The main process writes the checkpoint that all of them read.
-            accelerator.wait_for_everyone()
-            together(lambda: load_step(folder, best.step, network))
-            figures = None
-        if figures is None:
-            figures = evaluator(accelerator, model).figures()
-        results = recorder.conclude(figures | energy())
-        weights = gather_full_state(network.state_dict(keep_vars=True), keep=main)
-        if main:
-            files = conclude(folder, config, facts, results, network, weights, prepared.tokenizer)
-
-    # Leave: let go of DDP before the process group, as finish() asks for. Only then push, so that no process waits.
-    model, optimizer = accelerator.free_memory(model, optimizer)
-    finish(accelerator)
+            results = recorder.conclude(figures | energy())
+            weights = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
+            if accelerator.is_main_process:
+                conclude(run, facts, results, network, weights)
+        model, optimizer = accelerator.free_memory(model, optimizer)
     if early is not None:
         raise early
-    if main and config.run.push_to_hub is not None:
-        push(config.run.push_to_hub, folder, files)
     return results
 
 
-def build_head(
-    config: Config, accelerator: Accelerator, prepared: PreparedData, checkpoint: Checkpoint | None = None
-) -> tuple[Head, Config]:
-    """Return the model with its head on this process's device, and `config` with a number for `batch.micro_tokens`."""
+def build_head(run: Session) -> tuple[Head, Config]:
+    """Return the model with its head on this process's device, and the settings with a number of micro-tokens."""
+    config, accelerator, prepared = run.config, run.accelerator, run.prepared
     objective = objective_of(config.objective)
-    network = together(lambda: build(config, prepared))
-    together(lambda: objective.check(network, prepared.tokenizer, config.run.samples))
-    head = objective.head(network.to(accelerator.device), prepared)
-    freeze_unused(head)
+    with on_all_ranks():
+        network = build(config, prepared)
+        objective.check(network, prepared.tokenizer, config.run.samples)
+        head = objective.head(network.to(accelerator.device), prepared)
+        freeze_unused(head)
     verify_head(config, head, prepared)
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    return head, resolve_micro_tokens(config, accelerator, head, checkpoint, first)
+    return head, resolve_micro_tokens(config, accelerator, head, run.checkpoint, first)
 
 
 def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: PreparedData) -> list[MicroBatch]:
@@ -247,32 +228,14 @@ def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: P
 
 
 def build_plan(
-    config: Config,
-    accelerator: Accelerator,
-    head: Head,
-    prepared: PreparedData,
+    config: Config, accelerator: Accelerator, head: Head, prepared: PreparedData
 ) -> tuple[Plan, Collator, Evaluator]:
     """Return the plan of the steps, the collator that makes their micro-batches, and the evaluator."""
     objective = objective_of(config.objective)
-    plan = lay_plan(config, accelerator, head, prepared.train)
+    plan = plan_batches(config, accelerator, head, prepared.train)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
     return plan, collator, objective.evaluator(prepared, micro_tokens_of(config), **layout)
-
-
-def lay_plan(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
-    """Return the plan of the steps, with padding where the head needs it."""
-    return Plan(
-        examples.lengths,
-        examples=config.batch.examples,
-        micro_tokens=micro_tokens_of(config),
-        processes=accelerator.num_processes,
-        seed=config.run.seed,
-        group=config.batch.group,
-        padded=not head.padding_free,
-        multiple=1 if accelerator.device.type == "cpu" else 8,  # padded lengths divisible by 8 are faster on GPUs
-        row_tokens=config.batch.max_length if config.batch.layout == "packed" else None,
-    )
 
 
 Item = tuple[Step, list[MicroBatch]]
@@ -332,19 +295,18 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 def conclude(
-    folder: Path,
-    config: Config,
+    run: Session,
     facts: dict[str, Any],
     results: dict[str, float],
     network: PreTrainedModel,
     weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[str]:
+) -> None:
     """Save the model, its card and the results, and log the saved model's output for each of `run.samples`.
 
-    Returns the names of the model's files. `write_results` comes last, since its file marks the run as finished.
+    `write_results` comes last, since its file marks the run as finished.
     """
-    files = save_model(network, tokenizer, folder, weights)
+    config, folder, tokenizer = run.config, run.folder, run.prepared.tokenizer
+    run.uploads.extend(save_model(network, tokenizer, folder, weights))
     objective = objective_of(config.objective)
     samples = {}
     if config.run.samples:
@@ -358,4 +320,3 @@ def conclude(
     write_card(folder, config, facts, results, samples)
     write_results(folder, results)
     log.info(f"saved to {folder}; try: {objective.command(folder, tokenizer)}")
-    return files

@@ -23,14 +23,14 @@ from transformers import AutoModelForPreTraining, PreTrainedTokenizerBase
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.commands.recipe import run_recipe
 from minilm.data.packing import Packing
-from minilm.distributed.hardware import count_flops
-from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
-from minilm.fork import begin, end, start_recording
+from minilm.distributed.flops import count_flops
+from minilm.distributed.launch import on_all_ranks
 from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.objective import objective_of
 from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.runs.session import begin, save_networks, start_recording
 from minilm.train import load_steps, seed_dropout, train_step
 
 CONFIG = Config(
@@ -90,47 +90,46 @@ class Electra(nn.Module):
         return generator_nats + WEIGHT * self.targets_per_token * nats * real
 
 
-@explain_lost_contact()
-@restore_on_error()
 def train(config: Config, name: str) -> dict[str, float]:
-    begun = begin(config, name)
-    accelerator = begun.accelerator
-    prepared = begun.prepared
-    optim = config.optim
-    seed = config.run.seed
-    electra = together(lambda: Electra(config, prepared.tokenizer)).to(accelerator.device)
-    generator_cost = count_flops(electra.generator, config.batch.max_length)
-    discriminator_cost = count_flops(electra.discriminator, config.batch.max_length)
-    plan, total, recorder = start_recording(begun, config, electra.discriminator)
-    objective = objective_of(config.objective)
-    collator = objective.collator(
-        prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
-    )
-    model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim))
-    model.train()
-    with closing(recorder):
-        steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)
-        for step, (global_batch, micro_batches) in enumerate(steps):
-            seed_dropout(seed, step, accelerator.process_index)
-            targets = torch.full(
-                (), float(sum(batch.target_count for batch in micro_batches)), device=accelerator.device
-            )
-            electra.targets_per_token = accelerator.reduce(targets) / global_batch.tokens
-            lr = learning_rate(optim, step, total)
-            result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=optim.max_grad_norm)
-            generator_flops = generator_cost.step(global_batch, collator.rate(step / total))
-            discriminator_flops = discriminator_cost.step(global_batch, 1.0)
-            recorder.step(
-                epoch=(step + 1) / plan.steps_per_epoch,
-                lr=lr,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                examples=global_batch.examples,
-                tokens=global_batch.tokens,
-                flops=generator_flops + discriminator_flops,
-            )
-    del model, optimizer
-    return end(begun, recorder, {".": electra.discriminator.model, "generator": electra.generator.model})
+    with begin(config, name, checkpoints=False) as run:
+        accelerator = run.accelerator
+        prepared = run.prepared
+        optim = config.optim
+        max_grad_norm = optim.max_grad_norm
+        seed = config.run.seed
+        with on_all_ranks():
+            electra = Electra(config, prepared.tokenizer).to(accelerator.device)
+        generator_cost = count_flops(electra.generator, config.batch.max_length)
+        discriminator_cost = count_flops(electra.discriminator, config.batch.max_length)
+        plan, total, recorder = start_recording(run, electra.discriminator)
+        objective = objective_of(config.objective)
+        collator = objective.collator(
+            prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
+        )
+        model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim))
+        model.train()
+        with closing(recorder):
+            steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)
+            for step, (global_batch, micro_batches) in enumerate(steps):
+                seed_dropout(seed, step, accelerator.process_index)
+                targets = float(sum(batch.target_count for batch in micro_batches))
+                all_targets = accelerator.reduce(torch.full((), targets, device=accelerator.device))
+                electra.targets_per_token = all_targets / global_batch.tokens
+                lr = learning_rate(optim, step, total)
+                result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
+                generator_flops = generator_cost.step(global_batch, collator.rate(step / total))
+                discriminator_flops = discriminator_cost.step(global_batch, 1.0)
+                recorder.step(
+                    epoch=(step + 1) / plan.steps_per_epoch,
+                    lr=lr,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    examples=global_batch.examples,
+                    tokens=global_batch.tokens,
+                    flops=generator_flops + discriminator_flops,
+                )
+        del model, optimizer
+        return save_networks(run, recorder, {".": electra.discriminator.model, "generator": electra.generator.model})
 
 
 if __name__ == "__main__":

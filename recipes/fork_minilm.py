@@ -22,14 +22,14 @@ from minilm import Config, Model, Optim, Run
 from minilm.commands.recipe import run_recipe
 from minilm.data.micro_batch import collate_all_targets
 from minilm.data.packing import Packing, RowGroup
-from minilm.distributed.hardware import count_flops
-from minilm.distributed.launch import explain_lost_contact, restore_on_error, together
-from minilm.fork import begin, end, start_recording
+from minilm.distributed.flops import count_flops
+from minilm.distributed.launch import on_all_ranks
 from minilm.models.head import Head, freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
 from minilm.models.temporary_changes import evaluation_mode
 from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.runs.session import begin, save_networks, start_recording
 from minilm.train import load_steps, seed_dropout, train_step
 
 CONFIG = Config(
@@ -94,41 +94,43 @@ class Distiller(Head):
         return self.logits(ids_T, packing, index_N)
 
 
-@explain_lost_contact()
-@restore_on_error()
 def train(config: Config, name: str) -> dict[str, float]:
-    begun = begin(config, name)
-    accelerator = begun.accelerator
-    prepared = begun.prepared
-    optim = config.optim
+    with begin(config, name, checkpoints=False) as run:
+        accelerator = run.accelerator
+        prepared = run.prepared
+        optim = config.optim
+        max_grad_norm = optim.max_grad_norm
 
-    def load(model: Model) -> PreTrainedModel:
-        return load_model(model, prepared.tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
+        def load(model: Model) -> PreTrainedModel:
+            return load_model(model, prepared.tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
 
-    student, teacher = replace(config.model, name=None), replace(config.model, config={})
-    distiller = together(lambda: Distiller(load(student), load(teacher))).to(accelerator.device)
-    freeze_unused(distiller)
-    cost = count_flops(distiller.student, config.batch.max_length)
-    plan, total, recorder = start_recording(begun, config, distiller)
-    model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim))
-    model.train()
-    with closing(recorder):
-        steps = load_steps(plan, prepared.train, collate_all_targets, accelerator, range(total), config.batch.workers)
-        for step, (global_batch, micro_batches) in enumerate(steps):
-            seed_dropout(config.run.seed, step, accelerator.process_index)
-            lr = learning_rate(optim, step, total)
-            result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=optim.max_grad_norm)
-            recorder.step(
-                epoch=(step + 1) / plan.steps_per_epoch,
-                lr=lr,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                examples=global_batch.examples,
-                tokens=global_batch.tokens,
-                flops=cost.step(global_batch, 0.0),
+        student, teacher = replace(config.model, name=None), replace(config.model, config={})
+        with on_all_ranks():
+            distiller = Distiller(load(student), load(teacher)).to(accelerator.device)
+        freeze_unused(distiller)
+        cost = count_flops(distiller.student, config.batch.max_length)
+        plan, total, recorder = start_recording(run, distiller)
+        model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim))
+        model.train()
+        with closing(recorder):
+            steps = load_steps(
+                plan, prepared.train, collate_all_targets, accelerator, range(total), config.batch.workers
             )
-    del model, optimizer
-    return end(begun, recorder, {".": distiller.model.base_model})
+            for step, (global_batch, micro_batches) in enumerate(steps):
+                seed_dropout(config.run.seed, step, accelerator.process_index)
+                lr = learning_rate(optim, step, total)
+                result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
+                recorder.step(
+                    epoch=(step + 1) / plan.steps_per_epoch,
+                    lr=lr,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    examples=global_batch.examples,
+                    tokens=global_batch.tokens,
+                    flops=cost.step(global_batch, 0.0),
+                )
+        del model, optimizer
+        return save_networks(run, recorder, {".": distiller.model.base_model})
 
 
 if __name__ == "__main__":

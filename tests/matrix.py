@@ -39,7 +39,7 @@ from minilm.data.labels import Labels
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.special_ids import PADDING_FIELDS
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.distributed.hardware import count_flops
+from minilm.distributed.flops import count_flops
 from minilm.models.head import Head, freeze_unused
 from minilm.models.loading import load_model
 from minilm.objectives.objective import Objective, objective_of

@@ -127,9 +127,9 @@ def cached_model() -> None:
 
 
 def no_bf16() -> None:
-    import minilm.distributed.hardware
+    import minilm.distributed.precision
 
-    minilm.distributed.hardware.gemm_rate = lambda dtype, *rest: 1e9 if "bfloat16" in str(dtype) else 1e11
+    minilm.distributed.precision.gemm_rate = lambda dtype, *rest: 1e9 if "bfloat16" in str(dtype) else 1e11
 
 
 def no_peft() -> None:

@@ -34,7 +34,7 @@ import minilm.models.head
 import minilm.models.rotary
 import minilm.models.windowed_attention
 from minilm import Batch, Config, Model, Run
-from minilm.distributed.hardware import Peak
+from minilm.distributed.precision import Peak
 from minilm.objectives.objective import prepare
 from tests.launch import ROOT
 

@@ -12,7 +12,7 @@ from tests.launch import ROOT
 
 ORDER = (
     *("utils", "config", "data", "models", "optim", "objectives", "distributed", "runs"),
-    *("train", "fork", "commands"),
+    *("train", "commands"),
 )
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "minilm").rglob("*.py"))
 

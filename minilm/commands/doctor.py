@@ -19,7 +19,8 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch.multiprocessing.spawn import spawn
 
-from minilm.distributed.hardware import choose_precision, describe, device_peak, usable_processors
+from minilm.distributed.hardware import describe, usable_processors
+from minilm.distributed.precision import choose_precision, device_peak
 from minilm.utils.cache import CacheError, get_cache_folder
 
 # Seconds within which two processes must connect. An idle machine needs a few.

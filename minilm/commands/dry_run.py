@@ -13,16 +13,14 @@ from minilm.config import Config
 from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator
-from minilm.distributed.deepspeed import size_of
-from minilm.distributed.hardware import Cost, Precision, count_flops, describe, device_peak, peak_memory
-from minilm.distributed.launch import finish, first_on_each_host, restore_on_error, start, together
+from minilm.distributed.flops import Cost, count_flops
+from minilm.distributed.hardware import describe, peak_memory
+from minilm.distributed.precision import device_peak
 from minilm.distributed.sharding import distribute
 from minilm.models.head import Head
-from minilm.objectives.objective import prepare
 from minilm.optim.optimizer import build_optimizer, learning_rate
-from minilm.runs.output_folder import choose_output_dir
+from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
-from minilm.utils.folder_lock import unlock_at_end
 
 _FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0  # the probe ends when it has timed both
 _MOST_STEPS = 1000
@@ -41,7 +39,6 @@ class Probe:
     """Peak memory of the process, bytes."""
 
 
-@restore_on_error()
 def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     """Print the plan of the run that `train(config, name)` would start. Reads data and fills the cache, as a run does.
 
@@ -50,28 +47,23 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     """
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
-    accelerator, precision = start(config.run)
-    with unlock_at_end():
-        folder, _ = together(lambda: choose_output_dir(config.run, name), main_only=True)
-    prepared = first_on_each_host(accelerator, lambda: prepare(config))
-    rows = config.batch.max_length if config.batch.layout == "packed" else None
-    plan = Plan(
-        prepared.train.lengths, examples=config.batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed
-    )
-    lines = [("output", f"{folder} (a dry run writes nothing to it)"), ("data", _data(prepared, plan))]
-    if prepared.labels is not None:
-        lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
-    if own_loop:
-        lines.append(
-            ("steps", f"{config.run.count_steps(plan.steps_per_epoch):,} of {config.batch.examples} {plan.unit}")
+    with begin(config, name) as run:
+        batch, prepared = config.batch, run.prepared
+        rows = batch.max_length if batch.layout == "packed" else None
+        plan = Plan(
+            prepared.train.lengths, examples=batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed
         )
-        lines.append(("time", "unknown, as are model and memory, because this recipe has its own loop"))
-    else:
-        lines += _planned(config, accelerator, precision, prepared)
-    if accelerator.is_main_process:
-        for subject, text in lines:
-            print(f"{subject:<9} {text}", flush=True)
-    finish(accelerator)
+        lines = [("output", f"{run.folder} (a dry run writes nothing to it)"), ("data", _data(prepared, plan))]
+        if prepared.labels is not None:
+            lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
+        if own_loop:
+            lines.append(("steps", f"{config.run.count_steps(plan.steps_per_epoch):,} of {batch.examples} {plan.unit}"))
+            lines.append(("time", "unknown, as are model and memory, because this recipe has its own loop"))
+        else:
+            lines += _planned(run)
+        if run.accelerator.is_main_process:
+            for subject, text in lines:
+                print(f"{subject:<9} {text}", flush=True)
 
 
 def _data(prepared: PreparedData, plan: Plan) -> str:
@@ -81,11 +73,10 @@ def _data(prepared: PreparedData, plan: Plan) -> str:
     )
 
 
-def _planned(
-    config: Config, accelerator: Accelerator, precision: Precision, prepared: PreparedData
-) -> list[tuple[str, str]]:
+def _planned(run: Session) -> list[tuple[str, str]]:
     """Return lines on model, steps, FLOPs, memory and time, of which a probe measures the last two."""
-    head, config = build_head(config, accelerator, prepared)
+    accelerator, prepared = run.accelerator, run.prepared
+    head, config = build_head(run)
     cost = count_flops(head, config.batch.max_length)
     plan, collator, _ = build_plan(config, accelerator, head, prepared)
     total = config.run.count_steps(plan.steps_per_epoch)
@@ -99,18 +90,18 @@ def _planned(
     flops, tokens = epochs * per_epoch, epochs * int(plan.lengths.sum())
     evaluations = math.ceil(total / (config.run.eval_every or plan.steps_per_epoch))
     evaluation = _flops(cost, prepared.eval, collator.rate(0.0)) / 3 * rate  # forward alone
-    peak = device_peak(accelerator.device, precision.name).flops * accelerator.num_processes
+    peak = device_peak(accelerator.device, run.precision.name).flops * accelerator.num_processes
     hardware = describe(accelerator.device)
     return [
         (
             "model",
-            f"{type(head.model).__name__}: {sum(map(size_of, head.model.parameters())) / 1e6:.2f} M parameters, "
-            f"{sum(map(size_of, trained)) / 1e6:.2f} M of them trained; {head.summary}",
+            f"{type(head.model).__name__}: {sum(p.numel() for p in head.model.parameters()) / 1e6:.2f} M parameters, "
+            f"{sum(p.numel() for p in trained) / 1e6:.2f} M of them trained; {head.summary}",
         ),
         (
             "hardware",
             f"{accelerator.num_processes} process(es) on {hardware['device']}, {hardware['threads_per_process']} "
-            f"thread(s) each, {precision.name}: {precision.reason}",
+            f"thread(s) each, {run.precision.name}: {run.precision.reason}",
         ),
         (
             "steps",

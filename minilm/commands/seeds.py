@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
 from minilm.config import Config, Run
-from minilm.distributed.launch import explain_lost_contact, join_job, one_job, restore_on_error, together
+from minilm.distributed.launch import broadcast_from_main, join_job, lost_peer_as_error, one_job, restore_on_error
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.output_folder import choose_output_dir, is_free, refuse_unwritable
 from minilm.utils.atomic_files import write_atomically
@@ -27,7 +27,7 @@ log = logging.getLogger("minilm")
 SUMMARY = "seeds.json"
 
 
-@explain_lost_contact()
+@lost_peer_as_error()
 @restore_on_error()
 @unlock_at_end()
 def train_seeds(
@@ -42,7 +42,7 @@ def train_seeds(
     results: dict[int, dict[str, float]] = {}
     with one_job():
         main = join_job(config.run).is_main_process
-        folder = together(lambda: _claim_folder(config.run, name), main_only=True)
+        folder = broadcast_from_main(lambda: _claim_folder(config.run, name))
         for number, seed in enumerate(seeds, start=1):
             _stop_if_signalled(config, results)
             log.info(f"seed {seed}, {number} of {len(seeds)}")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     broadcast_object_list,
@@ -22,18 +23,10 @@ from accelerate.utils import (
 )
 
 from minilm.config import Run
-from minilm.distributed.deepspeed import hidden_from_accelerate, leave_zero, zero_stage
-from minilm.distributed.hardware import (
-    Precision,
-    check_devices,
-    check_launch,
-    choose_precision,
-    fair_threads,
-    keep_few_kernels,
-    keep_freed_memory,
-    repeat_to_the_bit,
-)
-from minilm.distributed.sharding import asked_for_sharding, enable_on_cpus, reduce_in_bf16
+from minilm.distributed.hardware import fair_threads, keep_few_kernels, keep_freed_memory, repeat_to_the_bit
+from minilm.distributed.launch_checks import check_devices, check_launch
+from minilm.distributed.precision import Precision, choose_precision
+from minilm.distributed.sharding import enable_on_cpus, read_sharding, reduce_in_bf16
 from minilm.utils.launch_variables import check_launch_variables, hide_leftover_ranks
 from minilm.utils.signals import restore_default_signals
 
@@ -51,13 +44,15 @@ def join_job(run: Run) -> PartialState:
 
     Raises ValueError for a wrong launch.
     """
+    # It refuses kinds of sharding that minilm does not support.
+    read_sharding(os.environ)
     _remember_process()
     cpu = _on_cpu()
     check_devices(0 if cpu else torch.accelerator.device_count(), os.environ)
     outside = not dist.is_initialized()
     if outside:
         check_launch_variables(os.environ)
-    with restore_default_signals(), hidden_from_accelerate(), hide_leftover_ranks():
+    with restore_default_signals(), hide_leftover_ranks():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=run.timeout))
     _joined[0] |= outside and dist.is_initialized()
     check_launch(state.num_processes, os.environ)
@@ -84,8 +79,8 @@ def start(run: Run) -> tuple[Accelerator, Precision]:
 
 
 def _start(run: Run) -> tuple[Accelerator, Precision]:
-    sharding = asked_for_sharding(os.environ)
     state = join_job(run)
+    sharding = read_sharding(os.environ)
     if threads := fair_threads(os.environ):
         torch.set_num_threads(threads)
     keep_freed_memory(state.device)
@@ -97,16 +92,17 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # Views save a copy of every gradient. No model here has a buffer that differs between processes.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Autocast keeps the half-precision copy of a weight until the end of the step. FSDP2 frees the weight before that.
+    autocast = AutocastKwargs(cache_enabled=sharding is None)
     # The loop accumulates gradients itself. accelerate must not do it again where the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
-    zero = zero_stage(os.environ) is not None
-    _check_combination(run, mode, state.device, sharded=sharding is not None, zero=zero)
+    _check_combination(run, mode, state.device, sharded=sharding is not None)
     _check_earlier(mode, state.device)
-    with hidden_from_accelerate(), hide_leftover_ranks():
+    with hide_leftover_ranks():
         accelerator = Accelerator(
             mixed_precision=mode,
             cpu=_on_cpu(),
-            kwargs_handlers=[ddp],
+            kwargs_handlers=[ddp, autocast],
             fsdp_plugin=sharding,
             gradient_accumulation_plugin=once,
         )
@@ -119,18 +115,14 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     return accelerator, precision
 
 
-def _check_combination(run: Run, mode: str, device: torch.device, *, sharded: bool, zero: bool) -> None:
+def _check_combination(run: Run, mode: str, device: torch.device, *, sharded: bool) -> None:
     """Raise ValueError for settings that do not work together, or that have not been tried together."""
-    if run.compile and (sharded or zero):
+    if run.compile and sharded:
         raise ValueError("run.compile has not been tried with sharding: leave one of them out")
     if run.compile and device.type == "cpu":
         raise ValueError("run.compile is for GPUs: on CPUs compiled layers take as long as others. Leave it out")
-    if zero and run.reduce_dtype == "bf16":
-        raise ValueError("run.reduce_dtype bf16 has not been tried with DeepSpeed: leave it out")
-    if (sharded or zero) and mode == "fp16":
+    if sharded and mode == "fp16":
         raise ValueError("fp16 has not been tried with sharding: use --run.precision bf16, or fp32")
-    if zero and device.type == "cpu" and torch.accelerator.is_available():
-        raise ValueError("DeepSpeed takes the GPUs of this machine: leave ACCELERATE_USE_CPU or --use_deepspeed out")
 
 
 def _remember_process() -> None:
@@ -188,19 +180,34 @@ def _check_earlier(mode: str, device: torch.device) -> None:
         )
 
 
-def together(work: Callable[[], T], *, main_only: bool = False) -> T:
-    """Return the result of `work` on each process, or with `main_only` the main process's result on all.
+@contextlib.contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """Turn a ValueError that one process raises inside the block into one on all processes.
 
-    A ValueError on one process becomes one on all. Otherwise the others would wait for a process that has given up.
+    Otherwise the others would wait for a process that has given up. Every process must run the block, and nothing in
+    it may communicate with the other processes.
     """
-    if not main_only:
-        result, message = _attempt(work)
-        _share_error(message)
-    else:
-        result, message = _attempt(work) if PartialState().is_main_process else (None, None)
-        result, message = broadcast_object_list([result, message])
-        if message is not None:
-            raise ValueError(message)
+    try:
+        yield
+    except ValueError as error:
+        _share_error(str(error))
+        raise
+    _share_error(None)
+
+
+def _share_error(message: str | None) -> None:
+    """Raise ValueError with the first message that any process has. Every process must call this function."""
+    for one in gather_object([message]):
+        if one is not None:
+            raise ValueError(one)
+
+
+def broadcast_from_main(work: Callable[[], T]) -> T:
+    """Return on all processes what `work` returns on the main process. Its ValueError is raised on all as well."""
+    result, message = _attempt(work) if PartialState().is_main_process else (None, None)
+    result, message = broadcast_object_list([result, message])
+    if message is not None:
+        raise ValueError(message)
     return cast(T, result)
 
 
@@ -212,14 +219,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
-def _share_error(message: str | None) -> None:
-    """Raise ValueError with the first message that any process has. Every process calls it."""
-    for one in gather_object([message]):
-        if one is not None:
-            raise ValueError(one)
-
-
-def first_on_each_host(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def local_main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Return the result of `work`, which the main process of each host does before the others.
 
     The others then find its results in the cache. A ValueError on one process becomes one on all. The work may take
@@ -251,7 +251,7 @@ def first_on_each_host(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def explain_lost_contact(advice: Callable[[], str] | None = None) -> Iterator[None]:
+def lost_peer_as_error(advice: Callable[[], str] | None = None) -> Iterator[None]:
     """Turn an error that comes from the loss of another process into a ConnectionError of one line.
 
     The line ends with the sentence that `advice` returns.
@@ -301,4 +301,3 @@ def _leave_group() -> None:
     if _joined[0] and dist.is_initialized():
         dist.destroy_process_group()
     _joined[0] = False
-    leave_zero()

@@ -1,11 +1,11 @@
 """Fully sharded data parallelism (FSDP2): each process holds a part of every weight, gradient and moment.
 
-A layer's weights are gathered before it runs and let go after it, as in Rajbhandari et al. 2020, "ZeRO", section 5.3.
-The steps are those of one process, and so are the checkpoints: any number of processes goes on from them.
+A layer's weights are gathered before it runs and freed after it, as in Rajbhandari et al. 2020, "ZeRO", section 5.3.
+Steps and checkpoints are those of one process, up to rounding. Any number of processes can resume from such a
+checkpoint.
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 
@@ -19,67 +19,79 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minilm.distributed.deepspeed import Moment, ZeroOptimizer, gathered, shard_by_zero, zero_stage
 from minilm.models.head import Head
-from minilm.optim.optimizer import is_fused, unwrapped
 
 log = logging.getLogger("minilm")
 
-# What minilm does, by the variables that `accelerate launch` makes of its flags, and what it takes one left out for.
-_ONLY = {
+# The only value that minilm supports and accelerate's default, by the variable that `accelerate launch` sets.
+_SUPPORTED = {
     "FSDP_VERSION": ("2", "1"),
     "FSDP_OFFLOAD_PARAMS": ("false", "false"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "false"),
 }
 
 
-def asked_for_sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
-    """The sharding that the launcher was asked for, if any. Raises ValueError for kinds that minilm does not do."""
+def read_sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
+    """Return the settings of FSDP2 if the launcher was asked for it, or else None.
+
+    Raises ValueError for kinds of sharding that minilm does not support: DeepSpeed, FSDP1, offloading to CPUs and
+    accelerate's activation checkpointing.
+    """
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError("minilm does not support DeepSpeed: pass --use_fsdp --fsdp_version 2 in place of its flags")
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
-    for variable, (done, default) in _ONLY.items():
-        if (asked := environment.get(variable, default).lower()) != done:
+    for variable, (supported, default) in _SUPPORTED.items():
+        if (value := environment.get(variable, default).lower()) != supported:
             flag = f"--{variable.lower()}"
-            raise ValueError(f"{flag} {asked} was asked for at launch and minilm does not do it: pass {flag} {done}")
+            raise ValueError(
+                f"the launch asks for {flag} {value}, which minilm does not support: pass {flag} {supported}"
+            )
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        mixed_precision_policy=MixedPrecisionPolicy(),  # autocast does it, as it does without sharding
+        # Autocast lowers the precision of products, as it does without sharding.
+        mixed_precision_policy=MixedPrecisionPolicy(),
         cpu_offload=OffloadPolicy(),
-        cpu_ram_efficient_loading=False,  # each process tries the head's shortcuts, which takes the weights
+        # Each process tries the shortcuts of the head, and needs the weights for that.
+        cpu_ram_efficient_loading=False,
     )
 
 
 def enable_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """Have accelerate shard on CPUs as it does on GPUs: by itself it makes DDP of it there, silently.
+    """Make accelerate shard on CPUs, where it uses DDP without a warning even if FSDP is asked for.
 
-    Raises ValueError on a machine with GPUs, which torch would shard on whatever it is told.
+    Raises ValueError on a machine with GPUs, since torch would shard on those.
     """
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         if torch.accelerator.is_available():
             raise ValueError("FSDP on CPUs needs a machine without GPUs: leave ACCELERATE_USE_CPU or --use_fsdp out")
-        for state in (PartialState(), accelerator.state):  # the second copies from the first, time and again
+        # The accelerator's state copies from the other state whenever one is built.
+        for state in (PartialState(), accelerator.state):
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
 
 
-class _InBf16(DistributedDataParallelKwargs):  # type: ignore[misc]
-    """For what accelerate wraps in DDP, in a recipe's own loop too."""
+class _SumInBf16(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """DDP's settings with a hook that sends gradients in bf16. accelerate registers it with each model it wraps."""
 
     def register_comm_hook(self, model: DistributedDataParallel) -> None:
         model.register_comm_hook(None, _sum_in_bf16)
 
 
 def _sum_in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    """torch's hook, which DDP takes on GPUs only, by its name; gloo sums bf16 as well."""
+    """Sum a bucket of gradients in bf16.
+
+    It calls torch's hook. DDP refuses that hook by its name on CPUs, though gloo sums bf16.
+    """
     return bf16_compress_hook(group, bucket)  # type: ignore[arg-type]  # None: of all processes
 
 
 def reduce_in_bf16(
     accelerator: Accelerator, ddp: DistributedDataParallelKwargs, sharding: FullyShardedDataParallelPlugin | None
 ) -> None:
-    """Have DDP, with these settings, or FSDP2 send the gradients in bf16; they are fp32 before and after."""
-    accelerator.ddp_handler = _InBf16(**ddp.to_kwargs())
+    """Make DDP with these settings, or FSDP2, send gradients in bf16. They are float32 before and after."""
+    accelerator.ddp_handler = _SumInBf16(**ddp.to_kwargs())
     if sharding is not None:
         sharding.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
 
@@ -87,70 +99,49 @@ def reduce_in_bf16(
 def distribute(
     accelerator: Accelerator, head: Head, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, or what the launcher asked for: under FSDP2 each layer becomes a unit of its own.
+    """Return the model and the optimizer as `accelerator.prepare` does. Under FSDP2 each layer becomes a unit.
 
-    Raises ValueError for a model of which a process runs as many forwards as it has lengths, where the weights of each
-    layer are gathered in every forward, of all processes together.
+    Raises ValueError under FSDP2 for a model that takes rows of one length only. Each process would then run another
+    number of forwards, but all processes gather a layer's weights together in every forward.
     """
-    if head.needs_equal_lengths and (accelerator.is_fsdp2 or zero_stage(os.environ) == 3):
-        raise ValueError(
-            f"{type(head.model).__name__} takes rows of one length at a time, so its weights cannot be shared out: "
-            "use --multi_gpu, or ZeRO's stage 2"
-        )
-    if (stage := zero_stage(os.environ)) is not None:
-        sharded: tuple[nn.Module, torch.optim.Optimizer] = shard_by_zero(accelerator, head, optimizer, stage)
-        return sharded
-    if accelerator.is_fsdp2:
+    sharded = accelerator.is_fsdp2
+    if sharded:
+        if head.needs_equal_lengths:
+            raise ValueError(
+                f"{type(head.model).__name__} takes rows of one length at a time, so its weights cannot be sharded: "
+                "use --multi_gpu"
+            )
         layers = {type(layer).__name__ for layer in head.layers}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
-        head.forward = accelerator.autocast()(head.forward)  # as DDP's is prepared
-        # Some layers end in a view; nothing changes it in place.
+        # accelerate wraps the forward of a model for DDP in autocast, but not that of a model for FSDP2.
+        head.forward = accelerator.autocast()(head.forward)
+        # Some layers return a view. Nothing changes it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     model, wrapped = accelerator.prepare(head, optimizer)
-    if accelerator.scaler is not None:  # else the wrapper does nothing, but looks for other libraries in every step
+    # accelerate's wrapper of the optimizer looks for other libraries in every step, and only a scaler needs it.
+    if accelerator.scaler is not None:
         optimizer = wrapped
-    if accelerator.is_fsdp2:
+    if sharded:
         for module in model.modules():
             if isinstance(module, FSDPModule) and accelerator.device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)  # gloo takes no means
+                # gloo computes sums, but no means.
+                module.set_force_sum_reduction_for_comms(True)
         parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-        here, all_of_them = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
-        log.info(f"FSDP2: of {all_of_them:,} parameters, the main process holds {here:,}")
+        here, total = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+        log.info(f"FSDP2: of {total:,} parameters, the main process holds {here:,}")
     return model, optimizer
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the launcher asked for FSDP2 or ZeRO."""
-    return accelerator.is_fsdp2 or zero_stage(os.environ) is not None
+def gather_whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor. If it is sharded, every process must call this function, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer, max_norm: float
-) -> Tensor:
-    """Have the next `optimizer.step()` clip the gradient to `max_norm`, and return its norm before; ZeRO steps at once.
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this process holds of `parameter`; a scalar or unsharded one unchanged.
 
-    A fused kernel divides by `grad_scale`, which spares a pass over the gradients; others are clipped here and now.
+    Every process has the whole tensor, so that nothing is sent.
     """
-    if isinstance(optimizer, ZeroOptimizer):
-        return optimizer.clip_and_step(max_norm)
-    if accelerator.scaler is not None or accelerator.is_fsdp2 or not is_fused(optimizer):
-        return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-    fused = unwrapped(optimizer)
-    parameters = [parameter for group in fused.param_groups for parameter in group["params"]]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    fused.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # as clip_grad_norm_ has it
-    return norm
-
-
-def whole(tensor: Tensor | Moment) -> Tensor:
-    """The tensor, gathered where it is sharded: then every process must call this, in the same order."""
-    if isinstance(tensor, Moment):
-        return tensor.whole()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else gathered(tensor)
-
-
-def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Of a whole tensor, which every process has, what this process holds of `parameter`; a scalar stays as it is."""
     if not isinstance(parameter, DTensor) or tensor.ndim == 0:
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from minilm.config import Optim
@@ -79,19 +80,32 @@ def _networks(model: nn.Module) -> Iterator[PreTrainedModel]:
         yield from _networks(child)
 
 
-def skip_unless_finite(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
-    """Let the next `optimizer.step()` change nothing if the gradient's norm is infinite or NaN.
+def apply_update(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Tensor:
+    """Clip the gradient to `max_grad_norm`, make one step, and return the gradient's norm before clipping.
 
-    A fused kernel reads a flag on its device, so that the CPU does not wait. Any other optimizer loses its gradients,
-    and the CPU waits for the device to know whether it should. Under fp16 the scaler skips the step already.
+    Returns a float32 scalar on the device. The step changes nothing if the norm is infinite or NaN. A fused kernel
+    clips by itself (it divides gradients by `grad_scale`) and skips by itself (if `found_inf` is not 0), which spares a
+    pass over the gradients and a wait for the device. Other optimizers do neither, so that the CPU waits for the norm.
+    Under fp16 the scaler decides whether to skip.
     """
-    if accelerator.scaler is not None:
-        return
-    if is_fused(optimizer):
-        unwrapped(optimizer).found_inf = (~grad_norm.isfinite()).float()
-    elif not grad_norm.isfinite():
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            parameter.grad = None
+    inner, fused = unwrap_optimizer(optimizer), is_fused(optimizer)
+    if fused and accelerator.scaler is None and not accelerator.is_fsdp2:
+        gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        # The divisor of torch's clip_grad_norm_.
+        inner.grad_scale = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1)
+    else:
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+    if fused and accelerator.scaler is None:
+        inner.found_inf = (~grad_norm.isfinite()).float()
+    elif accelerator.scaler is None and not grad_norm.isfinite():
+        optimizer.zero_grad()
+    optimizer.step()
+    return grad_norm
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -100,7 +114,7 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(group.get("fused")) and all(parameter.device.type != "mps" for parameter in group["params"])
 
 
-def unwrapped(optimizer: torch.optim.Optimizer) -> Any:
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> Any:
     """Return the optimizer inside accelerate's wrapper, if any: a fused kernel reads attributes of the inner one."""
     return getattr(optimizer, "optimizer", optimizer)
 

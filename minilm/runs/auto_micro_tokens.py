@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from minilm.config import Config
 from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.distributed.hardware import peak_memory
-from minilm.distributed.sharding import is_sharded
 from minilm.models.head import Head
 from minilm.runs.checkpoint import Checkpoint
 from minilm.utils.launch_variables import count_local_processes
@@ -44,7 +43,7 @@ def resolve_micro_tokens(
     """
     if config.batch.micro_tokens != "auto":
         return config
-    if is_sharded(accelerator):
+    if accelerator.is_fsdp2:
         raise ValueError("batch.micro_tokens=auto does not work with sharding: give a number of tokens")
     if checkpoint is not None:
         return _with(config, checkpoint.config["batch"]["micro_tokens"])

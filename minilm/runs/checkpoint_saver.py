@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
 from minilm.config.serialization import to_dict
-from minilm.distributed.sharding import whole
+from minilm.distributed.sharding import gather_whole
 from minilm.models.lora import has_adapter, merge_adapter, select_adapter_weights
 from minilm.runs.checkpoint import (
     ADAPTER,
@@ -142,7 +142,7 @@ def gather_full_state(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Te
     """
     copies = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
-        gathered = whole(tensor)
+        gathered = gather_whole(tensor)
         if keep:
             copies[id(tensor)] = gathered.detach().to("cpu", copy=True)
     return {name: copies[id(tensor)] for name, tensor in tensors.items()} if keep else {}

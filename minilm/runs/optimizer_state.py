@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.distributed.deepspeed import ZeroOptimizer
-from minilm.distributed.sharding import part_like
-from minilm.optim.optimizer import unwrapped
+from minilm.distributed.sharding import shard_like
+from minilm.optim.optimizer import unwrap_optimizer
 from minilm.runs.checkpoint import OPTIMIZER, Checkpoint
 
 # Settings of torch's optimizers that add to the state of each parameter.
@@ -25,13 +24,10 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     `name` is the name of its class with the settings that add to its state: "SGD with momentum". `numbers` names the
     parts of a parameter's state that are plain numbers rather than tensors, such as the step of some optimizers.
     """
-    # DeepSpeed's AdamW keeps the same state as torch's.
-    if isinstance(optimizer, ZeroOptimizer):
-        return {"name": "AdamW", "numbers": []}
     group = optimizer.param_groups[0]
     settings = [name for name in _STATE_SETTINGS if group.get(name)]
     numbers = {slot for slots in optimizer.state.values() for slot, value in slots.items() if _is_number(value)}
-    name = type(unwrapped(optimizer)).__name__ + (f" with {' and '.join(settings)}" if settings else "")
+    name = type(unwrap_optimizer(optimizer)).__name__ + (f" with {' and '.join(settings)}" if settings else "")
     return {"name": name, "numbers": sorted(numbers)}
 
 
@@ -66,8 +62,6 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimize
     _check_optimizer(checkpoint, optimizer, stored)
     names = _parameter_names(network)
     parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if isinstance(optimizer, ZeroOptimizer):  # its groups hold DeepSpeed's flattened copies of the parameters
-        parameters = [*optimizer.state]
     slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
     if sum(map(len, slots)) != len(stored):
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
@@ -77,10 +71,7 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimize
         for index, own in enumerate(slots)
         if own
     }
-    if isinstance(optimizer, ZeroOptimizer):
-        optimizer.restore({parameters[index]: own for index, own in state.items()})
-    else:
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
@@ -112,7 +103,7 @@ def _number(value: Tensor) -> int | float:
 def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the stored state of the parameter of this name, by slot: of each tensor, the shard of this process."""
     end = f"/{name}"
-    return {key.removesuffix(end): part_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}
+    return {key.removesuffix(end): shard_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}
 
 
 def _parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from minilm.config import Run
-from minilm.distributed.deepspeed import size_of
 from minilm.runs.checkpoint import (
     Checkpoint,
     discard_checkpoints,
@@ -63,7 +62,7 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
     of one of these `steps`, where the hub refuses the repository, or where another run has taken the folder in the
     meantime.
     """
-    weights = sum(size_of(p) * p.element_size() for p in network.parameters())
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments as well
     with refuse_unwritable(folder):
         free = shutil.disk_usage(_nearest(folder)).free

@@ -16,7 +16,8 @@ from torch import Tensor
 from minilm.config import Config
 from minilm.data.batch_plan import Ids, Plan
 from minilm.data.corpus import PreparedData
-from minilm.distributed.hardware import Precision, device_peak, peak_memory
+from minilm.distributed.hardware import peak_memory
+from minilm.distributed.precision import Precision, device_peak
 from minilm.models.head import Head
 from minilm.runs.checkpoint import Progress
 from minilm.runs.loss_spikes import Spikes

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from minilm.config import Config, Run
 from minilm.config.serialization import flatten_settings, to_dict
-from minilm.distributed.deepspeed import writable
-from minilm.distributed.sharding import part_like
+from minilm.distributed.sharding import shard_like
 from minilm.models.lora import has_adapter, unmerge_adapter
 from minilm.runs.checkpoint import ADAPTER, WEIGHTS, Checkpoint, Progress, read_checkpoint
 from minilm.runs.checkpoint_saver import gather_full_state
@@ -198,9 +197,8 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
             weights = unmerge_adapter(
                 network, weights, load_file(checkpoint.folder / ADAPTER), gather_full_state(current, keep=True)
             )
-        parts = {name: part_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
-        with writable(network):
-            missing, unexpected = network.load_state_dict(parts, strict=False)
+        parts = {name: shard_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
+        missing, unexpected = network.load_state_dict(parts, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint.folder}: its weights do not fit the model: {' '.join(str(error).split())}"

@@ -15,8 +15,8 @@ from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.sources import fingerprint_sources
 from minilm.data.special_ids import count_embedding_rows
-from minilm.distributed.deepspeed import size_of
-from minilm.distributed.hardware import Peak, Precision, describe
+from minilm.distributed.hardware import describe
+from minilm.distributed.precision import Peak, Precision
 from minilm.models.head import Head
 from minilm.optim.optimizer import warmup_steps
 from minilm.utils.atomic_files import write_atomically
@@ -43,7 +43,7 @@ def run_facts(
     """Return the facts of a run that its configuration leaves open, as JSON types."""
     return {
         "model": type(head.model).__name__,
-        "parameters": sum(map(size_of, head.model.parameters())),
+        "parameters": sum(parameter.numel() for parameter in head.model.parameters()),
         "head": head.summary,
         "vocabulary": len(prepared.tokenizer),
         "train": {

@@ -20,7 +20,7 @@ from minilm.config import Config
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator, MicroBatch, target_losses
 from minilm.data.packing import pack
-from minilm.distributed.launch import together
+from minilm.distributed.launch import on_all_ranks
 from minilm.models.embeddings import vocabulary_size
 from minilm.models.head import SHARED_FORWARD, Head
 from minilm.models.temporary_changes import evaluation_mode
@@ -51,7 +51,8 @@ def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: 
         objective = objective_of(config.objective)
         return objective.collator(prepared.tokenizer, examples, seed=seed, padded=padded, multiple=1)
 
-    own_names = together(lambda: _find_wrong_shortcuts(head, examples, collator_of, trained=trained))
+    with on_all_ranks():
+        own_names = _find_wrong_shortcuts(head, examples, collator_of, trained=trained)
     names = sorted({name for part in gather_object([own_names]) for name in part})
     if names:
         head.drop_shortcuts(names)

@@ -13,7 +13,7 @@ from minilm.commands import dry_run as dryrun
 from minilm.commands.dry_run import dry_run
 from minilm.commands.recipe import run_recipe
 from minilm.data.batch_plan import Plan
-from minilm.distributed.hardware import count_flops
+from minilm.distributed.flops import count_flops
 from minilm.models.head import freeze_unused
 from minilm.objectives.objective import build, objective_of, prepare
 from minilm.train import train

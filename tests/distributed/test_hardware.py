@@ -19,17 +19,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from minilm.data.batch_plan import Step
 from minilm.data.packing import pack
 from minilm.distributed import hardware
-from minilm.distributed.hardware import (
-    Cost,
-    check_devices,
-    check_launch,
-    choose_precision,
-    count_flops,
-    describe,
-    device_peak,
-    fair_threads,
-    gemm_rate,
-)
+from minilm.distributed.flops import Cost, count_flops
+from minilm.distributed.hardware import describe, fair_threads
+from minilm.distributed.launch_checks import check_devices, check_launch
+from minilm.distributed.precision import choose_precision, device_peak, gemm_rate
 from minilm.models.sparse_head import SparseHead
 from tests.jobs import launched
 

@@ -1,24 +1,24 @@
-"""Sharded runs (FSDP2, ZeRO): their steps, checkpoints and results are those of a run that is not sharded."""
+"""Sharded runs (FSDP2): their steps, checkpoints and results are those of a run that is not sharded."""
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from minilm.config.parsing import to_dict
 from transformers import AutoModelForMaskedLM
 
-import minilm.distributed.launch
-import minilm.fork
+import minilm.runs.session
 from minilm import Config, Data, Run, Tokens
-from minilm.config.serialization import to_dict
-from minilm.distributed.deepspeed import zero_stage
-from minilm.distributed.sharding import asked_for_sharding
+from minilm.distributed.launch import join_job, start
+from minilm.distributed.sharding import read_sharding
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.resume import check_settings
-from tests.jobs import CONFIG, end_of, finish_all, start, write_text
+from tests.jobs import CONFIG, end_of, finish_all, write_text
+from tests.jobs import start as start_job
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 
@@ -42,7 +42,7 @@ def spoil(model, batch):
 minilm.train.seed_dropout, minilm.train.loss_sum = note, spoil
 """
 SHARDED = f"""{SPOILT}
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint import Saver
 
 def save(self, progress, real=Saver.save):
     weights = self.network.state_dict().values()
@@ -51,23 +51,6 @@ def save(self, progress, real=Saver.save):
 
 Saver.save = save
 """
-# DeepSpeed would keep weights as small as these whole.
-ZERO = f"""{SPOILT}
-import deepspeed
-
-def initialize(config, real=deepspeed.initialize, **rest):
-    small = config["zero_optimization"]
-    small.update(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=50, stage3_max_reuse_distance=0)
-    engine, *others = real(config=config, **rest)
-    held = sum(parameter.numel() for parameter in engine.module.parameters())
-    assert (held == 0) == (config["zero_optimization"]["stage"] == 3)
-    inside = engine.optimizer
-    flat = inside.fp32_partitioned_groups_flat if held == 0 else inside.single_partition_of_fp32_groups
-    assert 4900 < sum(part.numel() for part in flat) < 5000
-    return engine, *others
-
-deepspeed.initialize = initialize
-"""
 # By kind: flags of the launcher, what they are as variables, what is planted, and what the run says of itself.
 KINDS = {
     "FSDP2": (
@@ -75,18 +58,6 @@ KINDS = {
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
         SHARDED,
         "FSDP2: of 9,917 parameters, the main process holds 4,967",
-    ),
-    "ZeRO-2": (
-        "--use_deepspeed --zero_stage 2",
-        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-        ZERO,
-        "ZeRO-2: of 9,917 parameters, the main process holds 9,917",
-    ),
-    "ZeRO-3": (
-        "--use_deepspeed --zero_stage 3",
-        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-        ZERO,
-        "ZeRO-3: of 9,917 parameters, the main process holds 4,959",
     ),
 }
 
@@ -134,7 +105,7 @@ def sharded(config: Config, kind: str, tmp_path_factory: pytest.TempPathFactory)
     place = tmp_path_factory.mktemp("sharded")
     flags, _, planted, said = KINDS[kind]
     command = [sys.executable, "-m", *ACCELERATE.split(), *flags.split()]
-    job = start("accelerate", into(place / "out", config), place, planted=planted, command=command)
+    job = start_job("accelerate", into(place / "out", config), place, planted=planted, command=command)
     try:
         assert job.gone(240), job.stderr.read_text()
         assert job.status() == 0, job.stderr.read_text()
@@ -187,49 +158,32 @@ def test_a_checkpoint_is_gone_on_from_sharded_or_not(kind, config, sharded, plai
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({}, "--fsdp_version 1 was asked for .*: pass --fsdp_version 2"),
+        ({}, "the launch asks for --fsdp_version 1, .*: pass --fsdp_version 2"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "True"}, "pass --fsdp_offload_params false"),
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "pass --fsdp_activation_checkpointing false"),
     ],
 )
 def test_other_kinds_of_sharding_are_refused(environment: dict[str, str], said: str) -> None:
-    assert asked_for_sharding(environment) is None
+    assert read_sharding(environment) is None
     with pytest.raises(ValueError, match=said):
-        asked_for_sharding({"ACCELERATE_USE_FSDP": "true", **environment})
+        read_sharding({"ACCELERATE_USE_FSDP": "true", **environment})
 
 
 @pytest.mark.scorecard(20)
-@pytest.mark.parametrize(
-    ("environment", "said"),
-    [
-        ({"ZERO_STAGE": "1"}, "--zero_stage 1 was asked for .*: pass --zero_stage 2 or 3"),
-        ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "--offload_optimizer_device cpu .*: leave it out"),
-        ({"OFFLOAD_PARAM_DEVICE": "nvme"}, "--offload_param_device nvme .*: leave it out"),
-        ({"CONFIG_FILE": "ds.json"}, "--deepspeed_config_file ds.json .*: leave it out"),
-    ],
-)
-def test_other_kinds_of_zero_are_refused(environment: dict[str, str], said: str, monkeypatch) -> None:
-    asked = {"ACCELERATE_USE_DEEPSPEED": "true"}
-    assert zero_stage({}) is None
-    assert zero_stage(asked) == 2
-    with pytest.raises(ValueError, match=said):
-        zero_stage(asked | {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in environment.items()})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"not installed: pip install .*deepspeed"):
-        zero_stage(asked)
-
-
-@pytest.mark.scorecard(20)
-def test_sums_in_bf16_are_refused_under_zero(monkeypatch) -> None:
+@pytest.mark.parametrize("begins", [start, join_job])
+def test_deepspeed_is_refused(begins: Callable[[Run], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="reduce_dtype bf16 has not been tried with DeepSpeed: leave it out"):
-        minilm.distributed.launch.start(Run(reduce_dtype="bf16"))
+    with pytest.raises(ValueError, match="does not support DeepSpeed: pass --use_fsdp --fsdp_version 2"):
+        begins(Run())
 
 
-def test_a_loop_of_ones_own_is_not_sharded(monkeypatch) -> None:
-    monkeypatch.setattr(minilm.fork, "start", lambda run: (SimpleNamespace(is_fsdp2=True), None))
-    with pytest.raises(ValueError, match="does not shard: launch it with --multi_gpu and no sharding"):
-        minilm.fork.begin(CONFIG, "mine")
+def test_a_loop_of_ones_own_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm.runs.session, "start", lambda run: (SimpleNamespace(is_fsdp2=True), None))
+    with (
+        pytest.raises(ValueError, match="does not support sharding: launch it with --multi_gpu"),
+        minilm.runs.session.begin(CONFIG, "mine", checkpoints=False),
+    ):
+        pass
 
 
 # After each step both processes have the same weights, where each has them all.

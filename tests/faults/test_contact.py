@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from minilm.commands.recipe import exit_on_error
-from minilm.distributed.launch import explain_lost_contact
+from minilm.distributed.launch import lost_peer_as_error
 from minilm.runs.checkpoint import Progress
 from tests.checkpoints import saver_in
 from tests.jobs import launched
@@ -34,13 +34,13 @@ CLOSED = (
     ids=["closed", "silent", "silent before", "nccl", "store"],
 )
 def test_an_error_for_want_of_another_process_is_one_line(error, reason):
-    with pytest.raises(ConnectionError) as caught, explain_lost_contact(lambda: "go on"):
+    with pytest.raises(ConnectionError) as caught, lost_peer_as_error(lambda: "go on"):
         raise error
     assert str(caught.value) == f"lost contact with another process of the job ({reason}); go on"
 
 
 def test_an_error_of_another_kind_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="out of memory"), explain_lost_contact():
+    with pytest.raises(RuntimeError, match="out of memory"), lost_peer_as_error():
         raise RuntimeError("CUDA out of memory")
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +27,6 @@ from minilm.commands.evaluate import evaluate
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.config.command_line import parse_flags
 from minilm.data.corpus import PreparedData
-from minilm.distributed.launch import finish
-from minilm.fork import begin, start_recording
 from minilm.models.attention import ATTENTION, packed_attention
 from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.chunked_loss import linear_cross_entropy
@@ -35,6 +34,7 @@ from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.objective import build as build_network
 from minilm.objectives.objective import objective_of
+from minilm.runs.session import begin, start_recording
 from minilm.runs.verify_head import verify_head
 from minilm.train import train
 from tests.jobs import WORDS, forget_other_tests, write_text
@@ -308,12 +308,11 @@ def test_an_evaluation_and_a_fork_look_at_their_rows_too(
 ) -> None:
     train(run_of(tmp_path, "plain", attention="eager"))
     config = run_of(tmp_path, "fork")
-    begun = begin(config, "fork")
-    head = SparseHead(build_network(config, begun.prepared))
-    assert head.padding_free
-    start_recording(begun, config, head)
-    assert not head.padding_free
-    finish(begun.accelerator)
+    with begin(config, "fork", checkpoints=False) as run:
+        head = SparseHead(build_network(config, run.prepared))
+        assert head.padding_free
+        start_recording(run, head)
+        assert not head.padding_free
     caplog.clear()
     figures = evaluate(tmp_path / "plain")
     assert "shortcut padding_free" in caplog.text
@@ -332,7 +331,7 @@ def test_only_the_wrong_shortcut_is_given_up(tmp_path: Path, monkeypatch: pytest
     taken = head.shortcuts
     assert taken == ("fused", "short", "padding_free", "sparse")
     with monkeypatch.context() as patch:
-        patch.setattr(minilm.runs.verify_head, "together", lambda work: work())
+        patch.setattr(minilm.runs.verify_head, "on_all_ranks", nullcontext)
         patch.setattr(minilm.runs.verify_head, "gather_object", lambda found: found)
         config, before = Config(objective=MaskedLM()), torch.get_rng_state()
         verify_head(config, head, prepared)

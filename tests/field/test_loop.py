@@ -25,6 +25,7 @@ from minilm.data.micro_batch import loss_sum
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.masked_lm import MaskedCollator
 from minilm.runs.early_stopping import TrainingStopped
+from minilm.runs.session import begin
 from minilm.train import train
 from minilm.utils.signals import STOP_SIGNALS
 from tests.jobs import CONFIG, finish_all, start, write_text
@@ -143,9 +144,8 @@ def test_a_refused_dry_run_leaves_no_state_either(config: Config, tmp_path: Path
 
 @pytest.mark.scorecard(37)
 def test_a_fork_that_failed_without_cleaning_up_is_no_hindrance(config: Config, tmp_path: Path) -> None:
-    from minilm.fork import begin
-
-    begin(changed(config, {"run": {"precision": "bf16", "output_dir": str(tmp_path / "fork")}}), "fork")  # and no end
+    context = begin(changed(config, {"run": {"precision": "bf16", "output_dir": str(tmp_path / "fork")}}), "fork")
+    context.__enter__()  # and no end
     assert train(changed(config, {"run": {"output_dir": str(tmp_path / "out")}}))["steps"] == 2
 
 

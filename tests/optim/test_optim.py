@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from minilm.config import Optim
-from minilm.distributed.sharding import clip
-from minilm.optim.optimizer import build_optimizer, is_fused, layer_scales, learning_rate
+from minilm.optim.optimizer import apply_update, build_optimizer, is_fused, layer_scales, learning_rate
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 SCHEDULES = ("linear", "cosine", "constant")
@@ -140,10 +139,10 @@ def test_the_update_is_that_of_a_gradient_clipped_by_torch(kind, fused, max_norm
         model(torch.arange(9)).square().sum().backward()
         if ours:
             optimizer = accelerator.prepare(optimizer) if prepared else optimizer
-            norm = clip(accelerator, model, optimizer, max_norm)
+            norm = apply_update(accelerator, model, optimizer, max_norm)
         else:
             norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
+            optimizer.step()
         updated.append([norm, *(after - old for after, old in zip(model.parameters(), before, strict=True))])
     for ours, theirs in zip(*updated, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

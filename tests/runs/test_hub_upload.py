@@ -17,10 +17,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from minilm.config import Config
 from minilm.config.serialization import read_run_config
-from minilm.fork import Begun, end
 from minilm.runs.checkpoint import read_checkpoint
 from minilm.runs.hub_upload import check_access, claim_repo, push
 from minilm.runs.resume import check_settings
+from minilm.runs.session import save_networks
 from minilm.train import train
 from tests.forks import CANARY
 from tests.jobs import config_in, finish
@@ -262,6 +262,7 @@ def test_a_loop_of_ones_own_publishes_each_model(hub: Hub, tokenizer, tmp_path: 
     network = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **size))
     accelerator = SimpleNamespace(is_main_process=True, free_memory=lambda: None, trackers=[])
     prepared = SimpleNamespace(tokenizer=tokenizer)
-    begun = Begun(accelerator=accelerator, precision=None, folder=tmp_path, prepared=prepared, push_to_hub=REPO)
-    end(begun, SimpleNamespace(conclude=lambda figures: {"steps": 1}), {".": network, "generator": network})
+    run = SimpleNamespace(accelerator=accelerator, folder=tmp_path, prepared=prepared, uploads=[])
+    save_networks(run, SimpleNamespace(conclude=lambda figures: {"steps": 1}), {".": network, "generator": network})
+    push(REPO, tmp_path, run.uploads)
     assert hub.files.keys() == MODEL | {f"generator/{name}" for name in MODEL} | {"all_results.json"}

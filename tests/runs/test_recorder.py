@@ -15,7 +15,7 @@ from minilm.config import Classification, Config, Data, MaskedLM, Model, Optim, 
 from minilm.config.serialization import read_run_config
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
-from minilm.distributed.hardware import Peak, Precision
+from minilm.distributed.precision import Peak, Precision
 from minilm.runs import recorder as recorder_module
 from minilm.runs import run_facts as facts_module
 from minilm.runs.checkpoint import Progress

@@ -1,0 +1,151 @@
+"""A run on one process, from its beginning to its end. The loop, its forks and `--dry-run` share this module.
+
+`begin` joins the job, chooses the output folder and prepares the data; at the end of its block the process leaves the
+job. `start_recording` and `save_networks` are for loops without evaluation and checkpoints, such as
+`recipes/fork_electra.py`. `minilm/train.py` shows how to do both.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from minilm.config import Config
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import Examples, PreparedData
+from minilm.distributed.launch import (
+    broadcast_from_main,
+    finish,
+    local_main_process_first,
+    lost_peer_as_error,
+    on_all_ranks,
+    restore_on_error,
+    start,
+)
+from minilm.distributed.precision import Precision
+from minilm.models.compatibility import check_compatibility
+from minilm.models.head import Head
+from minilm.models.sparse_head import SparseHead
+from minilm.objectives.objective import prepare
+from minilm.runs.auto_micro_tokens import micro_tokens_of
+from minilm.runs.checkpoint import Checkpoint, Progress
+from minilm.runs.hub_upload import push
+from minilm.runs.model_export import save_model
+from minilm.runs.output_folder import choose_output_dir, claim_output_dir
+from minilm.runs.recorder import Recorder, open_recorder
+from minilm.runs.resume import check_best, check_settings
+from minilm.runs.run_facts import write_results
+from minilm.runs.verify_head import verify_head
+from minilm.utils.folder_lock import unlock_at_end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run that has begun, on this process."""
+
+    config: Config
+    """The settings, with the output folder in `run.output_dir`."""
+    accelerator: Accelerator
+    precision: Precision
+    folder: Path
+    """The output folder. Nothing is in it yet, unless the run resumes."""
+    checkpoint: Checkpoint | None
+    """The checkpoint to resume from."""
+    prepared: PreparedData
+    """The tokenizer and the examples."""
+    uploads: list[str] = field(default_factory=list)
+    """The files of the output folder to push to the hub at the end, where `run.push_to_hub` asks for it."""
+
+
+@contextmanager
+def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Session]:
+    """Begin a run: join the job, choose the output folder (by default out/NAME), and prepare the data.
+
+    It refuses a resume that cannot work before it reads any data. At the end of the block the process leaves the job,
+    and the main process pushes `Session.uploads` to the hub. After an error, the process has the state that it had
+    before, so that another run can follow. Delete the models that `accelerator.prepare` or `distribute` returned before
+    the block ends (`minilm.distributed.launch.finish` says why).
+
+    checkpoints: False for a loop that writes no checkpoints and does not shard. Raises ValueError for wrong settings,
+    data or launches; ConnectionError where another process is gone.
+    """
+    if not checkpoints and config.run.resume is not None:
+        raise ValueError("this recipe writes no checkpoints, so it cannot resume: leave run.resume out")
+    with lost_peer_as_error(), restore_on_error(), unlock_at_end():
+        accelerator, precision = start(config.run)
+        if not checkpoints and accelerator.is_fsdp2:
+            raise ValueError("the loop of this recipe does not support sharding: launch it with --multi_gpu")
+        main = accelerator.is_main_process
+        folder, checkpoint = broadcast_from_main(lambda: choose_output_dir(config.run, name))
+        config = replace(config, run=replace(config.run, output_dir=str(folder)))
+        with on_all_ranks():
+            check_settings(checkpoint, config)
+            if main:
+                check_best(checkpoint, config.run)
+        session = Session(
+            config=config,
+            accelerator=accelerator,
+            precision=precision,
+            folder=folder,
+            checkpoint=checkpoint,
+            prepared=local_main_process_first(accelerator, lambda: prepare(config)),
+        )
+        yield session
+        finish(accelerator)
+        # The other processes have left, so that none waits for the upload.
+        if main and session.uploads and config.run.push_to_hub is not None:
+            push(config.run.push_to_hub, folder, session.uploads)
+
+
+def plan_batches(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
+    """Return the plan of the steps, with padding where the head needs it."""
+    return Plan(
+        examples.lengths,
+        examples=config.batch.examples,
+        micro_tokens=micro_tokens_of(config),
+        processes=accelerator.num_processes,
+        seed=config.run.seed,
+        group=config.batch.group,
+        padded=not head.padding_free,
+        multiple=1 if accelerator.device.type == "cpu" else 8,  # padded lengths divisible by 8 are faster on GPUs
+        row_tokens=config.batch.max_length if config.batch.layout == "packed" else None,
+    )
+
+
+def start_recording(session: Session, head: Head) -> tuple[Plan, int, Recorder]:
+    """Check the model, claim the output folder and announce the run.
+
+    Returns the plan, the number of steps and the recorder.
+    """
+    config, accelerator, prepared = session.config, session.accelerator, session.prepared
+    check_compatibility(head, prepared)
+    if isinstance(head, SparseHead):
+        verify_head(config, head, prepared)
+    with on_all_ranks():
+        plan = plan_batches(config, accelerator, head, prepared.train)
+        total = config.run.count_steps(plan.steps_per_epoch)
+        if accelerator.is_main_process:
+            claim_output_dir(session.folder, config.run, head.model)
+    recorder, _ = open_recorder(
+        accelerator, config, session.folder, head, plan, prepared, total, session.precision, Progress()
+    )
+    return plan, total, recorder
+
+
+def save_networks(session: Session, recorder: Recorder, networks: dict[str, Any]) -> dict[str, float]:
+    """Save models of transformers and the totals of the run, and return the totals.
+
+    networks: the models by their subfolder of the output folder; "." is the folder itself.
+    """
+    results = recorder.conclude({})
+    if session.accelerator.is_main_process:
+        for part, network in networks.items():
+            (session.folder / part).mkdir(exist_ok=True)
+            saved = save_model(network, session.prepared.tokenizer, session.folder / part)
+            session.uploads.extend(str(Path(part, name)) for name in saved)
+        write_results(session.folder, results)
+    session.accelerator.free_memory()
+    return results

@@ -37,15 +37,15 @@ class _Dialect:
     def open(self) -> AbstractContextManager[TextIO]:
         return open_text(self.path, self.encoding, self.newline)
 
-    def rows(self) -> Iterator[tuple[int, list[str]]]:
+    def read_rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the line at which each row begins, and its fields. Raise ValueError for a misplaced quote."""
         with self.open() as file:
             yield from _read_quoted_rows(self, file) if self.quoted else _read_plain_rows(self, file)
 
-    def header(self) -> list[str]:
+    def read_header(self) -> list[str]:
         """Return the fields of the first row; empty if there is no row or a quote is misplaced."""
         try:
-            return next(self.rows(), (0, []))[1]
+            return next(self.read_rows(), (0, []))[1]
         except ValueError:
             return []
 
@@ -62,9 +62,9 @@ def read_delimited(
     delimiter: if None, the header decides. The delimiter is the usual one of the file's ending if the header then has
         all `columns`, or else the first of `, ; tab |` with which it has them.
 
-    If the delimiter is a tab and every line has as many tabs as the header, quotes are text. There is one exception: a
-    file that only a program that quotes can have written. In such a file, every field with a quote is a well-formed
-    quoted field. Besides, a field holds a doubled quote or a CR, or the whole header is in quotes.
+    If the delimiter is a tab and every line has as many tabs as the header, quotes are text, with one exception. Quotes
+    enclose fields if every field with a quote is a well-formed quoted field, and if besides a field holds a doubled
+    quote or a CR, or the whole header is in quotes. Only a program that quotes writes such a file.
 
     Raise ValueError that names the line: for a row whose number of fields differs from the header's, for a quote that
     is not closed, for text after a closing quote, and for a missing column.
@@ -83,7 +83,7 @@ def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[
     """Yield the rows of `read_delimited`, for a file in this dialect."""
     labels = [index for index, column in enumerate(columns) if column.role == "label"]
     header, first = list[str](), True
-    rows = dialect.rows()
+    rows = dialect.read_rows()
     for line, fields in rows:
         if not header:
             header = fields
@@ -104,7 +104,7 @@ def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[
 
 def read_delimited_header(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> list[str]:
     """Return the names of the columns, from the header."""
-    return _name_columns(_find_dialect(path, columns, encoding, delimiter).header())
+    return _name_columns(_find_dialect(path, columns, encoding, delimiter).read_header())
 
 
 def _find_dialect(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> _Dialect:
@@ -124,7 +124,7 @@ def _find_delimiter(usual: _Dialect, columns: Sequence[Column]) -> str:
         if stated := _SEPARATOR.fullmatch(file.readline()):
             return str(stated[1])
     candidates = [usual.delimiter, *(each for each in _DELIMITERS if each != usual.delimiter)]
-    headers = {each: replace(usual, delimiter=each).header() for each in candidates}
+    headers = {each: replace(usual, delimiter=each).read_header() for each in candidates}
     usual_header = headers[usual.delimiter]
     fitting = [each for each in candidates if all(column.name in _name_columns(headers[each]) for column in columns)]
     fitting = [each for each in fitting if each == usual.delimiter or headers[each] != usual_header]

@@ -54,7 +54,7 @@ class _DatasetReader:
         return _read(self.data, source, split, self.labels)
 
     def hold_out(self, source: str) -> tuple[Dataset, Dataset]:
-        """Choose the evaluation documents at random. If a text file is one document, its end is held out."""
+        """Hold out random documents. For pydocs, these are whole modules; for a file that is one document, its end."""
         fraction = self.data.eval_fraction
         if source == "pydocs" and not self.labels:
             train_texts, eval_texts = load_pydocs(fraction)
@@ -92,9 +92,9 @@ def _join(parts: list[Dataset], data: Data) -> Dataset:
     try:
         return datasets.concatenate_datasets(parts)
     except ValueError as error:
-        kinds = ", ".join(f"{part.features['label']} in {s}" for part, s in zip(parts, data.sources, strict=True))
+        dtypes = ", ".join(f"{part.features['label']} in {s}" for part, s in zip(parts, data.sources, strict=True))
         raise ValueError(
-            f"data.label_column: the labels of the sources differ in type: {kinds}; write all labels alike"
+            f"data.label_column: the labels of the sources differ in type: {dtypes}; write all labels alike"
         ) from error
 
 

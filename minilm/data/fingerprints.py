@@ -11,6 +11,7 @@ from minilm.utils.atomic_files import hash_file
 
 # A file of more bytes is not hashed as a whole, because that would take seconds at each start.
 _HASHED_BYTES = 2**30
+# Number and size of the blocks that are hashed instead.
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 # A file that changed so recently can change again without a new time of change, so its hash is not remembered.
 _CLOCK_SECONDS = 2.0

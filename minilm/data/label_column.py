@@ -94,7 +94,7 @@ class LabelColumn:
         names: dict[Any, str] = {}
         for row, value in enumerate(self.values):
             if value not in names:
-                names[value] = self._name(row, value)
+                names[value] = self._find_name(row, value)
         return [names[value] for value in self.values]
 
     def to_name_lists(self) -> list[list[str]]:
@@ -102,7 +102,7 @@ class LabelColumn:
         self._check_lists()
         result = []
         for row, value in enumerate(self.values):
-            names = [self._name(row, item) for item in value]
+            names = [self._find_name(row, item) for item in value]
             if len(set(names)) < len(names):
                 twice = max(names, key=names.count)
                 self.refuse(
@@ -155,7 +155,7 @@ class LabelColumn:
             is_word = isinstance(value, str) and not DECIMAL_NUMBER.fullmatch(value.strip())
             if self.holds_lists or self.dtype == "bool" or is_word:
                 self.refuse(row, "a regression needs numbers, such as 3 or 4.5")
-            name = self._name(row, value) if self.names else value
+            name = self._find_name(row, value) if self.names else value
             numbers.append(float(value if self.nonnumeric_class_names else name))
         with np.errstate(over="ignore"):
             result = np.array(numbers, np.float64).astype(np.float32)
@@ -173,7 +173,7 @@ class LabelColumn:
                 "single-label",
             )
 
-    def _name(self, row: int, item: Any) -> str:
+    def _find_name(self, row: int, item: Any) -> str:
         if self.names:
             if item == -1:
                 self.refuse(row, SECRET_LABEL)

@@ -75,16 +75,17 @@ def _scan_column(key: _ScanKey) -> ColumnScan:
             common = _find_common_dtype(dtype, cell_dtype, typed=table.typed) if dtype else cell_dtype
             if not common:
                 raise ValueError(
-                    f"{holds}, {_describe(cell_dtype)}, but {first} holds {_describe(dtype)}; write all labels alike"
+                    f"{holds}, {_describe_dtype(cell_dtype)}, but {first} holds {_describe_dtype(dtype)}; "
+                    "write all labels alike"
                 )
             dtype, first = common, first or where
     dtype = "string" if dtype == "whole" else dtype
     if missing and dtype in ("int64", "float64"):
-        raise ValueError(f"{missing}, but {first} holds {_describe(dtype)}; fill in a number, or remove the row")
+        raise ValueError(f"{missing}, but {first} holds {_describe_dtype(dtype)}; fill in a number, or remove the row")
     return ColumnScan(rows, dtype or "string")
 
 
-def _describe(dtype: str) -> str:
+def _describe_dtype(dtype: str) -> str:
     """Return the words for a label of this dtype, such as `a list of numbers`."""
     one, many = {
         "int64": ("a whole number", "whole numbers"),
@@ -100,7 +101,7 @@ def _infer_dtype_of_text(cell: str) -> str:
     """Return the dtype of a cell of text. Only a number in usual notation is a number: `01` is a name.
 
     `whole` stands for a whole number that would change if it were stored as int64: `+1`, `-0`, or a number beyond 64
-    bits. If the column has decimals, it is a number. Otherwise it is a name, because the class must not become `1`.
+    bits. If the column has decimals, it is a number. Otherwise it is a name, so that the class `+1` keeps its name.
     """
     if not _NUMBER.fullmatch(cell) or not math.isfinite(float(cell)):
         return "string"

@@ -20,7 +20,7 @@ class LabelIds:
 
 
 def match_labels(
-    occurring: Collection[str], class_names: Sequence[str], model_labels: Sequence[str], places: int | None = None
+    data_labels: Collection[str], class_names: Sequence[str], model_labels: Sequence[str], places: int | None = None
 ) -> LabelIds:
     """Return names and ids for the labels that occur in the data.
 
@@ -32,22 +32,22 @@ def match_labels(
     if places is not None:
         numbers = tuple(map(str, range(places)))
         if len(model_labels) == places:
-            return _keep_model_labels(numbers, range(places), model_labels)
+            return _use_model_labels(numbers, range(places), model_labels)
         return _number_labels(numbers)
-    if by_name := _match_names(occurring, model_labels):
+    if by_name := _match_names(data_labels, model_labels):
         names = [*by_name, *model_labels]
-        return _keep_model_labels(names, [*by_name.values(), *range(len(model_labels))], model_labels)
+        return _use_model_labels(names, [*by_name.values(), *range(len(model_labels))], model_labels)
     if class_names:
         if len(model_labels) == len(class_names) and _are_generic(model_labels):
-            match = _keep_model_labels(class_names, range(len(model_labels)), model_labels)
+            match = _use_model_labels(class_names, range(len(model_labels)), model_labels)
             return replace(match, names=tuple(class_names))
         return _number_labels(class_names)
     # If the checkpoint's names are numbers, numbers in the data could only mean these names, and they did not match.
-    by_number = all(map(WHOLE_NUMBER.fullmatch, occurring)) and not all(map(WHOLE_NUMBER.fullmatch, model_labels))
-    if by_number and all(0 <= int(name) < len(model_labels) for name in occurring):
+    by_number = all(map(WHOLE_NUMBER.fullmatch, data_labels)) and not all(map(WHOLE_NUMBER.fullmatch, model_labels))
+    if by_number and all(0 <= int(name) < len(model_labels) for name in data_labels):
         ids = range(len(model_labels))
-        return _keep_model_labels([*map(str, ids)], ids, model_labels)
-    return _number_labels(sort_names(occurring))
+        return _use_model_labels([*map(str, ids)], ids, model_labels)
+    return _number_labels(sort_names(data_labels))
 
 
 def sort_names(names: Collection[str]) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def quote_names(names: Sequence[str]) -> str:
     return format_names([*map(repr, names)])
 
 
-def _keep_model_labels(names: Sequence[str], ids: Iterable[int], model_labels: Sequence[str]) -> LabelIds:
+def _use_model_labels(names: Sequence[str], ids: Iterable[int], model_labels: Sequence[str]) -> LabelIds:
     """Return the labels of a checkpoint. The data write the label with the id `ids[i]` as `names[i]`."""
     pairs = dict(zip(names, ids, strict=True))
     renamings = tuple((name, model_labels[index]) for name, index in pairs.items() if name != model_labels[index])
@@ -85,11 +85,11 @@ def _number_labels(names: Sequence[str]) -> LabelIds:
     return LabelIds(ids={name: index for index, name in enumerate(names)}, names=tuple(names))
 
 
-def _match_names(occurring: Collection[str], model_labels: Sequence[str]) -> dict[str, int]:
+def _match_names(data_labels: Collection[str], model_labels: Sequence[str]) -> dict[str, int]:
     """Return the checkpoint's id of each label; empty if the checkpoint lacks a label, or if a label fits two."""
     for simplify in (str, normalize_name):
         theirs = {simplify(name): index for index, name in enumerate(model_labels)}
-        ours = {name: theirs.get(simplify(name)) for name in sort_names(occurring)}
+        ours = {name: theirs.get(simplify(name)) for name in sort_names(data_labels)}
         if len(theirs) == len(model_labels) and len(set(ours.values())) == len(ours) and None not in ours.values():
             return {name: index for name, index in ours.items() if index is not None}
     return {}

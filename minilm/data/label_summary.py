@@ -33,8 +33,8 @@ def summarize_classes(
     """Return lines with the problem, the classes, their numbers of examples, and warnings about likely mistakes.
 
     `columns` and `rows` hold the training documents and then each evaluation part, or one entry if both are the same
-    documents. `column` is the name of the label column. `places` is the length of multi-hot lists. `is_auto` says that
-    minilm chose the problem and not the user.
+    documents. `column` is the name of the label column. `places` is the length of multi-hot lists. `is_auto` says
+    whether minilm chose the problem, and not the user.
     """
     counts = [Counter(match.ids[name] for row in part for name in row) for part in rows]
     train_counts = counts[0]

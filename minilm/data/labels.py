@@ -75,12 +75,30 @@ def read_labels(
     problem = _find_problem(columns[0]) if is_auto else settings.problem
     settings.check_problem(problem)
     if problem == "regression":
-        numbers = [part.to_numbers() for part in columns]
-        summary = summarize_numbers(columns, numbers, column, is_auto=is_auto)
-        same_as_checkpoint = len(model_labels) == 1
-        names = tuple(model_labels) if same_as_checkpoint else ("LABEL_0",)
-        labels = Labels(problem=problem, names=names, same_as_checkpoint=same_as_checkpoint, summary=tuple(summary))
-        return labels, numbers[0], np.concatenate(numbers[1:] or numbers)
+        labels, arrays = _read_numbers(columns, model_labels, column, is_auto=is_auto)
+    else:
+        labels, arrays = _read_classes(columns, problem, model_labels, column, is_auto=is_auto)
+    if settings.class_weights == "balanced":
+        labels = replace(labels, weights=_balance_weights(arrays[0], len(labels.names)))
+    return labels, arrays[0], np.concatenate(arrays[1:] or arrays)
+
+
+def _read_numbers(
+    columns: Sequence[LabelColumn], model_labels: Sequence[str], column: str, *, is_auto: bool
+) -> tuple[Labels, list[NDArray[Any]]]:
+    """Return the labels of a regression, and the numbers of each column, float32[E]."""
+    numbers = [part.to_numbers() for part in columns]
+    summary = summarize_numbers(columns, numbers, column, is_auto=is_auto)
+    same_as_checkpoint = len(model_labels) == 1
+    names = tuple(model_labels) if same_as_checkpoint else ("LABEL_0",)
+    labels = Labels(problem="regression", names=names, same_as_checkpoint=same_as_checkpoint, summary=tuple(summary))
+    return labels, [*numbers]
+
+
+def _read_classes(
+    columns: Sequence[LabelColumn], problem: str, model_labels: Sequence[str], column: str, *, is_auto: bool
+) -> tuple[Labels, list[NDArray[Any]]]:
+    """Return the labels of a classification, and the array of each column: int64[E] or float32[E, C]."""
     if problem == "single-label" and len(model_labels) < 2:
         # A model with one output has no classes.
         model_labels = ()
@@ -101,12 +119,8 @@ def read_labels(
         problem=problem, names=match.names, same_as_checkpoint=match.same_as_checkpoint, summary=tuple(summary)
     )
     if problem == "multi-label":
-        indicators = [_build_indicators(part, match) for part in rows]
-        return labels, indicators[0], np.concatenate(indicators[1:] or indicators)
-    ids = [np.array([match.ids[name] for (name,) in part], np.int64) for part in rows]
-    if settings.class_weights == "balanced":
-        labels = replace(labels, weights=_balance_weights(ids[0], len(match.names)))
-    return labels, ids[0], np.concatenate(ids[1:] or ids)
+        return labels, [_build_indicators(part, match) for part in rows]
+    return labels, [np.array([match.ids[name] for (name,) in part], np.int64) for part in rows]
 
 
 def check_model_labels(labels: Labels, model_labels: Sequence[str]) -> None:

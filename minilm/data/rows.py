@@ -40,12 +40,12 @@ def read_batches(
     `01` is a name. `+1` is a name too, unless the column has decimals such as `0.5`: then all cells are floats. Raise
     ValueError that names the line or row at fault.
     """
-    kinds = {column.role: scan_column(table, column).dtype for column in columns if column.role == "label"}
+    dtypes = {column.role: scan_column(table, column).dtype for column in columns if column.role == "label"}
     for batch in _read_parts(table, columns, _find_parts(table, columns, split)):
         result: dict[str, list[Any]] = {}
         for column, cells in zip(columns, batch.cells, strict=True):
             if column.role == "label":
-                result["label"] = [None if cell is None else convert_label(cell, kinds["label"]) for cell in cells]
+                result["label"] = [None if cell is None else convert_label(cell, dtypes["label"]) for cell in cells]
                 for place, label in zip(batch.places, result["label"], strict=True):
                     check_label(label, column, batch.where(place))
             else:
@@ -69,7 +69,7 @@ def _check_texts(column: Column, cells: Sequence[Any], batch: RowBatch, blank: B
 
 
 def _find_parts(table: Table, columns: Sequence[Column], split: str) -> list[tuple[int, int | None]]:
-    """Return the parts of the rows in a split, each as (first row, row after the last or None for all that follow)."""
+    """Return the parts of the rows in a split, each as (first row, row after the last); None stands for the end."""
     if split == "train":
         return [(0, None)]
     if plain := re.fullmatch(r"train\[(\d*):(\d*)\]", split):

@@ -38,7 +38,7 @@ log = logging.getLogger("minilm")
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence the log of the datasets library, and show its progress bars only in a terminal, from one process."""
+    """Silence the log of the datasets library. Show its progress bars only in a terminal, from the main process."""
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or not is_main_process(os.environ):
@@ -63,7 +63,7 @@ def build_columns(data: Data, *, labels: bool = False) -> list[Column]:
 
 
 def check_data_settings(data: Data, *, labels: bool) -> None:
-    """Raise ValueError for a setting that has no effect on any source, or that is about labels if none are read."""
+    """Raise ValueError for a setting that has no effect: no source has what it is about, or no labels are read."""
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     kinds = {source: find_file_kind(source) for source in sources}
 
@@ -124,6 +124,7 @@ def open_table(
     data: Data, source: str, split: str, *, streaming: bool = False, revision: str | None = None
 ) -> tuple[Table, str]:
     """Return a table of a source's rows, and the part of the table to read, such as `train` or `train[:5000]`."""
+    # The name of a split, and the row numbers of a part such as `train[5:100]`.
     sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
     if streaming and sliced is None:
         raise ValueError(f"{source}: a stream cannot read the part {split}; give row numbers, as in train[:5000]")
@@ -208,7 +209,7 @@ def _check_files(source: str, split: str, files: list[str]) -> None:
         why = _describe_bad_split(split) if unknown else f"the split {split!r}: {error}"
         raise ValueError(f"data source {source}: {why}") from error
     if not any(map(os.path.getsize, files)):
-        raise ValueError(f"data source {source}: is empty")
+        raise ValueError(f"data source {source}: it is empty")
 
 
 def _describe_bad_split(split: str) -> str:
@@ -243,7 +244,7 @@ def _load_saved(path: str, split: str) -> Dataset:
         raise ValueError(f"no split {suggest_name(name, names)}")
     folder = Path(path, name) if listing.is_file() else Path(path)
     if not json.loads((folder / datasets.config.DATASET_STATE_JSON_FILENAME).read_text())["_data_files"]:
-        raise ValueError("is empty")
+        raise ValueError("it is empty")
     rows = datasets.load_from_disk(str(folder))
     (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
     return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))

@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class SplitReader(Protocol[T]):
-    """Reads documents as a T, a dataset or a stream. Each method raises ValueError if it gets no document."""
+    """Reads documents as datasets or streams, which are of type T. Raises ValueError where there is no document."""
 
     def read(self, source: str, split: str) -> T:
         """Return the documents of a split of a source."""
 
     def hold_out(self, source: str) -> tuple[T, T]:
-        """Return (training documents, evaluation documents), which divide `data.split` of a source.
+        """Divide `data.split` of a source into (training documents, evaluation documents).
 
         `data.eval_fraction` is the share of the evaluation documents.
         """
@@ -34,11 +34,11 @@ class SplitReader(Protocol[T]):
 def assemble_splits(data: Data, reader: SplitReader[T]) -> tuple[T, dict[str, T]]:
     """Return (training documents, evaluation documents by name).
 
-    Training documents are those of `data.split` of all sources, in the order of the sources. Evaluation documents come
-    from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of each source. They are
-    one set named "". If `data.eval_split` joins several splits by `+`, they are one set for each split, with its name.
-    `data.weights` repeats training documents only. If training and evaluation documents are the same, both are one
-    object.
+    Training documents come from `data.split` of each source, in the order of the sources. `data.weights` repeats them.
+
+    Evaluation documents come from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of
+    each source. They are one set with the name "". If `data.eval_split` joins several splits by `+`, each split is a
+    set with its own name. If they are the training documents, the result has the same object twice.
     """
     if data.eval_source is None and data.eval_split is None:
         halves = [reader.hold_out(source) for source in data.sources]

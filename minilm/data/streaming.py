@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from minilm.config import Data
 from minilm.data.fingerprints import fingerprint_file
@@ -76,9 +77,10 @@ class _StreamReader:
         """Repeat all documents, then add a share of them, at equal distances, for the fraction of the weight."""
         whole, share = divmod(weight, 1)
         empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
-        return join_streams(
-            [*[documents] * int(whole), *([_take_share(documents, share, if_empty=empty)] if share else [])]
-        )
+        parts = [documents] * int(whole)
+        if share:
+            parts.append(_take_share(documents, share, if_empty=empty))
+        return join_streams(parts)
 
     def join(self, parts: list[TextStream]) -> TextStream:
         return join_streams(parts)
@@ -89,9 +91,8 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
     files = list_files(source)
     commit = None if files else fetch_revision(source)
     # Names and times of files are left out, because a copy of a file has the same texts.
-    origin = (
-        [[get_full_ending(name), fingerprint_file(name)] for name in files] if files else [source, commit, data.config]
-    )
+    fingerprints = [[get_full_ending(name), fingerprint_file(name)] for name in files]
+    origin: list[Any] = fingerprints or [source, commit, data.config]
     settings = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
 
     def texts() -> Iterator[str]:

@@ -72,12 +72,12 @@ class FileTable:
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         unit = "row" if self.kind in _COLUMNAR else "line"
         for file, fingerprint in zip(self.files, self.fingerprints, strict=True):
-            rows = self._rows(file, columns)
+            rows = self._read_rows(file, columns)
             yield from _group_into_batches(rows, partial("{}, {} {}".format, file, unit))
             if fingerprint_file(file) != fingerprint:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
 
-    def _rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
+    def _read_rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
         if self.kind == "delimited":
             return delimited_files.read_delimited(file, columns, self._encoding, self.delimiter)
         if self.kind == "json":

@@ -32,7 +32,7 @@ def open_bytes(path: str) -> IO[bytes]:
 
 @contextmanager
 def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
-    """Open a file as text, without its byte-order mark. Lines end at `newline` only, which stays at their end.
+    """Open a file as text, without its byte-order mark. A line ends only at `newline`, and includes it.
 
     If the block fails to read or decode the file, raise ValueError that names the line.
     """
@@ -48,7 +48,7 @@ def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterat
 def find_line_end(path: str) -> str:
     """Return the line end of a file: a line feed, or a carriage return if the file has no line feed.
 
-    A carriage return inside a line is thus text, and a file from an old Macintosh has lines.
+    So a carriage return inside a line is text, but it ends the lines of a file from an old Macintosh.
     """
     with open_text(path, "latin-1") as file:
         while block := file.read(_BLOCK):
@@ -77,8 +77,7 @@ def detect_encoding(files: Sequence[str]) -> str:
             )
         if other := _find_multibyte_line(name):
             raise ValueError(
-                f"{name}, line {line}: not UTF-8, though line {other} holds UTF-8; "
-                "correct the line, or convert the file"
+                f"{name}, line {line}: not UTF-8, but line {other} is; correct the line, or convert the file"
             )
         warn_once(f"{name}, line {line}: not UTF-8, so the file is read as Windows-1252")
     return "cp1252" if others else "utf-8"
@@ -107,7 +106,7 @@ def _find_undecodable_line(name: str, encoding: str) -> int:
     except UnicodeDecodeError:
         return number
     except (OSError, EOFError, zlib.error) as error:
-        advice = "you have no right to read it" if isinstance(error, PermissionError) else "copy the file again"
+        advice = "change its permissions" if isinstance(error, PermissionError) else "copy the file again"
         raise ValueError(f"{name}, after line {number}: cannot be read; {advice} ({error})") from error
     return 0
 

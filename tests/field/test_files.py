@@ -583,10 +583,10 @@ TEXT = {
     ),
     "a line in Windows-1252 among UTF-8": Situation(
         {"a.txt": "naïve\n".encode() * 3 + "naïve\n".encode("cp1252") + b"a\n"},
-        says="a.txt, line 4: not UTF-8, though line 1 holds UTF-8; correct the line, or convert the file",
+        says="a.txt, line 4: not UTF-8, but line 1 is; correct the line, or convert the file",
     ),
     "UTF-8 that is cut in its last character": Situation(
-        {"a.txt": "a\n日本\n".encode() + "日".encode()[:2]}, says="a.txt, line 3: not UTF-8, though line 2 holds UTF-8"
+        {"a.txt": "a\n日本\n".encode() + "日".encode()[:2]}, says="a.txt, line 3: not UTF-8, but line 2 is"
     ),
     "Windows-1252 whose letters stand alone": Situation(
         {"a.txt": "a\nnaïve “x”\n".encode("cp1252")}, texts("a", "naïve “x”"), warns="line 2: not UTF-8, so the file is"
@@ -804,7 +804,7 @@ def test_a_saved_dataset_without_rows_is_empty(tmp_path: Path) -> None:
     for streaming in (False, True):
         for name, split in (("nothing", "train"), ("parts", "test"), ("nothing", "train[:5]")):
             data = Data(source=str(tmp_path / name), split=split, streaming=streaming)
-            with pytest.raises(ValueError, match=rf"^data source {tmp_path / name}: is empty\Z"):
+            with pytest.raises(ValueError, match=rf"^data source {tmp_path / name}: it is empty\Z"):
                 [*stream_rows(data, data.sources[0], split)] if streaming else read_rows(data, data.sources[0], split)
     data = Data(source=str(tmp_path / "parts"))
     assert read_rows(data, data.sources[0], "train")["text"][:] == ["a", "b"]

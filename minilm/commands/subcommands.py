@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.commands.recipe import quick_imports
-from minilm.commands.text_input import format_row_number, read_rows, read_texts, row_field
+from minilm.commands.text_input import format_row_number, read_file_rows, read_texts, row_field
 
 
 def run_fill_mask(options: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def _read_pairs(options: argparse.Namespace) -> tuple[list[str], list[str] | Non
     if options.pair_column is not None:
         if options.file is None or options.pair is not None:
             raise ValueError("--pair-column is a column of --file: give --file and no --pair, or --pair TEXT alone")
-        rows = read_rows(options)
+        rows = read_file_rows(options)
         return list(rows["text"]), list(rows["pair"])
     texts = read_texts(options)
     return texts, None if options.pair is None else [options.pair] * len(texts)

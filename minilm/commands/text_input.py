@@ -12,7 +12,7 @@ def read_texts(options: argparse.Namespace) -> list[str]:
     A text `-`, or no text, stands for the lines of standard input. Raise ValueError if there is no text.
     """
     if options.file is not None:
-        return list(read_rows(options)["text"])
+        return list(read_file_rows(options)["text"])
     for flag in ("column", "delimiter"):
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} describes the rows of --file: give --file too, or leave --{flag} out")
@@ -25,7 +25,7 @@ def read_texts(options: argparse.Namespace) -> list[str]:
     return texts
 
 
-def read_rows(options: argparse.Namespace) -> Any:
+def read_file_rows(options: argparse.Namespace) -> Any:
     """Return the rows of --file with the column `text`, and with the column `pair` if --pair-column is given.
 
     Raise ValueError if the command line also has texts, or if the file cannot be read or holds no text.

@@ -54,8 +54,8 @@ def test_texts_are_hashed_once_for_each_state_of_their_files(
 
 def test_the_hash_depends_on_the_columns_and_their_order(cache: Path) -> None:
     documents = Dataset.from_dict({"text": ["one", "two"], "pair": ["two", "one"]})
-    asked = (("text",), ("pair",), ("text", "pair"), ("pair", "text"))
-    keys = [fingerprint_documents(documents, columns=columns) for columns in asked]
+    choices = (("text",), ("pair",), ("text", "pair"), ("pair", "text"))
+    keys = [fingerprint_documents(documents, columns=columns) for columns in choices]
     assert len(set(keys)) == 4
-    assert [fingerprint_documents(documents, columns=columns) for columns in asked] == keys
+    assert [fingerprint_documents(documents, columns=columns) for columns in choices] == keys
     assert fingerprint_documents(documents.select_columns("text")) == keys[0]

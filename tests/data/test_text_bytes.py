@@ -93,8 +93,8 @@ def test_the_bytes_of_the_tokens_of_any_text_sum_to_its_length(kind: str, added:
         documents = Dataset.from_dict({"text": [*rows, "a"]})
         examples = encode(documents, tokenizer, max_length=10**6, text_bytes=True)
         spelt = [row for row in documents["text"] if tokenizer(row, add_special_tokens=False)["input_ids"]]
-        found = [int(examples.token_bytes(i).sum()) for i in range(len(examples))]
-        assert found == [len(row.encode()) for row in spelt]
+        sizes = [int(examples.token_bytes(i).sum()) for i in range(len(examples))]
+        assert sizes == [len(row.encode()) for row in spelt]
         assert [len(examples.token_bytes(i)) for i in range(len(examples))] == examples.lengths.tolist()
 
     check()

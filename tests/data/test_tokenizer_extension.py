@@ -31,10 +31,10 @@ def test_an_extended_tokenizer_knows_new_words_and_reads_everything_else_as_befo
 ) -> None:
     plain = train_tokenizer(documents, kind, SIZES[kind], causal=causal)
     extended = extend_tokenizer(plain, NEW, 5)
-    vocabulary, known = extended.get_vocab(), plain.get_vocab()
+    vocabulary, old = extended.get_vocab(), plain.get_vocab()
     assert len(extended) == len(plain) + 5
-    assert {token: vocabulary[token] for token in known} == known
-    assert sorted(set(vocabulary.values()) - set(known.values())) == [*range(len(plain), len(plain) + 5)]
+    assert {token: vocabulary[token] for token in old} == old
+    assert sorted(set(vocabulary.values()) - set(old.values())) == [*range(len(plain), len(plain) + 5)]
     assert extended.all_special_ids == plain.all_special_ids
     assert extended([*documents["text"]])["input_ids"] == plain([*documents["text"]])["input_ids"]
     assert {**extended("the list", "a file")} == {**plain("the list", "a file")}
@@ -86,7 +86,7 @@ def test_new_rows_are_the_mean_of_the_old_and_change_no_other_logit(
     kind, own = CASES[case]
     auto = AutoModelForCausalLM if kind == "gpt2" else AutoModelForMaskedLM
     tokenizer = train_tokenizer(documents, "wordpiece", 150)
-    extended, known = extend_tokenizer(tokenizer, NEW, 5), len(tokenizer)
+    extended, old = extend_tokenizer(tokenizer, NEW, 5), len(tokenizer)
     config = {**(GPT2 if kind == "gpt2" else fields(kind)), **own}
     base = load_model(Model(type=kind, config=config), tokenizer, max_length=32, seed=0, auto=auto)
     with torch.no_grad():
@@ -103,10 +103,10 @@ def test_new_rows_are_the_mean_of_the_old_and_change_no_other_logit(
     assert after.shape[-1] == rows
     assert network.config.vocab_size == again.config.vocab_size == rows
     assert torch.equal(after, reloaded)
-    torch.testing.assert_close(after[..., :known], before[..., :known])
-    mean = before[..., :known].mean(-1, keepdim=True).expand_as(after[..., known:])
-    torch.testing.assert_close(after[..., known:], mean)
-    assert after.argmax(-1).max() < known
+    torch.testing.assert_close(after[..., :old], before[..., :old])
+    mean = before[..., :old].mean(-1, keepdim=True).expand_as(after[..., old:])
+    torch.testing.assert_close(after[..., old:], mean)
+    assert after.argmax(-1).max() < old
     tied = network.get_input_embeddings().weight is network.get_output_embeddings().weight
     assert tied == (case != "untied bert")
 

@@ -84,7 +84,7 @@ def words_of(*words: str, unknown: str | None = None, ids: list[int] | None = No
     return PreTrainedTokenizerFast(tokenizer_object=backend, **ROLES, **({"unk_token": unknown} if unknown else {}))
 
 
-def dna() -> PreTrainedTokenizerFast:
+def dna_letters() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *"ACGT"])}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.post_processor = AROUND
@@ -98,7 +98,7 @@ def digits() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def begun() -> PreTrainedTokenizerFast:
+def llama_like() -> PreTrainedTokenizerFast:
     """Return a tokenizer as Llama's: it puts a token and a space before each text, and no token after it."""
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("▁", -1.0), ("▁A", -1.0)], 0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -106,19 +106,19 @@ def begun() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
 
 
-def bare() -> PreTrainedTokenizerFast:
-    tokenizer = dna()
+def without_special_tokens() -> PreTrainedTokenizerFast:
+    tokenizer = dna_letters()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer
 
 
 SURROUNDED: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str, list[int], list[int]]] = {
-    "DNA letters without an unknown token": (dna, "GATTACA", [2], [3]),
+    "DNA letters without an unknown token": (dna_letters, "GATTACA", [2], [3]),
     "whole words without an unknown token": (lambda: words_of("the", "fox"), "the fox", [2], [3]),
     "whole words with an unknown token": (lambda: words_of("the", "fox", unknown="[UNK]"), "the fox", [2], [3]),
     "a normalizer that drops the letter a": (digits, "4 2", [2], [3]),
-    "a token before the text and none after it": (begun, "A", [1], []),
-    "nothing around a text": (bare, "GATTACA", [], []),
+    "a token before the text and none after it": (llama_like, "A", [1], []),
+    "nothing around a text": (without_special_tokens, "GATTACA", [], []),
 }
 
 
@@ -138,7 +138,7 @@ def repeated_line(folder: Path) -> PreTrainedTokenizerBase:
     return BertTokenizerFast(str(folder / "vocab.txt"))
 
 
-def hole(folder: Path) -> PreTrainedTokenizerBase:
+def with_gaps(folder: Path) -> PreTrainedTokenizerBase:
     return words_of("the", "quick", "fox", "dog", "runs", unknown="[UNK]", ids=[5, 9, 11, 40, 41])
 
 
@@ -152,13 +152,13 @@ def far_token(folder: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def whole(folder: Path) -> PreTrainedTokenizerBase:
+def without_gaps(folder: Path) -> PreTrainedTokenizerBase:
     return words_of("the", "quick", "fox", "dog", "runs", unknown="[UNK]")
 
 
 @pytest.mark.parametrize(
     ("make", "size"),
-    [(repeated_line, 11), (hole, 42), (far_token, 301), (whole, 10)],
+    [(repeated_line, 11), (with_gaps, 42), (far_token, 301), (without_gaps, 10)],
     ids=["a repeated line in vocab.txt", "ids with holes", "one id far beyond the others", "no hole"],
 )
 def test_a_model_has_a_row_for_each_id_and_trains_on_them(
@@ -300,7 +300,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
             ids_T, packing = concatenate_rows(rows, padded=True, multiple=1)
             batch = replace(batch, packing=packing)
         with torch.no_grad():
-            found = ours(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N)
+            actual = ours(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N)
         expected = torch.cat(
             [F.cross_entropy(x, e["input_ids"][0], reduction="none") for x, e in zip(logits, encoded, strict=True)]
         )
@@ -309,9 +309,9 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
         ids_T, packing = concatenate_rows(rows, padded=not ours.padding_free, multiple=1)
         first_R = (packing.position_T == 0).nonzero()[:, 0]
         with torch.no_grad():
-            found = ours(torch.from_numpy(ids_T), packing, first_R)
+            actual = ours(torch.from_numpy(ids_T), packing, first_R)
         expected = torch.stack(logits)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def write_rows(path: Path, texts: list[str]) -> str:
@@ -343,7 +343,7 @@ REFUSED: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
 }
 
 
-def ended(single: str = "$A </s>") -> PreTrainedTokenizerBase:
+def bart_like(single: str = "$A </s>") -> PreTrainedTokenizerBase:
     """Return a tokenizer as BART's, whose texts end with </s>."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -360,12 +360,12 @@ def ended(single: str = "$A </s>") -> PreTrainedTokenizerBase:
 @pytest.mark.parametrize("situation", REFUSED)
 def test_a_text_that_the_model_would_misread_is_found_before_the_first_step(situation: str, tmp_path: Path) -> None:
     kind, texts, around, message = REFUSED[situation]
-    tokenizer = ended(**around)
+    tokenizer = bart_like(**around)
     tokenizer.save_pretrained(tmp_path / "model")
     config = tiny_config(kind, tokenizer)
     config.num_labels = 3
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
-    asked = Config(
+    run_config = Config(
         data=Data(source=write_rows(tmp_path / "rows.jsonl", texts), label_column="label", eval_fraction=0.3),
         model=Model(name=str(tmp_path / "model")),
         batch=Batch(max_length=48, examples=4),
@@ -373,12 +373,12 @@ def test_a_text_that_the_model_would_misread_is_found_before_the_first_step(situ
         run=Run(max_steps=2, output_dir=str(tmp_path / "out")),
     )
     with pytest.raises(ValueError, match=message) as caught:
-        train(asked)
+        train(run_config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def typed(cls: int = 0, text: int = 0) -> PreTrainedTokenizerBase:
+def bert_like(cls: int = 0, text: int = 0) -> PreTrainedTokenizerBase:
     """Return a tokenizer as BERT's, which gives a second text the token type 1."""
     tokenizer = words_of(*"0123456789", "and", "make", unknown="[UNK]")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -416,7 +416,7 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attenti
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "types", "told"),
+    ("kind", "size", "types", "warning"),
     [
         ("roberta", {**SMALL, "type_vocab_size": 1}, False, "only one"),
         ("bert", {**SMALL, "type_vocab_size": 1}, False, "only one"),
@@ -429,14 +429,14 @@ def test_pairs_train_whatever_token_types_the_model_knows(
     kind: str,
     size: dict[str, Any],
     types: bool,
-    told: str | None,
+    warning: str | None,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, "minilm"):
-        train(on_pairs(tmp_path, typed(), Model(type=kind, config=size)))
+        train(on_pairs(tmp_path, bert_like(), Model(type=kind, config=size)))
     lines = [record.message for record in caplog.records if "token types" in record.message]
-    assert [f"takes {told}: they are left out" in line for line in lines] == [True] * (told is not None)
+    assert [f"takes {warning}: they are left out" in line for line in lines] == [True] * (warning is not None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert ("token_type_ids" in tokenizer("1", "2")) == types
     classify = pipeline("text-classification", str(tmp_path / "out"))
@@ -450,27 +450,27 @@ def test_pairs_train_whatever_token_types_the_model_knows(
 def test_a_classifier_reads_the_token_types_that_the_plain_model_reads(
     kind: str, named: bool, paired: bool, tmp_path: Path
 ) -> None:
-    tokenizer = typed()
+    tokenizer = bert_like()
     if not named:
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
-    asked = on_pairs(tmp_path, tokenizer, Model(name=str(tmp_path / "model")))
+    run_config = on_pairs(tmp_path, tokenizer, Model(name=str(tmp_path / "model")))
     (tmp_path / "held.jsonl").write_text((tmp_path / "pairs.jsonl").read_text())
     data = Data(
-        source=asked.data.source,
+        source=run_config.data.source,
         eval_source=str(tmp_path / "held.jsonl"),
         column="a",
         pair_column="b" if paired else None,
         label_column="label",
     )
-    asked = replace(asked, data=data)
+    run_config = replace(run_config, data=data)
     torch.manual_seed(1)
     config = tiny_config(kind, tokenizer)
     config.pad_token_id, config.initializer_range = tokenizer.pad_token_id, 0.5
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
-    objective = objective_of(asked.objective)
-    prepared = objective.prepare(asked)
+    objective = objective_of(run_config.objective)
+    prepared = objective.prepare(run_config)
     network = load_model(
-        asked.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
+        run_config.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
     )
     head = objective.head(network, prepared).eval()
     examples = prepared.train
@@ -479,16 +479,16 @@ def test_a_classifier_reads_the_token_types_that_the_plain_model_reads(
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     texts = [("3 and 3", "make 3"), ("4 and 4", "make 4")]
     with torch.no_grad():
-        found = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N, batch.type_ids_T)
+        actual = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N, batch.type_ids_T)
         expected = [plain(**tokenizer(*each[: 1 + paired], return_tensors="pt")).logits[0] for each in texts]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 NO_TYPES = "which a language model is trained and evaluated without"
 
 
 @pytest.mark.parametrize(
-    ("objective", "kind", "text", "named", "told"),
+    ("objective", "kind", "text", "named", "warning"),
     [
         (MaskedLM(), "bert", 1, True, "types 0, 1, "),
         (MaskedLM(), "bert", 1, False, None),
@@ -501,9 +501,9 @@ NO_TYPES = "which a language model is trained and evaluated without"
     ],
 )
 def test_token_types_that_a_language_model_does_not_read_cause_a_warning(
-    objective: Any, kind: str, text: int, named: bool, told: str | None, caplog: pytest.LogCaptureFixture
+    objective: Any, kind: str, text: int, named: bool, warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = typed(text=text)
+    tokenizer = bert_like(text=text)
     if not named:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     config = tiny_config(kind, tokenizer)
@@ -515,13 +515,15 @@ def test_token_types_that_a_language_model_does_not_read_cause_a_warning(
             auto.from_config(config), PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
         )
     lines = [record.message for record in caplog.records if "token types" in record.message]
-    assert [told is not None and told in line and NO_TYPES in line for line in lines] == [True] * (told is not None)
+    assert [warning is not None and warning in line and NO_TYPES in line for line in lines] == [True] * (
+        warning is not None
+    )
 
 
 def test_more_token_types_than_the_model_knows_are_refused(tmp_path: Path) -> None:
-    asked = on_pairs(tmp_path, typed(cls=2), Model(type="bert", config=SMALL))
+    run_config = on_pairs(tmp_path, bert_like(cls=2), Model(type="bert", config=SMALL))
     with pytest.raises(ValueError, match=r"token types up to 2 and BertForSequenceClassification knows 2: .*-size 3"):
-        train(asked)
+        train(run_config)
 
 
 @pytest.mark.parametrize(
@@ -545,11 +547,11 @@ def test_special_tokens_in_texts_cause_one_warning(
             caplog.clear()
             with caplog.at_level(logging.WARNING, "minilm"):
                 encode(documents, tokenizer, max_length=16, layout=layout, causal=causal, name="training documents")
-            told = [record.message for record in caplog.records if "special token" in record.message]
-            assert len(told) == (token is not None)
+            warning = [record.message for record in caplog.records if "special token" in record.message]
+            assert len(warning) == (token is not None)
             if token:
-                assert f"3 of the training documents hold the special token {token}. The first is number" in told[0]
-                assert repr(text) in told[0]
+                assert f"3 of the training documents hold the special token {token}. The first is number" in warning[0]
+                assert repr(text) in warning[0]
 
 
 def test_special_tokens_that_model_and_tokenizer_name_differently_cause_a_warning(
@@ -564,8 +566,8 @@ def test_special_tokens_that_model_and_tokenizer_name_differently_cause_a_warnin
     prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
     with caplog.at_level(logging.WARNING, "minilm"):
         objective_of(MaskedLM()).head(network, prepared)
-    (told,) = [record.message for record in caplog.records if "name other special tokens" in record.message]
-    assert "pad_token_id is 9 and 0" in told
+    (warning,) = [record.message for record in caplog.records if "name other special tokens" in record.message]
+    assert "pad_token_id is 9 and 0" in warning
 
 
 def test_a_checkpoint_whose_end_of_text_is_padding_causes_a_warning(
@@ -598,7 +600,7 @@ def test_a_last_token_classifier_gets_the_padding_id_and_trains_its_embedding(
     tokenizer.save_pretrained(tmp_path / "out")
     classify = pipeline("text-classification", str(tmp_path / "out"))
     alone = [classify(text)[0]["score"] for text in TEXTS[8:12]]
-    assert [found["score"] for found in classify(TEXTS[8:12], batch_size=4)] == pytest.approx(alone, rel=1e-5)
+    assert [actual["score"] for actual in classify(TEXTS[8:12], batch_size=4)] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -633,7 +635,7 @@ ENDS = {
 
 def decoder_folder(kind: str, folder: Path, **changed: Any) -> PreTrainedTokenizerBase:
     """A classifier of this type without an id for padding, and a tokenizer without one."""
-    made = ended(single="$A")
+    made = bart_like(single="$A")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token="</s>")
     tokenizer.save_pretrained(folder)
     config = tiny_config(kind, tokenizer)
@@ -666,29 +668,29 @@ def test_a_decoder_reads_the_class_at_the_last_token_of_each_text_or_says_that_i
 ) -> None:
     text, message = ENDS[situation]
     tokenizer = decoder_folder(kind, tmp_path / "model")
-    asked = short_run(tmp_path, [*TEXTS, text], Model(name=str(tmp_path / "model")))
-    objective = objective_of(asked.objective)
+    run_config = short_run(tmp_path, [*TEXTS, text], Model(name=str(tmp_path / "model")))
+    objective = objective_of(run_config.objective)
     if message is not None:
         with pytest.raises(ValueError, match=message) as caught:
-            train(asked)
+            train(run_config)
         assert "\n" not in str(caught.value)
         return
-    prepared = objective.prepare(asked)
+    prepared = objective.prepare(run_config)
     network = load_model(
-        asked.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
+        run_config.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
     )
     head = objective.head(network, prepared).eval()
     ids_T, packing = concatenate_rows([prepared.train[30], prepared.train[3]], padded=not head.padding_free, multiple=1)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
-        found = head.logits(torch.from_numpy(ids_T), packing, (packing.position_T == 0).nonzero()[:, 0])
+        actual = head.logits(torch.from_numpy(ids_T), packing, (packing.position_T == 0).nonzero()[:, 0])
         expected = [plain(**tokenizer(each, return_tensors="pt")).logits[0] for each in (text, TEXTS[3])]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", ["<b>x</s>y", "A </s> and </s>"])
 def test_a_text_with_a_special_token_is_named_by_its_number_and_quoted_as_it_is(text: str, tmp_path: Path) -> None:
-    tokenizer = ended()
+    tokenizer = bart_like()
     tokenizer.save_pretrained(tmp_path / "model")
     config = tiny_config("bart", tokenizer)
     config.num_labels = 3
@@ -720,7 +722,7 @@ def test_a_text_that_the_vocabulary_cannot_spell_is_named(objective: Any, part: 
     digits_only = words_of(*"0123456789")
     digits_only.save_pretrained(tmp_path / "tokenizer")
     good, bad = [str(i % 10) for i in range(12)], ["1 2", "3 x"]
-    asked = replace(
+    run_config = replace(
         short_run(tmp_path, good + (bad if part == "training" else []), Model(type="bert", config=SMALL)),
         objective=objective,
         tokens=Tokens(name=str(tmp_path / "tokenizer")),
@@ -728,7 +730,7 @@ def test_a_text_that_the_vocabulary_cannot_spell_is_named(objective: Any, part: 
     if part == "evaluation":
         write_rows(tmp_path / "held.jsonl", good + bad)
     with pytest.raises(ValueError, match=f"number 14 of the {part} documents, which begins '3 x'") as caught:
-        train(asked)
+        train(run_config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -743,7 +745,7 @@ def test_the_tokens_that_a_class_of_tokenizers_adds_to_any_vocabulary_are_named(
 
 def two_label_bart(folder: Path) -> PreTrainedTokenizerBase:
     """A checkpoint whose config.json does not say that it has 2 labels, so that transformers reads it with 3."""
-    tokenizer = ended()
+    tokenizer = bart_like()
     tokenizer.save_pretrained(folder)
     config = tiny_config("bart", tokenizer)
     config.num_labels = 2
@@ -754,22 +756,22 @@ def two_label_bart(folder: Path) -> PreTrainedTokenizerBase:
 
 def labelled_run(folder: Path, labels: list[Any]) -> Config:
     rows = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(TEXTS)]
-    asked = short_run(folder, TEXTS, Model(name=str(folder / "model")))
+    run_config = short_run(folder, TEXTS, Model(name=str(folder / "model")))
     for name in ("rows", "held"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return asked
+    return run_config
 
 
 def test_a_configuration_with_more_labels_than_the_head_is_refused_with_both_shapes(tmp_path: Path) -> None:
     two_label_bart(tmp_path / "model")
-    asked = labelled_run(tmp_path, [0, 1])
+    run_config = labelled_run(tmp_path, [0, 1])
     shapes = r"out_proj\.bias has another shape than its configuration says \(\[2\] and \[3\]\)"
     with pytest.raises(ValueError, match=rf"{shapes}: .*config\.json, such as id2label") as caught:
-        train(asked)
+        train(run_config)
     assert "\n" not in str(caught.value)
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "no", "1": "yes"}}))
-    train(asked)
+    train(run_config)
     assert AutoConfig.from_pretrained(tmp_path / "out").num_labels == 2
 
 

@@ -37,7 +37,7 @@ from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples
 from minilm.distributed.hardware import describe, usable_processors
 from minilm.distributed.precision import choose_precision
-from minilm.objectives.objective import build, prepare
+from minilm.objectives.factory import build_network, prepare_data
 from minilm.train import train
 
 CONFIG = Config(
@@ -94,13 +94,13 @@ def by_trainer(config: Config) -> dict[str, float]:
     """The figures of a run of Trainer."""
     transformers_logging.set_verbosity_error()
     precision = choose_precision(config.run.precision, Accelerator().device).name
-    prepared = prepare(config)
+    prepared = prepare_data(config)
     batches, pad = Batches(config, prepared.train), DataCollatorWithPadding(prepared.tokenizer)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, precision, len(batches)) | {"per_device_train_batch_size": 1}
         arguments = TrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, **settings)
-        model = build(config, prepared)
+        model = build_network(config, prepared)
         OrderedTrainer(
             model=model,
             args=arguments,

@@ -34,7 +34,7 @@ from minilm.data.corpus import Examples
 from minilm.distributed.hardware import describe
 from minilm.distributed.precision import choose_precision
 from minilm.models.loading import load_model
-from minilm.objectives.objective import objective_of, prepare
+from minilm.objectives.factory import build_objective, prepare_data
 
 WARM_UP = 10  # steps that are not timed
 
@@ -56,7 +56,7 @@ def run_trainer(
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, precision, steps)
         arguments = TrainingArguments(output_dir=folder, logging_steps=100, **settings)
-        collator = objective_of(config.objective).collator(
+        collator = build_objective(config.objective).collator(
             tokenizer, examples, seed=config.run.seed, padded=False, multiple=1
         )
         model = load_model(config.model, tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
@@ -81,7 +81,7 @@ def main() -> None:
     config = read_run_config(str(folder / "run.json"))
     ours = json.loads((folder / "all_results.json").read_text())
     precision = choose_precision(config.run.precision, Accelerator().device).name
-    prepared = prepare(config)
+    prepared = prepare_data(config)
     tokenizer = prepared.tokenizer
     _, trial = run_trainer(config, tokenizer, prepared.train, precision, WARM_UP + 40)
     steps = round(ours["train_seconds"] / trial * 40)

@@ -28,8 +28,10 @@ from minilm.distributed.launch import start
 from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
-from minilm.objectives.objective import Evaluator, build, objective_of, prepare
-from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.objectives.factory import build_network, build_objective, prepare_data
+from minilm.objectives.objective import Evaluator
+from minilm.optim.optimizer import build_optimizer
+from minilm.optim.schedule import learning_rate
 from minilm.runs.auto_micro_tokens import resolve_micro_tokens
 from minilm.train import build_plan, first_step, load_steps, seed_dropout, train_step
 
@@ -216,8 +218,8 @@ class Parts:
 def assemble(config: Config, head_of: Callable[[PreTrainedModel, PreparedData], Head] | None = None) -> Parts:
     """The parts of a run of minilm; `head_of` in place of the objective's own head."""
     accelerator, _ = start(config.run)
-    prepared, objective = prepare(config), objective_of(config.objective)
-    network = build(config, prepared)
+    prepared, objective = prepare_data(config), build_objective(config.objective)
+    network = build_network(config, prepared)
     head = (head_of or objective.head)(network.to(accelerator.device), prepared)
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)

@@ -93,10 +93,10 @@ def write_job(folder: Path) -> None:
     from minilm.config import Config, MaskedLM
     from minilm.data.documents import load_documents
     from minilm.distributed.precision import choose_precision
-    from minilm.objectives.objective import build, prepare
+    from minilm.objectives.factory import build_network, prepare_data
 
     config: Config = runpy.run_path(str(RECIPE))["CONFIG"]
-    prepared = prepare(config)
+    prepared = prepare_data(config)
     prepared.tokenizer.save_pretrained(folder / "tokenizer")
     documents, _ = load_documents(config.data, seed=config.run.seed)
     with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
@@ -105,7 +105,7 @@ def write_job(folder: Path) -> None:
     precision = choose_precision(config.run.precision, Accelerator().device).name
     job = {
         "length": config.batch.max_length,
-        "config": build(config, prepared).config.to_diff_dict(),
+        "config": build_network(config, prepared).config.to_diff_dict(),
         "settings": trainer_settings(config, precision, config.run.max_steps or 1),
         "rate": config.objective.rate,
     }

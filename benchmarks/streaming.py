@@ -61,7 +61,7 @@ def read(folder: str, streaming: bool) -> Found:
     from minilm.config import Batch, Config, Data, MaskedLM, Tokens
     from minilm.data.batch_plan import Plan
     from minilm.distributed.hardware import peak_memory
-    from minilm.objectives.masked_lm import Masked
+    from minilm.objectives.masked_lm import MaskedLMObjective
     from minilm.runs.auto_micro_tokens import micro_tokens_of
     from minilm.train import load_steps
 
@@ -69,7 +69,7 @@ def read(folder: str, streaming: bool) -> Found:
     config = Config(data=data, tokens=Tokens(name=f"{folder}/tokenizer"), batch=Batch(examples=256, max_length=128))
     device = torch.device("cpu")
     libraries, begin = peak_memory(device) / 1e6, time.perf_counter()
-    objective = Masked(MaskedLM())
+    objective = MaskedLMObjective(MaskedLM())
     prepared = objective.prepare(config)
     encoded = time.perf_counter()
     plan = Plan(prepared.train.lengths, examples=256, micro_tokens=micro_tokens_of(config))

@@ -28,9 +28,10 @@ from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import MicroBatch
 from minilm.distributed.hardware import peak_memory
-from minilm.objectives.causal_lm import Causal
-from minilm.objectives.objective import Objective, build, objective_of, prepare
-from minilm.optim.optimizer import learning_rate, warmup_steps
+from minilm.objectives.causal_lm import CausalLMObjective
+from minilm.objectives.factory import build_network, build_objective, prepare_data
+from minilm.objectives.objective import Objective
+from minilm.optim.schedule import count_warmup_steps, learning_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 
 
@@ -75,7 +76,7 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
         self.collator = objective.collator(
             prepared.tokenizer, prepared.train, seed=seed, padded=True, multiple=padding_multiple()
         )
-        self.shift = int(isinstance(objective, Causal))
+        self.shift = int(isinstance(objective, CausalLMObjective))
         self.padding = prepared.tokenizer.pad_token_id
         self.items = [self._item(plan.step(index), prepared.train) for index in range(steps)]
 
@@ -193,7 +194,7 @@ class TurnTrainer(OrderedTrainer):
 
 def evaluate(config: Config, model: PreTrainedModel, prepared: PreparedData) -> dict[str, float]:
     """The figures of minilm's evaluation of a model, which it makes minilm's."""
-    objective = objective_of(config.objective)
+    objective = build_objective(config.objective)
     head = objective.head(model, prepared)
     evaluator = objective.evaluator(prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=1)
     return evaluator(Accelerator(), head).figures()
@@ -207,7 +208,7 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
         "per_device_train_batch_size": config.batch.examples,
         "learning_rate": optim.lr,
         "lr_scheduler_type": "constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
-        "warmup_steps": warmup_steps(optim, steps),
+        "warmup_steps": count_warmup_steps(optim, steps),
         "adam_beta1": optim.betas[0],
         "adam_beta2": optim.betas[1],
         "adam_epsilon": optim.eps,
@@ -232,7 +233,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, att
     so that they are masked and padded beforehand.
     """
     config = replace(side.config, model=replace(side.config.model, attention=attention))
-    prepared = prepare(config)
+    prepared = prepare_data(config)
     data, collate, size = _rows(config, prepared, side.steps, in_order=not grouping)
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, config.run.precision, side.steps)
@@ -250,7 +251,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, att
             Turns(side, prepared),
             not grouping,
             config.optim,
-            model=build(config, prepared),
+            model=build_network(config, prepared),
             args=arguments,
             train_dataset=data,
             data_collator=collate,
@@ -259,7 +260,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, att
 
 def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
     """What Trainer loads, its collator, and how many items make a batch; `in_order`: of minilm's steps."""
-    objective, examples, size = objective_of(config.objective), prepared.train, config.batch.examples
+    objective, examples, size = build_objective(config.objective), prepared.train, config.batch.examples
     plan = Plan(
         examples.lengths,
         examples=size,
@@ -272,7 +273,7 @@ def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool)
     if examples.labels is None:
         collate: Any = DataCollatorForLanguageModeling(
             prepared.tokenizer,
-            mlm=not isinstance(objective, Causal),
+            mlm=not isinstance(objective, CausalLMObjective),
             mlm_probability=objective.collator(
                 prepared.tokenizer, examples, seed=config.run.seed, padded=False, multiple=1
             ).rate(),

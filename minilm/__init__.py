@@ -16,12 +16,14 @@ are the main modules, in the order in which a run uses them:
     minilm.commands.recipe        run_recipe: run a Config as a program with a flag for each field
     minilm.train                  train; for a loop of your own, train_step, load_steps and seed_dropout
     minilm.runs.session           begin, start_recording, save_networks: beginning and end of a loop of your own
-    minilm.objectives.objective   prepare (data and tokenizer), build (the model), objective_of (head and evaluation)
+    minilm.objectives.factory     prepare_data, build_network (the model), build_objective (its head and evaluation)
     minilm.data.corpus            PreparedData and its Examples: the token ids on disk
     minilm.data.batch_plan        Plan: the examples of each step, and how it is cut into micro-batches
     minilm.data.micro_batch       MicroBatch: the token ids and targets of one forward pass
     minilm.models.sparse_head     SparseHead: a model of transformers that computes logits only at the targets
-    minilm.optim.optimizer        build_optimizer, learning_rate
+    minilm.optim.optimizer        build_optimizer
+    minilm.optim.schedule         learning_rate
+    minilm.optim.schedule         learning_rate
     minilm.runs.recorder          Recorder: log.jsonl and the progress bar
     minilm.runs.checkpoint        find_checkpoint, read_checkpoint: find a checkpoint and check its files
     minilm.runs.checkpoint_saver  Saver: write a checkpoint

@@ -28,8 +28,10 @@ from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
 from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
-from minilm.objectives.objective import Evaluator, build, objective_of
-from minilm.optim.optimizer import apply_update, build_optimizer, learning_rate
+from minilm.objectives.factory import build_network, build_objective
+from minilm.objectives.objective import Evaluator
+from minilm.optim.optimizer import apply_update, build_optimizer
+from minilm.optim.schedule import learning_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
 from minilm.runs.best_checkpoint import Best
 from minilm.runs.checkpoint_saver import Saver, gather_full_state
@@ -109,7 +111,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     with begin(config, name) as run:
         accelerator = run.accelerator
         prepared = run.prepared
-        objective = objective_of(config.objective)
+        objective = build_objective(config.objective)
 
         # Build: the model, the plan of the steps and the optimizer. A resumed run builds the same as a new one.
         head, config = build_head(run)
@@ -173,7 +175,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                     recorder.catch_up()
                     figures = evaluator(accelerator, model).figures()
                     better = best.update(figures, done)
-                    recorder.evaluation(epoch, figures, objective.said(figures))
+                    recorder.evaluation(epoch, figures, objective.format_figures(figures))
 
                 # Save a checkpoint where one is due, and leave where all processes agree that this was the last step.
                 early = bad_gradients(recorder, plan, config.run) or request.agree(done)
@@ -209,9 +211,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 def build_head(run: Session) -> tuple[Head, Config]:
     """Return the model with its head on this process's device, and the settings with a number of micro-tokens."""
     config, accelerator, prepared = run.config, run.accelerator, run.prepared
-    objective = objective_of(config.objective)
+    objective = build_objective(config.objective)
     with on_all_ranks():
-        network = build(config, prepared)
+        network = build_network(config, prepared)
         objective.check(network, prepared.tokenizer, config.run.samples)
         head = objective.head(network.to(accelerator.device), prepared)
         freeze_unused(head)
@@ -231,7 +233,7 @@ def build_plan(
     config: Config, accelerator: Accelerator, head: Head, prepared: PreparedData
 ) -> tuple[Plan, Collator, Evaluator]:
     """Return the plan of the steps, the collator that makes their micro-batches, and the evaluator."""
-    objective = objective_of(config.objective)
+    objective = build_objective(config.objective)
     plan = plan_batches(config, accelerator, head, prepared.train)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
@@ -307,7 +309,7 @@ def conclude(
     """
     config, folder, tokenizer = run.config, run.folder, run.prepared.tokenizer
     run.uploads.extend(save_model(network, tokenizer, folder, weights))
-    objective = objective_of(config.objective)
+    objective = build_objective(config.objective)
     samples = {}
     if config.run.samples:
         with quiet_transformers():

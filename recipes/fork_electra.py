@@ -28,8 +28,9 @@ from minilm.distributed.launch import on_all_ranks
 from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.objective import objective_of
-from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.objectives.factory import build_objective
+from minilm.optim.optimizer import build_optimizer
+from minilm.optim.schedule import learning_rate
 from minilm.runs.session import begin, save_networks, start_recording
 from minilm.train import load_steps, seed_dropout, train_step
 
@@ -102,7 +103,7 @@ def train(config: Config, name: str) -> dict[str, float]:
         generator_cost = count_flops(electra.generator, config.batch.max_length)
         discriminator_cost = count_flops(electra.discriminator, config.batch.max_length)
         plan, total, recorder = start_recording(run, electra.discriminator)
-        objective = objective_of(config.objective)
+        objective = build_objective(config.objective)
         collator = objective.collator(
             prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
         )

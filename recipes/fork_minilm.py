@@ -28,7 +28,8 @@ from minilm.models.head import Head, freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
 from minilm.models.temporary_changes import evaluation_mode
-from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.optim.optimizer import build_optimizer
+from minilm.optim.schedule import learning_rate
 from minilm.runs.session import begin, save_networks, start_recording
 from minilm.train import load_steps, seed_dropout, train_step
 

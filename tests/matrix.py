@@ -42,7 +42,8 @@ from minilm.data.tokenizer_training import train_tokenizer
 from minilm.distributed.flops import count_flops
 from minilm.models.head import Head, freeze_unused
 from minilm.models.loading import load_model
-from minilm.objectives.objective import Objective, objective_of
+from minilm.objectives.factory import build_objective
+from minilm.objectives.objective import Objective
 from minilm.train import train_step
 from tests.reference import NO_EXAMPLES, pad_rows
 from tests.tiny import tiny_config
@@ -149,7 +150,7 @@ def measure(head: str, kind: str) -> Result:
 
 def attempt(result: Result) -> None:
     """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
-    objective, tokenizer = objective_of(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
+    objective, tokenizer = build_objective(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
     prepared = PreparedData(
         tokenizer=tokenizer,
         train=EXAMPLES,
@@ -199,7 +200,7 @@ def attempt(result: Result) -> None:
 def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Put minilm's loss and gradients beside the reference's, and Trainer's loss."""
     kind, rows = HEADS[result.head], rows_of(result.head, tokenizer)
-    objective = objective_of(kind.settings)
+    objective = build_objective(kind.settings)
     collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1)
     examples = kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS)
     expected, gradients = reference(plain, examples)
@@ -232,7 +233,7 @@ def compare_update(
 def try_special_ids(result: Result, situation: str) -> str:
     """Return how a model does in one of the SITUATIONS: `equal`, `refused` before training, or the fault."""
     kind, tokenizer = HEADS[result.head], tokenizer_for(result.head, result.kind)
-    objective, changed, rows = objective_of(kind.settings), *SITUATIONS[situation](result.head, tokenizer)
+    objective, changed, rows = build_objective(kind.settings), *SITUATIONS[situation](result.head, tokenizer)
     config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
     for part in (config, config.get_text_config()):
         for name, id in changed.items():
@@ -430,7 +431,7 @@ def alone(head: str, kind: str) -> Result:
 
 def types_of(head: str) -> list[str]:
     """The model types of transformers that have this head."""
-    return sorted(objective_of(HEADS[head].settings).auto._model_mapping._model_mapping)
+    return sorted(build_objective(HEADS[head].settings).auto._model_mapping._model_mapping)
 
 
 def line(result: Result) -> str:

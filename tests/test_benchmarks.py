@@ -35,7 +35,7 @@ import minilm.models.rotary
 import minilm.models.windowed_attention
 from minilm import Batch, Config, Model, Run
 from minilm.distributed.precision import Peak
-from minilm.objectives.objective import prepare
+from minilm.objectives.factory import prepare_data
 from tests.launch import ROOT
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -164,7 +164,7 @@ def test_gpu(tmp_path: Path) -> None:
     job = gpu.JOBS["GPT-2, 1,024 tokens"]
     job = replace(job, config=toy(job.config), vocabulary=400, median=12)
     contenders = gpu.contenders_of(job, tmp_path, 4)
-    assert len(prepare(contenders[0].config).train) >= 4 * job.config.batch.examples
+    assert len(prepare_data(contenders[0].config).train) >= 4 * job.config.batch.examples
     compiled = contenders.pop()  # which no CPU takes
     assert compiled.config.run.compile
     check_sides(contenders, block=2)

@@ -21,7 +21,7 @@ from minilm.data.packing import pack
 from minilm.models import short_row_attention as short_rows
 from minilm.models.compilation import compile_layers
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.masking import MaskedLMCollator
 from minilm.optim.optimizer import build_optimizer
 from minilm.train import load_steps, train_step
 from tests.reference import attended_rows, build
@@ -55,7 +55,7 @@ def test_a_step_never_waits_for_the_gpu(
     model, optimizer = accelerator.prepare(head, build_optimizer(head, Optim()))
     plan, collator = (
         Plan(examples.lengths, examples=12, micro_tokens=128),
-        MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1),
+        MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1),
     )
     losses = []
     try:
@@ -71,7 +71,7 @@ def test_a_step_never_waits_for_the_gpu(
 
 def one_batch(examples: Examples, tokenizer: PreTrainedTokenizerBase, first: int = 0, count: int = 16) -> MicroBatch:
     ids = np.argsort(-examples.lengths)[first : first + count]
-    return MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
+    return MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
         [examples[int(i)] for i in ids], ids, 0
     )
 

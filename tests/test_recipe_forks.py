@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTrainin
 from minilm import Batch, Config, Data, Model, Optim, Run
 from minilm.commands.seeds import train_seeds
 from minilm.data.micro_batch import collate_all_targets, target_losses
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.masking import MaskedLMCollator
 from recipes import fork_electra, fork_minilm
 from tests.forks import check_forked_recipe
 from tests.jobs import finish_all
@@ -148,7 +148,7 @@ def test_electras_loss_is_that_of_transformers(
 ) -> None:
     monkeypatch.setattr(fork_electra, "draw", lambda logits_NxV: logits_NxV.argmax(-1))
     electra = fork_electra.Electra(configs["fork_electra"], tokenizer).eval()
-    batch = MaskedCollator(tokenizer, rate=0.4, seed=0, padded=False, multiple=1)(ROWS, np.arange(4), 0)
+    batch = MaskedLMCollator(tokenizer, rate=0.4, seed=0, padded=False, multiple=1)(ROWS, np.arange(4), 0)
     electra.targets_per_token = torch.tensor(batch.target_count / len(batch.input_ids_T))
     lengths = [len(row) for row in ROWS]
     original_T = torch.from_numpy(np.concatenate(ROWS))

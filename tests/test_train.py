@@ -29,7 +29,7 @@ from minilm.data.corpus import Examples, encode
 from minilm.data.micro_batch import MicroBatch
 from minilm.models.inference import fill_mask
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.masking import MaskedLMCollator
 from minilm.optim.optimizer import build_optimizer
 from minilm.train import load_steps, train, train_step
 from tests.launch import read_log
@@ -74,7 +74,7 @@ def config(documents: Dataset, folder: Path, **run: Any) -> Config:
 def test_steps_equal_plain_torch(
     examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, max_grad_norm: float
 ) -> None:
-    collator = MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1)
+    collator = MaskedLMCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1)
     plain = copy.deepcopy(network)
     decayed = [p for p in plain.parameters() if p.ndim >= 2]
     others = [p for p in plain.parameters() if p.ndim < 2]
@@ -130,7 +130,7 @@ def test_a_step_in_bf16_casts_a_weight_once_for_all_micro_batches_and_changes_no
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         plan, collator = (
             Plan(examples.lengths, examples=12, micro_tokens=100),
-            MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
+            MaskedLMCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
         )
         ((_, micro_batches),) = load_steps(plan, examples, collator, accelerator, range(1), 0)
         counts, weights = [], []
@@ -157,7 +157,7 @@ def test_workers_of_any_number_prepare_the_same_batches_and_masks(
 ) -> None:
     accelerator, collator = (
         Accelerator(cpu=True),
-        MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
+        MaskedLMCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
     )
     plan = Plan(examples.lengths, examples=12, micro_tokens=100)
 
@@ -185,7 +185,7 @@ def test_a_run_goes_on_in_the_middle_of_a_million_examples_at_once(
     examples = Examples(ids=ids, start=ends[:-1], stop=ends[1:], prefix=none, suffix=none)
     accelerator, collator = (
         Accelerator(cpu=True),
-        MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
+        MaskedLMCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1),
     )
     start = time.perf_counter()
     plan = Plan(examples.lengths, examples=32, micro_tokens=1024)
@@ -204,7 +204,7 @@ def test_overfits_one_batch(
     examples: Examples, network: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
 ) -> None:
     accelerator = Accelerator(cpu=True)
-    collator = MaskedCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1)
+    collator = MaskedLMCollator(tokenizer, rate=0.15, seed=0, padded=False, multiple=1)
     head = SparseHead(network)
     model, optimizer = accelerator.prepare(head, build_optimizer(head, Optim()))
     plan = Plan(examples.lengths, examples=8, micro_tokens=400)
@@ -299,7 +299,9 @@ def test_a_model_that_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     network.save_pretrained(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minilm.objectives.masked_lm.Masked.prepare", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(
+        "minilm.objectives.masked_lm.MaskedLMObjective.prepare", lambda *_: pytest.fail("work was done")
+    )
     with pytest.raises(ValueError, match=message):
         train(replace(config(documents, tmp_path), model=model, batch=Batch(max_length=48)))
 

@@ -18,7 +18,8 @@ from minilm.distributed.hardware import describe, peak_memory
 from minilm.distributed.precision import device_peak
 from minilm.distributed.sharding import distribute
 from minilm.models.head import Head
-from minilm.optim.optimizer import build_optimizer, learning_rate
+from minilm.optim.optimizer import build_optimizer
+from minilm.optim.schedule import learning_rate
 from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
 

@@ -17,7 +17,7 @@ from minilm.distributed.launch import finish, start
 from minilm.models.input_length import longest_input
 from minilm.models.model_config import load_configuration
 from minilm.objectives.classification import read_model_labels
-from minilm.objectives.objective import build, objective_of, prepare
+from minilm.objectives.factory import build_network, build_objective, prepare_data
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import is_checkpoint
 from minilm.runs.verify_head import verify_head
@@ -44,10 +44,10 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     run.json are both missing, and for labels that the model was not trained with.
     """
     config = _build_config(str(name), data)
-    objective = objective_of(config.objective)
+    objective = build_objective(config.objective)
     accelerator, _ = start(config.run)
     try:
-        prepared = prepare(config)
+        prepared = prepare_data(config)
         if data is None:
             _warn_of_changes(_run_file(str(name)), config.data)
         if prepared.labels is not None:
@@ -55,7 +55,7 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
             for line in prepared.labels.summary:
                 if line.startswith("WARNING"):
                     log.warning(line)
-        head = objective.head(build(config, prepared, trained=False).to(accelerator.device), prepared)
+        head = objective.head(build_network(config, prepared, trained=False).to(accelerator.device), prepared)
         verify_head(config, head, prepared, trained=False)
         multiple = 1 if accelerator.device.type == "cpu" else 8
         evaluator = objective.evaluator(
@@ -109,7 +109,7 @@ def _build_config(name: str, data: Data | None) -> Config:
         raise ValueError(f"{name} has no run.json that names evaluation documents: give --data.source")
     else:
         objective = infer_objective(name)
-        length = _find_length(name, objective_of(objective).auto)
+        length = _find_length(name, build_objective(objective).auto)
         config = Config(objective=objective, batch=Batch(max_length=length))
     if isinstance(config.objective, Classification):
         config = replace(config, objective=replace(config.objective, problem=_find_problem(name)))

@@ -1,5 +1,6 @@
-"""What a model is trained for: masked LM, causal LM and classification, each with its exact evaluation.
+"""Training objectives: masked LM, causal LM and classification, each with an exact evaluation.
 
-`objective` says what an objective must have. `masked_lm` draws the masks. `language_modeling` is what masked and causal
-LM share. `evaluation` adds up the loss of language models, and `metrics` computes the figures of classifiers.
+Read `objective` first: it lists what an objective must provide. `factory` builds the objective, the data and the model
+of a configuration. `masking` draws the masks, and `language_modeling` holds what masked and causal LM share.
+`evaluation` runs a model on the evaluation examples, and `metrics` computes the figures.
 """

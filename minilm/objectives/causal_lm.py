@@ -1,4 +1,4 @@
-"""Causal LM: every token is predicted from those before it.
+"""Causal LM: predict each token of a row from the tokens before it.
 
 Axes: T tokens of the micro-batch, N targets of the micro-batch.
 """
@@ -17,14 +17,14 @@ from minilm.data.micro_batch import MicroBatch, concatenate_rows
 from minilm.data.special_ids import mark_used_ids
 from minilm.models.forward_checks import check_causal
 from minilm.models.inference import check_prompts, generate
-from minilm.objectives.language_modeling import LanguageModel
+from minilm.objectives.language_modeling import LanguageModelObjective
 from minilm.utils.shell import format_command
 
 
-class CausalCollator:
-    """Joins rows of token ids; each token but a row's first is the target of the one before it.
+class CausalLMCollator:
+    """A collator that joins rows of token ids. Each token except a row's first is the target of the token before it.
 
-    `padded` and `multiple` are those of `minilm.data.batch_plan.Plan`.
+    padded, multiple: as in `minilm.data.batch_plan.Plan`.
     """
 
     target_offset = 1
@@ -34,15 +34,16 @@ class CausalCollator:
         self.padded, self.multiple = padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:
-        """Share of the tokens that are targets, as good as."""
+        """Return 1, the share of the tokens that are targets, since only the first token of a row is not one."""
         return 1.0
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
     ) -> MicroBatch:
-        """As `MaskedCollator`; of examples, epoch and progress nothing depends on."""
+        """Return a micro-batch of the rows. Ignores `examples`, `epoch` and `progress`."""
         ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
-        index_N = np.delete(np.arange(len(ids_T)), np.cumsum([len(row) for row in rows] or [1]) - 1)
+        last_R = np.cumsum([len(row) for row in rows] or [1]) - 1
+        index_N = np.delete(np.arange(len(ids_T)), last_R)
         return MicroBatch(
             input_ids_T=torch.from_numpy(ids_T),
             packing=packing,
@@ -51,11 +52,14 @@ class CausalCollator:
         )
 
 
-class Causal(LanguageModel):
-    """Causal LM."""
+class CausalLMObjective(LanguageModelObjective):
+    """Causal LM (Radford et al. 2019)."""
 
-    auto, causal, pipeline, title = AutoModelForCausalLM, True, "text-generation", "causal language model"
-    predicted = "every token but the first"
+    auto = AutoModelForCausalLM
+    causal = True
+    pipeline = "text-generation"
+    title = "causal language model"
+    eval_targets = "every token but the first"
 
     def __init__(self, settings: CausalLM) -> None:
         self.settings = settings
@@ -68,8 +72,8 @@ class Causal(LanguageModel):
         seed: int | None,
         padded: bool,
         multiple: int,
-    ) -> CausalCollator:
-        return CausalCollator(tokenizer, padded=padded, multiple=multiple)
+    ) -> CausalLMCollator:
+        return CausalLMCollator(tokenizer, padded=padded, multiple=multiple)
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         check_causal(network, "; where the model can be made one, pass --model.config.is-decoder True")

@@ -1,4 +1,4 @@
-"""What masked and causal LM have in common: documents to examples, the head at the targets, loss and perplexity."""
+"""The parts that masked and causal LM share: from documents to examples, the head, and the evaluation."""
 
 import logging
 import math
@@ -19,13 +19,106 @@ from minilm.data.streaming import TextStream, join_streams, stream_documents
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.evaluation import LanguageEvaluator, unigram_nats
+from minilm.objectives.evaluation import LanguageModelEvaluator
+from minilm.objectives.metrics import compute_unigram_nats
 
 log = logging.getLogger("minilm")
 
 
-def _documents(config: Config) -> tuple[Documents, Documents]:
-    """Return training documents, and the evaluation documents of all parts; one object where both are the same."""
+class LanguageModelObjective:
+    """The base class of language models' objectives (`minilm.objectives.objective.Objective`).
+
+    A subclass sets the attributes below and adds the methods that are missing from `Objective`.
+    """
+
+    settings: Any
+    """The settings of the objective, such as a `minilm.config.MaskedLM`."""
+    causal: bool
+    """True if special tokens begin and end each document; False if they begin and end each example."""
+    eval_targets: str
+    """The tokens that the evaluation predicts, in words, for the model card."""
+    needs_word_starts = False
+    """Whether the collator for training needs to know which tokens begin a word."""
+    collator: Callable[..., LanguageCollator]
+
+    def prepare(self, config: Config) -> PreparedData:
+        """Return the tokenizer and the examples for training and evaluation, from the cache if it has them."""
+        if config.data.pair_column is not None:
+            raise ValueError("data.pair_column: a language model reads one text; leave it out")
+        train, held_out = _load_documents(config)
+        train_count, eval_count = _count_needed_examples(config, train)
+        tokenizer = load_tokenizer(
+            config.tokens, config.model.name, _take_first(train, train_count), causal=self.causal
+        )
+        # Only the layout "documents" has an example in each document. The other layouts join documents, and it is known
+        # only after encoding how many make up an example. So encoding itself stops after enough tokens.
+        joins_documents = config.batch.layout != "documents"
+
+        def encode_examples(
+            documents: Documents, count: int | None, name: str, *, words: bool = False, text_bytes: bool = False
+        ) -> Examples:
+            return encode(
+                documents if joins_documents else _take_first(documents, count),
+                tokenizer,
+                max_length=config.batch.max_length,
+                layout=config.batch.layout,
+                overflow=config.tokens.overflow,
+                causal=self.causal,
+                words=words,
+                text_bytes=text_bytes,
+                name=name,
+                enough_ids=count * config.batch.max_length if joins_documents and count else None,
+            )
+
+        words = self.needs_word_starts
+        if train is held_out:
+            examples = encode_examples(train, None, "documents", words=words, text_bytes=True)
+            return PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
+        return PreparedData(
+            tokenizer=tokenizer,
+            train=encode_examples(train, train_count, "training documents", words=words),
+            eval=encode_examples(held_out, eval_count, "evaluation documents", text_bytes=True),
+        )
+
+    def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
+        """Return the network with a head that computes logits at the targets only."""
+        head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
+        check_compatibility(head, prepared)
+        return head
+
+    def evaluator(
+        self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int
+    ) -> LanguageModelEvaluator:
+        """Return the evaluation, whose figures are loss, perplexity, and bits per byte beside a unigram model's."""
+        collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
+        # The unigram model has the frequencies of the ids that can be targets.
+        counts_V = prepared.train.count_ids(count_embedding_rows(prepared.tokenizer)) * collator.can_be_target
+        return LanguageModelEvaluator(
+            examples=prepared.eval,
+            collator=collator,
+            micro_tokens=micro_tokens,
+            unigram_nats_V=compute_unigram_nats(counts_V),
+        )
+
+    def format_figures(self, figures: dict[str, float]) -> str:
+        """Return the figures of an evaluation as one line for the log."""
+        return (
+            f"evaluation loss {figures['eval_loss']:.3f}, perplexity {figures['perplexity']:.2f}, "
+            f"{figures['bits_per_byte']:.3f} bits per byte (unigram {figures['unigram_bits_per_byte']:.3f})"
+        )
+
+    @property
+    def card_text(self) -> str:
+        """A paragraph for the model card that says what the figures of the evaluation mean."""
+        return (
+            f"The evaluation predicts {self.eval_targets} of documents that training did not see.\n"
+            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with spaces\n"
+            "before them; the unigram model has the frequencies of the training tokens."
+        )
+
+
+def _load_documents(config: Config) -> tuple[Documents, Documents]:
+    """Return training documents, and the evaluation documents of all parts; one object if both are the same."""
     if not config.data.streaming:
         train, parts = load_documents(config.data, config.run.seed)
         if is_one_dataset(train, parts):
@@ -35,106 +128,28 @@ def _documents(config: Config) -> tuple[Documents, Documents]:
     return stream, join_streams([*streams.values()])
 
 
-def _needed(config: Config, train: Documents) -> tuple[int | None, int | None]:
-    """The training and evaluation examples after which no more is read of a hub's stream; None where all is read.
+def _count_needed_examples(config: Config, train: Documents) -> tuple[int | None, int | None]:
+    """Return how many training and evaluation examples a run needs from a stream of the hub.
 
-    That is so of several sources: how much of a run each makes up, with its weight, is known once it is read.
+    None stands for all. All are read of local files, in a run without `max_steps`, and of several sources: the share of
+    each source in a run depends on its size, which is known only when it has been read.
     """
     if not isinstance(train, TextStream) or not train.remote or config.run.max_steps is None:
         return None, None
     if len(config.data.sources) > 1:
         log.warning(
-            "data.source: of several all is read, whatever run.max_steps needs; --data.split train[:5000] cuts each"
+            "data.source names several sources, so each one is read to its end, however few documents run.max_steps "
+            "needs; --data.split train[:5000] reads fewer of each"
         )
         return None, None
-    needed, share = config.run.max_steps * config.batch.examples, config.data.eval_fraction
+    train_count = config.run.max_steps * config.batch.examples
     if config.data.eval_source or config.data.eval_split:
-        return needed, None
-    return needed, math.ceil(needed * share / (1 - share))  # as many as are then held out
+        return train_count, None
+    # The number of documents that are held out while `train_count` others are read.
+    share = config.data.eval_fraction
+    return train_count, math.ceil(train_count * share / (1 - share))
 
 
-def _first(documents: Documents, count: int | None) -> Documents:
+def _take_first(documents: Documents, count: int | None) -> Documents:
+    """Return the first `count` documents of a stream; all of them if `count` is None or they are not a stream."""
     return documents.take(count) if isinstance(documents, TextStream) and count else documents
-
-
-class LanguageModel:
-    """The part of an objective (`minilm.objectives.objective.Objective`) that every language model shares."""
-
-    settings: Any
-    """Those of the objective in `minilm.config`."""
-    causal: bool
-    """Special tokens begin and end each document, and not each example."""
-    predicted: str
-    """What evaluation predicts."""
-    collator: Callable[..., LanguageCollator]
-    words = False
-    """Training asks where words begin."""
-
-    def prepare(self, config: Config) -> PreparedData:
-        """The tokenizer, and the training and evaluation examples, from the cache where it has them."""
-        if config.data.pair_column is not None:
-            raise ValueError("data.pair_column: a language model reads one text; leave it out")
-        train, held_out = _documents(config)
-        needed = _needed(config, train)
-        tokenizer = load_tokenizer(config.tokens, config.model.name, _first(train, needed[0]), causal=self.causal)
-        # The number of documents in a block is not known before they are encoded.
-        joined = config.batch.layout != "documents"
-
-        def encode_part(
-            documents: Documents, count: int | None, name: str, *, words: bool = False, text_bytes: bool = False
-        ) -> Examples:
-            return encode(
-                documents if joined else _first(documents, count),
-                tokenizer,
-                max_length=config.batch.max_length,
-                layout=config.batch.layout,
-                overflow=config.tokens.overflow,
-                causal=self.causal,
-                words=words,
-                text_bytes=text_bytes,
-                name=name,
-                enough_ids=count * config.batch.max_length if joined and count else None,
-            )
-
-        if train is held_out:
-            examples = encode_part(train, None, "documents", words=self.words, text_bytes=True)
-            return PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
-        return PreparedData(
-            tokenizer=tokenizer,
-            train=encode_part(train, needed[0], "training documents", words=self.words),
-            eval=encode_part(held_out, needed[1], "evaluation documents", text_bytes=True),
-        )
-
-    def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
-        """The network with its head at the targets alone."""
-        head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
-        check_compatibility(head, prepared)
-        return head
-
-    def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> LanguageEvaluator:
-        """Loss, perplexity and bits per byte, beside a unigram model's."""
-        collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
-        return LanguageEvaluator(
-            examples=prepared.eval,
-            collator=collator,
-            micro_tokens=micro_tokens,
-            unigram=unigram_nats(
-                prepared.train.count_ids(count_embedding_rows(prepared.tokenizer)) * collator.can_be_target
-            ),
-        )
-
-    def said(self, figures: dict[str, float]) -> str:
-        """The figures of an evaluation in words."""
-        return (
-            f"evaluation loss {figures['eval_loss']:.3f}, perplexity {figures['perplexity']:.2f}, "
-            f"{figures['bits_per_byte']:.3f} bits per byte (unigram {figures['unigram_bits_per_byte']:.3f})"
-        )
-
-    @property
-    def explained(self) -> str:
-        """What the figures mean, for the model card."""
-        return (
-            f"The evaluation predicts {self.predicted} of documents that training did not see.\n"
-            "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with spaces\n"
-            "before them; the unigram model has the frequencies of the training tokens."
-        )

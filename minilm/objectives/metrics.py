@@ -1,42 +1,75 @@
-"""Exact evaluation of a classifier: gather all logits from all processes, then compute each figure once.
+"""The figures of an evaluation, each computed once from the results of all processes.
 
-Axes: E examples, C labels.
+Axes: V ids of the vocabulary, E examples, C labels.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import nn
 
-from minilm.data.corpus import Examples
-from minilm.data.micro_batch import Collator
-from minilm.models.temporary_changes import evaluation_mode
-from minilm.objectives.evaluation import own_batches
-
-_NAMES = {
+LANGUAGE_MODEL_FIGURES = ("eval_loss", "perplexity", "bits_per_byte", "unigram_bits_per_byte")
+# The figures of each problem, in addition to eval_loss.
+CLASSIFICATION_FIGURES = {
     "single-label": ("accuracy", "f1", "matthews"),
     "multi-label": ("accuracy", "f1", "f1_macro"),
     "regression": ("pearson", "spearman", "mse"),
 }
+# exp(700) is close to the largest float64.
+_MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classified:
-    """The logits of a classifier and the true labels."""
+class EvaluationTotals:
+    """Totals over the targets of a language model's evaluation. All its figures follow from them."""
 
-    problem: str
-    parts: dict[str, int]
-    """The number of examples of each part of the evaluation. The parts' examples follow one another in this order."""
-    logits_ExC: NDArray[np.float64]
-    labels: NDArray[Any]
-    """An array as `minilm.data.labels.read_labels` returns it."""
+    nats: float
+    """Sum of -ln p over the targets."""
+    targets: int
+    """Number of targets."""
+    utf8_bytes: int
+    """UTF-8 bytes of the text that the targets stand for (`minilm.data.text_bytes`)."""
+    unigram_nats: float
+    """Sum of -ln p over the same targets under the unigram model of the training tokens."""
 
     def figures(self) -> dict[str, float]:
-        """Return the figures of all examples, and with several parts also those of each, named after the part."""
+        """Return eval_loss (nats per target), perplexity, bits_per_byte, and bits_per_byte of the unigram model."""
+        loss = self.nats / self.targets
+        # Nats divided by this number are bits per byte.
+        scale = math.log(2) * max(1, self.utf8_bytes)
+        return {
+            "eval_loss": loss,
+            "perplexity": math.exp(min(loss, _MAX_EXPONENT)),
+            "bits_per_byte": self.nats / scale,
+            "unigram_bits_per_byte": self.unigram_nats / scale,
+        }
+
+
+def compute_unigram_nats(counts_V: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return -ln p of each id under a unigram model, float64[V], from the number of times that each id occurs.
+
+    The probabilities have add-one smoothing.
+    """
+    nats_V: NDArray[np.float64] = np.log((counts_V + 1.0).sum()) - np.log(counts_V + 1.0)
+    return nats_V
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationResult:
+    """The logits of a classifier and the true labels of the evaluation examples."""
+
+    problem: str
+    """`single-label`, `multi-label` or `regression`."""
+    parts: dict[str, int]
+    """Number of examples of each part of the evaluation, by name. Their examples follow one another in this order."""
+    logits_ExC: NDArray[np.float64]
+    labels: NDArray[Any]
+    """int64[E] for single labels, float32[E, C] for several labels, float32[E] for a regression."""
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures of all examples. If there are several parts, add those of each, as `FIGURE_PART`."""
         figures = self._figures(slice(None))
         start = 0
         for name, count in self.parts.items() if len(self.parts) > 1 else ():
@@ -56,7 +89,7 @@ class Classified:
         from sklearn import metrics
 
         logits_ExC, labels = self.logits_ExC[part], self.labels[part]
-        figures = {"eval_loss": float(_losses(self.problem, logits_ExC, labels).mean())}
+        figures = {"eval_loss": float(_compute_losses(self.problem, logits_ExC, labels).mean())}
 
         def f1(predicted: NDArray[Any], average: str) -> float:
             return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
@@ -81,49 +114,13 @@ class Classified:
         return figures
 
 
-def _losses(problem: str, logits: NDArray[np.float64], labels: NDArray[Any]) -> Any:
+def _compute_losses(problem: str, logits_ExC: NDArray[np.float64], labels: NDArray[Any]) -> Any:
     """Return the loss of each example, float64[E]."""
     if problem == "regression":
-        return (logits[:, 0] - labels) ** 2
+        return (logits_ExC[:, 0] - labels) ** 2
     if problem == "multi-label":
-        return (np.logaddexp(0, logits) - labels * logits).mean(1)
-    return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassEvaluator:
-    """The evaluation of a classifier on held-out examples; call it with the accelerator and the prepared model."""
-
-    examples: Examples
-    collator: Collator
-    parts: dict[str, int]
-    problem: str
-    micro_tokens: int
-    """Maximum number of tokens in a forward pass, padding included."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the figures."""
-        names = ("eval_loss", *_NAMES[self.problem])
-        parts = self.parts if len(self.parts) > 1 else ()
-        return (*names, *(f"{name}_{part}" for part in parts for name in names))
-
-    def __call__(self, accelerator: Accelerator, model: nn.Module) -> Classified:
-        """Classify every example once. The processes share the examples and return the same result."""
-        batches: list[tuple[NDArray[np.int64], torch.Tensor]] = []
-        with evaluation_mode(model):
-            for ids, batch in own_batches(accelerator, self.examples, self.collator, self.micro_tokens):
-                batch = batch.to(accelerator.device)
-                logits = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
-                batches.append((ids, logits))
-        table_ExC = torch.zeros(len(self.examples), batches[0][1].shape[1])
-        for ids, logits in batches:
-            table_ExC[ids] = logits.float().cpu()
-        # One process has the logits of an example and all others have zeros, so the sum is exact.
-        table_ExC = accelerator.reduce(table_ExC.to(accelerator.device)).cpu()
-        labels = self.examples.labels
-        assert labels is not None
-        return Classified(problem=self.problem, parts=self.parts, logits_ExC=table_ExC.double().numpy(), labels=labels)
+        return (np.logaddexp(0, logits_ExC) - labels * logits_ExC).mean(1)
+    return np.logaddexp.reduce(logits_ExC, axis=1) - logits_ExC[np.arange(len(labels)), labels]
 
 
 def lower_is_better(metric: str) -> bool:

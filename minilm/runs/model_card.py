@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from minilm.config import Config, Data
 from minilm.config.serialization import to_dict
 from minilm.data.glue import apply_glue_task
-from minilm.objectives.objective import objective_of
+from minilm.objectives.factory import build_objective
 from minilm.runs.energy import CPUS, GPUS
 from minilm.utils.atomic_files import write_atomically
 from minilm.utils.local_files import find_local_files, is_local_path
@@ -36,7 +36,7 @@ model = pipeline("{pipeline}", model="{address}")
 |---|---|
 {rows}
 
-{explained}
+{card_text}
 
 ## Samples
 
@@ -84,7 +84,7 @@ def write_card(
         if value not in (None, [], {})
     ]
     listed = [f"- {text} → {more}" for text, more in samples.items()]
-    objective, title = objective_of(config.objective), folder.resolve().name
+    objective, title = build_objective(config.objective), folder.resolve().name
     card = _CARD.format(
         metadata=metadata(config, title, results).to_yaml(),
         title=title,
@@ -93,7 +93,7 @@ def write_card(
         rows="\n".join(rows),
         pipeline=objective.pipeline,
         kind=objective.title,
-        explained=objective.explained,
+        card_text=objective.card_text,
         samples="\n".join(listed) or "None were asked for.",
         device=facts["hardware"]["device"],
         energy=_energy(results),
@@ -117,7 +117,7 @@ def metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardD
 
     It does not name local files and folders.
     """
-    pipeline, base = objective_of(config.objective).pipeline, config.model.name
+    pipeline, base = build_objective(config.objective).pipeline, config.model.name
     # Where an evaluation has several parts, the name of a figure ends with the name of its part.
     kinds = {
         figure: next((kind for kind in _FIGURES if figure == kind or figure.startswith(f"{kind}_")), None)

@@ -18,7 +18,7 @@ from minilm.data.special_ids import count_embedding_rows
 from minilm.distributed.hardware import describe
 from minilm.distributed.precision import Peak, Precision
 from minilm.models.head import Head
-from minilm.optim.optimizer import warmup_steps
+from minilm.optim.schedule import count_warmup_steps
 from minilm.utils.atomic_files import write_atomically
 
 log = logging.getLogger("minilm")
@@ -93,7 +93,7 @@ def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     log.info(f"output folder: {folder}")
     unit = "rows" if "rows" in facts["train"] else "examples"
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
-    if (warmup := warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
+    if (warmup := count_warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
         log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: the rate never reaches optim.lr")
 
 

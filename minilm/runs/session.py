@@ -29,7 +29,7 @@ from minilm.distributed.precision import Precision
 from minilm.models.compatibility import check_compatibility
 from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.objective import prepare
+from minilm.objectives.factory import prepare_data
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.hub_upload import push
@@ -91,7 +91,7 @@ def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Se
             precision=precision,
             folder=folder,
             checkpoint=checkpoint,
-            prepared=local_main_process_first(accelerator, lambda: prepare(config)),
+            prepared=local_main_process_first(accelerator, lambda: prepare_data(config)),
         )
         yield session
         finish(accelerator)

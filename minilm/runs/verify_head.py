@@ -24,7 +24,7 @@ from minilm.distributed.launch import on_all_ranks
 from minilm.models.embeddings import vocabulary_size
 from minilm.models.head import SHARED_FORWARD, Head
 from minilm.models.temporary_changes import evaluation_mode
-from minilm.objectives.objective import objective_of
+from minilm.objectives.factory import build_objective
 
 log = logging.getLogger("minilm")
 
@@ -48,7 +48,7 @@ def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: 
 
     def collator_of(padded: bool) -> Collator:
         seed = config.run.seed if trained else None
-        objective = objective_of(config.objective)
+        objective = build_objective(config.objective)
         return objective.collator(prepared.tokenizer, examples, seed=seed, padded=padded, multiple=1)
 
     with on_all_ranks():

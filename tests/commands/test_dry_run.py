@@ -15,7 +15,7 @@ from minilm.commands.recipe import run_recipe
 from minilm.data.batch_plan import Plan
 from minilm.distributed.flops import count_flops
 from minilm.models.head import freeze_unused
-from minilm.objectives.objective import build, objective_of, prepare
+from minilm.objectives.factory import build_network, build_objective, prepare_data
 from minilm.train import train
 from tests.jobs import CONFIG, write_text
 from tests.launch import read_log
@@ -67,8 +67,8 @@ def test_the_plan_is_that_of_the_run(config, clock, capsys, tmp_path):
     assert number(r"([\d.]+) GB a process", lines["memory"]) == pytest.approx(steps[-1]["memory_gb"], rel=0.2)
     assert lines["output"].startswith(str(tmp_path / "out"))
 
-    prepared = prepare(config)
-    head = objective_of(config.objective).head(build(config, prepared), prepared)
+    prepared = prepare_data(config)
+    head = build_objective(config.objective).head(build_network(config, prepared), prepared)
     freeze_unused(head)
     cost, plan = count_flops(head, 24), Plan(prepared.train.lengths, examples=8, micro_tokens=40)
     flops = sum(cost.step(plan.step(index), 0.3) for index in range(36))

@@ -22,7 +22,7 @@ from minilm.data.batch_plan import fill_rows
 from minilm.data.corpus import encode
 from minilm.data.documents import load_documents
 from minilm.data.streaming import TextStream, stream_documents
-from minilm.objectives.masked_lm import Masked
+from minilm.objectives.masked_lm import MaskedLMObjective
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(25)]
 LINES = "\n".join([*TEXTS[:9], " ", *TEXTS[9:]]).encode()
@@ -165,7 +165,7 @@ def test_of_a_hub_stream_no_more_is_read_than_the_steps_need(hub: list[int], lay
         batch=Batch(examples=10, max_length=64, layout=layout),
         run=Run(max_steps=40),
     )
-    prepared = Masked(config.objective).prepare(config)
+    prepared = MaskedLMObjective(config.objective).prepare(config)
     assert len(prepared.train) >= 400
     assert len(prepared.eval) >= 44
     assert max(hub) < most
@@ -182,7 +182,7 @@ def test_of_a_hub_stream_packed_rows_get_the_documents_that_fill_them(
         batch=Batch(examples=30, max_length=max_length, layout="packed"),
         run=Run(max_steps=100),
     )
-    prepared = Masked(config.objective).prepare(config)
+    prepared = MaskedLMObjective(config.objective).prepare(config)
     assert len(fill_rows(prepared.train.lengths, max_length, 0)) >= 3000
     assert len(fill_rows(prepared.eval.lengths, max_length, 0)) >= 333
     assert max(hub) < 60_000
@@ -202,10 +202,10 @@ def test_of_several_hub_streams_all_is_read_so_that_each_has_its_share(
         batch=Batch(examples=10),
         run=Run(max_steps=2),
     )
-    prepared = Masked(config.objective).prepare(config)
+    prepared = MaskedLMObjective(config.objective).prepare(config)
     assert "b" in prepared.tokenizer.get_vocab()
     assert [len(prepared.train), len(prepared.eval)] == [270 + 135, 30 + 30]
-    assert [message for message in caplog.messages if message.startswith("data.source: of several all is read")]
+    assert [message for message in caplog.messages if message.startswith("data.source names several sources")]
 
 
 REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {

@@ -21,7 +21,7 @@ from datasets import Dataset
 from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
 from minilm.data.corpus import Examples
 from minilm.data.tokenizer import serialize_tokenizer
-from minilm.objectives.objective import prepare
+from minilm.objectives.factory import prepare_data
 from minilm.utils.cache import get_cache_folder
 from tests.jobs import CONFIG, write_text
 
@@ -107,7 +107,7 @@ def configs(place: Path) -> dict[str, Config]:
 
 def content_of(config: Config) -> dict[str, Any]:
     """All that a run takes from its documents, as bytes and text."""
-    prepared = prepare(config)
+    prepared = prepare_data(config)
 
     def told(examples: Examples) -> list[Any]:
         arrays = (examples.ids, examples.is_word_start, examples.type_ids)

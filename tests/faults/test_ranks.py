@@ -34,11 +34,11 @@ def test_when_a_process_is_gone_the_other_ends_and_the_reason_is_told_once(
 SLOW = """
 import os, time
 import minilm.train
-original = minilm.train.prepare
+original = minilm.train.prepare_data
 def prepare(config):
     time.sleep(4 if os.environ["RANK"] == "0" else 0)
     return original(config)
-minilm.train.prepare = prepare
+minilm.train.prepare_data = prepare
 """
 
 

@@ -89,7 +89,7 @@ import minilm.train
 def prepare(config):
     Path(config.run.output_dir).with_name("begun").touch()
     time.sleep(100)
-minilm.train.prepare = prepare
+minilm.train.prepare_data = prepare
 """,
     "before the processes have met": """
 import os, time

@@ -32,8 +32,7 @@ from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.chunked_loss import linear_cross_entropy
 from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.objective import build as build_network
-from minilm.objectives.objective import objective_of
+from minilm.objectives.factory import build_network, build_objective
 from minilm.runs.session import begin, start_recording
 from minilm.runs.verify_head import verify_head
 from minilm.train import train
@@ -79,14 +78,14 @@ def build(situation: Situation, *, seed: int = 0) -> nn.Module:
         for name, value in LABELS.fields().items():
             setattr(config, name, value)
         text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
-    return objective_of(HEADS[situation.head].settings).auto.from_config(config)
+    return build_objective(HEADS[situation.head].settings).auto.from_config(config)
 
 
 def head_of(situation: Situation, network: Any) -> Head:
     """Return minilm's head of the model."""
     tokenizer = tokenizer_for(situation.head, situation.kind)
     prepared = PreparedData(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES, labels=LABELS)
-    return objective_of(HEADS[situation.head].settings).head(network, prepared)
+    return build_objective(HEADS[situation.head].settings).head(network, prepared)
 
 
 def train_weights(network: nn.Module, scale: float) -> None:
@@ -113,7 +112,7 @@ def differences(situation: Situation, lengths: tuple[int, ...]) -> tuple[float, 
             row[-1] = tokenizer.sep_token_id
     ids, examples = np.arange(len(rows)), replace(NO_EXAMPLES, labels=np.arange(len(rows)) % 3)
     layout = {"padded": not head.padding_free, "multiple": 1}
-    batch = objective_of(kind.settings).collator(tokenizer, examples, seed=0, **layout)(rows, ids, 0)
+    batch = build_objective(kind.settings).collator(tokenizer, examples, seed=0, **layout)(rows, ids, 0)
     expected, gradients = reference(plain, kind.examples(batch, lengths))
     loss, ours = update(head, [batch])
     return abs(loss - expected) / expected, gradient_error(ours, gradients)
@@ -368,7 +367,7 @@ def test_esm_is_refused_where_all_of_a_row_may_be_masked(
         NO_EXAMPLES, ids=np.full(100, 7), start=start, stop=start + np.array([50, shortest]), suffix=np.array(end, int)
     )
     prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
-    objective = objective_of(MaskedLM())
+    objective = build_objective(MaskedLM())
     if refused:
         with pytest.raises(ValueError, match=r"--model\.config\.token-dropout False"):
             objective.head(network, prepared)

@@ -28,7 +28,7 @@ from minilm.data.documents import load_all_documents, load_documents
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.sources import fingerprint_sources, read_rows, stream_rows
 from minilm.data.streaming import stream_documents
-from minilm.objectives.objective import prepare
+from minilm.objectives.factory import prepare_data
 from minilm.train import train
 
 pytestmark = pytest.mark.scorecard(31)
@@ -671,7 +671,7 @@ def test_a_file_of_glue_gives_all_its_rows_in_a_training_run(tmp_path: Path, str
     source.write_text(PARAPHRASES)
     data = Data(source=str(source), eval_source=str(source), column="#2 String", streaming=streaming)
     config = run_of(data, tmp_path / "out", MaskedLM())
-    assert texts_of(prepare(config)) == [row[4] for row in PARAPHRASE_ROWS]
+    assert texts_of(prepare_data(config)) == [row[4] for row in PARAPHRASE_ROWS]
     train(config)
 
 
@@ -682,7 +682,7 @@ def test_a_file_of_glue_gives_all_its_rows_to_a_classifier(tmp_path: Path) -> No
     data = Data(source=str(source), eval_source=str(source), **columns)
     rows = [{"text": row[3], "pair": row[4], "label": int(row[0])} for row in PARAPHRASE_ROWS]
     assert [*load_documents(data, 0, labels=True)[0]] == rows
-    labels = prepare(run_of(data, tmp_path / "out", Classification())).train.labels
+    labels = prepare_data(run_of(data, tmp_path / "out", Classification())).train.labels
     assert labels is not None
     assert labels.tolist() == [row["label"] for row in rows]
 
@@ -834,7 +834,7 @@ def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, n
     for word in ("apple", "grape", "apple"):
         right = rewrite(word)
         config = run_of(data, tmp_path / "out", MaskedLM())
-        assert texts_of(prepare(config)) == right
+        assert texts_of(prepare_data(config)) == right
         (facts,) = fingerprint_sources(data)[str(path)]
         assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         if streaming:
@@ -851,7 +851,7 @@ def test_the_time_and_the_inode_of_a_file_do_not_change_the_fingerprint(
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {number}\n" for number in range(40)))
     config = run_of(Data(source=str(path), streaming=streaming), tmp_path / "out", MaskedLM())
-    before = prepare(config).train.fingerprint
+    before = prepare_data(config).train.fingerprint
     if change == "touched":
         os.utime(path, ns=(10**18, 10**18))
     else:
@@ -859,7 +859,7 @@ def test_the_time_and_the_inode_of_a_file_do_not_change_the_fingerprint(
         path.unlink()
         path.write_bytes(content)
         path.chmod(0o600)
-    assert prepare(config).train.fingerprint == before
+    assert prepare_data(config).train.fingerprint == before
 
 
 def test_the_fingerprint_of_a_large_file_is_its_size_time_and_samples(

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, Trainer, XLMConfig, XLMWithLMHeadModel
 
 from minilm import Optim
-from minilm.objectives.objective import objective_of
-from minilm.optim.optimizer import build_optimizer, layer_scales
+from minilm.objectives.factory import build_objective
+from minilm.optim.optimizer import build_optimizer, compute_layer_scales
 from minilm.optim.parameter_depth import parameter_depths
 from tests.matrix import HEADS, tokenizer_for, types_of
 from tests.tiny import tiny_config
@@ -56,7 +56,7 @@ REFUSED = {"albert", "hrm_text", "gemma4_unified_assistant"}
 
 def models(head: str) -> Iterator[tuple[str, PreTrainedModel]]:
     """Yield the name and a tiny model of each type that has the head and can be built here."""
-    objective = objective_of(HEADS[head].settings)
+    objective = build_objective(HEADS[head].settings)
     for kind in types_of(head):
         torch.manual_seed(0)
         try:
@@ -134,7 +134,9 @@ def test_two_models_that_share_embeddings_each_have_their_layers() -> None:
             self.second.transformer.embeddings = self.first.transformer.embeddings
 
     scales = {
-        name: layer_scales(model, 0.5)[parameter] for model in [Both()] for name, parameter in model.named_parameters()
+        name: compute_layer_scales(model, 0.5)[parameter]
+        for model in [Both()]
+        for name, parameter in model.named_parameters()
     }
     for part in ("first", "second"):
         assert scales[f"{part}.transformer.ffns.2.lin1.weight"] == 0.5
@@ -144,7 +146,7 @@ def test_two_models_that_share_embeddings_each_have_their_layers() -> None:
     assert scales["first.transformer.embeddings.weight"] == 0.0625
 
 
-# Types whose groups differ from Trainer's for the second reason that `minilm.optim.optimizer.find_undecayed` gives.
+# Types whose groups differ from Trainer's for the second reason in the docstring of `find_no_decay_parameters`.
 AROUND = {"roberta-prelayernorm", "dbrx", "axk2", "inkling2_text", "inkling2_loop_text"}
 
 
@@ -185,7 +187,7 @@ def test_weight_decay_is_for_the_same_parameters_as_trainers(head: str, figure) 
 )
 def test_biases_and_norms_of_any_shape_do_not_decay(kind: str, names: tuple[str, ...]) -> None:
     head = next(head for head in ("causal", "masked", "classification") if kind in types_of(head))
-    network = objective_of(HEADS[head].settings).auto.from_config(tiny_config(kind, tokenizer_for(head, kind)))
+    network = build_objective(HEADS[head].settings).auto.from_config(tiny_config(kind, tokenizer_for(head, kind)))
     groups = build_optimizer(network, Optim(weight_decay=0.1)).param_groups
     decayed = {parameter for group in groups if group["weight_decay"] for parameter in group["params"]}
     chosen = [p for n, p in network.named_parameters() if any(n == name or n.endswith(f".{name}") for name in names)]

@@ -33,7 +33,7 @@ from minilm.data.labels import check_model_labels, read_labels
 from minilm.models.inference import classify
 from minilm.models.loading import load_model
 from minilm.objectives.classification import read_model_labels
-from minilm.objectives.objective import prepare
+from minilm.objectives.factory import prepare_data
 from minilm.train import train
 
 pytestmark = pytest.mark.scorecard(31)
@@ -671,7 +671,7 @@ def test_a_file_whose_cells_list_labels_is_read_to_its_end(kind: str, tokenizer:
         batch=Batch(examples=24, max_length=16),
         run=Run(max_steps=1, output_dir=str(tmp_path / "out"), precision="fp32"),
     )
-    prepared = prepare(config)
+    prepared = prepare_data(config)
     assert prepared.labels is not None
     assert prepared.labels.names == ("01", "1.50", "anger", "joy")
     written = [{name for name in cell.split(",") if name} for cell in cells]

@@ -23,7 +23,7 @@ from minilm import Config, Data, MaskedLM, Model
 from minilm.commands.dry_run import dry_run
 from minilm.data.micro_batch import loss_sum
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.masking import MaskedLMCollator
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.session import begin
 from minilm.train import train
@@ -248,11 +248,11 @@ def test_a_collator_that_does_not_fit_the_model_is_refused(tokenizer: Any) -> No
     model = build(tokenizer, "mpnet")
     head, rows = SparseHead(model), [np.arange(7, 7 + length) for length in (20, 12, 5)]
     assert not head.padding_free
-    batch = MaskedCollator(tokenizer, rate=0.4, seed=0, padded=False, multiple=1)(rows, np.arange(3), 0)
+    batch = MaskedLMCollator(tokenizer, rate=0.4, seed=0, padded=False, multiple=1)(rows, np.arange(3), 0)
     with pytest.raises(ValueError, match="give the collator the plan's `padded` and `multiple`"):
         loss_sum(head, batch)
     with pytest.raises(TypeError, match="padded"):
-        MaskedCollator(tokenizer, rate=0.4, seed=0)
+        MaskedLMCollator(tokenizer, rate=0.4, seed=0)
 
 
 TWO_SWEEPS = """

@@ -43,10 +43,10 @@ from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.causal_lm import CausalCollator
-from minilm.objectives.classification import ClassHead
-from minilm.objectives.masked_lm import MaskedCollator
-from minilm.objectives.objective import objective_of
+from minilm.objectives.causal_lm import CausalLMCollator
+from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.factory import build_objective
+from minilm.objectives.masking import MaskedLMCollator
 from minilm.train import train, train_step
 from tests.tiny import tiny_config
 
@@ -173,8 +173,8 @@ def test_a_model_has_a_row_for_each_id_and_trains_on_them(
     fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     network = load_model(Model(type="bert", config=fields), tokenizer, max_length=16, seed=0)
     assert network.config.vocab_size == size
-    objective = objective_of(MaskedLM(rate=0.5))
-    collator = MaskedCollator(tokenizer, rate=0.5, seed=0, padded=False, multiple=1)
+    objective = build_objective(MaskedLM(rate=0.5))
+    collator = MaskedLMCollator(tokenizer, rate=0.5, seed=0, padded=False, multiple=1)
     assert {*collator.replacements} == {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
     head = SparseHead(network)
     rows = [examples[i] for i in range(2)]
@@ -233,7 +233,7 @@ def test_a_new_causal_model_learns_what_comes_after_the_end_of_a_text(kind: str,
     rows = [row.astype(np.int64) for row in np.array_split(ids, 12)]
     head = SparseHead(network)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    collator = CausalCollator(tokenizer, padded=not head.padding_free, multiple=1)
+    collator = CausalLMCollator(tokenizer, padded=not head.padding_free, multiple=1)
     for step in range(60):
         batch = collator(rows, np.arange(len(rows)), step)
         train_step(Accelerator(cpu=True), head.train(), optimizer, [batch], lr=1e-2, max_grad_norm=1.0)
@@ -305,7 +305,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
             [F.cross_entropy(x, e["input_ids"][0], reduction="none") for x, e in zip(logits, encoded, strict=True)]
         )
     else:
-        ours = ClassHead(network, Labels(problem="single-label", names=("a", "b", "c"))).eval()
+        ours = ClassificationHead(network, Labels(problem="single-label", names=("a", "b", "c"))).eval()
         ids_T, packing = concatenate_rows(rows, padded=not ours.padding_free, multiple=1)
         first_R = (packing.position_T == 0).nonzero()[:, 0]
         with torch.no_grad():
@@ -467,7 +467,7 @@ def test_a_classifier_reads_the_token_types_that_the_plain_model_reads(
     config = tiny_config(kind, tokenizer)
     config.pad_token_id, config.initializer_range = tokenizer.pad_token_id, 0.5
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
-    objective = objective_of(run_config.objective)
+    objective = build_objective(run_config.objective)
     prepared = objective.prepare(run_config)
     network = load_model(
         run_config.model, prepared.tokenizer, max_length=48, seed=0, auto=objective.auto, fields=prepared.fields
@@ -511,7 +511,7 @@ def test_token_types_that_a_language_model_does_not_read_cause_a_warning(
     auto: Any = AutoModelForCausalLM if isinstance(objective, CausalLM) else AutoModelForMaskedLM
     examples = encode(Dataset.from_dict({"text": ["1 and 2", "3"]}), tokenizer, max_length=16)
     with caplog.at_level(logging.WARNING, "minilm"):
-        objective_of(objective).head(
+        build_objective(objective).head(
             auto.from_config(config), PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
         )
     lines = [record.message for record in caplog.records if "token types" in record.message]
@@ -565,7 +565,7 @@ def test_special_tokens_that_model_and_tokenizer_name_differently_cause_a_warnin
     examples = encode(Dataset.from_dict({"text": TEXTS}), tokenizer, max_length=40)
     prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
     with caplog.at_level(logging.WARNING, "minilm"):
-        objective_of(MaskedLM()).head(network, prepared)
+        build_objective(MaskedLM()).head(network, prepared)
     (warning,) = [record.message for record in caplog.records if "name other special tokens" in record.message]
     assert "pad_token_id is 9 and 0" in warning
 
@@ -581,7 +581,7 @@ def test_a_checkpoint_whose_end_of_text_is_padding_causes_a_warning(
     network = load_model(Model(name=str(tmp_path)), tokenizer, max_length=32, seed=0, auto=AutoModelForCausalLM)
     examples = encode(documents, tokenizer, max_length=32, causal=True)
     with caplog.at_level(logging.WARNING, "minilm"):
-        objective_of(CausalLM()).head(network, PreparedData(tokenizer=tokenizer, train=examples, eval=examples))
+        build_objective(CausalLM()).head(network, PreparedData(tokenizer=tokenizer, train=examples, eval=examples))
     assert "<|endoftext|>, which ends texts, is padding in the model's configuration" in caplog.text
 
 
@@ -669,7 +669,7 @@ def test_a_decoder_reads_the_class_at_the_last_token_of_each_text_or_says_that_i
     text, message = ENDS[situation]
     tokenizer = decoder_folder(kind, tmp_path / "model")
     run_config = short_run(tmp_path, [*TEXTS, text], Model(name=str(tmp_path / "model")))
-    objective = objective_of(run_config.objective)
+    objective = build_objective(run_config.objective)
     if message is not None:
         with pytest.raises(ValueError, match=message) as caught:
             train(run_config)
@@ -711,7 +711,7 @@ def test_a_configuration_that_cannot_read_a_row_is_refused_in_one_line(head: str
             trained_tokenizer(),
             max_length=32,
             seed=0,
-            auto=objective_of(settings).auto,
+            auto=build_objective(settings).auto,
         )
     assert "\n" not in str(caught.value)
 

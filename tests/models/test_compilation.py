@@ -16,7 +16,7 @@ from minilm.distributed.launch import start
 from minilm.models.compilation import compile_layers
 from minilm.models.sparse_head import SparseHead
 from minilm.models.temporary_changes import evaluation_mode
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.masking import MaskedLMCollator
 from tests.reference import build
 
 
@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_the_plain_ones_for_batches_of_any_size(
     compile_layers(compiled)
     examples, collator = (
         encode(documents, tokenizer, max_length=48),
-        MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1),
+        MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1),
     )
     for number, count in enumerate((16, 9, 23)):
         ids = np.argsort(-examples.lengths)[number : number + count]
@@ -65,7 +65,7 @@ def test_an_evaluation_compiles_nothing(
     compile_layers(compiled)
     examples = encode(documents, tokenizer, max_length=48)
     ids = np.arange(8)
-    batch = MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
+    batch = MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(
         [examples[int(i)] for i in ids], ids, 0
     )
     before = torch._dynamo.utils.counters["frames"].copy()

@@ -33,15 +33,16 @@ from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.lora import has_adapter
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.causal_lm import CausalCollator
-from minilm.objectives.classification import ClassCollator, ClassHead
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.causal_lm import CausalLMCollator
+from minilm.objectives.classification import ClassificationCollator
+from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.masking import MaskedLMCollator
 from minilm.runs.model_export import save_model
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
-from tests.objectives.test_classify import examples_for
+from tests.objectives.test_classification import examples_for
 from tests.reference import fields, pad_rows
 
 LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -116,16 +117,16 @@ def losses(
     """The summed loss of a batch: ours, packed, and the reference's, padded."""
     if job == "classes":
         labels = np.array([0, 2, 1, 1])
-        head: Any = ClassHead(network, LABELS)
-        collator: Callable[..., Any] = ClassCollator(examples_for(ROWS, labels), padded=False, multiple=1)
+        head: Any = ClassificationHead(network, LABELS)
+        collator: Callable[..., Any] = ClassificationCollator(examples_for(ROWS, labels), padded=False, multiple=1)
     else:
         head = SparseHead(network)
         assert head.sparse
         assert head.fused
         collator = (
-            MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)
+            MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)
             if job == "masked"
-            else CausalCollator(tokenizer, padded=False, multiple=1)
+            else CausalLMCollator(tokenizer, padded=False, multiple=1)
         )
     assert head.padding_free
     freeze_unused(head)
@@ -235,7 +236,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(settings, message, bas
 def test_without_peft_a_run_says_what_to_install_before_any_work(bases, tmp_path, monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    monkeypatch.setattr("minilm.objectives.objective.objective_of", lambda settings: SimpleNamespace())
+    monkeypatch.setattr("minilm.objectives.factory.build_objective", lambda settings: SimpleNamespace())
     run = replace(CONFIG.run, output_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="pip install 'peft>="):
         train(replace(CONFIG, model=Model(name=str(bases / "masked"), lora_rank=2), run=run))

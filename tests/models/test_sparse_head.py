@@ -27,7 +27,7 @@ from minilm.models.attention import ATTENTION, packed_attention
 from minilm.models.row_padding import count_padding_rows
 from minilm.models.sparse_head import SparseHead
 from minilm.models.temporary_changes import randomize_constant_parameters
-from minilm.objectives.masked_lm import MaskedCollator
+from minilm.objectives.masking import MaskedLMCollator
 from tests.reference import TYPES, build, full_logits, pad_rows
 
 WITHOUT_PADDING = {"bert", "roberta", "distilbert", "albert", "electra", "modernbert"}
@@ -41,7 +41,7 @@ def batch_for(
 ) -> MicroBatch:
     rng = np.random.default_rng(0)
     rows = [rng.integers(5, len(tokenizer), size) for size in lengths]
-    collator = MaskedCollator(tokenizer, rate=rate, seed=1, padded=not head.padding_free, multiple=1)
+    collator = MaskedLMCollator(tokenizer, rate=rate, seed=1, padded=not head.padding_free, multiple=1)
     batch = collator(rows, np.arange(len(rows)), epoch=0)
     assert batch.target_count > 5
     return batch

@@ -22,14 +22,15 @@ from minilm.models.attention import ATTENTION
 from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.causal_lm import CausalCollator
-from minilm.objectives.classification import ClassCollator, ClassHead
-from minilm.objectives.masked_lm import MaskedCollator
-from minilm.objectives.objective import objective_of
-from minilm.optim.optimizer import build_optimizer, layer_scales
+from minilm.objectives.causal_lm import CausalLMCollator
+from minilm.objectives.classification import ClassificationCollator
+from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.factory import build_objective
+from minilm.objectives.masking import MaskedLMCollator
+from minilm.optim.optimizer import build_optimizer, compute_layer_scales
 from minilm.train import train_step
 from tests.jobs import config_in, end_of, finish_all
-from tests.objectives.test_classify import examples_for
+from tests.objectives.test_classification import examples_for
 from tests.reference import NO_EXAMPLES, build, fields, full_logits
 
 ROWS = [np.arange(7, 7 + length) for length in (30, 21, 9)]
@@ -37,7 +38,7 @@ FROZEN = ("*.embeddings.*", "*.layer.0.*")
 
 
 def masked(tokenizer: PreTrainedTokenizerBase) -> MicroBatch:
-    return MaskedCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(ROWS, np.arange(3), 0)
+    return MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=False, multiple=1)(ROWS, np.arange(3), 0)
 
 
 def load(tokenizer: PreTrainedTokenizerBase, kind: str = "bert", **settings: Any) -> Any:
@@ -119,7 +120,7 @@ def test_each_layer_learns_at_a_share_of_the_rate_above(
 
 def test_an_update_by_layers_is_that_of_adamw_with_each_rate(tokenizer: PreTrainedTokenizerBase) -> None:
     ours, theirs = (build(tokenizer) for _ in range(2))
-    scales = layer_scales(theirs, 0.5)
+    scales = compute_layer_scales(theirs, 0.5)
     groups = [{"params": [p], "lr": 0.01 * scales.get(p, 1.0)} for p in theirs.parameters()]
     reference = torch.optim.AdamW(groups, weight_decay=0.0, fused=False, foreach=False)
     head = SparseHead(ours)
@@ -147,7 +148,7 @@ def test_layers_computed_again_give_the_same_gradients_and_keep_less(
             from transformers import AutoModelForCausalLM
 
             network = load_model(model, tokenizer, max_length=32, seed=0, auto=AutoModelForCausalLM)
-            batch = CausalCollator(tokenizer, padded=False, multiple=1)(ROWS, np.arange(3), 0)
+            batch = CausalLMCollator(tokenizer, padded=False, multiple=1)(ROWS, np.arange(3), 0)
         else:
             network, batch = load(tokenizer, kind, gradient_checkpointing=checkpointing), masked(tokenizer)
         head = SparseHead(network).train()
@@ -178,12 +179,12 @@ def test_a_classifier_s_layers_computed_again_give_the_same_gradients(
     kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     labels, results = Labels(problem="single-label", names=("no", "yes", "maybe")), []
-    collator = ClassCollator(examples_for(ROWS, np.array([0, 2, 1])), padded=False, multiple=1)
+    collator = ClassificationCollator(examples_for(ROWS, np.array([0, 2, 1])), padded=False, multiple=1)
     for checkpointing in (False, True):
         model = Model(type=kind, config=fields(kind), gradient_checkpointing=checkpointing)
         auto, more = AutoModelForSequenceClassification, labels.fields()
         network = load_model(model, tokenizer, max_length=32, seed=0, auto=auto, fields=more)
-        head = ClassHead(network, labels).train()
+        head = ClassificationHead(network, labels).train()
         assert head.padding_free
         freeze_unused(head)
         torch.manual_seed(0)  # dropout
@@ -203,7 +204,7 @@ def test_a_chosen_attention_is_kept_and_gives_the_same_loss(attention: str, toke
     assert (usual.model.config._attn_implementation, usual.padding_free) == (ATTENTION, True)
     assert (chosen.model.config._attn_implementation, chosen.padding_free) == (attention, False)
     batch = masked(tokenizer)
-    padded = MaskedCollator(tokenizer, rate=0.3, seed=0, padded=True, multiple=1)(ROWS, np.arange(3), 0)
+    padded = MaskedLMCollator(tokenizer, rate=0.3, seed=0, padded=True, multiple=1)(ROWS, np.arange(3), 0)
     torch.testing.assert_close(loss_sum(chosen, padded), loss_sum(usual, batch))
 
 
@@ -212,7 +213,7 @@ def test_smoothed_losses_are_torchs_in_training_and_plain_in_evaluation(
     fused: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     network, batch = build(tokenizer), masked(tokenizer)
-    head = objective_of(MaskedLM(label_smoothing=0.2)).head(
+    head = build_objective(MaskedLM(label_smoothing=0.2)).head(
         network, PreparedData(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
     )
     assert head.fused

@@ -21,7 +21,7 @@ from transformers import (
 from minilm.commands.export import export_model
 from minilm.config import Config, Run
 from minilm.config.serialization import to_dict
-from minilm.objectives.objective import objective_of
+from minilm.objectives.factory import build_objective
 from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
 from minilm.runs.checkpoint_saver import Saver
 from minilm.runs.resume import restore, resume
@@ -348,7 +348,7 @@ OTHER_NAMES = [("causal", "gpt_neox"), ("causal", "mixtral"), ("masked", "esm"),
 
 @pytest.mark.parametrize(("head", "kind"), OTHER_NAMES)
 def test_a_model_whose_original_format_has_other_names_goes_on_where_it_was(head, kind, tokenizer, tmp_path):
-    auto, config = objective_of(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
+    auto, config = build_objective(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
     before, after = auto.from_config(config).eval(), auto.from_config(config).eval()
     optimizer = trained(before, IDS_BxL if head != "classification" else torch.tensor([0, 1]))
     save(Saver(tmp_path, before, optimizer, tokenizer, Config(), INPUTS, enabled=True), 1)

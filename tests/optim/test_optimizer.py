@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from minilm.config import Optim
-from minilm.optim.optimizer import apply_update, build_optimizer, is_fused, layer_scales, learning_rate
+from minilm.optim.optimizer import apply_update, build_optimizer, compute_layer_scales, is_fused
+from minilm.optim.schedule import learning_rate
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 SCHEDULES = ("linear", "cosine", "constant")
@@ -105,7 +106,7 @@ def test_rates_by_layer_are_refused_for_a_model_that_uses_its_layers_several_tim
     size = {"num_latents": 4, "d_latents": 8, "d_model": 8, "num_self_attends_per_block": 1, "num_blocks": 2}
     model = PerceiverForMaskedLM(PerceiverConfig(**size))
     with pytest.raises(ValueError, match=r"uses a layer several times.*leave optim\.layer_decay at 1"):
-        layer_scales(model, 0.5)
+        compute_layer_scales(model, 0.5)
 
 
 def test_updates_are_those_of_plain_adamw():

@@ -16,8 +16,8 @@ from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, encode
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.objectives.masked_lm import MaskedCollator, _mix, _spans
-from minilm.objectives.objective import objective_of
+from minilm.objectives.factory import build_objective
+from minilm.objectives.masking import MaskedLMCollator, _draw_spans, _mix
 from minilm.train import load_steps
 from tests.languages import LANGUAGES
 
@@ -45,11 +45,11 @@ def prepared() -> Callable[[str, str], tuple[PreTrainedTokenizerBase, Examples]]
 
 def _collator(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, seed: int = 0, **fields: object
-) -> MaskedCollator:
-    return objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=seed, padded=False, multiple=1)
+) -> MaskedLMCollator:
+    return build_objective(MaskedLM(**fields)).collator(tokenizer, examples, seed=seed, padded=False, multiple=1)
 
 
-def _batch(collator: MaskedCollator, examples: Examples, ids: NDArray[np.int64], epoch: int) -> MicroBatch:
+def _batch(collator: MaskedLMCollator, examples: Examples, ids: NDArray[np.int64], epoch: int) -> MicroBatch:
     return collator([examples[int(i)] for i in ids], ids, epoch)
 
 
@@ -144,7 +144,7 @@ def test_spans_have_the_lengths_of_spanbert_and_cover_every_place_alike(rate: fl
     hash_W = _mix(np.arange(words, dtype=np.uint64))
     breaks_W = np.zeros(words, bool)
     breaks_W[0] = True
-    chosen_W, span_W = _spans(hash_W, breaks_W, rate)
+    chosen_W, span_W = _draw_spans(hash_W, breaks_W, rate)
     edges = np.flatnonzero(np.concatenate(([True], (np.diff(span_W) != 0) | (np.diff(chosen_W) != 0), [True])))
     lengths = np.diff(edges)[chosen_W[edges[:-1]]][1:-1]
     shares = 0.2 * 0.8 ** np.arange(10) / (1 - 0.8**10)
@@ -154,7 +154,7 @@ def test_spans_have_the_lengths_of_spanbert_and_cover_every_place_alike(rate: fl
     assert abs(chi_square - 9) < 4 * math.sqrt(2 * 9)
     assert abs(lengths.mean() - 3.797) < 4 * lengths.std() / math.sqrt(len(lengths))
     breaks_W[::20] = True
-    chosen_RxW = _spans(hash_W, breaks_W, rate)[0].reshape(-1, 20)
+    chosen_RxW = _draw_spans(hash_W, breaks_W, rate)[0].reshape(-1, 20)
     error = math.sqrt(rate * (1 - rate) / len(chosen_RxW)) + 1e-12
     assert (abs(chosen_RxW.mean(0) - rate) < 4 * error).all()
 
@@ -231,7 +231,7 @@ def test_evaluation_knows_nothing_of_what_training_chooses(
 
     def evaluation(**fields: object) -> MicroBatch:
         return _batch(
-            objective_of(MaskedLM(**fields)).collator(tokenizer, examples, seed=None, padded=False, multiple=1),
+            build_objective(MaskedLM(**fields)).collator(tokenizer, examples, seed=None, padded=False, multiple=1),
             examples,
             ids,
             0,

@@ -27,9 +27,10 @@ from minilm.commands.evaluate import evaluate
 from minilm.config.serialization import to_dict
 from minilm.data.corpus import Examples
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.evaluation import EvaluationTotals, LanguageEvaluator, unigram_nats
-from minilm.objectives.masked_lm import MaskedCollator
-from minilm.objectives.objective import prepare
+from minilm.objectives.evaluation import LanguageModelEvaluator
+from minilm.objectives.factory import prepare_data
+from minilm.objectives.masking import MaskedLMCollator
+from minilm.objectives.metrics import EvaluationTotals, compute_unigram_nats
 from minilm.train import train
 from tests.faults.damage import warnings_of_minilm
 from tests.jobs import CONFIG, fork, write_text
@@ -44,7 +45,7 @@ def tiny_head(tokenizer) -> SparseHead:
     return SparseHead(BertForMaskedLM(config))
 
 
-class Recording(MaskedCollator):
+class Recording(MaskedLMCollator):
     """A collator that remembers which examples it was given."""
 
     def __init__(self, tokenizer, padded: bool = False) -> None:
@@ -56,7 +57,7 @@ class Recording(MaskedCollator):
         return super().__call__(rows, examples, epoch)
 
 
-def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> LanguageEvaluator:
+def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> LanguageModelEvaluator:
     """Over examples of random ordinary ids, 3 to 40 long, with bytes and frequencies of no special form."""
     rng = np.random.default_rng(0)
     ends = np.cumsum(rng.integers(1, 39, EXAMPLES + 1))
@@ -68,15 +69,15 @@ def evaluator_of(tokenizer, micro_tokens: int = 256, padded: bool = False) -> La
         suffix=np.array([tokenizer.sep_token_id]),
         text_bytes=rng.integers(0, 9, ends[-1]),
     )
-    return LanguageEvaluator(
+    return LanguageModelEvaluator(
         examples=examples,
         collator=Recording(tokenizer, padded),
         micro_tokens=micro_tokens,
-        unigram=unigram_nats(rng.integers(0, 50, len(tokenizer))),
+        unigram_nats_V=compute_unigram_nats(rng.integers(0, 50, len(tokenizer))),
     )
 
 
-def one_by_one(evaluator: LanguageEvaluator, head: SparseHead) -> EvaluationTotals:
+def one_by_one(evaluator: LanguageModelEvaluator, head: SparseHead) -> EvaluationTotals:
     """The same totals from one example, and one target, at a time, through the full head."""
     nats = unigram = 0.0
     targets = utf8_bytes = 0
@@ -89,7 +90,7 @@ def one_by_one(evaluator: LanguageEvaluator, head: SparseHead) -> EvaluationTota
             nats -= float(log_p_LxV[position, target])
             targets += 1
             utf8_bytes += int(evaluator.examples.token_bytes(index)[position])
-            unigram += float(evaluator.unigram[target])
+            unigram += float(evaluator.unigram_nats_V[target])
     return EvaluationTotals(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
 
 
@@ -150,8 +151,8 @@ def test_a_hopeless_model_and_targets_without_bytes_still_have_figures():
 
 def test_unigram_model_is_the_smoothed_frequencies():
     counts = np.array([0, 1, 6, 0])
-    assert unigram_nats(counts) == pytest.approx(-np.log(np.array([1, 2, 7, 1]) / 11))
-    assert np.exp(-unigram_nats(np.arange(10**4))).sum() == pytest.approx(1, rel=1e-12)
+    assert compute_unigram_nats(counts) == pytest.approx(-np.log(np.array([1, 2, 7, 1]) / 11))
+    assert np.exp(-compute_unigram_nats(np.arange(10**4))).sum() == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -224,7 +225,8 @@ def test_a_model_without_a_run_is_evaluated_at_the_length_that_it_takes(
     folder = saved(tmp_path / "model", model, tokenizer)
     documents.save_to_disk(tmp_path / "documents")
     monkeypatch.setattr(
-        "minilm.commands.evaluate.prepare", lambda config: lengths.append(config.batch.max_length) or prepare(config)
+        "minilm.commands.evaluate.prepare_data",
+        lambda config: lengths.append(config.batch.max_length) or prepare_data(config),
     )
     assert evaluate(folder, Data(source=str(tmp_path / "documents")))["eval_loss"] > 0
     assert lengths == [length]

@@ -30,8 +30,9 @@ from minilm.data.micro_batch import loss_sum
 from minilm.data.text_pairs import encode_pairs
 from minilm.models.inference import classify, load_classifier
 from minilm.models.loading import load_model
-from minilm.objectives.classification import ClassCollator, ClassHead, read_model_labels
-from minilm.objectives.metrics import Classified
+from minilm.objectives.classification import ClassificationCollator, read_model_labels
+from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.metrics import ClassificationResult
 from minilm.train import train
 from tests.jobs import finish_all
 from tests.launch import read_log
@@ -88,12 +89,12 @@ def test_loss_and_gradients_are_those_that_transformers_takes(
     monkeypatch.setattr("minilm.models.model_inputs.count_padding_rows", lambda rows, device: rounding)
     labels, values = PROBLEMS[problem]
     model = build(tokenizer, kind, labels)
-    plain, head = deepcopy(model), ClassHead(model, labels)
+    plain, head = deepcopy(model), ClassificationHead(model, labels)
     assert (head.padding_free, head.needs_equal_lengths) == (kind in WITHOUT_PADDING, kind == "fnet")
     rows, two = rows_for(), kind in ("bert", "electra", "albert")
     types_T = np.concatenate([np.arange(len(row)) > len(row) // 2 for row in rows]).astype(np.uint8) if two else None
     examples = examples_for(rows, values, types_T)
-    batch = ClassCollator(examples, padded=not head.padding_free, multiple=1)(rows, np.arange(6), 0)
+    batch = ClassificationCollator(examples, padded=not head.padding_free, multiple=1)(rows, np.arange(6), 0)
     loss = loss_sum(head, batch) / 6
     ids_RxL, mask_RxL = pad_rows(torch.from_numpy(np.concatenate(rows)), LENGTHS, tokenizer.pad_token_id)
     more = {"token_type_ids": pad_rows(torch.from_numpy(types_T).long(), LENGTHS, 0)[0]} if two else {}
@@ -123,17 +124,17 @@ def test_a_text_has_the_same_scores_among_longer_ones_even_where_padding_would_c
 def test_rows_are_padded_to_the_longest_of_their_own_batch() -> None:
     rows = rows_for((50, 59, 47, 67, 59, 50, 62, 32))
     examples = examples_for(rows, np.zeros(8, np.int64))
-    (group,) = ClassCollator(examples, padded=True, multiple=1)(rows, np.arange(8), 0).packing.groups
+    (group,) = ClassificationCollator(examples, padded=True, multiple=1)(rows, np.arange(8), 0).packing.groups
     assert (group.rows, group.length) == (8, 67)
-    (group,) = ClassCollator(examples, padded=True, multiple=8)(rows, np.arange(8), 0).packing.groups
+    (group,) = ClassificationCollator(examples, padded=True, multiple=8)(rows, np.arange(8), 0).packing.groups
     assert group.length == 72
 
 
 def test_a_batch_without_examples_has_no_loss_and_every_gradient(tokenizer) -> None:
     for kind in ("bert", "gpt2"):
-        head = ClassHead(build(tokenizer, kind, SINGLE), SINGLE)
+        head = ClassificationHead(build(tokenizer, kind, SINGLE), SINGLE)
         examples = examples_for(rows_for(), np.zeros(6, np.int64))
-        batch = ClassCollator(examples, padded=not head.padding_free, multiple=1)([], np.zeros(0, np.int64), 0)
+        batch = ClassificationCollator(examples, padded=not head.padding_free, multiple=1)([], np.zeros(0, np.int64), 0)
         loss = loss_sum(head, batch)
         loss.backward()
         assert (batch.target_count, loss.item()) == (0, 0.0)
@@ -149,8 +150,10 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
     model = build(tokenizer, "bert", balanced)
     rows = rows_for()
     examples = examples_for(rows, ids[3:])
-    heads = [ClassHead(model, labels) for labels in (balanced, replace(balanced, weights=None))]
-    batches = [ClassCollator(examples, padded=False, multiple=1)([rows[i]], np.array([i]), 0) for i in range(6)]
+    heads = [ClassificationHead(model, labels) for labels in (balanced, replace(balanced, weights=None))]
+    batches = [
+        ClassificationCollator(examples, padded=False, multiple=1)([rows[i]], np.array([i]), 0) for i in range(6)
+    ]
     for i, batch in enumerate(batches):
         weighed, plain = (loss_sum(head, batch).item() for head in heads)
         assert weighed == pytest.approx(balanced.weights[ids[3:][i]] * plain, rel=1e-5)
@@ -158,8 +161,8 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
 
 def test_smoothed_labels_are_those_of_torch_and_of_no_evaluation(tokenizer) -> None:
     rows, labels = rows_for(), np.array([0, 2, 1, 1, 0, 2])
-    head = ClassHead(build(tokenizer, "bert", SINGLE), SINGLE, label_smoothing=0.2)
-    batch = ClassCollator(examples_for(rows, labels), padded=False, multiple=1)(rows, np.arange(6), 0)
+    head = ClassificationHead(build(tokenizer, "bert", SINGLE), SINGLE, label_smoothing=0.2)
+    batch = ClassificationCollator(examples_for(rows, labels), padded=False, multiple=1)(rows, np.arange(6), 0)
     logits = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N)
     expected = torch.nn.functional.cross_entropy(logits, batch.target_ids_N, label_smoothing=0.2, reduction="sum")
     assert loss_sum(head, batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -289,29 +292,33 @@ def test_labels_that_make_no_problem_are_refused(train_values, eval_values, sett
 def test_figures_are_those_of_scikit_learn() -> None:
     logits = np.random.default_rng(1).normal(size=(50, 3))
     labels = np.random.default_rng(2).integers(0, 3, 50)
-    found = Classified(problem="single-label", parts={"x": 20, "y": 30}, logits_ExC=logits, labels=labels).figures()
+    found = ClassificationResult(
+        problem="single-label", parts={"x": 20, "y": 30}, logits_ExC=logits, labels=labels
+    ).figures()
     assert found["accuracy"] == (logits.argmax(1) == labels).mean()
     assert found["f1"] == metrics.f1_score(labels, logits.argmax(1), average="macro")
     expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
     assert found["eval_loss"] == pytest.approx(expected)
     assert found["accuracy_y"] == (logits.argmax(1) == labels)[20:].mean()
     assert found["accuracy"] == pytest.approx(0.4 * found["accuracy_x"] + 0.6 * found["accuracy_y"])
-    two = Classified(problem="single-label", parts={}, logits_ExC=logits[:, :2], labels=labels % 2).figures()
+    two = ClassificationResult(problem="single-label", parts={}, logits_ExC=logits[:, :2], labels=labels % 2).figures()
     assert two["f1"] == metrics.f1_score(labels % 2, logits[:, :2].argmax(1))
     several = (np.random.default_rng(3).random((50, 3)) < 0.5).astype(np.float32)
-    many = Classified(problem="multi-label", parts={}, logits_ExC=logits, labels=several).figures()
+    many = ClassificationResult(problem="multi-label", parts={}, logits_ExC=logits, labels=several).figures()
     assert many["accuracy"] == ((logits > 0) == several).all(1).mean()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         torch.tensor(logits), torch.tensor(several).double()
     )
     assert many["eval_loss"] == pytest.approx(expected.item())
-    numbers = Classified(
+    numbers = ClassificationResult(
         problem="regression", parts={}, logits_ExC=logits[:, :1], labels=logits[:, 0] * 3 + 1
     ).figures()
     assert numbers["pearson"] == pytest.approx(1)
     assert numbers["spearman"] == pytest.approx(1)
     assert numbers["mse"] == pytest.approx(((2 * logits[:, 0] + 1) ** 2).mean())
-    still = Classified(problem="regression", parts={}, logits_ExC=np.ones((4, 1)), labels=np.arange(4.0)).figures()
+    still = ClassificationResult(
+        problem="regression", parts={}, logits_ExC=np.ones((4, 1)), labels=np.arange(4.0)
+    ).figures()
     assert still["pearson"] == still["spearman"] == 0.0
 
 

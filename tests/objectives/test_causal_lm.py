@@ -23,8 +23,8 @@ from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import load_causal_lm
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.causal_lm import CausalCollator
-from minilm.objectives.objective import objective_of, prepare
+from minilm.objectives.causal_lm import CausalLMCollator
+from minilm.objectives.factory import build_objective, prepare_data
 from minilm.train import train
 from tests.launch import read_log
 from tests.reference import NO_EXAMPLES, assert_same_gradients, fields
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_those_of_each_document_read_alone(
     assert (head.sparse, head.padding_free) == (True, kind not in PADDED)
     assert head.fused == (kind not in CAPPED)
     rows = rows_for()
-    collator = CausalCollator(causal_tokenizer, padded=not head.padding_free, multiple=1)
+    collator = CausalLMCollator(causal_tokenizer, padded=not head.padding_free, multiple=1)
     loss = loss_sum(head, collator(rows, np.arange(len(rows)), 0))
     expected = reference_loss(plain, rows)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -128,12 +128,12 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once(
     padded: bool, causal_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = rows_for()
-    batch = CausalCollator(causal_tokenizer, padded=padded, multiple=1)(rows, np.arange(len(rows)), 0)
+    batch = CausalLMCollator(causal_tokenizer, padded=padded, multiple=1)(rows, np.arange(len(rows)), 0)
     assert batch.input_ids_T.tolist() == np.concatenate(rows).tolist()
     assert batch.target_ids_N.tolist() == [int(i) for row in rows for i in row[1:]]
     before = [int(i) for row in rows for i in row[:-1]]
     assert batch.input_ids_T[batch.target_index_N].tolist() == before
-    assert CausalCollator(causal_tokenizer, padded=False, multiple=1)([], np.zeros(0, np.int64), 0).target_count == 0
+    assert CausalLMCollator(causal_tokenizer, padded=False, multiple=1)([], np.zeros(0, np.int64), 0).target_count == 0
 
 
 @pytest.mark.parametrize("layout", ["documents", "blocks"])
@@ -149,7 +149,7 @@ def test_each_document_ends_with_the_end_of_text_wherever_it_is_cut_and_padding_
     assert [int(id) for row in rows for id in row] == joined
     assert max(map(len, rows)) <= max_length
     assert examples.count_ids(len(causal_tokenizer))[end] == len(documents)
-    batch = objective_of(CausalLM()).collator(causal_tokenizer, NO_EXAMPLES, seed=0, padded=False, multiple=1)(
+    batch = build_objective(CausalLM()).collator(causal_tokenizer, NO_EXAMPLES, seed=0, padded=False, multiple=1)(
         rows, np.arange(len(rows)), 0
     )
     ends = sum(row[1:].tolist().count(end) for row in rows)
@@ -228,7 +228,7 @@ def test_micro_batches_do_not_change_the_update(text: str, trained: Path, tmp_pa
 
 def test_the_logged_loss_is_that_of_the_plain_model(text: str, trained: Path) -> None:
     config = config_for(text, trained)
-    prepared = prepare(config)
+    prepared = prepare_data(config)
     tokenizer, examples = prepared.tokenizer, prepared.train
     model = load_model(config.model, tokenizer, max_length=48, seed=0, auto=AutoModelForCausalLM)
     (ids,) = Plan(examples.lengths, examples=12, micro_tokens=4096).step(0).micro_batches[0]

@@ -10,7 +10,7 @@ from minilm.config import Data
 from minilm.data.glue import apply_glue_task
 from minilm.data.pydocs import load_pydocs
 from minilm.data.rows import BlankPolicy
-from minilm.data.sources import check_data_settings, no_documents_error, quiet_datasets, read_rows
+from minilm.data.sources import check_data_settings, load_rows, no_documents_error, quiet_datasets
 from minilm.data.splits import assemble_splits
 from minilm.utils.local_files import is_plain_text
 
@@ -113,7 +113,7 @@ def _read(data: Data, source: str, split: str, labels: bool, *, blank: BlankPoli
         raise ValueError(f"{owner} no labels; give .jsonl, .csv, .tsv or .parquet")
     if source == "pydocs":
         return Dataset.from_dict({"text": load_pydocs()[0]})
-    rows = read_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)
+    rows = load_rows(data, source, split, labels=labels, blank="refuse" if labels else blank)
     if len(rows) == 0:
         raise no_documents_error(data, source, split)
     return rows

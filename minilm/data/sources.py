@@ -97,7 +97,7 @@ def _is_on_hub(source: str) -> bool:
     return source != "pydocs" and not is_local_path(source) and not list_files(source)
 
 
-def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
+def load_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
     """Return the rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
 
     Texts are strings. Labels are integers, floats, strings, booleans, or lists of these, of the same type in all rows.
@@ -111,7 +111,7 @@ def read_rows(data: Data, source: str, split: str, *, labels: bool = False, blan
 
 
 def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
-    """Yield the texts of `read_rows` that have a visible character, in batches. Nothing is stored.
+    """Yield the texts of `load_rows` that have a visible character, in batches. Nothing is stored.
 
     `split` may be a part such as `train[:5000]`, but not a part by percent.
     """

@@ -3,7 +3,7 @@
     python benchmarks/checkpointing.py
 
 Masked LM on full blocks of Python's documentation, one process, with a RoBERTa whose checkpoint (weights and two
-moments) is about 500 MB. Every step is minilm's train_step and every save its Saver's, which writes and takes sums
+moments) is about 500 MB. Every step is minilm's train_step and every save its saver's, which writes and takes sums
 while the next steps run; a block with a save ends when that is on disk. An overhead is that of a block over the one
 before or after it without a save. The checkpoints go to the folder for temporary files (TMPDIR): its disk decides.
 A few saves come first that are not counted: a virtual machine whose memory was never used spends most of a save on
@@ -23,7 +23,7 @@ from sides import Parts, Taken, assemble, precision_of, turns_of
 from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.distributed.hardware import describe
 from minilm.runs.checkpoint import Progress
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 
 EVERY = 20  # steps between checkpoints
 WARM_UP = 3  # steps that are not counted
@@ -58,7 +58,7 @@ class Block:
     """Of these, from the end of the steps until the checkpoint was on disk."""
 
 
-def saver_of(parts: Parts) -> Saver:
+def saver_of(parts: Parts) -> CheckpointSaver:
     """The saver of a run's checkpoints; says how large they are."""
     config, network = parts.config, parts.network
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
@@ -66,10 +66,10 @@ def saver_of(parts: Parts) -> Saver:
     print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision_of(parts)}; ", end="")
     print(f"{size / 1e6:,.0f} MB a checkpoint, one every {EVERY} steps")
     folder, tokenizer = Path(str(config.run.output_dir)), parts.prepared.tokenizer
-    return Saver(folder, network, parts.optimizer, tokenizer, config, {}, enabled=True)
+    return CheckpointSaver(folder, network, parts.optimizer, tokenizer, config, {}, enabled=True)
 
 
-def block(steps: Iterator[tuple[int, Taken]], saver: Saver | None) -> Block:
+def block(steps: Iterator[tuple[int, Taken]], saver: CheckpointSaver | None) -> Block:
     """Take a block's steps, and its checkpoint if there is a saver."""
     begin = time.perf_counter()
     (number, _), copying = next(steps), 0.0

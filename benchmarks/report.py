@@ -14,7 +14,7 @@ from sides import Precision, Taken
 
 from minilm.distributed.hardware import describe
 from minilm.distributed.precision import Peak, choose_precision, device_peak
-from minilm.runs.run_facts import versions
+from minilm.runs.run_facts import library_versions
 
 RESULTS = Path(__file__).parent / "results"
 OURS, OTHERS, IDEAL = "#c44e52", "#8c8c8c", "#4c72b0"  # colours
@@ -108,7 +108,7 @@ def write(
     RESULTS.mkdir(exist_ok=True)
     name += "-quick" if quick else ""
     path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', f'{name} {machine.title}'.lower()).strip('-')}.json"
-    facts = {"hardware": machine.hardware, "versions": versions(), "precision": machine.precision}
+    facts = {"hardware": machine.hardware, "versions": library_versions(), "precision": machine.precision}
     path.write_text(json.dumps({**facts, **content}, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}", end="")
     try:

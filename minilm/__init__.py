@@ -26,7 +26,7 @@ are the main modules, in the order in which a run uses them:
     minilm.optim.schedule         learning_rate
     minilm.runs.recorder          Recorder: log.jsonl and the progress bar
     minilm.runs.checkpoint        find_checkpoint, read_checkpoint: find a checkpoint and check its files
-    minilm.runs.checkpoint_saver  Saver: write a checkpoint
+    minilm.runs.checkpoint_saver  CheckpointSaver: write a checkpoint
     minilm.models.inference       fill_mask, generate, classify: use a trained model
     minilm.commands.evaluate      evaluate: measure a trained model
 """

@@ -33,15 +33,15 @@ from minilm.objectives.objective import Evaluator
 from minilm.optim.optimizer import apply_update, build_optimizer
 from minilm.optim.schedule import learning_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
-from minilm.runs.best_checkpoint import Best
-from minilm.runs.checkpoint_saver import Saver, gather_full_state
-from minilm.runs.early_stopping import StopRequest, bad_gradients
-from minilm.runs.energy import metered
+from minilm.runs.best_checkpoint import BestEvaluation
+from minilm.runs.checkpoint_saver import CheckpointSaver, gather_full_state
+from minilm.runs.early_stopping import StopRequest, stop_on_bad_gradients
+from minilm.runs.energy import measure_energy
 from minilm.runs.model_card import write_card
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import claim_output_dir
-from minilm.runs.recorder import open_recorder, write_samples
-from minilm.runs.resume import load_step, resume
+from minilm.runs.recorder import start_recorder, write_samples
+from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
 from minilm.runs.session import Session, begin, plan_batches
@@ -128,19 +128,19 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         # have passed, and the run may write to its output folder.
         with on_all_ranks():
             progress = resume(run.checkpoint, config, inputs, total, network, optimizer, run.precision.name)
-            best = Best(config.run, evaluator.names, progress)
+            best = BestEvaluation(config.run, evaluator.names, progress)
             if accelerator.is_main_process:
                 claim_output_dir(run.folder, config.run, network, total)
-        recorder, facts = open_recorder(
+        recorder, facts = start_recorder(
             accelerator, config, run.folder, head, plan, prepared, total, run.precision, progress
         )
-        saver = Saver(
+        saver = CheckpointSaver(
             run.folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
         )
 
         # Loop: one update for each step. A run that was killed after its patience was exhausted makes no more steps.
         model.train()
-        first = total if best.exhausted else progress.step
+        first = total if best.out_of_patience else progress.step
         steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
         eval_every = config.run.eval_every or plan.steps_per_epoch
         max_grad_norm = config.optim.max_grad_norm
@@ -149,8 +149,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         with (
             request,
             closing(recorder),
-            metered(accelerator, progress.step) as energy,
-            lost_peer_as_error(saver.explain_resume),
+            measure_energy(accelerator, progress.step) as energy,
+            lost_peer_as_error(saver.resume_hint),
         ):
             for step, (global_batch, micro_batches) in enumerate(steps, start=first):
                 seed_dropout(config.run.seed, step, accelerator.process_index)
@@ -158,7 +158,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 done = step + 1
                 epoch = done / plan.steps_per_epoch
-                recorder.step(
+                recorder.record_step(
                     epoch=epoch,
                     lr=lr,
                     loss=result.loss,
@@ -172,16 +172,16 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 figures = None
                 better = False
                 if done == total or done % eval_every == 0:
-                    recorder.catch_up()
+                    recorder.flush()
                     figures = evaluator(accelerator, model).figures()
                     better = best.update(figures, done)
-                    recorder.evaluation(epoch, figures, objective.format_figures(figures))
+                    recorder.record_evaluation(epoch, figures, objective.format_figures(figures))
 
                 # Save a checkpoint where one is due, and leave where all processes agree that this was the last step.
-                early = bad_gradients(recorder, plan, config.run) or request.agree(done)
-                last = done == total or best.exhausted or early is not None
+                early = stop_on_bad_gradients(recorder, plan, config.run) or request.agree_on_stop(done)
+                last = done == total or best.out_of_patience or early is not None
                 if saver.due(done, last=last, better=better):
-                    saver.save(recorder.progress(**best.progress_fields(done)))
+                    saver.save(recorder.current_progress(**best.state_after(done)))
                 if last:
                     break
             saver.wait()
@@ -194,11 +194,11 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                 # The main process writes the checkpoint that all of them read.
                 accelerator.wait_for_everyone()
                 with on_all_ranks():
-                    load_step(run.folder, best.step, network)
+                    load_best_weights(run.folder, best.step, network)
                 figures = None
             if figures is None:
                 figures = evaluator(accelerator, model).figures()
-            results = recorder.conclude(figures | energy())
+            results = recorder.record_results(figures | energy())
             weights = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
             if accelerator.is_main_process:
                 conclude(run, facts, results, network, weights)

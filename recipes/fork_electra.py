@@ -120,7 +120,7 @@ def train(config: Config, name: str) -> dict[str, float]:
                 result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 generator_flops = generator_cost.step(global_batch, collator.rate(step / total))
                 discriminator_flops = discriminator_cost.step(global_batch, 1.0)
-                recorder.step(
+                recorder.record_step(
                     epoch=(step + 1) / plan.steps_per_epoch,
                     lr=lr,
                     loss=result.loss,

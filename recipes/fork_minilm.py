@@ -121,7 +121,7 @@ def train(config: Config, name: str) -> dict[str, float]:
                 seed_dropout(config.run.seed, step, accelerator.process_index)
                 lr = learning_rate(optim, step, total)
                 result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
-                recorder.step(
+                recorder.record_step(
                     epoch=(step + 1) / plan.steps_per_epoch,
                     lr=lr,
                     loss=result.loss,

@@ -15,7 +15,7 @@ from transformers import (
 
 from minilm.config import Config, Run
 from minilm.runs.checkpoint import Progress
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "training.json", "manifest.json"
@@ -54,13 +54,13 @@ def trained(model: PreTrainedModel, labels: torch.Tensor = IDS_BxL) -> torch.opt
 
 def saver_in(
     folder: Path, tokenizer: PreTrainedTokenizerBase, *, enabled: bool = True, keep_last: int = 2, save_every: int = 1
-) -> Saver:
+) -> CheckpointSaver:
     model = network(tokenizer)
     config = Config(run=Run(save_every=save_every, keep_last=keep_last))
-    return Saver(folder, model, trained(model), tokenizer, config, INPUTS, enabled=enabled)
+    return CheckpointSaver(folder, model, trained(model), tokenizer, config, INPUTS, enabled=enabled)
 
 
-def save(saver: Saver, step: int, figure: float | None = None) -> None:
+def save(saver: CheckpointSaver, step: int, figure: float | None = None) -> None:
     saver.save(Progress(step=step, figure=figure))
     saver.wait()
 

@@ -20,7 +20,7 @@ from minilm.models.inference import load_masked_lm
 from minilm.models.loading import load_model
 from minilm.runs.checkpoint import find_checkpoint, read_checkpoint
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
-from minilm.runs.resume import restore
+from minilm.runs.resume import restore_state
 from tests.checkpoints import (
     LISTED,
     MANIFEST,
@@ -169,7 +169,7 @@ def test_code_beside_a_model_a_checkpoint_or_documents_does_not_run(tokenizer, d
         model = network(tokenizer)
 
         def resume(folder: Path = folder, model: BertForMaskedLM = model) -> None:
-            restore(read_checkpoint(folder), model, trained(model))
+            restore_state(read_checkpoint(folder), model, trained(model))
 
         outcomes[name] = {attempt(resume)}
         assert not (place / MARK).exists(), name

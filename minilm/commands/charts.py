@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minilm.runs.run_log import Curve, Logged
+from minilm.runs.run_log import Curve, LoggedRun
 
 # Colours of the runs' lines on a light and on a dark page, with enough contrast for text.
 COLOURS = ("#0072b2", "#c44e00", "#00815f", "#b0508a", "#6a4fb3", "#8a7000")
@@ -66,7 +66,7 @@ class Panel:
         return Curve(steps=curve.steps, values=_running_means(curve.values, window)) if window > 1 else curve
 
 
-def build_panels(runs: Sequence[Logged]) -> list[Panel]:
+def build_panels(runs: Sequence[LoggedRun]) -> list[Panel]:
     """Return a panel for each figure of the steps and then of the evaluations, in the order of the logs."""
     steps = [
         step for run in runs for curves in (run.curves, run.evaluations) for c in curves.values() for step in c.steps

@@ -8,7 +8,7 @@ from typing import Any
 from minilm.commands.charts import COLOURS, DARK_COLOURS, Panel, build_panels, draw_svg, line_style, write_png
 from minilm.config import Config
 from minilm.config.serialization import from_dict, to_dict
-from minilm.runs.run_log import Logged, read_runs, shown
+from minilm.runs.run_log import LoggedRun, format_value, read_runs
 from minilm.utils.atomic_files import write_atomically
 
 _MARK = '<meta name="generator" content="minilm report">'
@@ -122,7 +122,7 @@ def write_report(folders: Sequence[str], output: str = "report.html", *, png: bo
     return written
 
 
-def build_page(runs: Sequence[Logged], panels: Sequence[Panel]) -> str:
+def build_page(runs: Sequence[LoggedRun], panels: Sequence[Panel]) -> str:
     """Return the page. All text from the runs is escaped, and the page forbids itself to load anything."""
     names = [run.name for run in runs]
     title = escape(" and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more runs")
@@ -191,10 +191,10 @@ def _align(columns: Iterable[dict[str, Any]]) -> Rows:
     """Return a row for each key of any column, as text."""
     columns = list(columns)
     keys = dict.fromkeys(key for column in columns for key in column)
-    return {key: [shown(column.get(key)) for column in columns] for key in keys}
+    return {key: [format_value(column.get(key)) for column in columns] for key in keys}
 
 
-def _result_rows(runs: Sequence[Logged]) -> Rows:
+def _result_rows(runs: Sequence[LoggedRun]) -> Rows:
     """Return the rows of all_results.json, or of the last evaluation and step for a run without that file."""
     columns = []
     for run in runs:
@@ -203,7 +203,7 @@ def _result_rows(runs: Sequence[Logged]) -> Rows:
     return _align(columns)
 
 
-def _setting_rows(runs: Sequence[Logged]) -> Rows:
+def _setting_rows(runs: Sequence[LoggedRun]) -> Rows:
     """Return the settings that differ between the runs, or those of a single run that are not the defaults."""
     columns = [run.settings() for run in runs]
     if len(runs) > 1:
@@ -214,11 +214,11 @@ def _setting_rows(runs: Sequence[Logged]) -> Rows:
         default = from_dict({"objective": {"name": objective["name"]}})  # type: ignore[index]
     except (ValueError, TypeError, KeyError):
         default = Config()
-    plain = Logged(folder=Path(), name="", facts={"config": to_dict(default)}).settings()
+    plain = LoggedRun(folder=Path(), name="", facts={"config": to_dict(default)}).settings()
     return {key: [value] for key, value in columns[0].items() if plain.get(key, "–") != value}
 
 
-def _fact_rows(runs: Sequence[Logged]) -> Rows:
+def _fact_rows(runs: Sequence[LoggedRun]) -> Rows:
     """Return the facts that each run recorded about its data, model, hardware and versions."""
     columns = []
     for run in runs:

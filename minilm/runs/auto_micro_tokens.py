@@ -55,7 +55,7 @@ def resolve_micro_tokens(
         raise ValueError(
             f"batch.micro_tokens=auto: {_SMALLEST_TOKENS} tokens do not fit into the memory; set a lower number"
         )
-    best = fastest(worst)
+    best = choose_fastest(worst)
     if accelerator.is_main_process:
         speeds = ", ".join(f"{1 / seconds:,.0f} tokens/s of {size:,}" for size, seconds in worst.items())
         log.info(f"micro-batches of up to {best:,} tokens (tried: {speeds})")
@@ -69,7 +69,7 @@ def micro_tokens_of(config: Config) -> int:
     return config.batch.micro_tokens
 
 
-def fastest(seconds: dict[int, float]) -> int:
+def choose_fastest(seconds: dict[int, float]) -> int:
     """Return the smallest size whose seconds a token are within the tolerance of the fewest."""
     return min(size for size, taken in seconds.items() if taken <= _FASTEST_TOLERANCE * min(seconds.values()))
 
@@ -83,7 +83,7 @@ def _try_sizes(
 ) -> dict[int, float]:
     """Return the seconds a token by size, for sizes that double as long as they fit and may become faster."""
     times: dict[int, float] = {}
-    training, began, room = head.training, time.perf_counter(), _Room(accelerator, head)
+    training, began, room = head.training, time.perf_counter(), _FreeMemory(accelerator, head)
     head.train()
     size = _SMALLEST_TOKENS
     while True:
@@ -115,7 +115,7 @@ def _seconds(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
     return time.perf_counter() - mark
 
 
-class _Room:
+class _FreeMemory:
     """The memory that a process has left."""
 
     def __init__(self, accelerator: Accelerator, head: Head) -> None:

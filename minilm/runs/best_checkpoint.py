@@ -10,7 +10,7 @@ from minilm.runs.checkpoint import Progress
 from minilm.utils.validation import suggest_name
 
 
-class Best:
+class BestEvaluation:
     """The best evaluation so far by `run.best_metric`. A resumed run continues from `progress`.
 
     names: the figures of an evaluation. Raises ValueError where `run.best_metric` is not one of them.
@@ -37,11 +37,11 @@ class Best:
         return better
 
     @property
-    def exhausted(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether the last `run.patience` evaluations brought no new best."""
         return self.patience is not None and self.stale >= self.patience
 
-    def progress_fields(self, step: int) -> dict[str, Any]:
+    def state_after(self, step: int) -> dict[str, Any]:
         """Return the fields of `Progress` that this object keeps, after `step`."""
         figure = self._last[1] if self._last[0] == step else None
         return {"figure": figure, "best": self.value, "best_step": self.step, "stale": self.stale}

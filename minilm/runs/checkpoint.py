@@ -151,7 +151,7 @@ def _progress(values: dict[str, Any]) -> Progress:
     return Progress(**values)
 
 
-def discard_checkpoints(folder: Path) -> None:
+def remove_checkpoints(folder: Path) -> None:
     """Remove an earlier run's checkpoints and the leftovers of killed runs; the folders of other programs stay."""
     for path in find_leftovers(folder):
         shutil.rmtree(path)
@@ -159,7 +159,7 @@ def discard_checkpoints(folder: Path) -> None:
         _discard(path)
 
 
-def find_obstacles(folder: Path, steps: int) -> list[Path]:
+def find_name_conflicts(folder: Path, steps: int) -> list[Path]:
     """Return the paths that are named like a checkpoint of one of these steps but are not checkpoints."""
     others = [path for path in sorted(folder.glob("checkpoint-*")) if not is_checkpoint(path)]
     return [path for path in others if _step(path).isdecimal() and int(_step(path)) <= steps]

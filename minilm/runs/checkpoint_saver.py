@@ -29,14 +29,14 @@ from minilm.runs.checkpoint import (
     remove_old_checkpoints,
 )
 from minilm.runs.model_export import save_tokenizer
-from minilm.runs.optimizer_state import describe_optimizer, optimizer_tensors
+from minilm.runs.optimizer_state import collect_optimizer_state, describe_optimizer
 from minilm.utils.atomic_files import hash_file, replace_folder
 from minilm.utils.progress import quiet_transformers
 
 log = logging.getLogger("minilm")
 
 
-class Saver:
+class CheckpointSaver:
     """The writer of a run's checkpoints: the run waits for a copy in memory, and a thread writes the copy to disk.
 
     The thread writes at most one checkpoint at a time. When that one is complete, it removes older ones, except the
@@ -78,7 +78,7 @@ class Saver:
         self.wait()
         # The weights come first: state_dict has FSDP restore the shards that the optimizer refers to.
         weights = gather_full_state(self.network.state_dict(keep_vars=True), keep=self.enabled)
-        moments = gather_full_state(optimizer_tensors(self.optimizer, self.network), keep=self.enabled)
+        moments = gather_full_state(collect_optimizer_state(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:
             return
         scaler = getattr(self.optimizer, "scaler", None)  # accelerate's wrapper has one under fp16
@@ -102,7 +102,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def explain_resume(self) -> str:
+    def resume_hint(self) -> str:
         """Wait until the checkpoint is on disk, and return a sentence that says how to resume the run."""
         with contextlib.suppress(OSError):
             self.wait()

@@ -34,8 +34,9 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     Under torchrun, ctrl-C reaches a process twice: from the terminal, and forwarded by the launcher. So a second SIGINT
     within `ECHO_SECONDS` does not count there.
 
-    The processes of a job receive a signal at different moments and agree on a step by `agree`. `saves` says whether
-    the run writes a checkpoint then. `minilm.utils.signals.get_last_signal` returns a signal after the last `agree`.
+    The processes of a job receive a signal at different moments. `agree_on_stop` makes them stop after the same step.
+    `saves` says whether the run then writes a checkpoint. A signal that comes after the last call of `agree_on_stop`
+    remains available from `minilm.utils.signals.get_last_signal`.
     """
 
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
@@ -66,7 +67,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self.signal = number
         self._last_signal = time.monotonic()
 
-    def agree(self, step: int) -> TrainingStopped | None:
+    def agree_on_stop(self, step: int) -> TrainingStopped | None:
         """Return the exception that ends the run after `step`, on all processes or on none; None to go on.
 
         Every process calls it after each step. With several processes a signal takes effect one step later, so that no
@@ -90,14 +91,14 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)
 
 
-def bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
+def stop_on_bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
     """Return the exception for `run.max_bad_steps` steps in a row without a finite gradient, else None.
 
     Its message names the first of these steps and its examples.
     """
     if recorder.bad_steps < run.max_bad_steps:
         return None
-    first = recorder.bad_since()
+    first = recorder.first_bad_step()
     ids = plan.step(first).examples.tolist()
     listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
     saved = (

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 _OFTEN = 60.0  # seconds; RAPL's smallest counter, 65 kJ, then goes round at most once below a kilowatt
-GPUS, CPUS = "energy_kwh_gpus", "energy_kwh_cpus"
+GPU_ENERGY, CPU_ENERGY = "energy_kwh_gpus", "energy_kwh_cpus"
 
 
-class Counter:
+class EnergyCounter:
     """Joules that `read` has counted since this was made; it begins again at 0 after `most`."""
 
     def __init__(self, read: Callable[[], float], most: float = math.inf) -> None:
@@ -30,7 +30,7 @@ class Counter:
         self.last = now
 
 
-def rapl(powercap: Path = Path("/sys/class/powercap")) -> list[Counter]:
+def open_rapl_counters(powercap: Path = Path("/sys/class/powercap")) -> list[EnergyCounter]:
     """A counter for each processor package; OSError for one that this user must not read."""
 
     def joules(path: Path) -> float:
@@ -38,24 +38,28 @@ def rapl(powercap: Path = Path("/sys/class/powercap")) -> list[Counter]:
 
     zones = [zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1]  # a package's parts have two
     packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
-    return [Counter(partial(joules, zone / "energy_uj"), joules(zone / "max_energy_range_uj")) for zone in packages]
+    return [
+        EnergyCounter(partial(joules, zone / "energy_uj"), joules(zone / "max_energy_range_uj")) for zone in packages
+    ]
 
 
-def nvml(uuid: str, library: Any = None) -> list[Counter]:
+def open_nvml_counter(uuid: str, library: Any = None) -> list[EnergyCounter]:
     """The counter of the GPU of this UUID. Raises what NVML does, or ImportError without nvidia-ml-py."""
     library = library or importlib.import_module("pynvml")
     library.nvmlInit()
     handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return [Counter(lambda: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)]
+    return [EnergyCounter(lambda: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)]
 
 
 @contextlib.contextmanager
-def metered(accelerator: Accelerator, since: int) -> Iterator[Callable[[], dict[str, float]]]:
+def measure_energy(accelerator: Accelerator, since: int) -> Iterator[Callable[[], dict[str, float]]]:
     """Counts energy inside it, since that step of the run; gives what tells the figures, which all processes call."""
-    finds: dict[str, Callable[[], list[Counter]]] = {CPUS: rapl} if accelerator.is_local_main_process else {}
+    finds: dict[str, Callable[[], list[EnergyCounter]]] = (
+        {CPU_ENERGY: open_rapl_counters} if accelerator.is_local_main_process else {}
+    )
     if accelerator.device.type == "cuda":
-        finds[GPUS] = lambda: nvml(str(torch.cuda.get_device_properties(accelerator.device).uuid))
-    counters, ended = {kind: list[Counter]() for kind in finds}, threading.Event()
+        finds[GPU_ENERGY] = lambda: open_nvml_counter(str(torch.cuda.get_device_properties(accelerator.device).uuid))
+    counters, ended = {kind: list[EnergyCounter]() for kind in finds}, threading.Event()
     for kind, find in finds.items():
         with contextlib.suppress(Exception):  # NVML's have no base of their own
             counters[kind] = find()
@@ -82,7 +86,7 @@ def metered(accelerator: Accelerator, since: int) -> Iterator[Callable[[], dict[
 def _figures(joules: dict[str, list[float]], since: int) -> dict[str, float]:
     """`energy_kwh` and its parts over all processes; nothing of a kind that one of them should know and does not."""
     everyone, found = gather_object([joules]), dict[str, float]()
-    for kind in (GPUS, CPUS):
+    for kind in (GPU_ENERGY, CPU_ENERGY):
         if (parts := [part[kind] for part in everyone if kind in part]) and all(parts):
             found[kind] = sum(map(sum, parts)) / 3.6e6
     later = {"energy_since_step": since} if since else {}

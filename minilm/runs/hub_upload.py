@@ -23,7 +23,7 @@ log = logging.getLogger("minilm")
 _RECORDS = ("README.md", "run.json", "log.jsonl", "all_results.json")  # published in addition to the model
 
 
-def check_access(repo: str, license: str | None) -> None:
+def check_hub_access(repo: str, license: str | None) -> None:
     """Raise ValueError where the hub would refuse a result as `repo`, as far as it says in advance.
 
     Creates nothing there. license: the license that the card will name. The hub refuses one that it does not know.
@@ -33,14 +33,14 @@ def check_access(repo: str, license: str | None) -> None:
     with _refusing(repo):
         api = HfApi()
         owner = api.whoami()["name"]
-        with suppress(RepositoryNotFoundError):  # claim_repo creates it
+        with suppress(RepositoryNotFoundError):  # create_hub_repo creates it
             api.auth_check(repo if "/" in repo else f"{owner}/{repo}", write=True)
     if license is not None:
         with _refusing(repo):
             ModelCard(f"---\nlicense: {license}\n---\n").validate()
 
 
-def claim_repo(repo: str) -> None:
+def create_hub_repo(repo: str) -> None:
     """Create the repository if it does not exist. Raises ValueError where that, or writing to it, is not allowed."""
     with _refusing(repo):
         api = HfApi()
@@ -48,7 +48,7 @@ def claim_repo(repo: str) -> None:
         api.auth_check(api.create_repo(repo, exist_ok=True).repo_id, write=True)
 
 
-def push(repo: str, folder: Path, files: Sequence[str]) -> None:
+def upload_run(repo: str, folder: Path, files: Sequence[str]) -> None:
     """Upload a finished run: the `files` of its model, named relative to `folder`, its card and its records.
 
     If that fails, one warning says why and shows the command that uploads the run, which is complete in `folder`.

@@ -11,7 +11,7 @@ _FAR = 6  # standard deviations above their mean
 _LOSS = re.compile(rb'"loss": (-?\d[^,]*),')  # not where it was no number, nor in a line that a power cut tore
 
 
-class Spikes:
+class SpikeDetector:
     """Compares each loss with the last hundred.
 
     They are read from the `log` of the steps so far, so that a run that was resumed finds what one that never stopped
@@ -23,7 +23,7 @@ class Spikes:
             found = (match[1] for line in file if (match := _LOSS.search(line)))
             self._recent = deque(map(float, deque(found, _RECENT)), _RECENT)
 
-    def above(self, loss: float) -> float | None:
+    def detect(self, loss: float) -> float | None:
         """The mean of the recent losses if this one is a spike. `loss` is that of the next step, and finite."""
         recent = np.array(self._recent)
         self._recent.append(loss)

@@ -11,7 +11,7 @@ from minilm.config import Config, Data
 from minilm.config.serialization import to_dict
 from minilm.data.glue import apply_glue_task
 from minilm.objectives.factory import build_objective
-from minilm.runs.energy import CPUS, GPUS
+from minilm.runs.energy import CPU_ENERGY, GPU_ENERGY
 from minilm.utils.atomic_files import write_atomically
 from minilm.utils.local_files import find_local_files, is_local_path
 
@@ -86,7 +86,7 @@ def write_card(
     listed = [f"- {text} → {more}" for text, more in samples.items()]
     objective, title = build_objective(config.objective), folder.resolve().name
     card = _CARD.format(
-        metadata=metadata(config, title, results).to_yaml(),
+        metadata=build_metadata(config, title, results).to_yaml(),
         title=title,
         address=config.run.push_to_hub or title,
         source="`, `".join(config.data.sources),
@@ -107,12 +107,12 @@ def _energy(results: dict[str, float]) -> str:
     """Return a paragraph with the measured energy, or nothing where it was not measured."""
     if "energy_kwh" not in results:
         return ""
-    measured = " and ".join(name for kind, name in ((GPUS, "GPUs"), (CPUS, "CPUs")) if kind in results)
+    measured = " and ".join(name for kind, name in ((GPU_ENERGY, "GPUs"), (CPU_ENERGY, "CPUs")) if kind in results)
     later = f", since step {results['energy_since_step']:,}" if "energy_since_step" in results else ""
     return f"\n\nEnergy: {results['energy_kwh']:.3g} kWh ({measured}{later})"
 
 
-def metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardData:
+def build_metadata(config: Config, name: str, results: dict[str, float]) -> ModelCardData:
     """Return the part of a model card that the hub reads: the model's origin, and the figures of the last evaluation.
 
     It does not name local files and folders.

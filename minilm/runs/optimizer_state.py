@@ -40,7 +40,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
+def collect_optimizer_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
     """Return the optimizer's state by `<slot>/<name of the parameter>`, with its plain numbers as tensors.
 
     None is left out: SGD without momentum keeps it in place of a buffer.

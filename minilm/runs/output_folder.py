@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from minilm.config import Run
 from minilm.runs.checkpoint import (
     Checkpoint,
-    discard_checkpoints,
     find_checkpoint,
-    find_obstacles,
+    find_name_conflicts,
     is_checkpoint,
+    remove_checkpoints,
 )
-from minilm.runs.hub_upload import check_access, claim_repo
+from minilm.runs.hub_upload import check_hub_access, create_hub_repo
 from minilm.utils.folder_lock import LOCK, lock_folder
 
 
@@ -37,7 +37,7 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
         folder, checkpoint = _resumed(run.resume, run.output_dir, name)
     else:
         folder, checkpoint = _new(run.output_dir, name, overwrite=run.overwrite), None
-    with refuse_unwritable(folder):
+    with explain_unwritable_folder(folder):
         # The run replaces all other files, but it appends to this one.
         if (folder / "log.jsonl").is_symlink():
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
@@ -50,7 +50,7 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
             )
     _lock(folder)
     if run.push_to_hub is not None:
-        check_access(run.push_to_hub, run.license)
+        check_hub_access(run.push_to_hub, run.license)
     return folder, checkpoint
 
 
@@ -64,26 +64,26 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
     """
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments as well
-    with refuse_unwritable(folder):
+    with explain_unwritable_folder(folder):
         free = shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise ValueError(
                 f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: "
                 "delete files there, or choose another run.output_dir"
             )
-        obstacles = find_obstacles(folder, steps) if run.save_every else []
+        obstacles = find_name_conflicts(folder, steps) if run.save_every else []
         if obstacles:
             raise ValueError(
                 f"run.output_dir {folder} holds {obstacles[0].name}, which minilm did not write and which has the name "
                 "of a checkpoint: move it away, or choose another run.output_dir"
             )
     if run.push_to_hub is not None:
-        claim_repo(run.push_to_hub)
-    with refuse_unwritable(folder):
+        create_hub_repo(run.push_to_hub)
+    with explain_unwritable_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
         if run.overwrite:
-            discard_checkpoints(folder)
+            remove_checkpoints(folder)
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (folder / "adapter" / name).unlink(missing_ok=True)
         elif run.resume is None:
@@ -113,7 +113,7 @@ def _nearest(folder: Path) -> Path:
 
 
 @contextmanager
-def refuse_unwritable(folder: Path) -> Iterator[None]:
+def explain_unwritable_folder(folder: Path) -> Iterator[None]:
     """Turn an OSError into a ValueError that names run.output_dir."""
     try:
         yield
@@ -160,6 +160,6 @@ def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoin
 
 def _lock(folder: Path) -> None:
     """Lock the folder if it exists."""
-    with refuse_unwritable(folder):
+    with explain_unwritable_folder(folder):
         if folder.is_dir():
             lock_folder(folder)

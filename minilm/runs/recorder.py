@@ -20,9 +20,9 @@ from minilm.distributed.hardware import peak_memory
 from minilm.distributed.precision import Precision, device_peak
 from minilm.models.head import Head
 from minilm.runs.checkpoint import Progress
-from minilm.runs.loss_spikes import Spikes
-from minilm.runs.run_facts import announce, run_facts
-from minilm.runs.trackers import open_trackers
+from minilm.runs.loss_spikes import SpikeDetector
+from minilm.runs.run_facts import collect_run_facts, log_run_facts, write_run_json
+from minilm.runs.trackers import start_trackers
 from minilm.utils.progress import show_progress
 
 log = logging.getLogger("minilm")
@@ -48,15 +48,15 @@ class Recorder:
         self._rate = self._mfu = math.nan
         self._pending: dict[str, Any] | None = None
         self._examples = np.zeros(0, np.int64)  # ids of the examples of the pending step
-        self._mark = time.perf_counter()
+        self._last_time = time.perf_counter()
         self._copied = torch.Event("cuda") if torch.cuda.is_available() else None
         self._log = _open_log(folder / "log.jsonl", progress.log_bytes) if enabled else None
-        self._spikes = Spikes(folder / "log.jsonl") if enabled else None
+        self._spikes = SpikeDetector(folder / "log.jsonl") if enabled else None
         self._bar = show_progress(
             total=total_steps, initial=progress.step, unit="step", disable=not enabled, smoothing=0.05
         )
 
-    def step(
+    def record_step(
         self,
         *,
         epoch: float,
@@ -71,8 +71,8 @@ class Recorder:
 
         A loss far above the recent ones gets another line in the log, with the ids of the step's `examples`.
         """
-        self._flush()
-        seconds = self._lap()
+        self._write_pending()
+        seconds = self._count_time()
         self.steps += 1
         self.tokens += tokens
         self.flops += flops
@@ -97,7 +97,7 @@ class Recorder:
         }
         self._bar.update()
 
-    def evaluation(self, epoch: float, figures: dict[str, float], text: str) -> None:
+    def record_evaluation(self, epoch: float, figures: dict[str, float], text: str) -> None:
         """Record the figures of an evaluation after the steps recorded so far, and show `text`, its summary.
 
         Its time does not count as training time.
@@ -106,25 +106,25 @@ class Recorder:
             return
         self._write("eval", {"step": self.steps, "epoch": round(epoch, 6), **figures})
         self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {text}")
-        self._mark = time.perf_counter()
+        self._last_time = time.perf_counter()
 
-    def catch_up(self) -> None:
+    def flush(self) -> None:
         """Wait for the last step and write it, so that the time after it does not count as training time."""
-        self._flush()
-        self._lap()
+        self._write_pending()
+        self._count_time()
 
-    def _lap(self) -> float:
+    def _count_time(self) -> float:
         now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
+        seconds, self._last_time = now - self._last_time, now
         self.seconds += seconds
         return seconds
 
-    def progress(self, **best_fields: Any) -> Progress:
+    def current_progress(self, **best_fields: Any) -> Progress:
         """Write all steps recorded so far to the log, and return the progress of the run.
 
-        best_fields: the result of `minilm.runs.best_checkpoint.Best.progress_fields`.
+        best_fields: the result of `minilm.runs.best_checkpoint.BestEvaluation.state_after`.
         """
-        self.catch_up()
+        self.flush()
         return Progress(
             step=self.steps,
             tokens=self.tokens,
@@ -134,7 +134,7 @@ class Recorder:
             **best_fields,
         )
 
-    def bad_since(self) -> int:
+    def first_bad_step(self) -> int:
         """Return the index, from 0, of the first of the last steps in a row without a finite gradient."""
         return self.steps - (self._pending is not None) - self.bad_steps
 
@@ -149,22 +149,22 @@ class Recorder:
             "mfu": round(self.flops / seconds / self.peak_flops, 4),
         }
 
-    def conclude(self, figures: dict[str, float]) -> dict[str, float]:
+    def record_results(self, figures: dict[str, float]) -> dict[str, float]:
         """Return the results, the figures of the last evaluation and the totals, and hand them to the trackers."""
         results = {**figures, **self.totals()}
         if self.enabled:
-            self._tell("final", results, self.steps)
+            self._track("final", results, self.steps)
         return results
 
     def close(self) -> None:
         """Write what is pending and leave the terminal clean."""
         self._bar.close()
         if self._log is not None:
-            self._flush()
+            self._write_pending()
             self._log.close()
             self._log = None
 
-    def _flush(self) -> None:
+    def _write_pending(self) -> None:
         if self._pending is not None:
             line, self._pending = self._pending, None
             if self._copied is not None:
@@ -174,7 +174,7 @@ class Recorder:
             line["loss"] = loss if math.isfinite(loss) else None  # JSON lacks infinity
             line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             self._write("train", line)
-            if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.above(loss)) is not None:
+            if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.detect(loss)) is not None:
                 spike = {"step": line["step"], "spike_loss": loss, "usual_loss": usual}
                 self._write("train", {**spike, "examples": self._examples.tolist()})
                 self._bar.write(f"step {line['step']}: loss {loss:.3f}, far above {usual:.3f} before (see log.jsonl)")
@@ -186,9 +186,9 @@ class Recorder:
         if self._log is not None:
             self._log.write((json.dumps(line) + "\n").encode())
             self._log.flush()
-            self._tell(part, line, line["step"])
+            self._track(part, line, line["step"])
 
-    def _tell(self, part: str, figures: dict[str, Any], step: int) -> None:
+    def _track(self, part: str, figures: dict[str, Any], step: int) -> None:
         numbers = {k.removeprefix("eval_"): v for k, v in figures.items() if isinstance(v, int | float) and k != "step"}
         self.track({f"{part}/{name}": value for name, value in numbers.items()}, step)
 
@@ -202,7 +202,7 @@ def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
     return log_file
 
 
-def open_recorder(
+def start_recorder(
     accelerator: Accelerator,
     config: Config,
     folder: Path,
@@ -213,16 +213,17 @@ def open_recorder(
     precision: Precision,
     progress: Progress,
 ) -> tuple[Recorder, dict[str, Any]]:
-    """Announce the run, start its trackers, and return its recorder and the facts of `run_facts`.
+    """Announce the run, start its trackers, and return its recorder and the facts of `collect_run_facts`.
 
     Every process calls it, once the main process has claimed `folder`.
     """
     main = accelerator.is_main_process
     peak = device_peak(accelerator.device, precision.name)
-    facts = run_facts(accelerator, head, plan, prepared, total_steps, precision, peak)
+    facts = collect_run_facts(accelerator, head, plan, prepared, total_steps, precision, peak)
     if main:
-        announce(folder, config, facts)
-        open_trackers(accelerator, config, folder, progress.step)
+        write_run_json(folder, config, facts)
+        log_run_facts(folder, config, facts)
+        start_trackers(accelerator, config, folder, progress.step)
     recorder = Recorder(
         folder,
         accelerator.log,

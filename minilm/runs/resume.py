@@ -20,7 +20,7 @@ from minilm.runs.checkpoint_saver import gather_full_state
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.optimizer_state import load_optimizer_state
 from minilm.runs.run_facts import RESULTS
-from minilm.runs.run_inputs import compare_circumstances, compare_inputs
+from minilm.runs.run_inputs import compare_environments, compare_inputs
 
 log = logging.getLogger("minilm")
 
@@ -67,14 +67,14 @@ def resume(
     _check_unfinished(checkpoint, config.run, total)
     _warn_of_precision(checkpoint, config.run, precision)
     rounding = [line for line in changed if line.startswith(_ROUNDING)]
-    rounding += compare_circumstances(checkpoint.inputs, inputs)
+    rounding += compare_environments(checkpoint.inputs, inputs)
     if rounding:
         log.warning(f"the run may not repeat to the bit: {'; '.join(rounding)}")
     log.info(f"resuming from {checkpoint.folder}")
     for line in changed:
         if line not in rounding:
             log.info(f"changed since: {line}")
-    restore(checkpoint, network, optimizer)
+    restore_state(checkpoint, network, optimizer)
     return checkpoint.progress
 
 
@@ -127,7 +127,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     return [change for name, change in changes.items() if name not in _WHERE]
 
 
-def check_best(checkpoint: Checkpoint | None, run: Run) -> None:
+def check_best_checkpoint(checkpoint: Checkpoint | None, run: Run) -> None:
     """Raise ValueError where the end of the run could not load the best weights so far, as `run.load_best` asks."""
     if checkpoint is None or not run.load_best:
         return
@@ -161,7 +161,7 @@ def _refuse(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
     )
 
 
-def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
+def load_best_weights(folder: Path, step: int, network: PreTrainedModel) -> None:
     """Load the weights of this run's checkpoint of `step` into its model; for step 0, warn and keep the last weights.
 
     Raises ValueError where the checkpoint is no longer usable.
@@ -177,7 +177,7 @@ def load_step(folder: Path, step: int, network: PreTrainedModel) -> None:
         ) from error
 
 
-def restore(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def restore_state(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Load weights, optimizer state and loss scaling, bit for bit. Raise ValueError where they do not fit the model."""
     _load_weights(checkpoint, network)
     load_optimizer_state(checkpoint, optimizer, network)

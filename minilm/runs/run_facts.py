@@ -26,12 +26,12 @@ log = logging.getLogger("minilm")
 RESULTS = "all_results.json"  # exists once the run is finished
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that a result depends on."""
     return {name: version(name) for name in ("minilm", "torch", "transformers", "tokenizers", "datasets", "accelerate")}
 
 
-def run_facts(
+def collect_run_facts(
     accelerator: Accelerator,
     head: Head,
     plan: Plan,
@@ -70,11 +70,20 @@ def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
     return float(examples.count_ids(count_embedding_rows(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
 
 
-def announce(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Log the facts of the run, and write them with its configuration to `run.json`, which `--from-run` reads."""
+def write_run_json(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Write the configuration and the facts of the run to `run.json`, which `--from-run` reads."""
     (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
-    content = {"config": to_dict(config), **facts, "sources": fingerprint_sources(config.data), "versions": versions()}
+    content = {
+        "config": to_dict(config),
+        **facts,
+        "sources": fingerprint_sources(config.data),
+        "versions": library_versions(),
+    }
     write_atomically(folder / "run.json", json.dumps(content, indent=2) + "\n")
+
+
+def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Log the facts of the run. Warn where the warmup of the learning rate lasts for the whole run."""
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
         rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""

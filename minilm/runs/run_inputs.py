@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from minilm.data.corpus import PreparedData
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.distributed.hardware import describe
-from minilm.runs.run_facts import versions
+from minilm.runs.run_facts import library_versions
 
 # Fields of a configuration that say where a model comes from, not what it computes. minilm trains float32 weights.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
@@ -37,7 +37,7 @@ def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: 
             kind: _checksum({n: p for n, p in network.named_parameters() if p.requires_grad == (kind == "trained")})
             for kind in ("trained", "frozen")
         },
-        "versions": versions(),
+        "versions": library_versions(),
         "machine": {
             "processes": processes,
             **describe(network.device),
@@ -100,7 +100,7 @@ def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
     return changes
 
 
-def compare_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each difference in the libraries and the machine, which may change the last bits of a step."""
     changes = []
     for part in ("versions", "machine"):

@@ -30,7 +30,7 @@ class Curve:
 
 
 @dataclass(kw_only=True)
-class Logged:
+class LoggedRun:
     """One run, as far as its folder tells."""
 
     folder: Path
@@ -63,11 +63,13 @@ class Logged:
         for group, values in config.items() if isinstance(config, dict) else ():
             for name, value in values.items() if isinstance(values, dict) else ():
                 inner = {f".{key}": part for key, part in value.items()} if isinstance(value, dict) else {"": value}
-                found |= {f"{group}.{name}{key}": shown(part) for key, part in inner.items() if name not in _PLACES}
+                found |= {
+                    f"{group}.{name}{key}": format_value(part) for key, part in inner.items() if name not in _PLACES
+                }
         return found
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value of a JSON file as a reader wants it."""
     if value is None or value in ("", [], {}):
         return "–"
@@ -78,11 +80,13 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, list):
-        return ("\n" if any(isinstance(part, str) and " " in part for part in value) else ", ").join(map(shown, value))
+        return ("\n" if any(isinstance(part, str) and " " in part for part in value) else ", ").join(
+            map(format_value, value)
+        )
     return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def read_runs(folders: Sequence[str]) -> list[Logged]:
+def read_runs(folders: Sequence[str]) -> list[LoggedRun]:
     """The runs in these folders. ValueError for a folder without a record of any step or evaluation."""
     paths = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     ends = [path.resolve().name for path in paths]
@@ -90,21 +94,21 @@ def read_runs(folders: Sequence[str]) -> list[Logged]:
     return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def _read_run(folder: Path, name: str) -> Logged:
+def _read_run(folder: Path, name: str) -> LoggedRun:
     if not (folder / "log.jsonl").is_file():
         found = "there is no log.jsonl in it" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder}: {found}: give the output folder of a run (run.output_dir)")
-    run, broken = Logged(folder=folder, name=name), []
+    run, broken = LoggedRun(folder=folder, name=name), []
     with (folder / "log.jsonl").open("rb") as file:
         for number, text in enumerate(file, start=1):
             try:
-                _take(run, json.loads(text))
+                _add_line(run, json.loads(text))
             except (ValueError, RecursionError):
                 broken.append(number)
     if not run.curves and not run.evaluations:
         raise ValueError(f"{folder / 'log.jsonl'} has no record of a step or an evaluation yet: wait for the first")
     if broken:
-        run.notes.append(f"left out of log.jsonl, as no records: {_listed('line', broken)}")
+        run.notes.append(f"left out of log.jsonl, as no records: {_list_numbers('line', broken)}")
     for file_name in ("run.json", "all_results.json"):
         try:
             found = json.loads((folder / file_name).read_text(encoding="utf-8"))
@@ -116,11 +120,11 @@ def _read_run(folder: Path, name: str) -> Logged:
                 run.notes.append("there is no run.json: settings and hardware are unknown")
         except (OSError, ValueError, RecursionError) as error:
             run.notes.append(f"{file_name} cannot be read ({error})")
-    _remark(run)
+    _add_notes(run)
     return run
 
 
-def _take(run: Logged, line: Any) -> None:
+def _add_line(run: LoggedRun, line: Any) -> None:
     """Sort a line of the log; ValueError where it is none."""
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise ValueError
@@ -136,13 +140,13 @@ def _take(run: Logged, line: Any) -> None:
                 target.setdefault(key, Curve()).add(step, value)
 
 
-def _remark(run: Logged) -> None:
+def _add_notes(run: LoggedRun) -> None:
     """Note what the curves alone do not tell."""
     for key, curve in (*run.curves.items(), *run.evaluations.items()):
         if bad := [step for step, value in zip(curve.steps, curve.values, strict=True) if math.isnan(value)]:
-            run.notes.append(f"{key} is no finite number at {_listed('step', bad)}")
+            run.notes.append(f"{key} is no finite number at {_list_numbers('step', bad)}")
     if run.spikes:
-        run.notes.append(f"loss far above those before at {_listed('step', run.spikes)} (see log.jsonl)")
+        run.notes.append(f"loss far above those before at {_list_numbers('step', run.spikes)} (see log.jsonl)")
     if len({step for curve in run.curves.values() for step in curve.steps}) == 1:
         run.notes.append("one step only: a point in place of each curve")
     planned = run.facts.get("steps")
@@ -150,6 +154,6 @@ def _remark(run: Logged) -> None:
         run.notes.append(f"not finished: step {run.last_step:,} of {planned:,}")
 
 
-def _listed(what: str, numbers: list[int]) -> str:
+def _list_numbers(what: str, numbers: list[int]) -> str:
     several = f"{len(numbers):,} {what}s: " if len(numbers) > 1 else f"{what} "
     return several + ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")

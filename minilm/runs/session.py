@@ -32,11 +32,11 @@ from minilm.models.sparse_head import SparseHead
 from minilm.objectives.factory import prepare_data
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import Checkpoint, Progress
-from minilm.runs.hub_upload import push
+from minilm.runs.hub_upload import upload_run
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
-from minilm.runs.recorder import Recorder, open_recorder
-from minilm.runs.resume import check_best, check_settings
+from minilm.runs.recorder import Recorder, start_recorder
+from minilm.runs.resume import check_best_checkpoint, check_settings
 from minilm.runs.run_facts import write_results
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlock_at_end
@@ -84,7 +84,7 @@ def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Se
         with on_all_ranks():
             check_settings(checkpoint, config)
             if main:
-                check_best(checkpoint, config.run)
+                check_best_checkpoint(checkpoint, config.run)
         session = Session(
             config=config,
             accelerator=accelerator,
@@ -97,7 +97,7 @@ def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Se
         finish(accelerator)
         # The other processes have left, so that none waits for the upload.
         if main and session.uploads and config.run.push_to_hub is not None:
-            push(config.run.push_to_hub, folder, session.uploads)
+            upload_run(config.run.push_to_hub, folder, session.uploads)
 
 
 def plan_batches(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
@@ -129,7 +129,7 @@ def start_recording(session: Session, head: Head) -> tuple[Plan, int, Recorder]:
         total = config.run.count_steps(plan.steps_per_epoch)
         if accelerator.is_main_process:
             claim_output_dir(session.folder, config.run, head.model)
-    recorder, _ = open_recorder(
+    recorder, _ = start_recorder(
         accelerator, config, session.folder, head, plan, prepared, total, session.precision, Progress()
     )
     return plan, total, recorder
@@ -140,7 +140,7 @@ def save_networks(session: Session, recorder: Recorder, networks: dict[str, Any]
 
     networks: the models by their subfolder of the output folder; "." is the folder itself.
     """
-    results = recorder.conclude({})
+    results = recorder.record_results({})
     if session.accelerator.is_main_process:
         for part, network in networks.items():
             (session.folder / part).mkdir(exist_ok=True)

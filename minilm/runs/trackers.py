@@ -30,7 +30,7 @@ _PATIENCE_SECONDS = 120.0  # for all trackers to start, and again for each to fi
 _BACKLOG_LINES = 10_000  # a tracker that is further behind is dropped
 
 
-def open_trackers(accelerator: Accelerator, config: Config, folder: Path, step: int) -> None:
+def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step: int) -> None:
     """Start the trackers of `run.trackers` and add them to the accelerator's, for `accelerator.log`.
 
     The main process calls it. A run that is resumed after `step` stays the same run in its trackers, by

@@ -42,14 +42,14 @@ def spoil(model, batch):
 minilm.train.seed_dropout, minilm.train.loss_sum = note, spoil
 """
 SHARDED = f"""{SPOILT}
-from minilm.runs.checkpoint import Saver
+from minilm.runs.checkpoint import CheckpointSaver
 
-def save(self, progress, real=Saver.save):
+def save(self, progress, real=CheckpointSaver.save):
     weights = self.network.state_dict().values()
     assert sum(w.to_local().numel() for w in weights) < 0.6 * sum(w.numel() for w in weights)
     real(self, progress)
 
-Saver.save = save
+CheckpointSaver.save = save
 """
 # By kind: flags of the launcher, what they are as variables, what is planted, and what the run says of itself.
 KINDS = {

@@ -21,7 +21,13 @@ from tests.jobs import config_in, end_of, finish, start
 
 # The parts of the end, in their order.
 WORK = (
-    *("Recorder.step", "Recorder.evaluation", "Saver.save", "load_step", "Recorder.conclude"),
+    *(
+        "Recorder.record_step",
+        "Recorder.record_evaluation",
+        "CheckpointSaver.save",
+        "load_best_weights",
+        "Recorder.record_results",
+    ),
     *("save_model", "model_export.save_tokenizer", "write_samples", "write_card", "write_results"),
 )
 BOUNDARIES = tuple(f"{side} {work}" for work in WORK for side in ("before", "after"))
@@ -37,10 +43,10 @@ import os, signal, time
 from pathlib import Path
 import minilm.train
 from minilm.runs import model_export
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 from minilm.runs.recorder import Recorder
 
-OWNERS = {{"": minilm.train, "model_export": model_export, "Recorder": Recorder, "Saver": Saver}}
+OWNERS = {{"": minilm.train, "model_export": model_export, "Recorder": Recorder, "CheckpointSaver": CheckpointSaver}}
 steps = [0]
 
 def killing(work, side):
@@ -49,7 +55,7 @@ def killing(work, side):
     original = getattr(owner, name)
 
     def work(*args, **kwargs):
-        if name == "step":
+        if name == "record_step":
             steps[0] += 1
         last = steps[0] == {last}
         while last and not Path("{folder}", "checkpoint-{saved}", "manifest.json").exists():
@@ -63,8 +69,8 @@ def killing(work, side):
 
     setattr(owner, name, work)
 
-killing("Recorder.step", "{side}" if "{work}" == "Recorder.step" else "never")
-if "{work}" != "Recorder.step":
+killing("Recorder.record_step", "{side}" if "{work}" == "Recorder.record_step" else "never")
+if "{work}" != "Recorder.record_step":
     killing("{work}", "{side}")
 """
 
@@ -99,7 +105,7 @@ def trial(place: Path, end: str, boundaries: Iterable[str], processes: int = 1) 
     finish(replace(config, run=replace(config.run, output_dir=str(reference))), place, processes)
     expected, tried, other = left_by(reference), 0, []
     for number, boundary in enumerate(boundaries):
-        if "load_step" in boundary and "load_best" not in ENDS[end]:
+        if "load_best_weights" in boundary and "load_best" not in ENDS[end]:
             continue
         side, work = boundary.split(" ", 1)
         folder = place / f"killed-{number}"

@@ -25,7 +25,7 @@ import transformers.modeling_utils
 
 from minilm.runs import checkpoint_saver
 from minilm.runs.checkpoint import find_checkpoint, read_checkpoint
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 from tests.checkpoints import contents, save, saver_in
 from tests.conftest import SENTENCES
 
@@ -63,7 +63,7 @@ def counted(folder: Path, act: Callable[[int, str], None]) -> Iterator[None]:
         yield
 
 
-def calls_of(saver: Saver, step: int) -> int:
+def calls_of(saver: CheckpointSaver, step: int) -> int:
     """How many calls a save makes."""
     seen: list[int] = []
     with counted(saver.folder, lambda number, name: seen.append(number)):
@@ -71,7 +71,7 @@ def calls_of(saver: Saver, step: int) -> int:
     return len(seen)
 
 
-def cut(saver: Saver, step: int, at: int, left: float) -> None:
+def cut(saver: CheckpointSaver, step: int, at: int, left: float) -> None:
     """Save in a process whose power goes at its `at`-th call; of a file that is not synced this share is `left`."""
     synced: set[int] = set()
     fsync = os.fsync
@@ -97,7 +97,7 @@ def cut(saver: Saver, step: int, at: int, left: float) -> None:
     assert os.waitpid(child, 0)[1] == 0, f"call {at} was not reached"
 
 
-def fail(saver: Saver, step: int, at: int) -> str:
+def fail(saver: CheckpointSaver, step: int, at: int) -> str:
     """Save with an I/O error from the `at`-th call; returns what was told."""
 
     def raise_error(number: int, name: str) -> None:
@@ -121,12 +121,12 @@ def template(place: Path, tokenizer: Any) -> Path:
     return place
 
 
-def copied(folder: Path, place: Path, tokenizer: Any) -> Saver:
+def copied(folder: Path, place: Path, tokenizer: Any) -> CheckpointSaver:
     """A saver in a copy of that folder which keeps a single checkpoint."""
     return saver_in(Path(shutil.copytree(folder, place)), tokenizer, keep_last=1)
 
 
-def check(saver: Saver, before: dict[str, bytes]) -> int:
+def check(saver: CheckpointSaver, before: dict[str, bytes]) -> int:
     """The step of the newest checkpoint, which must be whole: 3, or 2 as it was."""
     found = find_checkpoint("latest", saver.folder)
     for path in saver.folder.glob("checkpoint-*"):

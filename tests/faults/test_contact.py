@@ -46,9 +46,9 @@ def test_an_error_of_another_kind_stays_what_it_is():
 
 def test_it_says_from_which_checkpoint_to_go_on_once_that_is_written(tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer)
-    assert saver.explain_resume() == "no checkpoint was saved"
+    assert saver.resume_hint() == "no checkpoint was saved"
     saver.save(Progress(step=7))
-    assert saver.explain_resume() == "--run.resume latest goes on from checkpoint-7"
+    assert saver.resume_hint() == "--run.resume latest goes on from checkpoint-7"
 
 
 def test_of_the_processes_of_a_host_the_first_to_end_tells_why(tmp_path, monkeypatch, capsys):

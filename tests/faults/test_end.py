@@ -13,6 +13,8 @@ def test_killed_while_it_ends_a_run_leaves_after_a_resume_what_an_undisturbed_on
     tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     end = "out of patience, the best weights loaded"
-    tried, other = trial(tmp_path, end, ["before Saver.save", "before load_step", "before write_results"])
+    tried, other = trial(
+        tmp_path, end, ["before CheckpointSaver.save", "before load_best_weights", "before write_results"]
+    )
     assert not other
     figure(f"{end}: killed at {tried} places of its end, {tried} the same to the bit")

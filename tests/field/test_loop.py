@@ -91,7 +91,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], tuple[str, BaseException] | None, type
     ),
     "a bug in the middle of a step": ({}, ("train_step", RuntimeError("broken")), RuntimeError),
     "ctrl-C in the middle of a step": ({}, ("train_step", KeyboardInterrupt()), KeyboardInterrupt),
-    "an end asked for": ({}, ("bad_gradients", TrainingStopped("told to", 1)), TrainingStopped),
+    "an end asked for": ({}, ("stop_on_bad_gradients", TrainingStopped("told to", 1)), TrainingStopped),
 }
 
 

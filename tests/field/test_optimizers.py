@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from minilm.runs.checkpoint import Progress, read_checkpoint
-from minilm.runs.checkpoint_saver import Saver
-from minilm.runs.resume import restore
+from minilm.runs.checkpoint_saver import CheckpointSaver
+from minilm.runs.resume import restore_state
 from tests.jobs import CONFIG
 from tests.reference import build
 
@@ -26,7 +26,7 @@ def saved(tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
         for _ in range(steps):
             network(input_ids=torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
             optimizer.step()
-        saver = Saver(tmp_path, network, optimizer, tokenizer, CONFIG, {}, enabled=True)
+        saver = CheckpointSaver(tmp_path, network, optimizer, tokenizer, CONFIG, {}, enabled=True)
         saver.save(Progress(step=steps))
         saver.wait()
         return tmp_path / f"checkpoint-{steps}", network
@@ -79,10 +79,10 @@ def test_a_checkpoint_goes_on_with_its_own_optimizer_alone(
     optimizer, checkpoint = OPTIMIZERS[after](network.parameters()), read_checkpoint(folder)
     if before != after:
         with pytest.raises(ValueError, match=f"its optimizer is {before}, and that of this run is {after}: ") as caught:
-            restore(checkpoint, network, optimizer)
+            restore_state(checkpoint, network, optimizer)
         assert "\n" not in str(caught.value)
         return
-    restore(checkpoint, network, optimizer)
+    restore_state(checkpoint, network, optimizer)
     if before == "Counting":
         assert {type(slots["count"]) for slots in optimizer.state.values()} == {int}
         assert {slots["count"] for slots in optimizer.state.values()} == {2}
@@ -91,7 +91,7 @@ def test_a_checkpoint_goes_on_with_its_own_optimizer_alone(
 def test_an_optimizer_that_hides_its_state_is_refused_by_name(saved: Callable[..., tuple[Path, Any]]) -> None:
     folder, network = saved(Hidden)
     with pytest.raises(ValueError, match="holds no state, so Hidden cannot go on from it"):
-        restore(read_checkpoint(folder), network, Hidden(network.parameters()))
+        restore_state(read_checkpoint(folder), network, Hidden(network.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_a_checkpoint_that_names_no_optimizer_goes_on_where_its_state_fits(
     checkpoint = replace(read_checkpoint(folder), optimizer={})
     optimizer = OPTIMIZERS[after](network.parameters())
     with contextlib.nullcontext() if works else pytest.raises(ValueError, match=r"not the state of|holds no state"):
-        restore(checkpoint, network, optimizer)
+        restore_state(checkpoint, network, optimizer)

@@ -23,13 +23,13 @@ WARM_UP = 0.2  # share of the steps, several evaluations and checkpoints among t
 def sizes(folder: Path, steps: int) -> list[int]:
     """Resident bytes of this process after each step."""
     seen: list[int] = []
-    process, original = psutil.Process(), Recorder.step
+    process, original = psutil.Process(), Recorder.record_step
 
     def step(self: Recorder, **figures: Any) -> None:
         original(self, **figures)
         seen.append(process.memory_info().rss)
 
-    Recorder.step = step  # type: ignore[method-assign]
+    Recorder.record_step = step  # type: ignore[method-assign]
     torch.set_num_threads(1)  # at these sizes a second one only waits
     text = write_text(folder / "text.txt")
     every = max(1, steps // 20)

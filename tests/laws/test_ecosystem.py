@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from minilm import Batch, Config, Data, Model, Run, Tokens
 from minilm.runs.checkpoint import Progress
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 from minilm.train import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -53,14 +53,14 @@ def test_every_folder_and_checkpoint_loads_in_plain_transformers_with_the_same_l
     documents: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]
 ) -> None:
     weights: dict[str, dict[str, torch.Tensor]] = {}  # as they were when each folder was written
-    original = Saver.save
+    original = CheckpointSaver.save
 
-    def save(self: Saver, progress: Progress) -> None:
+    def save(self: CheckpointSaver, progress: Progress) -> None:
         copy = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         weights[str(self.folder / f"checkpoint-{progress.step}")] = weights[str(self.folder)] = copy
         original(self, progress)
 
-    monkeypatch.setattr(Saver, "save", save)
+    monkeypatch.setattr(CheckpointSaver, "save", save)
     (tmp_path / "text.txt").write_text("\n".join(documents["text"]))
     for kind, sizes in TYPES.items():
         config = Config(

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 import minilm.runs.auto_micro_tokens
 from minilm import Config, Data
 from minilm.data.micro_batch import MicroBatch
-from minilm.runs.auto_micro_tokens import fastest, resolve_micro_tokens
+from minilm.runs.auto_micro_tokens import choose_fastest, resolve_micro_tokens
 from minilm.train import train
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 from tests.laws.resume_everywhere import stopped_after
@@ -35,8 +35,8 @@ def settled(folder: Path) -> int:
 
 
 def test_the_smallest_of_the_nearly_fastest_sizes_is_taken() -> None:
-    assert fastest({512: 1.0, 1024: 0.8, 2048: 0.79, 4096: 0.9}) == 1024
-    assert fastest({512: 1.0}) == 512
+    assert choose_fastest({512: 1.0, 1024: 0.8, 2048: 0.79, 4096: 0.9}) == 1024
+    assert choose_fastest({512: 1.0}) == 512
 
 
 def test_a_run_is_that_of_the_number_that_was_found(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from minilm import Config, Run
-from minilm.runs.best_checkpoint import Best
+from minilm.runs.best_checkpoint import BestEvaluation
 from minilm.runs.checkpoint import Progress
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
@@ -20,8 +20,8 @@ from tests.jobs import config_in
 from tests.launch import read_log
 
 
-def best_of(metric: str, values: list[float], patience: int | None = None) -> tuple[Best, list[bool]]:
-    best = Best(Run(best_metric=metric, patience=patience), ["eval_loss", "accuracy"], Progress())
+def best_of(metric: str, values: list[float], patience: int | None = None) -> tuple[BestEvaluation, list[bool]]:
+    best = BestEvaluation(Run(best_metric=metric, patience=patience), ["eval_loss", "accuracy"], Progress())
     return best, [best.update({metric: value}, step) for step, value in enumerate(values, start=1)]
 
 
@@ -38,17 +38,17 @@ def test_better_is_lower_for_losses_and_higher_for_all_else(metric, values, bett
     assert found == better
     last = max(step for step, is_better in enumerate(better, start=1) if is_better)
     assert (best.step, best.value, best.stale) == (last, values[last - 1], len(values) - last)
-    assert not best.exhausted
+    assert not best.out_of_patience
 
 
 def test_patience_counts_evaluations_in_a_row_and_goes_on_after_a_resume() -> None:
     best, _ = best_of("eval_loss", [2.0, 3.0, 1.0, 1.5], patience=2)
-    assert not best.exhausted
-    assert best.progress_fields(4) == {"figure": 1.5, "best": 1.0, "best_step": 3, "stale": 1}
-    assert best.progress_fields(5)["figure"] is None
-    resumed = Best(Run(patience=2), ["eval_loss"], Progress(**best.progress_fields(4)))
+    assert not best.out_of_patience
+    assert best.state_after(4) == {"figure": 1.5, "best": 1.0, "best_step": 3, "stale": 1}
+    assert best.state_after(5)["figure"] is None
+    resumed = BestEvaluation(Run(patience=2), ["eval_loss"], Progress(**best.state_after(4)))
     resumed.update({"eval_loss": 1.2}, 5)
-    assert resumed.exhausted
+    assert resumed.out_of_patience
 
 
 def test_a_figure_that_there_is_not_is_refused(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_spoilt_checkpoint_of_the_best_evaluation_is_told_before_a_resumed_run
 def test_a_run_without_a_finite_evaluation_ends_with_its_last_weights_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Best, "update", lambda self, figures, step: False)
+    monkeypatch.setattr(BestEvaluation, "update", lambda self, figures, step: False)
     config = first_is_best(tmp_path)
     train(replace(config, run=replace(config.run, max_steps=8)))
     again = replace(config, run=replace(config.run, resume="latest", load_best=True))

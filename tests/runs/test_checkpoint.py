@@ -23,8 +23,8 @@ from minilm.config import Config, Run
 from minilm.config.serialization import to_dict
 from minilm.objectives.factory import build_objective
 from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
-from minilm.runs.checkpoint_saver import Saver
-from minilm.runs.resume import restore, resume
+from minilm.runs.checkpoint_saver import CheckpointSaver
+from minilm.runs.resume import restore_state, resume
 from tests.checkpoints import (
     INPUTS,
     LISTED,
@@ -119,11 +119,11 @@ def test_the_loss_scaling_of_fp16_goes_on_where_it_was(tokenizer, tmp_path):
     fresh = network(tokenizer, seed=1)
     optimizer = scaled(trained(fresh), 2.0)
     found = read_checkpoint(tmp_path / "checkpoint-1")
-    restore(found, fresh, optimizer)
+    restore_state(found, fresh, optimizer)
     assert optimizer.scaler.state_dict() == saver.optimizer.scaler.state_dict()
     assert optimizer.scaler.get_scale() == 32
     with pytest.raises(ValueError, match=r"checkpoint-1: its loss scaling cannot be read: 'growth_factor'"):
-        restore(replace(found, scaler={"scale": 1.0}), fresh, optimizer)
+        restore_state(replace(found, scaler={"scale": 1.0}), fresh, optimizer)
 
 
 def test_a_checkpoint_from_before_the_loss_scaling_was_kept_is_read(tokenizer, tmp_path):
@@ -151,7 +151,7 @@ def test_tied_weights_are_stored_once_and_everything_is_read_back_bit_for_bit(to
     assert (folder / WEIGHTS).stat().st_size < sum(p.nbytes for p in saver.network.parameters()) + embedding_bytes
     fresh = network(tokenizer, seed=1)
     optimizer = trained(fresh)
-    restore(read_checkpoint(folder), fresh, optimizer)
+    restore_state(read_checkpoint(folder), fresh, optimizer)
     for model in (fresh, AutoModelForMaskedLM.from_pretrained(folder)):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         state = model.state_dict()
@@ -351,10 +351,10 @@ def test_a_model_whose_original_format_has_other_names_goes_on_where_it_was(head
     auto, config = build_objective(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
     before, after = auto.from_config(config).eval(), auto.from_config(config).eval()
     optimizer = trained(before, IDS_BxL if head != "classification" else torch.tensor([0, 1]))
-    save(Saver(tmp_path, before, optimizer, tokenizer, Config(), INPUTS, enabled=True), 1)
+    save(CheckpointSaver(tmp_path, before, optimizer, tokenizer, Config(), INPUTS, enabled=True), 1)
     checkpoint = read_checkpoint(tmp_path / "checkpoint-1")
     resumed = torch.optim.AdamW(after.parameters(), fused=True)
-    restore(checkpoint, after, resumed)
+    restore_state(checkpoint, after, resumed)
     for other in (after, auto.from_pretrained(checkpoint.folder)):
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.state_dict().items())
     assert len(resumed.state) == len(optimizer.state)

@@ -16,7 +16,7 @@ from transformers import (
 from minilm.config import Config, Run
 from minilm.runs import checkpoint_saver
 from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
-from minilm.runs.resume import restore
+from minilm.runs.resume import restore_state
 from tests.checkpoints import STATE, contents, names, network, save, saver_in, trained
 
 
@@ -210,7 +210,7 @@ def test_what_changes_after_save_returned_does_not_reach_the_checkpoint(tokenize
     saver.wait()
     fresh = network(tokenizer, seed=1)
     optimizer = trained(fresh)
-    restore(read_checkpoint(tmp_path / "checkpoint-1"), fresh, optimizer)
+    restore_state(read_checkpoint(tmp_path / "checkpoint-1"), fresh, optimizer)
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in expected.items())
     restored = [slots["exp_avg"] for slots in optimizer.state.values()]
     assert all(torch.equal(*pair) for pair in zip(restored, moments, strict=True))

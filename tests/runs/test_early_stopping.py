@@ -34,9 +34,9 @@ def config(tmp_path: Path) -> Config:
 def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest(Accelerator(cpu=True), saves=True) as request:
-        assert request.agree(7) is None
+        assert request.agree_on_stop(7) is None
         os.kill(os.getpid(), number)
-        stopped = request.agree(8)
+        stopped = request.agree_on_stop(8)
     assert stopped is not None
     assert stopped.status == 128 + number
     assert f"{number.name} after step 8" in str(stopped)
@@ -46,7 +46,7 @@ def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
 def test_a_run_that_saves_nothing_does_not_say_that_it_can_go_on() -> None:
     with StopRequest(Accelerator(cpu=True), saves=False) as request:
         os.kill(os.getpid(), signal.SIGUSR1)
-        stopped = request.agree(8)
+        stopped = request.agree_on_stop(8)
     assert "SIGUSR1 after step 8; nothing was saved because run.save_every is 0" in str(stopped)
 
 
@@ -63,7 +63,7 @@ def test_a_signal_that_a_destructor_swallowed_still_ends_the_run(monkeypatch: py
         held = Swallows()
         del held
         with StopRequest(Accelerator(cpu=True), saves=True) as request:
-            assert "SIGTERM" in str(request.agree(1))
+            assert "SIGTERM" in str(request.agree_on_stop(1))
     for number, handler in before.items():
         signal.signal(number, handler)
 

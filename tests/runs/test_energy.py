@@ -12,7 +12,7 @@ import pytest
 
 import minilm.runs.energy
 import minilm.train
-from minilm.runs.energy import CPUS, GPUS, metered, rapl
+from minilm.runs.energy import CPU_ENERGY, GPU_ENERGY, measure_energy, open_rapl_counters
 from minilm.runs.model_card import _energy
 from minilm.train import train
 from tests.jobs import config_in
@@ -41,7 +41,7 @@ def turn(powercap: Path, **joules: float) -> None:
 
 
 def test_packages_are_counted_over_the_end_of_their_counters(powercap: Path) -> None:
-    counters = rapl(powercap)
+    counters = open_rapl_counters(powercap)
     for first, second in ((64_500, 64_010), (300, 64_020), (64_900, 64_030), (100, 64_040)):  # the first: two rounds
         turn(powercap, zone0=first, zone1=second, zone2=first)
         for counter in counters:
@@ -50,10 +50,10 @@ def test_packages_are_counted_over_the_end_of_their_counters(powercap: Path) -> 
 
 
 def test_what_must_not_be_read_is_no_counter(powercap: Path) -> None:
-    assert rapl(powercap / "nowhere") == []
+    assert open_rapl_counters(powercap / "nowhere") == []
     (powercap / "intel-rapl:1" / "energy_uj").unlink()  # root may read all that is there
     with pytest.raises(OSError, match="energy_uj"):
-        rapl(powercap)
+        open_rapl_counters(powercap)
 
 
 def fake_nvml(*millijoules: int) -> Any:
@@ -72,11 +72,11 @@ def run(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
 
     def run(library: Any, joules: float = 72.0, since: int = 0, device: str = "cuda", first: bool = True) -> Any:
-        monkeypatch.setattr(minilm.runs.energy, "rapl", lambda: rapl(powercap))
+        monkeypatch.setattr(minilm.runs.energy, "open_rapl_counters", lambda: open_rapl_counters(powercap))
         monkeypatch.setitem(sys.modules, "pynvml", library)
         accelerator: Any = SimpleNamespace(device=SimpleNamespace(type=device), is_local_main_process=first)
         turn(powercap, zone0=0, zone1=0)
-        with metered(accelerator, since) as energy:
+        with measure_energy(accelerator, since) as energy:
             turn(powercap, zone0=joules / 2, zone1=joules / 2)
         assert "energy" not in [thread.name for thread in threading.enumerate()]
         return energy()
@@ -86,29 +86,38 @@ def run(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_sum_and_its_parts_are_named(run: Any) -> None:
     found = run(fake_nvml(1_000, 361_000), 720)
-    assert found == pytest.approx({"energy_kwh": 1080 / KWH, GPUS: 360 / KWH, CPUS: 720 / KWH})
+    assert found == pytest.approx({"energy_kwh": 1080 / KWH, GPU_ENERGY: 360 / KWH, CPU_ENERGY: 720 / KWH})
     assert _energy(found).strip() == f"Energy: {1080 / KWH:.3g} kWh (GPUs and CPUs)"
     later = run(fake_nvml(1_000, 361_000), first=False, since=1500)
     assert _energy(later).strip() == f"Energy: {360 / KWH:.3g} kWh (GPUs, since step 1,500)"
 
 
 def test_what_cannot_be_read_is_left_out(run: Any, powercap: Path) -> None:
-    assert set(run(None)) == {"energy_kwh", CPUS}  # no nvidia-ml-py
-    assert set(run(fake_nvml(5))) == {"energy_kwh", CPUS}  # fails at the end
-    assert set(run(None, device="cpu")) == {"energy_kwh", CPUS}
+    assert set(run(None)) == {"energy_kwh", CPU_ENERGY}  # no nvidia-ml-py
+    assert set(run(fake_nvml(5))) == {"energy_kwh", CPU_ENERGY}  # fails at the end
+    assert set(run(None, device="cpu")) == {"energy_kwh", CPU_ENERGY}
     (powercap / "intel-rapl:0" / "max_energy_range_uj").unlink()
-    assert set(run(fake_nvml(5, 6))) == {"energy_kwh", GPUS}
+    assert set(run(fake_nvml(5, 6))) == {"energy_kwh", GPU_ENERGY}
     assert run(None) == {}
     assert run(None, device="cpu", first=False) == {}
     assert _energy({}) == ""
 
 
 def test_a_kind_that_one_process_does_not_know_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    job: list[dict[str, list[float]]] = [{GPUS: [KWH], CPUS: [KWH, KWH]}, {GPUS: []}, {CPUS: [KWH]}]
+    job: list[dict[str, list[float]]] = [
+        {GPU_ENERGY: [KWH], CPU_ENERGY: [KWH, KWH]},
+        {GPU_ENERGY: []},
+        {CPU_ENERGY: [KWH]},
+    ]
     monkeypatch.setattr(minilm.runs.energy, "gather_object", lambda mine: job)
-    assert minilm.runs.energy._figures({}, 0) == {"energy_kwh": 3.0, CPUS: 3.0}
-    job[1][GPUS] = [0.5 * KWH]
-    assert minilm.runs.energy._figures({}, 7) == {"energy_kwh": 4.5, GPUS: 1.5, CPUS: 3.0, "energy_since_step": 7}
+    assert minilm.runs.energy._figures({}, 0) == {"energy_kwh": 3.0, CPU_ENERGY: 3.0}
+    job[1][GPU_ENERGY] = [0.5 * KWH]
+    assert minilm.runs.energy._figures({}, 7) == {
+        "energy_kwh": 4.5,
+        GPU_ENERGY: 1.5,
+        CPU_ENERGY: 3.0,
+        "energy_since_step": 7,
+    }
 
 
 def test_results_and_card_of_a_run_have_it(
@@ -120,10 +129,10 @@ def test_results_and_card_of_a_run_have_it(
         turn(powercap, zone0=int((powercap / "intel-rapl:0" / "energy_uj").read_text()) / 1e6 + 100)
         return train_step(*args, **settings)
 
-    monkeypatch.setattr(minilm.runs.energy, "rapl", lambda: rapl(powercap))
+    monkeypatch.setattr(minilm.runs.energy, "open_rapl_counters", lambda: open_rapl_counters(powercap))
     monkeypatch.setattr(minilm.train, "train_step", costly)
     config = config_in(place, 2, save_every=0)
     results = train(replace(config, run=replace(config.run, output_dir=str(place / "out"))))
-    assert results["energy_kwh"] == results[CPUS] == pytest.approx(200 / KWH)
-    assert json.loads((place / "out" / "all_results.json").read_text())[CPUS] == results[CPUS]
+    assert results["energy_kwh"] == results[CPU_ENERGY] == pytest.approx(200 / KWH)
+    assert json.loads((place / "out" / "all_results.json").read_text())[CPU_ENERGY] == results[CPU_ENERGY]
     assert f"Energy: {200 / KWH:.3g} kWh (CPUs)\n" in (place / "out" / "README.md").read_text()

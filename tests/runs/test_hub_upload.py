@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForMaskedLM
 from minilm.config import Config
 from minilm.config.serialization import read_run_config
 from minilm.runs.checkpoint import read_checkpoint
-from minilm.runs.hub_upload import check_access, claim_repo, push
+from minilm.runs.hub_upload import check_hub_access, create_hub_repo, upload_run
 from minilm.runs.resume import check_settings
 from minilm.runs.session import save_networks
 from minilm.train import train
@@ -177,7 +177,7 @@ def test_large_files_go_to_the_store_where_there_is_no_xet(published, hub: Hub, 
     out, _ = published
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub.large = {"model.safetensors"}
-    push(REPO, out, sorted(MODEL))
+    upload_run(REPO, out, sorted(MODEL))
     weights = (out / "model.safetensors").read_bytes()
     assert hub.stored == {hashlib.sha256(weights).hexdigest(): weights}
     assert hub.files == {name: (out / name).read_bytes() for name in MODEL | RECORDS}
@@ -200,7 +200,7 @@ def test_an_upload_that_fails_is_one_warning_with_the_command_to_repeat_it(
     hub.refuses = {part: status} if part else {}
     if not part:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    push(REPO, out, sorted(MODEL))
+    upload_run(REPO, out, sorted(MODEL))
     (line,) = [line for line in caplog.messages if "push_to_hub" in line]
     assert line.startswith(f"run.push_to_hub {REPO}: {says}")
     command = f"hf upload {REPO} {out} . --exclude 'checkpoint-*/*' --exclude notes.txt"
@@ -225,8 +225,8 @@ def test_what_the_hub_refuses_is_told_before_anything_is_uploaded(part: str, sta
         hub.refuses["auth-check"] = status
 
     def ask() -> None:
-        check_access(REPO, "apache-2.0")
-        claim_repo(REPO)
+        check_hub_access(REPO, "apache-2.0")
+        create_hub_repo(REPO)
 
     with pytest.raises(ValueError, match=r"^run\.push_to_hub me/model: ") as told:
         ask()
@@ -239,14 +239,14 @@ def test_what_the_hub_refuses_is_told_before_anything_is_uploaded(part: str, sta
 def test_a_token_that_is_none_is_told_without_being_shown(token: str, hub: Hub, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ValueError, match=r"log in with `hf auth login`, or set HF_TOKEN$") as told:
-        check_access(REPO, None)
+        check_hub_access(REPO, None)
     assert "hf_of" not in str(told.value)
 
 
 def test_nothing_is_created_on_the_hub_until_all_else_is_checked(hub: Hub) -> None:
-    check_access(REPO, None)
+    check_hub_access(REPO, None)
     assert {method for method, _ in hub.asked} == {"GET"}
-    claim_repo(REPO)
+    create_hub_repo(REPO)
     assert hub.repos == {REPO}
 
 
@@ -263,6 +263,8 @@ def test_a_loop_of_ones_own_publishes_each_model(hub: Hub, tokenizer, tmp_path: 
     accelerator = SimpleNamespace(is_main_process=True, free_memory=lambda: None, trackers=[])
     prepared = SimpleNamespace(tokenizer=tokenizer)
     run = SimpleNamespace(accelerator=accelerator, folder=tmp_path, prepared=prepared, uploads=[])
-    save_networks(run, SimpleNamespace(conclude=lambda figures: {"steps": 1}), {".": network, "generator": network})
-    push(REPO, tmp_path, run.uploads)
+    save_networks(
+        run, SimpleNamespace(record_results=lambda figures: {"steps": 1}), {".": network, "generator": network}
+    )
+    upload_run(REPO, tmp_path, run.uploads)
     assert hub.files.keys() == MODEL | {f"generator/{name}" for name in MODEL} | {"all_results.json"}

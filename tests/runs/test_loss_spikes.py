@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilm.runs.loss_spikes import Spikes
+from minilm.runs.loss_spikes import SpikeDetector
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log.jsonl"
 
 
-def found(losses: list[float], spikes: Spikes) -> list[int]:
-    return [at for at, loss in enumerate(losses) if spikes.above(loss) is not None]
+def found(losses: list[float], spikes: SpikeDetector) -> list[int]:
+    return [at for at, loss in enumerate(losses) if spikes.detect(loss) is not None]
 
 
 def noise(steps: int) -> list[float]:
@@ -27,27 +27,27 @@ def noise(steps: int) -> list[float]:
 
 def test_a_spike_is_found_and_noise_is_not(log: Path) -> None:
     losses = noise(3000)
-    assert found(losses, Spikes(log)) == []
+    assert found(losses, SpikeDetector(log)) == []
     losses[400] += 4
     losses[401] -= 4  # what falls is no spike
-    assert found(losses, Spikes(log)) == [400]
+    assert found(losses, SpikeDetector(log)) == [400]
 
 
 def test_the_first_steps_are_never_spikes(log: Path) -> None:
-    assert found([1.0, 1.1] * 9 + [1.0, 50.0], Spikes(log)) == []
-    assert found([1.0, 1.1] * 10 + [50.0], Spikes(log)) == [20]
+    assert found([1.0, 1.1] * 9 + [1.0, 50.0], SpikeDetector(log)) == []
+    assert found([1.0, 1.1] * 10 + [50.0], SpikeDetector(log)) == [20]
 
 
 def test_a_loss_that_rises_to_stay_is_soon_not_a_spike_any_more(log: Path) -> None:
     losses = noise(500)
     losses[300:] = [loss + 10 for loss in losses[300:]]
-    assert found(losses, Spikes(log)) == [300, 301, 302]
+    assert found(losses, SpikeDetector(log)) == [300, 301, 302]
 
 
 def test_a_spike_is_told_with_the_mean_of_the_hundred_losses_before_it(log: Path) -> None:
-    spikes, losses = Spikes(log), noise(300)
+    spikes, losses = SpikeDetector(log), noise(300)
     found(losses, spikes)
-    assert spikes.above(99.0) == np.mean(losses[-100:])
+    assert spikes.detect(99.0) == np.mean(losses[-100:])
 
 
 @pytest.mark.parametrize("at", [20, 150, 299])
@@ -60,9 +60,9 @@ def test_spikes_read_from_the_log_go_on_as_if_nothing_had_been(at: int, log: Pat
         lines.append({"step": step, "eval_loss": 99.0, "perplexity": 1.0})
         lines.append({"step": step, "spike_loss": 99.0, "usual_loss": 98.0, "examples": [1, 2]})
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "loss": 9')
-    resumed = Spikes(log)
+    resumed = SpikeDetector(log)
     log.write_text("")
-    whole = Spikes(log)
+    whole = SpikeDetector(log)
     found(losses[:at], whole)
     for loss in (30.0, *losses[at:], 99.0):
-        assert resumed.above(loss) == whole.above(loss)
+        assert resumed.detect(loss) == whole.detect(loss)

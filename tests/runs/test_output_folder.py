@@ -21,7 +21,7 @@ from transformers import (
 
 from minilm.config import Config, Run
 from minilm.runs.checkpoint import Checkpoint, Progress
-from minilm.runs.checkpoint_saver import Saver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.utils.folder_lock import LOCK, unlock_at_end
@@ -71,7 +71,7 @@ def earlier(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("earlier")
     model = network(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters())
-    saver = Saver(folder, model, optimizer, tokenizer, Config(run=Run(save_every=1)), {}, enabled=True)
+    saver = CheckpointSaver(folder, model, optimizer, tokenizer, Config(run=Run(save_every=1)), {}, enabled=True)
     for step in (2, 10):
         saver.save(Progress(step=step, tokens=100 * step))
     saver.wait()

@@ -21,7 +21,7 @@ from minilm.runs import run_facts as facts_module
 from minilm.runs.checkpoint import Progress
 from minilm.runs.model_card import write_card
 from minilm.runs.recorder import Recorder
-from minilm.runs.run_facts import announce, run_facts, write_results
+from minilm.runs.run_facts import collect_run_facts, log_run_facts, write_results, write_run_json
 
 STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds", "memory_gb"]
 FIGURES = {"eval_loss": 3.0, "perplexity": 20.1, "bits_per_byte": 1.5, "unigram_bits_per_byte": 2.75}
@@ -54,7 +54,7 @@ def steps(recorder: Recorder, clock: SimpleNamespace, count: int, *, done: int =
     for number in range(done + 1, done + count + 1):
         clock.now += 2.0
         loss, grad_norm = torch.tensor(float(number)), torch.tensor(norm)
-        recorder.step(
+        recorder.record_step(
             epoch=number / 4,
             lr=1e-3 / number,
             loss=loss,
@@ -94,9 +94,9 @@ def test_a_step_is_logged_when_the_next_one_is_done_and_the_last_on_close(tmp_pa
 def test_an_evaluation_is_logged_after_its_step_and_costs_no_training_time(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 1)
-    recorder.catch_up()
+    recorder.flush()
     clock.now += 1000.0
-    recorder.evaluation(0.25, FIGURES, "loss 2.5")
+    recorder.record_evaluation(0.25, FIGURES, "loss 2.5")
     steps(recorder, clock, 1)
     recorder.close()
     assert lines(tmp_path)[1] == {"step": 1, "epoch": 0.25, **FIGURES}
@@ -127,12 +127,12 @@ def test_a_resumed_log_and_its_counters_are_those_of_a_run_never_interrupted(tor
         (tmp_path / folder).mkdir()
     once = recorder_in(tmp_path / "once")
     steps(once, clock, 4)
-    expected = once.progress()
+    expected = once.current_progress()
     once.close()
 
     first = recorder_in(tmp_path / "twice")
     steps(first, clock, 2)
-    progress = first.progress()
+    progress = first.current_progress()
     assert progress == Progress(
         step=2, tokens=100, seconds=4.0, flops=1200.0, log_bytes=(tmp_path / "twice" / "log.jsonl").stat().st_size
     )
@@ -145,7 +145,7 @@ def test_a_resumed_log_and_its_counters_are_those_of_a_run_never_interrupted(tor
     second = recorder_in(tmp_path / "twice", progress=progress)
     assert [line["step"] for line in lines(tmp_path / "twice")] == [1, 2]
     steps(second, clock, 2, done=2)
-    assert second.progress() == expected
+    assert second.current_progress() == expected
     assert (expected.step, expected.tokens, expected.seconds, expected.flops) == (4, 200, 8.0, 2400.0)
     assert second.totals() == once.totals()
     second.close()
@@ -163,10 +163,10 @@ def test_a_log_shorter_than_the_checkpoint_remembers_is_not_filled_up_with_zeros
 def test_progress_holds_every_step_in_the_log_and_the_loss_of_an_evaluation_after_the_last(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 3)
-    assert recorder.progress().figure is None
+    assert recorder.current_progress().figure is None
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    recorder.evaluation(0.75, FIGURES, "loss 2.5")
-    progress = recorder.progress(figure=3.0)
+    recorder.record_evaluation(0.75, FIGURES, "loss 2.5")
+    progress = recorder.current_progress(figure=3.0)
     assert (progress.figure, progress.log_bytes) == (3.0, (tmp_path / "log.jsonl").stat().st_size)
     recorder.close()
 
@@ -178,8 +178,8 @@ def test_steps_without_a_finite_gradient_are_counted_in_a_row_since_the_first(en
     counted = []
     for norm in (math.nan, 1.0, math.inf, math.nan, -math.inf, 1.0):
         steps(recorder, clock, 1, done=recorder.steps, norm=norm)
-        counted.append((recorder.bad_steps, recorder.bad_since() - done if recorder.bad_steps else None))
-    recorder.catch_up()
+        counted.append((recorder.bad_steps, recorder.first_bad_step() - done if recorder.bad_steps else None))
+    recorder.flush()
     assert counted == [(0, None), (1, 0), (0, None), (1, 2), (2, 2), (3, 2)]  # known one step later
     assert recorder.bad_steps == 0
     recorder.close()
@@ -188,9 +188,9 @@ def test_steps_without_a_finite_gradient_are_counted_in_a_row_since_the_first(en
 def test_the_first_step_without_a_finite_gradient_is_the_same_one_after_an_evaluation_settled_the_last(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 3, norm=math.nan)
-    assert (recorder.bad_steps, recorder.bad_since()) == (2, 0)
-    recorder.catch_up()
-    assert (recorder.bad_steps, recorder.bad_since()) == (3, 0)
+    assert (recorder.bad_steps, recorder.first_bad_step()) == (2, 0)
+    recorder.flush()
+    assert (recorder.bad_steps, recorder.first_bad_step()) == (3, 0)
     recorder.close()
 
 
@@ -199,7 +199,7 @@ def test_figures_that_are_not_numbers_are_strict_json(tmp_path, clock):
     clock.now += 1.0
     infinite, missing = torch.tensor(math.inf), torch.tensor(math.nan)
     none = np.zeros(0, np.int64)
-    recorder.step(epoch=0.5, lr=1e-3, loss=missing, grad_norm=infinite, examples=none, tokens=50, flops=1.0)
+    recorder.record_step(epoch=0.5, lr=1e-3, loss=missing, grad_norm=infinite, examples=none, tokens=50, flops=1.0)
     recorder.close()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     figures = json.loads(line, parse_constant=pytest.fail)
@@ -224,9 +224,9 @@ def test_a_spike_is_logged_with_its_examples_and_the_same_after_a_resume(stopped
         clock.now += 2.0
         loss = torch.tensor(90.5 if number == 25 else 1.0 + number % 3)
         figures = {"loss": loss, "grad_norm": torch.tensor(0.5), "tokens": 50, "flops": 600.0}
-        recorder.step(epoch=0.5, lr=1e-3, examples=np.array([number, number + 40]), **figures)
+        recorder.record_step(epoch=0.5, lr=1e-3, examples=np.array([number, number + 40]), **figures)
         if number == stopped:
-            progress = recorder.progress()
+            progress = recorder.current_progress()
             recorder.close()
             recorder = recorder_in(tmp_path, progress=progress)
     recorder.close()
@@ -239,7 +239,7 @@ def test_a_spike_is_logged_with_its_examples_and_the_same_after_a_resume(stopped
 def test_a_disabled_recorder_writes_and_shows_nothing(tmp_path, clock, capfd):
     recorder = recorder_in(tmp_path, enabled=False)
     steps(recorder, clock, 2)
-    recorder.evaluation(0.5, FIGURES, "loss 2.5")
+    recorder.record_evaluation(0.5, FIGURES, "loss 2.5")
     recorder.close()
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
@@ -256,7 +256,7 @@ def facts(tokenizer, monkeypatch) -> dict:
         start, stop = np.array(starts), np.array(stops)
         return Examples(ids=np.arange(15), start=start, stop=stop, prefix=none, suffix=none, fingerprint=fingerprint)
 
-    return run_facts(
+    return collect_run_facts(
         SimpleNamespace(num_processes=2, device=torch.device("cpu")),
         SimpleNamespace(model=network, summary="full head (it mixes)"),
         Plan(lengths, examples=2, micro_tokens=64),
@@ -275,7 +275,8 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     (tmp_path / "a.txt").write_text("words")
     data, run = Data(source=str(tmp_path / "a.txt")), Run(output_dir=str(tmp_path), samples=("A [MASK].",))
     config = Config(data=data, objective=MaskedLM(rate=0.3), run=run)
-    announce(tmp_path, config, facts)
+    write_run_json(tmp_path, config, facts)
+    log_run_facts(tmp_path, config, facts)
     content = json.loads((tmp_path / "run.json").read_text())
     assert [file["bytes"] for file in content["sources"][data.source]] == [5]
     assert content["head"] == "full head (it mixes)"
@@ -287,16 +288,19 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
 
 def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, facts, caplog):
     with caplog.at_level("INFO", logger="minilm"):
-        announce(tmp_path, Config(optim=Optim(warmup=6)), facts)
+        write_run_json(tmp_path, Config(optim=Optim(warmup=6)), facts)
+        log_run_facts(tmp_path, Config(optim=Optim(warmup=6)), facts)
         assert not [line for line in caplog.messages if "warmup" in line]
-        announce(tmp_path, Config(optim=Optim(warmup=7)), facts)
+        write_run_json(tmp_path, Config(optim=Optim(warmup=7)), facts)
+        log_run_facts(tmp_path, Config(optim=Optim(warmup=7)), facts)
     assert "train: 3 examples, 15 tokens, 6.67% of them unknown to the tokenizer" in caplog.messages
     assert caplog.messages[-1] == "optim.warmup is 7 steps, no fewer than the run: the rate never reaches optim.lr"
 
 
 def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):
     write_results(tmp_path, FIGURES)
-    announce(tmp_path, Config(), facts)
+    write_run_json(tmp_path, Config(), facts)
+    log_run_facts(tmp_path, Config(), facts)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -19,7 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from minilm import Config, Run
 from minilm.config.serialization import read_run_config
 from minilm.runs import trackers
-from minilm.runs.trackers import open_trackers
+from minilm.runs.trackers import start_trackers
 from minilm.train import train
 from tests.jobs import config_in, finish
 from tests.launch import read_log
@@ -181,7 +181,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
 def feed(place: Path, *names: str, steps: int = 4, after: int = 0) -> None:
     """Open these trackers, log so many steps, and finish."""
     accelerator = SimpleNamespace(trackers=[])
-    open_trackers(accelerator, Config(run=Run(trackers=names)), place, after)
+    start_trackers(accelerator, Config(run=Run(trackers=names)), place, after)
     for step in range(1, steps + 1):
         for tracker in accelerator.trackers:
             tracker.log({"train/loss": 1.0}, step=step)

@@ -23,7 +23,7 @@ class Data:
     .arrow, or .gz of the first four), a folder written by save_to_disk, or a hub dataset id. Several are read one
     after the other."""
     weights: tuple[float, ...] = ()
-    """How often an epoch sees the training documents of each source: 2 means twice, 0.5 means a half drawn by seed.
+    """How often an epoch sees the training documents of each source: 2 means twice, 0.5 means a random half of them.
     Default: 1 for each source."""
     config: str | None = None
     """Configuration of a hub dataset, such as wikitext-2-raw-v1."""
@@ -48,8 +48,8 @@ class Data:
     eval_split: str | None = None
     """Split of the source to evaluate on, such as validation. Several splits joined by + are evaluated separately."""
     eval_fraction: float = 0.05
-    """Share of the documents to hold out for evaluation, drawn by seed. For pydocs it is a share of the bytes, in whole
-    modules. If data.document is file, it is the end of each file."""
+    """Share of the documents to hold out for evaluation, chosen at random by run.seed. For pydocs it is a share of the
+    bytes, in whole modules. If data.document is file, minilm holds out the end of each file."""
     streaming: bool = False
     """Encode the documents while they are read, and store only their tokens. Every (1 / eval_fraction)-th document is
     then held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""

@@ -151,7 +151,7 @@ def restore_process() -> None:
 
 @contextlib.contextmanager
 def restore_on_error() -> Iterator[None]:
-    """Inside it, any error restores the state that the process had before the run, so that another `train` can follow.
+    """Restore the state that the process had before the run if the block raises, so that another `train` can follow.
 
     The process stays in the process group, since all processes of a job end or go on together.
     """
@@ -283,7 +283,7 @@ def finish(accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def one_job() -> Iterator[None]:
-    """Inside it, `finish` stays in the process group, and the next `start` continues in it.
+    """Let `finish` stay in the process group inside the block, so that the next `start` continues in it.
 
     If a process rejoins a group at the same address at once, another process may not have left it yet.
     """

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minilm.config.parsing import to_dict
 from transformers import AutoModelForMaskedLM
 
 import minilm.runs.session
 from minilm import Config, Data, Run, Tokens
+from minilm.config.serialization import to_dict
 from minilm.distributed.launch import join_job, start
 from minilm.distributed.sharding import read_sharding
 from minilm.runs.checkpoint import Checkpoint, Progress

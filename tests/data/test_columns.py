@@ -1,4 +1,4 @@
-"""Labels and second texts: each row keeps what it holds, and no row that lacks one is passed over."""
+"""Labels and second texts: each row keeps its own, and a row without one is an error."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def _source(folder: Path, rows: list[dict[str, Any]], name: str = "a.jsonl") -> 
 
 
 def _read(source: str, **options: Any) -> Dataset:
-    """All rows, in their order."""
+    """Return all rows, in their order."""
     data = Data(source=source, eval_source=source, **options)
     train, held_out = load_documents(data, seed=0, labels=True)
     assert train[:] == held_out[""][:]
@@ -120,25 +120,25 @@ BAD_LABELS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_row_without_a_text_or_label_is_refused_by_its_number(tmp_path: Path, case: str) -> None:
-    change, options, said = REFUSED[case]
+def test_a_row_without_a_text_or_label_is_refused_with_its_line(tmp_path: Path, case: str) -> None:
+    change, options, message = REFUSED[case]
     rows = [{"text": "a", "other": "b", "label": 1} for _ in range(4)]
     rows[2] |= change
-    with pytest.raises(ValueError, match=rf"^[^\n]*a\.jsonl[^\n]*{said}[^\n]*\Z"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*a\.jsonl[^\n]*{message}[^\n]*\Z"):
         _read(_source(tmp_path, rows), **options)
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
-def test_what_is_no_label_is_refused_by_its_row(tmp_path: Path, case: str) -> None:
-    value, said = BAD_LABELS[case]
-    with pytest.raises(ValueError, match=rf"^[^\n]*line 1: column 'label' {said}[^\n]*\Z"):
+def test_a_cell_that_is_not_a_label_is_refused_with_its_line(tmp_path: Path, case: str) -> None:
+    value, message = BAD_LABELS[case]
+    with pytest.raises(ValueError, match=rf"^[^\n]*line 1: column 'label' {message}[^\n]*\Z"):
         _read(_source(tmp_path, [{"text": "a", "label": value}] * 2))
 
 
-@pytest.mark.parametrize(("source", "said"), [("a.txt", "a .txt file has no labels"), ("pydocs", "has no labels")])
-def test_a_source_that_has_no_labels_says_so(tmp_path: Path, source: str, said: str) -> None:
+@pytest.mark.parametrize(("source", "message"), [("a.txt", "a .txt file has no labels"), ("pydocs", "has no labels")])
+def test_a_source_that_has_no_labels_says_so(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_documents(Data(source=source if source == "pydocs" else str(tmp_path / source)), seed=0, labels=True)
 
 
@@ -153,7 +153,7 @@ def test_sources_whose_labels_differ_in_type_are_refused(tmp_path: Path) -> None
 
 
 def _glue_part(task: str, split: str) -> Dataset:
-    """Two rows of the shape that the hub's have, whose texts name their split and column."""
+    """Return two rows with the columns of the dataset on the hub. Their texts name their split and column."""
     columns = {name: [f"{split} {name} {i}" for i in range(2)] for name in GLUE[task]}
     kind = Value("float32") if task == "stsb" else ClassLabel(names=["not", "yes"])
     features = Features({name: Value("string") for name in columns} | {"label": kind, "idx": Value("int32")})
@@ -161,7 +161,7 @@ def _glue_part(task: str, split: str) -> Dataset:
 
 
 @pytest.mark.parametrize(("source", "task"), [("glue", "cola"), *(("nyu-mll/glue", task) for task in GLUE)])
-def test_a_task_of_glue_needs_its_name_alone(task: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_glue_needs_only_its_name(task: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(path: str, *, name: str, split: str) -> Dataset:
         assert (path, name) == (source, task)
         return _glue_part(name, split)
@@ -178,20 +178,22 @@ def test_a_task_of_glue_needs_its_name_alone(task: str, source: str, monkeypatch
     ]
 
 
-def test_what_is_said_of_a_task_goes_before_what_is_known_of_it() -> None:
+def test_settings_of_the_user_override_those_of_a_task() -> None:
     data = Data(source="glue", config="mrpc", pair_column="idx", eval_split="train[:10]")
     assert apply_glue_task(data) == data
     assert apply_glue_task(Data(source="glue", config="mrpc", eval_source="a.csv")).eval_split is None
     assert apply_glue_task(Data(source="imdb")) == Data(source="imdb")
 
 
-@pytest.mark.parametrize(("config", "said"), [("mprc", "did you mean 'mrpc'"), (None, "There are: cola"), ("ax", "ax")])
-def test_an_unknown_task_of_glue_is_refused_with_those_there_are(config: str | None, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"^nyu-mll/glue: [^\n]*{said}[^\n]* --data.config\Z"):
+@pytest.mark.parametrize(
+    ("config", "message"), [("mprc", "did you mean 'mrpc'"), (None, "There are: cola"), ("ax", "ax")]
+)
+def test_an_unknown_task_of_glue_is_refused_with_a_list_of_tasks(config: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^nyu-mll/glue: [^\n]*{message}[^\n]* --data.config\Z"):
         load_documents(Data(source="nyu-mll/glue", config=config), seed=0, labels=True)
 
 
-def test_a_folder_of_several_splits_is_evaluated_on_each_that_is_named(tmp_path: Path) -> None:
+def test_eval_split_evaluates_each_split_that_it_names(tmp_path: Path) -> None:
     splits = ("train", "validation_matched", "validation_mismatched")
     DatasetDict({split: _glue_part("mnli", split) for split in splits}).save_to_disk(tmp_path / "saved")
     data = Data(source=str(tmp_path / "saved"), column="premise", eval_split="+".join(splits[1:]))

@@ -1,4 +1,4 @@
-"""Python's own documentation as a corpus: read and never run, split by module, without repetition, cached."""
+"""Python's own documentation as a corpus: not executed, split by module, without near-duplicates, cached."""
 
 import ast
 import json
@@ -37,15 +37,17 @@ def test_a_twentieth_of_the_bytes_is_held_out(corpus: Corpus) -> None:
     assert _bytes(train + held_out) > 1_000_000
 
 
-def test_no_document_repeats_half_of_what_longer_ones_say(corpus: Corpus) -> None:
+def test_no_document_repeats_half_of_longer_documents(corpus: Corpus) -> None:
     documents = [*corpus[0], *corpus[1]]
-    said: dict[tuple[str, ...], int] = {}  # shingle -> words of the longest document that says it
+    longest: dict[tuple[str, ...], int] = {}  # shingle -> words of the longest document that has it
     longest_first = sorted(documents, key=len, reverse=True)
     for text in longest_first:
         for shingle in _shingles(text):
-            said.setdefault(shingle, len(text))
+            longest.setdefault(shingle, len(text))
     repeated = [
-        sum(said[shingle] > len(text) for shingle in own) / len(own) for text in documents if (own := _shingles(text))
+        sum(longest[shingle] > len(text) for shingle in own) / len(own)
+        for text in documents
+        if (own := _shingles(text))
     ]
     assert max(repeated) < 0.5
     assert len({" ".join(text.lower().split()) for text in documents}) == len(documents)
@@ -63,7 +65,7 @@ def _words(name: str, count: int = 12) -> str:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of thirty modules of five docstrings, and a cache of its own."""
+    """Return the folder of a standard library with thirty modules of five docstrings, and use a cache of its own."""
     root = tmp_path / "stdlib"
     for module in range(30):
         functions = "".join(f"def f{i}():\n    '''{_words(f'm{module}_f{i}')}'''\n" for i in range(5))
@@ -82,7 +84,7 @@ def test_whole_modules_are_held_out(library: Path) -> None:
     assert (len(train), len(held_out)) == (21 * 5, 9 * 5)
 
 
-def test_nothing_is_executed_and_broken_files_are_passed_over(library: Path, tmp_path: Path) -> None:
+def test_nothing_is_executed_and_broken_files_are_skipped(library: Path, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     act = f"open({str(mark)!r}, 'w').close()\nraise SystemExit('executed')\n"
     (library / "evil.py").write_text(f'"""Text of an evil module."""\n{act}class A:\n    """Text of class A."""\n')
@@ -100,7 +102,7 @@ def test_nothing_is_executed_and_broken_files_are_passed_over(library: Path, tmp
     assert "evil" not in sys.modules
 
 
-def test_docstrings_topics_and_nothing_else_are_taken(library: Path) -> None:
+def test_the_documents_are_docstrings_and_topics_and_nothing_else(library: Path) -> None:
     for folder in ("site-packages", "test", "_vendor", "pydoc_data"):
         (library / folder).mkdir()
         (library / folder / "x.py").write_text(f'"""Docstring in {folder} folder."""')
@@ -111,7 +113,7 @@ def test_docstrings_topics_and_nothing_else_are_taken(library: Path) -> None:
     assert texts == {"Docstring in pydoc_data folder.", "The if statement.", "Text of\nf."}
 
 
-def test_a_repeated_docstring_stays_once_and_the_longer_of_two_stays(library: Path) -> None:
+def test_of_two_similar_docstrings_the_longer_stays(library: Path) -> None:
     long, other = _words("long", 40), _words("other", 40)
     half = " ".join(long.split()[:20] + other.split()[:10])  # 13 of its 23 shingles are long's, and 3 of other's
     (library / "a.py").write_text(f'"""{half}"""\ndef f():\n    """{long}"""')
@@ -120,7 +122,7 @@ def test_a_repeated_docstring_stays_once_and_the_longer_of_two_stays(library: Pa
     assert sorted(texts) == [long, other]
 
 
-def test_a_second_call_parses_nothing_and_a_change_is_seen(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_parses_nothing_unless_a_file_changed(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, parse, parsed = load_pydocs(0.3), ast.parse, []
     monkeypatch.setattr(ast, "parse", lambda *args: (parsed.append(args), parse(*args))[1])
     assert load_pydocs(0.3) == first
@@ -133,7 +135,7 @@ def test_a_second_call_parses_nothing_and_a_change_is_seen(library: Path, monkey
 def test_the_corpus_does_not_depend_on_the_process(library: Path, tmp_path: Path) -> None:
     code = f"import sysconfig; sysconfig.get_paths = lambda: {{'stdlib': {str(library)!r}}}; "
     code += "import json; from minilm.data.pydocs import load_pydocs; print(json.dumps(load_pydocs(0.3)))"
-    # This process has another seed, a random one.
+    # Each process has its own random seed for hashes of strings.
     environment = {**os.environ, "PYTHONHASHSEED": "1", "HF_HOME": str(tmp_path / "other cache")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [*load_pydocs(0.3)]

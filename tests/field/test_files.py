@@ -1,4 +1,4 @@
-"""Files as users have them: every row is read as it was written, or an error in one line names the place.
+"""Files as users have them: every row is read as it was written, or a one-line error names the place.
 
 The expected rows come from Python's csv and json, from pyarrow, or are written here, never from minilm itself.
 """
@@ -46,7 +46,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Situation:
-    """Files, and the rows that are in them or the error about them."""
+    """Files, and the rows that they hold or the error that they give."""
 
     files: dict[str, bytes | str]
     rows: Sequence[dict[str, Any]] = ()
@@ -687,7 +687,7 @@ def test_a_file_of_glue_gives_all_its_rows_to_a_classifier(tmp_path: Path) -> No
     assert labels.tolist() == [row["label"] for row in rows]
 
 
-def test_a_part_of_a_delimited_file_has_the_labels_of_all_of_it(tmp_path: Path) -> None:
+def test_a_part_of_a_delimited_file_has_the_label_type_of_the_whole_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n" + "a,1\n" * 6 + "b,2.5\n" * 2 + "c,\n")
     data = Data(source=str(tmp_path / "a.csv"))
     parts = {
@@ -746,7 +746,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_that_no_source_can_follow_is_refused_before_anything_is_read(
+def test_a_setting_without_effect_is_refused_before_a_file_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -820,7 +820,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_other_texts_with_the_same_time_and_size_are_read_anew(tmp_path: Path, name: str, streaming: bool) -> None:
+def test_other_texts_with_the_same_time_and_size_are_read_again(tmp_path: Path, name: str, streaming: bool) -> None:
     path = tmp_path / name
     data = Data(source=str(path), eval_source=str(path), streaming=streaming)
 

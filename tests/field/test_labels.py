@@ -50,7 +50,7 @@ def labelled(values: list[Any], feature: Any = None) -> Dataset:
 def read(values: list[Any], feature: Any = None, known: tuple[str, ...] = (), **options: Any) -> Any:
     column = labelled(values, feature)
     problem = options.pop("problem", "auto")
-    # A copy, since the same dataset twice means a model that is only evaluated.
+    # A copy, because the same object twice means that a model is only evaluated.
     return read_labels(column, {"": labelled(values, feature)}, Classification(problem=problem), known, **options)
 
 
@@ -320,7 +320,7 @@ def test_minus_one_is_a_class_of_an_evaluation_where_training_has_it() -> None:
     assert ids.tolist() == [0, 0]
 
 
-def test_each_part_of_the_evaluation_is_read_by_names_of_its_own() -> None:
+def test_each_evaluation_part_is_read_by_its_own_names() -> None:
     parts = {"a": labelled([0, 1], NO_YES), "b": labelled([0, 1], ClassLabel(names=["yes", "no"]))}
     assert read_labels(labelled([1, 0], NO_YES), parts, Classification())[2].tolist() == [0, 1, 1, 0]
 
@@ -423,7 +423,7 @@ def load(name: str, tokenizer: Any, values: list[Any]) -> Any:
     )
 
 
-def test_a_head_of_other_labels_starts_anew_and_one_of_the_same_is_kept(
+def test_a_head_of_other_labels_starts_at_random_and_a_head_of_the_same_labels_is_kept(
     tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = saved(tmp_path / "model", tokenizer, **names("NEUTRAL", "POSITIVE"))
@@ -443,14 +443,14 @@ def test_a_head_of_other_labels_starts_anew_and_one_of_the_same_is_kept(
     assert torch.equal(again.classifier.weight, new.classifier.weight)
 
 
-def test_the_head_of_a_tagger_is_not_taken_for_that_of_a_classifier(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_head_of_a_tagger_is_not_used_for_a_classifier(tokenizer: Any, tmp_path: Path) -> None:
     name = saved(tmp_path / "model", tokenizer, BertForTokenClassification, **names("a", "b"))
     before = BertForTokenClassification.from_pretrained(name).classifier.weight
     assert read_model_labels(name) == ()
     assert not torch.equal(load(name, tokenizer, ["a", "b"]).classifier.weight, before)
 
 
-def test_labels_of_a_checkpoint_are_those_that_its_pipeline_answers_with(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_labels_of_a_checkpoint_are_those_of_its_pipeline(tokenizer: Any, tmp_path: Path) -> None:
     name = saved(tmp_path / "model", tokenizer, **names("b", "a"))
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())

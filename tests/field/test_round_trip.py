@@ -32,7 +32,7 @@ from minilm.data.sources import load_rows, stream_rows
 pytestmark = pytest.mark.scorecard(32)
 
 FILES = 1200
-# One file in so many has more than 10,000 rows, after which some readers guess the types again.
+# One file in this many has more than 10,000 rows, after which some readers guess the types again.
 LONG = 400
 # Pieces of text that make readers guess: quotes, delimiters, line ends, words for missing values, numbers, dates.
 PIECES = (
@@ -49,7 +49,7 @@ FORMS = ("csv", "plain tsv", "quoted tsv", "jsonl", "json", "txt", "parquet", "a
 
 @dataclass(frozen=True)
 class Written:
-    """A file, and the cells that are in it."""
+    """A file, and the cells that it holds."""
 
     form: str
     name: str

@@ -1,4 +1,4 @@
-"""Streams: the tokens of the mapped documents, with nothing else stored and no more read than is needed."""
+"""Streams: they give the tokens of the mapped documents, store nothing else, and read no more than needed."""
 
 import gzip
 import io
@@ -84,7 +84,7 @@ def test_a_saved_dataset_is_streamed_by_rows_and_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.95])
-def test_the_share_held_out_is_exact_and_spread_over_the_stream(tmp_path: Path, fraction: float) -> None:
+def test_the_fraction_held_out_is_exact_and_spread_over_the_stream(tmp_path: Path, fraction: float) -> None:
     lines = [f"line {number}" for number in range(100)]
     source = _write(tmp_path, "a.txt", "\n".join(lines).encode())
     train, held_out = stream_documents(Data(source=source, streaming=True, eval_fraction=fraction))
@@ -94,7 +94,7 @@ def test_the_share_held_out_is_exact_and_spread_over_the_stream(tmp_path: Path, 
         assert abs(len({*lines[:part]} & {*inside}) - part * fraction) < 1
 
 
-def test_sources_follow_each_other_as_often_as_their_weights_say(tmp_path: Path) -> None:
+def test_weights_repeat_the_sources_of_a_stream(tmp_path: Path) -> None:
     sources = (_write(tmp_path, "a.txt", b"a\nb\nc\nd"), _write(tmp_path, "b.txt", b"e\nf\ng\nh"))
     data = Data(source=sources, weights=(0.5, 2), streaming=True, eval_source=sources[0])
     assert "".join(_texts(stream_documents(data)[0])) == "bdefghefgh"
@@ -118,7 +118,7 @@ def test_the_ids_are_those_of_the_mapped_documents_and_a_second_run_reads_nothin
     assert np.array_equal(again.ids[:], one.ids[:])
 
 
-def test_a_stream_is_known_by_the_content_of_its_files_and_what_is_taken_of_them(tmp_path: Path) -> None:
+def test_the_identity_of_a_stream_depends_on_its_content_and_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     data = Data(source=_write(tmp_path, "a.txt", LINES), streaming=True)
     others = [replace(data, **options) for options in ({"split": "train[:9]"}, {"document": "paragraph"})]
@@ -137,7 +137,7 @@ def test_a_stream_is_known_by_the_content_of_its_files_and_what_is_taken_of_them
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A dataset of a million rows on a hub that is none, and the rows that were asked for."""
+    """Replace the hub by a dataset of a million rows. Return the list of the rows that were read."""
     read: list[int] = []
 
     def rows() -> Iterator[dict[str, str]]:
@@ -158,7 +158,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("layout", "most"), [("documents", 1500), ("blocks", 20000)])
-def test_of_a_hub_stream_no_more_is_read_than_the_steps_need(hub: list[int], layout: str, most: int) -> None:
+def test_a_hub_stream_is_read_only_as_far_as_the_steps_need(hub: list[int], layout: str, most: int) -> None:
     config = Config(
         data=Data(source="some/rows", streaming=True, eval_fraction=0.1),
         tokens=Tokens(vocab_size=400),
@@ -173,9 +173,7 @@ def test_of_a_hub_stream_no_more_is_read_than_the_steps_need(hub: list[int], lay
 
 
 @pytest.mark.parametrize(("overflow", "max_length"), [("split", 64), ("truncate", 8)])
-def test_of_a_hub_stream_packed_rows_get_the_documents_that_fill_them(
-    hub: list[int], overflow: str, max_length: int
-) -> None:
+def test_a_hub_stream_is_read_until_the_packed_rows_are_full(hub: list[int], overflow: str, max_length: int) -> None:
     config = Config(
         data=Data(source="some/rows", streaming=True, eval_fraction=0.1),
         tokens=Tokens(vocab_size=400, overflow=overflow),
@@ -188,7 +186,7 @@ def test_of_a_hub_stream_packed_rows_get_the_documents_that_fill_them(
     assert max(hub) < 60_000
 
 
-def test_of_several_hub_streams_all_is_read_so_that_each_has_its_share(
+def test_several_hub_streams_are_read_to_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def load_dataset(path: str, **options: Any) -> IterableDataset:
@@ -218,24 +216,24 @@ REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_streamed_is_refused_in_one_line_that_names_the_source(tmp_path: Path, case: str) -> None:
-    content, options, said = REFUSED[case]
+def test_a_source_that_cannot_be_streamed_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    content, options, message = REFUSED[case]
     data = Data(source=_write(tmp_path, "a.txt", content), streaming=True, **options)
-    with pytest.raises(ValueError, match=rf"^[^\n]*a\.txt[^\n]*{said}[^\n]*\Z"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*a\.txt[^\n]*{message}[^\n]*\Z"):
         _texts(stream_documents(data)[0])
 
 
 @pytest.mark.parametrize(
-    ("content", "column", "said"),
+    ("content", "column", "message"),
     [
         (JSONL, "b.text", "no column 'b.text'"),
         (JSONL, "number", "line 1: column 'number' holds int where text"),
         (JSONL[:-9], "a.text", "line 25: not JSON, or cut off"),
     ],
 )
-def test_a_row_that_cannot_be_streamed_is_named(tmp_path: Path, content: bytes, column: str, said: str) -> None:
+def test_a_row_that_cannot_be_streamed_is_named(tmp_path: Path, content: bytes, column: str, message: str) -> None:
     data = Data(source=_write(tmp_path, "a.jsonl", content), column=column, streaming=True)
-    with pytest.raises(ValueError, match=rf"^[^\n]*a\.jsonl[^\n]*{said}[^\n]*\Z"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*a\.jsonl[^\n]*{message}[^\n]*\Z"):
         _texts(stream_documents(data)[0])
 
 

@@ -1,4 +1,4 @@
-"""Documents: every source gives the same texts, every split is exact, and what is wrong is named in one line."""
+"""Documents: every source gives the same texts, every split is exact, and every error is one line."""
 
 import gzip
 import hashlib
@@ -22,7 +22,7 @@ from minilm.data.text_decoding import detect_encoding
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
 TEXTS_SORTED = sorted(TEXTS)
 ROWS = [{"text": text, "number": number} for number, text in enumerate(TEXTS)]
-# The shape of ELI5.
+# Nested columns as in ELI5.
 NESTED = [
     {"q_id": str(i), "answers": {"a_id": ["x", "y"], "text": text.split(" "), "score": [1, 2]}}
     for i, text in enumerate(TEXTS)
@@ -54,7 +54,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def _all(data: Data) -> list[str]:
-    """Training and evaluation texts together, sorted."""
+    """Return training and evaluation texts together, sorted."""
     train, held_out = load_documents(data, seed=0)
     return sorted([*train["text"], *held_out[""]["text"]])
 
@@ -132,7 +132,7 @@ def test_a_folder_and_a_glob_stand_for_all_their_files(tmp_path: Path, source: s
     assert _all(Data(source=str(tmp_path / source))) == TEXTS_SORTED
 
 
-def test_what_is_hidden_below_a_folder_is_not_read_though_the_folder_itself_may_be(tmp_path: Path) -> None:
+def test_hidden_files_below_a_folder_are_not_read_but_the_folder_may_be_hidden(tmp_path: Path) -> None:
     folder = tmp_path / ".data"
     _write(folder, {"a.txt": LINES, ".ipynb_checkpoints/a-checkpoint.csv": b"text\nold\n", "in/.old/b/c.txt": b"old"})
     assert _all(Data(source=str(folder))) == _all(Data(source=f"{folder}/../.data")) == TEXTS_SORTED
@@ -190,13 +190,13 @@ def test_the_held_out_fraction_is_exact_disjoint_and_decided_by_the_seed(tmp_pat
 
 
 def _several(folder: Path, **options: Any) -> Data:
-    """A source of text and one of JSON, 20 documents each."""
+    """Return settings for a text file and a JSON file of 20 documents each."""
     others = [{"text": text.replace("Document", "Other")} for text in TEXTS]
     _write(folder, {"a.txt": LINES, "b.jsonl": _jsonl(others)})
     return Data(source=(str(folder / "a.txt"), str(folder / "b.jsonl")), eval_fraction=0.2, **options)
 
 
-def test_several_sources_come_one_after_the_other_each_with_its_own_share_held_out(tmp_path: Path) -> None:
+def test_several_sources_follow_each_other_and_each_has_a_share_held_out(tmp_path: Path) -> None:
     data = _several(tmp_path)
     train, held_out = load_documents(data, seed=0)
     alone = [load_documents(replace(data, source=source), seed=0) for source in data.sources]
@@ -205,7 +205,7 @@ def test_several_sources_come_one_after_the_other_each_with_its_own_share_held_o
     assert (len(train), len(held_out[""])) == (32, 8)
 
 
-def test_a_weight_is_how_often_a_source_is_seen_in_training_and_held_out_it_is_seen_once(tmp_path: Path) -> None:
+def test_a_weight_repeats_training_documents_and_no_evaluation_documents(tmp_path: Path) -> None:
     data = _several(tmp_path, weights=(2.25, 0.5))
     train, held_out = load_documents(data, seed=0)
     whole, held_out_whole = load_documents(replace(data, weights=()), seed=0)
@@ -216,7 +216,8 @@ def test_a_weight_is_how_often_a_source_is_seen_in_training_and_held_out_it_is_s
     assert sorted(counts[text] for text in second) == [0] * 8 + [1] * 8
     drawn = [{*load_documents(data, seed=seed)[0]["text"][36:]} for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    ends = replace(data, eval_source=data.sources[0])  # nothing is held out, and the order is that of the files
+    # Nothing is held out, and the documents have the order of the files.
+    ends = replace(data, eval_source=data.sources[0])
     assert not {*load_documents(ends, seed=0)[0]["text"][45:]} <= {
         text.replace("Document", "Other") for text in TEXTS[:10]
     }
@@ -292,10 +293,10 @@ REFUSED: dict[str, tuple[dict[str, bytes], str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_wrong_is_refused_in_one_line_that_names_the_source(tmp_path: Path, case: str) -> None:
-    files, name, options, said = REFUSED[case]
+def test_a_mistake_is_refused_in_one_line_that_names_the_source(tmp_path: Path, case: str) -> None:
+    files, name, options, message = REFUSED[case]
     source = str(_write(tmp_path, files) / name)
-    with pytest.raises(ValueError, match=rf"^[^\n]*{said}[^\n]*\Z") as refusal:
+    with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*\Z") as refusal:
         load_documents(Data(source=source, **options), seed=0)
     assert source in str(refusal.value)
 
@@ -319,7 +320,7 @@ def test_a_letter_may_lie_across_the_blocks_that_are_decoded(
     assert caplog.text.count("so the file is read as Windows-1252") == 1
 
 
-def test_the_facts_of_a_source_are_the_size_and_hash_of_each_file(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_source_is_the_size_and_hash_of_each_file(tmp_path: Path) -> None:
     data = _several(tmp_path, eval_source=str(tmp_path / "a.txt"))
     content = (tmp_path / "b.jsonl").read_bytes()
     facts = fingerprint_sources(data)

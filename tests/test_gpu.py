@@ -98,7 +98,7 @@ def test_loss_and_gradients_in_fp32_are_those_of_the_cpu(
 def test_the_kernel_for_rows_of_any_length_gives_the_loss_of_groups(
     head: SparseHead, examples: Examples, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(short_rows, "SIZES", ())
+    monkeypatch.setattr(short_rows, "HEAD_SIZES", ())
     batch, called = one_batch(examples, tokenizer).to(torch.device("cuda")), []
     kernel = minilm.models.attention.varlen_attn
     monkeypatch.setattr(
@@ -116,7 +116,7 @@ def test_the_kernel_for_rows_of_any_length_gives_the_loss_of_groups(
 LENGTHS = (128, 127, 65, 64, 64, 33, 32, 31, 9, 1)
 
 
-@pytest.mark.parametrize("size", short_rows.SIZES)
+@pytest.mark.parametrize("size", short_rows.HEAD_SIZES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("near", [5, 128])
 def test_short_rows_are_attended_as_in_float64(near: int, causal: bool, size: int) -> None:
@@ -148,7 +148,7 @@ def test_compiled_layers_and_loss_are_the_plain_ones_to_rounding_for_batches_of_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not short:
-        monkeypatch.setattr(short_rows, "SIZES", ())
+        monkeypatch.setattr(short_rows, "HEAD_SIZES", ())
     compiled = SparseHead(copy.deepcopy(head.model))
     compile_layers(compiled)
     for number, count in enumerate((16, 9, 40)):

@@ -33,12 +33,12 @@ def test_when_a_process_is_gone_the_other_ends_and_the_reason_is_told_once(
 
 SLOW = """
 import os, time
-import minilm.train
-original = minilm.train.prepare_data
-def prepare(config):
+import minilm.runs.session
+original = minilm.runs.session.prepare_data
+def prepare_data(config):
     time.sleep(4 if os.environ["RANK"] == "0" else 0)
     return original(config)
-minilm.train.prepare_data = prepare
+minilm.runs.session.prepare_data = prepare_data
 """
 
 

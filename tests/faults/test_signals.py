@@ -85,23 +85,23 @@ BEFORE_THE_FIRST_STEP = {
     "while encoding": """
 import time
 from pathlib import Path
-import minilm.train
-def prepare(config):
+import minilm.runs.session
+def prepare_data(config):
     Path(config.run.output_dir).with_name("begun").touch()
     time.sleep(100)
-minilm.train.prepare_data = prepare
+minilm.runs.session.prepare_data = prepare_data
 """,
     "before the processes have met": """
 import os, time
 from pathlib import Path
-import minilm.train
-meet = minilm.train.start
+import minilm.runs.session
+meet = minilm.runs.session.start
 def start(run):
     if os.environ.get("RANK", "0") == "0":
         Path(run.output_dir).with_name("begun").touch()
         time.sleep(100)
     return meet(run)
-minilm.train.start = start
+minilm.runs.session.start = start
 """,
 }
 

@@ -1,4 +1,4 @@
-"""The writer of a run's checkpoints: it copies the state in memory, and a thread writes the copy to disk."""
+"""Saving of checkpoints: the state is copied in memory, and a thread writes the copy to disk during the next steps."""
 
 import contextlib
 import dataclasses
@@ -37,11 +37,14 @@ log = logging.getLogger("minilm")
 
 
 class CheckpointSaver:
-    """The writer of a run's checkpoints: the run waits for a copy in memory, and a thread writes the copy to disk.
+    """Saves the checkpoints of a run. The run only waits for a copy in memory; a thread writes the copy to disk.
 
     The thread writes at most one checkpoint at a time. When that one is complete, it removes older ones, except the
-    newest `run.keep_last` and the best by `run.best_metric`. Only one process of a job writes (`enabled`). After a
-    write that failed, the next call raises OSError; older checkpoints are then untouched.
+    newest `run.keep_last` and the best by `run.best_metric`. After a write that failed, the
+    next call raises OSError, and older checkpoints are untouched.
+
+    enabled: True on the one process of the job that writes. inputs: the result of
+    `minilm.runs.run_inputs.collect_inputs`.
     """
 
     def __init__(
@@ -74,9 +77,9 @@ class CheckpointSaver:
         return run.save_every > 0 and (last or step % run.save_every == 0 or (better and run.load_best))
 
     def save(self, progress: Progress) -> None:
-        """Begin to write `checkpoint-<step>`; return once the state is copied. Every process of the job calls it."""
+        """Copy the state, begin to write it to `checkpoint-<step>`, and return. Every process of the job calls it."""
         self.wait()
-        # The weights come first: state_dict has FSDP restore the shards that the optimizer refers to.
+        # The weights come first, since state_dict makes FSDP restore the shards that the optimizer refers to.
         weights = gather_full_state(self.network.state_dict(keep_vars=True), keep=self.enabled)
         moments = gather_full_state(collect_optimizer_state(self.optimizer, self.network), keep=self.enabled)
         if not self.enabled:
@@ -94,7 +97,7 @@ class CheckpointSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is on disk; raise OSError where it could not be written."""
+        """Wait until the checkpoint is on disk. Raise OSError where it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -135,10 +138,10 @@ class CheckpointSaver:
 
 
 def gather_full_state(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return a copy of each tensor on the CPU where `keep`, else nothing.
+    """Return a whole copy of each tensor on the CPU where `keep` is True, else an empty dictionary.
 
-    Every process calls this, since each may hold a shard of the tensors. Tied weights, which are one tensor under two
-    names, stay one.
+    Every process calls it, since each may hold a shard of the tensors. Tied weights are one tensor with two names, and
+    so are their copies.
     """
     copies = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():

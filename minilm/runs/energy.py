@@ -1,4 +1,7 @@
-"""Energy of a run where hardware counts it: GPUs by NVML, a host's processors by RAPL. No device is waited for."""
+"""The energy of a run, from hardware that counts it: GPUs by NVML, the host's processors by RAPL.
+
+A thread reads the counters, so that a step never waits for them.
+"""
 
 import contextlib
 import importlib
@@ -13,30 +16,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-_OFTEN = 60.0  # seconds; RAPL's smallest counter, 65 kJ, then goes round at most once below a kilowatt
+_READ_SECONDS = 60.0  # RAPL's smallest counter, 65 kJ, then wraps around at most once between reads below a kilowatt
+_JOULES_PER_KWH = 3.6e6
 GPU_ENERGY, CPU_ENERGY = "energy_kwh_gpus", "energy_kwh_cpus"
 
 
 class EnergyCounter:
-    """Joules that `read` has counted since this was made; it begins again at 0 after `most`."""
+    """The energy, in joules, that has been used since this object was made.
+
+    read: returns the hardware's count in joules, which starts again from 0 after `most`.
+    """
 
     def __init__(self, read: Callable[[], float], most: float = math.inf) -> None:
         self.read, self.most, self.joules, self.last = read, most, 0.0, read()
 
     def update(self) -> None:
-        """Count on; to be called at least once a round of the counter."""
+        """Add the energy since the last call. Call it before the hardware's count wraps around twice."""
         now = self.read()
         self.joules += now - self.last + (self.most if now < self.last else 0.0)
         self.last = now
 
 
 def open_rapl_counters(powercap: Path = Path("/sys/class/powercap")) -> list[EnergyCounter]:
-    """A counter for each processor package; OSError for one that this user must not read."""
+    """Return a counter for each processor package. Raise OSError where this user may not read one."""
 
     def joules(path: Path) -> float:
         return int(path.read_text()) / 1e6
 
-    zones = [zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1]  # a package's parts have two
+    # The names of the parts of a package, such as its memory, have two colons.
+    zones = [zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1]
     packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
     return [
         EnergyCounter(partial(joules, zone / "energy_uj"), joules(zone / "max_energy_range_uj")) for zone in packages
@@ -44,7 +52,10 @@ def open_rapl_counters(powercap: Path = Path("/sys/class/powercap")) -> list[Ene
 
 
 def open_nvml_counter(uuid: str, library: Any = None) -> list[EnergyCounter]:
-    """The counter of the GPU of this UUID. Raises what NVML does, or ImportError without nvidia-ml-py."""
+    """Return the counter of the GPU with this UUID, in a list.
+
+    Raises ImportError where nvidia-ml-py is not installed, and NVML's own errors. library: takes the place of pynvml.
+    """
     library = library or importlib.import_module("pynvml")
     library.nvmlInit()
     handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
@@ -53,41 +64,51 @@ def open_nvml_counter(uuid: str, library: Any = None) -> list[EnergyCounter]:
 
 @contextlib.contextmanager
 def measure_energy(accelerator: Accelerator, since: int) -> Iterator[Callable[[], dict[str, float]]]:
-    """Counts energy inside it, since that step of the run; gives what tells the figures, which all processes call."""
-    finds: dict[str, Callable[[], list[EnergyCounter]]] = (
-        {CPU_ENERGY: open_rapl_counters} if accelerator.is_local_main_process else {}
-    )
+    """Count the energy that is used inside the block, and yield a function that returns the figures.
+
+    Every process calls that function. since: the step of the run at which the block begins. Hardware without a counter
+    is left out.
+    """
+    openers: dict[str, Callable[[], list[EnergyCounter]]] = {}
+    if accelerator.is_local_main_process:
+        openers[CPU_ENERGY] = open_rapl_counters
     if accelerator.device.type == "cuda":
-        finds[GPU_ENERGY] = lambda: open_nvml_counter(str(torch.cuda.get_device_properties(accelerator.device).uuid))
-    counters, ended = {kind: list[EnergyCounter]() for kind in finds}, threading.Event()
-    for kind, find in finds.items():
-        with contextlib.suppress(Exception):  # NVML's have no base of their own
-            counters[kind] = find()
+        openers[GPU_ENERGY] = lambda: open_nvml_counter(str(torch.cuda.get_device_properties(accelerator.device).uuid))
+    counters, ended = {kind: list[EnergyCounter]() for kind in openers}, threading.Event()
+    for kind, open_counters in openers.items():
+        with contextlib.suppress(Exception):  # NVML's errors share no base class of their own
+            counters[kind] = open_counters()
 
     def watch() -> None:
         last = not any(counters.values())
         while not last:
-            last = ended.wait(_OFTEN)
-            for kind, known in counters.items():
+            last = ended.wait(_READ_SECONDS)
+            for kind, opened in counters.items():
                 try:
-                    for counter in known:
+                    for counter in opened:
                         counter.update()
                 except Exception:
                     counters[kind] = []
 
-    (thread := threading.Thread(target=watch, name="energy", daemon=True)).start()
+    thread = threading.Thread(target=watch, name="energy", daemon=True)
+    thread.start()
     try:
-        yield lambda: _figures({kind: [c.joules for c in known] for kind, known in counters.items()}, since)
+        yield lambda: _figures({kind: [c.joules for c in opened] for kind, opened in counters.items()}, since)
     finally:
         ended.set()
         thread.join()
 
 
 def _figures(joules: dict[str, list[float]], since: int) -> dict[str, float]:
-    """`energy_kwh` and its parts over all processes; nothing of a kind that one of them should know and does not."""
-    everyone, found = gather_object([joules]), dict[str, float]()
+    """Return `energy_kwh` and its parts, summed over all processes.
+
+    A part is left out where a process that should count it could not.
+    """
+    processes: list[dict[str, list[float]]] = gather_object([joules])
+    parts = dict[str, float]()
     for kind in (GPU_ENERGY, CPU_ENERGY):
-        if (parts := [part[kind] for part in everyone if kind in part]) and all(parts):
-            found[kind] = sum(map(sum, parts)) / 3.6e6
+        counts = [process[kind] for process in processes if kind in process]
+        if counts and all(counts):
+            parts[kind] = sum(map(sum, counts)) / _JOULES_PER_KWH
     later = {"energy_since_step": since} if since else {}
-    return {"energy_kwh": sum(found.values()), **found, **later} if found else {}
+    return {"energy_kwh": sum(parts.values()), **parts, **later} if parts else {}

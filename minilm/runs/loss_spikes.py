@@ -1,4 +1,4 @@
-"""Loss spikes: steps whose loss is far above those before them."""
+"""Loss spikes: steps whose loss is far above the losses before them."""
 
 import re
 from collections import deque
@@ -6,27 +6,30 @@ from pathlib import Path
 
 import numpy as np
 
-_RECENT, _ENOUGH = 100, 20  # losses that one is compared with, and the fewest that are enough
-_FAR = 6  # standard deviations above their mean
-_LOSS = re.compile(rb'"loss": (-?\d[^,]*),')  # not where it was no number, nor in a line that a power cut tore
+_RECENT_LOSSES = 100  # a loss is compared with this many before it
+_FEWEST_LOSSES = 20  # with fewer than this, no loss counts as a spike
+_SPIKE_DEVIATIONS = 6  # a spike is this many standard deviations above the mean
+# Matches neither a loss that was not finite nor a line that was cut off, by a power cut for example.
+_LOSS = re.compile(rb'"loss": (-?\d[^,]*),')
 
 
 class SpikeDetector:
     """Compares each loss with the last hundred.
 
-    They are read from the `log` of the steps so far, so that a run that was resumed finds what one that never stopped
-    would. A spike counts among the losses after it: when the loss has risen to stay, the reports end after a few.
+    log: the log.jsonl of the run. It holds the earlier losses, so a resumed run finds the same spikes as a run without
+    an interruption. A spike is one of the losses that later ones are compared with. So where the loss stays high, only
+    the first few steps count as spikes.
     """
 
     def __init__(self, log: Path) -> None:
         with log.open("rb") as file:
-            found = (match[1] for line in file if (match := _LOSS.search(line)))
-            self._recent = deque(map(float, deque(found, _RECENT)), _RECENT)
+            losses = (match[1] for line in file if (match := _LOSS.search(line)))
+            self._recent = deque(map(float, deque(losses, _RECENT_LOSSES)), _RECENT_LOSSES)
 
     def detect(self, loss: float) -> float | None:
-        """The mean of the recent losses if this one is a spike. `loss` is that of the next step, and finite."""
+        """Return the mean of the recent losses if `loss`, the finite loss of the next step, is a spike; else None."""
         recent = np.array(self._recent)
         self._recent.append(loss)
-        if len(recent) < _ENOUGH or loss <= recent.mean() + _FAR * recent.std():
+        if len(recent) < _FEWEST_LOSSES or loss <= recent.mean() + _SPIKE_DEVIATIONS * recent.std():
             return None
         return float(recent.mean())

@@ -1,4 +1,4 @@
-"""The optimizer's state in a checkpoint: tensors by the names of their parameters, written and read back to the bit."""
+"""The state of the optimizer in a checkpoint: tensors by the names of their parameters, stored bit for bit."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from minilm.runs.checkpoint import OPTIMIZER, Checkpoint
 
 # Settings of torch's optimizers that add to the state of each parameter.
 _STATE_SETTINGS = ("momentum", "amsgrad", "centered")
-# The state of AdamW, which wrote nearly all checkpoints of minilm 0.1. They do not name their optimizer.
+# The slots of AdamW. Checkpoints of minilm 0.1 do not name their optimizer. Nearly all of them are from AdamW.
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -41,9 +41,10 @@ def _is_number(value: object) -> bool:
 
 
 def collect_optimizer_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the optimizer's state by `<slot>/<name of the parameter>`, with its plain numbers as tensors.
+    """Return the optimizer's state as tensors by `<slot>/<name of the parameter>`.
 
-    None is left out: SGD without momentum keeps it in place of a buffer.
+    Plain numbers become tensors of float64. Values of None are left out. SGD without momentum has them in place of a
+    buffer.
     """
     names = _parameter_names(network)
     return {
@@ -55,6 +56,10 @@ def collect_optimizer_state(optimizer: torch.optim.Optimizer, network: PreTraine
 
 
 def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> None:
+    """Load the state of the optimizer bit for bit; each process loads its shard.
+
+    Raises ValueError where the state does not fit the optimizer or the model.
+    """
     try:
         stored = load_file(checkpoint.folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
@@ -62,12 +67,12 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimize
     _check_optimizer(checkpoint, optimizer, stored)
     names = _parameter_names(network)
     parameters: list[Any] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    slots = [_slots_of(names[parameter], parameter, stored) for parameter in parameters]
+    slots = [_select_slots(names[parameter], parameter, stored) for parameter in parameters]
     if sum(map(len, slots)) != len(stored):
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} does not belong to this model")
     numbers = checkpoint.optimizer.get("numbers", [])
     state: dict[int, dict[str, Any]] = {
-        index: {slot: _number(value) if slot in numbers else value for slot, value in own.items()}
+        index: {slot: _to_number(value) if slot in numbers else value for slot, value in own.items()}
         for index, own in enumerate(slots)
         if own
     }
@@ -95,17 +100,18 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, s
         )
 
 
-def _number(value: Tensor) -> int | float:
+def _to_number(value: Tensor) -> int | float:
+    """Return the value as an int where it is a whole number, else as a float."""
     number = float(value)
     return int(number) if number.is_integer() else number
 
 
-def _slots_of(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the stored state of the parameter of this name, by slot: of each tensor, the shard of this process."""
+def _select_slots(name: str, parameter: Tensor, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the stored state of the parameter `name` by slot, with this process's shard of each tensor."""
     end = f"/{name}"
     return {key.removesuffix(end): shard_like(tensor, parameter) for key, tensor in stored.items() if key.endswith(end)}
 
 
 def _parameter_names(network: PreTrainedModel) -> dict[Tensor, str]:
-    """Return the name under which a checkpoint keeps each parameter's moments; a tied parameter has a single name."""
+    """Return the name of each parameter in the stored state. A tied parameter has one name."""
     return {parameter: name for name, parameter in network.named_parameters()}

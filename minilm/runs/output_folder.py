@@ -34,14 +34,14 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     would refuse `run.push_to_hub`.
     """
     if run.resume is not None:
-        folder, checkpoint = _resumed(run.resume, run.output_dir, name)
+        folder, checkpoint = _find_resumed_run(run.resume, run.output_dir, name)
     else:
-        folder, checkpoint = _new(run.output_dir, name, overwrite=run.overwrite), None
+        folder, checkpoint = _choose_new(run.output_dir, name, overwrite=run.overwrite), None
     with explain_unwritable_folder(folder):
         # The run replaces all other files, but it appends to this one.
         if (folder / "log.jsonl").is_symlink():
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
-        with tempfile.TemporaryFile(dir=_nearest(folder)):  # fails where the folder could not be created
+        with tempfile.TemporaryFile(dir=_nearest_existing(folder)):  # fails where the folder could not be created
             pass
         if checkpoint is None and not run.overwrite and not is_free(folder):
             raise ValueError(
@@ -55,17 +55,19 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
 
 
 def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: int = 0) -> None:
-    """Create the folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
+    """Create the output folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
 
-    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is, where
-    there is no room for a checkpoint and the model, where a path that minilm did not write has the name of a checkpoint
-    of one of these `steps`, where the hub refuses the repository, or where another run has taken the folder in the
-    meantime.
+    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is:
+
+    - where the disk has no room for a checkpoint and the model;
+    - where a path that minilm did not write has the name of a checkpoint of one of the `steps`;
+    - where the hub refuses the repository;
+    - where another run has taken the folder in the meantime.
     """
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments as well
     with explain_unwritable_folder(folder):
-        free = shutil.disk_usage(_nearest(folder)).free
+        free = shutil.disk_usage(_nearest_existing(folder)).free
         if free < needed:
             raise ValueError(
                 f"run.output_dir {folder} has {free / 1e6:,.1f} MB free and the run needs {needed / 1e6:,.1f} MB: "
@@ -87,18 +89,18 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (folder / "adapter" / name).unlink(missing_ok=True)
         elif run.resume is None:
-            _take(folder)
+            _take_empty(folder)
 
 
-def _take(folder: Path) -> None:
-    """Take an empty folder. If several runs find it empty, only one of them can create its log."""
+def _take_empty(folder: Path) -> None:
+    """Create the log in an empty folder. If several runs find it empty, only one can, and the others get ValueError."""
     with suppress(FileExistsError):
         if is_free(folder):
             (folder / "log.jsonl").touch(exist_ok=False)
             return
     raise ValueError(
         f"another run has taken run.output_dir {folder} in the meantime: give another --run.output-dir, or leave it "
-        "out and start again, which finds a free name"
+        "out and start again, so that minilm finds a free name"
     )
 
 
@@ -107,7 +109,7 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
 
 
-def _nearest(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
 
@@ -121,9 +123,10 @@ def explain_unwritable_folder(folder: Path) -> Iterator[None]:
         raise ValueError(f"run.output_dir {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
-    if asked is not None:
-        return Path(asked).expanduser()
+def _choose_new(output_dir: str | None, name: str, *, overwrite: bool) -> Path:
+    """Return the output folder of a new run."""
+    if output_dir is not None:
+        return Path(output_dir).expanduser()
     folder, number = Path("out", name), 1
     while not overwrite and not is_free(folder):
         number += 1
@@ -131,7 +134,7 @@ def _new(asked: str | None, name: str, *, overwrite: bool) -> Path:
     return folder
 
 
-def _newest(name: str) -> Path:
+def _find_newest_run(name: str) -> Path:
     """Return the folder with the newest checkpoint among out/NAME, out/NAME-2, …"""
     first, others = Path("out", name), Path("out").glob(f"{name}-*")
     folders = [first, *(path for path in others if path.name.removeprefix(f"{name}-").isdecimal())]
@@ -139,19 +142,19 @@ def _newest(name: str) -> Path:
     return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent.parent if manifests else first
 
 
-def _resumed(resume: str, asked: str | None, name: str) -> tuple[Path, Checkpoint]:
+def _find_resumed_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Checkpoint]:
     """Return the folder of the checkpoint and the checkpoint.
 
     The folder is locked first, since another run that uses it may remove the checkpoint during the read.
     """
     if resume == "latest":
-        folder = Path(asked).expanduser() if asked is not None else _newest(name)
+        folder = Path(output_dir).expanduser() if output_dir is not None else _find_newest_run(name)
         _lock(folder)
         return folder, find_checkpoint(resume, folder)
     path = Path(resume).expanduser().resolve()
-    if asked is not None and Path(asked).expanduser().resolve() != path.parent:
+    if output_dir is not None and Path(output_dir).expanduser().resolve() != path.parent:
         raise ValueError(
-            f"run.output_dir {asked} is not the folder of {resume}; leave it out to go on in {path.parent}"
+            f"run.output_dir {output_dir} is not the folder of {resume}: leave it out to resume in {path.parent}"
         )
     if is_checkpoint(path):
         _lock(path.parent)

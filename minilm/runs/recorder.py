@@ -1,4 +1,4 @@
-"""The record of a run: the progress bar, log.jsonl, run.json and all_results.json."""
+"""The record of the steps of a run: the progress bar, log.jsonl and the trackers."""
 
 import json
 import logging
@@ -30,9 +30,11 @@ Track = Callable[[dict[str, float], int], None]
 
 
 class Recorder:
-    """The progress bar and the log of the steps; where not `enabled`, on all processes but one, only their count.
+    """The progress bar and the log of the steps.
 
     The figures of a step stay on the device until the next step is recorded, so that logging never waits for a step.
+
+    enabled: True on the main process. The recorders of the other processes only count steps, tokens and time.
     track: a function such as `accelerator.log`, which receives the figures as `train/…`, `eval/…` and `final/…`.
     peak_flops: FLOP/s of all processes' devices together, for MFU.
     """
@@ -43,7 +45,8 @@ class Recorder:
         self.folder, self.track, self.peak_flops, self.enabled = folder, track, peak_flops, enabled
         self.steps, self.tokens = progress.step, progress.tokens
         self.seconds, self.flops = progress.seconds, progress.flops
-        # Steps in a row without a finite gradient. The last recorded step does not count yet.
+        # The number of steps without a finite gradient since the last step that had one. A step is counted when it is
+        # written, so the last recorded step is not counted yet.
         self.bad_steps = 0
         self._rate = self._mfu = math.nan
         self._pending: dict[str, Any] | None = None
@@ -67,9 +70,11 @@ class Recorder:
         tokens: int,
         flops: float,
     ) -> None:
-        """Record one finished step. `loss` and `grad_norm` are scalars, `tokens` counts all processes without padding.
+        """Record one finished step.
 
-        A loss far above the recent ones gets another line in the log, with the ids of the step's `examples`.
+        loss, grad_norm: scalar tensors. examples: the ids of the step's examples. If the loss is far above the recent
+        ones, another line of the log names them. tokens, flops: tokens without padding, and model FLOPs, of all
+        processes together.
         """
         self._write_pending()
         seconds = self._count_time()
@@ -98,9 +103,9 @@ class Recorder:
         self._bar.update()
 
     def record_evaluation(self, epoch: float, figures: dict[str, float], text: str) -> None:
-        """Record the figures of an evaluation after the steps recorded so far, and show `text`, its summary.
+        """Record the figures of an evaluation after the last recorded step, and show `text`, which sums them up.
 
-        Its time does not count as training time.
+        The time since the last call of `flush` does not count as training time.
         """
         if not self.enabled:
             return
@@ -109,11 +114,12 @@ class Recorder:
         self._last_time = time.perf_counter()
 
     def flush(self) -> None:
-        """Wait for the last step and write it, so that the time after it does not count as training time."""
+        """Wait for the last recorded step and write it to the log. The time until then counts as training time."""
         self._write_pending()
         self._count_time()
 
     def _count_time(self) -> float:
+        """Add the seconds since the last call to the training time, and return them."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
         self.seconds += seconds
@@ -135,7 +141,7 @@ class Recorder:
         )
 
     def first_bad_step(self) -> int:
-        """Return the index, from 0, of the first of the last steps in a row without a finite gradient."""
+        """Return the index, from 0, of the first of the last `bad_steps` steps."""
         return self.steps - (self._pending is not None) - self.bad_steps
 
     def totals(self) -> dict[str, float]:
@@ -150,14 +156,14 @@ class Recorder:
         }
 
     def record_results(self, figures: dict[str, float]) -> dict[str, float]:
-        """Return the results, the figures of the last evaluation and the totals, and hand them to the trackers."""
+        """Send the results to the trackers and return them: the figures of the last evaluation, and `totals`."""
         results = {**figures, **self.totals()}
         if self.enabled:
             self._track("final", results, self.steps)
         return results
 
     def close(self) -> None:
-        """Write what is pending and leave the terminal clean."""
+        """Write the last recorded step, and close the log and the progress bar."""
         self._bar.close()
         if self._log is not None:
             self._write_pending()
@@ -165,19 +171,23 @@ class Recorder:
             self._log = None
 
     def _write_pending(self) -> None:
+        """Write the last recorded step to the log, with a line for a loss spike, and update the progress bar."""
         if self._pending is not None:
             line, self._pending = self._pending, None
             if self._copied is not None:
-                self._copied.synchronize()  # waits for that copy, not for the work queued after it
+                # This waits for the copy of the figures, not for the work queued after it.
+                self._copied.synchronize()
             loss, grad_norm = float(line["loss"]), float(line["grad_norm"])
             self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
-            line["loss"] = loss if math.isfinite(loss) else None  # JSON lacks infinity
+            line["loss"] = loss if math.isfinite(loss) else None  # JSON has no infinity and no NaN
             line["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
             self._write("train", line)
             if self._spikes is not None and math.isfinite(loss) and (usual := self._spikes.detect(loss)) is not None:
                 spike = {"step": line["step"], "spike_loss": loss, "usual_loss": usual}
                 self._write("train", {**spike, "examples": self._examples.tolist()})
-                self._bar.write(f"step {line['step']}: loss {loss:.3f}, far above {usual:.3f} before (see log.jsonl)")
+                self._bar.write(
+                    f"step {line['step']}: loss {loss:.3f}, far above the recent mean {usual:.3f} (see log.jsonl)"
+                )
             self._bar.set_postfix_str(
                 f"loss {loss:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
             )
@@ -213,9 +223,9 @@ def start_recorder(
     precision: Precision,
     progress: Progress,
 ) -> tuple[Recorder, dict[str, Any]]:
-    """Announce the run, start its trackers, and return its recorder and the facts of `collect_run_facts`.
+    """Write and log the facts of the run, start its trackers, and return its recorder and the facts.
 
-    Every process calls it, once the main process has claimed `folder`.
+    Every process calls it after the main process has claimed `folder`. The facts are those of `collect_run_facts`.
     """
     main = accelerator.is_main_process
     peak = device_peak(accelerator.device, precision.name)
@@ -236,7 +246,7 @@ def start_recorder(
 
 
 def write_samples(folder: Path, step: int, samples: dict[str, str]) -> None:
-    """Append the final model's output for each sample text to the log."""
+    """Append a line to log.jsonl for each text of `run.samples`, with the output of the final model."""
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
         for text, output in samples.items():
             file.write(json.dumps({"step": step, "sample": text, "output": output}) + "\n")

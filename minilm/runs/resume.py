@@ -24,23 +24,19 @@ from minilm.runs.run_inputs import compare_environments, compare_inputs
 
 log = logging.getLogger("minilm")
 
-# Settings that may change when a run goes on. They decide how it runs and how long, not what a step computes.
-_WHERE = ("run.output_dir", "run.overwrite", "run.resume")  # these change in every resume, so no line reports them
-_SOURCES = (
-    "data.source",
-    "data.eval_source",
-    "tokens.name",
-    "model.name",
-)  # minilm.runs.run_inputs compares their content
+# Settings that may change when a run is resumed. They decide how and how long it runs, not what a step computes.
+_UNREPORTED = ("run.output_dir", "run.overwrite", "run.resume")  # these change in nearly every resume
+# Their names may change, but not their content, which minilm.runs.run_inputs compares.
+_SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name")
 _MAY_CHANGE = (
-    *_WHERE,
+    *_UNREPORTED,
     *_SOURCES,
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention"),
 )
-# The settings among them that change the order of a step's sums, or the numbers that dropout draws.
+# Those of them that change the order of a step's sums, or the random numbers of dropout.
 _ROUNDING = ("batch.micro_tokens", "model.gradient_checkpointing", "model.attention", "run.deterministic")
 
 
@@ -53,9 +49,10 @@ def resume(
     optimizer: torch.optim.Optimizer,
     precision: str,
 ) -> Progress:
-    """Load the checkpoint into the model and the optimizer, and return its progress; without one, return zero progress.
+    """Load the checkpoint into the model and the optimizer, and return its progress. Without one, return no progress.
 
-    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. precision: the one that this job computes in.
+    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. total: the steps of
+    this run. precision: the precision in which this job computes.
     Raises ValueError where the checkpoint belongs to another run, TrainingStopped where its run is finished.
     """
     if checkpoint is None:
@@ -65,7 +62,7 @@ def resume(
     if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=has_adapter(network)):
         _refuse(checkpoint, "", others)
     _check_unfinished(checkpoint, config.run, total)
-    _warn_of_precision(checkpoint, config.run, precision)
+    _warn_if_precision_changed(checkpoint, config.run, precision)
     rounding = [line for line in changed if line.startswith(_ROUNDING)]
     rounding += compare_environments(checkpoint.inputs, inputs)
     if rounding:
@@ -97,7 +94,7 @@ def _check_unfinished(checkpoint: Checkpoint, run: Run, total: int) -> None:
         )
 
 
-def _warn_of_precision(checkpoint: Checkpoint, run: Run, precision: str) -> None:
+def _warn_if_precision_changed(checkpoint: Checkpoint, run: Run, precision: str) -> None:
     """Warn where `run.precision` is auto and has chosen another precision than before."""
     before = _precision_of(checkpoint)
     if run.precision == "auto" and before not in (None, precision):
@@ -108,7 +105,7 @@ def _warn_of_precision(checkpoint: Checkpoint, run: Run, precision: str) -> None
 
 
 def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
-    """Return a line for each changed setting that may change. Raises ValueError for those that change the result."""
+    """Return a line for each setting that has changed. Raise ValueError where a change would change the result."""
     if checkpoint is None:
         return []
     # An older checkpoint lacks newer settings. Its run behaved as their defaults do.
@@ -124,7 +121,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
     if refused:
         _refuse(checkpoint, " with other settings", refused)
-    return [change for name, change in changes.items() if name not in _WHERE]
+    return [change for name, change in changes.items() if name not in _UNREPORTED]
 
 
 def check_best_checkpoint(checkpoint: Checkpoint | None, run: Run) -> None:

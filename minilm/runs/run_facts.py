@@ -1,4 +1,4 @@
-"""The facts of a run besides its steps: run.json before the first step, all_results.json after the last."""
+"""The facts of a run besides its steps: run.json, written before the first step, and all_results.json, at the end."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def collect_run_facts(
     precision: Precision,
     peak: Peak,
 ) -> dict[str, Any]:
-    """Return the facts of a run that its configuration leaves open, as JSON types."""
+    """Return the facts of a run that are not in its configuration, as JSON types. They go to run.json and the card."""
     return {
         "model": type(head.model).__name__,
         "parameters": sum(parameter.numel() for parameter in head.model.parameters()),
@@ -49,9 +49,9 @@ def collect_run_facts(
         "train": {
             **({} if plan.rows is None else {"rows": plan.rows}),
             **prepared.train.identity(),
-            "unknown": _unknown(prepared.train, prepared.tokenizer),
+            "unknown": _unknown_share(prepared.train, prepared.tokenizer),
         },
-        "eval": {**prepared.eval.identity(), "unknown": _unknown(prepared.eval, prepared.tokenizer)},
+        "eval": {**prepared.eval.identity(), "unknown": _unknown_share(prepared.eval, prepared.tokenizer)},
         "labels": prepared.labels.summary if prepared.labels is not None else (),
         "steps": total_steps,
         "padding_share": round(plan.padding_share(), 4),
@@ -63,16 +63,18 @@ def collect_run_facts(
     }
 
 
-def _unknown(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Return the share of unknown tokens."""
-    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):  # GPT-2 names one that it never uses
+def _unknown_share(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of the tokens that are the unknown token, between 0 and 1."""
+    # GPT-2 names an unknown token, which is also its end token, but never produces it for unknown text.
+    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
         return 0.0
     return float(examples.count_ids(count_embedding_rows(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
 
 
 def write_run_json(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Write the configuration and the facts of the run to `run.json`, which `--from-run` reads."""
-    (folder / RESULTS).unlink(missing_ok=True)  # from an earlier run, or from before this one was resumed
+    # An earlier run in this folder may have left its results, or this run did before it was resumed.
+    (folder / RESULTS).unlink(missing_ok=True)
     content = {
         "config": to_dict(config),
         **facts,
@@ -103,9 +105,11 @@ def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     unit = "rows" if "rows" in facts["train"] else "examples"
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
     if (warmup := count_warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
-        log.warning(f"optim.warmup is {warmup} steps, no fewer than the run: the rate never reaches optim.lr")
+        log.warning(
+            f"optim.warmup is {warmup} steps and the run has {facts['steps']}: the learning rate never reaches optim.lr"
+        )
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:
-    """Write `all_results.json`."""
+    """Write `all_results.json`, whose presence marks the run as finished."""
     write_atomically(folder / RESULTS, json.dumps(results, indent=2) + "\n")

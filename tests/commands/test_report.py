@@ -103,7 +103,7 @@ def test_a_page_has_a_chart_for_each_figure_and_a_line_for_each_run(tmp_path):
     assert page.rows["steps"] == ["30", "30"]
     assert page.rows["hardware, device"] == ["An abacus"] * 2
     assert page.rows["A <b> & c"] == ["–", "d"]
-    assert "second: not finished: step 10 of 30" in text
+    assert "second: the run is not finished: it is at step 10 of 30" in text
     assert not page.asked
     differing = re.search(r"<h2>Settings that differ</h2>.*?</table>", text, re.DOTALL)
     assert differing is not None
@@ -126,11 +126,11 @@ def test_what_is_missing_or_broken_is_said_and_the_rest_is_shown(tmp_path):
     assert run.curves["loss"].steps == [1, 3, 4, 5]
     assert [math.isnan(value) for value in run.curves["loss"].values] == [False, True, True, False]
     assert run.notes == [
-        "left out of log.jsonl, as no records: 2 lines: 2, 5",
+        "log.jsonl has lines that are not records, which are left out: 2 lines: 2, 5",
         "run.json cannot be read (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
-        "loss is no finite number at 2 steps: 3, 4",
-        "grad_norm is no finite number at step 5",
-        "loss far above those before at step 5 (see log.jsonl)",
+        "loss is not a finite number at 2 steps: 3, 4",
+        "grad_norm is not a finite number at step 5",
+        "the loss is far above the losses before it at step 5 (see log.jsonl)",
     ]
     text, _ = read_page(folder, to=tmp_path / "page.html")
     loss = text[text.index('<svg viewBox="0 0 380') : text.index("Learning rate")]

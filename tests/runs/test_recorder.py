@@ -294,7 +294,7 @@ def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, fact
         write_run_json(tmp_path, Config(optim=Optim(warmup=7)), facts)
         log_run_facts(tmp_path, Config(optim=Optim(warmup=7)), facts)
     assert "train: 3 examples, 15 tokens, 6.67% of them unknown to the tokenizer" in caplog.messages
-    assert caplog.messages[-1] == "optim.warmup is 7 steps, no fewer than the run: the rate never reaches optim.lr"
+    assert caplog.messages[-1] == "optim.warmup is 7 steps and the run has 7: the learning rate never reaches optim.lr"
 
 
 def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):

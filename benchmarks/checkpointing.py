@@ -1,4 +1,4 @@
-"""What saving costs: steps with a checkpoint every so many, beside steps without, in blocks that alternate.
+"""Measure what saving costs: blocks of steps with a checkpoint alternate with blocks without one.
 
     python benchmarks/checkpointing.py
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sides import Parts, Taken, assemble, precision_of, turns_of
+from comparison import Parts, TurnResult, build_parts, get_precision, take_turns
 
 from minilm.config import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.distributed.hardware import describe
@@ -26,8 +26,8 @@ from minilm.runs.checkpoint import Progress
 from minilm.runs.checkpoint_saver import CheckpointSaver
 
 EVERY = 20  # steps between checkpoints
-WARM_UP = 3  # steps that are not counted
-WARM_UP_SAVES = 6  # neither are these
+WARM_UP = 3  # steps that do not count
+WARM_UP_SAVES = 6  # saves that do not count
 CONFIG = Config(
     data=Data(source="pydocs"),
     tokens=Tokens(vocab_size=16384),
@@ -53,24 +53,24 @@ class Block:
 
     seconds: float
     copying: float = 0.0
-    """Of these, until `save` returned: the run waits while the state is copied."""
+    """Seconds until `save` returned. The run waits while the state is copied."""
     waiting: float = 0.0
-    """Of these, from the end of the steps until the checkpoint was on disk."""
+    """Seconds from the end of the steps until the checkpoint was on disk."""
 
 
 def saver_of(parts: Parts) -> CheckpointSaver:
-    """The saver of a run's checkpoints; says how large they are."""
+    """Return the saver of a run's checkpoints, and print their size."""
     config, network = parts.config, parts.network
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     hardware = describe(parts.accelerator.device)
-    print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {precision_of(parts)}; ", end="")
+    print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {get_precision(parts)}; ", end="")
     print(f"{size / 1e6:,.0f} MB a checkpoint, one every {EVERY} steps")
     folder, tokenizer = Path(str(config.run.output_dir)), parts.prepared.tokenizer
     return CheckpointSaver(folder, network, parts.optimizer, tokenizer, config, {}, enabled=True)
 
 
-def block(steps: Iterator[tuple[int, Taken]], saver: CheckpointSaver | None) -> Block:
-    """Take a block's steps, and its checkpoint if there is a saver."""
+def block(steps: Iterator[tuple[int, TurnResult]], saver: CheckpointSaver | None) -> Block:
+    """Take the steps of a block, and save a checkpoint if there is a saver."""
     begin = time.perf_counter()
     (number, _), copying = next(steps), 0.0
     if saver is not None:
@@ -94,8 +94,8 @@ def main() -> None:
     pairs = 1 if options.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         config = replace(CONFIG, run=replace(CONFIG.run, output_dir=folder))
-        parts = assemble(config)
-        saver, steps = saver_of(parts), enumerate(turns_of(parts, WARM_UP + 2 * pairs * EVERY), start=1)
+        parts = build_parts(config)
+        saver, steps = saver_of(parts), enumerate(take_turns(parts, WARM_UP + 2 * pairs * EVERY), start=1)
         for _ in range(WARM_UP):
             next(steps)
         for number in range(WARM_UP_SAVES):

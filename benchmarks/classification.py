@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from hf_trainer import OrderedTrainer, Rows, evaluate, trainer_settings
 from torch.utils.data import Dataset
-from trainer_side import OrderedTrainer, Rows, evaluate, trainer_settings
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -51,19 +51,19 @@ FIGURES = ("accuracy", "f1", "eval_loss", "train_seconds")
 
 
 class Clock(TrainerCallback):
-    """The seconds of training."""
+    """A callback that measures the seconds of training."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Note the beginning."""
+        """Record the beginning."""
         self.begin = time.perf_counter()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the end."""
+        """Record the duration."""
         self.seconds = time.perf_counter() - self.begin
 
 
 class Batches(Dataset[list[dict[str, Any]]]):
-    """Item i: the examples that minilm takes in step i, as Trainer's rows."""
+    """A dataset whose item i has the examples of minilm's step i as rows for Trainer."""
 
     def __init__(self, config: Config, examples: Examples) -> None:
         size = config.batch.examples
@@ -85,13 +85,13 @@ class Batches(Dataset[list[dict[str, Any]]]):
 
 
 def by_minilm(config: Config) -> dict[str, float]:
-    """The figures of a run of minilm."""
+    """Return the figures of a run of minilm."""
     with tempfile.TemporaryDirectory() as folder:
         return train(replace(config, run=replace(config.run, output_dir=folder)))
 
 
 def by_trainer(config: Config) -> dict[str, float]:
-    """The figures of a run of Trainer."""
+    """Return the figures of a run of Trainer."""
     transformers_logging.set_verbosity_error()
     precision = choose_precision(config.run.precision, Accelerator().device).name
     prepared = prepare_data(config)
@@ -133,7 +133,8 @@ def main() -> None:
                 figures = side.get()
                 results[name].append({key: figures[key] for key in FIGURES})
                 print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-            pool.close()  # and let both end, which warn of what they leave behind where they are stopped
+            # Processes that are stopped would warn of what they leave behind, so let both end.
+            pool.close()
             pool.join()
     hardware = describe(torch.device("cpu"))
     each = f"{hardware['device']}, {hardware['threads_per_process']} thread(s) each"

@@ -29,17 +29,17 @@ MODELS = {
 
 
 def all_reduce(parameters: float, processes: int, bandwidth: float) -> float:
-    """Seconds of a ring's all-reduce of float32 gradients, whose slowest link carries so many bytes/s each way."""
+    """Return the seconds of a ring all-reduce of float32 gradients. bandwidth: of the slowest link, bytes/s."""
     return 2 * (processes - 1) / processes * 4 * parameters / bandwidth
 
 
 def step_time(compute: float, communication: float, micro_batches: int = 1) -> float:
-    """Seconds of a step: the last micro-batch's backward, two thirds of its time, hides communication."""
+    """Return the seconds of a step. The last micro-batch's backward, two thirds of its time, hides communication."""
     return max(compute, compute - 2 / 3 * compute / micro_batches + communication)
 
 
 def predict(name: str, processes: int, bandwidth: float, steps: int = 1) -> tuple[float, float, float]:
-    """Seconds of computing, of communication and of a step that is `steps` times as large as in MODELS."""
+    """Return the seconds of computing, communication and the step, for a step `steps` times as large as in MODELS."""
     parameters, flops, tokens = MODELS[name]
     own = steps * tokens / processes
     compute, communication = own * flops / RATE, all_reduce(parameters, processes, bandwidth)
@@ -47,7 +47,7 @@ def predict(name: str, processes: int, bandwidth: float, steps: int = 1) -> tupl
 
 
 def table() -> list[str]:
-    """Lines of Markdown, and what larger steps bring where the network is slow."""
+    """Return the table as lines of Markdown, and lines on the gain of larger steps on a slow network."""
     places = [(f"{n} GPU{'s' * (n > 1)}", n, "NVLink" if n > 1 else "none", NVLINK) for n in (1, 2, 4, 8)]
     places += [(f"{n} hosts of 8", 8 * n, *network) for n in (2, 4, 8) for network in NETWORKS.items()]
     columns = " | ".join(f"{name}: compute | all-reduce | step | of ideal" for name in MODELS)
@@ -67,8 +67,8 @@ def table() -> list[str]:
     return lines
 
 
-def reduced(rank: int, address: str, parameters: int, times: int = 10) -> float:
-    """Median seconds of an all-reduce of so many float32 numbers, in one of two processes that meet at `address`."""
+def time_all_reduce(rank: int, address: str, parameters: int, times: int = 10) -> float:
+    """Return the median seconds of an all-reduce of so many float32 numbers, as one of two processes at `address`."""
     import torch
     import torch.distributed as dist
 
@@ -85,14 +85,14 @@ def reduced(rank: int, address: str, parameters: int, times: int = 10) -> float:
 
 
 def measure_all_reduce(parameters: int) -> float:
-    """Its seconds between two processes of this machine."""
+    """Return the seconds of an all-reduce between two processes of this machine."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, context) as pool:
-        return max(pool.map(reduced, range(2), [f"file://{folder}/meeting"] * 2, [parameters] * 2))
+        return max(pool.map(time_all_reduce, range(2), [f"file://{folder}/meeting"] * 2, [parameters] * 2))
 
 
 def measure() -> None:
-    """Print the bandwidth here, and the model's two processes beside those that are measured."""
+    """Print the bandwidth of this machine, and the predicted and the measured speed of two processes."""
     import report
     import scaling
     from throughput import MASKED
@@ -101,13 +101,13 @@ def measure() -> None:
     parameters = 12 * layers * width**2 + MASKED.tokens.vocab_size * width
     seconds = measure_all_reduce(parameters)
     print(f"all-reduce of {parameters / 1e6:.1f} M numbers: {seconds:.3f} s, {4e-9 * parameters / seconds:.2f} GB/s")
-    machine = report.this_machine()
+    machine = report.describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = folder  # for the processes that are launched
-        one, two = (scaling.launched(processes, machine) for processes in (1, 2))
+        one, two = (scaling.run_launched(processes, machine) for processes in (1, 2))
     alone = statistics.median(turn.seconds for turn in one)
     speedup = alone / step_time(alone / 2, seconds)
-    measured = scaling.speeds(two)[0] / scaling.speeds(one)[0]
+    measured = scaling.compute_speeds(two)[0] / scaling.compute_speeds(one)[0]
     print(f"two processes: {speedup:.2f} times the speed of one by the model, {measured:.2f} times measured")
 
 

@@ -28,10 +28,10 @@ from typing import Any
 
 import report
 import torch
-from sides import Contender, Rounds, minilm_steps
+from comparison import Contender, Rounds, run_minilm
+from hf_trainer import run_trainer
 from synthetic import write_corpus
 from throughput import measure, with_examples
-from trainer_side import trainer_steps
 
 from minilm.config import Batch, CausalLM, Config, MaskedLM, Model, Optim
 
@@ -44,15 +44,15 @@ GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model and its documents. A step is `batch.examples` of them, in one forward."""
+    """A model and its documents. A step has `batch.examples` documents, in one forward pass."""
 
     config: Config
     vocabulary: int
     median: float
-    """Words of a document."""
+    """Median number of words of a document."""
     sigma: float = 0.9
     compiled: bool = False
-    """Whether both sides are compiled, in place of Trainer's other settings and of minilm's defaults."""
+    """Whether to compare only compiled models, without Trainer's other settings and minilm's defaults."""
 
     @property
     def causal(self) -> bool:
@@ -60,7 +60,7 @@ class Job:
 
 
 def masked(length: int, examples: int) -> Config:
-    """BERT-base at this length."""
+    """Return the configuration of BERT-base at this length."""
     batch = Batch(examples=examples, max_length=length, micro_tokens=examples * length, workers=4)
     return Config(model=Model(type="bert", config={**BERT}), objective=MaskedLM(), batch=batch, optim=OPTIM)
 
@@ -84,7 +84,7 @@ JOBS = {
 
 
 def contenders_of(job: Job, folder: Path, steps: int) -> list[Contender]:
-    """Trainer with its defaults and its best settings, and minilm, plain and compiled, on documents for these steps."""
+    """Return Trainer with default and best settings and minilm, plain and compiled, with documents for these steps."""
     batch = job.config.batch
     blocks = batch.layout == "blocks"
     words = batch.max_length if blocks else job.median  # of an example; the mean of a document is above its median
@@ -93,20 +93,18 @@ def contenders_of(job: Job, folder: Path, steps: int) -> list[Contender]:
         folder, documents, vocabulary=job.vocabulary, median=job.median, sigma=job.sigma, causal=job.causal
     )
     config = replace(job.config, data=data, tokens=tokens)
-    ours = Contender(name="minilm", config=config, steps=minilm_steps)
+    ours = Contender(name="minilm", config=config, run=run_minilm)
     fused = replace(ours, name="minilm, run.compile", config=replace(config, run=replace(config.run, compile=True)))
     if job.compiled:
-        compiled = partial(trainer_steps, compiled=True)
-        return [Contender(name="HF Trainer, torch_compile", config=config, steps=compiled), fused]
-    theirs = Contender(name="HF Trainer", config=config, steps=trainer_steps)
-    grouped = replace(
-        theirs, name="HF Trainer, group_by_length", steps=partial(trainer_steps, grouping="group_by_length")
-    )
+        compiled = partial(run_trainer, compiled=True)
+        return [Contender(name="HF Trainer, torch_compile", config=config, run=compiled), fused]
+    theirs = Contender(name="HF Trainer", config=config, run=run_trainer)
+    grouped = replace(theirs, name="HF Trainer, group_by_length", run=partial(run_trainer, grouping="group_by_length"))
     return [theirs, ours, fused] if blocks else [theirs, grouped, ours, fused]
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Bars, with a line at the target of the first job."""
+    """Draw bars, and a line at the target of the first job."""
     axes = figure.subplots()
     report.bars(axes, rows)
     here = sum(row["workload"] == next(iter(JOBS)) for row in rows)
@@ -115,12 +113,12 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """The command line. Exits with 2 where there is no GPU."""
+    """Run the command line. Exit with status 2 if there is no GPU."""
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA GPU, and torch finds none here", file=sys.stderr)
         sys.exit(2)
-    machine = replace(report.this_machine(), precision="bf16")
+    machine = replace(report.describe_machine(), precision="bf16")
     small = torch.cuda.get_device_properties(0).total_memory < LARGE
     rounds, rows = Rounds(count=4, warm_up=1, block=10, lead_in=2), list[dict[str, Any]]()
     for name, job in JOBS.items():

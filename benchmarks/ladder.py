@@ -1,4 +1,4 @@
-"""What each of minilm's optimisations brings, switched on one after the other, from a plain loop's settings upwards.
+"""Measure what each optimisation of minilm brings, switched on one after the other from a plain loop.
 
     python benchmarks/ladder.py
 
@@ -40,12 +40,12 @@ from typing import Any
 import numpy as np
 import report
 import torch
+from comparison import Contender, Parts, Rounds, Task, TurnResult, build_parts, compare, serve_turns
+from hf_trainer import pad_labels
 from quality import PYDOCS
-from sides import Contender, Parts, Rounds, Side, Taken, answer, assemble, compare
 from throughput import CAUSAL, MASKED, in_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
-from trainer_side import padded_labels
 from transformers import PreTrainedModel
 from transformers.activations import GELUActivation, NewGELUActivation
 
@@ -89,7 +89,7 @@ PARTS = 4  # micro-batches of the plain loop's step
 
 
 class PlainHead(Head):
-    """The model with all its logits, on padded rows."""
+    """A head that computes all logits, on padded rows."""
 
     @property
     def summary(self) -> str:
@@ -103,24 +103,24 @@ class PlainHead(Head):
         target_ids_N: Tensor,
         type_ids_T: Tensor | None = None,
     ) -> Tensor:
-        """-log p at each place of the padded batch, nats, float32[R L], 0 where there is no target."""
+        """Return -log p at each position of the padded batch in nats, float32[R L]; 0 where there is no target."""
         logits_RxLxV = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         batch = MicroBatch(
             input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=target_ids_N
         )
-        return F.cross_entropy(logits_RxLxV.flatten(0, 1).float(), padded_labels(batch).flatten(), reduction="none")
+        return F.cross_entropy(logits_RxLxV.flatten(0, 1).float(), pad_labels(batch).flatten(), reduction="none")
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
-        """Logits, N x V, of the targets."""
+        """Return the logits of the targets, [N, V]."""
         place_T = packing.groups[0].place_T
         logits_RxLxV: Tensor = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         return logits_RxLxV.flatten(0, 1)[target_index_N if place_T is None else place_T[target_index_N]]
 
 
 class PartialHead(SparseHead):
-    """minilm's head with the shortcuts of some rungs only; packing is switched by `model.attention`."""
+    """minilm's head with the shortcuts of some rungs. `model.attention` switches packing."""
 
     def __init__(self, model: PreTrainedModel, rungs: tuple[str, ...]) -> None:
         self.rungs = rungs
@@ -136,7 +136,7 @@ class PartialHead(SparseHead):
 
 
 class RandomPlan(Plan):
-    """The steps of `plan`, cut at random into micro-batches of equal numbers of examples."""
+    """The steps of `plan`, cut at random into micro-batches with equal numbers of examples."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(
@@ -157,12 +157,12 @@ class RandomPlan(Plan):
 
 
 def head_of(rungs: tuple[str, ...], network: PreTrainedModel, prepared: PreparedData) -> Head:
-    """The head of these rungs."""
+    """Return the head of these rungs."""
     return PartialHead(network, rungs) if SPARSE in rungs else PlainHead(network)
 
 
 def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
-    """minilm's parts with the optimisations of these rungs, which are the first of `RUNGS`."""
+    """Return the parts of a run with the optimisations of these rungs, which are the first of `RUNGS`."""
     if PACKED not in rungs:
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if EPOCH in rungs:
@@ -176,7 +176,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         setattr(minilm.distributed.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
     if KERNELS not in rungs:
         setattr(minilm.distributed.launch, "keep_few_kernels", lambda asked: None)  # noqa: B010
-    parts = assemble(config, partial(head_of, rungs))
+    parts = build_parts(config, partial(head_of, rungs))
     if SORTED not in rungs:
         parts = replace(parts, plan=RandomPlan(parts.plan))
     if FUSED not in rungs:
@@ -187,14 +187,14 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
     return parts
 
 
-def rung_steps(side: Side, rungs: tuple[str, ...]) -> None:
-    """The side of a rung."""
-    parts = parts_of(side.config, rungs)
-    answer(side, parts if FUSED_LOSS in rungs else replace(parts, work=None))  # MFU is that of minilm's count
+def run_rung(task: Task, rungs: tuple[str, ...]) -> None:
+    """Run minilm with the optimisations of these rungs."""
+    parts = parts_of(task.config, rungs)
+    serve_turns(task, parts if FUSED_LOSS in rungs else replace(parts, work=None))  # MFU is that of minilm's count
 
 
-def without(side: Side, name: str) -> None:
-    """minilm's side, but that what `name` names is left to others."""
+def without(task: Task, name: str) -> None:
+    """Run minilm without the optimisation that `name` names."""
     # Not by assignment: the modules do not export these names.
     if name == TORCH_MASKS:
         del minilm.models.fast_modules.FAST_MODULES[nn.Dropout]
@@ -207,17 +207,17 @@ def without(side: Side, name: str) -> None:
         del minilm.models.fast_modules.FAST_MODULES[NewGELUActivation]
     if name == WHOLE:
         setattr(minilm.models.attention, "chunk_size", lambda window, group: None)  # noqa: B010
-    answer(side, assemble(side.config))
+    serve_turns(task, build_parts(task.config))
 
 
 def with_dropout(config: Config) -> Config:
-    """The same with a dropout of 0.1."""
+    """Return the same configuration with a dropout of 0.1."""
     fields = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     return replace(config, model=replace(config.model, config={**config.model.config, **fields}))
 
 
 def with_window(config: Config) -> Config:
-    """A ModernBERT of that size on full blocks of 1,024 tokens, as many tokens a step as the most it may have."""
+    """Return a ModernBERT of that size on full blocks of 1,024 tokens, with at most as many tokens per step."""
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     fields = {name: config.model.config[name] for name in sizes}
     fields |= {"intermediate_size": 576, "local_attention": 128}
@@ -228,25 +228,28 @@ def with_window(config: Config) -> Config:
 
 
 def pair_of(names: tuple[str, str], config: Config) -> list[Contender]:
-    """minilm without something and with it."""
-    return [Contender(name=name, config=config, steps=partial(without, name=name)) for name in names]
+    """Return minilm without an optimisation and with it."""
+    return [Contender(name=name, config=config, run=partial(without, name=name)) for name in names]
 
 
 def contenders_of(config: Config, rungs: tuple[str, ...]) -> list[Contender]:
-    """One for each rung, from the first to the last."""
+    """Return a contender for each rung, from the first to the last."""
     return [
-        Contender(name=name, config=config, steps=partial(rung_steps, rungs=rungs[: number + 1]))
+        Contender(name=name, config=config, run=partial(run_rung, rungs=rungs[: number + 1]))
         for number, name in enumerate(rungs)
     ]
 
 
-def rows_of(rungs: tuple[str, ...], taken: list[list[Taken]], machine: report.Machine) -> list[dict[str, Any]]:
+def rows_of(rungs: tuple[str, ...], taken: list[list[TurnResult]], machine: report.Machine) -> list[dict[str, Any]]:
     """Print the table and return its rows."""
     print(f"\n{report.COLUMNS}   gain of the rung      loss apart by")
     rows = []
     for number, (name, turns) in enumerate(zip(rungs, taken, strict=True)):
-        figures, gain = report.figures(turns, taken[0], machine.peak), report.ratios(turns, taken[max(0, number - 1)])
-        apart = None if name in APART else report.loss_difference(turns, taken[0])
+        figures, gain = (
+            report.compute_figures(turns, taken[0], machine.peak),
+            report.compute_ratios(turns, taken[max(0, number - 1)]),
+        )
+        apart = None if name in APART else report.compute_loss_difference(turns, taken[0])
         said = APART[name] if apart is None else f"{apart:.1e}"
         print(f"{report.line(name, figures)}   {report.spread(gain):<20}  {said}")
         label = name if number == 0 else f"+ {name}"
@@ -261,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="3 rounds in place of 9")
     options = parser.parse_args()
-    machine = report.this_machine()
+    machine = report.describe_machine()
     cuda = machine.device.type == "cuda"
     examples = 1024 if cuda else 64
     batch = replace(MASKED.batch, examples=examples, micro_tokens=examples // PARTS * MASKED.batch.max_length)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import Parts, assemble, precision_of, turns_of
+from comparison import Parts, build_parts, get_precision, take_turns
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilm.config import Config
@@ -25,8 +25,8 @@ ROOM = 2**24  # bytes of records that the profiler may keep of a step
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
-def labelled(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, seen by the profiler under `name`."""
+def label(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` under a name for the profiler."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with record_function(name):
@@ -35,15 +35,15 @@ def labelled(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def labelled_parts(config: Config) -> Parts:
-    """The parts of a run, the phases of whose steps the profiler sees."""
-    parts = assemble(config)
+def label_parts(config: Config) -> Parts:
+    """Return the parts of a run, with names for the phases of a step that the profiler shows."""
+    parts = build_parts(config)
     # The phases are what train_step calls, seen from outside, so that the loop stays as it is.
-    parts.accelerator.backward = labelled("backward", parts.accelerator.backward)
-    parts.optimizer.step = labelled("optimizer", parts.optimizer.step)  # type: ignore[method-assign]
-    parts.model.forward = labelled("forward", parts.model.forward)
+    parts.accelerator.backward = label("backward", parts.accelerator.backward)
+    parts.optimizer.step = label("optimizer", parts.optimizer.step)  # type: ignore[method-assign]
+    parts.model.forward = label("forward", parts.model.forward)
     name = type(parts.network).__name__
-    print(f"{name}, {precision_of(parts)}, {config.batch.examples} examples a step", file=sys.stderr)
+    print(f"{name}, {get_precision(parts)}, {config.batch.examples} examples a step", file=sys.stderr)
     return parts
 
 
@@ -58,8 +58,8 @@ def main() -> None:
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     config = parse_flags(runpy.run_path(str(options.recipe))["CONFIG"], arguments=flags)
-    parts = labelled_parts(config)
-    steps, cuda = turns_of(parts, WARM_UP + 2 * options.steps), parts.accelerator.device.type == "cuda"
+    parts = label_parts(config)
+    steps, cuda = take_turns(parts, WARM_UP + 2 * options.steps), parts.accelerator.device.type == "cuda"
     for _ in range(WARM_UP):
         next(steps)
     alone = [next(steps) for _ in range(options.steps)]

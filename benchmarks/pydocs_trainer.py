@@ -1,12 +1,12 @@
-"""What HF Trainer reaches in the time that minilm took for the main job: same model, weights, examples and evaluation.
+"""Train the main job by HF Trainer for as long as minilm took, with the same model, weights, examples and evaluation.
 
     accelerate launch recipes/mlm_pydocs.py
     python benchmarks/pydocs_trainer.py out/mlm_pydocs
 
 Trainer gets the run's learning rate, schedule, warm-up, betas, weight decay, clipping, batch size and masking rate, its
-own collator (dynamic masks, padding to the longest) and fused AdamW. Its number of steps is what fits into the seconds
-that minilm trained for, by a first measurement of 40 steps after 10 of warm-up. Both are evaluated by minilm's exact
-evaluation.
+own collator (dynamic masks, padding to the longest) and fused AdamW. It makes as many steps as fit into the
+seconds that minilm trained for. A first measurement of 40 steps, after 10 steps of warm-up, gives that number. minilm's
+exact evaluation measures both.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from trainer_side import Rows, evaluate, trainer_settings
+from hf_trainer import Rows, evaluate, trainer_settings
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
@@ -49,10 +49,10 @@ class Clock(TrainerCallback):
         self.end = time.perf_counter()
 
 
-def run_trainer(
+def train_with_trainer(
     config: Config, tokenizer: PreTrainedTokenizerBase, examples: Examples, precision: str, steps: int
 ) -> tuple[Any, float]:
-    """(the trained model, seconds that Trainer took for all steps but those of the warm-up)."""
+    """Return the trained model, and the seconds that Trainer took for the steps after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, precision, steps)
         arguments = TrainingArguments(output_dir=folder, logging_steps=100, **settings)
@@ -83,9 +83,9 @@ def main() -> None:
     precision = choose_precision(config.run.precision, Accelerator().device).name
     prepared = prepare_data(config)
     tokenizer = prepared.tokenizer
-    _, trial = run_trainer(config, tokenizer, prepared.train, precision, WARM_UP + 40)
+    _, trial = train_with_trainer(config, tokenizer, prepared.train, precision, WARM_UP + 40)
     steps = round(ours["train_seconds"] / trial * 40)
-    model, seconds = run_trainer(config, tokenizer, prepared.train, precision, steps)
+    model, seconds = train_with_trainer(config, tokenizer, prepared.train, precision, steps)
     theirs = evaluate(config, model, prepared)
     print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
     print("            seconds   steps  loss   bits per byte  of the unigram model's")

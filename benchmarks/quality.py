@@ -1,4 +1,4 @@
-"""The time to a held-out loss: how long minilm takes to the loss that HF Trainer has after a while.
+"""Time to a held-out loss: how long minilm takes to reach the loss of HF Trainer.
 
     python benchmarks/quality.py
 
@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import report
-from sides import Contender, Rounds, Taken, compare, minilm_steps
+from comparison import Contender, Rounds, TurnResult, compare, run_minilm
+from hf_trainer import run_trainer
 from throughput import MASKED
-from trainer_side import trainer_steps
 
 from minilm.config import Config, MaskedLM, Optim
 
@@ -38,19 +38,19 @@ TRAINER, TRAINER_DEFAULTS, MINILM, EPOCH = "HF Trainer", "HF Trainer, its defaul
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained by whom, how long, and where Trainer's loss is taken."""
+    """A configuration, its contenders and rounds, and the point at which Trainer's loss is the goal."""
 
     config: Config
     others: tuple[str, ...]
-    """Who takes part besides Trainer and minilm."""
+    """Contenders besides Trainer and minilm."""
     rounds: Rounds
     steps: int | None = None
-    """Trainer's loss after so many steps."""
+    """The goal is Trainer's loss after so many steps."""
     seconds: float | None = None
-    """Trainer's loss after so many seconds, or after the last turn."""
+    """The goal is Trainer's loss after so many seconds, or after the last turn."""
 
-    def end(self, turns: list[Taken]) -> int:
-        """The turn after which a loss of Trainer's is taken."""
+    def end(self, turns: list[TurnResult]) -> int:
+        """Return the number of the turn after which Trainer's loss is the goal."""
         if self.steps is not None:
             return self.steps // self.rounds.block - 1
         seconds = list(accumulate(turn.seconds for turn in turns))
@@ -58,13 +58,13 @@ class Job:
 
 
 def constant(config: Config, **changed: Any) -> Config:
-    """The same with a learning rate that stays after its warm-up."""
+    """Return the same configuration with a constant learning rate after the warm-up."""
     return replace(config, optim=replace(config.optim, schedule="constant", **changed))
 
 
 JOBS = {
     "documents": Job(
-        config=constant(MASKED, lr=1e-4, warmup=20),  # at 5e-4 either side has spikes, and when is chance
+        config=constant(MASKED, lr=1e-4, warmup=20),  # at 5e-4 both have spikes at random steps
         others=(EPOCH,),
         rounds=Rounds(count=12, warm_up=0, block=20, evaluated=True),
         steps=200,
@@ -79,18 +79,18 @@ JOBS = {
 
 
 def contender(name: str, config: Config) -> Contender:
-    """The contender of this name."""
+    """Return the contender of this name."""
     if name == EPOCH:
         config = replace(config, batch=replace(config.batch, group="epoch"))
     if name == TRAINER_DEFAULTS:
         optim = Optim(lr=5e-5, betas=(0.9, 0.999), warmup=0, weight_decay=0.0, schedule="linear")
         config = replace(config, objective=MaskedLM(rate=0.15), optim=optim)
-        return Contender(name=name, config=config, steps=partial(trainer_steps, grouping="random"))
-    return Contender(name=name, config=config, steps=trainer_steps if name == TRAINER else minilm_steps)
+        return Contender(name=name, config=config, run=partial(run_trainer, grouping="random"))
+    return Contender(name=name, config=config, run=run_trainer if name == TRAINER else run_minilm)
 
 
-def seconds_to(loss: float, turns: list[Taken]) -> float | None:
-    """When these turns first had this loss, or None: seconds of their work, on a line between two evaluations."""
+def seconds_to(loss: float, turns: list[TurnResult]) -> float | None:
+    """Return the seconds after which these turns reached this loss, by linear interpolation; None if they did not."""
     passed, before = 0.0, None
     for turn in turns:
         now = float(turn.eval_loss or np.inf)
@@ -101,7 +101,7 @@ def seconds_to(loss: float, turns: list[Taken]) -> float | None:
     return None
 
 
-def rows_of(name: str, job: Job, taken: dict[str, list[Taken]]) -> list[dict[str, Any]]:
+def rows_of(name: str, job: Job, taken: dict[str, list[TurnResult]]) -> list[dict[str, Any]]:
     """Print the table of a job and return its rows."""
     theirs = [side for side in taken if side in (TRAINER, TRAINER_DEFAULTS)]
     ends = {side: job.end(taken[side]) for side in theirs}
@@ -127,7 +127,7 @@ def rows_of(name: str, job: Job, taken: dict[str, list[Taken]]) -> list[dict[str
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Loss over seconds, a plot for each job."""
+    """Draw the loss over seconds, one plot for each job."""
     jobs = list(dict.fromkeys(row["job"] for row in rows))
     for axes, job in zip(figure.subplots(1, len(jobs), squeeze=False)[0], jobs, strict=True):
         for row in rows:
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--job", choices=[*JOBS], help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and masks, for all sides (default: 0)")
     options = parser.parse_args()
-    machine, rows = report.this_machine(), []
+    machine, rows = report.describe_machine(), []
     for name in [options.job] if options.job else [*JOBS]:
         job = JOBS[name]
         names = (TRAINER, MINILM, *job.others)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: rows of figures on the screen, and in benchmarks/results as JSON and as a plot."""
+"""The output of a benchmark: rows of figures on the screen, and JSON and a plot in benchmarks/results."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sides import Precision, Taken
+from comparison import Precision, TurnResult
 
 from minilm.distributed.hardware import describe
 from minilm.distributed.precision import Peak, choose_precision, device_peak
@@ -23,7 +23,7 @@ COLUMNS = f"{'':<34} real tokens/s   of the first (middle half)   padding    MFU
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a benchmark runs, and how precisely."""
+    """The device and precision of a benchmark."""
 
     device: torch.device
     precision: Precision
@@ -32,13 +32,13 @@ class Machine:
 
     @property
     def title(self) -> str:
-        """In a few words."""
+        """The device, threads and precision in a few words."""
         where = "" if self.device.type == "cuda" else f"{self.hardware['threads_per_process']} threads, "
         return f"{self.hardware['device']}, {where}{self.precision}"
 
 
-def this_machine(asked: Precision = "auto") -> Machine:
-    """Its first GPU, or else its CPU, at the precision asked for, or at the one that is fast there."""
+def describe_machine(asked: Precision = "auto") -> Machine:
+    """Return the first GPU or else the CPU, with the requested precision or the fastest one, and print it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision: Any = choose_precision(asked, device).name
     machine = Machine(
@@ -48,20 +48,20 @@ def this_machine(asked: Precision = "auto") -> Machine:
     return machine
 
 
-def ratios(turns: list[Taken], others: list[Taken]) -> dict[str, float]:
-    """How much faster the turns are than those of the same rounds: the median, and the middle half."""
+def compute_ratios(turns: list[TurnResult], others: list[TurnResult]) -> dict[str, float]:
+    """Return how many times faster the turns are than `others` of the same rounds: median and interquartile range."""
     pairs = zip(turns, others, strict=True)
     found = sorted((a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in pairs)
     quarter = len(found) // 4
     return {"ratio": statistics.median(found), "ratio_low": found[quarter], "ratio_high": found[-1 - quarter]}
 
 
-def figures(turns: list[Taken], first: list[Taken], peak: Peak) -> dict[str, float]:
-    """The figures of one row, `first` being the turns that it is compared to."""
+def compute_figures(turns: list[TurnResult], first: list[TurnResult], peak: Peak) -> dict[str, float]:
+    """Return the figures of one row. `first` are the turns to compare with."""
     seconds, tokens = sum(turn.seconds for turn in turns), sum(turn.tokens for turn in turns)
     return {
         "tokens_per_second": tokens / seconds,
-        **ratios(turns, first),
+        **compute_ratios(turns, first),
         "padding": 1 - tokens / sum(turn.padded_tokens for turn in turns),
         "peak_memory": turns[-1].memory,
         "mfu": sum(turn.flops for turn in turns) / seconds / peak.flops,
@@ -69,14 +69,14 @@ def figures(turns: list[Taken], first: list[Taken], peak: Peak) -> dict[str, flo
     }
 
 
-def loss_difference(a: list[Taken], b: list[Taken]) -> float:
-    """The largest difference of their losses, step by step, in nats; NaN where one is."""
+def compute_loss_difference(a: list[TurnResult], b: list[TurnResult]) -> float:
+    """Return the largest difference of the losses of a step, in nats; NaN if a loss is NaN."""
     ours, theirs = (np.concatenate([turn.losses for turn in turns]) for turns in (a, b))
     return float(np.abs(ours - theirs).max())
 
 
 def line(name: str, row: dict[str, Any]) -> str:
-    """A row of the table under `COLUMNS`."""
+    """Return a row of the table under `COLUMNS`."""
     return (
         f"{name:<34} {row['tokens_per_second']:13,.0f}   {spread(row):<26} {row['padding']:8.1%}  "
         f"{row['mfu']:5.0%}  {row['peak_memory'] / 1e9:4.1f} GB"
@@ -84,12 +84,12 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def spread(row: dict[str, float]) -> str:
-    """A ratio and its middle half."""
+    """Return a ratio with its interquartile range as text."""
     return f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
 
 
 def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Bars of tokens per second of rows with `label` and `ours`, with their ratio at the end."""
+    """Draw the tokens per second of the rows as bars, with their ratios at the ends."""
     colours = [OURS if row["ours"] else OTHERS for row in rows]
     drawn = axes.barh([row["label"] for row in rows], [row["tokens_per_second"] for row in rows], color=colours)
     axes.bar_label(drawn, [f"{row['ratio']:.2f}x" for row in rows], padding=4)
@@ -101,9 +101,9 @@ def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
 def write(
     name: str, machine: Machine, content: dict[str, Any], draw: Callable[[Any], None], size: Any, *, quick: bool = False
 ) -> Path:
-    """Write `content` with the hardware and the versions, and what `draw` draws on a figure of this size in inches.
+    """Write `content`, the hardware and the versions as JSON, and a plot by `draw`; return the path of the JSON file.
 
-    A quick run's files lie beside those of a full one.
+    size: of the figure, in inches. The files of a quick run have other names than those of a full run.
     """
     RESULTS.mkdir(exist_ok=True)
     name += "-quick" if quick else ""

@@ -1,4 +1,4 @@
-"""How minilm's speed changes with the processes, the length, the model and the number of examples.
+"""Measure how minilm's speed changes with the processes, the length, the model and the number of examples.
 
     python benchmarks/scaling.py --quick
     python benchmarks/scaling.py --processes --lengths
@@ -36,7 +36,7 @@ from typing import Any
 
 import report
 import torch
-from sides import Contender, Precision, Rounds, Taken, assemble, compare, minilm_steps, turns_of
+from comparison import Contender, Precision, Rounds, TurnResult, build_parts, compare, run_minilm, take_turns
 from synthetic import write_corpus
 from throughput import MASKED, in_blocks
 
@@ -51,41 +51,41 @@ HEAD = 64  # width of a head of attention
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measurement of a part, and what it would be ideally."""
+    """One measurement, and its ideal value."""
 
     at: int
-    """How many processes, tokens of an example, parameters, or examples."""
+    """The number of processes, tokens of an example, parameters, or examples."""
     tokens_per_second: float
     low: float
-    """Of the middle half of the rounds."""
+    """Lower end of the interquartile range over the rounds; `high` is the upper end."""
     high: float
     ideal: float
     extra: dict[str, float] = field(default_factory=dict)
 
 
-def shaped(layers: int, width: int, length: int) -> dict[str, Any]:
-    """Fields of the model's configuration."""
+def model_fields(layers: int, width: int, length: int) -> dict[str, Any]:
+    """Return the fields of the model's configuration."""
     size = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // HEAD}
     return {**MASKED.model.config, **size, "intermediate_size": 4 * width, "max_position_embeddings": length + 2}
 
 
-def sized(layers: int, width: int, length: int, tokens: int) -> Config:
-    """Steps of so many tokens in full blocks of this length, each in one forward."""
+def sized_config(layers: int, width: int, length: int, tokens: int) -> Config:
+    """Return a configuration with steps of so many tokens, in full blocks of this length and one forward pass."""
     batch = Batch(examples=max(1, tokens // length), max_length=length, micro_tokens=max(tokens, length))
-    model = replace(MASKED.model, config=shaped(layers, width, length))
+    model = replace(MASKED.model, config=model_fields(layers, width, length))
     return in_blocks(replace(MASKED, model=model, batch=batch))
 
 
-def speeds(turns: list[Taken]) -> tuple[float, float, float]:
-    """Tokens per second: the median, and the middle half."""
+def compute_speeds(turns: list[TurnResult]) -> tuple[float, float, float]:
+    """Return the tokens per second: the median, and both ends of the interquartile range."""
     found = sorted(turn.tokens / turn.seconds for turn in turns)
     quarter = len(found) // 4
     return statistics.median(found), found[quarter], found[-1 - quarter]
 
 
-def compute_points(places: list[int], taken: list[list[Taken]], peak: float) -> list[Point]:
-    """A point for each place; ideal are the FLOP/s of the best of them."""
-    found = [speeds(turns) for turns in taken]
+def compute_points(places: list[int], taken: list[list[TurnResult]], peak: float) -> list[Point]:
+    """Return a point for each place. The ideal is the FLOP/s of the best one."""
+    found = [compute_speeds(turns) for turns in taken]
     flops = [turns[0].flops / turns[0].tokens for turns in taken]  # of a token
     rates = [median * cost for (median, _, _), cost in zip(found, flops, strict=True)]
     return [
@@ -102,37 +102,39 @@ def compute_points(places: list[int], taken: list[list[Taken]], peak: float) -> 
 
 
 def by_length(machine: report.Machine, quick: bool) -> list[Point]:
-    """Lengths in turn."""
+    """Measure the lengths."""
     tokens = 65536 if machine.device.type == "cuda" else 2048 if quick else 8192
     lengths = [length for length in LENGTHS if length <= 1024 or not quick]
-    return compared([sized(6, 384, length, tokens) for length in lengths], lengths, machine, QUICK if quick else FULL)
+    return measure_configs(
+        [sized_config(6, 384, length, tokens) for length in lengths], lengths, machine, QUICK if quick else FULL
+    )
 
 
 def by_model(machine: report.Machine, quick: bool) -> list[Point]:
-    """Sizes in turn."""
+    """Measure the sizes of models."""
     cuda = machine.device.type == "cuda"
     shapes = SHAPES if cuda and not quick else SHAPES[:4] if quick else SHAPES[:5]
-    configs = [sized(layers, width, 128, 65536 if cuda else 2048) for layers, width in shapes]
+    configs = [sized_config(layers, width, 128, 65536 if cuda else 2048) for layers, width in shapes]
     parameters = [12 * layers * width**2 + MASKED.tokens.vocab_size * width for layers, width in shapes]
-    return compared(configs, parameters, machine, QUICK if quick else FULL)
+    return measure_configs(configs, parameters, machine, QUICK if quick else FULL)
 
 
-def compared(configs: list[Config], places: list[int], machine: report.Machine, rounds: Rounds) -> list[Point]:
-    """A point for each of these configurations."""
-    contenders = [Contender(name="minilm", config=config, steps=minilm_steps) for config in configs]
+def measure_configs(configs: list[Config], places: list[int], machine: report.Machine, rounds: Rounds) -> list[Point]:
+    """Return a point for each of these configurations."""
+    contenders = [Contender(name="minilm", config=config, run=run_minilm) for config in configs]
     return compute_points(places, compare(contenders, machine.precision, rounds), machine.peak.flops)
 
 
-def take(config: Config, turns: Rounds) -> list[Taken]:
-    """Turns of a run in this process, as one of those that were launched together."""
-    parts = assemble(config)
+def take(config: Config, turns: Rounds) -> list[TurnResult]:
+    """Take turns in this process, which is one of those launched together."""
+    parts = build_parts(config)
     if parts.accelerator.device.type == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # minilm may have taken more
-    return list(turns_of(parts, turns.warm_up + turns.count, turns.block))[turns.warm_up :]
+    return list(take_turns(parts, turns.warm_up + turns.count, turns.block))[turns.warm_up :]
 
 
-def launched(processes: int, machine: report.Machine, threads: int = 1) -> list[Taken]:
-    """The turns of a run of so many processes of so many threads, under accelerate's launcher."""
+def run_launched(processes: int, machine: report.Machine, threads: int = 1) -> list[TurnResult]:
+    """Return the turns of a run with so many processes and threads, under accelerate's launcher."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     words = [*launcher, *plain] if processes > 1 else []
@@ -140,11 +142,11 @@ def launched(processes: int, machine: report.Machine, threads: int = 1) -> list[
     command = [sys.executable, *words, __file__, "--worker", machine.precision]
     settings = {**os.environ, **cpu, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
-    return [Taken(**turn) for turn in json.loads(done.stdout.splitlines()[-1])]
+    return [TurnResult(**turn) for turn in json.loads(done.stdout.splitlines()[-1])]
 
 
 def work(precision: Precision) -> None:
-    """What a launched process does: the main one prints its turns."""
+    """Take turns in a launched process. The main process prints the results as JSON."""
     batch = replace(MASKED.batch, examples=512 if torch.cuda.is_available() else 128)
     turns = take(replace(MASKED, batch=batch, run=Run(precision=precision)), Rounds(count=6))
     if int(os.environ.get("RANK", "0")) == 0:
@@ -152,18 +154,18 @@ def work(precision: Precision) -> None:
 
 
 def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
-    """Numbers of processes in turn, a few launches of each."""
+    """Measure the numbers of processes, with a few launches of each."""
     limit = torch.cuda.device_count() or os.cpu_count() or 1
     counts = [2**power for power in range(limit.bit_length())]
-    taken: list[list[Taken]] = [[] for _ in counts]
-    threaded: list[Taken] = []  # by one process with all threads
+    taken: list[list[TurnResult]] = [[] for _ in counts]
+    threaded: list[TurnResult] = []  # by one process with all threads
     for _ in range(1 if quick else 3):
         for turns, count in zip(taken, counts, strict=True):
-            turns += launched(count, machine)
+            turns += run_launched(count, machine)
         if machine.device.type == "cpu":
-            threaded += launched(1, machine, limit)
-    found = [speeds(turns) for turns in taken]
-    whole = {"of_threads": speeds(threaded)[0]} if threaded else {}
+            threaded += run_launched(1, machine, limit)
+    found = [compute_speeds(turns) for turns in taken]
+    whole = {"of_threads": compute_speeds(threaded)[0]} if threaded else {}
     return [
         Point(
             at=count,
@@ -177,10 +179,10 @@ def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
     ]
 
 
-def run_dataset(config: Config, steps: int) -> dict[str, float]:
-    """In a fresh process: seconds until the first step is planned, and of the plan and the batch of a later one."""
+def time_dataset(config: Config, steps: int) -> dict[str, float]:
+    """Return the seconds until the first step is planned, and those of the plan and batch of a later step."""
     begin = time.perf_counter()
-    parts = assemble(config)
+    parts = build_parts(config)
     parts.plan.step(0)
     start = time.perf_counter() - begin
     seconds = []
@@ -194,9 +196,9 @@ def run_dataset(config: Config, steps: int) -> dict[str, float]:
 
 
 def by_dataset(machine: report.Machine, quick: bool, sizes: tuple[int, ...] = SIZES) -> list[Point]:
-    """Numbers of examples in turn: starts, each in a fresh process after one that encoded them, and then steps."""
+    """Measure the numbers of examples: start-up in fresh processes after one that encoded them, and then steps."""
     places = [size for size in sizes if size <= 100_000 or not quick]
-    model, context = replace(MASKED.model, config=shaped(2, 128, 128)), multiprocessing.get_context("spawn")
+    model, context = replace(MASKED.model, config=model_fields(2, 128, 128)), multiprocessing.get_context("spawn")
     runs: list[list[dict[str, float]]] = [[] for _ in places]
     with tempfile.TemporaryDirectory() as folder:
         configs = []
@@ -207,10 +209,10 @@ def by_dataset(machine: report.Machine, quick: bool, sizes: tuple[int, ...] = SI
         for number in range(2 if quick else 4):
             for found, config in zip(runs, configs, strict=True):
                 with ProcessPoolExecutor(1, context) as pool:
-                    figures = pool.submit(run_dataset, config, 40).result()
+                    figures = pool.submit(time_dataset, config, 40).result()
                 if number > 0:  # the first one encodes
                     found.append(figures)
-        points = compared(configs, places, machine, Rounds(count=10 if quick else 50))
+        points = measure_configs(configs, places, machine, Rounds(count=10 if quick else 50))
     for at, found in enumerate(runs):
         extra = {name: statistics.median(figures[name] for figures in found) for name in ("start", "data")}
         extra["memory"] = points[at].extra["memory"]
@@ -244,7 +246,7 @@ def show(name: str, points: list[Point]) -> None:
 
 
 def draw(figure: Any, parts: dict[str, list[Point]]) -> None:
-    """A panel a part: what was measured, and the ideal line."""
+    """Draw a panel for each part, with the measurements and the ideal line."""
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, (name, points) in zip(panels, parts.items(), strict=True):
         places, speed = [point.at for point in points], [point.tokens_per_second for point in points]
@@ -266,7 +268,7 @@ def main() -> None:
     if options.worker:
         work(options.worker)
         return
-    machine = report.this_machine()
+    machine = report.describe_machine()
     chosen = [name for name in PARTS if getattr(options, name)] or [*PARTS]
     parts = {}
     with tempfile.TemporaryDirectory() as folder:

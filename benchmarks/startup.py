@@ -1,4 +1,4 @@
-"""From the command to the end of the first step: the main job by minilm, and the same job by HF Trainer.
+"""Measure the time from the command to the end of the first step, for the main job by minilm and by HF Trainer.
 
     python benchmarks/startup.py
 
@@ -26,7 +26,7 @@ SIDES = ("HF Trainer", "minilm")
 
 
 def by_minilm(folder: Path) -> None:
-    """The recipe as it is run, but for its end after the first step."""
+    """Run the recipe, and end the process after the first step."""
     from minilm.commands.recipe import quick_imports
 
     with quick_imports():  # as the recipe does, which finds it there
@@ -44,7 +44,7 @@ def by_minilm(folder: Path) -> None:
 
 
 def by_trainer(folder: Path) -> None:
-    """What its user would write. Nothing here imports minilm."""
+    """Run Trainer as its users would. This function does not import minilm."""
     from datasets import load_dataset
     from transformers import (
         AutoConfig,
@@ -86,9 +86,9 @@ def by_trainer(folder: Path) -> None:
 
 
 def write_job(folder: Path) -> None:
-    """What Trainer's side reads: the text, minilm's tokenizer, and the settings in Trainer's words."""
+    """Write the input of Trainer: the text, minilm's tokenizer, and the settings as arguments of Trainer."""
     from accelerate import Accelerator
-    from trainer_side import trainer_settings
+    from hf_trainer import trainer_settings
 
     from minilm.config import Config, MaskedLM
     from minilm.data.documents import load_documents
@@ -113,7 +113,7 @@ def write_job(folder: Path) -> None:
 
 
 def time_start(side: str, folder: Path) -> float:
-    """Seconds of one start."""
+    """Return the seconds of one start."""
     begin = time.perf_counter()
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

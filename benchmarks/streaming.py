@@ -1,4 +1,4 @@
-"""The memory of a run over a text file of any size, streamed and mapped, and whether both see the same tokens.
+"""Measure the memory of a run over a large text file, streamed and mapped, and check that both have the same tokens.
 
     python benchmarks/streaming.py --gigabytes 2
 
@@ -24,19 +24,19 @@ STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a path saw, and what it took."""
+class PathResult:
+    """The result of reading the file in one way."""
 
     examples: int
     tokens: int
     digest: str
     seconds: float
     first: float
-    """Of these, after the encoding, until the first step was loaded."""
+    """Seconds from the end of the encoding until the first step was loaded."""
     libraries: float
-    """MB in memory before it began."""
+    """MB of memory before the run began."""
     peak: float
-    """MB in memory at most."""
+    """Peak MB of memory."""
 
 
 def write_text(path: Path, size: int) -> None:
@@ -50,7 +50,7 @@ def write_text(path: Path, size: int) -> None:
             file.writelines(lines[i] for i in rng.permutation(len(lines)))
 
 
-def read(folder: str, streaming: bool) -> Found:
+def read(folder: str, streaming: bool) -> PathResult:
     """Encode the text in `folder` and load the first steps."""
     cache = os.environ["HF_HOME"] = os.path.join(folder, "streamed" if streaming else "mapped")
     os.environ["HF_DATASETS_CACHE"] = os.path.join(cache, "datasets")
@@ -83,7 +83,7 @@ def read(folder: str, streaming: bool) -> Found:
     for array in arrays:
         for at in range(0, len(array), 2**22):
             digest.update(array[at : at + 2**22].tobytes())
-    return Found(
+    return PathResult(
         examples=len(prepared.train),
         tokens=int(prepared.train.lengths.sum()),
         digest=digest.hexdigest(),

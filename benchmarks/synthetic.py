@@ -1,4 +1,4 @@
-"""Documents that are made up: words by Zipf's law, lengths by a log-normal one, and a tokenizer that has the words."""
+"""Synthetic documents with words by Zipf's law and log-normal lengths, and a tokenizer for them."""
 
 from pathlib import Path
 

@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 import report
-from sides import Contender, Rounds, compare, minilm_steps
-from trainer_side import trainer_steps
+from comparison import Contender, Rounds, compare, run_minilm
+from hf_trainer import run_trainer
 
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Tokens
 from minilm.data.pydocs import load_pydocs
@@ -87,24 +87,24 @@ WORDS, SPREAD, LEAST = 21, 6, 8  # mean, standard deviation and least number of 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is compared, and how often."""
+    """A configuration to compare on, and the number of rounds."""
 
     config: Config
     rounds: Rounds
-    """Of a full run."""
+    """Rounds of a full run."""
     quick: Rounds
-    """Of a quick one."""
+    """Rounds of a quick run."""
     quick_examples: int = 16
     """Examples of a step of a quick run in fp32; in bf16 twice as many."""
     grouped: bool = True
-    """Whether Trainer runs with `group_by_length` too: there are lengths to group by."""
+    """Whether Trainer also runs with `group_by_length`, since the lengths differ."""
     epoch: bool = False
-    """Whether minilm runs with `group=epoch` too."""
+    """Whether minilm also runs with `group=epoch`."""
     eager: bool = True
-    """Whether `eager` attention makes Trainer much faster in bf16 on CPUs; a quick run then has no other best one."""
+    """Whether `eager` attention makes Trainer much faster in bf16 on CPUs. A quick run then has no other attention."""
 
     def quickly(self, config: Config, precision: str) -> tuple[Config, Rounds]:
-        """What a quick run does of this configuration, and how often."""
+        """Return the configuration of a quick run, and its rounds."""
         examples, rounds = self.quick_examples, self.quick
         if precision != "fp32":  # there is time for more, and products are compiled for each new size
             block = min(2 * rounds.block, self.rounds.block)
@@ -112,29 +112,29 @@ class Workload:
         return with_examples(config, examples), rounds
 
     def attentions(self, precision: str, *, quick: bool) -> tuple[str, ...]:
-        """Those that Trainer runs with, beside its defaults: a quick run has the one that is usually faster."""
+        """Return the attentions of Trainer beside its default. A quick run has only the one that is usually faster."""
         if not quick:
             return "auto", "eager"
         return ("eager" if self.eager and precision != "fp32" else "auto",)
 
     def contenders(self, config: Config, attentions: Sequence[str] = ("auto", "eager")) -> list[Contender]:
-        """Trainer with its defaults, then others, then minilm with its own; all with this configuration."""
-        found = [Contender(name="HF Trainer", config=config, steps=trainer_steps)]
+        """Return Trainer with its defaults, with other settings, and minilm, all with this configuration."""
+        found = [Contender(name="HF Trainer", config=config, run=run_trainer)]
         grouping = "group_by_length" if self.grouped else ""
         for attention in attentions:
             if grouping or attention != "auto":
                 name = ", ".join(word for word in ("HF Trainer", grouping, attention) if word not in ("", "auto"))
-                steps = partial(trainer_steps, grouping=grouping, attention=attention)
-                found.append(Contender(name=name, config=config, steps=steps))
-        found.append(Contender(name="minilm", config=config, steps=minilm_steps))
+                run = partial(run_trainer, grouping=grouping, attention=attention)
+                found.append(Contender(name=name, config=config, run=run))
+        found.append(Contender(name="minilm", config=config, run=run_minilm))
         if self.epoch:
             config = replace(config, batch=replace(config.batch, group="epoch"))
-            found.append(Contender(name="minilm, group=epoch", config=config, steps=minilm_steps))
+            found.append(Contender(name="minilm, group=epoch", config=config, run=run_minilm))
         return found
 
 
 def in_blocks(config: Config) -> Config:
-    """The same on full blocks."""
+    """Return the same configuration on full blocks."""
     return replace(config, batch=replace(config.batch, layout="blocks"))
 
 
@@ -164,7 +164,7 @@ WORKLOADS = {
 
 
 def write_pairs(path: Path, texts: list[str]) -> None:
-    """Labelled pairs as JSON lines: two pieces of a text, and whether the second follows the first in it."""
+    """Write labelled pairs as JSON lines: two pieces of text, and whether the second follows the first."""
     rng = np.random.default_rng(0)
     documents = [text.split() for text in texts]
     with path.open("w", encoding="utf-8") as file:
@@ -180,12 +180,12 @@ def write_pairs(path: Path, texts: list[str]) -> None:
 
 
 def with_examples(config: Config, examples: int) -> Config:
-    """The same with so many examples a step."""
+    """Return the same configuration with so many examples per step."""
     return replace(config, batch=replace(config.batch, examples=examples))
 
 
 def in_folder(config: Config, folder: Path) -> Config:
-    """The same with its pairs in this folder, if pairs are what it has."""
+    """Return the same configuration, with its pairs in this folder if it needs pairs."""
     if config.data.pair_column is None:
         return config
     path = folder / str(config.data.source)
@@ -196,23 +196,23 @@ def in_folder(config: Config, folder: Path) -> Config:
 def measure(name: str, contenders: list[Contender], rounds: Rounds, machine: report.Machine) -> list[dict[str, Any]]:
     """Print the table of a comparison and return its rows. The first contender is the baseline: Trainer's defaults."""
     taken = compare(contenders, machine.precision, rounds)
-    same = next(at for at, contender in enumerate(contenders) if contender.steps is minilm_steps)
-    apart = report.loss_difference(taken[0], taken[same])
+    same = next(at for at, contender in enumerate(contenders) if contender.run is run_minilm)
+    apart = report.compute_loss_difference(taken[0], taken[same])
     steps, examples = rounds.count * rounds.block, contenders[0].config.batch.examples
     print(f"\n{name}: {steps} steps of {examples}; losses of Trainer and minilm differ by at most {apart:.1e}")
     print(report.COLUMNS)
     rows = []
     for contender, turns in zip(contenders, taken, strict=True):
-        figures = report.figures(turns, taken[0], machine.peak)
+        figures = report.compute_figures(turns, taken[0], machine.peak)
         print(report.line(contender.name, figures))
-        label, ours = f"{contender.name} ({name})", contender.steps is minilm_steps
+        label, ours = f"{contender.name} ({name})", contender.run is run_minilm
         row = {"workload": name, "name": contender.name, "label": label, "ours": ours, "examples": examples}
         rows.append({**row, **figures, "loss_difference": apart})
     return rows
 
 
 def drawing(rows: list[dict[str, Any]]) -> Callable[[Any], None]:
-    """What draws bars of these rows."""
+    """Return a function that draws bars of these rows."""
     return lambda figure: report.bars(figure.subplots(), rows)
 
 
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="auto", help="of both sides, not the fast one")
     options = parser.parse_args()
-    machine, rows = report.this_machine(options.precision), []
+    machine, rows = report.describe_machine(options.precision), []
     with tempfile.TemporaryDirectory() as folder:
         for name in [options.workload] if options.workload else [*WORKLOADS]:
             workload = WORKLOADS[name]

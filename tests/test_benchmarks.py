@@ -22,7 +22,7 @@ import scaling
 import throughput
 import torch
 from accelerate.state import AcceleratorState
-from sides import Contender, Rounds, Side, Taken, Work, assemble, minilm_steps
+from comparison import Contender, Rounds, StepCost, Task, TurnResult, build_parts, run_minilm
 from synthetic import write_corpus
 from transformers.models.modernbert import modeling_modernbert
 
@@ -77,12 +77,12 @@ def toy(config: Config) -> Config:
 
 def turns_of(
     contender: Contender, block: int = 1, *, lead_in: int = 0, evaluated: bool = False
-) -> tuple[Work | None, list[Taken]]:
+) -> tuple[StepCost | None, list[TurnResult]]:
     """Two turns of it."""
     asked: Any = Turns(2)
-    side = Side(connection=asked, config=contender.config, turns=2, block=block, lead_in=lead_in, evaluated=evaluated)
+    side = Task(connection=asked, config=contender.config, turns=2, block=block, lead_in=lead_in, evaluated=evaluated)
     with contextlib.suppress(SystemExit):  # as Trainer's process ends
-        contender.steps(side)
+        contender.run(side)
     work, *turns = asked.sent
     return work, turns
 
@@ -96,7 +96,7 @@ def check_sides(contenders: list[Contender], block: int = 1) -> None:
         assert work is None or work.flops(turns[0]) > 0
     trainer, ours = taken["HF Trainer"][1], taken["minilm"][1]
     assert [(turn.tokens, turn.square_lengths) for turn in ours] == [(t.tokens, t.square_lengths) for t in trainer]
-    assert report.loss_difference(ours, trainer) < 1e-5
+    assert report.compute_loss_difference(ours, trainer) < 1e-5
     assert taken["minilm"][0] is not None
 
 
@@ -178,7 +178,7 @@ def test_steps_that_do_not_count_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_
     alone = [turns_of(contender, block=3)[1] for contender in (trainer, ours)]
     taken = [turns_of(contender, block=2, lead_in=1)[1] for contender in (trainer, ours)]
     assert len(emptied) == 4
-    assert report.loss_difference(*taken) < 1e-5
+    assert report.compute_loss_difference(*taken) < 1e-5
     for (_, whole), (_, part) in zip(alone, taken, strict=True):
         assert part.tokens < whole.tokens  # of the same three steps
 
@@ -196,7 +196,7 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
     config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
     parts, taken = [], []
-    monkeypatch.setattr(ladder, "assemble", lambda *given: parts.append(assemble(*given)) or parts[-1])
+    monkeypatch.setattr(ladder, "build_parts", lambda *given: parts.append(build_parts(*given)) or parts[-1])
     for contender in ladder.contenders_of(config, ladder.RUNGS):
         with monkeypatch.context() as process:  # what a rung changes in its own process
             process.setattr("minilm.data.packing.SHORT_ROW_TOKENS", minilm.data.packing.SHORT_ROW_TOKENS)
@@ -266,9 +266,9 @@ def plain_turn() -> Any:
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=10, sigma=0.6)
     config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
-    found = scaling.run_dataset(config, 4)
+    found = scaling.time_dataset(config, 4)
     assert found["start"] > found["data"] > 0
-    work, turns = turns_of(Contender(name="minilm", config=config, steps=minilm_steps))
+    work, turns = turns_of(Contender(name="minilm", config=config, run=run_minilm))
     assert work is not None
     turns = [replace(turn, flops=work.flops(turn)) for turn in turns]
     slower = [replace(turn, seconds=2 * turn.seconds, flops=1.5 * turn.flops) for turn in turns]
@@ -277,7 +277,7 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shares == pytest.approx([1, 0.75])
     scaling.show("lengths", points)
     assert len(capsys.readouterr().out.splitlines()) == 4
-    sized = scaling.sized(2, 128, 64, 512).batch
+    sized = scaling.sized_config(2, 128, 64, 512).batch
     assert sized == Batch(examples=8, max_length=64, micro_tokens=512, layout="blocks")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from sides import assemble
+from comparison import build_parts
 
 import minilm
 from minilm import Batch, CausalLM, Classification, Config, Data, Model, Run, Tokens
@@ -163,7 +163,7 @@ def test_the_loop_in_the_readme(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"Line {i} of a text." for i in range(40)), encoding="utf-8")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    parts = assemble(
+    parts = build_parts(
         Config(
             data=Data(source=str(path)),
             tokens=Tokens(vocab_size=300),

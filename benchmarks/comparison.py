@@ -1,4 +1,4 @@
-"""A comparison: contenders that take their steps in turn, each in a process of its own; and minilm as one of them."""
+"""Compare contenders that take turns, each in its own process. minilm is one of them."""
 
 import logging
 import multiprocessing
@@ -39,34 +39,34 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
-    """What one side did in one turn."""
+class TurnResult:
+    """What one contender did in one turn."""
 
     seconds: float
     tokens: int
-    """Real ones, as always: padding is never counted."""
+    """Real tokens, without padding."""
     padded_tokens: int
     square_lengths: int
     losses: tuple[float, ...]
-    """Of the turn's steps."""
+    """Loss of each step of the turn, nats."""
     memory: int
-    """Most memory so far, bytes: of the GPU, or else resident memory of the process."""
+    """Peak memory so far, bytes: of the GPU, or else the resident memory of the process."""
     eval_loss: float | None = None
-    """After the turn, where that is asked for; its time is not counted."""
+    """Loss of an evaluation after the turn, whose time does not count; None if there was none."""
     flops: float = 0.0
-    """What the documents cost without padding and with a sparse head: the same for the same documents."""
+    """FLOPs of the documents without padding and with a sparse head: the same for each contender."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """The FLOPs of training, by minilm's own count."""
+class StepCost:
+    """The FLOPs of training, as minilm counts them."""
 
     cost: Cost
     rate: float
-    """Share of the tokens that are targets."""
+    """Fraction of the tokens that are targets."""
 
-    def flops(self, taken: Taken) -> float:
-        """Of what was done in a turn, had there been no padding."""
+    def flops(self, taken: TurnResult) -> float:
+        """Return the FLOPs of a turn, as if there were no padding."""
         step = Step(
             epoch=0,
             micro_batches=[],
@@ -78,23 +78,23 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """What one side is given in its process."""
+class Task:
+    """What the process of a contender gets."""
 
     connection: Connection
-    """Takes a `Work` or None when the side is built, then for each message that is true a turn, as a `Taken`."""
+    """Carries a `StepCost` or None once the contender is built, then a `TurnResult` for each message that is true."""
     config: Config
     turns: int
     block: int
     """Steps of a turn."""
     lead_in: int = 0
-    """Steps at the beginning of a turn that do not count: memory that the turn before let go is asked for again."""
+    """Steps at the beginning of a turn that do not count. They allocate their memory again."""
     evaluated: bool = False
     """Whether each turn ends with an evaluation."""
 
     @property
     def steps(self) -> int:
-        """Of all turns."""
+        """Steps of all turns."""
         return self.turns * (self.lead_in + self.block)
 
 
@@ -104,45 +104,45 @@ class Contender:
 
     name: str
     config: Config
-    steps: Callable[[Side], None]
-    """Builds the side and takes its turns."""
+    run: Callable[[Task], None]
+    """Builds the contender in its process and takes its turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """How often every contender takes a turn."""
+    """How many turns each contender takes."""
 
     count: int
     warm_up: int = 2
-    """Rounds before them that are not counted."""
+    """Rounds at the beginning that do not count."""
     block: int = 1
     """Steps of a turn."""
     lead_in: int = 0
-    """Steps before them that do not count, on a GPU whose memory the contenders take in turn."""
+    """Steps at the beginning of a turn that do not count, for a GPU whose memory the contenders use in turn."""
     evaluated: bool = False
     """Whether each turn ends with an evaluation."""
 
     @property
     def steps(self) -> int:
-        """Of all turns of a contender."""
+        """Steps of all turns of a contender."""
         return (self.warm_up + self.count) * (self.lead_in + self.block)
 
 
-def compare(contenders: Sequence[Contender], precision: Precision, rounds: Rounds) -> list[list[Taken]]:
-    """By contender its turns, one in each round, in an order that changes from round to round.
+def compare(contenders: Sequence[Contender], precision: Precision, rounds: Rounds) -> list[list[TurnResult]]:
+    """Return the turns of each contender, one for each round that counts. The order changes from round to round.
 
-    One of the contenders at least must be minilm.
+    At least one contender must be minilm.
     """
-    # Its children are forked from a process that has imported all this once.
+    # The processes are forked from one that has imported the libraries once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minilm.train", "transformers.trainer"])
     sides: list[Connection] = []
-    processes, works = [], list[Work | None]()
+    processes, works = [], list[StepCost | None]()
     try:
         for contender in contenders:
             here, there = context.Pipe()
             config = replace(contender.config, run=replace(contender.config.run, precision=precision))
-            side = Side(
+            task = Task(
                 connection=there,
                 config=config,
                 turns=rounds.warm_up + rounds.count,
@@ -150,12 +150,14 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
                 lead_in=rounds.lead_in,
                 evaluated=rounds.evaluated,
             )
-            process = context.Process(target=serve, args=(side, contender.steps))
+            process = context.Process(target=serve, args=(task, contender.run))
             process.start()
-            there.close()  # so that the end of the process is seen here
+            # With its copy closed, this process notices when the other one ends.
+            there.close()
             sides.append(here)
             processes.append(process)
-            if not works:  # the first fills the cache for the others, which are built at the same time
+            # The first contender fills the cache. The others are then built at the same time.
+            if not works:
                 works.append(here.recv())
         works += [side.recv() for side in sides[1:]]
         taken = _in_turn(sides, [contender.name for contender in contenders], works, rounds)
@@ -164,16 +166,17 @@ def compare(contenders: Sequence[Contender], precision: Precision, rounds: Round
             process.join()
     finally:
         for connection in sides:
-            connection.close()  # which ends what has not ended
+            # A process that still waits for a message ends.
+            connection.close()
     return taken
 
 
 def _in_turn(
-    sides: Sequence[Connection], names: Sequence[str], works: Sequence[Work | None], rounds: Rounds
-) -> list[list[Taken]]:
-    """Have the sides take their turns, and return what each did in those that count."""
+    sides: Sequence[Connection], names: Sequence[str], works: Sequence[StepCost | None], rounds: Rounds
+) -> list[list[TurnResult]]:
+    """Let the contenders take their turns, and return the results of those that count."""
     total, counted = rounds.warm_up + rounds.count, next(work for work in works if work)
-    taken: list[list[Taken]] = [[] for _ in sides]
+    taken: list[list[TurnResult]] = [[] for _ in sides]
     with tqdm(total=total * len(sides), unit="turn", mininterval=0) as bar:
         for number in range(total):
             for turn in range(len(sides)):
@@ -188,19 +191,20 @@ def _in_turn(
     return taken
 
 
-def serve(side: Side, steps: Callable[[Side], None]) -> None:
-    """One side, in its own process, on one GPU at most: Trainer would take them all."""
+def serve(task: Task, run: Callable[[Task], None]) -> None:
+    """Run a contender in this process, on at most one GPU: Trainer would use all of them."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    multiprocessing.set_start_method("fork", force=True)  # of its loader's workers: a server would import all anew
+    # Forked loader workers need not import the libraries again.
+    multiprocessing.set_start_method("fork", force=True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("minilm").setLevel(logging.ERROR)
-    steps(side)
+    run(task)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """minilm's parts, put together as train() does."""
+    """The parts of a run, built as `train()` builds them."""
 
     config: Config
     accelerator: Accelerator
@@ -211,12 +215,12 @@ class Parts:
     plan: Plan
     collator: Collator
     evaluator: Evaluator
-    work: Work | None
-    """None: that of another contender counts."""
+    work: StepCost | None
+    """None if the cost of another contender counts."""
 
 
-def assemble(config: Config, head_of: Callable[[PreTrainedModel, PreparedData], Head] | None = None) -> Parts:
-    """The parts of a run of minilm; `head_of` in place of the objective's own head."""
+def build_parts(config: Config, head_of: Callable[[PreTrainedModel, PreparedData], Head] | None = None) -> Parts:
+    """Return the parts of a run. `head_of` replaces the head of the objective."""
     accelerator, _ = start(config.run)
     prepared, objective = prepare_data(config), build_objective(config.objective)
     network = build_network(config, prepared)
@@ -240,18 +244,20 @@ def assemble(config: Config, head_of: Callable[[PreTrainedModel, PreparedData], 
         plan=plan,
         collator=collator,
         evaluator=evaluator,
-        work=Work(cost=cost, rate=collator.rate()),
+        work=StepCost(cost=cost, rate=collator.rate()),
     )
 
 
-def precision_of(parts: Parts) -> str:
-    """The arithmetic of the parts, as `run.precision` calls it."""
+def get_precision(parts: Parts) -> str:
+    """Return the precision of the parts, as `run.precision` calls it."""
     mode: str = parts.accelerator.mixed_precision
     return "fp32" if mode == "no" else mode
 
 
-def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, evaluated: bool = False) -> Iterator[Taken]:
-    """Turns of `block` steps by minilm, each taken when it is asked for, with the planning, masking and packing."""
+def take_turns(
+    parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, evaluated: bool = False
+) -> Iterator[TurnResult]:
+    """Yield turns of `block` steps by minilm. Planning, masking and packing are part of the time."""
     config, total = parts.config, turns * (lead_in + block)
     loader = load_steps(
         parts.plan, parts.prepared.train, parts.collator, parts.accelerator, range(total), config.batch.workers
@@ -270,7 +276,8 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, eval
             )
             steps.append(step)
             losses.append(result.loss)
-        return steps, tuple(torch.stack(losses).tolist())  # waits for the device
+        # Reading the losses waits for the device.
+        return steps, tuple(torch.stack(losses).tolist())
 
     for first in range(0, total, lead_in + block):
         if lead_in:
@@ -281,7 +288,7 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, eval
         evaluation = parts.evaluator(parts.accelerator, parts.model).figures() if evaluated else {}
         if lead_in:
             torch.cuda.empty_cache()
-        yield Taken(
+        yield TurnResult(
             seconds=seconds,
             tokens=sum(step.tokens for step in steps),
             padded_tokens=sum(step.padded_tokens for step in steps),
@@ -292,14 +299,14 @@ def turns_of(parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, eval
         )
 
 
-def answer(side: Side, parts: Parts) -> None:
-    """Take minilm's turns with these parts as they are asked for."""
-    side.connection.send(parts.work)
-    turns = turns_of(parts, side.turns, side.block, lead_in=side.lead_in, evaluated=side.evaluated)
-    while side.connection.recv():
-        side.connection.send(next(turns))
+def serve_turns(task: Task, parts: Parts) -> None:
+    """Take a turn of minilm with these parts for each message that asks for one."""
+    task.connection.send(parts.work)
+    turns = take_turns(parts, task.turns, task.block, lead_in=task.lead_in, evaluated=task.evaluated)
+    while task.connection.recv():
+        task.connection.send(next(turns))
 
 
-def minilm_steps(side: Side) -> None:
-    """minilm's side, as its configuration says."""
-    answer(side, assemble(side.config))
+def run_minilm(task: Task) -> None:
+    """Run minilm with the configuration of the task."""
+    serve_turns(task, build_parts(task.config))

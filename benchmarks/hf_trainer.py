@@ -1,4 +1,4 @@
-"""HF Trainer as one side of a comparison."""
+"""HF Trainer as a contender of a comparison."""
 
 import copy
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from sides import Side, Taken
+from comparison import Task, TurnResult
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler, Subset
@@ -36,7 +36,7 @@ from minilm.runs.auto_micro_tokens import micro_tokens_of
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """minilm's examples as Trainer's rows."""
+    """A dataset with minilm's examples as rows for Trainer."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -53,10 +53,10 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
 
-def padded_labels(batch: MicroBatch, shift: int = 0) -> Tensor:
-    """The targets of a padded batch as transformers wants them: int64, R x L, -100 where there is none.
+def pad_labels(batch: MicroBatch, shift: int = 0) -> Tensor:
+    """Return the labels of a padded batch for transformers: int64[R, L], -100 where there is no target.
 
-    `shift`: 1 where the label is to be at the token itself, and the target where it is predicted from.
+    shift: 1 moves each label from the position that predicts it to the position of the token itself.
     """
     (group,) = batch.packing.groups
     labels_T = torch.full_like(batch.input_ids_T, -100)
@@ -65,12 +65,12 @@ def padded_labels(batch: MicroBatch, shift: int = 0) -> Tensor:
 
 
 def padding_multiple() -> int:
-    """What padded lengths divide by: on GPUs 8, which is the faster there, and what transformers' examples take."""
+    """Return the number that padded lengths are multiples of: on GPUs 8, as in the examples of transformers."""
     return 8 if torch.cuda.is_available() else 1
 
 
-class ReadySteps(Dataset[dict[str, Tensor]]):
-    """Item i: the examples of step i as Trainer wants them: masked, padded to the longest, with labels."""
+class PreparedSteps(Dataset[dict[str, Tensor]]):
+    """A dataset whose item i is the batch of step i for Trainer: masked, padded to the longest row, with labels."""
 
     def __init__(self, plan: Plan, steps: int, prepared: PreparedData, objective: Objective, seed: int) -> None:
         self.collator = objective.collator(
@@ -94,15 +94,15 @@ class ReadySteps(Dataset[dict[str, Tensor]]):
         return {
             "input_ids": group.pad(batch.input_ids_T).masked_fill(~real_RxL, self.padding),
             "attention_mask": real_RxL.long(),
-            "labels": padded_labels(batch, self.shift),
+            "labels": pad_labels(batch, self.shift),
         }
 
 
 class Turns(TrainerCallback):
-    """Let Trainer take a turn each time that the other end of the connection asks for it."""
+    """Let Trainer take a turn for each message that asks for one."""
 
-    def __init__(self, side: Side, prepared: PreparedData) -> None:
-        self.side, self.prepared, self.connection = side, prepared, side.connection
+    def __init__(self, task: Task, prepared: PreparedData) -> None:
+        self.task, self.prepared, self.connection = task, prepared, task.connection
         self._begin()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -111,38 +111,38 @@ class Turns(TrainerCallback):
         self._wait()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's time is all that passed since its turn began, loading its batches included."""
-        if self.leading and len(self.losses) == self.side.lead_in:
+        """End the turn after its last step. The time of a turn includes the loading of its batches."""
+        if self.leading and len(self.losses) == self.task.lead_in:
             float(torch.stack(self.losses).mean())
             self._begin()
-        if self.leading or len(self.losses) < self.side.block:
+        if self.leading or len(self.losses) < self.task.block:
             return
         losses = tuple(torch.stack(self.losses).tolist())  # waits for the device
         seconds = time.perf_counter() - self.mark
         lengths = torch.cat(self.lengths)
-        taken = Taken(
+        taken = TurnResult(
             seconds=seconds,
             tokens=int(lengths.sum()),
             padded_tokens=self.padded,
             square_lengths=int((lengths * lengths).sum()),
             losses=losses,
             memory=peak_memory(lengths.device),
-            eval_loss=self._evaluate(kwargs["model"]) if self.side.evaluated else None,
+            eval_loss=self._evaluate(kwargs["model"]) if self.task.evaluated else None,
         )
-        if self.side.lead_in:
+        if self.task.lead_in:
             torch.cuda.empty_cache()
         self.connection.send(taken)
         self._wait()
 
     def saw(self, mask_RxL: Tensor, loss: Tensor) -> None:
-        """Note a step's batch and its loss, which stay on their device."""
+        """Record the batch and the loss of a step. They stay on their device."""
         self.lengths.append(mask_RxL.sum(-1))
         self.padded += mask_RxL.numel()
         self.losses.append(loss.detach())
 
     def _evaluate(self, model: PreTrainedModel) -> float:
-        """By minilm's evaluation, of a copy: its head changes how a model is run."""
-        return float(evaluate(self.side.config, copy.deepcopy(model), self.prepared)["eval_loss"])
+        """Return the loss of minilm's evaluation. It gets a copy of the model, since its head changes the model."""
+        return float(evaluate(self.task.config, copy.deepcopy(model), self.prepared)["eval_loss"])
 
     def _begin(self) -> None:
         self.lengths: list[Tensor] = []
@@ -153,11 +153,11 @@ class Turns(TrainerCallback):
         if not self.connection.recv():
             sys.exit()
         self._begin()
-        self.leading = self.side.lead_in > 0
+        self.leading = self.task.lead_in > 0
 
 
 class OrderedTrainer(Trainer):
-    """Trainer that takes the rows in their order, unless `in_order` is false."""
+    """A Trainer that keeps the order of the rows, unless `in_order` is false."""
 
     def __init__(self, in_order: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
@@ -168,9 +168,9 @@ class OrderedTrainer(Trainer):
 
 
 class TurnTrainer(OrderedTrainer):
-    """One that notes what each step saw, and has minilm's learning rates.
+    """A Trainer that records each step and uses minilm's learning rates.
 
-    In a warm-up its own are those of the step before, zero in the first: other updates.
+    Trainer's own warm-up is one step behind and starts at zero, which would give other updates.
     """
 
     def __init__(self, turns: Turns, in_order: bool, optim: Optim, **settings: Any) -> None:
@@ -178,7 +178,7 @@ class TurnTrainer(OrderedTrainer):
         self.turns, self.optim = turns, optim
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """minilm's learning rate of each step."""
+        """Return a scheduler with minilm's learning rates."""
         scheduled: Any = optimizer or self.optimizer
         self.lr_scheduler = LambdaLR(
             scheduled, lambda step: learning_rate(self.optim, step, num_training_steps) / self.optim.lr
@@ -186,14 +186,14 @@ class TurnTrainer(OrderedTrainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own loss, noted."""
+        """Return Trainer's own loss, and record it."""
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         self.turns.saw(inputs["attention_mask"], loss)
         return loss
 
 
 def evaluate(config: Config, model: PreTrainedModel, prepared: PreparedData) -> dict[str, float]:
-    """The figures of minilm's evaluation of a model, which it makes minilm's."""
+    """Return the figures of minilm's evaluation of a model. It changes the model's modules."""
     objective = build_objective(config.objective)
     head = objective.head(model, prepared)
     evaluator = objective.evaluator(prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=1)
@@ -201,7 +201,7 @@ def evaluate(config: Config, model: PreTrainedModel, prepared: PreparedData) -> 
 
 
 def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, Any]:
-    """The settings of a run in the words of Trainer, which saves nothing."""
+    """Return the arguments of Trainer for the settings of a run. Trainer then saves nothing."""
     optim = config.optim
     return {
         "max_steps": steps,
@@ -224,19 +224,20 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
     }
 
 
-def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, attention: str = "auto") -> None:
-    """Trainer's side. Its sampling strategy is `grouping`, or nothing for minilm's examples in their order.
+def run_trainer(task: Task, grouping: str = "", *, compiled: bool = False, attention: str = "auto") -> None:
+    """Run Trainer.
 
-    `compiled`: with `torch_compile`. `attention`: of transformers, by its name, or what transformers takes by itself.
+    grouping: Trainer's sampling strategy; by default it takes minilm's examples in their order. compiled: use
+        `torch_compile`. attention: the name of an attention of transformers, or `auto` for the default of transformers.
 
-    Loading is in its time, and padding too, but for a language model's examples in order: their masks must be minilm's,
-    so that they are masked and padded beforehand.
+    The time includes loading and padding. An exception are the examples of a language model in minilm's order: they are
+    masked and padded in advance, since their masks must be minilm's.
     """
-    config = replace(side.config, model=replace(side.config.model, attention=attention))
+    config = replace(task.config, model=replace(task.config.model, attention=attention))
     prepared = prepare_data(config)
-    data, collate, size = _rows(config, prepared, side.steps, in_order=not grouping)
+    data, collate, size = _rows(config, prepared, task.steps, in_order=not grouping)
     with tempfile.TemporaryDirectory() as folder:
-        settings = trainer_settings(config, config.run.precision, side.steps)
+        settings = trainer_settings(config, config.run.precision, task.steps)
         arguments = TrainingArguments(
             output_dir=folder,
             logging_strategy="no",
@@ -248,7 +249,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, att
             **{**settings, "per_device_train_batch_size": size},
         )
         TurnTrainer(
-            Turns(side, prepared),
+            Turns(task, prepared),
             not grouping,
             config.optim,
             model=build_network(config, prepared),
@@ -259,7 +260,7 @@ def trainer_steps(side: Side, grouping: str = "", *, compiled: bool = False, att
 
 
 def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
-    """What Trainer loads, its collator, and how many items make a batch; `in_order`: of minilm's steps."""
+    """Return Trainer's dataset, its collator and the items per batch. in_order: take the steps of minilm."""
     objective, examples, size = build_objective(config.objective), prepared.train, config.batch.examples
     plan = Plan(
         examples.lengths,
@@ -269,7 +270,7 @@ def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool)
         padded=True,
     )
     if examples.labels is None and in_order:
-        return ReadySteps(plan, steps, prepared, objective, config.run.seed), _only, 1
+        return PreparedSteps(plan, steps, prepared, objective, config.run.seed), _only, 1
     if examples.labels is None:
         collate: Any = DataCollatorForLanguageModeling(
             prepared.tokenizer,

@@ -169,7 +169,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         config = replace(config, batch=replace(config.batch, group="epoch"))
     if BINS not in rungs and not torch.cuda.is_available():  # where it is no rung
         minilm.data.packing.SHORT_ROW_TOKENS = 0
-        setattr(minilm.models.attention, "_by_products", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
+        setattr(minilm.models.attention, "_products_are_faster", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
     if MEMORY not in rungs:
         os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
     if HUGE not in rungs:

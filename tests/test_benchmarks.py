@@ -200,7 +200,9 @@ def test_every_rung_of_the_ladder_takes_the_same_steps(tmp_path: Path, monkeypat
     for contender in ladder.contenders_of(config, ladder.RUNGS):
         with monkeypatch.context() as process:  # what a rung changes in its own process
             process.setattr("minilm.data.packing.SHORT_ROW_TOKENS", minilm.data.packing.SHORT_ROW_TOKENS)
-            process.setattr("minilm.models.attention._by_products", minilm.models.attention._by_products)
+            process.setattr(
+                "minilm.models.attention._products_are_faster", minilm.models.attention._products_are_faster
+            )
             taken.append(turns_of(contender)[1])
     heads: list[Any] = [part.model for part in parts]
     for name, first in (("sparse", 2), ("short", 3), ("fused", 4), ("padding_free", 5)):
@@ -235,9 +237,9 @@ def test_the_ladder_has_pairs_without_and_with(pair: str, tmp_path: Path, monkey
             minilm.models.dropout._Dropout,
             "apply",
         ),
-        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.models.rotary._Turn, "apply"),
+        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.models.rotary._Rotation, "apply"),
         "gelu": ((ladder.LONG_GELU, ladder.OWN_GELU), causal, torch.nn.functional, "gelu"),
-        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.models.windowed_attention._Around, "apply"),
+        "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.models.windowed_attention._Contexts, "apply"),
     }[pair]
     swapped = (
         "models.attention.fast_dropout",

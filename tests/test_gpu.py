@@ -105,8 +105,8 @@ def test_the_kernel_for_rows_of_any_length_gives_the_loss_of_groups(
         minilm.models.attention, "varlen_attn", lambda *x, **words: called.append(1) or kernel(*x, **words)
     )
     losses = []
-    for takes in (minilm.models.attention._takes_rows_of_any_length, lambda query, dropout: False):
-        monkeypatch.setattr(minilm.models.attention, "_takes_rows_of_any_length", takes)
+    for takes in (minilm.models.attention._flash_attention_fits, lambda query, dropout: False):
+        monkeypatch.setattr(minilm.models.attention, "_flash_attention_fits", takes)
         with torch.autocast("cuda", torch.bfloat16):
             losses.append(loss_sum(head, batch))
     assert len(called) == len(head.layers)

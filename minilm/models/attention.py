@@ -1,8 +1,8 @@
 """Attention inside each row of a packed batch (`minilm.data.packing`).
 
-In half precision on GPUs, one kernel computes all rows (FlashAttention, Dao 2023). Otherwise a group of rows is
-computed at a time: by plain matrix products for short rows on a CPU, in chunks for a window
-(`minilm.models.windowed_attention`), else by torch's kernel.
+In half precision on GPUs, one kernel computes all rows: FlashAttention (Dao 2023) or, for short rows,
+`minilm.models.short_row_attention`. Otherwise each group of rows is computed separately: short rows on a CPU by plain
+matrix products, long rows with a window in chunks (`minilm.models.windowed_attention`), and others by torch's kernel.
 
 Axes: T tokens of the batch, R rows and L length of a group, A heads, D size of a head.
 """
@@ -26,11 +26,11 @@ if torch.version.cuda is not None:  # the import takes a fifth of a second
     from minilm.models import short_row_attention as short_rows
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
-_SHORT_BF16 = (
-    512  # tokens of a row, in place of SHORT_ROW_TOKENS; longer rows gain a tenth, and need 1.4 times the memory
-)
-# Arguments that do not change the result. `packed_attention` refuses any other that it does not know.
-_HARMLESS = {
+# The same as SHORT_ROW_TOKENS, in bf16. Plain products are a tenth faster for longer rows too, but take 1.4 times the
+# memory.
+_SHORT_BF16_ROW_TOKENS = 512
+# Arguments that do not change the result. `packed_attention` refuses all other unknown arguments.
+_IGNORED_ARGUMENTS = {
     *("position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "return_dict"),
     *("output_attentions", "output_hidden_states", "token_type_ids"),
 }
@@ -50,12 +50,14 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention inside each row of a packed batch, 1 x T x A x D: an attention function for transformers.
+    """Return the attention inside each row of a packed batch, 1 x T x A x D. An attention function for transformers.
 
-    It is causal if `is_causal` is True, or if that is None and the module is causal. Several heads may share one key
-    and value (grouped query attention, Ainslie et al. 2023). A token after the last row attends to itself. Without a
-    `packing`, this is transformers' own scaled dot product attention. Raises ValueError for an argument that it does
-    not know, such as sinks or a cap on the scores.
+    packing: the rows of the batch. Without it, the result is that of transformers' scaled dot product attention.
+    sliding_window: a token sees the tokens that are fewer than this number away.
+    is_causal: whether a token sees only itself and earlier tokens. None: as the module says.
+
+    Several heads may share one key and value (grouped query attention, Ainslie et al. 2023). A token after the last row
+    attends only to itself. Raises ValueError for an unknown argument, such as sinks or a cap on the scores.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -69,24 +71,24 @@ def packed_attention(
             is_causal=is_causal,
             **kwargs,
         )
-    if unknown := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
-        raise ValueError(f"minilm's attention does not know {', '.join(unknown)}: pass --model.attention eager")
+    if unknown := [name for name, value in kwargs.items() if value is not None and name not in _IGNORED_ARGUMENTS]:
+        raise ValueError(f"minilm's attention does not support {', '.join(unknown)}: pass --model.attention eager")
     states = [x.squeeze(0).transpose(0, 1) for x in (query_1xAxTxD, key_1xAxTxD, value_1xAxTxD)]
-    # Under autocast, rotary embeddings and norms give queries and keys in float32; values are in half precision.
+    # Under autocast, rotary embeddings and norms return queries and keys in float32. Values are in half precision.
     states = [x.to(value_1xAxTxD.dtype) for x in states]
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     shared = states[0].shape[1] // states[1].shape[1]
     states[1:] = [x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in states[1:]]
-    # FlashAttention needs one width for all three. DeepSeek's values are narrower than its queries.
-    if states[2].shape[-1] == states[0].shape[-1] and _takes_rows_of_any_length(states[0], dropout):
+    # FlashAttention needs queries, keys and values of one width. DeepSeek's values are narrower than its queries.
+    if states[2].shape[-1] == states[0].shape[-1] and _flash_attention_fits(states[0], dropout):
         attended_TxAxD = _attend_at_once(packing, states, causal, sliding_window, scaling)
     else:
         attended_TxAxD = _attend_in_groups(packing, states, causal, sliding_window, scaling, dropout)
     return attended_TxAxD[None], None
 
 
-def _takes_rows_of_any_length(query_TxAxD: Tensor, dropout: float) -> bool:
-    """Return whether FlashAttention takes these queries: on a GPU since Ampere, in half precision, without dropout."""
+def _flash_attention_fits(query_TxAxD: Tensor, dropout: float) -> bool:
+    """Return whether FlashAttention can compute this: on an Ampere GPU or newer, in half precision, without dropout."""
     return (
         query_TxAxD.device.type == "cuda"
         and query_TxAxD.dtype in (torch.float16, torch.bfloat16)
@@ -105,7 +107,7 @@ def _has_flash_attention(device: torch.device) -> bool:
 def _attend_at_once(
     packing: Packing, states: Sequence[Tensor], causal: bool, window: int | None, scaling: float | None
 ) -> Tensor:
-    """Return attention, T x A x D, by one kernel for rows of any lengths.
+    """Return the attention of all rows by one kernel, T x A x D.
 
     states: queries, keys and values, each T x A x D.
     """
@@ -135,7 +137,7 @@ def _attend_at_once(
     return attended_TxAxD
 
 
-# Each batch has other groups, and torch would compile this for each of them.
+# The groups differ from batch to batch, and torch would compile this function for each of them.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_in_groups(
     packing: Packing,
@@ -145,16 +147,17 @@ def _attend_in_groups(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """Return the same as `_attend_at_once`, a group of rows at a time."""
+    """Return the same as `_attend_at_once`, computed for one group of rows at a time."""
     sizes, parts = [group.stop - group.start for group in packing.groups], []
     if alone := states[0].shape[0] - sum(sizes):
         sizes.append(alone)
-    # The gradient of each slice would be as long as the batch. Those of torch.split are not.
+    # The gradient of a slice is as long as the whole batch. The gradients of torch.split are as short as the parts.
     split = [torch.split(x_TxAxD, sizes) if len(sizes) > 1 else (x_TxAxD,) for x_TxAxD in states]
     for group, *own in zip(packing.groups, *split, strict=False):
         query, key, value = (group.pad_by_head(x_TxAxD) for x_TxAxD in own)
         parts.append(group.unpad_by_head(_attend(group, query, key, value, causal, window, scaling, dropout)))
-    if alone:  # a token that attends to itself alone gets its own value
+    if alone:
+        # A token that attends only to itself gets its own value.
         parts.append(split[2][-1])
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -169,11 +172,12 @@ def _attend(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """Return softmax(query key^T scaling + the group's bias) value; all of these are R x A x L x D."""
+    """Return softmax(query key^T scaling + bias) value, R x A x L x D, where the bias keeps the group's rows apart."""
     size = chunk_size(window, group)
-    if size is None and not _by_products(group, query):
+    if size is None and not _products_are_faster(group, query):
         whole = group.owner_RL is None and (window is None or window >= group.length)
-        plain = causal and whole  # the kernel then skips the scores of later tokens
+        # Without a bias, the kernel skips the scores of later tokens.
+        plain = causal and whole
         bias = None if plain else group.attention_bias(window, query, causal=causal)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=plain, scale=scaling
@@ -189,18 +193,18 @@ def _attend(
     return _weights(scores, group.attention_bias(window, scores, causal=causal), dropout).to(value.dtype) @ value
 
 
-def _by_products(group: RowGroup, query: Tensor) -> bool:
+def _products_are_faster(group: RowGroup, query: Tensor) -> bool:
     """Return whether plain matrix products are faster than torch's kernel, above all in backward."""
     return query.device.type == "cpu" and group.length <= (
-        _SHORT_BF16 if query.dtype == torch.bfloat16 else SHORT_ROW_TOKENS
+        _SHORT_BF16_ROW_TOKENS if query.dtype == torch.bfloat16 else SHORT_ROW_TOKENS
     )
 
 
 def _weights(scores: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """Return softmax(scores + bias) after dropout. Overwrites `scores`."""
+    """Return softmax(scores + bias) after dropout. The scores are overwritten."""
     if bias is not None:
         scores = scores.add_(bias)
-    # Autocast would copy the scores to fp32. In bf16 the kernel computes in fp32 anyway.
+    # Autocast would copy the scores to fp32, but the bf16 kernel computes in fp32 anyway.
     with torch.autocast("cpu", enabled=False):
         weights = scores.softmax(-1)
     return fast_dropout(weights, dropout, training=dropout > 0)

@@ -1,8 +1,8 @@
-"""A check that a model's own loss is the cross entropy that minilm trains on, and nothing more.
+"""A check that the loss that a model computes itself is the cross entropy that minilm trains on, without other terms.
 
-Mixtures of experts add a loss of their routers if the configuration asks for it (Fedus et al. 2021, section 2.2). That
-loss is a product of two means over all tokens of a batch. Its sum over micro-batches differs from the loss of the step,
-so with it the size of the micro-batches would change the update.
+Mixtures of experts add a loss of their routers if their configuration says so (Fedus et al. 2021, section 2.2). That
+loss is a product of two means over all tokens of a batch. Summed over micro-batches, it differs from the same loss of
+the whole step. So the size of the micro-batches would change the update.
 """
 
 import logging
@@ -18,41 +18,41 @@ from minilm.utils.progress import quiet_transformers
 
 log = logging.getLogger("minilm")
 
-_ROW_TOKENS = 8  # of the row on which both losses are computed
-# Fields of a configuration that add to the cross entropy, each with the value that adds nothing.
-_NOTHING_ADDED = {
-    "output_router_logits": False,  # mixtures of experts: a loss that gives all experts equally many tokens
+_ROW_TOKENS = 8  # tokens of the row for which both losses are computed
+# Fields of a configuration that add a term to the cross entropy, each with the value that adds nothing.
+_NEUTRAL_VALUES = {
+    "output_router_logits": False,  # mixtures of experts: a loss that spreads the tokens over all experts
     "z_loss_coefficient": 0.0,  # Bamba: a loss that keeps the denominator of the softmax small
     "eps": 0.0,  # ProphetNet: label smoothing, for which minilm has --objective.label-smoothing
 }
 
 
 def check_builtin_loss(network: PreTrainedModel, *, trained: bool = True) -> None:
-    """Compare the model's own loss of a row with the cross entropy of its logits.
+    """Compare the loss that the model computes for a row with the cross entropy of its logits.
 
-    If the two differ, raise a ValueError that names the field of the configuration that is the reason. Log a warning
-    instead if the model is not `trained`, or if no known field is the reason.
+    If they differ, raise a ValueError that names the field of the configuration that causes the difference. If the
+    model is not `trained`, or no known field is the cause, log a warning instead.
     """
     own, entropy = _compute_losses(network)
-    if own is None or entropy is None or _near(own, entropy):
+    if own is None or entropy is None or _are_near(own, entropy):
         return
     kind = type(network).__name__
-    for field, none in _NOTHING_ADDED.items():
+    for field, neutral in _NEUTRAL_VALUES.items():
         holders = [each for each in (network, network.config, network.config.get_text_config()) if hasattr(each, field)]
-        asked = [getattr(each, field) for each in holders]
+        values = [getattr(each, field) for each in holders]
         for each in holders:
-            setattr(each, field, none)
+            setattr(each, field, neutral)
         without, _ = _compute_losses(network)
-        for each, value in zip(holders, asked, strict=True):
+        for each, value in zip(holders, values, strict=True):
             setattr(each, field, value)
-        if without is not None and not _near(without, own):
-            reason = f"model.config.{field} {asked[0]} adds a term to the loss of {kind}"
+        if without is not None and not _are_near(without, own):
+            reason = f"model.config.{field} {values[0]} adds a term to the loss of {kind}"
             if not trained:
                 log.warning(f"{reason}; the evaluation measures the cross entropy alone")
                 return
             raise ValueError(
                 f"{reason}, and minilm trains on the cross entropy alone: pass "
-                f"--model.config.{field.replace('_', '-')} {none} to leave the term out"
+                f"--model.config.{field.replace('_', '-')} {neutral} to leave the term out"
             )
     log.warning(
         f"{kind} computes a loss of {own:.4g} for a test row, whose cross entropy is {entropy:.4g}; minilm uses the "
@@ -61,7 +61,10 @@ def check_builtin_loss(network: PreTrainedModel, *, trained: bool = True) -> Non
 
 
 def _compute_losses(network: PreTrainedModel) -> tuple[float | None, float | None]:
-    """Return the model's own loss of a row and the cross entropy that is nearest to it, or None for both."""
+    """Return the loss that the model computes for a row, and the cross entropy that is nearest to it.
+
+    Both are None if the model cannot compute its loss for a row of ids.
+    """
     ids_1xL = torch.arange(1, 1 + _ROW_TOKENS, device=network.device)[None] % vocabulary_size(network)
     try:
         with evaluation_mode(network), quiet_transformers():
@@ -75,5 +78,5 @@ def _compute_losses(network: PreTrainedModel) -> tuple[float | None, float | Non
     return own, min((float(entropy) for entropy in entropies), key=lambda entropy: abs(entropy - own))
 
 
-def _near(one: float, other: float) -> bool:
+def _are_near(one: float, other: float) -> bool:
     return abs(one - other) <= 1e-5 * abs(other)

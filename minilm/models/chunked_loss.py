@@ -1,4 +1,4 @@
-"""The cross entropy of a linear head, computed for a part of the targets at a time, to keep few logits in memory.
+"""The cross entropy of a linear head, computed for some targets at a time, so that few logits are in memory.
 
 Axes: N targets, H hidden size, V vocabulary.
 """
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Logits in memory at a time: 512 MiB, and 32 MiB on a CPU, where caches matter more than the number of launches.
+# Logits in memory at a time: 512 MiB. On a CPU 32 MiB, since a CPU gains more from its caches than from few calls.
 _LOGITS, _LOGITS_ON_CPU = 2**27, 2**23
-_ALIGNED = 64  # on GPUs the vocabulary is padded to a multiple: products of another size take several times as long
+# On GPUs the vocabulary is padded to a multiple of this. Products of other sizes take several times as long.
+_VOCABULARY_MULTIPLE = 64
 
-Softmax = Callable[[Tensor, int, Tensor, float, bool], tuple[Tensor, Tensor | None]]  # like `softmax_in_place`
+# A function like `eager_cross_entropy`.
+CrossEntropy = Callable[[Tensor, int, Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
 
 def linear_cross_entropy(
@@ -23,22 +25,25 @@ def linear_cross_entropy(
     bias_V: Tensor | None,
     target_N: Tensor,
     smoothing: float = 0.0,
-    softmax: Softmax | None = None,
+    cross_entropy: CrossEntropy | None = None,
 ) -> Tensor:
-    """Return -log softmax(hidden weight^T + bias) at each target, nats, float32[N]; ignore rows of `hidden` after N.
+    """Return -log softmax(hidden weight^T + bias) at each target, in nats, float32[N].
 
-    With label smoothing (Szegedy et al. 2016, section 7), a share of `smoothing` is the mean over the vocabulary.
+    hidden_NxH: may have more than N rows, the rest of which is ignored.
+    smoothing: the share of the loss that is the mean over the vocabulary (label smoothing, Szegedy et al. 2016,
+    section 7).
+    cross_entropy: computes the same as `eager_cross_entropy`, which is the default.
 
-    The products have the type of autocast, or else that of `hidden_NxH`. The forward computes the gradients of the sum
-    over the targets too, while the logits are in memory, so that nothing is computed twice. Backward from anything but
-    that sum raises a RuntimeError. `softmax` must compute what `softmax_in_place` does.
+    Products have the dtype of autocast, or else that of `hidden_NxH`. The forward also computes the gradients of the
+    sum over the targets, because the logits are in memory then. Only this sum can be differentiated: backward from any
+    other function of the result raises RuntimeError.
     """
-    # A Function looks at whether its inputs need a gradient, and not at whether gradients are enabled.
+    # An autograd function checks whether its inputs need a gradient, but not whether gradients are enabled.
     if not torch.is_grad_enabled():
         hidden_NxH, weight_VxH = hidden_NxH.detach(), weight_VxH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, softmax or eager_cross_entropy
+        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, cross_entropy or eager_cross_entropy
     )
     return result
 
@@ -46,13 +51,14 @@ def linear_cross_entropy(
 def eager_cross_entropy(
     logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return -log p of each target, float32[N], and if `trained` the gradient of their sum, float32[N, V].
+    """Return -log p of each target, float32[N], and if `trained` the gradient of their sum, float32[N, V], else None.
 
-    Only the first V = `vocabulary` columns of the logits count.
+    Columns of the logits after the first V = `vocabulary` are ignored.
     """
     logits = logits[:, :vocabulary].float()
     p = logits.softmax(-1)
-    # Exponentials are computed once. The logarithm of the largest p is exact; differences of logits give the others.
+    # The exponentials are computed only once. The logarithm of the largest p is accurate, and differences of logits
+    # give the other logarithms.
     largest, log_largest = logits.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log_()
     nats = (largest - logits.gather(1, target[:, None]) - log_largest).squeeze(1)
     if smoothing:
@@ -68,7 +74,10 @@ def eager_cross_entropy(
 def compilable_cross_entropy(
     logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the same, for a compiler to fuse. The gradient has the logits' shape and type, with zeros after V."""
+    """Return the same as `eager_cross_entropy`, by operations that torch.compile fuses.
+
+    The gradient has the shape and dtype of the logits, with zeros after column V.
+    """
     column = torch.arange(logits.shape[1], device=logits.device)
     real, hit = column < vocabulary, column == target[:, None]
     log_p = torch.where(real, logits.float(), -torch.inf).log_softmax(-1)
@@ -88,24 +97,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         smoothing: float,
-        softmax: Softmax,
+        cross_entropy: CrossEntropy,
     ) -> Tensor:
         inputs = (hidden_NxH, weight_VxH, bias_V)
         gradients = [
-            _room(x, len(target_N)) if x is not None and needed else None
+            _allocate_gradient(x, len(target_N)) if x is not None and needed else None
             for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         device = hidden_NxH.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NxH.dtype
         with torch.autocast(device, enabled=False):
-            vocabulary, hidden, weight = len(weight_VxH), hidden_NxH.to(kind), _aligned(weight_VxH.to(kind))
-            bias = None if bias_V is None else _aligned(bias_V.to(kind))
+            vocabulary, hidden, weight = len(weight_VxH), hidden_NxH.to(kind), _pad_vocabulary(weight_VxH.to(kind))
+            bias = None if bias_V is None else _pad_vocabulary(bias_V.to(kind))
             rows = max(1, (_LOGITS_ON_CPU if device == "cpu" else _LOGITS) // vocabulary)
             nats = []
             for at in range(0, len(target_N), rows):
                 part, target = hidden[at : at + rows], target_N[at : at + rows]
                 logits = F.linear(part, weight, bias)
-                of_part, error = softmax(
+                of_part, error = cross_entropy(
                     logits[: len(target)], vocabulary, target, smoothing, any(ctx.needs_input_grad)
                 )
                 del logits
@@ -119,20 +128,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
-        # Backward through a sum gives one number, expanded to all targets.
+        # The gradient of a sum is one number, expanded to all targets.
         if len(gradient_N) > 1 and gradient_N.stride() != (0,):
-            raise RuntimeError("only the sum of these losses has a gradient: compute other losses from `logits`")
+            raise RuntimeError("only the sum of these losses has a gradient: compute other functions from `logits`")
         scale = gradient_N[:1].sum()
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if x is None else x.mul_(scale) for x in gradients), None, None, None
 
 
 def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tensor, error: Tensor, at: int) -> None:
-    """Add the part of the targets from number `at` on to the gradients; `error` is the gradient by their logits."""
+    """Add the gradients of one part of the targets, which begins at target `at`.
+
+    error: the gradient of the sum with respect to the logits of this part.
+    """
     of_hidden, of_weight, of_bias = gradients
     if of_bias is not None:
         _add(of_bias, error[:, : len(of_bias)].sum(0, dtype=torch.float32), at)
-    error = _with_zeros(error, len(hidden), len(weight), hidden.dtype)
+    error = _fill_up(error, len(hidden), len(weight), hidden.dtype)
     if of_hidden is not None:
         of_hidden[at : at + len(hidden)] = error @ weight
     if of_weight is not None and of_weight.dtype == hidden.dtype and len(of_weight) == len(weight):
@@ -141,8 +153,8 @@ def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tenso
         _add(of_weight, (error.T @ hidden)[: len(of_weight)], at)
 
 
-def _with_zeros(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return `x` in this type and size, with zeros after its own rows and columns, in one pass over memory."""
+def _fill_up(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return `x` in this dtype and size, filled up with zeros, in one pass over memory."""
     if x.shape == (rows, columns):
         return x.to(dtype)
     result = x.new_empty(rows, columns, dtype=dtype)
@@ -152,19 +164,19 @@ def _with_zeros(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
     return result
 
 
-def _aligned(x_VxH: Tensor) -> Tensor:
-    """Return `x` with rows of zeros up to a number for which a GPU is fast."""
-    more = -len(x_VxH) % _ALIGNED if x_VxH.device.type == "cuda" else 0
+def _pad_vocabulary(x_VxH: Tensor) -> Tensor:
+    """Return `x` with rows of zeros up to a multiple with which a GPU is fast."""
+    more = -len(x_VxH) % _VOCABULARY_MULTIPLE if x_VxH.device.type == "cuda" else 0
     return F.pad(x_VxH, (0, 0) * (x_VxH.ndim - 1) + (0, more)) if more else x_VxH
 
 
-def _room(x: Tensor, targets: int) -> Tensor:
-    """Return memory for the gradient of `x`. The first targets overwrite it, since zeroing an embedding takes long."""
+def _allocate_gradient(x: Tensor, targets: int) -> Tensor:
+    """Return memory for the gradient of `x`. The first part overwrites it, so that it need not be zeroed."""
     return torch.empty_like(x) if targets else torch.zeros_like(x)
 
 
 def _add(total: Tensor, part: Tensor, at: int) -> None:
-    """Add `part` to the total, or overwrite the total with the first part."""
+    """Add `part` to `total`, or overwrite `total` if this is the first part."""
     if at:
         total += part
     else:

@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014) that draws masks on a CPU in an eighth of torch's time."""
+"""Dropout (Srivastava et al. 2014) that draws its masks on a CPU eight times as fast as torch."""
 
 from typing import Any
 
@@ -7,26 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_WHOLE = 2**16  # each element of a mask is drawn with 16 bits
+_RANGE = 2**16  # each element of a mask is decided by a random number of 16 bits
 
 
 class FastDropout(nn.Dropout):
-    """`nn.Dropout` by `dropout`."""
+    """`nn.Dropout`, computed by `fast_dropout`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return fast_dropout(x, self.p, training=self.training)
 
 
 def fast_dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
-    """Return 0 with probability `p`, else x / (1 - p), for each element of `x`; without `training`, `x` itself.
+    """Return `x` with each element set to 0 with probability `p` and otherwise divided by 1 - p.
 
-    On a CPU torch's generator seeds another one, which draws the mask. So the mask still depends on torch's state
-    alone. p is rounded to 16 bits.
+    Without `training`, the result is `x` itself. `p` is rounded to 16 bits. On a CPU another generator draws the mask.
+    Torch's generator draws its seed, so that the mask depends only on torch's state.
     """
-    kept = round((1 - p) * _WHOLE)
+    kept = round((1 - p) * _RANGE)
     if x.device.type != "cpu" or kept == 0:
         return F.dropout(x, p, training)
-    if not training or kept == _WHOLE:
+    if not training or kept == _RANGE:
         return x
     result: Tensor = _Dropout.apply(x, kept)  # type: ignore[no-untyped-call]
     return result
@@ -39,7 +39,7 @@ class _Dropout(torch.autograd.Function):
         drawn = np.random.SFC64(seed).random_raw(words).view(np.uint16)[: x.numel()]
         mask = torch.from_numpy((drawn < kept).view(np.uint8)).view(x.shape)
         ctx.save_for_backward(mask)
-        ctx.scale = _WHOLE / kept
+        ctx.scale = _RANGE / kept
         return (x * mask).mul_(ctx.scale)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Faster modules in place of others, which compute the same up to rounding."""
+"""Faster versions of some modules. They compute the same result up to rounding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,38 +12,40 @@ from minilm.models.rotary import install_fast_rotary
 
 
 class ContiguousGELU(nn.Module):
-    """GELU (Hendrycks and Gimpel 2016, section 2). On a CPU it first copies an input that is a part of a tensor."""
+    """GELU (Hendrycks and Gimpel 2016, section 2). On a CPU it first copies an input that is not contiguous."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x.contiguous() if x.device.type == "cpu" else x)
 
 
-def _exact_gelu(module: Any) -> nn.Module:
+def _make_exact_gelu(module: Any) -> nn.Module:
     return ContiguousGELU() if module.act is F.gelu else module
 
 
-def _gelu(module: nn.Module) -> nn.Module:
-    """Return GELU by tanh (Hendrycks and Gimpel 2016, section 2), which takes one pass over memory and keeps its input.
+def _make_tanh_gelu(module: nn.Module) -> nn.Module:
+    """Return the tanh approximation of GELU (Hendrycks and Gimpel 2016, section 2) as one operation.
 
-    For GPT-2 and others transformers writes the formula out: eight passes, and six results that the gradient needs.
+    It takes one pass over memory and keeps its input for the gradient. For GPT-2 and others, transformers computes the
+    formula step by step, which takes eight passes and keeps six results.
     """
     return nn.GELU(approximate="tanh")
 
 
-def _dropout(module: Any) -> nn.Module:
+def _make_dropout(module: Any) -> nn.Module:
     return FastDropout(module.p).train(module.training)
 
 
+# For each class of modules, the function that makes the faster module from the original.
 FAST_MODULES: dict[type, Callable[[nn.Module], nn.Module]] = {
-    nn.Dropout: _dropout,
-    GELUActivation: _exact_gelu,
-    NewGELUActivation: _gelu,
-    FastGELUActivation: _gelu,
+    nn.Dropout: _make_dropout,
+    GELUActivation: _make_exact_gelu,
+    NewGELUActivation: _make_tanh_gelu,
+    FastGELUActivation: _make_tanh_gelu,
 }
 
 
 def install_fast_modules(model: nn.Module) -> None:
-    """Replace modules of `model` by faster ones, and its function for rotary embeddings (`minilm.models.rotary`)."""
+    """Replace modules of `model`, and its function for rotary embeddings, by faster ones."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) in FAST_MODULES:

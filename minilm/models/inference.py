@@ -26,7 +26,7 @@ from minilm.utils.hub import explain_loading_errors
 
 log = logging.getLogger("minilm")
 
-# The end of a class's name in transformers, and the command that uses such a model.
+# The end of a class name of transformers, and the command that uses such a model.
 _COMMANDS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "classify",
@@ -37,10 +37,10 @@ _COMMANDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCandidate:
-    """One candidate for a mask."""
+    """A token that could replace a mask."""
 
     token: str
-    """The token as text, without surrounding spaces, on one line."""
+    """The token as text on one line, without surrounding spaces."""
     probability: float
     text: str
     """The input with this candidate in place of the mask."""
@@ -81,9 +81,9 @@ def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreT
 
 
 def _suggest_command(model: PreTrainedModel) -> str:
-    """Return the end of an error message that names the command for the checkpoint's own head.
+    """Return the end of an error message, which names the command for the head that the checkpoint has.
 
-    It is empty if the checkpoint has the head of the class that it was loaded as, or one without a command.
+    It is empty if the checkpoint has the head of the class that loaded it, or a head without a command.
     """
     saved = " ".join(model.config.architectures or ())
     commands = [command for head, command in _COMMANDS.items() if head in saved and head not in type(model).__name__]
@@ -91,7 +91,7 @@ def _suggest_command(model: PreTrainedModel) -> str:
 
 
 def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
-    """Raise ValueError for a text without a mask token, or one that is longer than the model's input."""
+    """Raise ValueError for a text without a mask token, or a text that is longer than the model's input."""
     longest = longest_input(model)
     for text in texts:
         with locate_encoding_errors(tokenizer, [text]):
@@ -100,17 +100,17 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
         if longest is not None and len(ids) > longest:
             raise ValueError(
-                f"the text {_quote_beginning(text)} is longer than the model's input: {len(ids)} tokens, where "
-                f"{longest} fit. Shorten it"
+                f"the text {_quote_beginning(text)} is too long: it has {len(ids)} tokens, and the model reads "
+                f"at most {longest}. Shorten it"
             )
 
 
 def fill_mask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, top_k: int = 5
 ) -> list[list[list[MaskCandidate]]]:
-    """Return the `top_k` most probable tokens for each mask of each text: `result[text][mask][rank]`.
+    """Return the `top_k` most probable tokens for each mask of each text, as `result[text][mask][rank]`.
 
-    Raise ValueError for a text without a mask token, or one that is longer than the model's input.
+    Raises ValueError for a text without a mask token, or a text that is longer than the model's input.
     """
     check_masks(model, tokenizer, texts)
     results = []
@@ -139,12 +139,12 @@ def fill_mask(
 
 
 def escape_line_breaks(text: str) -> str:
-    """Return the text with its line breaks written as escapes."""
+    """Return the text with its line breaks written as \\n and \\r."""
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _fill_in(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, place: int, index: int) -> str:
-    """Return the text with the token `index` at this place, without special tokens other than masks."""
+    """Return the text with the token `index` at this place. Of the special tokens, only masks are kept."""
     ids = input_ids_L.tolist()
     ids[place] = index
     keep = [i for i in ids if i == tokenizer.mask_token_id or i not in tokenizer.all_special_ids]
@@ -154,26 +154,26 @@ def _fill_in(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, plac
 def check_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
 ) -> None:
-    """Raise ValueError for a text that leaves no room for `max_new_tokens`, or that has no tokens to start from."""
+    """Raise ValueError for a text that leaves no room for `max_new_tokens` or has no token to start from."""
     longest = longest_input(model)
     for text in texts:
         with locate_encoding_errors(tokenizer, [text]):
             ids = tokenizer(text, verbose=False)["input_ids"]
         if not ids and _first_id(tokenizer) is None:
             raise ValueError(
-                f"the text {text!r} has no tokens, and the tokenizer has no token that begins a document: give a text "
+                f"the text {text!r} has no tokens, and the tokenizer has no token that begins a document: pass a text "
                 "that is not empty"
             )
         if longest is not None and len(ids) + max_new_tokens > longest:
             fewer = f"leave out --max-new-tokens, or pass {longest - len(ids)} or fewer"
             raise ValueError(
                 f"the text {_quote_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is "
-                f"more than the model's {longest}: {fewer if len(ids) < longest else 'shorten it'}"
+                f"more than the model's {longest} tokens: {fewer if len(ids) < longest else 'shorten it'}"
             )
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the token that begins a document, or else of the one that ends it; None without either."""
+    """Return the id of the token that begins a document, or else of the token that ends it, or None."""
     first: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return first
 
@@ -197,12 +197,15 @@ def generate(
 ) -> list[str]:
     """Return each text with its continuation, which `model.generate` draws after `torch.manual_seed(seed)`.
 
-    A continuation has at most `max_new_tokens` tokens, by default 100 or as many as the model has room for. Each is
-    drawn at `temperature` from the `top_k` likeliest tokens (Fan et al. 2018, section 5.4; 0: from all), and of these
-    from the likeliest that make up `top_p` (Holtzman et al. 2020, section 3.1). With temperature 0 the likeliest token
-    is taken. An empty text starts with the token that begins documents. `stream` prints the tokens as they come. A
-    warning counts the tokens of a text that are unknown to the tokenizer. Raise ValueError for a text that is too long
-    for the model.
+    max_new_tokens: the largest number of tokens in a continuation, by default 100 or as many as the model has room for.
+    temperature: 0 takes the likeliest token. Other values divide the logits before a token is drawn.
+    top_k: a token is drawn from this many likeliest tokens (Fan et al. 2018, section 5.4). 0: from all tokens.
+    top_p: a token is drawn from the likeliest of these whose probabilities add up to this (Holtzman et al. 2020,
+    section 3.1).
+    stream: print the tokens as they are drawn.
+
+    An empty text starts with the token that begins documents. A warning counts the tokens of a text that are unknown to
+    the tokenizer. Raises ValueError for a text that is too long for the model.
     """
     check_prompts(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
     longest = longest_input(model) or math.inf
@@ -238,7 +241,7 @@ class ScoredLabel:
 
     label: str
     score: float
-    """The probability of the class, or of this label alone where a text has several; for a regression the number."""
+    """The probability of the class, or of this label if a text may have several. For a regression, the number."""
 
 
 def classify(
@@ -249,11 +252,13 @@ def classify(
     *,
     batch_size: int = 32,
 ) -> list[list[ScoredLabel]]:
-    """Return the labels of each text, the likeliest first; `pairs` holds the second text of each pair.
+    """Return the labels of each text, the likeliest first.
+
+    pairs: the second text of each pair, for a model that classifies pairs.
 
     The scores are those of transformers' text-classification pipeline. Texts that are longer than the model's input are
-    cut, and a warning counts them. Texts of one length form a batch, since padding changes the logits of some models. A
-    text without tokens, such as an empty text for GPT-2, has no labels.
+    cut, and a warning counts them. A batch holds texts of equal length, because padding changes the logits of some
+    models. A text without tokens, such as an empty text for GPT-2, gets an empty list.
     """
     # The tokenizer refuses an empty list.
     if not texts:
@@ -263,7 +268,7 @@ def classify(
     with locate_encoding_errors(tokenizer, [text for column in columns for text in column]):
         encoded = tokenizer(*columns, truncation=longest is not None, max_length=longest, verbose=False)
     if cut := sum(bool(row.overflowing) for row in encoded.encodings):
-        log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens: cut")
+        log.warning(f"{cut:,} of {len(texts):,} texts are longer than the model's {longest} tokens and are cut")
     rows = [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
     names: Any = model.config.id2label
     lengths = [len(row["input_ids"]) for row in rows]

@@ -1,7 +1,7 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021): W + alpha / rank B A takes the place of W, and only B and A are trained.
+"""Low-rank adaptation (LoRA, Hu et al. 2021): W becomes W + alpha / rank B A, and only B and A are trained.
 
-peft's layers take the place of linear layers, so that the model stays a model of transformers. A saved model has the
-update added to W: its names and shapes are those of a model without an adapter.
+Layers of peft replace linear layers, so that the model remains a model of transformers. In a saved model the update is
+added to W. Its parameters have the names and shapes of a model without an adapter.
 
 Axes: R rank, I inputs of a layer, O its outputs.
 """
@@ -31,16 +31,19 @@ _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}  # peft 
 
 def check_peft_installed(model: Model) -> None:
     """Raise ValueError if the run uses LoRA and peft is not installed."""
-    there = not model.lora_rank or importlib.util.find_spec("peft") is not None
-    check(there, "model.lora_rank needs peft, which is not installed: pip install 'peft>=0.21'")
+    installed = not model.lora_rank or importlib.util.find_spec("peft") is not None
+    check(installed, "model.lora_rank needs peft, which is not installed: pip install 'peft>=0.21'")
 
 
 def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], head: str) -> None:
-    """Freeze the network, except for low-rank updates of the linear layers that `model.lora_targets` names.
+    """Add low-rank updates to the linear layers that `model.lora_targets` names, and freeze all other parameters.
 
-    peft draws A, and B is zero (section 4.1 of the paper). A classifier's head is trained as a whole, and so is each
-    module with parameters that start at random, which `random` names. Raises ValueError for a pattern that matches no
-    linear layer, and for a language model with random parameters, since they would stay random.
+    random: the names of parameters that start at random. A classifier trains the modules that hold them, and its head,
+    as a whole.
+    head: the name of the head, such as SequenceClassification.
+
+    A starts at random and B at zero (section 4.1 of the paper). Raises ValueError for a pattern that matches no linear
+    layer, and for a language model with random parameters, because they would stay random.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -51,40 +54,40 @@ def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], head
         )
     whole = _head_modules(network, random) if head == "SequenceClassification" else []
     linear = _linear_layers(network, whole)
-    targets = _choose(network, linear, model.lora_targets)
+    targets = _choose_targets(network, linear, model.lora_targets)
     lora = LoraConfig(
         r=model.lora_rank,
         lora_alpha=model.lora_alpha,  # type: ignore[arg-type]
         target_modules=targets,
-        fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),  # else peft warns
+        fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),  # otherwise peft warns
         base_model_name_or_path=model.name,
     )
     inject_adapter_in_model(lora, network)
-    assert sorted(_layers(network)) == sorted(targets)
+    assert sorted(_adapted_layers(network)) == sorted(targets)
     for name in whole:
         network.get_submodule(name).requires_grad_(True)
-    # These are for the saved adapter. In training, peft would keep copies of the modules to save.
+    # These fields describe the saved adapter. If they were set before, peft would copy the modules for training.
     lora.modules_to_save, lora.task_type, lora.inference_mode = whole or None, _TASKS.get(head), True
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log.info(f"LoRA: {trained:,} parameters are trained, in {len(targets)} layers{' and the head' if whole else ''}")
 
 
 def _head_modules(network: PreTrainedModel, random: Sequence[str]) -> list[str]:
-    """Return the modules of a classifier to train as a whole: those outside its base model, and random ones in it."""
+    """Return the modules of a classifier to train as a whole: those outside its base model, and random ones inside."""
     base = network.base_model
     outside = [] if base is network else [name for name, part in network.named_children() if part is not base]
     outside = [name for name in outside if any(True for _ in network.get_submodule(name).parameters())]
-    inside = {name.rpartition(".")[0] for name in random if not _within(name, outside)}
+    inside = {name.rpartition(".")[0] for name in random if not _is_within(name, outside)}
     return outside + sorted(inside)
 
 
-def _within(name: str, modules: Sequence[str]) -> bool:
-    """Return whether this is the name of one of the modules, or of a part of one."""
+def _is_within(name: str, modules: Sequence[str]) -> bool:
+    """Return whether this is the name of one of the modules or of one of their parts."""
     return f"{name}.".startswith(tuple(f"{module}." for module in modules))
 
 
 def _linear_layers(network: PreTrainedModel, whole: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers that can have an update that can be merged. The head is not among them: it runs by itself."""
+    """Return the linear layers whose update can be merged. The output embedding is left out, as it runs separately."""
     uses = Counter(map(id, network.state_dict(keep_vars=True).values()))
     return {
         name: module
@@ -92,23 +95,23 @@ def _linear_layers(network: PreTrainedModel, whole: Sequence[str]) -> dict[str, 
         if type(module) in (nn.Linear, Conv1D)
         and uses[id(module.weight)] == 1
         and module is not network.get_output_embeddings()
-        and not _within(name, whole)
+        and not _is_within(name, whole)
     }
 
 
-def _choose(network: PreTrainedModel, linear: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[str]:
-    """Return the names of the layers that match a pattern; without patterns, peft's choice for this type of model."""
+def _choose_targets(network: PreTrainedModel, linear: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[str]:
+    """Return the names of the layers that match a pattern, or without patterns peft's choice for this type of model."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
 
-    def matching(pattern: str) -> list[str]:
+    def match(pattern: str) -> list[str]:
         return fnmatch.filter(linear, pattern) + fnmatch.filter(linear, f"*.{pattern}")
 
     for pattern in patterns:
-        if not matching(pattern):
+        if not match(pattern):
             ends = {name.rpartition(".")[2] for name in linear}
             raise ValueError(f"model.lora_targets matches no linear layer: {suggest_name(pattern, sorted(ends))}")
     kind = network.config.get_text_config().model_type
-    names = {name for pattern in patterns or USUAL.get(kind, ()) for name in matching(pattern)}
+    names = {name for pattern in patterns or USUAL.get(kind, ()) for name in match(pattern)}
     if not names:
         names = {name for name in linear if "attn" in name or "attention" in name}
     if not names:
@@ -116,34 +119,35 @@ def _choose(network: PreTrainedModel, linear: Mapping[str, nn.Module], patterns:
     return sorted(names)
 
 
-def _layers(network: nn.Module) -> dict[str, Any]:
-    """Return the layers with an update, by the name of the linear layer that each one replaced."""
+def _adapted_layers(network: nn.Module) -> dict[str, Any]:
+    """Return the layers with an update, by the name of the linear layer that each of them replaced."""
     return {name: module for name, module in network.named_modules() if hasattr(module, "base_layer")}
 
 
 def has_adapter(network: nn.Module) -> bool:
-    """Return whether LoRA trains this network."""
-    return bool(_layers(network))
+    """Return whether the network has an adapter, which LoRA trains."""
+    return bool(_adapted_layers(network))
 
 
 def _update_names(network: nn.Module) -> list[str]:
-    """Return the names of all A and B in the network's state dict."""
-    return [f"{name}.lora_{part}.default.weight" for name in _layers(network) for part in "AB"]
+    """Return the names of all matrices A and B in the network's state dict."""
+    return [f"{name}.lora_{part}.default.weight" for name in _adapted_layers(network) for part in "AB"]
 
 
 def _name_in_file(name: str) -> str:
-    """Return the name in an adapter's file of the parameter that has this name in the network."""
+    """Return the name that a parameter of the network has in an adapter's file."""
     return _PREFIX + name.replace(".default.weight", ".weight")
 
 
 def merge_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `weights`, a state dict of the network, as one without an adapter: W + alpha / rank B A in place of W.
+    """Return the state dict of a model without an adapter, with W + alpha / rank B A for each W with an update.
 
-    Neither the network nor `weights` changes. Without an adapter the result equals `weights`.
+    weights: a state dict of the network. Neither the network nor `weights` changes. Without an adapter, the result
+    equals `weights`.
     """
     updates = set(_update_names(network))
     plain = {name.replace(".base_layer.", "."): x for name, x in weights.items() if name not in updates}
-    for name, layer in _layers(network).items():
+    for name, layer in _adapted_layers(network).items():
         down_RxI, up_OxR = (weights[f"{name}.lora_{part}.default.weight"] for part in "AB")
         update_OxI = layer.scaling["default"] * (up_OxR @ down_RxI)
         plain[f"{name}.weight"] = plain[f"{name}.weight"] + (update_OxI.T if layer.fan_in_fan_out else update_OxI)
@@ -151,10 +155,13 @@ def merge_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 
 
 def select_adapter_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state dict for an adapter's file, by peft's names: A, B, and a classifier's head."""
+    """Return the part of a state dict that belongs in an adapter's file, by peft's names.
+
+    These are all A and B, and the head of a classifier.
+    """
     lora: Any = network.peft_config["default"]
     updates, whole = set(_update_names(network)), lora.modules_to_save or ()
-    return {_name_in_file(name): x for name, x in weights.items() if name in updates or _within(name, whole)}
+    return {_name_in_file(name): x for name, x in weights.items() if name in updates or _is_within(name, whole)}
 
 
 def unmerge_adapter(
@@ -165,7 +172,7 @@ def unmerge_adapter(
     Each W with an update comes from `own`, the network's state dict as it was loaded: `plain` minus the update would be
     rounded. Raises ValueError if these are not the W that were merged.
     """
-    layers = _layers(network)
+    layers = _adapted_layers(network)
     same_layers = adapter.keys() == select_adapter_weights(network, own).keys()
     check(same_layers, "the adapter of the checkpoint has other layers than model.lora_targets names")
     renamed = {f"{name}.{leaf}": f"{name}.base_layer.{leaf}" for name in layers for leaf in ("weight", "bias")}

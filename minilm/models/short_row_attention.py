@@ -1,14 +1,15 @@
 """Attention of short rows of different lengths on a GPU, several rows in a tile, by kernels in Triton.
 
-FlashAttention (Dao 2023) goes through each row a tile at a time. If rows are shorter than a tile, it spends most of its
-time on empty places, and on sums over tiles, which a row of one tile does not need. Here a program computes one head of
-a tile of several rows at once, and a mask keeps the rows apart. The backward computes the softmax again, so that the
-forward stores nothing of it.
+FlashAttention (Dao 2023) computes each row tile by tile. If rows are shorter than a tile, it spends most of its time on
+empty places, and on sums over tiles, which a row of one tile does not need. Here one program computes one head of a
+tile that holds several rows, and a mask keeps the rows apart. Backward computes the softmax again, so that forward does
+not store it.
 
 Axes: T tokens of the batch, B tiles, A heads, D size of a head.
 """
 
-from __future__ import annotations  # the kernels' annotations, for Triton, come from a module that may be missing
+# The kernels' annotations come from Triton, which may be missing. With this import Python does not evaluate them.
+from __future__ import annotations
 
 from typing import Any
 
@@ -21,10 +22,11 @@ from minilm.data.packing import SHORT_ROW_TOKENS
 try:
     import triton
     import triton.language as tl
-except ImportError:  # only torch for GPUs brings Triton along
+except ImportError:
+    # Only the builds of torch for GPUs install Triton.
     triton = None
 
-HEAD_SIZES = () if triton is None else (16, 32, 64)  # the sizes of a head that the kernels take
+HEAD_SIZES = () if triton is None else (16, 32, 64)  # the sizes of a head that the kernels support
 _ROOM = SHORT_ROW_TOKENS  # tokens in a tile
 _WARPS = 8
 
@@ -37,15 +39,17 @@ def _operator(name: str) -> Any:
 def attend_short_rows(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, tiles: Tensor, near: int, causal: bool, scaling: float
 ) -> Tensor:
-    """Return softmax(query key^T scaling) value inside each row. It has the type of these three, each T x A x D.
+    """Return softmax(query key^T scaling) value inside each row, T x A x D, in the dtype of the inputs.
 
-    position: int64[T], the place of each token in its row. tiles: int32[B + 1], the start of each tile of whole rows,
-    and the end of the last one. A token sees the tokens of its row at a distance of at most `near`, and with `causal`
-    none after it.
+    query, key, value: each T x A x D.
+    position: the place of each token in its row, int64[T].
+    tiles: the start of each tile, which holds whole rows, and the end of the last tile, int32[B + 1].
+    near: a token sees the tokens of its row at a distance of at most this.
+    causal: whether a token does not see later tokens.
     """
     attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     heads, size = query.shape[1:]
-    _launchable(_forward)[(heads, tiles.shape[0] - 1)](
+    _wrap_kernel(_forward)[(heads, tiles.shape[0] - 1)](
         *(query, key, value, attended, position, tiles),
         *(query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1)),
         *(near, scaling, heads),
@@ -70,10 +74,10 @@ def _gradients(
     causal: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value from that of the result."""
+    """Return the gradients of query, key and value, given that of the result."""
     of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     heads, size = query.shape[1:]
-    _launchable(_backward)[(heads, tiles.shape[0] - 1)](
+    _wrap_kernel(_backward)[(heads, tiles.shape[0] - 1)](
         *(gradient, query, key, value, of_query, of_key, of_value, position, tiles),
         *(gradient.stride(0), query.stride(0), key.stride(0), value.stride(0)),
         *(gradient.stride(1), query.stride(1), key.stride(1), value.stride(1)),
@@ -87,27 +91,27 @@ def _gradients(
     return of_query, of_key, of_value
 
 
-def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.how = inputs[5:]
+    ctx.settings = inputs[5:]
 
 
 def _backward_of(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if gradient.stride(2) != 1:
         gradient = gradient.contiguous()
-    return *_gradients(gradient, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+    return *_gradients(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
 if triton is not None:
-    attend_short_rows.register_autograd(_backward_of, setup_context=_set_up)
+    attend_short_rows.register_autograd(_backward_of, setup_context=_save_inputs)
 
 
 def _jit(kernel: Any) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
-def _launchable(kernel: Any) -> Any:
-    """Return the kernel wrapped for torch.compile, or unchanged if Triton interprets it on a CPU."""
+def _wrap_kernel(kernel: Any) -> Any:
+    """Wrap the kernel for torch.compile. If Triton interprets it on a CPU, return it unchanged."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
@@ -133,7 +137,7 @@ def _forward(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    scaling = tl.cast(scaling, tl.float32)  # torch.compile passes a float64, which would make all scores float64
+    scaling = tl.cast(scaling, tl.float32)  # torch.compile passes float64, which would make all scores float64
     head, start = tl.program_id(0), tl.load(tiles + tl.program_id(1)).to(tl.int64)
     length = (tl.load(tiles + tl.program_id(1) + 1) - start).to(tl.int32)
     query += start * query_token + head * query_head
@@ -174,7 +178,7 @@ def _backward(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    scaling = tl.cast(scaling, tl.float32)  # torch.compile passes a float64, which would make all scores float64
+    scaling = tl.cast(scaling, tl.float32)  # torch.compile passes float64, which would make all scores float64
     head, start = tl.program_id(0), tl.load(tiles + tl.program_id(1)).to(tl.int64)
     length = (tl.load(tiles + tl.program_id(1) + 1) - start).to(tl.int32)
     gradient += start * gradient_token + head * gradient_head
@@ -200,16 +204,17 @@ def _backward(
 def _weights(q, k, position, length, near, scaling, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ROOM: tl.constexpr):
     """Return the numerator of the softmax, float32[ROOM, ROOM], and its denominator, float32[ROOM].
 
-    The softmax uses powers of two, and the factor below is log2(e). A place after the tile's tokens sees itself only.
+    The softmax uses powers of two, and the factor below is log2(e). A place after the tile's last token sees only
+    itself.
     """
     at = tl.arange(0, ROOM)
-    begin = at - tl.load(position + at, mask=at < length, other=0).to(tl.int32)  # of a token's row
-    seen = begin[:, None] == begin[None, :]
+    begin = at - tl.load(position + at, mask=at < length, other=0).to(tl.int32)  # the start of each token's row
+    visible = begin[:, None] == begin[None, :]
     if CAUSAL:
-        seen = seen & (at[:, None] >= at[None, :])
+        visible = visible & (at[:, None] >= at[None, :])
     if WINDOW:
-        seen = seen & (tl.abs(at[:, None] - at[None, :]) <= near)
-    scores = tl.where(seen, tl.dot(q, tl.trans(k)) * (scaling * 1.4426950408889634), float("-inf"))
+        visible = visible & (tl.abs(at[:, None] - at[None, :]) <= near)
+    scores = tl.where(visible, tl.dot(q, tl.trans(k)) * (scaling * 1.4426950408889634), float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     return weights, tl.sum(weights, 1)
 

@@ -1,9 +1,9 @@
-"""Attention with a window on long rows, whose time and memory grow with the length, and not with its square.
+"""Sliding-window attention on long rows. Its time and memory grow with the length of a row, not with its square.
 
-Rows are cut into chunks, as in Longformer (Beltagy et al. 2020, section 3.1). The queries of a chunk see the chunk's
-keys, and as many keys before and after it as the window reaches.
+Rows are cut into chunks, as in Longformer (Beltagy et al. 2020, section 3.1). The context of a chunk is the chunk
+itself and as many tokens before and after it as the window reaches. The queries of a chunk see only its context.
 
-Axes: R rows and L length of a group, A heads, D size of a head, N chunks of C tokens, W tokens that a chunk sees.
+Axes: R rows and L length of a group, A heads, D size of a head, N chunks of C tokens, W tokens of a chunk's context.
 """
 
 import functools
@@ -15,15 +15,18 @@ from torch.nn import functional as F
 
 from minilm.data.packing import SHORT_ROW_TOKENS, RowGroup
 
-_CHUNK_MULTIPLE = 16  # tokens; products of fewer are slow
-_FEWEST_CHUNKS = 4  # of a row; with fewer chunks a row needs most of its scores anyway
-_VECTOR = 32  # in bf16 W is a multiple of this: a CPU's softmax computes the remainder one number at a time
+_CHUNK_MULTIPLE = 16  # tokens; products of smaller chunks are slow
+_FEWEST_CHUNKS = 4  # in a row; with fewer chunks, the contexts cover most of the row anyway
+# In bf16 W is a multiple of this. A CPU's softmax computes the remainder one number at a time.
+_VECTOR = 32
 
 
 def chunk_size(window: int | None, group: RowGroup) -> int | None:
-    """Return C for a group whose tokens see those that are fewer than `window` away; None for no chunks.
+    """Return C, the number of tokens in a chunk, or None if the group's rows are not cut into chunks.
 
-    Bins have no chunks, since they hold several rows. Short rows have none, since chunks would not be faster.
+    window: a token sees the tokens that are fewer than this number away.
+
+    Bins are not cut, because they hold several rows. Short rows are not cut, because that would not be faster.
     """
     if window is None or group.owner_RL is not None or group.length < SHORT_ROW_TOKENS:
         return None
@@ -32,28 +35,29 @@ def chunk_size(window: int | None, group: RowGroup) -> int | None:
 
 
 def split_into_chunks(x_RxAxLxD: Tensor, size: int) -> Tensor:
-    """Cut rows into chunks of C=`size`, with zeros after the last token: R x A x N x C x D."""
+    """Return the rows cut into chunks of C = `size` tokens, R x A x N x C x D, with zeros after the last token."""
     rows, heads, length, width = x_RxAxLxD.shape
     return F.pad(x_RxAxLxD, (0, 0, 0, -length % size)).view(rows, heads, -1, size, width)
 
 
 def gather_chunk_contexts(x_RxAxLxD: Tensor, size: int, window: int, *, causal: bool) -> Tensor:
-    """Return the tokens that each chunk sees, R x A x N x W x D, with zeros before the first and after the last."""
+    """Return the context of each chunk, R x A x N x W x D, with zeros before the first and after the last token."""
     before, after = window - 1, 0 if causal else window - 1
     beyond = -(before + size + after) % _VECTOR if x_RxAxLxD.dtype == torch.bfloat16 else 0
-    around: Tensor = _Around.apply(x_RxAxLxD, size, before, after, beyond)  # type: ignore[no-untyped-call]
-    return around
+    contexts: Tensor = _Contexts.apply(x_RxAxLxD, size, before, after, beyond)  # type: ignore[no-untyped-call]
+    return contexts
 
 
 def chunk_bias(group: RowGroup, size: int, window: int, like: Tensor, *, causal: bool) -> Tensor:
-    """Return the same as `RowGroup.bias` for chunks, R x 1 x N x C x W or a shape that broadcasts to it."""
+    """Return the same as `RowGroup.attention_bias` for chunks, R x 1 x N x C x W or a shape that broadcasts to it."""
     kind = (size, window, like.shape[-1], causal, like.dtype, like.device)
     if group.place_T is None:
         return _bias_of_whole_rows(group.length, *kind)
     return group.cached(("chunks", *kind), lambda: _bias(group.token_mask(like.device), *kind))
 
 
-@functools.lru_cache(maxsize=2)  # full blocks have the same bias in every step
+# Full blocks have the same bias in every step.
+@functools.lru_cache(maxsize=2)
 def _bias_of_whole_rows(
     length: int, size: int, window: int, width: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -66,17 +70,19 @@ def _bias(
 ) -> Tensor:
     before = window - 1
     place_C, place_W = torch.arange(size, device=device), torch.arange(-before, width - before, device=device)
-    seen_CxW = place_C[:, None] - place_W  # the distance from the key to the query after it
-    itself_CxW, near_CxW = seen_CxW == 0, (seen_CxW < window) & (seen_CxW > (-1 if causal else -window))
+    distance_CxW = place_C[:, None] - place_W  # positive if the key is before the query
+    itself_CxW = distance_CxW == 0
+    near_CxW = (distance_CxW < window) & (distance_CxW > (-1 if causal else -window))
     real_RxNxW = F.pad(real_RxL, (before, width - before - size + -real_RxL.shape[1] % size)).unfold(1, width, size)
-    seen = (near_CxW & real_RxNxW[:, None, :, None]) | itself_CxW
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+    # A padded place sees itself, so that its softmax is not NaN.
+    visible = (near_CxW & real_RxNxW[:, None, :, None]) | itself_CxW
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
 
-class _Around(torch.autograd.Function):
-    """Overlapping pieces of rows. The gradients of their overlaps are added up, a strip at a time.
+class _Contexts(torch.autograd.Function):
+    """The overlapping contexts of a row's chunks. Backward adds up the gradients where contexts overlap.
 
-    The last `beyond` tokens of a piece only fill up the width: no query sees them, and they get no gradient.
+    The last `beyond` tokens of a context only fill up its width. No query sees them, and they get no gradient.
     """
 
     @staticmethod

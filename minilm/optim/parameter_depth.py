@@ -1,4 +1,4 @@
-"""The depth of each parameter of a model: how many blocks follow it, in the order in which a forward uses them."""
+"""The depth of each parameter of a model: the number of blocks that follow it in a forward."""
 
 import inspect
 from contextlib import ExitStack
@@ -15,8 +15,8 @@ from minilm.models.embeddings import vocabulary_size
 from minilm.models.layers import find_module_lists
 from minilm.models.temporary_changes import evaluation_mode
 
-# A block: the path of its list's parent, the length of that list, and the block's number in it. XLM has one list of
-# attentions and one of feed-forward parts: those with the same number are one block.
+# A block: the path of its list's parent, the length of that list, and the block's number in it. XLM has a list of
+# attentions and a list of feed-forward parts. Modules with the same number belong to one block.
 _Block = tuple[str, int, int]
 
 
@@ -109,7 +109,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.repeats = False
         """Whether the forward begins a block twice."""
         self._parameters = set(network.parameters())
-        # Some models call `layer.forward`, which runs no hook.
+        # Some models call `layer.forward`, which does not run hooks.
         self._owners = {p: block for module, block in reversed(blocks.items()) for p in module.parameters()}
         self._called = set[nn.Module]()
         with ExitStack() as stack:
@@ -130,7 +130,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.order.append(block)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # In evaluation RWKV first divides its weights in place. That is not a use of them.
+        # In evaluation mode RWKV first divides its weights in place, which does not count as a use of them.
         written = args[0] if func._schema.is_mutable and args else None
         for leaf in tree_leaves((args, kwargs)):
             if (
@@ -146,7 +146,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _input_ids(network: PreTrainedModel) -> Tensor:
-    """Return one row of eight ids that ends as texts do and holds no padding."""
+    """Return one row of eight ids, 1 x 8, that ends as texts do and does not contain padding."""
     config = network.config.get_text_config()
     ends = getattr(config, "eos_token_id", None)
     end = ends[0] if isinstance(ends, list) else ends

@@ -78,7 +78,7 @@ def test_a_layer_that_is_dropped_at_random_is_not_frozen(kind: str, tokenizer: P
 
 
 def test_values_narrower_than_queries_do_not_go_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minilm.models.attention, "_takes_rows_of_any_length", lambda query, dropout: True)
+    monkeypatch.setattr(minilm.models.attention, "_flash_attention_fits", lambda query, dropout: True)
     monkeypatch.setattr(minilm.models.attention, "_attend_at_once", None)
     states = [torch.randn(1, 2, 9, width) for width in (16, 16, 8)]
     packing = pack([5, 4])

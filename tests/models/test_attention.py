@@ -286,14 +286,14 @@ def test_the_variable_length_kernel_gets_arguments_for_the_same_attention(
     query, key, value = states(sum(MIXED))
     words = {"packing": pack(MIXED), "scaling": scaling, "sliding_window": window, "is_causal": causal}
     monkeypatch.setattr(
-        minilm.models.attention, "_by_products", lambda group, query: products
+        minilm.models.attention, "_products_are_faster", lambda group, query: products
     )  # the fused kernel is what GPUs take in any case
     words["packing"] = words["packing"].map(torch.clone)
     inputs = (nn.Module(), query, key[:, : 3 // shared], value[:, : 3 // shared], None)
     grouped, _ = packed_attention(*inputs, **words)
     monkeypatch.setattr(minilm.models.attention, "varlen_attn", flash)
     monkeypatch.setattr(minilm.models.attention, "short_rows", short_rows, raising=False)  # on CPUs it is not there
-    monkeypatch.setattr(minilm.models.attention, "_takes_rows_of_any_length", lambda query, dropout: True)
+    monkeypatch.setattr(minilm.models.attention, "_flash_attention_fits", lambda query, dropout: True)
     at_once, weights = packed_attention(*inputs, **words)
     assert weights is None
     torch.testing.assert_close(at_once, grouped, rtol=1e-5, atol=1e-5)
@@ -318,4 +318,4 @@ def test_when_the_variable_length_kernel_is_used(
     some = {**some, "dropout": 0.0, "capability": (9, 0), **change}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: some["capability"])
-    assert minilm.models.attention._takes_rows_of_any_length(SimpleNamespace(**some), some["dropout"]) is taken
+    assert minilm.models.attention._flash_attention_fits(SimpleNamespace(**some), some["dropout"]) is taken

@@ -84,7 +84,7 @@ def test_no_target_at_all_has_a_gradient_of_zeros() -> None:
 def test_a_loss_that_is_no_sum_is_refused_instead_of_given_a_wrong_gradient() -> None:
     values = inputs()
     weighted = linear_cross_entropy(*values) * torch.arange(N)
-    with pytest.raises(RuntimeError, match="only the sum of these losses has a gradient: compute other losses"):
+    with pytest.raises(RuntimeError, match="only the sum of these losses has a gradient: compute other functions"):
         weighted.sum().backward()
 
 
@@ -136,7 +136,7 @@ def test_both_ways_to_the_softmax_are_one(kind: torch.dtype, smoothing: float) -
 @pytest.mark.parametrize("softmax", [eager_cross_entropy, compilable_cross_entropy])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_vocabulary_that_is_rounded_up_gives_the_same(
-    bias: bool, softmax: losses.Softmax, monkeypatch: pytest.MonkeyPatch
+    bias: bool, softmax: losses.CrossEntropy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = inputs(bias=bias)
 
@@ -144,7 +144,7 @@ def test_a_vocabulary_that_is_rounded_up_gives_the_same(
         return linear_cross_entropy(*values, 0.0, softmax)
 
     expected = plain(*values), gradients(plain, values)
-    monkeypatch.setattr(losses, "_aligned", lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, 14)))  # as on a GPU
+    monkeypatch.setattr(losses, "_pad_vocabulary", lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, 14)))  # as on a GPU
     torch.testing.assert_close(ours(*values), expected[0], rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients(ours, values), expected[1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
@@ -159,6 +159,6 @@ def test_an_evaluation_takes_no_gradients() -> None:
 
     hidden, weight, bias, target = inputs(bias=True)
     with torch.no_grad():
-        found = linear_cross_entropy(hidden, weight, bias, target, softmax=softmax)
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, bias, target, softmax=softmax), found)
+        found = linear_cross_entropy(hidden, weight, bias, target, cross_entropy=softmax)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, bias, target, cross_entropy=softmax), found)
     assert wanted == [False, True]

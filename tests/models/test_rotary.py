@@ -25,15 +25,15 @@ def drawn(dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> tuple[Tensor, 
     return q, k, torch.randn(2, 9, 8), torch.randn(2, 9, 8)
 
 
-def fast(kind: str) -> rotary.Turn:
+def fast(kind: str) -> rotary.RotaryFunction:
     """What takes the place of the turn of these models."""
     plain = getattr(modelling(kind).apply_rotary_pos_emb, "plain", modelling(kind).apply_rotary_pos_emb)
     keeps_type = rotary._keeps_type(plain)
     assert keeps_type is not None
-    return rotary._fast(plain, keeps_type)
+    return rotary._make_fast(plain, keeps_type)
 
 
-def outcome(turn: rotary.Turn, *states: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+def outcome(turn: rotary.RotaryFunction, *states: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
     """Both results and both gradients of some sum of them."""
     turned = turn(*states, unsqueeze_dim=unsqueeze_dim)
     torch.manual_seed(1)
@@ -46,7 +46,7 @@ def outcome(turn: rotary.Turn, *states: Tensor, unsqueeze_dim: int = 1) -> tuple
 def test_turned_states_and_gradients_are_those_of_transformers(kind: str, dtype: torch.dtype) -> None:
     states, turn = drawn(dtype), fast(kind)
     expected, found = outcome(turn.plain, *states), outcome(turn, *states)
-    assert type(found[0].grad_fn).__name__ == "_TurnBackward"
+    assert type(found[0].grad_fn).__name__ == "_RotationBackward"
     for theirs, ours in zip(expected, found, strict=True):
         assert ours.dtype == theirs.dtype
         tolerance = 1e-6 if dtype == torch.float32 else 2**-7
@@ -56,14 +56,14 @@ def test_turned_states_and_gradients_are_those_of_transformers(kind: str, dtype:
 def test_queries_and_keys_of_one_product_are_turned_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, cos, sin = drawn(torch.float32)
     q, k, _ = (x.transpose(1, 2) for x in torch.randn(2, 9, 3, 4, 8).requires_grad_().unbind(2))
-    turn, alone, seen = fast("modernbert"), rotary._turned, list[torch.Size]()
+    turn, alone, seen = fast("modernbert"), rotary._rotate, list[torch.Size]()
     expected = outcome(turn, q.clone(), k.clone(), cos, sin)
 
     def noted(x: Tensor, *rest: Any) -> Tensor:
         seen.append(x.shape)
         return alone(x, *rest)
 
-    monkeypatch.setattr(rotary, "_turned", noted)
+    monkeypatch.setattr(rotary, "_rotate", noted)
     assert all(map(torch.equal, outcome(turn, q, k, cos, sin), expected))
     assert seen == [(2, *q.shape), q.shape, k.shape]
     assert all(rotary._view_as_one(*pair) is None for pair in ((k, q), (q, k.clone()), (q, k[:, :2]), (q.clone(), k)))
@@ -73,7 +73,7 @@ def test_where_angles_are_trained_they_have_gradients() -> None:
     q, k, cos, sin = drawn(torch.float32)
     turn, angles = fast("llama"), (cos.requires_grad_(), sin.requires_grad_())
 
-    def gradients(turn: rotary.Turn) -> tuple[Tensor, ...]:
+    def gradients(turn: rotary.RotaryFunction) -> tuple[Tensor, ...]:
         return torch.autograd.grad(sum((x**2).sum() for x in turn(q, k, cos, 2 * sin)), (q, k, *angles))
 
     assert all(map(torch.equal, gradients(turn), gradients(turn.plain)))
@@ -109,7 +109,7 @@ def test_what_is_not_the_usual_turn_is_the_model_s_own() -> None:
     half = cos.bfloat16(), sin.bfloat16()
     for factors in (part, half):
         found = turn(q, k, *factors)
-        assert type(found[0].grad_fn).__name__ != "_TurnBackward"
+        assert type(found[0].grad_fn).__name__ != "_RotationBackward"
         assert all(map(torch.equal, found, turn.plain(q, k, *factors)))
     with pytest.raises(RuntimeError):  # a cosine for a position that is not there
         fast("llama")(q, k, *(torch.randn(2, 10, 8) for _ in "cs"))

@@ -55,7 +55,7 @@ for causal, window, shared in itertools.product((False, True), (None, 7), (1, 2)
     given = [torch.randn(1, heads, 219, 16, generator=generator) for heads in (4, 4 // shared, 4 // shared)]
     found = []
     for short in (True, False):
-        minilm.models.attention._takes_rows_of_any_length = lambda query, dropout: short
+        minilm.models.attention._flash_attention_fits = lambda query, dropout: short
         states = [x.clone().requires_grad_() for x in given]
         layer = SimpleNamespace(is_causal=causal, num_key_value_groups=shared)
         attended, _ = packed_attention(layer, *states, None, packing=packing, sliding_window=window)

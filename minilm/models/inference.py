@@ -100,8 +100,8 @@ def check_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
             raise ValueError(f"there is no {tokenizer.mask_token} in the text {text!r}")
         if longest is not None and len(ids) > longest:
             raise ValueError(
-                f"the text {_quote_beginning(text)} is too long: it has {len(ids)} tokens, and the model reads "
-                f"at most {longest}. Shorten it"
+                f"the text {_quote_beginning(text)} is longer than the model's input: it has {len(ids)} tokens, "
+                f"and the model reads at most {longest}. Shorten it"
             )
 
 

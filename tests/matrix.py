@@ -1,9 +1,9 @@
 """Every architecture of transformers under minilm: `python -m tests.matrix --only bert,gpt2 --head masked`.
 
-A tiny model of each type that has the head is saved, loaded as any checkpoint is, and takes a step of rows of different
-lengths, whole and cut into three micro-batches. Loss and gradients are compared with those of the plain model, which
-reads one row at a time, and whose cross entropy is taken by hand in float64. So is what HF Trainer makes of the same
-micro-batches. Each model has a process and some seconds of its own.
+For each type that has the head, a tiny model is saved and loaded like any checkpoint. It takes one step on rows of
+different lengths, once as one micro-batch and once as three. Its loss and gradients are compared with a reference: the
+plain model reads one row at a time, and the cross entropy is computed in float64. The loss of HF Trainer on the same
+micro-batches is compared with it too. Each model runs in its own process, with a time limit.
 """
 
 import argparse
@@ -59,17 +59,17 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A row as the plain model and Trainer see it, alone."""
+    """One row, as the plain model and Trainer read it."""
 
     input_ids_L: Tensor
     targets: Tensor
-    """int64, what each of its logits is to say, NO_TARGET for nothing."""
+    """int64, the target of each logit, or NO_TARGET."""
     labels: Tensor
-    """int64, the same as a model of transformers wants to be told; of a row that is classified a scalar."""
+    """int64, the labels as a model of transformers takes them: a scalar for a row of a classification."""
 
 
 def masked_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
-    """The collator's own choice of targets, put back into rows."""
+    """Return the rows of a batch, with the targets that the collator chose."""
     targets_T = torch.full_like(batch.input_ids_T, NO_TARGET)
     targets_T[batch.target_index_N] = batch.target_ids_N
     rows = zip(batch.input_ids_T.split(list(lengths)), targets_T.split(list(lengths)), strict=True)
@@ -77,26 +77,26 @@ def masked_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
 
 
 def causal_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
-    """Each token is to say the next one of its row."""
+    """Return the rows of a batch, where the target of each token is the next one."""
     rows = batch.input_ids_T.split(list(lengths))
     return [Example(input_ids_L=ids, targets=F.pad(ids[1:], (0, 1), value=NO_TARGET), labels=ids) for ids in rows]
 
 
 def classification_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
-    """Each row has a class."""
+    """Return the rows of a batch, each with its class."""
     rows = zip(batch.input_ids_T.split(list(lengths)), batch.target_ids_N, strict=True)
     return [Example(input_ids_L=ids_L, targets=label[None], labels=label) for ids_L, label in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A head: the objective that trains it, and its examples one by one."""
+    """A head: the objective that trains it, and a function that splits a batch into its examples."""
 
     settings: MaskedLM | CausalLM | Classification
     examples: Callable[[MicroBatch, Sequence[int]], list[Example]]
 
 
-# A head more is an entry more: its settings, and how a batch of its collator is put back into rows.
+# To test another head, add an entry here.
 HEADS = {
     "masked": Kind(settings=MaskedLM(rate=0.4), examples=masked_examples),
     "causal": Kind(settings=CausalLM(), examples=causal_examples),
@@ -108,17 +108,17 @@ EXAMPLES = replace(NO_EXAMPLES, labels=np.array([0, 2, 1, 1, 0, 2, 1]))
 
 @dataclass(kw_only=True)
 class Result:
-    """What was found of one type under one head."""
+    """The result for one model type with one head."""
 
     head: str
     kind: str
     built: bool = False
     why: str = ""
-    """Why it was not built, was refused, or failed."""
+    """Why the model was not built, was refused, or failed."""
     refused: bool = False
-    """In one line, before training."""
+    """Whether it was refused before training, with an error of one line."""
     decoder: bool = False
-    """Refused as it comes, so that what was measured is the model with `is_decoder`."""
+    """Whether the model was refused without `is_decoder`, and measured with it."""
     measured: bool = False
     loss: float = np.inf
     """The largest relative difference of the loss from the reference."""
@@ -127,9 +127,9 @@ class Result:
     shortcuts: dict[str, bool] = field(default_factory=dict)
     reason: str = ""
     special: dict[str, str] = field(default_factory=dict)
-    """By situation of special ids: `equal`, `refused` before training, or what is wrong."""
+    """For each of the SITUATIONS: `equal`, `refused` before training, or the fault."""
     trainer: str = ""
-    """`right`, or how many times the right loss Trainer's is, with one micro-batch and with three; or why it fails."""
+    """`right`, or the ratio of Trainer's loss to the right one with one and with three micro-batches, or its error."""
 
     @property
     def equal(self) -> bool:
@@ -137,7 +137,7 @@ class Result:
 
 
 def measure(head: str, kind: str) -> Result:
-    """Build, load, train a step, compare. Raises nothing: what goes wrong is in the result."""
+    """Build a model, load it, train one step and compare. Errors are stored in the result."""
     result = Result(head=head, kind=kind)
     try:
         attempt(result)
@@ -149,7 +149,7 @@ def measure(head: str, kind: str) -> Result:
 
 
 def attempt(result: Result) -> None:
-    """Fill in the result; after a refusal of an encoder, that of the decoder that it can be."""
+    """Fill in the result. If `result.decoder` is set, measure the model with `is_decoder`."""
     objective, tokenizer = build_objective(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
     prepared = PreparedData(
         tokenizer=tokenizer,
@@ -198,7 +198,7 @@ def attempt(result: Result) -> None:
 
 
 def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put minilm's loss and gradients beside the reference's, and Trainer's loss."""
+    """Compare minilm's loss and gradients, and Trainer's loss, with the reference."""
     kind, rows = HEADS[result.head], rows_of(result.head, tokenizer)
     objective = build_objective(kind.settings)
     collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1)
@@ -266,7 +266,7 @@ def try_special_ids(result: Result, situation: str) -> str:
 
 
 def examples_of(rows: Sequence[Any]) -> Examples:
-    """The rows as the corpus that they could come from."""
+    """Return a corpus that holds these rows."""
     ends = np.cumsum([0, *map(len, rows)])
     return replace(EXAMPLES, ids=np.concatenate(rows), start=ends[:-1], stop=ends[1:])
 
@@ -303,7 +303,7 @@ SITUATIONS: dict[str, Callable[[str, PreTrainedTokenizerBase], tuple[dict[str, i
 
 
 def reference(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Gradients]:
-    """Mean cross entropy of the targets in float64, and its gradients, by a plain forward of each row alone."""
+    """Return the mean cross entropy of the targets in float64, and its gradients, from a forward of each row alone."""
     takes = inspect.signature(model.forward).parameters
     words = {"use_cache": False} if "use_cache" in takes else {}
     targets = sum(int((example.targets != NO_TARGET).sum()) for example in examples)
@@ -325,7 +325,7 @@ def reference(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[floa
 
 
 def update(head: Head, batches: Sequence[MicroBatch]) -> tuple[float, Gradients]:
-    """Loss and gradients of a step of the loop's own, which changes nothing."""
+    """Return the loss and the gradients of one `train_step` with a learning rate of 0."""
     gradients: Gradients = {}
 
     def keep(*_: object) -> None:
@@ -338,7 +338,7 @@ def update(head: Head, batches: Sequence[MicroBatch]) -> tuple[float, Gradients]
 
 
 def gradient_error(ours: Gradients, expected: Gradients) -> float:
-    """Return the largest relative difference; one that is zero but for rounding is measured by a tenth of the largest.
+    """Return the largest relative difference. The scale is at least a tenth of the largest gradient.
 
     Where the plain model's gradient of a parameter is not finite (Gemma 4 divides by the norm of padding's row of
     zeros), ours must not be finite either; the others are compared.
@@ -355,7 +355,7 @@ def gradient_error(ours: Gradients, expected: Gradients) -> float:
 
 
 def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: float) -> str:
-    """What HF Trainer's loss is of the expected one: `right`, how many times it, or why there is none."""
+    """Compare HF Trainer's loss with the expected one: return `right`, their ratio, or Trainer's error."""
     ratios = []
     try:
         for cut in CUTS:
@@ -374,7 +374,7 @@ def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: floa
 
 
 def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """A micro-batch as a collator of transformers makes it: padded, with a mask where the model takes one."""
+    """Return a micro-batch as a collator of transformers makes it: padded, with a mask if the model takes one."""
     lengths = [len(example.input_ids_L) for example in examples]
     padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     ids_RxL, mask_RxL = pad_rows(torch.cat([example.input_ids_L for example in examples]), lengths, padding)
@@ -385,7 +385,7 @@ def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Ten
 
 
 def tokenizer_for(head: str, kind: str) -> PreTrainedTokenizerBase:
-    """A small tokenizer, trained on numbers; for a decoder one that pads with its end-of-text token."""
+    """Return a small tokenizer. For a decoder, it pads with the token that ends texts."""
     decoder = kind not in types_of("masked") and not AutoConfig.for_model(kind).is_encoder_decoder
     return _tokenizer(head == "causal" or (head == "classification" and decoder and kind in types_of("causal")))
 
@@ -397,7 +397,7 @@ def _tokenizer(causal: bool) -> PreTrainedTokenizerBase:
 
 
 def rows_of(head: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Random rows of LENGTHS; those that are classified end as texts do."""
+    """Return random rows of LENGTHS. In a classification, each ends with the token that ends texts."""
     ids_T, ends = np.random.default_rng(0).integers(5, len(tokenizer), sum(LENGTHS)), np.cumsum(LENGTHS)
     if head == "classification" and tokenizer.sep_token_id is not None:
         ids_T[ends - 1] = tokenizer.sep_token_id
@@ -409,8 +409,8 @@ def quote(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def alone(head: str, kind: str) -> Result:
-    """`measure` in a process of its own, for at most LIMIT seconds of a processor."""
+def measure_in_process(head: str, kind: str) -> Result:
+    """Return the result of `measure` in another process, for at most LIMIT seconds of processor time."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
@@ -430,12 +430,12 @@ def alone(head: str, kind: str) -> Result:
 
 
 def types_of(head: str) -> list[str]:
-    """The model types of transformers that have this head."""
+    """Return the model types of transformers that have this head."""
     return sorted(build_objective(HEADS[head].settings).auto._model_mapping._model_mapping)
 
 
 def line(result: Result) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     if not result.measured:
         return f"{result.kind:26} {result.why[:200]}"
     equal = "equal" if result.equal else f"WRONG: loss {result.loss:.1e}, gradients {result.gradient:.1e}"
@@ -458,7 +458,7 @@ def line(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:
-    """The counts of one head."""
+    """Return the counts of one head."""
     return {
         "in mapping": len(results),
         "built": sum(result.built for result in results),
@@ -475,7 +475,7 @@ def summary(results: Sequence[Result]) -> dict[str, int]:
 
 
 def quiet() -> None:
-    """One thread, and no word but the table."""
+    """Use one thread, and print only the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -497,7 +497,7 @@ def main() -> None:
         print(f"\n{head}", flush=True)
         results = []
         with ThreadPoolExecutor(2) as pool:
-            for result in pool.map(partial(alone, head), kinds):
+            for result in pool.map(partial(measure_in_process, head), kinds):
                 print(line(result), flush=True)
                 results.append(result)
         counts[head] = summary(results)

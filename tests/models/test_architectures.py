@@ -1,4 +1,4 @@
-"""What single families of models do beside the usual, and that a head or a run does not trip over it."""
+"""Heads and runs handle what is unusual about some architectures."""
 
 import copy
 import logging

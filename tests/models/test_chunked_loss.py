@@ -1,4 +1,4 @@
-"""The loss of a linear head taken in parts: the numbers of the plain one, without its logits."""
+"""The chunked loss of a linear head equals the loss of its logits, and never holds all of them."""
 
 from typing import Any
 
@@ -89,7 +89,7 @@ def test_a_loss_that_is_no_sum_is_refused_instead_of_given_a_wrong_gradient() ->
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the number of elements of the largest result."""
+    """Records the number of elements of the largest result."""
 
     elements = 0
 

@@ -1,4 +1,4 @@
-"""Compiled layers: the numbers of the plain ones, for batches of any size, and no compiling for an evaluation."""
+"""Compiled layers give the results of the plain ones for batches of any size. Evaluation compiles nothing."""
 
 import copy
 

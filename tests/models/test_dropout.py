@@ -1,4 +1,4 @@
-"""Dropout: the right share, the right gradient, and masks that follow from torch's seed."""
+"""Dropout drops the right share, has the right gradient, and draws its masks from torch's seed."""
 
 import pytest
 import torch

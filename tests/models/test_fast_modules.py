@@ -1,4 +1,4 @@
-"""Swapped modules: what transformers' own ones give, and nothing swapped that computes something else."""
+"""Fast modules give the results of the modules that they replace. No other module is replaced."""
 
 import copy
 
@@ -13,13 +13,13 @@ from minilm.models.fast_modules import install_fast_modules
 
 
 def outcome(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The result, and the gradient of some sum of it."""
+    """Return the result, and the gradient of a weighted sum of it."""
     result, generator = module(x), torch.Generator().manual_seed(1)
     weights = torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype)
     return result, torch.autograd.grad(result, x, weights)[0]
 
 
-def swapped(name: str) -> nn.Module:
+def make_fast(name: str) -> nn.Module:
     model = nn.Sequential(ACT2FN[name])
     install_fast_modules(model)
     return model[0]
@@ -32,7 +32,7 @@ def drawn() -> Tensor:
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
 def test_gelus_by_tanh_are_those_of_transformers_in_one_pass(name: str) -> None:
     x = drawn().float().requires_grad_()
-    (expected, of_expected), (found, of_found) = outcome(ACT2FN[name], x), outcome(swapped(name), x)
+    (expected, of_expected), (found, of_found) = outcome(ACT2FN[name], x), outcome(make_fast(name), x)
     assert type(found.grad_fn).__name__ == "GeluBackward0"
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(of_found, of_expected, rtol=1e-6, atol=1e-5)  # 1 + tanh(-4) has few digits left
@@ -41,7 +41,7 @@ def test_gelus_by_tanh_are_those_of_transformers_in_one_pass(name: str) -> None:
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
 def test_in_half_precision_they_are_no_further_from_the_exact_ones(name: str) -> None:
     exact = outcome(ACT2FN[name], drawn().double().requires_grad_())
-    theirs, ours = (outcome(module, drawn().requires_grad_()) for module in (ACT2FN[name], swapped(name)))
+    theirs, ours = (outcome(module, drawn().requires_grad_()) for module in (ACT2FN[name], make_fast(name)))
     for a, b, right in zip(ours, theirs, exact, strict=True):
         assert (a.double() - right).norm() <= (b.double() - right).norm()
 
@@ -50,7 +50,7 @@ def test_in_half_precision_they_are_no_further_from_the_exact_ones(name: str) ->
 def test_a_gelu_of_half_a_tensor_is_that_of_a_copy(dtype: torch.dtype) -> None:
     whole = torch.linspace(-9, 9, 20_000).to(dtype).view(100, 200).requires_grad_()
     expected, of_expected = outcome(ACT2FN["gelu"], whole[:, 100:].contiguous())
-    found, of_found = outcome(swapped("gelu"), whole[:, 100:])
+    found, of_found = outcome(make_fast("gelu"), whole[:, 100:])
     assert torch.equal(found, expected)
     assert torch.equal(of_found, of_expected)
     plain, of_plain = outcome(ACT2FN["gelu"], whole[:, 100:])
@@ -61,7 +61,7 @@ def test_a_gelu_of_half_a_tensor_is_that_of_a_copy(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["gelu_python", "quick_gelu", "silu", "relu"])
 def test_other_functions_stay(name: str) -> None:
-    assert type(swapped(name)) is type(ACT2FN[name])
+    assert type(make_fast(name)) is type(ACT2FN[name])
 
 
 def test_a_model_keeps_its_logits_and_the_names_of_its_weights() -> None:

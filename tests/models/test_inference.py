@@ -1,4 +1,4 @@
-"""Filling masks: the same answers as transformers' pipeline."""
+"""Trained models answer as the pipelines of transformers do."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ from minilm.models.inference import (
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece"])
 def folder(request, documents, tmp_path_factory) -> Path:
-    """A tiny BERT with decided opinions, whose tokenizer is the one that minilm trains."""
+    """A tiny BERT whose predictions are far from uniform, with a tokenizer that minilm trained."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = train_tokenizer(documents, request.param, 400)
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_of_no_texts_there_is_nothing_to_say(folder, causal):
 
 @pytest.fixture(scope="module")
 def causal(documents, tmp_path_factory) -> Path:
-    """A tiny GPT-2 with decided opinions."""
+    """A tiny GPT-2 whose predictions are far from uniform."""
     folder = tmp_path_factory.mktemp("causal")
     tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
     torch.manual_seed(0)

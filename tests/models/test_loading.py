@@ -1,4 +1,4 @@
-"""Models are built or loaded in float32, or refused in one line."""
+"""Models are built or loaded in float32, or fail with an error of one line."""
 
 import importlib.resources
 import logging

@@ -1,4 +1,4 @@
-"""LoRA: the steps of peft and a plain forward, merged weights for whoever loads them, checkpoints equal to the bit."""
+"""LoRA: steps equal those of peft with a plain forward, saved models are merged, and resuming is exact to the bit."""
 
 import importlib.util
 import json
@@ -114,7 +114,7 @@ def reference_for(job: str, network: PreTrainedModel, bases: Path) -> PeftModel:
 def losses(
     job: str, network: PreTrainedModel, reference: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Tensor]:
-    """The summed loss of a batch: ours, packed, and the reference's, padded."""
+    """Return the summed loss of a batch: ours with packed rows, and the reference's with padded rows."""
     if job == "classes":
         labels = np.array([0, 2, 1, 1])
         head: Any = ClassificationHead(network, LABELS)
@@ -265,7 +265,7 @@ def into(folder: Path, config: Config, **run: object) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of 6 steps with a checkpoint after 3, one of them on two processes too, and all gone on from there."""
+    """Runs of 6 steps with a checkpoint after 3, which are then resumed. One of them also runs on two processes."""
     place = tmp_path_factory.mktemp("runs")
     configs = {job: config_for(job, _made(place / f"data-{job}"), bases) for job in ("masked", "causal", "classes")}
     wholes = [(into(place / job, config), 1) for job, config in configs.items()]

@@ -1,4 +1,4 @@
-"""The matrix of architectures on a few that need something each, and that it sees what is wrong."""
+"""The matrix of architectures: some that need special care pass, and errors show in its results."""
 
 import os
 
@@ -7,9 +7,9 @@ import torch
 
 import minilm.train
 from tests import matrix
-from tests.matrix import Result, alone, measure
+from tests.matrix import Result, measure, measure_in_process
 
-# What the head makes of them: at the targets alone, without padding, rows of one length only.
+# The shortcuts of the head: sparse, padding_free, and whether it needs rows of equal length.
 TAKES = {
     ("masked", "luke"): (True, False, False),  # cuts its hidden states to the length of a row
     ("masked", "fnet"): (False, False, True),  # mixes all tokens of a row, padding too
@@ -79,4 +79,4 @@ def test_a_model_that_hangs_or_crashes_does_not_end_the_command(
 ) -> None:
     monkeypatch.setattr(matrix, "LIMIT", 1)
     monkeypatch.setattr(matrix, "measure", way)
-    assert why in alone("masked", "bert").why
+    assert why in measure_in_process("masked", "bert").why

@@ -1,4 +1,4 @@
-"""Queries and keys are turned as transformers turns them, in half the passes, or else left to it."""
+"""The fast rotary function gives the results of transformers. Functions that compute something else stay."""
 
 import importlib
 from types import ModuleType
@@ -14,19 +14,19 @@ from tests.reference import build
 
 
 def modelling(kind: str) -> ModuleType:
-    """The module of transformers that has the models of this type."""
+    """Return the module of transformers that defines the models of this type."""
     return importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
 
 
 def drawn(dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries and keys of rows of nine tokens, as a layer makes them, and no angles' cosines and sines."""
+    """Return queries and keys of rows of nine tokens, as a layer makes them, and random factors for cos and sin."""
     torch.manual_seed(0)
     q, k = (torch.randn(2, 9, count, 8).to(dtype).transpose(1, 2).requires_grad_() for count in heads)
     return q, k, torch.randn(2, 9, 8), torch.randn(2, 9, 8)
 
 
 def fast(kind: str) -> rotary.RotaryFunction:
-    """What takes the place of the turn of these models."""
+    """Return the fast function for the models of this type."""
     plain = getattr(modelling(kind).apply_rotary_pos_emb, "plain", modelling(kind).apply_rotary_pos_emb)
     keeps_type = rotary._keeps_type(plain)
     assert keeps_type is not None
@@ -34,7 +34,7 @@ def fast(kind: str) -> rotary.RotaryFunction:
 
 
 def outcome(turn: rotary.RotaryFunction, *states: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
-    """Both results and both gradients of some sum of them."""
+    """Return both results, and both gradients of a weighted sum of them."""
     turned = turn(*states, unsqueeze_dim=unsqueeze_dim)
     torch.manual_seed(1)
     gradients = torch.autograd.grad(turned, states[:2], [torch.randn(x.shape).bfloat16().to(x.dtype) for x in turned])

@@ -67,7 +67,7 @@ print("equal")
 
 
 def interpreted(script: str, *words: str) -> tuple[str, str]:
-    """What the script prints, and what it fails of."""
+    """Return what the script prints, and its error."""
     done = subprocess.run(
         [sys.executable, "-c", script, *words],
         capture_output=True,

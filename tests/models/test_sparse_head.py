@@ -1,4 +1,4 @@
-"""The shortcuts of the head change no logit and no gradient, and stay off where they would."""
+"""The shortcuts of the head do not change logits or gradients. A shortcut that would is not used."""
 
 import importlib.resources
 import logging
@@ -48,7 +48,7 @@ def batch_for(
 
 
 def full_loss(model: PreTrainedModel, batch: MicroBatch, lengths: tuple[int, ...]) -> Tensor:
-    """The loss written out: a padded forward, the head everywhere, then the log-probabilities of the targets."""
+    """Return the loss without shortcuts: a padded forward, all logits, then the log-probabilities of the targets."""
     log_p_NxV = full_logits(model, batch.input_ids_T, lengths).log_softmax(-1)[batch.target_index_N]
     return -log_p_NxV.gather(1, batch.target_ids_N[:, None]).sum()
 
@@ -56,7 +56,7 @@ def full_loss(model: PreTrainedModel, batch: MicroBatch, lengths: tuple[int, ...
 def assert_same_update(
     head: SparseHead, plain: PreTrainedModel, batch: MicroBatch, lengths: tuple[int, ...] = SHORT_ROWS
 ) -> None:
-    """Loss and every gradient agree to 1e-5; what is zero but for rounding is compared with the largest gradient."""
+    """Check that the loss and each gradient agree to 1e-5. Tiny gradients are compared relative to the largest one."""
     ours, theirs = loss_sum(head, batch), full_loss(plain, batch, lengths)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     ours.backward()
@@ -104,7 +104,7 @@ def test_shortcuts_give_the_loss_and_gradients_of_the_whole_model(
 
 
 class Products(TorchDispatchMode):
-    """Keeps the sizes that occur in products of matrices."""
+    """Records the sizes that occur in products of matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ def _no_answer(*states: Any, packing: Any = None, **words: Any) -> Any:
 
 @pytest.fixture
 def packed_by() -> Iterator[Callable[[Any], None]]:
-    """Puts another function in the place of the packed attention."""
+    """A function that replaces the packed attention by another function."""
     yield lambda function: AttentionInterface.register(ATTENTION, function)
     AttentionInterface.register(ATTENTION, packed_attention)
 

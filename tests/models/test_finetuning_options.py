@@ -1,4 +1,4 @@
-"""Aids to fine-tuning: frozen parameters, rates by layer, layers computed again, attention by name, smooth labels."""
+"""Options for fine-tuning: freezing, layer decay, gradient checkpointing, attention by name, label smoothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_patterns_freeze_what_they_match_and_nothing_else(tokenizer: PreTrainedT
 
 @pytest.fixture(scope="module")
 def frozen_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps with frozen layers and rates by layer, the same interrupted after 3, and on two processes."""
+    """A run of 6 steps with frozen layers and layer decay, the same interrupted after 3, and on two processes."""
     place = tmp_path_factory.mktemp("frozen")
     base = config_in(place, 6, save_every=3)
     base = replace(base, model=replace(base.model, freeze=FROZEN), optim=replace(base.optim, layer_decay=0.5))

@@ -323,7 +323,8 @@ ENTRIES: dict[str, Entry] = {
     ),
     "LoRA of a new model": Entry(flags="--model.lora-rank 2", says="model.lora_rank needs a checkpoint"),
     "LoRA beside frozen layers": Entry(
-        flags="--model.name bert --model.lora-rank 2 --model.freeze *.layer.*", says="model.freeze: LoRA freezes all"
+        flags="--model.name bert --model.lora-rank 2 --model.freeze *.layer.*",
+        says="model.freeze: LoRA itself freezes all",
     ),
     "targets of LoRA without a rank": Entry(
         flags="--model.name bert --model.lora-targets query", says="model.lora_targets needs a rank"

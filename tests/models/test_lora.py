@@ -215,7 +215,7 @@ def test_the_layers_are_pefts_or_those_of_the_attention_or_those_that_are_named(
         ({"lora_rank": -1}, "model.lora_rank must be 0 or more"),
         ({"lora_rank": 2, "lora_alpha": 0.0}, "model.lora_alpha must be positive"),
         ({"lora_rank": 2, "name": None}, "set model.name"),
-        ({"lora_rank": 2, "freeze": ("*",)}, "model.freeze: LoRA freezes all"),
+        ({"lora_rank": 2, "freeze": ("*",)}, "model.freeze: LoRA itself freezes all"),
         ({"lora_targets": ("query",)}, "set model.lora_rank"),
         (
             {"lora_rank": 2, "lora_targets": ("querry",)},

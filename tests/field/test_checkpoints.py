@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-import minilm.models.head
+import minilm.models.sparse_head
 import minilm.runs.verify_head
 from minilm.commands.evaluate import evaluate
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
@@ -337,7 +337,9 @@ def test_only_the_wrong_shortcut_is_given_up(tmp_path: Path, monkeypatch: pytest
         assert head.shortcuts == taken
         assert torch.equal(torch.get_rng_state(), before)
         patch.setattr(
-            minilm.models.head, "linear_cross_entropy", lambda hidden, *rest: linear_cross_entropy(1.1 * hidden, *rest)
+            minilm.models.sparse_head,
+            "linear_cross_entropy",
+            lambda hidden, *rest: linear_cross_entropy(1.1 * hidden, *rest),
         )
         verify_head(config, head, prepared)
     assert head.shortcuts == ("short", "padding_free", "sparse")

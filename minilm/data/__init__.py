@@ -1,5 +1,6 @@
-"""From files and the hub to micro-batches: rows, documents, labels, token ids on disk, the plan of batches, packing.
+"""Data, from files and the hub to micro-batches of token ids.
 
-Begin with `documents`, which returns texts. Then read `tokenizer` and `corpus`, which encode them, and `batch_plan`,
-which decides the batches and their padding. `sources` finds files and datasets; `delimited_files` reads .csv and .tsv.
+Begin with `documents`, which reads texts. Then read `corpus`, which encodes them, and `batch_plan`, which decides the
+batches and their padding. `sources` opens files and datasets, `delimited_files` reads .csv and .tsv, and `labels` reads
+the labels of a classifier.
 """

@@ -278,18 +278,20 @@ ENTRIES: dict[str, Entry] = {
         PAIRS + " --run.best-metric acuracy",
     ),
     "weights for several labels": classified(
-        labelled(*[["a"], ["a", "b"]] * 20), "needs single labels", PAIRS + " --objective.class-weights balanced"
+        labelled(*[["a"], ["a", "b"]] * 20),
+        "needs one class for each text",
+        PAIRS + " --objective.class-weights balanced",
     ),
     "smoothing of several labels": classified(
-        labelled(*[["a"], ["a", "b"]] * 20), "needs single labels", PAIRS + " --objective.label-smoothing 0.1"
+        labelled(*[["a"], ["a", "b"]] * 20), "needs one class for each text", PAIRS + " --objective.label-smoothing 0.1"
     ),
     "weights for a regression": classified(
         labelled(*[0.5, 1.5] * 20),
-        "needs single labels",
+        "needs one class for each text",
         PAIRS + " --objective.problem regression --objective.class-weights balanced",
     ),
     "weights for numbers": classified(
-        labelled(*[0.5, 1.5] * 20), "needs single labels", PAIRS + " --objective.class-weights balanced"
+        labelled(*[0.5, 1.5] * 20), "needs one class for each text", PAIRS + " --objective.class-weights balanced"
     ),
     "single labels that are lists": classified(
         labelled(*[["a"], ["b"]] * 20), "--objective.problem", PAIRS + " --objective.problem single-label"

@@ -1,8 +1,10 @@
 """A comparison of a head with the plain model on a few rows of the run's own data.
 
-The trials at construction (`minilm.models.shortcut_trials`) use random ids and short rows. `verify_head` compares
-losses and gradients of real rows, once, before the first step. It leaves out a shortcut that changes them, and names it
-in a warning.
+The trials at the construction of a head (`minilm.models.shortcut_trials`) use random ids and short rows. `verify_head`
+compares losses and gradients of real rows, once, before the first step. If a shortcut changes them, it turns the
+shortcut off and logs a warning.
+
+Axes: T tokens and N targets of the micro-batch.
 """
 
 import logging
@@ -28,58 +30,69 @@ from minilm.objectives.factory import build_objective
 
 log = logging.getLogger("minilm")
 
+# Rows in a comparison.
 _ROWS = 4
-_FLOPS, _FLOPS_ON_CPU = 5e12, 5e10  # a device does about this many in a second
-_LOGITS_PER_ROW = 2**25  # at most: 128 MiB
-_SHORTEST_TOKENS = 16  # a row is not cut to fewer
+# The rows are chosen from a sample of at most this many examples, so that the choice is fast.
+_SAMPLE_EXAMPLES = 4096
+# Floating-point operations in a comparison: about a second of work.
+_GPU_FLOPS = 5e12
+_CPU_FLOPS = 5e10
+# 128 MiB of float32.
+_MAX_LOGITS_PER_ROW = 2**25
+# Rows are not cut to fewer tokens, whatever they cost.
+_MIN_ROW_TOKENS = 16
 # Relative differences that are allowed. On trained weights rounding makes less than a hundredth of them.
-_VALUES_TOLERANCE, _GRADIENTS_TOLERANCE = 1e-4, 1e-2
-_SAMPLE_EXAMPLES = 4096  # the rows are chosen among these
-_WHOLE_ELEMENTS = 2**16  # a gradient of more is not compared element by element
+_VALUES_TOLERANCE = 1e-4
+_GRADIENTS_TOLERANCE = 1e-2
+# A gradient of more elements is compared by sums over its rows and columns.
+_MAX_WHOLE_ELEMENTS = 2**16
 
 
 def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: bool = True) -> None:
-    """Compare losses and gradients of some of the run's rows with the plain model's; give up what changes them.
+    """Compare losses and gradients of a few rows with the plain model's, and turn off the shortcuts that change them.
 
-    The decision depends on the current weights, and is the same on all processes. If the head is not `trained`, the
-    rows come from the evaluation, and gradients are not compared.
+    The result depends on the current weights. It is the same on all processes. If the head is not `trained`, the rows
+    are evaluation examples, and gradients are not compared.
     """
     examples = prepared.train if trained else prepared.eval
 
-    def collator_of(padded: bool) -> Collator:
+    def build_collator(padded: bool) -> Collator:
         seed = config.run.seed if trained else None
         objective = build_objective(config.objective)
         return objective.collator(prepared.tokenizer, examples, seed=seed, padded=padded, multiple=1)
 
     with on_all_ranks():
-        own_names = _find_wrong_shortcuts(head, examples, collator_of, trained=trained)
+        own_names = _find_wrong_shortcuts(head, examples, build_collator, trained=trained)
     names = sorted({name for part in gather_object([own_names]) for name in part})
     if names:
         head.drop_shortcuts(names)
         log.warning(
-            f"on rows of this data {type(head.model).__name__} gives other losses or gradients than transformers by "
-            f"minilm's shortcut{'s' * (len(names) > 1)} {', '.join(names)}: left out, so that a step takes longer"
+            f"on rows of this data, {type(head.model).__name__} gives other losses or gradients than transformers by "
+            f"minilm's shortcut{'s' * (len(names) > 1)} {', '.join(names)}. minilm leaves "
+            f"{'them' if len(names) > 1 else 'it'} out, so each step takes longer"
         )
 
 
 def _find_wrong_shortcuts(
-    head: Head, examples: Examples, collator_of: Callable[[bool], Collator], *, trained: bool
+    head: Head, examples: Examples, build_collator: Callable[[bool], Collator], *, trained: bool
 ) -> list[str]:
-    """Return the shortcuts to give up: none, or one if that is enough, else all, and `SHARED_FORWARD` as the last.
+    """Return the names of the shortcuts to turn off.
 
-    A difference counts only if other rows show one too: a mixture of experts chooses those with the largest scores, and
-    rounding may change the choice.
+    There are none if the head is right on at least one of two draws of rows. A difference on one draw alone does not
+    count, because a mixture of experts chooses the experts with the largest scores, and rounding may change the choice.
+    Otherwise there is one shortcut, if turning it off is enough, or all of them, with `SHARED_FORWARD` if even that is
+    not enough.
     """
     by_loss = bool(getattr(head, "fused", False))
 
     def differs(draw: int, *names: str) -> bool:
-        chosen = _choose(examples, draw)
+        chosen = _choose_examples(examples, draw)
         with head.without_shortcuts(*names):
-            collator = collator_of(not head.padding_free)
+            collator = build_collator(not head.padding_free)
             batch = _make_batch(head, collator, examples, chosen)
             ours = _compute_outcome(head, batch, by_loss=by_loss, trained=trained)
         with head.reference_mode():
-            batch = _make_batch(head, collator_of(True), examples, chosen)
+            batch = _make_batch(head, build_collator(True), examples, chosen)
             plain = _compute_outcome(head, batch, by_loss=by_loss, trained=trained)
         return not _are_near(ours, plain)
 
@@ -91,8 +104,8 @@ def _find_wrong_shortcuts(
     return [*head.shortcuts, *([SHARED_FORWARD] if differs(0, *head.shortcuts) else [])]
 
 
-def _choose(examples: Examples, draw: int) -> NDArray[np.int64]:
-    """Return ids of examples from the longest to the shortest; another `draw` gives other ids."""
+def _choose_examples(examples: Examples, draw: int) -> NDArray[np.int64]:
+    """Return the ids of at most `_ROWS` examples, from the longest to the shortest. Each `draw` gives different ids."""
     count = min(len(examples), _SAMPLE_EXAMPLES)
     sample = np.unique(np.linspace(0, len(examples) - 1, count).astype(np.int64))
     order = sample[np.argsort(-(examples.stop[sample] - examples.start[sample]), kind="stable")]
@@ -102,17 +115,18 @@ def _choose(examples: Examples, draw: int) -> NDArray[np.int64]:
 
 
 def _make_batch(head: Head, collator: Collator, examples: Examples, chosen: NDArray[np.int64]) -> MicroBatch:
-    """Return the rows of these examples, each cut to a length for which there is time and memory."""
+    """Return a micro-batch of these examples, with rows cut to the limits on time and memory above."""
     batch = collator([examples[int(i)] for i in chosen], chosen, 0)
     on_cpu = next(head.model.parameters()).device.type == "cpu"
-    work = 12 * sum(parameter.numel() for parameter in head.model.parameters())  # forward and backward, twice
-    tokens = (_FLOPS_ON_CPU if on_cpu else _FLOPS) / work
-    longest = int(max(_SHORTEST_TOKENS, min(tokens / _ROWS, _LOGITS_PER_ROW / vocabulary_size(head.model)))) | 1
-    return _cut(batch, longest, padded=collator.padded, multiple=collator.multiple)
+    # A token takes 2 operations per parameter forward and 4 backward, with the head and with the plain model.
+    flops_per_token = 12 * sum(parameter.numel() for parameter in head.model.parameters())
+    affordable = (_CPU_FLOPS if on_cpu else _GPU_FLOPS) / flops_per_token / _ROWS
+    longest = int(max(_MIN_ROW_TOKENS, min(affordable, _MAX_LOGITS_PER_ROW / vocabulary_size(head.model)))) | 1
+    return _cut_rows(batch, longest, padded=collator.padded, multiple=collator.multiple)
 
 
-def _cut(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -> MicroBatch:
-    """Keep the first tokens of each row, and its last one: `longest` in all at most."""
+def _cut_rows(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -> MicroBatch:
+    """Return the batch with at most `longest` tokens in each row: its first ones and its last one."""
     lengths = torch.tensor(batch.packing.lengths)
     last_T = torch.zeros_like(batch.input_ids_T, dtype=torch.bool)
     last_T[lengths.cumsum(0) - 1] = True
@@ -129,35 +143,44 @@ def _cut(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -> Mic
 
 
 def _compute_outcome(head: Head, batch: MicroBatch, *, by_loss: bool, trained: bool) -> list[Tensor]:
-    """Return losses or logits of the targets, then the gradients of a sum of them, summarized by `_sketch`."""
+    """Return the losses (`by_loss`) or the logits of the targets, followed by a sketch of each parameter's gradient.
+
+    The gradients are those of a weighted sum of the losses or logits. There are none if the head is not `trained`.
+    """
     parameters = [parameter for parameter in head.model.parameters() if parameter.requires_grad and trained]
     batch = batch.to(next(head.model.parameters()).device)
-    with evaluation_mode(head), torch.set_grad_enabled(trained), _exact_products():
+    with evaluation_mode(head), torch.set_grad_enabled(trained), _full_float32():
         if by_loss:
             values = target_losses(head, batch)
             total = values.sum()
         else:
             values = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N, batch.type_ids_T).float()
-            total = (values * _signs(values.numel(), values).view_as(values)).sum()
+            total = (values * _signed_weights(values.numel(), values).view_as(values)).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
     return [values.detach().flatten(), *(total.new_zeros(1) if x is None else _sketch(x) for x in gradients)]
 
 
 def _sketch(gradient: Tensor) -> Tensor:
-    """Return the gradient, or of a large one weighted sums over its rows and its columns."""
-    if gradient.ndim < 2 or gradient.numel() <= _WHOLE_ELEMENTS:
+    """Return the gradient, flat, or for a large matrix weighted sums over its rows and over its columns."""
+    if gradient.ndim < 2 or gradient.numel() <= _MAX_WHOLE_ELEMENTS:
         return gradient.flatten()
     rows = gradient.flatten(1)
-    return torch.cat([_signs(len(rows), rows) @ rows, rows @ _signs(rows.shape[1], rows)])
+    return torch.cat([_signed_weights(len(rows), rows) @ rows, rows @ _signed_weights(rows.shape[1], rows)])
 
 
-def _signs(count: int, like: Tensor) -> Tensor:
-    """Return weights of both signs. A plain sum would hide gradients that add up to zero, as those of logits do."""
+def _signed_weights(count: int, like: Tensor) -> Tensor:
+    """Return `count` weights of both signs.
+
+    A sum without weights would hide gradients that add up to zero, as those of logits do.
+    """
     return torch.arange(1, count + 1, device=like.device, dtype=like.dtype).sin()
 
 
 def _are_near(ours: list[Tensor], plain: list[Tensor]) -> bool:
-    """Return whether the outcomes differ by rounding only. A tenth of the largest gradient counts for a tiny one."""
+    """Return whether the outcomes differ only by rounding.
+
+    The tolerance of a gradient grows with a tenth of the largest gradient, since rounding may exceed a tiny gradient.
+    """
     largest = max((float(x.abs().max()) for x in plain[1:]), default=0.0)
     for number, (own, expected) in enumerate(zip(ours, plain, strict=True)):
         if own.shape != expected.shape:
@@ -171,8 +194,8 @@ def _are_near(ours: list[Tensor], plain: list[Tensor]) -> bool:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
-    """Multiply matrices in full float32, without TF32, for a moment."""
+def _full_float32() -> Iterator[None]:
+    """Multiply matrices in full float32, without TF32, until the block ends."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -23,7 +23,6 @@ are the main modules, in the order in which a run uses them:
     minilm.models.sparse_head     SparseHead: a model of transformers that computes logits only at the targets
     minilm.optim.optimizer        build_optimizer
     minilm.optim.schedule         learning_rate
-    minilm.optim.schedule         learning_rate
     minilm.runs.recorder          Recorder: log.jsonl and the progress bar
     minilm.runs.checkpoint        find_checkpoint, read_checkpoint: find a checkpoint and check its files
     minilm.runs.checkpoint_saver  CheckpointSaver: write a checkpoint

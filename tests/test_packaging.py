@@ -97,3 +97,11 @@ def test_the_order_of_packages_in_contributing_is_the_one_that_is_checked() -> N
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (order,) = re.findall(r"before it in this order: (.*?)\. ", text, re.DOTALL)
     assert tuple(name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", order)) == ORDER
+
+
+def test_the_modules_that_the_changelog_names_as_new_exist() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("## 0.1.0")[0]
+    cells = re.findall(r"^  \| `minilm.* \| (`minilm.*) \|$", text, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([\w.]+)`", cell)]
+    assert len(names) > 10
+    assert [name for name in names if not (ROOT / (name.replace(".", "/") + ".py")).exists()] == []

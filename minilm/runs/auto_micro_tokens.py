@@ -1,4 +1,4 @@
-"""`batch.micro_tokens=auto`: minilm times a few sizes before the first step, and takes the best one that fits."""
+"""`batch.micro_tokens=auto`: the choice of the micro-batch size, by the times of a few sizes before the first step."""
 
 import logging
 import os
@@ -20,12 +20,13 @@ from minilm.utils.launch_variables import count_local_processes
 
 log = logging.getLogger("minilm")
 
-_SMALLEST_TOKENS = 512  # each size is twice the one before
-_LIMIT_SECONDS = 8.0  # no larger size is tried after this time
-_REPEATS = 3
-_FASTEST_TOLERANCE = 1.03  # the smallest size within this factor of the fastest time a token wins
-_GIVE_UP_FACTOR = 1.1  # no larger size is tried after one that is slower than the fastest by this factor
-_MEMORY_SHARE = 0.8  # share of the free memory that a run may use
+_SMALLEST_TOKENS = 512  # the first size; each further size is twice the one before
+_LIMIT_SECONDS = 8.0  # after this time, no larger size is tried
+_REPEATS = 3  # the fastest of these passes counts, since other programs slow some of them down
+# The smallest size whose time per token is within this factor of the fastest wins, since it needs less memory.
+_FASTEST_TOLERANCE = 1.03
+_GIVE_UP_FACTOR = 1.1  # after a size that is slower than the fastest by this factor, no larger size is tried
+_MEMORY_SHARE = 0.8  # the share of the free memory that a run may use
 
 
 def resolve_micro_tokens(
@@ -35,53 +36,53 @@ def resolve_micro_tokens(
     checkpoint: Checkpoint | None,
     first_step: Callable[[Config], Sequence[MicroBatch]],
 ) -> Config:
-    """Return `config` with a number of tokens in place of `auto`, the same one on every process.
+    """Return `config` with a number of tokens in place of `auto`, the same number on every process.
 
     Each process times the forward and backward pass of the largest micro-batch that `first_step` returns for a size,
-    and drops the gradients. A resumed run keeps its number, so that it repeats to the bit. Raises ValueError where the
-    smallest size does not fit into the memory, and for a sharded run.
+    and drops the gradients. A resumed run keeps the number of its checkpoint, so that it repeats to the bit. Raises
+    ValueError where the smallest size does not fit into the memory, and for a sharded run.
     """
     if config.batch.micro_tokens != "auto":
         return config
     if accelerator.is_fsdp2:
         raise ValueError("batch.micro_tokens=auto does not work with sharding: give a number of tokens")
     if checkpoint is not None:
-        return _with(config, checkpoint.config["batch"]["micro_tokens"])
-    times = _try_sizes(accelerator, head, lambda size: first_step(_with(config, size)))
+        return _set_micro_tokens(config, checkpoint.config["batch"]["micro_tokens"])
+    times = _try_sizes(accelerator, head, lambda size: first_step(_set_micro_tokens(config, size)))
     all_times: list[dict[int, float]] = gather_object([times])
     common = [size for size in times if all(size in one for one in all_times)]
     worst = {size: max(one[size] for one in all_times) for size in common}
     if not worst:
         raise ValueError(
-            f"batch.micro_tokens=auto: {_SMALLEST_TOKENS} tokens do not fit into the memory; set a lower number"
+            f"batch.micro_tokens=auto: {_SMALLEST_TOKENS} tokens do not fit into the memory: set a lower number"
         )
     best = choose_fastest(worst)
     if accelerator.is_main_process:
         speeds = ", ".join(f"{1 / seconds:,.0f} tokens/s of {size:,}" for size, seconds in worst.items())
         log.info(f"micro-batches of up to {best:,} tokens (tried: {speeds})")
-    return _with(config, best)
+    return _set_micro_tokens(config, best)
 
 
 def micro_tokens_of(config: Config) -> int:
-    """Return `batch.micro_tokens`; raise ValueError where it is `auto` and nothing has resolved it."""
+    """Return `batch.micro_tokens`. Raise ValueError where it is `auto` and has not been resolved."""
     if config.batch.micro_tokens == "auto":
         raise ValueError("batch.micro_tokens=auto works only in the loop of minilm.train: give a number of tokens")
     return config.batch.micro_tokens
 
 
 def choose_fastest(seconds: dict[int, float]) -> int:
-    """Return the smallest size whose seconds a token are within the tolerance of the fewest."""
+    """Return the smallest size whose seconds per token are within the tolerance of the fewest."""
     return min(size for size, taken in seconds.items() if taken <= _FASTEST_TOLERANCE * min(seconds.values()))
 
 
-def _with(config: Config, micro_tokens: int) -> Config:
+def _set_micro_tokens(config: Config, micro_tokens: int) -> Config:
     return replace(config, batch=replace(config.batch, micro_tokens=micro_tokens))
 
 
 def _try_sizes(
     accelerator: Accelerator, head: Head, micro_batches: Callable[[int], Sequence[MicroBatch]]
 ) -> dict[int, float]:
-    """Return the seconds a token by size, for sizes that double as long as they fit and may become faster."""
+    """Return the seconds per token by size. The sizes double as long as they fit and may become faster."""
     times: dict[int, float] = {}
     training, began, room = head.training, time.perf_counter(), _FreeMemory(accelerator, head)
     head.train()
@@ -90,7 +91,7 @@ def _try_sizes(
         batches = micro_batches(size)
         largest = max(batches, key=lambda batch: len(batch.input_ids_T))
         try:
-            taken = min(_seconds(accelerator, head, largest) for _ in range(_REPEATS))
+            taken = min(_time_pass(accelerator, head, largest) for _ in range(_REPEATS))
         except torch.OutOfMemoryError:
             break
         times[size] = taken / max(1, len(largest.input_ids_T))
@@ -103,20 +104,20 @@ def _try_sizes(
     return times
 
 
-def _seconds(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
+def _time_pass(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
     """Return the seconds of one forward and backward pass."""
     mark = time.perf_counter()
     with accelerator.autocast():
         nats = loss_sum(head, batch.to(accelerator.device))
     torch.autograd.grad(nats, [p for p in head.parameters() if p.requires_grad])
-    float(nats.detach())  # waits for the device
+    float(nats.detach())  # this waits for the device
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
     return time.perf_counter() - mark
 
 
 class _FreeMemory:
-    """The memory that a process has left."""
+    """The memory that this process may still use, in bytes: device memory on a GPU, else its share of the host's."""
 
     def __init__(self, accelerator: Accelerator, head: Head) -> None:
         self.device = accelerator.device

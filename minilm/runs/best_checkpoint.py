@@ -1,4 +1,4 @@
-"""The best evaluation so far, for which a checkpoint is kept, and the patience of a run that does not improve."""
+"""The best evaluation so far, whose checkpoint is kept, and the patience of a run that does not improve."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from minilm.utils.validation import suggest_name
 class BestEvaluation:
     """The best evaluation so far by `run.best_metric`. A resumed run continues from `progress`.
 
-    names: the figures of an evaluation. Raises ValueError where `run.best_metric` is not one of them.
+    names: the names of the figures of an evaluation. Raises ValueError where `run.best_metric` is not one of them.
     """
 
     def __init__(self, run: Run, names: Sequence[str], progress: Progress) -> None:
@@ -38,10 +38,10 @@ class BestEvaluation:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last `run.patience` evaluations brought no new best."""
+        """Whether none of the last `run.patience` evaluations was better than those before."""
         return self.patience is not None and self.stale >= self.patience
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """Return the fields of `Progress` that this object keeps, after `step`."""
+        """Return the fields of `Progress` about evaluations, as they are after `step`."""
         figure = self._last[1] if self._last[0] == step else None
         return {"figure": figure, "best": self.value, "best_step": self.step, "stale": self.stale}

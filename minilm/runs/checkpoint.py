@@ -76,16 +76,16 @@ def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
     """
     if resume != "latest":
         path = Path(resume).expanduser().resolve()
-    elif complete := complete_checkpoints(folder):
+    elif complete := find_complete_checkpoints(folder):
         path = complete[-1]
     else:
         raise ValueError(
-            f"run.resume latest: there is no complete checkpoint in {folder}; leave run.resume out to start anew"
+            f"run.resume latest: there is no complete checkpoint in {folder}; leave run.resume out to start again"
         )
     try:
         return read_checkpoint(path)
     except ValueError as error:
-        others = [other.name for other in complete_checkpoints(path.parent) if other != path]
+        others = [other.name for other in find_complete_checkpoints(path.parent) if other != path]
         hint = f"; to resume from {' or '.join(others)}, give its path" if others else ""
         raise ValueError(f"{error}{hint}") from error
 
@@ -96,9 +96,9 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Check every file of the checkpoint against its manifest, then read its state.
+    """Check the size and the hash of every file of the checkpoint against its manifest, then read its state.
 
-    Raises ValueError that names the file that is missing, damaged or out of place. Nothing in a checkpoint is executed.
+    Raises ValueError that names the file that is missing, damaged or out of place. No code of a checkpoint is run.
     """
     try:
         _require(folder.is_dir(), "there is no such folder; give the path of a checkpoint, or latest")
@@ -111,25 +111,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 Path(name).name == name and path.is_file() and not path.is_symlink(),
                 f"{name!r} is not a regular file in it",
             )
-            _require(hash_file(path) == facts, f"{name} is not what its {MANIFEST} says: it is damaged")
-        # Checkpoints of minilm 0.1 lack these two, and have the training examples alone in place of all inputs.
+            _require(hash_file(path) == facts, f"{name} is damaged: its size or hash is not the one in {MANIFEST}")
+        # Checkpoints of minilm 0.1 do not hold these two, and of all inputs they hold only the training examples.
         state = {"scaler": {}, "optimizer": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
         whole = state.keys() == {"progress", "config", "inputs", "scaler", "optimizer"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
         _require(whole, f"{STATE} does not hold the parts of a checkpoint's state")
-        return Checkpoint(**state | {"folder": folder, "progress": _progress(state["progress"])})
+        return Checkpoint(**state | {"folder": folder, "progress": _parse_progress(state["progress"])})
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a usable checkpoint: {error}") from error
 
 
 def _require(holds: bool, message: str) -> None:
+    """Raise ValueError with this message where the condition does not hold."""
     if not holds:
         raise ValueError(message)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint. Raise ValueError where it cannot be read."""
     _require(os.path.lexists(path), f"there is no {path.name} in it")
     _require(path.is_file() and not path.is_symlink(), f"{path.name} is not a regular file")
     try:
@@ -141,7 +143,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return result
 
 
-def _progress(values: dict[str, Any]) -> Progress:
+def _parse_progress(values: dict[str, Any]) -> Progress:
+    """Return the progress. Raise ValueError where the fields or their types are wrong."""
     kinds = typing.get_type_hints(Progress)
     right = values.keys() == kinds.keys() and all(
         isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
@@ -152,67 +155,69 @@ def _progress(values: dict[str, Any]) -> Progress:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove an earlier run's checkpoints and the leftovers of killed runs; the folders of other programs stay."""
+    """Remove the checkpoints of an earlier run and the leftovers of killed runs. Other folders stay."""
     for path in find_leftovers(folder):
         shutil.rmtree(path)
-    for path in filter(is_checkpoint, _checkpoints(folder)):
-        _discard(path)
+    for path in filter(is_checkpoint, _find_checkpoint_folders(folder)):
+        _remove_checkpoint(path)
 
 
 def find_name_conflicts(folder: Path, steps: int) -> list[Path]:
-    """Return the paths that are named like a checkpoint of one of these steps but are not checkpoints."""
+    """Return the paths that are named like a checkpoint of a step up to `steps` but are not checkpoints."""
     others = [path for path in sorted(folder.glob("checkpoint-*")) if not is_checkpoint(path)]
-    return [path for path in others if _step(path).isdecimal() and int(_step(path)) <= steps]
+    return [path for path in others if _step_of(path).isdecimal() and int(_step_of(path)) <= steps]
 
 
 def find_leftovers(folder: Path) -> list[Path]:
-    """Return folders that a killed run left: checkpoints half written or half removed, and a model half saved."""
+    """Return the folders that a killed run left: checkpoints half written or half removed, and models half saved."""
     named = re.compile(r"\.checkpoint-\d+\.(writing|replaced|discarded)|\.export-\w+")
     return [path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_dir()]
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _find_checkpoint_folders(folder: Path) -> list[Path]:
     """Return the folders named checkpoint-<step>, in the order of their steps."""
     if not folder.is_dir():
         return []
-    steps = {_step(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {_step_of(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
     return [steps[step] for step in sorted((s for s in steps if s.isdecimal()), key=int)]
 
 
-def _step(path: Path) -> str:
+def _step_of(path: Path) -> str:
     return path.name.removeprefix("checkpoint-")
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders that were written to the end, in the order of their steps."""
-    return [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()]
+def find_complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints that were written completely, in the order of their steps."""
+    return [path for path in _find_checkpoint_folders(folder) if (path / MANIFEST).is_file()]
 
 
 def remove_old_checkpoints(folder: Path, step: int, run: Run) -> None:
-    """Remove the checkpoints that the run does not keep now that `step` is saved.
+    """Remove the checkpoints that the run does not keep, now that the checkpoint of `step` is saved.
 
-    These are old ones, and those of later steps, which a run leaves that was resumed from an earlier checkpoint.
+    These are old ones, and those of later steps. There are later ones where a run was resumed from an earlier
+    checkpoint.
     """
-    complete = complete_checkpoints(folder)
-    ahead = [path for path in complete if int(_step(path)) > step]
+    complete = find_complete_checkpoints(folder)
+    ahead = [path for path in complete if int(_step_of(path)) > step]
     complete = complete[: len(complete) - len(ahead)]
     figures: dict[Path, float] = {}
     for path in complete:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            figure = _progress(_read_json(path / STATE)["progress"]).figure
+            figure = _parse_progress(_read_json(path / STATE)["progress"]).figure
             if figure is not None and math.isfinite(figure):
                 figures[path] = figure if lower_is_better(run.best_metric) else -figure
     best = min(figures, key=lambda path: figures[path], default=None)
     for path in (*complete[: -run.keep_last], *ahead):
         if path != best:
-            _discard(path)
+            _remove_checkpoint(path)
 
 
-def _discard(path: Path) -> None:
+def _remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint. Raise OSError where it is a symbolic link or cannot be removed."""
     if path.is_symlink():
         raise OSError(f"{path.name} is a symbolic link")
     discarded = path.with_name(f".{path.name}.discarded")
     shutil.rmtree(discarded, ignore_errors=True)
-    # Renamed first, so that a folder that is half removed never looks like a checkpoint.
+    # The folder is renamed first, so that a folder that is half removed does not look like a checkpoint.
     os.rename(path, discarded)
     shutil.rmtree(discarded)

@@ -24,7 +24,7 @@ from minilm.runs.checkpoint import (
     OPTIMIZER,
     STATE,
     Progress,
-    complete_checkpoints,
+    find_complete_checkpoints,
     find_leftovers,
     remove_old_checkpoints,
 )
@@ -109,7 +109,7 @@ class CheckpointSaver:
         """Wait until the checkpoint is on disk, and return a sentence that says how to resume the run."""
         with contextlib.suppress(OSError):
             self.wait()
-        complete = complete_checkpoints(self.folder)
+        complete = find_complete_checkpoints(self.folder)
         return f"--run.resume latest goes on from {complete[-1].name}" if complete else "no checkpoint was saved"
 
     def _write(self, step: int, state: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Early stopping: signals, and gradients that are not finite."""
+"""Early stopping of a run: by a signal, and after gradients that are not finite."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from minilm.data.batch_plan import Plan
 from minilm.runs.recorder import Recorder
 from minilm.utils.signals import STOP_SIGNALS, die_with_parent, get_last_signal, record_signal
 
-# torchrun forwards a signal within milliseconds; a person takes longer to press ctrl-C again.
+# torchrun forwards a signal within milliseconds. A person takes longer to press ctrl-C again.
 ECHO_SECONDS = 2.0
 
 
 class TrainingStopped(Exception):  # noqa: N818 - it is not an error
-    """The run ended early and in good order. `status` is the exit status of the process."""
+    """Raised where a run ended early and as intended. `status` is the exit status that the process should have."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class TrainingStopped(Exception):  # noqa: N818 - it is not an error
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Inside it, each of SIGNALS asks for an end after the current step; a second SIGINT ends the process at once.
+    """Inside it, each of STOP_SIGNALS requests a stop after the current step. A second SIGINT ends the process at once.
 
     Under torchrun, ctrl-C reaches a process twice: from the terminal, and forwarded by the launcher. So a second SIGINT
     within `ECHO_SECONDS` does not count there.
@@ -43,13 +43,13 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self.accelerator, self.saves = accelerator, saves
         self.signal, self._answered = get_last_signal(), False
         self._last_signal = -ECHO_SECONDS  # seconds of the monotonic clock
-        self._asked: Tensor | None = None
+        self._gathered: Tensor | None = None
         self._copied = torch.Event("cuda") if accelerator.device.type == "cuda" else None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS}
             die_with_parent()
         return self
 
@@ -59,7 +59,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if self.signal and not self._answered:
             record_signal(self.signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._last_signal < ECHO_SECONDS
         if self.signal and number == signal.SIGINT and not echo:
             self._answered = True
@@ -68,7 +68,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self._last_signal = time.monotonic()
 
     def agree_on_stop(self, step: int) -> TrainingStopped | None:
-        """Return the exception that ends the run after `step`, on all processes or on none; None to go on.
+        """Return the exception that ends the run after `step`, or None to go on. All processes get the same.
 
         Every process calls it after each step. With several processes a signal takes effect one step later, so that no
         step waits for the exchange.
@@ -77,24 +77,24 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if self.accelerator.num_processes > 1:
             if self._copied is not None:
                 self._copied.synchronize()
-            number = 0 if self._asked is None else int(self._asked.max())
+            number = 0 if self._gathered is None else int(self._gathered.max())
             # torch.full fills on the device. torch.tensor would copy from the host and wait.
             mine = torch.full((1,), self.signal, device=self.accelerator.device)
-            self._asked = self.accelerator.gather(mine).to("cpu", non_blocking=True)
+            self._gathered = self.accelerator.gather(mine).to("cpu", non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
         if not number:
             return None
         self._answered = True
         name = signal.Signals(number).name
-        left = "--run.resume latest goes on" if self.saves else "nothing was saved because run.save_every is 0"
-        return TrainingStopped(f"{name} after step {step}; {left}", 128 + number)
+        hint = "--run.resume latest goes on" if self.saves else "nothing was saved because run.save_every is 0"
+        return TrainingStopped(f"{name} after step {step}; {hint}", 128 + number)
 
 
 def stop_on_bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
-    """Return the exception for `run.max_bad_steps` steps in a row without a finite gradient, else None.
+    """Return the exception that ends the run after `run.max_bad_steps` steps in a row without a finite gradient.
 
-    Its message names the first of these steps and its examples.
+    Returns None where there were fewer. The message names the first of these steps and its examples.
     """
     if recorder.bad_steps < run.max_bad_steps:
         return None

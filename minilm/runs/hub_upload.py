@@ -24,27 +24,28 @@ _RECORDS = ("README.md", "run.json", "log.jsonl", "all_results.json")  # publish
 
 
 def check_hub_access(repo: str, license: str | None) -> None:
-    """Raise ValueError where the hub would refuse a result as `repo`, as far as it says in advance.
+    """Raise ValueError where the hub would not let this user upload to `repo`, as far as it says so in advance.
 
-    Creates nothing there. license: the license that the card will name. The hub refuses one that it does not know.
+    Creates nothing on the hub. license: the license that the card will name. The hub refuses a license that it does not
+    know.
     """
     if constants.is_offline_mode():
         raise ValueError("run.push_to_hub needs the hub, but HF_HUB_OFFLINE is set: leave one of the two out")
-    with _refusing(repo):
+    with _explain_refusal(repo):
         api = HfApi()
         owner = api.whoami()["name"]
         with suppress(RepositoryNotFoundError):  # create_hub_repo creates it
             api.auth_check(repo if "/" in repo else f"{owner}/{repo}", write=True)
     if license is not None:
-        with _refusing(repo):
+        with _explain_refusal(repo):
             ModelCard(f"---\nlicense: {license}\n---\n").validate()
 
 
 def create_hub_repo(repo: str) -> None:
-    """Create the repository if it does not exist. Raises ValueError where that, or writing to it, is not allowed."""
-    with _refusing(repo):
+    """Create the repository if it does not exist. Raise ValueError where the user may not create it or write to it."""
+    with _explain_refusal(repo):
         api = HfApi()
-        # Where the repository exists, create_repo needs the right to read only.
+        # Where the repository exists, create_repo succeeds with read access, so the write access is checked separately.
         api.auth_check(api.create_repo(repo, exist_ok=True).repo_id, write=True)
 
 
@@ -53,7 +54,7 @@ def upload_run(repo: str, folder: Path, files: Sequence[str]) -> None:
 
     If that fails, one warning says why and shows the command that uploads the run, which is complete in `folder`.
     """
-    left_out = _others(folder, {PurePath(name).parts[0] for name in (*files, *_RECORDS)})
+    left_out = _patterns_of_others(folder, {PurePath(name).parts[0] for name in (*files, *_RECORDS)})
     try:
         api = HfApi()
         url = api.create_repo(repo, exist_ok=True)  # its repo_id includes the owner
@@ -74,7 +75,7 @@ def upload_run(repo: str, folder: Path, files: Sequence[str]) -> None:
         )
 
 
-def _others(folder: Path, ours: set[str]) -> list[str]:
+def _patterns_of_others(folder: Path, ours: set[str]) -> list[str]:
     """Return patterns for everything in the folder except `ours`: checkpoints, trackers' files, and other files."""
     patterns = {
         re.sub(r"^checkpoint-\d+$", "checkpoint-*", glob.escape(path.name)) + ("/*" if path.is_dir() else "")
@@ -85,7 +86,7 @@ def _others(folder: Path, ours: set[str]) -> list[str]:
 
 
 @contextmanager
-def _refusing(repo: str) -> Iterator[None]:
+def _explain_refusal(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # several libraries for HTTP raise here

@@ -1,4 +1,4 @@
-"""The result of a run: its model and tokenizer as files that `from_pretrained` loads."""
+"""Saving of the model and the tokenizer in the Hugging Face format, which `from_pretrained` loads."""
 
 import shutil
 from pathlib import Path

@@ -83,7 +83,7 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, s
     """Raise ValueError where another optimizer wrote the checkpoint, or where it holds no state of this one."""
     now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
     slots = {key.partition("/")[0] for key in stored}
-    anew = "leave run.resume out to start anew"
+    anew = "leave run.resume out to start again"
     if before is None and slots and (slots == _ADAMW) != (now == "AdamW"):
         raise ValueError(
             f"{checkpoint.folder}: {OPTIMIZER} holds {', '.join(sorted(slots))}, which is not the state of {now}, the "
@@ -95,8 +95,8 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, s
         )
     if not slots and checkpoint.progress.step > 0 and not _is_stateless(optimizer):
         raise ValueError(
-            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot go on from it (minilm saves an "
-            f"optimizer by its state_dict): {anew}"
+            f"{checkpoint.folder}: {OPTIMIZER} holds no state, so {now} cannot be resumed from it (minilm saves what "
+            f"the state_dict of an optimizer returns): {anew}"
         )
 
 

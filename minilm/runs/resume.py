@@ -60,7 +60,7 @@ def resume(
     changed = check_settings(checkpoint, config)
     origin = checkpoint.config.get("model", {}).get("name") != config.model.name
     if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=has_adapter(network)):
-        _refuse(checkpoint, "", others)
+        _raise_refusal(checkpoint, "", others)
     _check_unfinished(checkpoint, config.run, total)
     _warn_if_precision_changed(checkpoint, config.run, precision)
     rounding = [line for line in changed if line.startswith(_ROUNDING)]
@@ -87,10 +87,12 @@ def _check_unfinished(checkpoint: Checkpoint, run: Run, total: int) -> None:
     if not (folder / RESULTS).exists():
         return
     if step == total:
-        raise TrainingStopped(f"the run in {folder} is finished; a larger --run.max-steps goes on from step {step}", 0)
+        raise TrainingStopped(
+            f"the run in {folder} is finished. A larger --run.max-steps continues it from step {step}", 0
+        )
     if run.patience is not None and checkpoint.progress.stale >= run.patience:
         raise TrainingStopped(
-            f"the run in {folder} stopped by run.patience; a larger --run.patience goes on from step {step}", 0
+            f"the run in {folder} stopped by run.patience. A larger --run.patience continues it from step {step}", 0
         )
 
 
@@ -120,12 +122,12 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     }
     refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
     if refused:
-        _refuse(checkpoint, " with other settings", refused)
+        _raise_refusal(checkpoint, " with other settings", refused)
     return [change for name, change in changes.items() if name not in _UNREPORTED]
 
 
 def check_best_checkpoint(checkpoint: Checkpoint | None, run: Run) -> None:
-    """Raise ValueError where the end of the run could not load the best weights so far, as `run.load_best` asks."""
+    """With `run.load_best`, raise ValueError where the checkpoint of the best evaluation so far cannot be used."""
     if checkpoint is None or not run.load_best:
         return
     progress, folder = checkpoint.progress, checkpoint.folder.parent
@@ -139,28 +141,30 @@ def check_best_checkpoint(checkpoint: Checkpoint | None, run: Run) -> None:
     except ValueError as error:
         raise ValueError(
             f"run.load_best: the best evaluation was after step {progress.best_step}, and {error}: "
-            "leave run.load_best out, or run.resume to start anew"
+            "leave run.load_best out, or leave run.resume out to start again"
         ) from error
 
 
 def _precision_of(checkpoint: Checkpoint) -> str | None:
-    """Return the precision that run.json names, the one of the last start; None where it names none."""
+    """Return the precision in run.json, which the last start of the run wrote, or None where it holds none."""
     precision = None
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         precision = json.loads((checkpoint.folder.parent / "run.json").read_text(encoding="utf-8"))["precision"]
     return precision if precision in ("fp32", "bf16", "fp16") else None
 
 
-def _refuse(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
+def _raise_refusal(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
+    """Raise ValueError with the changes that do not let the run be resumed."""
     raise ValueError(
         f"cannot resume from {checkpoint.folder}{why}: {'; '.join(changes)}; "
-        "set them back, or leave run.resume out to start anew"
+        "set them back, or leave run.resume out to start again"
     )
 
 
 def load_best_weights(folder: Path, step: int, network: PreTrainedModel) -> None:
-    """Load the weights of this run's checkpoint of `step` into its model; for step 0, warn and keep the last weights.
+    """Load the weights of the checkpoint of `step`, the best step of the run, into the model.
 
+    Step 0 says that no evaluation gave a finite figure. Then the function warns, and the model keeps its weights.
     Raises ValueError where the checkpoint is no longer usable.
     """
     if step == 0:
@@ -175,7 +179,7 @@ def load_best_weights(folder: Path, step: int, network: PreTrainedModel) -> None
 
 
 def restore_state(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, optimizer state and loss scaling, bit for bit. Raise ValueError where they do not fit the model."""
+    """Load weights, optimizer state and loss scaling, bit for bit. Raise ValueError where they do not fit."""
     _load_weights(checkpoint, network)
     load_optimizer_state(checkpoint, optimizer, network)
     scaler = getattr(optimizer, "scaler", None)
@@ -187,6 +191,7 @@ def restore_state(checkpoint: Checkpoint, network: PreTrainedModel, optimizer: t
 
 
 def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
+    """Load the weights bit for bit; each process loads its shard. Raise ValueError where they do not fit."""
     current = network.state_dict(keep_vars=True)
     try:
         weights = load_file(checkpoint.folder / WEIGHTS)

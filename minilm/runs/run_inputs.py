@@ -1,4 +1,4 @@
-"""The inputs of a run: everything besides its settings that its result depends on, in a form that can be compared."""
+"""The inputs of a run: what its result depends on besides the settings, in a form that can be compared."""
 
 import hashlib
 import json
@@ -13,19 +13,20 @@ from minilm.data.tokenizer import serialize_tokenizer
 from minilm.distributed.hardware import describe
 from minilm.runs.run_facts import library_versions
 
-# Fields of a configuration that say where a model comes from, not what it computes. minilm trains float32 weights.
+# Fields of a model configuration that say where the model comes from, not what it computes. The dtype is among them,
+# since minilm always trains float32 weights.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 _CHUNK = 2**20  # elements of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
 
 
 def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: int) -> dict[str, Any]:
-    """Return everything besides the settings that the result depends on, by name, as JSON types.
+    """Return what the result of a run depends on besides the settings, by name, as JSON types.
 
-    This is the only such list: add new inputs here, and `minilm.runs.resume` will compare them. The weights before
-    training matter in two cases only, since a checkpoint holds all trained weights: LoRA's frozen weights are not in
-    it, and a changed `model.name` must still mean the same model. The generation configuration changes no step, but a
-    run exports it.
+    This is the only such list. If you add an input here, `minilm.runs.resume` compares it. A checkpoint holds all
+    trained weights, so the weights before training matter in two cases only. LoRA's frozen weights are not in the
+    checkpoint, and a changed `model.name` must still name the same model. The generation configuration changes no step,
+    but a run saves it with its model.
     """
     inputs = {
         "training examples": prepared.train.identity(),
@@ -53,7 +54,7 @@ def _digest(state: Any) -> str:
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a configuration, and of the ones nested in it, that decide what a model computes."""
+    """Return the fields of a configuration that decide what a model computes, also of nested configurations."""
     return {
         name: _fields(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -62,12 +63,12 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(parameters: dict[str, Tensor]) -> str:
-    """Return a checksum of the parameters, which depends on their bits in float32 and on their order."""
+    """Return a checksum of the parameters: of their names, their order and their bits as float32."""
     return _digest({name: _sums(parameter.detach()) for name, parameter in parameters.items()})
 
 
 def _sums(parameter: Tensor) -> list[int]:
-    """Return for each chunk the sum of its elements' bits, read as integers, with weights 1, 3, 5, …, modulo 2**64."""
+    """Return a sum for each chunk: its elements' bits as integers, times the factors 1, 3, 5, …, modulo 2**64."""
     bits = parameter.float().flatten().view(torch.int32)
     factors = torch.arange(1, 2 * min(_CHUNK, len(bits)) + 1, 2, device=bits.device)
     sums: list[int] = [int((chunk * factors[: len(chunk)]).sum()) for chunk in torch.split(bits, _CHUNK)]
@@ -77,8 +78,9 @@ def _sums(parameter: Tensor) -> list[int]:
 def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool, base: bool) -> list[str]:
     """Return a line for each difference between two results of `collect_inputs`, except the versions and the machine.
 
-    origin: model.name has changed, so compare the weights before training. base: compare the frozen weights, which the
-    checkpoints of LoRA do not hold. Inputs that an older checkpoint lacks are not compared.
+    origin: whether `model.name` has changed; then the weights before training are compared. base: whether to compare
+    the frozen weights, which the checkpoints of LoRA do not hold. Inputs that an older checkpoint does not hold are
+    not compared.
     """
     changes = []
     for part in ("training examples", "evaluation examples"):
@@ -115,6 +117,6 @@ def _library(inputs: dict[str, Any]) -> Any:
 
 
 def _part(inputs: dict[str, Any], name: str, missing: dict[str, Any]) -> dict[str, Any]:
-    """Return a part of a checkpoint's inputs. The checkpoint is not trusted: any other type counts as empty."""
+    """Return a part of a checkpoint's inputs. A part of a wrong type counts as empty, since the file may be wrong."""
     value = inputs.get(name, missing)
     return value if isinstance(value, dict) else {}

@@ -1,7 +1,7 @@
-"""Trackers: TensorBoard, wandb, trackio and MLflow get the figures of log.jsonl, by accelerate's classes.
+"""Trackers: TensorBoard, wandb, trackio and MLflow receive the figures of log.jsonl through accelerate's classes.
 
-A separate thread feeds each tracker, so that none slows a step down. minilm drops one that fails or hangs, with one
-warning.
+Each tracker has a thread of its own, so that it does not slow the steps down. If a tracker fails or hangs, minilm logs
+one warning and goes on without it.
 """
 
 import atexit
@@ -26,15 +26,16 @@ from minilm.utils.atomic_files import write_atomically
 log = logging.getLogger("minilm")
 
 RUNS = "trackers.json"  # the name or id of the run in each tracker
-_PATIENCE_SECONDS = 120.0  # for all trackers to start, and again for each to finish
+_PATIENCE_SECONDS = 120.0  # how long all trackers together may take to start, and each one to finish
 _BACKLOG_LINES = 10_000  # a tracker that is further behind is dropped
 
 
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step: int) -> None:
     """Start the trackers of `run.trackers` and add them to the accelerator's, for `accelerator.log`.
 
-    The main process calls it. A run that is resumed after `step` stays the same run in its trackers, by
-    `trackers.json`. One line names a tracker that is not installed or does not start, and the run goes on without it.
+    The main process calls it. A run that is resumed after `step` continues its run in each tracker, which
+    `trackers.json` names. If a tracker is not installed or does not start, a warning says so, and the run goes on
+    without it.
     """
     runs: dict[str, str] = {}
     if step and (folder / RUNS).is_file():
@@ -52,9 +53,9 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step:
 
 
 class _Feed:
-    """A tracker in accelerate's sense, whose calls are all made in one thread.
+    """A tracker with accelerate's interface. One thread makes all calls of the real tracker.
 
-    run: the name or id of this run in the tracker, where it is resumed; None starts a new run, with these settings.
+    run: the name or id of the resumed run in the tracker; None starts a new run. settings: the configuration to show.
     """
 
     def __init__(self, name: str, folder: Path, run: str | None, settings: dict[str, Any], step: int) -> None:
@@ -73,7 +74,7 @@ class _Feed:
         return not self._dropped
 
     def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
-        """Queue these figures for the thread, and return at once."""
+        """Queue the figures for the thread, and return at once."""
         self._put((values, step or 0))
 
     def finish(self) -> None:

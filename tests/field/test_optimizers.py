@@ -90,7 +90,7 @@ def test_a_checkpoint_goes_on_with_its_own_optimizer_alone(
 
 def test_an_optimizer_that_hides_its_state_is_refused_by_name(saved: Callable[..., tuple[Path, Any]]) -> None:
     folder, network = saved(Hidden)
-    with pytest.raises(ValueError, match="holds no state, so Hidden cannot go on from it"):
+    with pytest.raises(ValueError, match="holds no state, so Hidden cannot be resumed from it"):
         restore_state(read_checkpoint(folder), network, Hidden(network.parameters()))
 
 

@@ -131,7 +131,7 @@ def test_a_memory_that_is_too_small_for_any_is_told(sizes: Any, monkeypatch: pyt
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(minilm.runs.auto_micro_tokens, "_seconds", full)
+    monkeypatch.setattr(minilm.runs.auto_micro_tokens, "_time_pass", full)
     with pytest.raises(ValueError, match=r"^batch\.micro_tokens=auto: 512 tokens do not fit into the memory.*\Z"):
         sizes({})
 

@@ -88,7 +88,7 @@ def test_a_run_without_improvement_ends_early_in_good_order(tmp_path: Path) -> N
     assert results["steps"] == len(steps) == 6
     assert (tmp_path / "out" / "checkpoint-6").exists()
     again = replace(config, run=replace(config.run, resume="latest"))
-    with pytest.raises(TrainingStopped, match=r"stopped by run\.patience; a larger"):
+    with pytest.raises(TrainingStopped, match=r"stopped by run\.patience\. A larger"):
         train(again)
     longer = train(replace(again, run=replace(again.run, patience=99)))
     assert longer["steps"] == 20
@@ -117,7 +117,7 @@ def take_anothers(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [(damage, r"model\.safetensors is not what its manifest\.json says"), (take_anothers, "belongs to another run")],
+    [(damage, r"model\.safetensors is damaged: its size or hash is not the one in manifest\.json"), (take_anothers, "belongs to another run")],
 )
 def test_a_spoilt_checkpoint_of_the_best_evaluation_is_told_before_a_resumed_run_begins(
     spoil: Callable[[Path], None], said: str, tmp_path: Path

@@ -103,7 +103,8 @@ def apply_update(
     if fused and accelerator.scaler is None:
         inner.found_inf = (~grad_norm.isfinite()).float()
     elif accelerator.scaler is None and not grad_norm.isfinite():
-        optimizer.zero_grad()
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            parameter.grad = None
     optimizer.step()
     return grad_norm
 

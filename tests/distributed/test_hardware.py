@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from minilm.data.batch_plan import Step
 from minilm.data.packing import pack
 from minilm.distributed import hardware
+from minilm.distributed import precision as precision_module
 from minilm.distributed.flops import Cost, count_flops
 from minilm.distributed.hardware import describe, fair_threads
 from minilm.distributed.launch_checks import check_devices, check_launch
@@ -36,7 +37,7 @@ def cpu_of_ratio(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
     def pretend(ratio):
-        monkeypatch.setattr(hardware, "gemm_rate", lambda dtype, *_: ratio if dtype is torch.bfloat16 else 1.0)
+        monkeypatch.setattr(precision_module, "gemm_rate", lambda dtype, *_: ratio if dtype is torch.bfloat16 else 1.0)
 
     return pretend
 
@@ -95,7 +96,7 @@ def test_a_rate_is_not_taken_from_a_few_products_that_were_disturbed(slow, produ
             clock[0] += 2.0 if len(done) < slow else 0.01
             done.append(a)
 
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(precision_module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch, "mm", product)
     rate = gemm_rate(torch.float32, 256, 2.0 if slow > 10 else 10.0)
     assert rate == pytest.approx(2 * 256**3 / (2.0 if slow > 10 else 0.01))
@@ -120,7 +121,7 @@ def test_a_rate_is_not_taken_from_a_few_products_that_were_disturbed(slow, produ
 )
 def test_the_datasheet_peak_is_that_of_this_card_or_measured(card, precision, tera, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    monkeypatch.setattr(hardware, "gemm_rate", lambda *_: 7.0)
+    monkeypatch.setattr(precision_module, "gemm_rate", lambda *_: 7.0)
     peak = device_peak(CUDA, precision)
     assert peak.source == ("datasheet" if tera else "measured")
     assert peak.flops == pytest.approx(1e12 * tera if tera else 7.0)

@@ -42,7 +42,7 @@ def spoil(model, batch):
 minilm.train.seed_dropout, minilm.train.loss_sum = note, spoil
 """
 SHARDED = f"""{SPOILT}
-from minilm.runs.checkpoint import CheckpointSaver
+from minilm.runs.checkpoint_saver import CheckpointSaver
 
 def save(self, progress, real=CheckpointSaver.save):
     weights = self.network.state_dict().values()

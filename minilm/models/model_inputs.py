@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from minilm.data.packing import Packing
 from minilm.models.input_length import position_offset
-from minilm.models.row_padding import count_padding_rows
+from minilm.models.matmul_shapes import count_padding_rows
 
 
 class ModelInputs:
@@ -39,7 +39,7 @@ class ModelInputs:
         """Return the arguments for rows that follow each other without padding, as one row of the model.
 
         `minilm.models.attention` keeps the rows apart. Further tokens may follow the last row
-        (`minilm.models.row_padding`). Each of them attends only to itself.
+        (`minilm.models.matmul_shapes`). Each of them attends only to itself.
         """
         more = count_padding_rows(len(input_ids_T), input_ids_T.device)
         # packed_attention ignores the mask. transformers passes a mask of four axes on unchanged.

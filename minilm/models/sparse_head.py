@@ -16,7 +16,7 @@ from minilm.data.packing import Packing
 from minilm.models.chunked_loss import eager_cross_entropy, linear_cross_entropy
 from minilm.models.head import Head
 from minilm.models.layers import AFTER_ATTENTION, uses_gradient_checkpointing
-from minilm.models.row_padding import count_padding_rows
+from minilm.models.matmul_shapes import count_padding_rows
 from minilm.models.temporary_changes import bypass, evaluation_mode, randomize_constant_parameters, replace_forward
 
 log = logging.getLogger("minilm")

@@ -24,7 +24,7 @@ from transformers import (
 from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.data.packing import pack
 from minilm.models.attention import ATTENTION, packed_attention
-from minilm.models.row_padding import count_padding_rows
+from minilm.models.matmul_shapes import count_padding_rows
 from minilm.models.sparse_head import SparseHead
 from minilm.models.temporary_changes import randomize_constant_parameters
 from minilm.objectives.masking import MaskedLMCollator
@@ -130,7 +130,7 @@ def test_sizes_are_rounded_up_to_few_others_and_by_little() -> None:
 def test_in_bf16_on_a_cpu_products_have_few_sizes_and_the_gradients_are_near(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minilm.models.row_padding._MULTIPLE", 100)
+    monkeypatch.setattr("minilm.models.matmul_shapes._MULTIPLE", 100)
     plain = build(tokenizer, "modernbert").train()
     head = SparseHead(deepcopy(plain))
     others = {*(parameter.shape[-1] for parameter in plain.parameters()), len(tokenizer), 64, 96, 100}

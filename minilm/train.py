@@ -101,9 +101,9 @@ def train_step(
 
 
 def train(config: Config, name: str = "run") -> dict[str, float]:
-    """Train as `config` says, save to its output folder, and return what `all_results.json` holds.
+    """Train as `config` says, save to its output folder, and return the figures of `all_results.json`.
 
-    `name` names the default output folder, out/NAME. Raises ValueError, before the first step where that is possible,
+    name: names the default output folder, out/NAME. Raises ValueError, before the first step where that is possible,
     with a message that says what to change; TrainingStopped where the run ends early; ConnectionError where another
     process is gone.
     """
@@ -113,7 +113,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         prepared = run.prepared
         objective = build_objective(config.objective)
 
-        # Build: the model, the plan of the steps and the optimizer. A resumed run builds the same as a new one.
+        # Build: the model, the plan of the steps and the optimizer. A resumed run builds these as a new run does. `network`
+        # is the model of transformers, `head` adds the loss, and `model` is the head on all processes (DDP or FSDP2).
+        # `config` now has a number in place of batch.micro_tokens=auto.
         head, config = build_head(run)
         network = head.model
         plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
@@ -124,8 +126,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             compile_layers(head)
         model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
 
-        # Resume: put the weights and moments of the checkpoint in place. A new run has no progress yet. Then all checks
-        # have passed, and the run may write to its output folder.
+        # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all checks
+        # have passed, so the run may write to its output folder.
         with on_all_ranks():
             progress = resume(run.checkpoint, config, inputs, total, network, optimizer, run.precision.name)
             best = BestEvaluation(config.run, evaluator.names, progress)
@@ -138,7 +140,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             run.folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
         )
 
-        # Loop: one update for each step. A run that was killed after its patience was exhausted makes no more steps.
+        # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.
         model.train()
         first = total if best.out_of_patience else progress.step
         steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
@@ -168,7 +170,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                     flops=cost.step(global_batch, collator.rate(step / total)),
                 )
 
-                # Evaluate on the held-out examples. The figures of the last step are those of the result.
+                # Evaluate on the held-out examples. The figures after the last step are kept for the result.
                 figures = None
                 better = False
                 if done == total or done % eval_every == 0:
@@ -177,7 +179,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                     better = best.update(figures, done)
                     recorder.record_evaluation(epoch, figures, objective.format_figures(figures))
 
-                # Save a checkpoint where one is due, and leave where all processes agree that this was the last step.
+                # Save a checkpoint where one is due, and leave after the last step. All processes leave after the same one:
+                # they have the same norms of the gradient, and they agree on the step after which a signal ends the run.
                 early = stop_on_bad_gradients(recorder, plan, config.run) or request.agree_on_stop(done)
                 last = done == total or best.out_of_patience or early is not None
                 if saver.due(done, last=last, better=better):
@@ -186,8 +189,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                     break
             saver.wait()
 
-        # Save: evaluate the weights that are the result, and write the model, its card and all_results.json. An early
-        # end leaves its last checkpoint alone.
+        # Save: evaluate the weights that are the result, and write the model, its card and all_results.json. A run that
+        # a signal or bad gradients ended early saves no model; it leaves its last checkpoint.
         results = dict[str, float]()
         if early is None:
             if config.run.load_best and best.step != recorder.steps:

@@ -117,7 +117,10 @@ def take_anothers(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [(damage, r"model\.safetensors is damaged: its size or hash is not the one in manifest\.json"), (take_anothers, "belongs to another run")],
+    [
+        (damage, r"model\.safetensors is damaged: its size or hash is not the one in manifest\.json"),
+        (take_anothers, "belongs to another run"),
+    ],
 )
 def test_a_spoilt_checkpoint_of_the_best_evaluation_is_told_before_a_resumed_run_begins(
     spoil: Callable[[Path], None], said: str, tmp_path: Path

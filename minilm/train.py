@@ -1,7 +1,8 @@
-"""The training loop: `train(config)` from documents to a saved model, `train_step` for one update. There is no other.
+"""The training loop: `train(config)` goes from documents to a saved model, and `train_step` makes one update.
 
-The update of a step is a function of the configuration, the seed and the step number. Micro-batches, processes and
-loader workers only decide where and when the same sums are taken.
+The configuration, its seed, the data and the step number decide the update of a step. Micro-batches, processes and
+loader workers only decide where and when the same sums are taken. They change an update by rounding only, and by the
+random numbers of dropout.
 """
 
 import logging
@@ -113,9 +114,9 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         prepared = run.prepared
         objective = build_objective(config.objective)
 
-        # Build: the model, the plan of the steps and the optimizer. A resumed run builds these as a new run does. `network`
-        # is the model of transformers, `head` adds the loss, and `model` is the head on all processes (DDP or FSDP2).
-        # `config` now has a number in place of batch.micro_tokens=auto.
+        # Build: the model, the plan of the steps and the optimizer. A resumed run builds these as a new run does.
+        # `network` is the model of transformers, `head` adds the loss, and `model` is the head in DDP or FSDP2. The
+        # settings now have a number in place of batch.micro_tokens=auto.
         head, config = build_head(run)
         network = head.model
         plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
@@ -126,8 +127,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             compile_layers(head)
         model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
 
-        # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all checks
-        # have passed, so the run may write to its output folder.
+        # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all
+        # checks have passed, so the run may write to its output folder.
         with on_all_ranks():
             progress = resume(run.checkpoint, config, inputs, total, network, optimizer, run.precision.name)
             best = BestEvaluation(config.run, evaluator.names, progress)
@@ -179,8 +180,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                     better = best.update(figures, done)
                     recorder.record_evaluation(epoch, figures, objective.format_figures(figures))
 
-                # Save a checkpoint where one is due, and leave after the last step. All processes leave after the same one:
-                # they have the same norms of the gradient, and they agree on the step after which a signal ends the run.
+                # Save a checkpoint where one is due, and leave after the last step. All processes leave after the same
+                # step: they have the same gradient norms, and they agree on the step after which a signal ends the run.
                 early = stop_on_bad_gradients(recorder, plan, config.run) or request.agree_on_stop(done)
                 last = done == total or best.out_of_patience or early is not None
                 if saver.due(done, last=last, better=better):
@@ -212,7 +213,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 
 
 def build_head(run: Session) -> tuple[Head, Config]:
-    """Return the model with its head on this process's device, and the settings with a number of micro-tokens."""
+    """Return the head with its model on this process's device, and the settings with `batch.micro_tokens` resolved."""
     config, accelerator, prepared = run.config, run.accelerator, run.prepared
     objective = build_objective(config.objective)
     with on_all_ranks():
@@ -260,7 +261,7 @@ class _Steps(Dataset[Item]):
 
 
 class _StepLoader(DataLoader[Item]):
-    """A DataLoader whose workers leave signals to this process from their start."""
+    """A DataLoader whose workers start with STOP_SIGNALS blocked, so that only this process reacts to them."""
 
     def __iter__(self) -> Any:
         with block_signals():

@@ -20,9 +20,9 @@ _KERNELS = 16
 def keep_freed_memory(device: torch.device) -> None:
     """Let a CPU process keep the memory that it frees, in huge pages, so that a step asks the kernel for no memory.
 
-    By default the C library returns every large block at once, which costs a small model a tenth of its time. And its
-    pages of 4 kB are too many for the processor's table of addresses, which costs another tenth or more. This function
-    does nothing for a C library other than glibc, or if the environment has settings for it (MALLOC_…).
+    By default the C library returns every large block at once, which costs a small model a tenth of its time. Its pages
+    of 4 kB are too many for the processor's TLB, which costs another tenth or more. This function does nothing for a C
+    library other than glibc, or if the environment has settings for it (MALLOC_…).
     """
     if (
         device.type != "cpu"
@@ -31,7 +31,7 @@ def keep_freed_memory(device: torch.device) -> None:
     ):
         return
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4  # names of mallopt's parameters in malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, -1)  # never
     if hasattr(mmap, "MADV_HUGEPAGE") and not _memory_is_rationed():
@@ -54,7 +54,7 @@ def _grow_in_huge_pages(libc: Any, size: int) -> None:
 
 
 def _memory_is_rationed() -> bool:
-    """Return whether addresses count as memory, by a limit of the process or by the system's accounting."""
+    """Return whether reserved addresses count as used memory, by a limit of the process or of the system."""
     import resource  # POSIX only
 
     if any(
@@ -68,7 +68,7 @@ def _memory_is_rationed() -> bool:
 
 
 def keep_few_kernels(asked: str) -> None:
-    """Let oneDNN keep few of its kernels if products are in fp32, where it computes GELUs only.
+    """Let oneDNN keep few of its kernels if matrix products are in fp32. oneDNN then computes GELUs only.
 
     oneDNN makes a kernel for each number of tokens, which takes almost no time. By default it keeps a thousand. They
     lie between tensors and leave gaps that no other tensor fits: memory grows by 5 MB a step, and new pages take time.
@@ -146,7 +146,7 @@ def usable_processors() -> int:
 
 
 def fair_threads(environment: Mapping[str, str]) -> int | None:
-    """Return the CPU threads of this process, its share of the machine's, if a launcher has set OMP_NUM_THREADS to 1.
+    """Return this process's share of the machine's processors if a launcher has set OMP_NUM_THREADS to 1.
 
     Launchers set 1 because they do not know a better number. Returns None for any other value, or without a launcher.
     """

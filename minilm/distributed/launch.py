@@ -40,11 +40,11 @@ _undo = list[Callable[[], None]]()  # restores the state that the process had be
 
 
 def join_job(run: Run) -> PartialState:
-    """Join the other processes of the job, unless that is done, and return the rank and the device of this one.
+    """Join the other processes of the job, if not done before, and return this process's rank and device.
 
     Raises ValueError for a wrong launch.
     """
-    # It refuses kinds of sharding that minilm does not support.
+    # This call refuses kinds of sharding that minilm does not support.
     read_sharding(os.environ)
     _remember_process()
     cpu = _on_cpu()
@@ -90,7 +90,8 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     mode = "no" if precision.name == "fp32" else precision.name
     # The replacement of broadcast_buffers, forward_sync_buffers, is not in every release of torch that minilm supports.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    # Views save a copy of every gradient. No model here has a buffer that differs between processes.
+    # With views, DDP does not need a second copy of every gradient. No model here has a buffer that differs between
+    # processes.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Autocast keeps the half-precision copy of a weight until the end of the step. FSDP2 frees the weight before that.
     autocast = AutocastKwargs(cache_enabled=sharding is None)
@@ -151,7 +152,7 @@ def restore_process() -> None:
 
 @contextlib.contextmanager
 def restore_on_error() -> Iterator[None]:
-    """Restore the state that the process had before the run if the block raises, so that another `train` can follow.
+    """If the block raises, restore the state that the process had before the run, so that another `train` can follow.
 
     The process stays in the process group, since all processes of a job end or go on together.
     """
@@ -220,7 +221,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def local_main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Return the result of `work`, which the main process of each host does before the others.
+    """Return the result of `work`, which the main process of each host runs before the others.
 
     The others then find its results in the cache. A ValueError on one process becomes one on all. The work may take
     hours. So the processes wait in a separate process group with a timeout of a day in place of `run.timeout`, and
@@ -269,7 +270,7 @@ def lost_peer_as_error(advice: Callable[[], str] | None = None) -> Iterator[None
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Leave the process group and restore the process, so that `train` can be called again.
+    """End the trackers, leave the process group and restore the process, so that `train` can be called again.
 
     The caller must delete DDP first. If DDP were the last owner of the group, its destructor would hold Python's global
     lock while it waits for threads of gloo, which wait for that lock.

@@ -23,7 +23,7 @@ from minilm.models.head import Head
 
 log = logging.getLogger("minilm")
 
-# The only value that minilm supports and accelerate's default, by the variable that `accelerate launch` sets.
+# For each variable that `accelerate launch` sets: the only value that minilm supports, and accelerate's default.
 _SUPPORTED = {
     "FSDP_VERSION": ("2", "1"),
     "FSDP_OFFLOAD_PARAMS": ("false", "false"),
@@ -66,7 +66,7 @@ def enable_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         if torch.accelerator.is_available():
             raise ValueError("FSDP on CPUs needs a machine without GPUs: leave ACCELERATE_USE_CPU or --use_fsdp out")
-        # The accelerator's state copies from the other state whenever one is built.
+        # Each new AcceleratorState copies from PartialState, so both must change.
         for state in (PartialState(), accelerator.state):
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
@@ -101,8 +101,8 @@ def distribute(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return the model and the optimizer as `accelerator.prepare` does. Under FSDP2 each layer becomes a unit.
 
-    Raises ValueError under FSDP2 for a model that takes rows of one length only. Each process would then run another
-    number of forwards, but all processes gather a layer's weights together in every forward.
+    Raises ValueError under FSDP2 for a model that takes rows of one length only. The number of forwards would then
+    differ between processes, but all processes gather a layer's weights together in every forward.
     """
     sharded = accelerator.is_fsdp2
     if sharded:
@@ -124,7 +124,7 @@ def distribute(
     if sharded:
         for module in model.modules():
             if isinstance(module, FSDPModule) and accelerator.device.type == "cpu":
-                # gloo computes sums, but no means.
+                # gloo computes sums but not means.
                 module.set_force_sum_reduction_for_comms(True)
         parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
         here, total = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
@@ -138,9 +138,10 @@ def gather_whole(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a whole tensor that this process holds of `parameter`; a scalar or unsharded one unchanged.
+    """Return the part of `tensor` that belongs to this process's shard of `parameter`.
 
-    Every process has the whole tensor, so that nothing is sent.
+    Every process has the whole tensor, so that nothing is sent. A scalar is returned unchanged, and so is any tensor
+    if `parameter` is not sharded.
     """
     if not isinstance(parameter, DTensor) or tensor.ndim == 0:
         return tensor

@@ -1,4 +1,4 @@
-"""`batch.micro_tokens=auto`: the choice of the micro-batch size, by the times of a few sizes before the first step."""
+"""`batch.micro_tokens=auto`: minilm times a few micro-batch sizes before the first step, and chooses one."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ log = logging.getLogger("minilm")
 _SMALLEST_TOKENS = 512  # the first size; each further size is twice the one before
 _LIMIT_SECONDS = 8.0  # after this time, no larger size is tried
 _REPEATS = 3  # the fastest of these passes counts, since other programs slow some of them down
-# The smallest size whose time per token is within this factor of the fastest wins, since it needs less memory.
+# A size may take this many times the shortest time per token. The smallest such size needs the least memory.
 _FASTEST_TOLERANCE = 1.03
 _GIVE_UP_FACTOR = 1.1  # after a size that is slower than the fastest by this factor, no larger size is tried
 _MEMORY_SHARE = 0.8  # the share of the free memory that a run may use
@@ -71,7 +71,7 @@ def micro_tokens_of(config: Config) -> int:
 
 
 def choose_fastest(seconds: dict[int, float]) -> int:
-    """Return the smallest size whose seconds per token are within the tolerance of the fewest."""
+    """Return the smallest size that takes at most `_FASTEST_TOLERANCE` times the fewest seconds per token."""
     return min(size for size, taken in seconds.items() if taken <= _FASTEST_TOLERANCE * min(seconds.values()))
 
 
@@ -82,7 +82,7 @@ def _set_micro_tokens(config: Config, micro_tokens: int) -> Config:
 def _try_sizes(
     accelerator: Accelerator, head: Head, micro_batches: Callable[[int], Sequence[MicroBatch]]
 ) -> dict[int, float]:
-    """Return the seconds per token by size. The sizes double as long as they fit and may become faster."""
+    """Return the seconds per token by size. Each size is twice the one before, until one is too large or too slow."""
     times: dict[int, float] = {}
     training, began, room = head.training, time.perf_counter(), _FreeMemory(accelerator, head)
     head.train()

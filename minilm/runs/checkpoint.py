@@ -1,9 +1,9 @@
 """Checkpoints: a kill at any moment leaves the last one whole, and minilm checks each one before it uses it.
 
 A checkpoint is a folder `checkpoint-<step>` in the output folder. It holds the model and its tokenizer as Hugging Face
-saves them (it loads with `from_pretrained`), the state of the optimizer, the progress of the run, and a manifest of
-sizes and SHA-256 sums. There is no other state: order, masks, learning rate and dropout follow from the configuration
-and the step.
+saves them (it loads with `from_pretrained`), the state of the optimizer and of the loss scaling, the progress, the
+configuration and the inputs of the run, and a manifest of sizes and SHA-256 sums. The run has no other state: order,
+masks, learning rate and dropout follow from the configuration and the step.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{name!r} is not a regular file in it",
             )
             _require(hash_file(path) == facts, f"{name} is damaged: its size or hash is not the one in {MANIFEST}")
-        # Checkpoints of minilm 0.1 do not hold these two, and of all inputs they hold only the training examples.
+        # Checkpoints of minilm 0.1 do not hold these two, and their only inputs are the training examples.
         state = {"scaler": {}, "optimizer": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
@@ -194,8 +194,8 @@ def find_complete_checkpoints(folder: Path) -> list[Path]:
 def remove_old_checkpoints(folder: Path, step: int, run: Run) -> None:
     """Remove the checkpoints that the run does not keep, now that the checkpoint of `step` is saved.
 
-    These are old ones, and those of later steps. There are later ones where a run was resumed from an earlier
-    checkpoint.
+    It keeps the newest `run.keep_last` and the best. Checkpoints of later steps go as well. They exist where a run was
+    resumed from an earlier checkpoint.
     """
     complete = find_complete_checkpoints(folder)
     ahead = [path for path in complete if int(_step_of(path)) > step]

@@ -40,8 +40,8 @@ class CheckpointSaver:
     """Saves the checkpoints of a run. The run only waits for a copy in memory; a thread writes the copy to disk.
 
     The thread writes at most one checkpoint at a time. When that one is complete, it removes older ones, except the
-    newest `run.keep_last` and the best by `run.best_metric`. After a write that failed, the
-    next call raises OSError, and older checkpoints are untouched.
+    newest `run.keep_last` and the best by `run.best_metric`. If a write fails, the next call of `save` or `wait` raises
+    OSError, and older checkpoints are untouched.
 
     enabled: True on the one process of the job that writes. inputs: the result of
     `minilm.runs.run_inputs.collect_inputs`.
@@ -117,7 +117,7 @@ class CheckpointSaver:
         try:
             with replace_folder(target) as temporary:
                 with quiet_transformers():
-                    # `resume` needs the names of the model in memory. The original format may have other names.
+                    # `resume` needs the parameter names of the model in memory. The original format may have others.
                     whole = merge_adapter(self.network, weights)
                     self.network.save_pretrained(temporary, state_dict=whole, save_original_format=False)
                     save_tokenizer(self.tokenizer, temporary)

@@ -21,7 +21,7 @@ ECHO_SECONDS = 2.0
 
 
 class TrainingStopped(Exception):  # noqa: N818 - it is not an error
-    """Raised where a run ended early and as intended. `status` is the exit status that the process should have."""
+    """Raised where minilm ends a run early or finds it finished. `status` is the exit status of the process."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

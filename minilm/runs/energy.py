@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-_READ_SECONDS = 60.0  # RAPL's smallest counter, 65 kJ, then wraps around at most once between reads below a kilowatt
+# Below a kilowatt, RAPL's smallest counter (65 kJ) takes longer than this to wrap around.
+_READ_SECONDS = 60.0
 _JOULES_PER_KWH = 3.6e6
 GPU_ENERGY, CPU_ENERGY = "energy_kwh_gpus", "energy_kwh_cpus"
 
@@ -31,7 +32,7 @@ class EnergyCounter:
         self.read, self.most, self.joules, self.last = read, most, 0.0, read()
 
     def update(self) -> None:
-        """Add the energy since the last call. Call it before the hardware's count wraps around twice."""
+        """Add the energy since the last call. Call it again before the hardware has counted `most` joules more."""
         now = self.read()
         self.joules += now - self.last + (self.most if now < self.last else 0.0)
         self.last = now
@@ -76,7 +77,8 @@ def measure_energy(accelerator: Accelerator, since: int) -> Iterator[Callable[[]
         openers[GPU_ENERGY] = lambda: open_nvml_counter(str(torch.cuda.get_device_properties(accelerator.device).uuid))
     counters, ended = {kind: list[EnergyCounter]() for kind in openers}, threading.Event()
     for kind, open_counters in openers.items():
-        with contextlib.suppress(Exception):  # NVML's errors share no base class of their own
+        # pynvml may not be installed, so its errors cannot be named here.
+        with contextlib.suppress(Exception):
             counters[kind] = open_counters()
 
     def watch() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 _RECENT_LOSSES = 100  # a loss is compared with this many before it
 _FEWEST_LOSSES = 20  # with fewer than this, no loss counts as a spike
 _SPIKE_DEVIATIONS = 6  # a spike is this many standard deviations above the mean
-# Matches neither a loss that was not finite nor a line that was cut off, by a power cut for example.
+# The pattern does not match a loss that was not finite, or one that was cut off, by a power cut for example.
 _LOSS = re.compile(rb'"loss": (-?\d[^,]*),')
 
 
@@ -17,8 +17,8 @@ class SpikeDetector:
     """Compares each loss with the last hundred.
 
     log: the log.jsonl of the run. It holds the earlier losses, so a resumed run finds the same spikes as a run without
-    an interruption. A spike is one of the losses that later ones are compared with. So where the loss stays high, only
-    the first few steps count as spikes.
+    an interruption. Later losses are compared with spikes too. So where the loss stays high, only the first few steps
+    count as spikes.
     """
 
     def __init__(self, log: Path) -> None:

@@ -24,9 +24,9 @@ from minilm.utils.folder_lock import LOCK, lock_folder
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     """Return the output folder, and the checkpoint to resume from where `run.resume` asks for one.
 
-    A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that does not exist or is empty. A resumed
-    run gets the folder of its checkpoint. For `latest` without `run.output_dir`, that is the newest checkpoint in
-    out/NAME, out/NAME-2, …
+    A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that does not exist or is empty. With
+    `run.overwrite` that is always out/NAME. A resumed run gets the folder of its checkpoint. For `latest` without
+    `run.output_dir`, its checkpoint is the newest one in out/NAME, out/NAME-2, …
 
     The function creates and changes nothing, but it locks a folder that exists (`minilm.utils.folder_lock`), so call it
     inside `unlock_at_end`. Raises ValueError where the folder cannot be written, where it is not empty and neither
@@ -65,7 +65,7 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
     - where another run has taken the folder in the meantime.
     """
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    needed = (4 if run.save_every else 1) * weights  # a checkpoint holds two moments as well
+    needed = (4 if run.save_every else 1) * weights  # a checkpoint (weights, two moments) and the model
     with explain_unwritable_folder(folder):
         free = shutil.disk_usage(_nearest_existing(folder)).free
         if free < needed:

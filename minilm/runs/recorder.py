@@ -32,7 +32,7 @@ Track = Callable[[dict[str, float], int], None]
 class Recorder:
     """The progress bar and the log of the steps.
 
-    The figures of a step stay on the device until the next step is recorded, so that logging never waits for a step.
+    The figures of a step are read when the next step is recorded. So the device has that step to work on meanwhile.
 
     enabled: True on the main process. The recorders of the other processes only count steps, tokens and time.
     track: a function such as `accelerator.log`, which receives the figures as `train/…`, `eval/…` and `final/…`.
@@ -72,9 +72,9 @@ class Recorder:
     ) -> None:
         """Record one finished step.
 
-        loss, grad_norm: scalar tensors. examples: the ids of the step's examples. If the loss is far above the recent
-        ones, another line of the log names them. tokens, flops: tokens without padding, and model FLOPs, of all
-        processes together.
+        loss, grad_norm: scalar tensors. examples: the ids of the step's examples. Another line of the log names
+        these ids if the loss is far above the recent ones. tokens, flops: tokens without padding, and model FLOPs, of
+        all processes together.
         """
         self._write_pending()
         seconds = self._count_time()

@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint: minilm refuses whatever would change a step, and then repeats the run to the bit."""
+"""Resuming from a checkpoint: minilm checks that the settings and inputs fit, and repeats the run to the bit."""
 
 import json
 import logging
@@ -24,10 +24,12 @@ from minilm.runs.run_inputs import compare_environments, compare_inputs
 
 log = logging.getLogger("minilm")
 
-# Settings that may change when a run is resumed. They decide how and how long it runs, not what a step computes.
-_UNREPORTED = ("run.output_dir", "run.overwrite", "run.resume")  # these change in nearly every resume
-# Their names may change, but not their content, which minilm.runs.run_inputs compares.
+# Settings that change in nearly every resume, so that no line reports them.
+_UNREPORTED = ("run.output_dir", "run.overwrite", "run.resume")
+# Settings that name inputs. The names may change, but not the content, which minilm.runs.run_inputs compares.
 _SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name")
+# Settings that may change when a run is resumed. They decide how a step is computed, how long the run is and what it
+# saves. A new length also changes later steps, since the learning rate depends on it.
 _MAY_CHANGE = (
     *_UNREPORTED,
     *_SOURCES,
@@ -49,11 +51,11 @@ def resume(
     optimizer: torch.optim.Optimizer,
     precision: str,
 ) -> Progress:
-    """Load the checkpoint into the model and the optimizer, and return its progress. Without one, return no progress.
+    """Load the checkpoint into the model and the optimizer, and return its progress: `Progress()` without one.
 
-    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. total: the steps of
-    this run. precision: the precision in which this job computes.
-    Raises ValueError where the checkpoint belongs to another run, TrainingStopped where its run is finished.
+    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. total: the steps of this run. precision: the
+    precision in which this job computes. Raises ValueError where the checkpoint belongs to another run, TrainingStopped
+    where its run is finished.
     """
     if checkpoint is None:
         return Progress()
@@ -154,7 +156,7 @@ def _precision_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _raise_refusal(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
-    """Raise ValueError with the changes that do not let the run be resumed."""
+    """Raise ValueError with the changes that prevent the resume."""
     raise ValueError(
         f"cannot resume from {checkpoint.folder}{why}: {'; '.join(changes)}; "
         "set them back, or leave run.resume out to start again"
@@ -164,7 +166,7 @@ def _raise_refusal(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoRe
 def load_best_weights(folder: Path, step: int, network: PreTrainedModel) -> None:
     """Load the weights of the checkpoint of `step`, the best step of the run, into the model.
 
-    Step 0 says that no evaluation gave a finite figure. Then the function warns, and the model keeps its weights.
+    Step 0 means that no evaluation gave a finite figure. Then the function warns, and the model keeps its weights.
     Raises ValueError where the checkpoint is no longer usable.
     """
     if step == 0:

@@ -23,10 +23,11 @@ _WEIGHTS = "weights before training"
 def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: int) -> dict[str, Any]:
     """Return what the result of a run depends on besides the settings, by name, as JSON types.
 
-    This is the only such list. If you add an input here, `minilm.runs.resume` compares it. A checkpoint holds all
-    trained weights, so the weights before training matter in two cases only. LoRA's frozen weights are not in the
-    checkpoint, and a changed `model.name` must still name the same model. The generation configuration changes no step,
-    but a run saves it with its model.
+    This is the only such list. Facts in "versions" and "machine" are compared by name. If you add another input here,
+    also compare it in `compare_inputs`. A checkpoint holds all trained weights, so the weights before training matter
+    in two cases only. With LoRA, a resumed run takes the weights under the adapter from `model.name`, not from the
+    checkpoint. And a changed `model.name` must still name the same model. The generation configuration does not change
+    a step, but a run saves it with its model.
     """
     inputs = {
         "training examples": prepared.train.identity(),

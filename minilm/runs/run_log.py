@@ -57,7 +57,7 @@ class LoggedRun:
         return max(curve.steps[-1] for curve in (*self.curves.values(), *self.evaluations.values()))
 
     def settings(self) -> dict[str, str]:
-        """Return the settings by `group.name`, as text, except those that name the output folder."""
+        """Return the settings by `group.name`, as text, except those in `_PLACES`."""
         settings: dict[str, str] = {}
         config = self.facts.get("config")
         for group, values in config.items() if isinstance(config, dict) else ():

@@ -1,8 +1,8 @@
-"""A run on one process, from its beginning to its end. The loop, its forks and `--dry-run` share this module.
+"""The beginning and the end of a run, as one process sees them. The loop, its forks and `--dry-run` share them.
 
 `begin` joins the job, chooses the output folder and prepares the data; at the end of its block the process leaves the
 job. `start_recording` and `save_networks` are for loops without evaluation and checkpoints, such as
-`recipes/fork_electra.py`. `minilm/train.py` shows how to do both.
+`recipes/fork_electra.py`. `minilm/train.py` shows a loop with both.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Session:
     accelerator: Accelerator
     precision: Precision
     folder: Path
-    """The output folder. Nothing is in it yet, unless the run resumes."""
+    """The output folder. `begin` writes nothing to it except its lock."""
     checkpoint: Checkpoint | None
     """The checkpoint to resume from."""
     prepared: PreparedData
@@ -64,7 +64,7 @@ class Session:
 def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Session]:
     """Begin a run: join the job, choose the output folder (by default out/NAME), and prepare the data.
 
-    It refuses a resume that cannot work before it reads any data. At the end of the block the process leaves the job,
+    Before it reads any data, it refuses a resume that cannot work. At the end of the block the process leaves the job,
     and the main process pushes `Session.uploads` to the hub. After an error, the process has the state that it had
     before, so that another run can follow. Delete the models that `accelerator.prepare` or `distribute` returned before
     the block ends (`minilm.distributed.launch.finish` says why).
@@ -116,7 +116,7 @@ def plan_batches(config: Config, accelerator: Accelerator, head: Head, examples:
 
 
 def start_recording(session: Session, head: Head) -> tuple[Plan, int, Recorder]:
-    """Check the model, claim the output folder and announce the run.
+    """Check the model, claim the output folder, and write and log the facts of the run.
 
     Returns the plan, the number of steps and the recorder.
     """

@@ -33,8 +33,8 @@ _BACKLOG_LINES = 10_000  # a tracker that is further behind is dropped
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step: int) -> None:
     """Start the trackers of `run.trackers` and add them to the accelerator's, for `accelerator.log`.
 
-    The main process calls it. A run that is resumed after `step` continues its run in each tracker, which
-    `trackers.json` names. If a tracker is not installed or does not start, a warning says so, and the run goes on
+    The main process calls it. `trackers.json` names the run in each tracker, and a run that is resumed after `step`
+    continues that one. If a tracker is not installed or does not start, a warning says so, and the run goes on
     without it.
     """
     runs: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A comparison of a head with the plain model on a few rows of the run's own data.
+"""A comparison of a head with the plain model, without shortcuts, on a few rows of the run's own data.
 
 The trials at the construction of a head (`minilm.models.shortcut_trials`) use random ids and short rows. `verify_head`
 compares losses and gradients of real rows, once, before the first step. If a shortcut changes them, it turns the
@@ -41,7 +41,7 @@ _CPU_FLOPS = 5e10
 _MAX_LOGITS_PER_ROW = 2**25
 # Rows are not cut to fewer tokens, whatever they cost.
 _MIN_ROW_TOKENS = 16
-# Relative differences that are allowed. On trained weights rounding makes less than a hundredth of them.
+# Relative differences that are allowed. On trained weights, rounding causes less than a hundredth of each.
 _VALUES_TOLERANCE = 1e-4
 _GRADIENTS_TOLERANCE = 1e-2
 # A gradient of more elements is compared by sums over its rows and columns.

@@ -1,4 +1,4 @@
-"""Pretrain an encoder to tell replaced tokens from real ones, ELECTRA: a fork of the loop.
+"""Pretrain an encoder with ELECTRA, to tell replaced tokens from real ones: a fork of the loop.
 
     accelerate launch recipes/fork_electra.py
     accelerate launch recipes/fork_electra.py --data.source my_text.txt --model.config.hidden-size 256
@@ -6,9 +6,9 @@
 Clark et al. 2020, sections 2 and 3.2. A small generator is a masked LM. Tokens drawn from its predictions replace the
 masked tokens in the input of the discriminator, which says of every token whether it was replaced. The discriminator is
 the encoder to be fine-tuned later. Both losses are minimised, with no gradient through the draw. --model describes the
-discriminator. The generator is a quarter as wide, and they share the embeddings of tokens and positions. The draw uses
-the seeds of dropout. The output folder holds the discriminator, and the generator in generator/. This recipe has no
-evaluation and no checkpoints.
+discriminator. The generator is a quarter as wide, and both share the embeddings of tokens and positions. The seeds of
+dropout also decide the draw. The output folder holds the discriminator, and its folder generator/ the generator. This
+recipe has no evaluation and no checkpoints.
 """
 
 from contextlib import closing
@@ -43,8 +43,10 @@ CONFIG = Config(
     optim=Optim(lr=1e-3, warmup=0.05),
     run=Run(max_steps=2300),
 )
-WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")  # the generator has a quarter of each
-WEIGHT = 50.0  # of the discriminator's loss
+# The generator has a quarter of each of these.
+WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
+# The weight of the discriminator's loss.
+WEIGHT = 50.0
 
 
 def draw(logits_NxV: Tensor) -> Tensor:

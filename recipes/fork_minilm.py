@@ -42,8 +42,10 @@ CONFIG = Config(
     optim=Optim(lr=6e-4, betas=(0.9, 0.98), warmup=0.01),
     run=Run(epochs=5),
 )
-HEADS = 12  # relation heads; must divide both widths. The paper uses more of them than the models have attention heads
-TEACHER_LAYER = -1  # the last layer, as for the paper's base models; its large models use an earlier one
+# The number of relation heads, which must divide both widths. The paper uses more than the models' attention heads.
+HEADS = 12
+# The teacher's last layer, as for the paper's base models. Its large models use an earlier one.
+TEACHER_LAYER = -1
 STATES = ("query", "key", "value")
 
 
@@ -84,7 +86,10 @@ class Distiller(Head):
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
-        """Return the divergences of queries, keys and values, summed at each target, in nats, float32[N]; no logits."""
+        """Return at each target the sum of the divergences of queries, keys and values, in nats, float32[N].
+
+        These take the place of logits.
+        """
         with evaluation_mode(self.teacher):
             teacher_states = self._states(self.teacher, input_ids_T, packing)
         pairs = zip(self._states(self.student, input_ids_T, packing), teacher_states, strict=True)

@@ -1,4 +1,5 @@
 """Programs: `recipe` runs a configuration from the command line, and `main` is the `minilm` command.
 
-Each other module is one command or flag: `evaluate`, `report`, `export`, `doctor`, `dry_run`, `seeds`.
+`evaluate`, `report`, `export`, `doctor`, `dry_run`, `seeds` and `completion` are each one command or flag.
+`subcommands` and `text_input` serve `main`, and `charts` serves `report`. Begin with `recipe`.
 """

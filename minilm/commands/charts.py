@@ -34,7 +34,7 @@ _LEFT_OUT = {"unigram_bits_per_byte"}
 _FROM_ZERO = {"lr", "tokens_per_second", "mfu", "memory_gb"}
 # An axis is logarithmic where the largest value is more than this many times the smallest.
 _WIDE_RANGE = 30
-# Most points of a curve in a chart: more than the chart has pixels across.
+# Maximum number of points of a curve. A chart has fewer pixels across.
 _MOST_POINTS = 600
 _WIDTH, _HEIGHT = 380, 210
 # Edges of the area of the curves, in the units of the SVG.
@@ -99,7 +99,7 @@ def _axis_range(values: list[float], *, from_zero: bool) -> tuple[float, float, 
 
 
 def _running_means(values: list[float], window: int) -> list[float]:
-    """Return at each position the mean of the last `window` values, without NaN; NaN if there are no others."""
+    """Return at each position the mean of the last `window` values that are not NaN; NaN if all of them are."""
     means, total, count = [], 0.0, 0
     for at, value in enumerate(values):
         if not math.isnan(value):

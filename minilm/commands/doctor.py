@@ -1,4 +1,4 @@
-"""`minilm doctor`: what this machine has, what a run would choose on it, and what to mend first."""
+"""`minilm doctor`: the hardware and versions of this machine, what a run would choose, and what to fix first."""
 
 import math
 import os
@@ -127,7 +127,7 @@ def _threads() -> Finding:
 
 
 def _busy_processors(seconds: float = 0.5) -> float:
-    """Return how many of the processors of this process other programs use, measured over so many seconds."""
+    """Return how many of the processors that this process may use are busy, measured for `seconds`."""
     shares = psutil.cpu_percent(seconds, percpu=True)
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
     busy: float = sum(share for number, share in enumerate(shares) if number in ours) / 100

@@ -23,9 +23,11 @@ from minilm.optim.schedule import learning_rate
 from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
 
-_FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0  # the probe ends when it has timed both
+# The probe ends when it has timed at least this many steps and this many seconds.
+_FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0
 _MOST_STEPS = 1000
-_SEARCHED_STEPS = 50  # the probe begins with the step among these that needs most memory
+# The probe begins with the step among the first ones, this many, that has the largest micro-batch.
+_SEARCHED_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,9 @@ class Probe:
 def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     """Print the plan of the run that `train(config, name)` would start. Reads data and fills the cache, as a run does.
 
-    own_loop: the recipe does not train with `minilm.train.train`, so that only data and steps are known. Raises
-    ValueError as `train` does, and where a step does not fit into the memory of a GPU.
+    own_loop: True if the recipe does not train with `minilm.train.train`. Only its data and steps are then known.
+
+    Raises ValueError as `train` does, and if a step does not fit into the memory of a GPU.
     """
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
@@ -75,7 +78,7 @@ def _data(prepared: PreparedData, plan: Plan) -> str:
 
 
 def _planned(run: Session) -> list[tuple[str, str]]:
-    """Return lines on model, steps, FLOPs, memory and time, of which a probe measures the last two."""
+    """Return lines on model, steps, FLOPs, memory and time. A probe measures memory and time."""
     accelerator, prepared = run.accelerator, run.prepared
     head, config = build_head(run)
     cost = count_flops(head, config.batch.max_length)
@@ -142,9 +145,10 @@ def _probe(
     cost: Cost,
     total: int,
 ) -> Probe:
-    """Take and time steps that are spread over the run.
+    """Take steps from the whole run, and time them.
 
-    The first one is the step that needs most memory. Its time does not count.
+    The first one is the step with the largest micro-batch among the first `_SEARCHED_STEPS`. Its time does not
+    count.
     """
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
     first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest_micro_batch_tokens(plan.step(index)))

@@ -144,9 +144,9 @@ def _batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int
 
 
 def _gap(path: Path, logits: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Return the largest difference of the logits of the file and the model, relative to the largest logit above 1.
+    """Return the largest difference between the logits of the ONNX file and those of the model.
 
-    Positions of padding do not count.
+    It is relative to the largest logit if that is above 1, else absolute. Positions of padding do not count.
     """
     import onnxruntime
 

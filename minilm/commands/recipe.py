@@ -52,7 +52,7 @@ def run_recipe(
                 from minilm.commands.dry_run import dry_run
             dry_run(resolved, name, own_loop=train_function is not None)
             return
-        # torch takes seconds to import, so it comes after the flags are checked.
+        # The import of torch takes seconds, so the flags are checked first.
         with quick_imports():
             from minilm.commands.seeds import train_seeds
             from minilm.train import train
@@ -102,7 +102,7 @@ def exit_on_error(work: Callable[[], None], *, debug: bool = False) -> None:
         if line is None or debug:
             if not several:
                 raise
-            # Other processes end because they lose contact with this one. The call keeps them silent.
+            # The other processes end because they lose contact with this one. This claim keeps them from printing why.
             claim_error_report()
             traceback.print_exc()
         elif claim_error_report():

@@ -123,7 +123,7 @@ def write_report(folders: Sequence[str], output: str = "report.html", *, png: bo
 
 
 def build_page(runs: Sequence[LoggedRun], panels: Sequence[Panel]) -> str:
-    """Return the page. All text from the runs is escaped, and the page forbids itself to load anything."""
+    """Return the page. It escapes all text from the runs, and its content security policy forbids loading anything."""
     names = [run.name for run in runs]
     title = escape(" and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more runs")
     samples = (

@@ -169,10 +169,10 @@ FOREIGN_FLAGS = {
 
 
 def refuse_foreign_flags(words: Sequence[str], default: Config) -> None:
-    """Raise ValueError for the first flag that minilm does not have but can answer.
+    """Raise ValueError for the first unknown flag for which minilm has a replacement.
 
-    That is a flag of another program (`--learning-rate`), or a flag of minilm without its group (`--lr`). The error
-    says what to use in its place. Other unknown flags are left to the parser.
+    Such a flag belongs to another program (`--learning-rate`), or lacks its group (`--lr`). The error says what to use
+    in its place. The parser reports other unknown flags.
 
     words: the words of the command line. default: the configuration whose fields are the flags.
     """

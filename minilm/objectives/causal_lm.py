@@ -34,7 +34,7 @@ class CausalLMCollator:
         self.padded, self.multiple = padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:
-        """Return 1, the share of the tokens that are targets, since only the first token of a row is not one."""
+        """Return 1 as the share of the tokens that are targets. Only the first token of each row is not a target."""
         return 1.0
 
     def __call__(

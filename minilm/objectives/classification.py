@@ -185,7 +185,7 @@ def read_model_labels(name: str | None) -> tuple[str, ...]:
         return ()
     config = load_configuration(name)
     is_classifier = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
-    # The pipelines of transformers answer with id2label. label2id may be missing, or may differ from it.
+    # The pipelines of transformers name labels by id2label. label2id may be missing, or may contradict it.
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label)) if is_classifier else ()
 
 

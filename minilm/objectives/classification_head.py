@@ -94,8 +94,8 @@ class ClassificationHead(Head):
         if not self.layers:
             return
         layer = self.layers[-1]
-        # None stands for the end of the layer. The backward pass may recompute the layer. By then `_first_R` is not set
-        # any more, so that a hook inside the layer would fail.
+        # None stands for the end of the layer. With gradient checkpointing only the end is tried, because the backward
+        # pass recomputes the layer when `_first_R` is not set any more, and a hook inside the layer would fail.
         places = (None,) if uses_gradient_checkpointing(self.model) else (*AFTER_ATTENTION, None)
         for names in places:
             try:

@@ -43,8 +43,9 @@ def prepare_data(config: Config) -> PreparedData:
 def build_network(config: Config, prepared: PreparedData, *, trained: bool = True) -> PreTrainedModel:
     """Return the model of a run, loaded from a checkpoint or new.
 
-    Raises ValueError if it cannot be built, or if its own loss has a term that minilm would not train. Without
-    `trained`, for an evaluation, such a term is only a warning.
+    Raises ValueError if it cannot be built, or if its own loss has a term that minilm would not train.
+
+    trained: False for an evaluation. Such a term then only causes a warning.
     """
     network = load_model(
         config.model,

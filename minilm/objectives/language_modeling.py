@@ -50,8 +50,8 @@ class LanguageModelObjective:
         tokenizer = load_tokenizer(
             config.tokens, config.model.name, _take_first(train, train_count), causal=self.causal
         )
-        # Only the layout "documents" has an example in each document. The other layouts join documents, and it is known
-        # only after encoding how many make up an example. So encoding itself stops after enough tokens.
+        # In the layout "documents", `count` documents give at least `count` examples. The other layouts join documents,
+        # and encoding must show how many of them make up an example. There `encode` stops after enough tokens.
         joins_documents = config.batch.layout != "documents"
 
         def encode_examples(
@@ -89,7 +89,7 @@ class LanguageModelObjective:
     def evaluator(
         self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int
     ) -> LanguageModelEvaluator:
-        """Return the evaluation, whose figures are loss, perplexity, and bits per byte beside a unigram model's."""
+        """Return the evaluation: loss, perplexity, bits per byte, and the bits per byte of a unigram model."""
         collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
         # The unigram model has the frequencies of the ids that can be targets.
         counts_V = prepared.train.count_ids(count_embedding_rows(prepared.tokenizer)) * collator.can_be_target
@@ -118,7 +118,7 @@ class LanguageModelObjective:
 
 
 def _load_documents(config: Config) -> tuple[Documents, Documents]:
-    """Return training documents, and the evaluation documents of all parts; one object if both are the same."""
+    """Return the training documents and all evaluation documents; one object twice if both are the same."""
     if not config.data.streaming:
         train, parts = load_documents(config.data, config.run.seed)
         if is_one_dataset(train, parts):
@@ -131,8 +131,9 @@ def _load_documents(config: Config) -> tuple[Documents, Documents]:
 def _count_needed_examples(config: Config, train: Documents) -> tuple[int | None, int | None]:
     """Return how many training and evaluation examples a run needs from a stream of the hub.
 
-    None stands for all. All are read of local files, in a run without `max_steps`, and of several sources: the share of
-    each source in a run depends on its size, which is known only when it has been read.
+    None stands for all examples. A run needs all of them if the stream reads local files, if `max_steps` is not set, or
+    if there are several sources. The share of each source in a run depends on its size, which is known only when it has
+    been read.
     """
     if not isinstance(train, TextStream) or not train.remote or config.run.max_steps is None:
         return None, None

@@ -16,7 +16,7 @@ from minilm.utils.shell import format_command
 
 # The seed of the evaluation's masks. Seeds of runs are smaller.
 _EVAL_SEED = 2**63
-# An event with a smaller probability is taken not to happen in a run.
+# The check of fully masked rows ignores an event with a smaller probability.
 _NEGLIGIBLE_PROBABILITY = 1e-12
 # The settings of `MaskedLM` that are not arguments of the collator.
 _OTHER_SETTINGS = ("eval_rate", "label_smoothing")

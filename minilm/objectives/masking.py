@@ -24,8 +24,8 @@ _length_probability = (
 )
 _MEAN_SPAN_WORDS = float(_length_probability @ _span_words)  # 3.8
 _LENGTH_CDF = np.cumsum(_length_probability) / _length_probability.sum()
-# For a random word inside a span, the number of words from it to the end of the span. The probability of j words is
-# proportional to the share of spans that have j or more words.
+# The number of words from a random word inside a span to the end of the span, both included. The probability of j
+# words is proportional to the share of spans that have j or more words.
 _REST_CDF = np.cumsum(np.cumsum(_length_probability[::-1])[::-1]) / _MEAN_SPAN_WORDS
 
 
@@ -166,7 +166,7 @@ def _draw_spans(hash_W: _Hashes, run_starts_W: NDArray[np.bool_], rate: float) -
     gap_W = np.searchsorted(gap_cdf, _to_uniform(hash_W), side="right")
     length = _to_uniform(_mix(hash_W ^ np.uint64(1 << 63)))
     span_W = 1 + np.searchsorted(_LENGTH_CDF, length, side="right").clip(max=_MAX_SPAN_WORDS - 1)
-    # Whether a run begins inside a span. Then the span is what is left of it at a random word of it.
+    # Whether a run begins inside a span. If so, its first span is the rest of a span from a random word on.
     inside_W = run_starts_W & (_to_uniform(_mix(hash_W ^ np.uint64(1 << 62))) < rate)
     # Otherwise it begins inside a gap, which has at least the word at which it begins.
     gap_W = np.where(inside_W, 0, gap_W + run_starts_W)

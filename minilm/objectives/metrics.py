@@ -69,7 +69,7 @@ class ClassificationResult:
     """int64[E] for single labels, float32[E, C] for several labels, float32[E] for a regression."""
 
     def figures(self) -> dict[str, float]:
-        """Return the figures of all examples. If there are several parts, add those of each, as `FIGURE_PART`."""
+        """Return the figures of all examples and, if there are several parts, those of each part as `FIGURE_PART`."""
         figures = self._figures(slice(None))
         start = 0
         for name, count in self.parts.items() if len(self.parts) > 1 else ():

@@ -1,4 +1,4 @@
-"""The depth of each parameter of a model: the number of blocks that follow it in a forward."""
+"""The depth of each parameter of a model, counted in blocks from the end of a forward pass."""
 
 import inspect
 from contextlib import ExitStack

@@ -14,7 +14,7 @@ def learning_rate(optim: Optim, step: int, total: int) -> float:
     """Return the learning rate of step `step`, counted from 0, in a run of `total` steps.
 
     The rate rises linearly to `optim.lr` at the last step of the warm-up. With the schedule `constant` it stays there.
-    Otherwise it falls to 0 after the last step of the run: `linear` follows a line, and `cosine` half a cosine
+    Otherwise it falls, and would reach 0 one step after the last: `linear` follows a line, and `cosine` half a cosine
     (Loshchilov and Hutter 2017, equation 5, without restarts).
     """
     warmup = count_warmup_steps(optim, total)

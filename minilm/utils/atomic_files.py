@@ -39,8 +39,9 @@ def replace_folder(target: Path, *, needed: Callable[[], bool] | None = None) ->
 
     All files are on disk before the rename. If the block raises, `target` stays as it was.
 
-    needed: pass it if several processes may write `target` at the same time. Each process then has its own temporary
-        folder, and one after the other calls `needed()` and renames its folder if the answer is True.
+    needed: a function; pass it if several processes may write `target` at the same time. Each process then has its own
+        temporary folder. At the end of the block the processes take turns: each one calls `needed()`, and renames its
+        folder only if the answer is True.
     """
     suffix = "" if needed is None else f"-{uuid.uuid4().hex[:12]}"
     temporary, old = (target.with_name(f".{target.name}{suffix}.{kind}") for kind in ("writing", "replaced"))

@@ -1,4 +1,4 @@
-"""Models and datasets by name: whether the hub answers, and why one cannot be loaded, in one line."""
+"""Access to the hub: fall back on the cache if it does not answer, and explain loading errors in one line."""
 
 import json
 import logging

@@ -20,17 +20,17 @@ FILE_KINDS = {
 
 
 def get_ending(path: str) -> str:
-    """Return the ending of a file name in lower case, without that of a compression: `.csv` for `data.CSV.gz`."""
+    """Return the ending of a file name in lower case, without `.gz`: `.csv` for `data.CSV.gz`."""
     return Path(path.removesuffix(".gz")).suffix.lower()
 
 
 def get_file_kind(path: str) -> str:
-    """Return the kind of a file that can be read, one of the values of `KINDS`."""
+    """Return the kind of a file that minilm reads, one of the values of `FILE_KINDS`."""
     return FILE_KINDS[get_ending(path)]
 
 
 def get_full_ending(path: str) -> str:
-    """Return the ending of a file name in lower case, with that of a compression: `.csv.gz` for `data.CSV.gz`."""
+    """Return the ending of a file name in lower case, with `.gz` if it has that: `.csv.gz` for `data.CSV.gz`."""
     return get_ending(path) + (".gz" if path.endswith(".gz") else "")
 
 

@@ -1,4 +1,4 @@
-"""stdout and stderr when nobody reads them, as after `| head`, or when native code writes to them."""
+"""stdout and stderr: survive the end of their reader, as with `| head`, and drop what native code writes."""
 
 import io
 import os

@@ -259,7 +259,7 @@ class Optim:
     lr: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay from the peak to zero at the last step. constant: no decay."""
+    """Shape of the decay from the peak to zero after the last step. constant: no decay."""
     warmup: float = 0.06
     """Length of the linear warm-up: a share of all steps if below 1, else a number of steps."""
     weight_decay: float = 0.01

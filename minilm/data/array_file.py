@@ -46,7 +46,7 @@ class ArrayFile:
 def create_array_file(path: Path, dtype: np.dtype[Any]) -> Iterator[BinaryIO]:
     """Write an array whose length is not known yet, as `np.save` does.
 
-    The block gets an open binary file, to which it writes the bytes of the elements. `path` is there after the block.
+    The block gets an open binary file, to which it writes the bytes of the elements. `path` exists after the block.
     """
     raw = path.with_suffix(".raw")
     with raw.open("wb") as file:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 """Indices of examples, int64[E]."""
-# The largest problem, in examples squared times micro-batches, for which the cut with the least padding is searched.
+# The largest problem, in examples squared times micro-batches, for which to search for the cut with the least padding.
 # The search then takes milliseconds.
 _MOST_SEARCH_WORK = 2**20
 
@@ -41,16 +41,16 @@ class Step:
 
 
 class Plan:
-    """All steps of a run, as a pure function of (lengths, seed, step). Every step takes the same time to look up.
+    """All steps of a run, as a pure function of (lengths, seed, step). A late step is found as fast as an early one.
 
     lengths: int64[E], the tokens of each example.
-    examples: the number of examples in a step, or of rows with `row_tokens`.
+    examples: the number of examples in a step, or the number of rows if `row_tokens` is set.
     micro_tokens: the most tokens of a micro-batch, with padding. A longer example is a micro-batch by itself.
     processes: the number of processes that share a step.
     seed: decides the order of the examples.
     group: "step" draws the examples of a step at random. "epoch" puts examples of similar length into the same step.
     padded: whether the model needs rectangular batches. Their width is then a multiple of `multiple`.
-    row_tokens: fill rows of at most this many tokens with examples first. A step then takes whole rows.
+    row_tokens: if set, examples are first joined to rows of at most this many tokens, and a step takes whole rows.
 
     Raises ValueError if a step has fewer examples than there are processes.
     """
@@ -120,7 +120,7 @@ class Plan:
         return "examples" if self.rows is None else "rows"
 
     def padding_share(self, steps: int = 20) -> float:
-        """Return the share of the tokens that are padding, in the first `steps` steps of the run."""
+        """Return the share of the tokens that are padding, in the first `steps` steps of the first epoch."""
         first = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
         return 1 - sum(step.tokens for step in first) / sum(step.padded_tokens for step in first)
 
@@ -175,9 +175,9 @@ def cut_into_micro_batches(
 
     Every process gets the same number of micro-batches, the smallest that the search finds. A micro-batch is empty only
     if there are fewer examples than micro-batches. Without padding, the micro-batches have nearly the same number of
-    tokens. With padding, the examples are sorted by length and cut so that padding is least, or nearly least if there
-    are very many. Several processes wait for each other, so for them the largest micro-batch is made as small as
-    possible first.
+    tokens. With padding, the examples are sorted by length and cut so that padding is least. If that search would take
+    too long, a heuristic cuts them. Several processes wait for each other, so the cut first makes the largest of their
+    micro-batches as small as possible.
     """
     order = np.argsort(-lengths, kind="stable")
     ids = ids[order]
@@ -219,7 +219,7 @@ def _balance(sizes: list[int], micro_tokens: int, processes: int) -> list[list[i
 
     sizes: in descending order.
     """
-    # At most j sizes of more than micro_tokens / (j + 1) fit into a part. So each bound is a least number of parts.
+    # At most j sizes of more than micro_tokens / (j + 1) fit into a part. So there are at least so many parts.
     bounds = [sum(size * (j + 1) > micro_tokens for size in sizes) / j for j in range(1, 8)]
     least = max(sum(min(size, micro_tokens) for size in sizes) / micro_tokens, *bounds)
     count = processes * max(1, math.ceil(least / processes))

@@ -103,7 +103,7 @@ def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> l
 
 
 def _can_be_text(kind: Any) -> bool:
-    """Return False for some types that are not text. The check of each row refuses all others."""
+    """Return False for types that are certainly not text. The check of each row finds the rest."""
     types = pyarrow.types
     return not (
         types.is_temporal(kind) or types.is_decimal(kind) or types.is_binary(kind) or types.is_large_binary(kind)

@@ -11,10 +11,10 @@ _FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--dat
 
 
 class DictWithRepeatedKeys(dict[str, Any]):
-    """A JSON object in which some keys stand twice with different values."""
+    """A JSON object in which a key that a run reads occurs more than once, with different values."""
 
     repeated: frozenset[str] = frozenset()
-    """The keys that stand twice."""
+    """The keys that occur more than once, with different values."""
 
 
 @dataclass(frozen=True, kw_only=True)

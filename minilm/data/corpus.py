@@ -51,7 +51,7 @@ class Examples:
     suffix: NDArray[np.int64]
     """The special tokens at the end of each example."""
     type_ids: NDArray[np.uint8] | ArrayFile | None = None
-    """uint8[I], the token types, which say to which of two texts an id belongs. None if the model takes no types."""
+    """uint8[I], the token types, which say to which of two texts an id belongs. None if the model needs none."""
     labels: NDArray[Any] | None = None
     """For classification, the labels of the examples: int64[E], or float32[E] or [E, C] with C classes."""
     fingerprint: str = ""

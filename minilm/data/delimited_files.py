@@ -59,15 +59,17 @@ def read_delimited(
     are skipped. A field that begins with a quote ends at the next quote that is not doubled. It may hold delimiters
     and line ends.
 
-    delimiter: if None, the header decides. The delimiter is the usual one of the file's ending if the header then has
-        all `columns`, or else the first of `, ; tab |` with which it has them.
+    delimiter: if None, a first line such as `sep=;` states it. Without such a line, it is the one of `, ; tab |` with
+        which the header has all `columns`. If there is none, it is the usual one of the file's ending, or the first
+        that splits the header if the usual one does not.
 
     If the delimiter is a tab and every line has as many tabs as the header, quotes are text, with one exception. Quotes
-    enclose fields if every field with a quote is a well-formed quoted field, and if besides a field holds a doubled
-    quote or a CR, or the whole header is in quotes. Only a program that quotes writes such a file.
+    enclose fields if every field with a quote is a well-formed quoted field and one of these is true: a field with a
+    quote holds a doubled quote or a CR, or every name in the header is quoted. Only a program that quotes writes such a
+    file.
 
     Raise ValueError that names the line: for a row whose number of fields differs from the header's, for a quote that
-    is not closed, for text after a closing quote, and for a missing column.
+    is not closed, for text after a closing quote, for a missing column, and for a header that two delimiters fit.
     """
     dialect = _find_dialect(path, columns, encoding, delimiter)
     try:

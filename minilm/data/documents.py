@@ -17,11 +17,12 @@ from minilm.utils.local_files import is_plain_text
 
 @quiet_datasets()
 def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Dataset, dict[str, Dataset]]:
-    """Return (training documents, evaluation documents by name), memory-mapped if they are large.
+    """Return (training documents, evaluation documents by name).
 
     Each is a dataset with the string column `text`. If `data.pair_column` is set, the column `pair` holds a second
     text. With `labels`, the column `label` has the type that it has in the source, such as a ClassLabel.
-    Documents without a visible character are dropped. With `labels`, they raise ValueError.
+    Documents without a visible character are dropped. With `labels`, they raise ValueError. The datasets are
+    memory-mapped, except those of pydocs and those of a single-document file that is cut in two.
 
     `minilm.data.splits.assemble_splits` says which documents are for evaluation. If a fraction is held out, `seed`
     decides which documents it holds. Raise ValueError in one line that names the file, row, column or split.
@@ -73,7 +74,7 @@ class _DatasetReader:
         return parts["train"], parts["test"]
 
     def repeat(self, documents: Dataset, source: str, weight: float) -> Dataset:
-        """Repeat all documents, then add a random share of them for the fraction of the weight, in order."""
+        """Repeat all documents. For the fraction of `weight`, add a random share of them, in their order."""
         whole, share = divmod(weight, 1)
         drawn = np.random.default_rng(self.seed).permutation(len(documents))[: round(share * len(documents))]
         indices = [*range(len(documents))] * int(whole) + sorted(drawn.tolist())

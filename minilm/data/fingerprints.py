@@ -1,4 +1,4 @@
-"""Fingerprints of files: files with the same content have the same fingerprint."""
+"""Fingerprints of files: files of up to 1 GiB with the same content have the same fingerprint."""
 
 import hashlib
 import os

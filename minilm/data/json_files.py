@@ -21,7 +21,7 @@ def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[
     """Yield the line at which each row begins, from 1, and its cells of `columns`. Other keys of a row are ignored.
 
     Raise ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
-    `columns` that stands twice with different values, and for a missing column.
+    `columns` that occurs twice with different values, and for a missing column.
     """
     for line, row in _read_rows(path, _Parser(columns)):
         where = f"{path}, line {line}"
@@ -37,7 +37,7 @@ def read_json_keys(path: str) -> list[str]:
 
 
 class _Parser:
-    """A parser of JSON that marks each object in which a key of `columns` stands twice."""
+    """A parser of JSON that marks each object in which a key of `columns` occurs twice with different values."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.keys = {part for column in columns for part in _list_possible_keys(column.name)}
@@ -115,7 +115,10 @@ def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
 
 
 def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
-    """Return whether each line is one value, judged by the first line. An object can also extend over several lines."""
+    """Return whether each line is one value, judged by the first line. An object can also extend over several lines.
+
+    If the first line is not JSON but the next line begins an object, the first line is taken for a damaged value.
+    """
     line = next((line for line in file if line.strip()), "{}")
     try:
         parser.parse_line(line)
@@ -158,7 +161,7 @@ def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
 
 
 class _Window:
-    """A part of a file's text that holds at least the value to read next. `place` is the position in that part."""
+    """A part of a file's text that grows until it holds the value to read. `place` is the position in that part."""
 
     def __init__(self, path: str, file: TextIO, parser: _Parser) -> None:
         self.path, self.file, self.parser = path, file, parser

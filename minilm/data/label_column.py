@@ -118,9 +118,8 @@ class LabelColumn:
 
         Lists of floats and booleans are multi-hot. Lists of integers are multi-hot if all of them are 0 or 1 and all
         lists have the same length of two or more. As labels, such integers would make no sense: a row would have a
-        label twice, or every row would have the same two labels. There is one exception. `model_labels` are those of a
-        checkpoint. If it has more or fewer labels than a list has entries, and no list repeats a label, the integers
-        are labels.
+        label twice, or every row would have the same two labels. There is one exception: the integers are labels if no
+        list repeats one, and if a checkpoint has more or fewer labels (`model_labels`) than a list has entries.
         """
         if not self.holds_lists or self.has_class_names or self.dtype not in ("int", "float", "bool"):
             return False

@@ -14,7 +14,7 @@ class LabelIds:
     ids: dict[str, int]
     names: tuple[str, ...]
     same_as_checkpoint: bool = False
-    """Whether the names and ids are those of the checkpoint, so that its head is used unchanged."""
+    """Whether the ids are those of the checkpoint, so that its head is used unchanged."""
     renamings: tuple[tuple[str, str], ...] = ()
     """(label in the data, name in the checkpoint), for each label whose names differ."""
 
@@ -26,7 +26,8 @@ def match_labels(
 
     class_names: those of the data's ClassLabel, if any.
     model_labels: a checkpoint's labels by id. Its names and ids are used if the data have the same names, whatever
-        their case and spacing. They are used too if the data have the ids instead and the names are not numbers.
+        their case and spacing. They are used too if the data have the ids instead and the names are not numbers. If the
+        names are only LABEL_0, LABEL_1 and so on, and there are as many `class_names`, these get the checkpoint's ids.
     places: the length of multi-hot lists, which give each label a place but no name.
     """
     if places is not None:

@@ -63,7 +63,7 @@ def read_labels(
     The arrays are int64[E] for a single label, float32[E, C] of zeros and ones for several labels, and float32[E] for a
     regression. The evaluation examples are those of all parts, one part after the other.
 
-    parts: the evaluation documents by name, or `train` itself.
+    parts: the evaluation documents by name. They may be `train` itself.
     model_labels: the labels of a checkpoint by id. Its ids are used if the data have its labels.
     column: the name of the label column in the summary.
     separator: the text between the labels of a cell that lists several.

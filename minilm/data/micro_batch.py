@@ -28,7 +28,7 @@ class MicroBatch:
     target_ids_N: Tensor
     """What to predict there: int64 token ids, or the labels for classification."""
     type_ids_T: Tensor | None = None
-    """int64, the token types, which say to which of two texts a token belongs. None if the model takes no types."""
+    """int64, the token types, which say to which of two texts a token belongs. None if the model needs none."""
 
     @property
     def target_count(self) -> int:

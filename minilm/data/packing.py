@@ -1,9 +1,9 @@
 """Rows of different lengths without padding: one flat row of tokens, and groups of its rows for attention.
 
 All layers of a transformer except attention work on each token alone. They take all tokens of a batch as one row.
-Attention (`minilm.models.attention`) takes one group of rows at a time, as a rectangle. Short rows share bins, in which
-a mask keeps them apart. So a few large matrix products replace many small ones. Longer rows form small groups of
-similar length, which are padded to the longest of the group.
+Attention (`minilm.models.attention`) takes one group of rows at a time, as a rectangle, unless one GPU kernel computes
+all rows. Short rows of different lengths share bins, in which a mask keeps them apart. So a few large matrix products
+replace many small ones. Longer rows form small groups of similar length, which are padded to the longest of the group.
 
 Axes: T tokens of the batch or group, R rows of a group, L padded length, A heads, D size of a head, H any other.
 """
@@ -21,8 +21,8 @@ _T = TypeVar("_T")
 
 SHORT_ROW_TOKENS = 128
 """The length up to which rows share bins."""
-# In a group with padding, L is a multiple of this. So there are few shapes for which a kernel is compiled, and the
-# softmax in bf16 is fast on CPUs.
+# If the rows of a group differ in length, L is a multiple of this, except in a rectangular batch. So there are few
+# shapes for which a kernel is compiled, and the softmax in bf16 is fast on CPUs.
 _LENGTH_MULTIPLE = 32
 # In a group of longer rows, the shortest has at least this share of the tokens of the longest, minus the slack.
 _LEAST_SIMILARITY = 0.75
@@ -104,8 +104,8 @@ class RowGroup:
         """Return the term to add to attention scores, R x 1 x L x L or a shape that broadcasts to it; None for zero.
 
         It has the dtype and device of `like`. A token sees the tokens of its row that are fewer than `window` places
-        away. With `causal` it sees no later token, and so no padding, which comes last. Padding always sees itself.
-        Otherwise its softmax would be NaN.
+        away. With `causal` it sees no later token, and so no padding, which comes last. Each place of padding sees at
+        least one place, because its softmax would otherwise be NaN.
         """
         if window is not None and window >= self.length:
             window = None

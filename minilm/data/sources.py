@@ -98,7 +98,9 @@ def _is_on_hub(source: str) -> bool:
 
 
 def load_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
-    """Return the rows of a split of a source as a memory-mapped dataset with the columns `text`, `pair` and `label`.
+    """Return the rows of a split of a source as a memory-mapped dataset.
+
+    It has the column `text`, and the columns `pair` and `label` if the run reads pairs or labels.
 
     Texts are strings. Labels are integers, floats, strings, booleans, or lists of these, of the same type in all rows.
     If they are a ClassLabel in the source, they stay one. `blank` decides whether rows without a visible character are

@@ -1,4 +1,4 @@
-"""Training and evaluation documents: which split of which source makes each part of them, and how often.
+"""Choose the training and evaluation documents: the sources, the split of each, and how often to repeat it.
 
 `assemble_splits` decides this once for documents that are stored and for documents that are streamed. A `SplitReader`
 does the reading.
@@ -38,7 +38,7 @@ def assemble_splits(data: Data, reader: SplitReader[T]) -> tuple[T, dict[str, T]
 
     Evaluation documents come from `data.eval_source` if it is set, else from `data.eval_split`, else from a fraction of
     each source. They are one set with the name "". If `data.eval_split` joins several splits by `+`, each split is a
-    set with its own name. If they are the training documents, the result has the same object twice.
+    set with its own name. If the evaluation documents are the training documents, the result has the same object twice.
     """
     if data.eval_source is None and data.eval_split is None:
         halves = [reader.hold_out(source) for source in data.sources]

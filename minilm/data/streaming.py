@@ -74,7 +74,7 @@ class _StreamReader:
         return _take_share(documents, fraction, inside=False), _take_share(documents, fraction, if_empty=empty)
 
     def repeat(self, documents: TextStream, source: str, weight: float) -> TextStream:
-        """Repeat all documents, then add a share of them, at equal distances, for the fraction of the weight."""
+        """Repeat all documents. For the fraction of `weight`, add a share of them, at equal distances."""
         whole, share = divmod(weight, 1)
         empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
         parts = [documents] * int(whole)

@@ -36,7 +36,7 @@ def encode_pairs(
 
     labels: the label of each document, int64[D], float32[D] or float32[D, C].
     max_length: the most tokens of an example. A longer one loses tokens at the end of its longer text, or at the
-        beginning if the tokenizer truncates there. A warning says how many examples did.
+        beginning if the tokenizer truncates there. A warning counts these examples.
     name: what messages call the documents.
     zero_types: keep token types even if all are 0. GPT-2 needs this, since it adds the embedding of type 0 to the
         token's.

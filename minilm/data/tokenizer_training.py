@@ -31,10 +31,10 @@ _CAUSAL_SPECIAL = {
 # The sentencepiece library reads a table of tab-separated lines. Tabs and line ends inside words change places with
 # characters for private use, and change back in the pieces.
 _SWAPS = str.maketrans("\t\n\r\ue000\ue001\ue002", "\ue000\ue001\ue002\t\n\r")
-# The sentencepiece library drops a piece that it expects to occur less than 0.5 times. In a short text, these are all
-# pieces. So a shorter text is repeated until it has about this many characters.
+# The sentencepiece library drops a piece that it expects to occur less than 0.5 times. From a short text, it would drop
+# all pieces. So a shorter text is repeated until it has about this many characters.
 _LEAST_CHARACTERS = 10**4
-# Its time and memory grow with the text. Of a longer text, a sample of about this many characters is used.
+# The library's time and memory grow with the text. From a longer text, it gets a sample of about this many characters.
 _MOST_CHARACTERS = 10**7
 
 

@@ -26,8 +26,8 @@ if torch.version.cuda is not None:  # the import takes a fifth of a second
     from minilm.models import short_row_attention as short_rows
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`
-# The same as SHORT_ROW_TOKENS, in bf16. Plain products are a tenth faster for longer rows too, but take 1.4 times the
-# memory.
+# On a CPU, plain products compute rows of up to this many tokens in bf16, and of up to SHORT_ROW_TOKENS otherwise. They
+# are a tenth faster for longer rows too, but take 1.4 times the memory.
 _SHORT_BF16_ROW_TOKENS = 512
 # Arguments that do not change the result. `packed_attention` refuses all other unknown arguments.
 _IGNORED_ARGUMENTS = {
@@ -88,7 +88,10 @@ def packed_attention(
 
 
 def _flash_attention_fits(query_TxAxD: Tensor, dropout: float) -> bool:
-    """Return whether FlashAttention can compute this: on an Ampere GPU or newer, in half precision, without dropout."""
+    """Return whether FlashAttention can compute this.
+
+    It needs an Ampere GPU or newer, half precision, no dropout, and a head size of at most 256 that 8 divides.
+    """
     return (
         query_TxAxD.device.type == "cuda"
         and query_TxAxD.dtype in (torch.float16, torch.bfloat16)

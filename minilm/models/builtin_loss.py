@@ -1,4 +1,4 @@
-"""A check that the loss that a model computes itself is the cross entropy that minilm trains on, without other terms.
+"""Check that a model's own loss is the cross entropy that minilm trains on, without other terms.
 
 Mixtures of experts add a loss of their routers if their configuration says so (Fedus et al. 2021, section 2.2). That
 loss is a product of two means over all tokens of a batch. Summed over micro-batches, it differs from the same loss of
@@ -61,9 +61,10 @@ def check_builtin_loss(network: PreTrainedModel, *, trained: bool = True) -> Non
 
 
 def _compute_losses(network: PreTrainedModel) -> tuple[float | None, float | None]:
-    """Return the loss that the model computes for a row, and the cross entropy that is nearest to it.
+    """Return the loss that the model computes for a row, and the cross entropy of its logits.
 
-    Both are None if the model cannot compute its loss for a row of ids.
+    This is the cross entropy of a masked LM or of a causal LM, whichever is nearer to the loss. Both results are None
+    if the model cannot compute its loss for a row of ids.
     """
     ids_1xL = torch.arange(1, 1 + _ROW_TOKENS, device=network.device)[None] % vocabulary_size(network)
     try:

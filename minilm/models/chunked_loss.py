@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Logits in memory at a time: 512 MiB. On a CPU 32 MiB, since a CPU gains more from its caches than from few calls.
+# Number of logits in memory at a time, which is 512 MiB of float32 on a GPU and 32 MiB on a CPU. A CPU gains more from
+# its caches than from few calls.
 _LOGITS, _LOGITS_ON_CPU = 2**27, 2**23
 # On GPUs the vocabulary is padded to a multiple of this. Products of other sizes take several times as long.
 _VOCABULARY_MULTIPLE = 64
@@ -35,8 +36,8 @@ def linear_cross_entropy(
     cross_entropy: computes the same as `eager_cross_entropy`, which is the default.
 
     Products have the dtype of autocast, or else that of `hidden_NxH`. The forward also computes the gradients of the
-    sum over the targets, because the logits are in memory then. Only this sum can be differentiated: backward from any
-    other function of the result raises RuntimeError.
+    sum over the targets, because the logits are in memory then. So backward works only through `result.sum()`. Through
+    any other function of the result, even its mean, it raises RuntimeError.
     """
     # An autograd function checks whether its inputs need a gradient, but not whether gradients are enabled.
     if not torch.is_grad_enabled():
@@ -165,13 +166,13 @@ def _fill_up(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _pad_vocabulary(x_VxH: Tensor) -> Tensor:
-    """Return `x` with rows of zeros up to a multiple with which a GPU is fast."""
+    """Return `x`. On a GPU, append rows of zeros up to a multiple of `_VOCABULARY_MULTIPLE`."""
     more = -len(x_VxH) % _VOCABULARY_MULTIPLE if x_VxH.device.type == "cuda" else 0
     return F.pad(x_VxH, (0, 0) * (x_VxH.ndim - 1) + (0, more)) if more else x_VxH
 
 
 def _allocate_gradient(x: Tensor, targets: int) -> Tensor:
-    """Return memory for the gradient of `x`. The first part overwrites it, so that it need not be zeroed."""
+    """Return memory for the gradient of `x`. If there are targets, their parts overwrite it, so it is not zeroed."""
     return torch.empty_like(x) if targets else torch.zeros_like(x)
 
 

@@ -17,14 +17,14 @@ from minilm.models.temporary_changes import evaluation_mode
 
 log = logging.getLogger("minilm")
 
-_PART_IDS = 2**22  # how many ids are read into memory at a time
+_PART_IDS = 2**22  # number of ids to read into memory at a time
 
 
 def check_compatibility(head: Head, prepared: PreparedData) -> None:
     """Raise ValueError for examples that the model cannot read, or would read differently than transformers does.
 
     Logs a warning if the model's configuration and the tokenizer name different special tokens, if the embedding of the
-    token that ends texts is not trained, or if the tokenizer gives token types that a language model is not given here.
+    token that ends texts is not trained, or if the tokenizer gives token types, which language models do not get here.
     """
     _compare_special_ids(head.model, prepared.tokenizer)
     if prepared.labels is None:
@@ -94,7 +94,10 @@ def _warn_about_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _check_misread_ids(head: Head, tokenizer: PreTrainedTokenizerBase, part: str, examples: Examples, id: int) -> None:
-    """Raise ValueError for a text that contains the id. Rows of a classifier may all contain it equally often."""
+    """Raise ValueError for a text that contains the id. Rows of a classifier may all contain it equally often.
+
+    Also raise it if the model reads the class at this id and the tokenizer does not add the id.
+    """
     count_E = np.concatenate([*_count_id(examples, id)])
     usual = 0 if examples.labels is None else int(np.bincount(count_E).argmax())
     name = type(head.model).__name__

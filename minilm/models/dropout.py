@@ -20,8 +20,8 @@ class FastDropout(nn.Dropout):
 def fast_dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     """Return `x` with each element set to 0 with probability `p` and otherwise divided by 1 - p.
 
-    Without `training`, the result is `x` itself. `p` is rounded to 16 bits. On a CPU another generator draws the mask.
-    Torch's generator draws its seed, so that the mask depends only on torch's state.
+    Without `training`, the result is `x` itself. On a CPU, `p` is rounded to 16 bits, and a generator of NumPy draws
+    the mask. Torch's generator draws the seed of NumPy's, so that the mask depends only on torch's state.
     """
     kept = round((1 - p) * _RANGE)
     if x.device.type != "cpu" or kept == 0:

@@ -1,4 +1,4 @@
-"""Faster versions of some modules. They compute the same result up to rounding."""
+"""Faster versions of some modules. They compute the same result up to rounding, but dropout draws other masks."""
 
 from collections.abc import Callable
 from typing import Any

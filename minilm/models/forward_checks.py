@@ -7,7 +7,7 @@ from minilm.models.embeddings import vocabulary_size
 from minilm.models.temporary_changes import evaluation_mode
 
 _ROW_TOKENS = 5
-_CAUSAL_TOLERANCE = 1e-4  # relative to the largest logit; rounding makes less
+_CAUSAL_TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are smaller
 
 
 def check_forward(model: PreTrainedModel) -> None:

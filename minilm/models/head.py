@@ -133,7 +133,10 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def _try_padded(self) -> Tensor:
-        """Choose whether rows are padded, share a forward, or run one by one. Return the logits of single rows."""
+        """Choose whether a forward takes padded rows, rows of equal length or single rows.
+
+        Return the logits of single rows.
+        """
         self._inputs.needs_mask = self._trials.guesses_mask(self._inputs.options)
         with self.reference_mode():
             expected_NxV = self._trials.logits()

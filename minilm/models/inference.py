@@ -197,11 +197,12 @@ def generate(
 ) -> list[str]:
     """Return each text with its continuation, which `model.generate` draws after `torch.manual_seed(seed)`.
 
-    max_new_tokens: the largest number of tokens in a continuation, by default 100 or as many as the model has room for.
+    max_new_tokens: the largest number of tokens in a continuation. The default is 100, or less if the model has less
+    room.
     temperature: 0 takes the likeliest token. Other values divide the logits before a token is drawn.
     top_k: a token is drawn from this many likeliest tokens (Fan et al. 2018, section 5.4). 0: from all tokens.
-    top_p: a token is drawn from the likeliest of these whose probabilities add up to this (Holtzman et al. 2020,
-    section 3.1).
+    top_p: a token is drawn from the fewest of these, the likeliest first, whose probabilities add up to at least this
+    (Holtzman et al. 2020, section 3.1).
     stream: print the tokens as they are drawn.
 
     An empty text starts with the token that begins documents. A warning counts the tokens of a text that are unknown to

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-# The names of the field that holds the number of positions.
+# The fields of a configuration that may hold the number of positions.
 _POSITION_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 

@@ -21,7 +21,10 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList | tuple[()]:
 
 
 def find_module_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield each list of modules that is not inside a member of another list, with the path of its parent."""
+    """Yield each list of modules, after the path of its parent. Leave out lists inside the members of another list.
+
+    If members of a list are lists themselves, yield these instead, each after its own path.
+    """
     for name, child in module.named_children():
         inside = f"{path}.{name}" if path else name
         if not isinstance(child, nn.ModuleList):

@@ -1,4 +1,4 @@
-"""Loading a model: any language model of Hugging Face, from a checkpoint or built with random weights."""
+"""Load a model of transformers from a checkpoint, or build one with random weights, and prepare it for training."""
 
 import fnmatch
 import logging
@@ -41,8 +41,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in float32: the checkpoint `model.name`, or a new one of `model.type` and `model.config`.
 
-    max_length: tokens of the longest row. seed: draws the weights of a new model or a new head.
-    auto: the class of transformers that has models with this head.
+    max_length: the number of tokens in the longest row.
+    seed: decides the random weights of a new model or a new head.
+    auto: the class of transformers that loads models with the wanted head, such as AutoModelForMaskedLM.
     fields: fields of the model's configuration that the data decide, such as the labels.
     added: how many of the tokenizer's last tokens are new to the checkpoint.
     new_labels: whether the data have other labels than the checkpoint. The part of its head that depends on the labels

@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA, Hu et al. 2021): W becomes W + alpha / rank B A, and only B and A are trained.
 
-Layers of peft replace linear layers, so that the model remains a model of transformers. In a saved model the update is
-added to W. Its parameters have the names and shapes of a model without an adapter.
+Layers of peft replace linear layers, so that the model remains a model of transformers. A saved model holds W with the
+update added. The names and shapes of its parameters are those of a model without an adapter.
 
 Axes: R rank, I inputs of a layer, O its outputs.
 """
@@ -100,7 +100,10 @@ def _linear_layers(network: PreTrainedModel, whole: Sequence[str]) -> dict[str, 
 
 
 def _choose_targets(network: PreTrainedModel, linear: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[str]:
-    """Return the names of the layers that match a pattern, or without patterns peft's choice for this type of model."""
+    """Return the names of the layers that match a pattern.
+
+    Without patterns, return peft's choice for this type of model, or else the layers of attention.
+    """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
 
     def match(pattern: str) -> list[str]:
@@ -142,8 +145,8 @@ def _name_in_file(name: str) -> str:
 def merge_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of a model without an adapter, with W + alpha / rank B A for each W with an update.
 
-    weights: a state dict of the network. Neither the network nor `weights` changes. Without an adapter, the result
-    equals `weights`.
+    weights: a state dict of the network. Neither the network nor `weights` changes. If the network has no adapter, the
+    result equals `weights`.
     """
     updates = set(_update_names(network))
     plain = {name.replace(".base_layer.", "."): x for name, x in weights.items() if name not in updates}
@@ -169,8 +172,8 @@ def unmerge_adapter(
 ) -> dict[str, Tensor]:
     """Return the state dict, to the bit, from which `plain` was merged and `adapter` was selected.
 
-    Each W with an update comes from `own`, the network's state dict as it was loaded: `plain` minus the update would be
-    rounded. Raises ValueError if these are not the W that were merged.
+    Each W with an update comes from `own`, the network's state dict as it was loaded, because subtracting the update
+    from `plain` would round W. Raises ValueError if the W in `own` are not those that were merged.
     """
     layers = _adapted_layers(network)
     same_layers = adapter.keys() == select_adapter_weights(network, own).keys()

@@ -26,7 +26,7 @@ def load_configuration(name: str) -> Any:
 def resolve_configuration(model: Model, auto: Any) -> PretrainedConfig:
     """Return the configuration of the checkpoint `model.name`, or else the default one of `model.type`.
 
-    The fields of `model.config` are checked and not set. Raises ValueError if the type has no model with the head of
+    It checks the fields of `model.config` and sets none. Raises ValueError if the type has no model with the head of
     `auto`, or if the configuration lacks one of these fields.
     """
     if model.name is None:
@@ -59,7 +59,7 @@ def read_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
-    """Set each field in the configuration, or in that of the text model inside if only this one has the field."""
+    """Set each field in the configuration, or in its inner text configuration if only that one has the field."""
     for field, value in fields.items():
         inner = field not in read_fields(config) and field in read_fields(config.get_text_config())
         setattr(config.get_text_config() if inner else config, field, value)

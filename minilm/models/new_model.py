@@ -28,8 +28,8 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> 
     except ValueError:
         if fields.get("pad_token_id", size) is not None:
             raise
-        # The tokenizer has no padding, and this model needs an id for it, as models that count positions from it do.
-        # The model gets an id that texts do not hold. If there is none, its embedding gets another row.
+        # The tokenizer has no padding token, but this model needs its id, for example to count positions from it.
+        # The model gets an id that texts do not hold. If there is no such id, its embedding gets another row.
         torch.set_rng_state(generator)
         padding = find_unused_id(tokenizer)
         fields |= {name: padding for name in PADDING_FIELDS if name in fields}

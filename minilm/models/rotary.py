@@ -1,8 +1,8 @@
 """Rotary position embeddings (Su et al. 2021, section 3.4.2) that take half the passes over memory in training.
 
-Each model of transformers has a function in its module that rotates queries and keys. It computes a sum of products,
-and autograd computes a gradient for each product. But the rotation is linear, and its gradient is the inverse rotation.
-Here one autograd function computes both.
+In transformers, the module of a model with these embeddings has a function that rotates queries and keys. The
+function computes a sum of products, and autograd computes a gradient for each product. But the rotation is linear, and
+its gradient is the inverse rotation. Here one autograd function computes both.
 """
 
 import functools
@@ -56,7 +56,7 @@ def _fits(x: Tensor, factor: Tensor) -> bool:
 def _keeps_type(plain: RotaryFunction) -> bool | None:
     """Return whether inputs in half precision give results in half precision, or None for another function.
 
-    Otherwise the results have the dtype of `cos`.
+    If the answer is False, they give results in the dtype of `cos`.
     """
     if str(inspect.signature(plain)) != "(q, k, cos, sin, unsqueeze_dim=1)":
         return None

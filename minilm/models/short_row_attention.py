@@ -45,7 +45,8 @@ def attend_short_rows(
     position: the place of each token in its row, int64[T].
     tiles: the start of each tile, which holds whole rows, and the end of the last tile, int32[B + 1].
     near: a token sees the tokens of its row at a distance of at most this.
-    causal: whether a token does not see later tokens.
+    causal: whether a token sees only itself and earlier tokens.
+    scaling: the factor of the scores.
     """
     attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     heads, size = query.shape[1:]

@@ -16,7 +16,7 @@ from minilm.models.input_length import longest_input
 from minilm.models.temporary_changes import ShiftedArange, perturb_padding
 
 _LONGEST = 160  # tokens: more than the usual window of local attention
-_TOLERANCE = 1e-4  # relative to the largest logit; rounding makes less than a tenth of it
+_TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are less than a tenth of it
 # Before training, the influence of one row on another may be tiny, so that only rounding is allowed here.
 _TOLERANCE_BETWEEN_ROWS = 1e-6
 
@@ -131,7 +131,10 @@ class ShortcutTrials:
         return False
 
     def _batches(self) -> Iterator[tuple[Tensor, list[int]]]:
-        """Yield the ids and lengths of two batches, of odd and of even lengths: some models pad rows to a multiple."""
+        """Yield the ids and lengths of two batches, because some models pad rows to a multiple.
+
+        The longest row has an odd length in the first batch, and a power of two as its length in the second.
+        """
         for first in (self.longest - 1 + self.longest % 2, 1 << (max(1, self.longest // 2).bit_length() - 1)):
             lengths = [first, first - first // 8, first - first // 8, min(first, 6)]
             yield self.draw_ids(lengths), lengths

@@ -194,7 +194,7 @@ class SparseHead(Head):
         return output
 
     def _has_input_places(self, hidden_RxLxH: Tensor) -> bool:
-        """Return whether its places are those of the input. Longformer adds padding, and Perceiver has other places."""
+        """Return whether the states have the input's places. Longformer adds padding, and Perceiver has others."""
         return self._ids is not None and hidden_RxLxH.shape[:2] == self._ids.shape
 
     def _narrow(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -10,8 +10,8 @@ def count_padding_rows(rows: int, device: torch.device) -> int:
 
     oneDNN computes bf16 products on CPUs, and compiles a kernel of a megabyte for each shape. Nearly every batch has
     another number of tokens, so without padding rows the compilation took a quarter of the time. The result is less
-    than `rows` / 16, or less than 32. It is 0 for full blocks, whose number of rows is round, and wherever padding rows
-    do not help: on GPUs, and without autocast.
+    than `rows` / 16, or less than 32. It is 0 if `rows` is a multiple of a large power of two, as for full blocks. It
+    is also 0 wherever padding rows do not help: on GPUs, and without autocast.
     """
     if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return 0

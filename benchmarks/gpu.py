@@ -113,7 +113,7 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit with status 2 if there is no GPU."""
+    """Measure as the command line asks. Without a GPU, the program ends with status 2."""
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA GPU, and torch finds none here", file=sys.stderr)

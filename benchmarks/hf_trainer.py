@@ -54,7 +54,7 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 def pad_labels(batch: MicroBatch, shift: int = 0) -> Tensor:
-    """Return the labels of a padded batch for transformers: int64[R, L], -100 where there is no target.
+    """Return the labels of a padded batch for transformers: int64[R, L]. A position without a target has -100.
 
     shift: 1 moves each label from the position that predicts it to the position of the token itself.
     """

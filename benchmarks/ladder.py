@@ -103,7 +103,7 @@ class PlainHead(Head):
         target_ids_N: Tensor,
         type_ids_T: Tensor | None = None,
     ) -> Tensor:
-        """Return -log p at each position of the padded batch in nats, float32[R L]; 0 where there is no target."""
+        """Return -log p at each position of the padded batch, float32[R L], nats. A position without a target has 0."""
         logits_RxLxV = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         batch = MicroBatch(
             input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=target_ids_N

@@ -170,7 +170,7 @@ Rows = dict[str, list[str]]
 
 
 def _build_table(title: str, names: Sequence[str], rows: Rows) -> str:
-    """Return a table with a column for each run; nothing if there are no rows."""
+    """Return a table with a column for each run, or an empty string without rows."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))

@@ -9,7 +9,7 @@ from typing import Any
 def read_texts(options: argparse.Namespace) -> list[str]:
     """Return the texts of the command line, of standard input or of --file, blank ones too.
 
-    A text `-`, or no text, stands for the lines of standard input. Raise ValueError if there is no text.
+    If the text is `-` or missing, the texts are the lines of standard input. Raise ValueError if these are empty.
     """
     if options.file is not None:
         return list(read_file_rows(options)["text"])

@@ -19,8 +19,8 @@ _LAUNCHER = "a flag of the launcher: accelerate launch --multi_gpu --num_process
 _CONFIG = "--model.config.FIELD, a field of the Hugging Face configuration"
 _LOGGED = "not needed: log.jsonl in the output folder has one line per step"
 
-# The name of a flag of another program, and the answer to a user who types it. An answer that begins with -- names the
-# flag of minilm. Any other answer completes the sentence "unknown flag X: it is …".
+# Flags of other programs, each with the answer to a user who types it. An answer that begins with -- is minilm's flag.
+# Any other answer completes the sentence "unknown flag X: it is …".
 FOREIGN_FLAGS = {
     # The model and its tokenizer.
     "model_name_or_path": "--model.name",

@@ -43,7 +43,7 @@ class _Dialect:
             yield from _read_quoted_rows(self, file) if self.quoted else _read_plain_rows(self, file)
 
     def read_header(self) -> list[str]:
-        """Return the fields of the first row; empty if there is no row or a quote is misplaced."""
+        """Return the fields of the first row. The list is empty for an empty file and after a misplaced quote."""
         try:
             return next(self.read_rows(), (0, []))[1]
         except ValueError:

@@ -98,7 +98,7 @@ class LabelColumn:
         return [names[value] for value in self.values]
 
     def to_name_lists(self) -> list[list[str]]:
-        """Return the names of each row's labels. Raise ValueError if there are no lists or a list repeats a label."""
+        """Return the label names of each row. Raise ValueError for a cell without a list or with a repeated label."""
         self._check_lists()
         result = []
         for row, value in enumerate(self.values):

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class SplitReader(Protocol[T]):
-    """Reads documents as datasets or streams, which are of type T. Raises ValueError where there is no document."""
+    """Reads documents. T is the type of the result, a dataset or a stream. Raises ValueError without documents."""
 
     def read(self, source: str, split: str) -> T:
         """Return the documents of a split of a source."""

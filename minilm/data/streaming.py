@@ -110,7 +110,7 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
 def _take_share(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:
     """Return every (1 / `fraction`)-th document, or all other documents if not `inside`.
 
-    if_empty: the message of the ValueError for a stream without such a document. If it is "", there is no error.
+    if_empty: the message of the ValueError that an empty result raises. With "", an empty result is allowed.
     """
 
     def texts() -> Iterator[str]:

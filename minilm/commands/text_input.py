@@ -21,7 +21,7 @@ def read_texts(options: argparse.Namespace) -> list[str]:
         sys.stdin.reconfigure(newline="\n")
     texts = [line for text in options.texts or ["-"] for line in (_read_lines() if text == "-" else [text])]
     if not any(texts):
-        raise ValueError("there is no text: give one, or --file, or lines on standard input")
+        raise ValueError("there is no text: pass one as an argument, pass --file, or write lines to standard input")
     return texts
 
 

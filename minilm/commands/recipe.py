@@ -16,6 +16,7 @@ from typing import NoReturn
 from minilm.commands.completion import COMPLETION_FLAG, build_recipe_completion
 from minilm.config import Config
 from minilm.config.command_line import parse_flags, parse_seeds
+from minilm.utils.errors import TrainingStopped
 from minilm.utils.launch_variables import claim_error_report, is_distributed, is_main_process
 from minilm.utils.output_streams import discard_unread_output, survive_closed_output
 from minilm.utils.signals import interrupt_on_signals
@@ -117,8 +118,7 @@ def _describe(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, KeyboardInterrupt):
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         return 128 + number, "interrupted" if number == signal.SIGINT else f"interrupted by {number.name}"
-    # TrainingStopped has a status. Its name would need an import of torch.
-    if hasattr(error, "status"):
+    if isinstance(error, TrainingStopped):
         return error.status, f"stopped: {error}"
     for kind, status in ((ValueError, 2), (OSError, 1)):
         if isinstance(error, kind):

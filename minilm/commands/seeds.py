@@ -16,9 +16,9 @@ from accelerate.utils.memory import clear_device_cache
 
 from minilm.config import Config, Run
 from minilm.distributed.launch import broadcast_from_main, join_job, lost_peer_as_error, one_job, restore_on_error
-from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.output_folder import choose_output_dir, explain_unwritable_folder, is_free
 from minilm.utils.atomic_files import write_atomically
+from minilm.utils.errors import TrainingStopped
 from minilm.utils.folder_lock import lock_folder, unlock_at_end, unlock_folder
 from minilm.utils.signals import get_last_signal
 

@@ -14,18 +14,11 @@ from torch import Tensor
 from minilm.config import Run
 from minilm.data.batch_plan import Plan
 from minilm.runs.recorder import Recorder
+from minilm.utils.errors import TrainingStopped
 from minilm.utils.signals import STOP_SIGNALS, die_with_parent, get_last_signal, record_signal
 
 # torchrun forwards a signal within milliseconds. A person takes longer to press ctrl-C again.
 ECHO_SECONDS = 2.0
-
-
-class TrainingStopped(Exception):  # noqa: N818 - it is not an error
-    """Raised where minilm ends a run early or finds it finished. `status` is the exit status of the process."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):

@@ -17,10 +17,10 @@ from minilm.distributed.sharding import shard_like
 from minilm.models.lora import has_adapter, unmerge_adapter
 from minilm.runs.checkpoint import ADAPTER, WEIGHTS, Checkpoint, Progress, read_checkpoint
 from minilm.runs.checkpoint_saver import gather_full_state
-from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.optimizer_state import load_optimizer_state
 from minilm.runs.run_facts import RESULTS
 from minilm.runs.run_inputs import compare_environments, compare_inputs
+from minilm.utils.errors import TrainingStopped
 
 log = logging.getLogger("minilm")
 

@@ -16,6 +16,7 @@ from minilm.commands.main import main
 from minilm.commands.recipe import exit_on_error, quick_imports
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import fill_mask, generate, load_causal_lm, load_masked_lm
+from minilm.utils.errors import TrainingStopped
 from tests.jobs import launched
 
 TEXT, TWO_MASKS = "The quick [MASK] fox.", "If [MASK] file [MASK]."
@@ -122,7 +123,11 @@ def fail(error: BaseException):
 @pytest.mark.parametrize(("rank", "seen"), [(None, True), (0, True), (1, False)])
 @pytest.mark.parametrize(
     ("error", "status", "line"),
-    [(ValueError("column 'x'"), 2, "error: column 'x'"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (ValueError("column 'x'"), 2, "error: column 'x'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (TrainingStopped("SIGTERM after step 2", 143), 143, "stopped: SIGTERM after step 2"),
+    ],
 )
 def test_errors_end_with_their_status_and_are_told_once_in_a_job(error, status, line, rank, seen, capsys, monkeypatch):
     for name, value in launched(rank).items() if rank is not None else ():
@@ -146,6 +151,16 @@ def test_only_what_the_user_got_wrong_is_caught_and_nothing_under_debug(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_error_of_a_library_that_has_a_status_is_a_bug():
+    class ResponseError(Exception):
+        """An error such as aiohttp's, whose `status` is that of an answer and not of a process."""
+
+        status = 503
+
+    with pytest.raises(ResponseError):
+        exit_on_error(fail(ResponseError("unavailable")))
+
+
 def test_the_command_is_importable_without_torch():
     large = "{'torch', 'transformers', 'datasets', 'accelerate'}"
     program = f"import sys, minilm.commands.main; print(*{large} & set(sys.modules))"
@@ -157,6 +172,7 @@ def test_nothing_is_collected_while_libraries_are_imported_and_nothing_of_them_l
 import gc, sys
 from minilm import Config, Data
 from minilm.commands.recipe import run_recipe
+from minilm.utils.errors import TrainingStopped
 seen = []
 gc.callbacks.append(lambda phase, info: seen.append(phase) if "torch" in sys.modules else None)
 run_recipe(Config(data=Data(source="pydocs")), train_function=lambda config, name: {})

@@ -17,8 +17,9 @@ import minilm.utils.signals
 from minilm import Config, Data
 from minilm.commands.recipe import run_recipe
 from minilm.commands.seeds import summarise_seeds, train_seeds
-from minilm.runs.early_stopping import StopRequest, TrainingStopped
+from minilm.runs.early_stopping import StopRequest
 from minilm.train import train
+from minilm.utils.errors import TrainingStopped
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 
 

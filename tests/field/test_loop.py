@@ -24,9 +24,9 @@ from minilm.commands.dry_run import dry_run
 from minilm.data.micro_batch import loss_sum
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.masking import MaskedLMCollator
-from minilm.runs.early_stopping import TrainingStopped
 from minilm.runs.session import begin
 from minilm.train import train
+from minilm.utils.errors import TrainingStopped
 from minilm.utils.signals import STOP_SIGNALS
 from tests.jobs import CONFIG, finish_all, start, write_text
 from tests.launch import read_log

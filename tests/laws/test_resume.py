@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minilm import Config, Data
-from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
+from minilm.utils.errors import TrainingStopped
 from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import resume_everywhere, stopped_after

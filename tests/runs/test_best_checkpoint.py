@@ -14,8 +14,8 @@ from transformers import AutoModelForMaskedLM
 from minilm import Config, Run
 from minilm.runs.best_checkpoint import BestEvaluation
 from minilm.runs.checkpoint import Progress
-from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
+from minilm.utils.errors import TrainingStopped
 from tests.jobs import config_in
 from tests.launch import read_log
 

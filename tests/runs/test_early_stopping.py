@@ -16,8 +16,9 @@ import minilm.train
 import minilm.utils.signals
 from minilm import Config, Data, MaskedLM
 from minilm.optim.optimizer import apply_update, build_optimizer
-from minilm.runs.early_stopping import StopRequest, TrainingStopped
+from minilm.runs.early_stopping import StopRequest
 from minilm.train import train
+from minilm.utils.errors import TrainingStopped
 from tests.jobs import CONFIG, write_text
 from tests.launch import read_log
 

@@ -175,7 +175,7 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
     if HUGE not in rungs:
         setattr(minilm.distributed.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
     if KERNELS not in rungs:
-        setattr(minilm.distributed.launch, "keep_few_kernels", lambda asked: None)  # noqa: B010
+        setattr(minilm.distributed.launch, "keep_few_kernels", lambda precision: None)  # noqa: B010
     parts = build_parts(config, partial(head_of, rungs))
     if SORTED not in rungs:
         parts = replace(parts, plan=RandomPlan(parts.plan))

@@ -67,17 +67,18 @@ def _memory_is_rationed() -> bool:
         return True
 
 
-def keep_few_kernels(asked: str) -> None:
+def keep_few_kernels(precision: str) -> None:
     """Let oneDNN keep few of its kernels if matrix products are in fp32. oneDNN then computes GELUs only.
 
     oneDNN makes a kernel for each number of tokens, which takes almost no time. By default it keeps a thousand. They
     lie between tensors and leave gaps that no other tensor fits: memory grows by 5 MB a step, and new pages take time.
 
-    asked: the value of `run.precision`. Call this before the first product of the process: oneDNN reads its variable
-    once.
+    precision: the value of `run.precision`.
+
+    Call this before the first product of the process: oneDNN reads its variable once.
     """
     # CPUs with these capabilities have no bf16.
-    if asked == "fp32" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+    if precision == "fp32" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
 
 

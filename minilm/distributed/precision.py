@@ -57,28 +57,30 @@ class Precision:
     reason: str
 
 
-def choose_precision(asked: str, device: torch.device) -> Precision:
-    """Return the precision that `run.precision` asks for. `auto` follows the launcher, or else chooses a fast one.
+def choose_precision(setting: str, device: torch.device) -> Precision:
+    """Return the precision of a run. `auto` follows the launcher if it names bf16 or fp16, or else chooses a fast one.
+
+    setting: the value of `run.precision`.
 
     On a CPU the function measures: compared with fp32, bf16 is nine times as fast with AMX, four times with
     AVX512_BF16, and a hundred times slower with AVX2. Raises ValueError for fp16 on a CPU, which would lose small
     gradients and not be faster.
     """
-    reason = "asked for"
+    name, reason, advice = setting, "set by run.precision", "on a CPU use auto, bf16 or fp32"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked == "auto" and launcher in ("bf16", "fp16"):
-        asked, reason = launcher, "asked for at launch"
-    if device.type == "cpu" and asked == "fp16":
-        raise ValueError("run.precision fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
-    if device.type == "cpu" and asked != "fp32":
+    if setting == "auto" and launcher in ("bf16", "fp16"):
+        name, reason, advice = launcher, "set by the launcher", "launch with --mixed_precision no"
+    if device.type == "cpu" and name == "fp16":
+        raise ValueError(f"fp16, {reason}, needs a GPU: {advice}")
+    if device.type == "cpu" and name != "fp32":
         ratio = gemm_rate(torch.bfloat16, 256) / gemm_rate(torch.float32, 256)
         times = f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
         measured = f"a bf16 matrix product here runs at {times} times the rate of fp32"
-        if asked == "auto":
+        if name == "auto":
             return Precision(name="bf16" if ratio > 1.5 else "fp32", reason=measured)
         return Precision(name="bf16", reason=f"{reason}; {'WARNING: ' if ratio < 1 else ''}{measured}")
-    if asked != "auto":
-        return Precision(name=asked, reason=reason)
+    if name != "auto":
+        return Precision(name=name, reason=reason)
     if device.type == "cuda":
         # By default torch reports emulated bf16 as support too.
         if torch.cuda.is_bf16_supported(including_emulation=False):

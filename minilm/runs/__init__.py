@@ -1,5 +1,5 @@
 """What a run keeps and checks: the output folder, checkpoints, the log, the model card.
 
-Begin with `output_folder`. Then read `checkpoint`, which writes checkpoints and checks their hashes, `resume` and
-`recorder`.
+Begin with `session`, the beginning and the end of every run. Then read `output_folder`, `checkpoint`, which checks the
+hashes of a checkpoint, `checkpoint_saver`, which writes it, `resume` and `recorder`.
 """

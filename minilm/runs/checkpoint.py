@@ -21,6 +21,7 @@ from typing import Any
 from minilm.config import Run
 from minilm.objectives.metrics import lower_is_better
 from minilm.utils.atomic_files import hash_file
+from minilm.utils.validation import check
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter.safetensors"  # LoRA's matrices, which are merged into those weights
@@ -101,44 +102,38 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises ValueError that names the file that is missing, damaged or out of place. No code of a checkpoint is run.
     """
     try:
-        _require(folder.is_dir(), "there is no such folder; give the path of a checkpoint, or latest")
+        check(folder.is_dir(), "there is no such folder; give the path of a checkpoint, or latest")
         manifest = _read_json(folder / MANIFEST)
         for name in (WEIGHTS, OPTIMIZER, STATE):
-            _require(name in manifest, f"{name} is not in its {MANIFEST}")
+            check(name in manifest, f"{name} is not in its {MANIFEST}")
         for name, facts in manifest.items():
             path = folder / name
-            _require(
+            check(
                 Path(name).name == name and path.is_file() and not path.is_symlink(),
                 f"{name!r} is not a regular file in it",
             )
-            _require(hash_file(path) == facts, f"{name} is damaged: its size or hash is not the one in {MANIFEST}")
+            check(hash_file(path) == facts, f"{name} is damaged: its size or hash is not the one in {MANIFEST}")
         # Checkpoints of minilm 0.1 do not hold these two, and their only inputs are the training examples.
         state = {"scaler": {}, "optimizer": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
         whole = state.keys() == {"progress", "config", "inputs", "scaler", "optimizer"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
-        _require(whole, f"{STATE} does not hold the parts of a checkpoint's state")
+        check(whole, f"{STATE} does not hold the parts of a checkpoint's state")
         return Checkpoint(**state | {"folder": folder, "progress": _parse_progress(state["progress"])})
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a usable checkpoint: {error}") from error
 
 
-def _require(holds: bool, message: str) -> None:
-    """Raise ValueError with this message where the condition does not hold."""
-    if not holds:
-        raise ValueError(message)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint. Raise ValueError where it cannot be read."""
-    _require(os.path.lexists(path), f"there is no {path.name} in it")
-    _require(path.is_file() and not path.is_symlink(), f"{path.name} is not a regular file")
+    check(os.path.lexists(path), f"there is no {path.name} in it")
+    check(path.is_file() and not path.is_symlink(), f"{path.name} is not a regular file")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON") from error
-    _require(isinstance(tree, dict), f"{path.name} is not a JSON object")
+    check(isinstance(tree, dict), f"{path.name} is not a JSON object")
     result: dict[str, Any] = tree
     return result
 
@@ -150,7 +145,7 @@ def _parse_progress(values: dict[str, Any]) -> Progress:
         isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
         for name, kind in kinds.items()
     )
-    _require(right, f"{STATE} does not hold the progress of a run")
+    check(right, f"{STATE} does not hold the progress of a run")
     return Progress(**values)
 
 

@@ -37,9 +37,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step:
     continues that one. If a tracker is not installed or does not start, a warning says so, and the run goes on
     without it.
     """
-    runs: dict[str, str] = {}
-    if step and (folder / RUNS).is_file():
-        runs = json.loads((folder / RUNS).read_text(encoding="utf-8"))
+    runs = _read_runs(folder / RUNS) if step else {}
     feeds = []
     for name in dict.fromkeys(config.run.trackers):
         if importlib.util.find_spec(name) is None:
@@ -48,8 +46,25 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step:
         feeds.append(_Feed(name, folder, runs.get(name), flatten_settings(to_dict(config)), step))
     end = time.monotonic() + _PATIENCE_SECONDS
     runs |= {feed.name: feed.run for feed in feeds if feed.wait_for_start(end)}
-    write_atomically(folder / RUNS, json.dumps(runs) + "\n") if runs else (folder / RUNS).unlink(missing_ok=True)
+    if runs:
+        write_atomically(folder / RUNS, json.dumps(runs) + "\n")
+    else:
+        (folder / RUNS).unlink(missing_ok=True)
     accelerator.trackers.extend(feeds)
+
+
+def _read_runs(path: Path) -> dict[str, str]:
+    """Return the name or id of the earlier run in each tracker. A file that is missing or damaged holds none."""
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        runs = None
+    if isinstance(runs, dict) and all(isinstance(run, str) for run in runs.values()):
+        return runs
+    log.warning(f"{path} cannot be read, so each tracker starts a new run")
+    return {}
 
 
 class _Feed:

@@ -43,32 +43,38 @@ def cpu_of_ratio(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "launcher", "ratio", "name", "reason"),
+    ("setting", "launcher", "ratio", "name", "reason"),
     [
         ("auto", "no", 9.0, "bf16", "here runs at 9 times"),
         ("auto", "no", 0.01, "fp32", "here runs at 0.01 times"),
-        ("auto", "bf16", 9.0, "bf16", "asked for at launch; a bf16"),
-        ("auto", "bf16", 0.01, "bf16", "asked for at launch; WARNING: .* at 0.01 times"),
-        ("bf16", "no", 9.0, "bf16", "asked for; a bf16"),
-        ("bf16", "no", 0.01, "bf16", "asked for; WARNING: .* at 0.01 times"),
-        ("fp32", "bf16", 9.0, "fp32", "asked for"),
+        ("auto", "bf16", 9.0, "bf16", "set by the launcher; a bf16"),
+        ("auto", "bf16", 0.01, "bf16", "set by the launcher; WARNING: .* at 0.01 times"),
+        ("bf16", "no", 9.0, "bf16", "set by run.precision; a bf16"),
+        ("bf16", "no", 0.01, "bf16", "set by run.precision; WARNING: .* at 0.01 times"),
+        ("fp32", "bf16", 9.0, "fp32", "set by run.precision"),
     ],
 )
-def test_precision_on_a_cpu_is_measured_and_what_is_asked_is_obeyed(
-    asked, launcher, ratio, name, reason, cpu_of_ratio, monkeypatch
+def test_a_chosen_precision_is_kept_and_auto_measures_the_cpu(
+    setting, launcher, ratio, name, reason, cpu_of_ratio, monkeypatch
 ):
     cpu_of_ratio(ratio)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    precision = choose_precision(asked, CPU)
+    precision = choose_precision(setting, CPU)
     assert precision.name == name
     assert re.search(reason, precision.reason)
 
 
-@pytest.mark.parametrize(("asked", "launcher"), [("fp16", "no"), ("auto", "fp16")])
-def test_fp16_on_a_cpu_is_refused(asked, launcher, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "launcher", "message"),
+    [
+        ("fp16", "no", "fp16, set by run.precision, needs a GPU: on a CPU use auto, bf16 or fp32"),
+        ("auto", "fp16", "fp16, set by the launcher, needs a GPU: launch with --mixed_precision no"),
+    ],
+)
+def test_fp16_on_a_cpu_is_refused_with_what_to_change(setting, launcher, message, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        choose_precision(asked, CPU)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        choose_precision(setting, CPU)
 
 
 @pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp16")])

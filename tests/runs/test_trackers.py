@@ -255,6 +255,18 @@ def test_a_new_run_in_the_folder_of_another_does_not_go_on_with_its_trackers(stu
     assert not (tmp_path / trackers.RUNS).exists()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"tensorboard": 1}', "\udcff"])
+def test_a_damaged_record_of_the_trackers_runs_starts_new_ones_with_a_warning(
+    content: str, stub: type[Stub], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tmp_path / trackers.RUNS
+    record.write_bytes(content.encode("utf-8", "surrogateescape"))
+    feed(tmp_path, "tensorboard", after=4)
+    assert f"{record} cannot be read, so each tracker starts a new run" in caplog.messages
+    assert ("store",) in stub.told
+    assert json.loads(record.read_text()) == {"tensorboard": "tensorboard"}
+
+
 def test_only_the_main_process_of_a_job_tracks(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     finish(run_with(tmp_path, "tensorboard"), tmp_path, processes=2)

@@ -351,6 +351,14 @@ ENTRIES: dict[str, Entry] = {
     "unknown unit of masks": Entry(flags="--objective.unit words", says="word"),
     "sample without a mask": Entry(flags="--run.samples no-mask", says="[MASK]"),
     "warm-up without end": Entry(flags="--optim.warmup inf", says="optim.warmup"),
+    "decay without end": Entry(flags="--optim.decay inf", says="optim.decay"),
+    "final rate of 1.1": Entry(flags="--optim.final-lr 1.1", says="optim.final_lr must lie in [0, 1], not 1.1"),
+    "warm-up and decay, more than all": Entry(
+        flags="--optim.schedule wsd --optim.warmup 0.3 --optim.decay 0.8", says="are more than all steps together"
+    ),
+    "inverse-sqrt without a warm-up": Entry(
+        flags="--optim.schedule inverse-sqrt --optim.warmup 0", says="optim.warmup must be above 0"
+    ),
     "seconds without end": Entry(flags=f"--run.timeout {10**30}", says="run.timeout"),
     "epsilon inf": Entry(flags="--optim.eps inf", says="optim.eps"),
     "weight decay inf": Entry(flags="--optim.weight-decay inf", says="optim.weight_decay"),

@@ -1,4 +1,4 @@
-"""Charts of the curves of several runs: SVG for a page, or one PNG picture, which needs matplotlib."""
+"""Charts: the curves of several runs as SVG or as one PNG picture (with matplotlib), and plots of plain characters."""
 
 import json
 import math
@@ -218,6 +218,23 @@ def _draw_path(points: list[tuple[int, float]], place: Callable[[float, float], 
         commands.append(f"{'L' if drawing else 'M'}{x:.1f} {y:.1f}" + ("" if drawing else "h0"))
         drawing = True
     return "".join(commands)
+
+
+def draw_text(points: Sequence[tuple[int, float]], high: float, *, rows: int = 6) -> list[str]:
+    """Return a plot of plain characters, with one column for each (step, value).
+
+    The values lie between 0, at the bottom, and `high`, at the top. The last line has the first and the last step.
+    """
+    heights = [round((rows - 1) * value / high) for _, value in points]
+    labels = [format_number(high), *[""] * (rows - 2), "0"]
+    margin = max(map(len, labels))
+    lines = []
+    for row, label in zip(reversed(range(rows)), labels, strict=True):
+        marks = "".join("*" if height == row else " " for height in heights)
+        lines.append(f"{label:>{margin}} |{marks}".rstrip())
+    first, last = f"step {points[0][0]:,}", f"{points[-1][0]:,}" if len(points) > 1 else ""
+    lines.append(f"{'':{margin}}  {first}{last:>{max(len(last) + 1, len(points) - len(first))}}".rstrip())
+    return lines
 
 
 def write_png(path: Path, panels: Sequence[Panel], names: Sequence[str]) -> None:

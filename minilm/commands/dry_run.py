@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from minilm.config import Config
+from minilm.commands.charts import draw_text, format_number
+from minilm.config import Config, Optim
 from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator
@@ -19,7 +20,7 @@ from minilm.distributed.precision import device_peak
 from minilm.distributed.sharding import distribute
 from minilm.models.head import Head
 from minilm.optim.optimizer import build_optimizer
-from minilm.optim.schedule import learning_rate
+from minilm.optim.schedule import count_warmup_steps, find_schedule_problems, learning_rate
 from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
 
@@ -28,6 +29,8 @@ _FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0
 _MOST_STEPS = 1000
 # The probe begins with the step among the first ones, this many, that has the largest micro-batch.
 _SEARCHED_STEPS = 50
+# Columns of the plot of the learning rate. With its margin it fits into a terminal of 80.
+_PLOT_COLUMNS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
             lines += _planned(run)
         if run.accelerator.is_main_process:
             for subject, text in lines:
-                print(f"{subject:<9} {text}", flush=True)
+                print(f"{subject:<9} {text}".replace("\n", f"\n{'':10}"), flush=True)
 
 
 def _data(prepared: PreparedData, plan: Plan) -> str:
@@ -112,6 +115,7 @@ def _planned(run: Session) -> list[tuple[str, str]]:
             f"{total:,} of {config.batch.examples} {plan.unit}: {epochs:.2f} epochs, {tokens:,.0f} tokens, "
             f"{plan.padding_share():.1%} padding",
         ),
+        ("rate", plot_rate(config.optim, total)),
         ("FLOPs", f"{flops:.3g}, {flops / tokens:.3g} a token"),
         (
             "memory",
@@ -125,6 +129,22 @@ def _planned(run: Session) -> list[tuple[str, str]]:
             f"evaluations {evaluations} x {_duration(evaluation)}; start and saving not counted",
         ),
     ]
+
+
+def plot_rate(optim: Optim, total: int) -> str:
+    """Return lines on the learning rate: the first, highest and last rate, a plot, and a warning for a short run."""
+    columns = min(total, _PLOT_COLUMNS)
+    steps = [column * (total - 1) // max(1, columns - 1) for column in range(columns)]
+    points = [(step, learning_rate(optim, step, total)) for step in steps]
+    # Every schedule has its highest rate at the end of the warm-up.
+    top = min(max(1, count_warmup_steps(optim, total)), total) - 1
+    first, high, last = (learning_rate(optim, step, total) for step in (0, top, total - 1))
+    summary = (
+        f"{optim.schedule}: {format_number(first)} at step 0, {format_number(high)} at step {top:,}, "
+        f"{format_number(last)} at step {total - 1:,}"
+    )
+    problems = [f"WARNING: {line}" for line in find_schedule_problems(optim, total)]
+    return "\n".join([summary, *draw_text(points, high), *problems])
 
 
 def _flops(cost: Cost, examples: Examples, rate: float) -> float:

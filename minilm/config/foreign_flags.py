@@ -15,6 +15,7 @@ _LENGTH = "--batch.max-length, in tokens"
 _EVERY = "--run.eval-every, in steps"
 _SAVE = "--run.save-every, in steps"
 _WARMUP = "--optim.warmup: a share of the steps if below 1, else a number of steps"
+_DECAY = "--optim.decay, with --optim.schedule wsd: a share of the steps if below 1, else a number of steps"
 _LAUNCHER = "a flag of the launcher: accelerate launch --multi_gpu --num_processes N recipes/…"
 _CONFIG = "--model.config.FIELD, a field of the Hugging Face configuration"
 _LOGGED = "not needed: log.jsonl in the output folder has one line per step"
@@ -102,6 +103,15 @@ FOREIGN_FLAGS = {
     "lr_scheduler_type": "--optim.schedule",
     "lr_scheduler": "--optim.schedule",
     "decay_lr": "--optim.schedule",
+    "min_lr": "--optim.final-lr, as a share of --optim.lr",
+    "min_lr_ratio": "--optim.final-lr",
+    "min_lr_factor": "--optim.final-lr",
+    "final_lr_frac": "--optim.final-lr",
+    "decay_ratio": _DECAY,
+    "warmdown_ratio": _DECAY,
+    "num_decay_steps": _DECAY,
+    "decay_type": "--optim.decay-shape",
+    "lr_decay_style": "--optim.schedule",
     "warmup_steps": _WARMUP,
     "warmup_ratio": _WARMUP,
     "warmup_iters": _WARMUP,

@@ -258,10 +258,17 @@ class Optim:
 
     lr: float = 5e-4
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay from the peak to zero after the last step. constant: no decay."""
+    schedule: Literal["linear", "cosine", "constant", "wsd", "inverse-sqrt"] = "linear"
+    """Course of the rate after the warm-up. linear, cosine: it decays over all steps. wsd: it is constant and decays at
+    the end. inverse-sqrt: it falls with 1 / sqrt(step). constant: it stays at the peak."""
     warmup: float = 0.06
     """Length of the linear warm-up: a share of all steps if below 1, else a number of steps."""
+    decay: float = 0.2
+    """Length of the decay of wsd: a share of all steps if below 1, else a number of steps."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
+    """Shape of the decay of wsd. 1-sqrt falls fast at first."""
+    final_lr: float = 0.0
+    """Rate at which a decay ends one step after the last, as a share of lr. inverse-sqrt never falls below it."""
     weight_decay: float = 0.01
     """Decoupled weight decay of weight matrices and embeddings. Vectors, biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -277,8 +284,17 @@ class Optim:
     def __post_init__(self) -> None:
         check_choices("optim", self)
         check(0 < self.lr < float("inf"), f"optim.lr must be positive, not {self.lr}")
-        for name in ("warmup", "weight_decay"):
+        for name in ("warmup", "decay", "weight_decay"):
             check(0 <= getattr(self, name) < float("inf"), f"optim.{name} must be 0 or more, not {getattr(self, name)}")
+        check(0 <= self.final_lr <= 1, f"optim.final_lr must lie in [0, 1], not {self.final_lr}")
+        check(
+            self.schedule != "wsd" or max(self.warmup, self.decay) >= 1 or self.warmup + self.decay <= 1,
+            f"optim.decay {self.decay} and optim.warmup {self.warmup} are more than all steps together: lower one",
+        )
+        check(
+            self.schedule != "inverse-sqrt" or self.warmup > 0,
+            "optim.warmup must be above 0 for the schedule inverse-sqrt, whose rates are multiples of its square root",
+        )
         check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
         check(0 < self.layer_decay <= 1, f"optim.layer_decay must lie in (0, 1], not {self.layer_decay}")
         check(0 < self.eps < float("inf"), f"optim.eps must be positive, not {self.eps}")

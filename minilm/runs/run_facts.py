@@ -18,7 +18,7 @@ from minilm.data.special_ids import count_embedding_rows
 from minilm.distributed.hardware import describe
 from minilm.distributed.precision import Peak, Precision
 from minilm.models.head import Head
-from minilm.optim.schedule import count_warmup_steps
+from minilm.optim.schedule import find_schedule_problems
 from minilm.utils.atomic_files import write_atomically
 
 log = logging.getLogger("minilm")
@@ -85,7 +85,7 @@ def write_run_json(folder: Path, config: Config, facts: dict[str, Any]) -> None:
 
 
 def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Log the facts of the run. Warn where the warmup of the learning rate lasts for the whole run."""
+    """Log the facts of the run. Warn where the run is too short for its schedule."""
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
         rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
@@ -104,10 +104,8 @@ def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     log.info(f"output folder: {folder}")
     unit = "rows" if "rows" in facts["train"] else "examples"
     log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
-    if (warmup := count_warmup_steps(config.optim, facts["steps"])) >= facts["steps"]:
-        log.warning(
-            f"optim.warmup is {warmup} steps and the run has {facts['steps']}: the learning rate never reaches optim.lr"
-        )
+    for problem in find_schedule_problems(config.optim, facts["steps"]):
+        log.warning(problem)
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:

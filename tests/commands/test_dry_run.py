@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilm import CausalLM, Config, Data, MaskedLM
+from minilm import CausalLM, Config, Data, MaskedLM, Optim
 from minilm.commands import dry_run as dryrun
-from minilm.commands.dry_run import dry_run
+from minilm.commands.dry_run import dry_run, plot_rate
 from minilm.commands.recipe import run_recipe
 from minilm.data.batch_plan import Plan
 from minilm.distributed.flops import count_flops
@@ -46,7 +46,8 @@ def planned(capsys: pytest.CaptureFixture[str], config: Config, **options: bool)
     """The lines of a dry run by their first words."""
     capsys.readouterr()
     dry_run(config, "test", **options)
-    return {what: said.strip() for what, said in (line.split(" ", 1) for line in capsys.readouterr().out.splitlines())}
+    lines = [line.split(" ", 1) for line in capsys.readouterr().out.splitlines()]
+    return {what: said.strip() for what, said in lines if what}
 
 
 def number(pattern: str, text: str) -> float:
@@ -57,7 +58,7 @@ def number(pattern: str, text: str) -> float:
 
 def test_the_plan_is_that_of_the_run(config, clock, capsys, tmp_path):
     lines = planned(capsys, config)
-    assert list(lines) == ["output", "data", "model", "hardware", "steps", "FLOPs", "memory", "time"]
+    assert list(lines) == ["output", "data", "model", "hardware", "steps", "rate", "FLOPs", "memory", "time"]
     assert not (tmp_path / "out").exists()
     train(config)
     steps, evaluations = read_log(tmp_path / "out")
@@ -100,6 +101,27 @@ def test_a_step_that_does_not_fit_is_one_line(config, monkeypatch):
     monkeypatch.setattr(dryrun, "train_step", fail)
     with pytest.raises(ValueError, match=r"lower batch\.micro_tokens, now 40"):
         dry_run(config, "test")
+
+
+def test_the_plot_of_the_rate_has_a_mark_where_the_rate_is():
+    optim = Optim(lr=2e-3, schedule="wsd", warmup=20, decay=40, decay_shape="linear", final_lr=0.5)
+    summary, *rows, axis = plot_rate(optim, 120).splitlines()
+    assert summary == "wsd: 0.0001 at step 0, 0.002 at step 19, 0.001025 at step 119"
+    assert [row.partition("|")[0].strip() for row in rows] == ["0.002", "", "", "", "", "0"]
+    for column in range(60):
+        step = column * 119 // 59
+        share = (step + 1) / 20 if step < 20 else min(1, 1 - (step - 80) / 80)
+        marked = [row for row, line in enumerate(reversed(rows)) if line.partition("|")[2][column : column + 1] == "*"]
+        assert marked == [round(5 * share)]
+    assert axis.split() == ["step", "0", "119"]
+    assert axis.index("step") == rows[0].index("|") + 1
+    assert len(axis) == rows[0].index("|") + 61
+
+
+def test_the_plot_says_where_the_run_is_too_short_for_its_schedule():
+    *_, warning = plot_rate(Optim(lr=1e-3, warmup=8), 4).splitlines()
+    assert warning == "WARNING: optim.warmup is 8 steps and the run has 4: the learning rate never reaches optim.lr"
+    assert plot_rate(Optim(warmup=0), 1).splitlines()[-1].split() == ["step", "0"]
 
 
 @pytest.mark.parametrize("own", [False, True])

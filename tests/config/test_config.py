@@ -41,10 +41,15 @@ BAD = [
     ("batch.micro_tokens", 0),
     ("batch.workers", -1),
     *(("optim.lr", value) for value in (0, -1, NAN, INFINITY)),
-    *((f"optim.{name}", value) for name in ("warmup", "weight_decay", "max_grad_norm") for value in (-1e-9, NAN)),
+    *(
+        (f"optim.{name}", value)
+        for name in ("warmup", "decay", "final_lr", "weight_decay", "max_grad_norm")
+        for value in (-1e-9, NAN)
+    ),
+    ("optim.final_lr", 1.01),
     *(("optim.betas", value) for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9))),
     *(("optim.eps", value) for value in (0, -1e-8, INFINITY)),
-    *((f"optim.{name}", INFINITY) for name in ("warmup", "weight_decay")),
+    *((f"optim.{name}", INFINITY) for name in ("warmup", "decay", "weight_decay")),
     *(("run.epochs", value) for value in (0, -1, NAN, INFINITY)),
     ("run.max_steps", 0),
     ("run.eval_every", 0),
@@ -74,7 +79,8 @@ EDGES = [
     ("batch.micro_tokens", 1),
     ("batch.workers", 0),
     ("optim.betas", (0.0, 0.0)),
-    *((f"optim.{name}", 0) for name in ("warmup", "weight_decay", "max_grad_norm")),
+    *((f"optim.{name}", 0) for name in ("warmup", "decay", "weight_decay", "max_grad_norm")),
+    *(("optim.final_lr", value) for value in (0, 1)),
     ("run.seed", 2**63 - 1),
     *((flag, choice) for flag in CHOICES for choice in typing.get_args(FIELDS[flag].type)),
 ]

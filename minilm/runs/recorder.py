@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from minilm.config import Config
+from minilm.config.serialization import flatten_settings, to_dict
 from minilm.data.batch_plan import Ids, Plan
 from minilm.data.corpus import PreparedData
 from minilm.distributed.hardware import peak_memory
@@ -231,9 +232,10 @@ def start_recorder(
     peak = device_peak(accelerator.device, precision.name)
     facts = collect_run_facts(accelerator, head, plan, prepared, total_steps, precision, peak)
     if main:
-        write_run_json(folder, config, facts)
+        settings = to_dict(config)
+        write_run_json(folder, settings, config.data, facts)
         log_run_facts(folder, config, facts)
-        start_trackers(accelerator, config, folder, progress.step)
+        start_trackers(accelerator, config.run.trackers, flatten_settings(settings), folder, progress.step)
     recorder = Recorder(
         folder,
         accelerator.log,

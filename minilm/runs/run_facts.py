@@ -9,8 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from minilm.config import Config
-from minilm.config.serialization import to_dict
+from minilm.config import Config, Data
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.sources import fingerprint_sources
@@ -71,14 +70,17 @@ def _unknown_share(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> fl
     return float(examples.count_ids(count_embedding_rows(tokenizer))[tokenizer.unk_token_id] / len(examples.ids))
 
 
-def write_run_json(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Write the configuration and the facts of the run to `run.json`, which `--from-run` reads."""
+def write_run_json(folder: Path, settings: dict[str, Any], data: Data, facts: dict[str, Any]) -> None:
+    """Write the settings and the facts of the run to `run.json`, which `--from-run` reads.
+
+    settings: the configuration, in the form of `minilm.config.serialization.to_dict`. data: the sources to fingerprint.
+    """
     # An earlier run in this folder may have left its results, or this run did before it was resumed.
     (folder / RESULTS).unlink(missing_ok=True)
     content = {
-        "config": to_dict(config),
+        "config": settings,
         **facts,
-        "sources": fingerprint_sources(config.data),
+        "sources": fingerprint_sources(data),
         "versions": library_versions(),
     }
     write_atomically(folder / "run.json", json.dumps(content, indent=2) + "\n")

@@ -13,14 +13,13 @@ import queue
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from minilm.config import Config
-from minilm.config.serialization import flatten_settings, to_dict
 from minilm.utils.atomic_files import write_atomically
 
 log = logging.getLogger("minilm")
@@ -30,20 +29,24 @@ _PATIENCE_SECONDS = 120.0  # how long all trackers together may take to start, a
 _BACKLOG_LINES = 10_000  # a tracker that is further behind is dropped
 
 
-def start_trackers(accelerator: Accelerator, config: Config, folder: Path, step: int) -> None:
-    """Start the trackers of `run.trackers` and add them to the accelerator's, for `accelerator.log`.
+def start_trackers(
+    accelerator: Accelerator, names: Sequence[str], settings: dict[str, Any], folder: Path, step: int
+) -> None:
+    """Start the trackers of `run.trackers`, `names`, and add them to the accelerator's, for `accelerator.log`.
 
     The main process calls it. `trackers.json` names the run in each tracker, and a run that is resumed after `step`
     continues that one. If a tracker is not installed or does not start, a warning says so, and the run goes on
     without it.
+
+    settings: the settings to show, by `group.name`.
     """
     runs = _read_runs(folder / RUNS) if step else {}
     feeds = []
-    for name in dict.fromkeys(config.run.trackers):
+    for name in dict.fromkeys(names):
         if importlib.util.find_spec(name) is None:
             log.warning(f"run.trackers {name} is not installed, and the run goes on without it: pip install {name}")
             continue
-        feeds.append(_Feed(name, folder, runs.get(name), flatten_settings(to_dict(config)), step))
+        feeds.append(_Feed(name, folder, runs.get(name), settings, step))
     end = time.monotonic() + _PATIENCE_SECONDS
     runs |= {feed.name: feed.run for feed in feeds if feed.wait_for_start(end)}
     if runs:
@@ -70,7 +73,7 @@ def _read_runs(path: Path) -> dict[str, str]:
 class _Feed:
     """A tracker with accelerate's interface. One thread makes all calls of the real tracker.
 
-    run: the name or id of the resumed run in the tracker; None starts a new run. settings: the configuration to show.
+    run: the name or id of the resumed run in the tracker; None starts a new run. settings: the settings to show.
     """
 
     def __init__(self, name: str, folder: Path, run: str | None, settings: dict[str, Any], step: int) -> None:

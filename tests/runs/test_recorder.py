@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 
 from minilm.config import Classification, Config, Data, MaskedLM, Model, Optim, Run
-from minilm.config.serialization import read_run_config
+from minilm.config.serialization import read_run_config, to_dict
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
 from minilm.distributed.precision import Peak, Precision
@@ -275,7 +275,7 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     (tmp_path / "a.txt").write_text("words")
     data, run = Data(source=str(tmp_path / "a.txt")), Run(output_dir=str(tmp_path), samples=("A [MASK].",))
     config = Config(data=data, objective=MaskedLM(rate=0.3), run=run)
-    write_run_json(tmp_path, config, facts)
+    write_run_json(tmp_path, to_dict(config), config.data, facts)
     log_run_facts(tmp_path, config, facts)
     content = json.loads((tmp_path / "run.json").read_text())
     assert [file["bytes"] for file in content["sources"][data.source]] == [5]
@@ -288,10 +288,10 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
 
 def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, facts, caplog):
     with caplog.at_level("INFO", logger="minilm"):
-        write_run_json(tmp_path, Config(optim=Optim(warmup=6)), facts)
+        write_run_json(tmp_path, to_dict(Config(optim=Optim(warmup=6))), Data(), facts)
         log_run_facts(tmp_path, Config(optim=Optim(warmup=6)), facts)
         assert not [line for line in caplog.messages if "warmup" in line]
-        write_run_json(tmp_path, Config(optim=Optim(warmup=7)), facts)
+        write_run_json(tmp_path, to_dict(Config(optim=Optim(warmup=7))), Data(), facts)
         log_run_facts(tmp_path, Config(optim=Optim(warmup=7)), facts)
     assert "train: 3 examples, 15 tokens, 6.67% of them unknown to the tokenizer" in caplog.messages
     assert caplog.messages[-1] == "optim.warmup is 7 steps and the run has 7: the learning rate never reaches optim.lr"
@@ -299,7 +299,7 @@ def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, fact
 
 def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):
     write_results(tmp_path, FIGURES)
-    write_run_json(tmp_path, Config(), facts)
+    write_run_json(tmp_path, to_dict(Config()), Data(), facts)
     log_run_facts(tmp_path, Config(), facts)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 

@@ -181,7 +181,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
 def feed(place: Path, *names: str, steps: int = 4, after: int = 0) -> None:
     """Open these trackers, log so many steps, and finish."""
     accelerator = SimpleNamespace(trackers=[])
-    start_trackers(accelerator, Config(run=Run(trackers=names)), place, after)
+    start_trackers(accelerator, names, {"run.seed": 0}, place, after)
     for step in range(1, steps + 1):
         for tracker in accelerator.trackers:
             tracker.log({"train/loss": 1.0}, step=step)

@@ -2,12 +2,14 @@
 
     python benchmarks/checkpointing.py
 
-Masked LM on full blocks of Python's documentation, one process, with a RoBERTa whose checkpoint (weights and two
-moments) is about 500 MB. Every step is minilm's train_step and every save its saver's, which writes and takes sums
-while the next steps run; a block with a save ends when that is on disk. An overhead is that of a block over the one
-before or after it without a save. The checkpoints go to the folder for temporary files (TMPDIR): its disk decides.
-A few saves come first that are not counted: a virtual machine whose memory was never used spends most of a save on
-getting that memory from its host, once (1.7 s of a processor for such a save, 0.65 s for those after it).
+The job is a masked LM on full blocks of Python's documentation, in one process. The model is a RoBERTa whose checkpoint
+(weights and two moments) has about 500 MB. The steps are those of `train_step`, and `CheckpointSaver` writes the
+checkpoints, as in a run: it writes and hashes during the next steps. A block with a checkpoint ends when that is on
+disk. The overhead compares each such block with a block without a checkpoint beside it. The checkpoints go to the
+folder for temporary files (TMPDIR), so the figures depend on its disk.
+
+A few saves come first and do not count. If a virtual machine has never used its memory, the first saves spend most of
+their time on getting that memory from the host (1.7 s of processor time for such a save, 0.65 s for a later one).
 """
 
 import argparse
@@ -58,7 +60,7 @@ class Block:
     """Seconds from the end of the steps until the checkpoint was on disk."""
 
 
-def saver_of(parts: Parts) -> CheckpointSaver:
+def build_saver(parts: Parts) -> CheckpointSaver:
     """Return the saver of a run's checkpoints, and print their size."""
     config, network = parts.config, parts.network
     size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
@@ -69,7 +71,7 @@ def saver_of(parts: Parts) -> CheckpointSaver:
     return CheckpointSaver(folder, network, parts.optimizer, tokenizer, config, {}, enabled=True)
 
 
-def block(steps: Iterator[tuple[int, TurnResult]], saver: CheckpointSaver | None) -> Block:
+def run_block(steps: Iterator[tuple[int, TurnResult]], saver: CheckpointSaver | None) -> Block:
     """Take the steps of a block, and save a checkpoint if there is a saver."""
     begin = time.perf_counter()
     (number, _), copying = next(steps), 0.0
@@ -89,13 +91,13 @@ def block(steps: Iterator[tuple[int, TurnResult]], saver: CheckpointSaver | None
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="40 steps in place of 200; half of them with saving")
+    parser.add_argument("--quick", action="store_true", help="take 40 steps in place of 200, half of them with saving")
     options = parser.parse_args()
     pairs = 1 if options.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         config = replace(CONFIG, run=replace(CONFIG.run, output_dir=folder))
         parts = build_parts(config)
-        saver, steps = saver_of(parts), enumerate(take_turns(parts, WARM_UP + 2 * pairs * EVERY), start=1)
+        saver, steps = build_saver(parts), enumerate(take_turns(parts, WARM_UP + 2 * pairs * EVERY), start=1)
         for _ in range(WARM_UP):
             next(steps)
         for number in range(WARM_UP_SAVES):
@@ -105,7 +107,7 @@ def main() -> None:
         plain: list[Block] = []
         for pair in range(pairs):
             for with_saving in (True, False) if pair % 2 else (False, True):
-                (saving if with_saving else plain).append(block(steps, saver if with_saving else None))
+                (saving if with_saving else plain).append(run_block(steps, saver if with_saving else None))
     overheads = [100 * (a.seconds / b.seconds - 1) for a, b in zip(saving, plain, strict=True)]
     step = statistics.median(b.seconds for b in plain) / EVERY
     copying = statistics.median(b.copying for b in saving)

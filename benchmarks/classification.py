@@ -1,14 +1,15 @@
-"""minilm beside HF Trainer on a classification, to the end: accuracy, F1 and the time of training, seed by seed.
+"""Compare minilm with HF Trainer on a whole classification: accuracy, F1 and training time, for several seeds.
 
     python benchmarks/classification.py MODEL --data.source mrpc_train.tsv --data.eval-source mrpc_validation.tsv \
         --data.column sentence1 --data.pair-column sentence2 --data.label-column label
 
-The settings are those of recipes/classify.py, whose flags are taken too. Trainer gets the same batches, learning rate,
-schedule, warm-up, betas, weight decay, clipping and seed, the same weights to start with, its own collator (padding to
-the longest) and fused AdamW: what differs are the draws of dropout, and that its warm-up is a step behind. The two runs
-of a seed are processes of their own that work at the same time, each on half of the processors, so that whatever else
-slows the machine slows both. Both models are evaluated by minilm on the same examples; the time is that of the training
-steps alone. Results go to benchmarks/results as JSON.
+The settings are those of recipes/classify.py, and its flags change them. Trainer gets the same batches, learning rate,
+schedule, warm-up, betas, weight decay, clipping, seed and initial weights. It uses its own collator (padding to the
+longest row) and fused AdamW. Two differences remain: the dropout masks, and Trainer's warm-up, which is one step late.
+
+The two runs of a seed are separate processes. They run at the same time, each on half of the processors, so that other
+programs slow both alike. minilm evaluates both models on the same examples. The time is that of the training steps
+alone. Results go to benchmarks/results as JSON.
 """
 
 import argparse
@@ -113,14 +114,16 @@ def by_trainer(config: Config) -> dict[str, float]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], epilog="and the recipe's flags")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], epilog="The flags of recipes/classify.py work too."
+    )
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of the model to fine-tune")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
     options, rest = parser.parse_known_args()
     config = parse_flags(replace(CONFIG, model=Model(name=options.model)), arguments=rest)
     for part, name in (("optim", "layer_decay"), ("objective", "label_smoothing"), ("batch", "micro_tokens")):
         if getattr(getattr(config, part), name) != getattr(getattr(CONFIG, part), name):
-            parser.error(f"{part}.{name} is not taken here: Trainer's side does not have it")
+            parser.error(f"{part}.{name} has no counterpart in Trainer: leave it out")
     results: dict[str, list[dict[str, float]]] = {"HF Trainer": [], "minilm": []}
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_processors() // 2))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -133,7 +136,7 @@ def main() -> None:
                 figures = side.get()
                 results[name].append({key: figures[key] for key in FIGURES})
                 print(f"seed {seed}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-            # Processes that are stopped would warn of what they leave behind, so let both end.
+            # Let both processes end by themselves. Terminated ones would warn of resources that they did not free.
             pool.close()
             pool.join()
     hardware = describe(torch.device("cpu"))

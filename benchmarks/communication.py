@@ -1,10 +1,10 @@
-"""What synchronisation costs a step: a model on paper, not a measurement. docs/network_costs.md explains it.
+"""Predict what communication costs a step. This is a model, not a measurement; docs/network_costs.md explains it.
 
     python benchmarks/communication.py
     python benchmarks/communication.py --measure
 
-The first prints the table of that page. `--measure` times an all-reduce between two CPU processes here (gloo), and puts
-what the model makes of it beside what benchmarks/scaling.py measures with two processes.
+The first command prints the table of that page. `--measure` also times an all-reduce (gloo) between two CPU processes
+of this machine, and compares the model's prediction with what benchmarks/scaling.py measures with two processes.
 """
 
 import argparse
@@ -20,7 +20,8 @@ RATE = 0.4 * 989e12  # FLOP/s: assumed, 40% of an H200's bf16 peak
 NVLINK = 400e9  # bytes/s: assumed bus bandwidth of an all-reduce inside a host
 NETWORKS = {f"{bits} Gb/s": bits * 1e9 / 8 for bits in (25, 100, 400)}  # bytes/s of a host
 MICRO_TOKENS = 16384
-# 12 layers, 768 wide. Parameters; FLOPs of a token, forward and backward (layers, attention, head); tokens of a step.
+# Both models have 12 layers and a width of 768. For each: the parameters, the FLOPs of a token in forward and backward
+# (layers, attention, head), and the tokens of a step.
 LAYERS, WIDTH = 12, 768
 MODELS = {
     "BERT-base": (110e6, 72 * LAYERS * WIDTH**2 + 12 * LAYERS * WIDTH * 128 + 0.15 * 6 * WIDTH * 30522, 1024 * 128),
@@ -34,7 +35,7 @@ def all_reduce(parameters: float, processes: int, bandwidth: float) -> float:
 
 
 def step_time(compute: float, communication: float, micro_batches: int = 1) -> float:
-    """Return the seconds of a step. The last micro-batch's backward, two thirds of its time, hides communication."""
+    """Return the seconds of a step. The last backward, two thirds of a micro-batch's time, hides communication."""
     return max(compute, compute - 2 / 3 * compute / micro_batches + communication)
 
 
@@ -53,8 +54,8 @@ def table() -> list[str]:
     columns = " | ".join(f"{name}: compute | all-reduce | step | of ideal" for name in MODELS)
     lines = [f"| | slowest link | {columns} |", "|---|---|" + "---:|" * 8]
     for place, processes, link, bandwidth in places:
-        found = [predict(name, processes, bandwidth) for name in MODELS]
-        cells = [f"{1e3 * c:.1f} ms | {1e3 * r:.1f} ms | {1e3 * s:.1f} ms | {c / s:.0%}" for c, r, s in found]
+        predictions = [predict(name, processes, bandwidth) for name in MODELS]
+        cells = [f"{1e3 * c:.1f} ms | {1e3 * r:.1f} ms | {1e3 * s:.1f} ms | {c / s:.0%}" for c, r, s in predictions]
         lines.append(f"| {place} | {link} | {' | '.join(cells)} |")
     for name in MODELS:
         words = []
@@ -68,7 +69,7 @@ def table() -> list[str]:
 
 
 def time_all_reduce(rank: int, address: str, parameters: int, times: int = 10) -> float:
-    """Return the median seconds of an all-reduce of so many float32 numbers, as one of two processes at `address`."""
+    """Return the median seconds of an all-reduce of `parameters` float32 numbers between two processes at `address`."""
     import torch
     import torch.distributed as dist
 
@@ -103,7 +104,7 @@ def measure() -> None:
     print(f"all-reduce of {parameters / 1e6:.1f} M numbers: {seconds:.3f} s, {4e-9 * parameters / seconds:.2f} GB/s")
     machine = report.describe_machine()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = folder  # for the processes that are launched
+        os.environ["HF_HOME"] = folder  # the launched processes read it
         one, two = (scaling.run_launched(processes, machine) for processes in (1, 2))
     alone = statistics.median(turn.seconds for turn in one)
     speedup = alone / step_time(alone / 2, seconds)
@@ -114,7 +115,7 @@ def measure() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="beside two processes of this machine")
+    parser.add_argument("--measure", action="store_true", help="compare with two processes of this machine")
     if parser.parse_args().measure:
         measure()
     else:

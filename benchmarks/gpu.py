@@ -1,21 +1,22 @@
-"""minilm beside HF Trainer on a GPU: BERT-base at 128 and at 512 tokens, and GPT-2 (124 M) at 1,024.
+"""Compare minilm with HF Trainer on a GPU: BERT-base at 128 and at 512 tokens, and GPT-2 (124 M) at 1,024 tokens.
 
     python benchmarks/gpu.py
 
-Models from scratch by their published shapes, without dropout, in bf16 by autocast; no download. The documents are made
-up (synthetic.py), with log-normal lengths cut off at the model's: for BERT a median of 45 and of 140 words; GPT-2 gets
-full blocks. On a GPU with less than 120 GB a step has half of the examples, for Trainer to have room.
+The models have their published shapes and random weights, no dropout, and train in bf16 by autocast. Nothing is
+downloaded. synthetic.py makes up the documents. Their lengths are log-normal and cut off at the model's length; BERT's
+have a median of 45 words at 128 tokens and of 140 words at 512 tokens. GPT-2 gets full blocks. On a GPU with less than
+120 GB, a step has half of the examples, so that Trainer has room.
 
-Each side runs in a process of its own on the first GPU and takes ten steps at its turn, which end with the GPU's last
-kernel, after two that do not count, in which it asks for its memory again; nor does the first turn of each count.
-Trainer runs as in throughput.py: on minilm's batches, masked beforehand, with its defaults; and with
-`group_by_length`. minilm runs with its defaults, and with `run.compile`. At the end, BERT-base at 128 tokens has
-Trainer with `torch_compile` beside that. All have four loader workers. Memory is the most that the tensors of a side
-took.
+Each side runs in its own process on the first GPU, and the sides take turns. A turn has two steps that do not count, in
+which the side allocates its memory again, and then ten steps that count. It ends with the GPU's last kernel. The first
+turn of each side does not count. Trainer runs as in throughput.py: with its defaults, on minilm's batches, which are
+masked in advance, and with `group_by_length`. minilm runs with its defaults and with `run.compile`. The last job
+compares that with Trainer's `torch_compile`, for BERT-base at 128 tokens. All sides have four loader workers. The
+memory is the most that the tensors of a side took.
 
-MFU counts what the documents need without padding and with a head at the targets alone, against the datasheet. For
-BERT-base at 128 tokens, the aim on an H200 is 725,000 tokens per second. Results go to benchmarks/results, as JSON
-and as a plot (`pip install -e ".[report]"`).
+MFU counts the FLOPs that the documents need without padding and with a head at the targets alone, relative to the
+datasheet. For BERT-base at 128 tokens, the goal on an H200 is 725,000 tokens per second. Results go to
+benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse
@@ -35,8 +36,8 @@ from throughput import measure, with_examples
 
 from minilm.config import Batch, CausalLM, Config, MaskedLM, Model, Optim
 
-LARGE = 120e9  # bytes of a GPU that has room for all of a step's examples with Trainer
-TARGET = 725_000  # real tokens per second of BERT-base at 128 tokens: the aim on an H200
+LARGE = 120e9  # bytes; a GPU with this much memory has room for all examples of Trainer's step
+TARGET = 725_000  # real tokens per second: the goal for BERT-base at 128 tokens on an H200
 OPTIM = Optim(lr=1e-4, warmup=0)
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": 30522}
 GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": 50257}
@@ -87,7 +88,8 @@ def contenders_of(job: Job, folder: Path, steps: int) -> list[Contender]:
     """Return Trainer with default and best settings and minilm, plain and compiled, with documents for these steps."""
     batch = job.config.batch
     blocks = batch.layout == "blocks"
-    words = batch.max_length if blocks else job.median  # of an example; the mean of a document is above its median
+    # The words of an example. The mean length of a document is above the median.
+    words = batch.max_length if blocks else job.median
     documents = round(1.1 * steps * batch.examples * words / job.median)
     data, tokens = write_corpus(
         folder, documents, vocabulary=job.vocabulary, median=job.median, sigma=job.sigma, causal=job.causal
@@ -116,7 +118,7 @@ def main() -> None:
     """Measure as the command line asks. Without a GPU, the program ends with status 2."""
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs a CUDA GPU, and torch finds none here", file=sys.stderr)
+        print("benchmarks/gpu.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
         sys.exit(2)
     machine = replace(report.describe_machine(), precision="bf16")
     small = torch.cuda.get_device_properties(0).total_memory < LARGE
@@ -128,7 +130,7 @@ def main() -> None:
             rows += measure(name, contenders_of(job, Path(folder), rounds.steps), rounds, machine)
         report.write("gpu", machine, {"rows": rows}, partial(draw, rows=rows), (9, 0.5 * len(rows) + 1.2))
     ours = max(row["tokens_per_second"] for row in rows if row["ours"] and row["workload"] == next(iter(JOBS)))
-    print(f"\nminilm at 128 tokens: {ours:,.0f} tokens/s, {ours / TARGET:.0%} of the {TARGET:,} aimed at on an H200")
+    print(f"\nminilm at 128 tokens: {ours:,.0f} tokens/s, {ours / TARGET:.0%} of the goal on an H200, {TARGET:,}")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class Turns(TrainerCallback):
         self.connection.send(taken)
         self._wait()
 
-    def saw(self, mask_RxL: Tensor, loss: Tensor) -> None:
+    def record(self, mask_RxL: Tensor, loss: Tensor) -> None:
         """Record the batch and the loss of a step. They stay on their device."""
         self.lengths.append(mask_RxL.sum(-1))
         self.padded += mask_RxL.numel()
@@ -188,7 +188,7 @@ class TurnTrainer(OrderedTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return Trainer's own loss, and record it."""
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        self.turns.saw(inputs["attention_mask"], loss)
+        self.turns.record(inputs["attention_mask"], loss)
         return loss
 
 
@@ -218,7 +218,7 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
         "optim": "adamw_torch_fused",
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
+        "use_cpu": not torch.accelerator.is_available(),  # without this, Trainer refuses bf16 on a CPU
         "save_strategy": "no",
         "report_to": "none",
     }
@@ -230,8 +230,8 @@ def run_trainer(task: Task, grouping: str = "", *, compiled: bool = False, atten
     grouping: Trainer's sampling strategy; by default it takes minilm's examples in their order. compiled: use
         `torch_compile`. attention: the name of an attention of transformers, or `auto` for the default of transformers.
 
-    The time includes loading and padding. An exception are the examples of a language model in minilm's order: they are
-    masked and padded in advance, since their masks must be minilm's.
+    The time includes loading and padding. The one exception is a language model that takes minilm's examples in their
+    order: their masks must be minilm's, so they are masked and padded in advance.
     """
     config = replace(task.config, model=replace(task.config.model, attention=attention))
     prepared = prepare_data(config)

@@ -2,31 +2,32 @@
 
     python benchmarks/ladder.py
 
-Masked LM on documents of different lengths: the RoBERTa of throughput.py (6 layers, 384 wide, vocabulary 16,384), steps
-of 64 documents of at most 128 tokens (1,024 on a GPU). Each rung is a process of its own, takes a step at its turn by
-minilm's train_step, and has all that the rungs above it in the table have:
+The job is a masked LM on documents of different lengths. The model is the RoBERTa of throughput.py (6 layers, width
+384, vocabulary 16,384). A step has 64 documents of at most 128 tokens (1,024 documents on a GPU). Each rung runs
+`train_step` in its own process, and the rungs take turns, one step each. A rung has all optimisations of the rungs
+above it in the table:
 
-- plain: four random micro-batches, padded to their longest; the head and the loss at every token; torch's AdamW as it
-  comes.
-- sorted micro-batches: the same step, cut by length into as many as do not hold more than those could.
-- head at the targets; last layer at the targets (what follows its attention); loss in parts (no batch has all its
-  logits in memory).
+- plain: four random micro-batches, padded to their longest row; the head and the loss at every token; torch's AdamW
+  with its defaults.
+- sorted micro-batches: the same step is cut by length into micro-batches that hold no more tokens than those.
+- head at the targets; last layer at the targets (the part after its attention); loss in parts (the logits of a batch
+  are never in memory all at once).
 - packing: no padding, and attention inside each document.
-- attention in bins: documents of at most 128 tokens share bins; there plain matrix products attend on CPUs, in place of
-  the fused kernel.
-- fused AdamW, which clips the gradient too; on CPUs, freed memory kept by the process, and the memory in huge pages; in
-  fp32, few of oneDNN's kernels kept.
-- group=epoch: documents of one length a step, which is another step: its loss is not that of the others.
+- attention in bins: documents of at most 128 tokens share bins. On CPUs, plain matrix products compute their attention
+  in place of the fused kernel.
+- fused AdamW, which also clips the gradient. On CPUs: freed memory kept by the process, then memory in huge pages. In
+  fp32: few of oneDNN's kernels kept.
+- group=epoch: each step has documents of similar length. These are other steps, so their losses do not compare.
 
-The first ratio is to the plain loop, in the same round; the gain is to the rung before. Further tables have minilm
-without and with what that model makes no use of:
+The first ratio compares a rung with the plain loop in the same round, and the gain compares it with the rung above.
+Further tables compare minilm without and with an optimisation that this model does not use:
 
-- on CPUs, dropout 0.1 by torch's masks and by minilm's own, whose losses differ by chance;
+- on CPUs, dropout 0.1 with torch's masks and with minilm's own, whose losses differ by chance;
 - on CPUs, GELU of half of a product and of a copy of that half, in the model of recipes/mlm_pydocs.py;
 - rotary embeddings by transformers' code and by minilm's, in the same model;
-- GPT-2's GELU as transformers writes it out and by torch, in the causal LM of throughput.py on full blocks;
-- attention with a window (128 tokens, in two of three layers) as a whole and in chunks, in a ModernBERT as large as the
-  RoBERTa, on full blocks of 1,024 tokens.
+- GPT-2's GELU step by step, as in transformers, and as one operation, in the causal LM of throughput.py on full blocks;
+- attention with a window (128 tokens, in two of three layers) on whole rows and in chunks, in a ModernBERT as large as
+  the RoBERTa, on full blocks of 1,024 tokens.
 
 Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
@@ -78,12 +79,12 @@ EPOCH = "group=epoch"
 RUNGS = (PLAIN, SORTED, SPARSE, SHORT, FUSED_LOSS, PACKED, BINS, FUSED, MEMORY, HUGE, KERNELS, EPOCH)
 ON_CPUS, IN_FP32 = (BINS, MEMORY, HUGE, KERNELS), (KERNELS,)
 TORCH_MASKS, OWN_MASKS = "dropout by torch's masks", "dropout by minilm's masks"
-TORCH_TURN, OWN_TURN = "rotary by transformers", "rotary by minilm"
+TORCH_ROTARY, OWN_ROTARY = "rotary by transformers", "rotary by minilm"
 HALF_GELU, COPIED_GELU = "GELU of a half", "GELU of a copy of it"
 LONG_GELU, OWN_GELU = "GELU written out", "GELU in one pass"
 WHOLE, CHUNKS = "window on whole rows", "window in chunks"
 APART = {EPOCH: "other steps", OWN_MASKS: "other masks"}
-# At a rate at which the rounding of bf16 stays small for some hundred steps.
+# At this learning rate, the rounding of bf16 stays small for some hundred steps.
 SMALL = replace(PYDOCS, optim=replace(PYDOCS.optim, lr=1e-4))
 PARTS = 4  # micro-batches of the plain loop's step
 
@@ -167,11 +168,13 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if EPOCH in rungs:
         config = replace(config, batch=replace(config.batch, group="epoch"))
-    if BINS not in rungs and not torch.cuda.is_available():  # where it is no rung
+    # On a GPU this is not a rung.
+    if BINS not in rungs and not torch.cuda.is_available():
         minilm.data.packing.SHORT_ROW_TOKENS = 0
-        setattr(minilm.models.attention, "_products_are_faster", lambda group, query: False)  # noqa: B010 (it is not theirs to export)
+        setattr(minilm.models.attention, "_products_are_faster", lambda group, query: False)  # noqa: B010 - mypy refuses an assignment to a name that is not exported
     if MEMORY not in rungs:
-        os.environ.setdefault("MALLOC_ARENA_MAX", "8")  # then minilm leaves the memory to the C library
+        # With any such variable, minilm leaves the memory to the C library.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "8")
     if HUGE not in rungs:
         setattr(minilm.distributed.hardware, "_memory_is_rationed", lambda: True)  # noqa: B010
     if KERNELS not in rungs:
@@ -190,16 +193,17 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
 def run_rung(task: Task, rungs: tuple[str, ...]) -> None:
     """Run minilm with the optimisations of these rungs."""
     parts = parts_of(task.config, rungs)
-    serve_turns(task, parts if FUSED_LOSS in rungs else replace(parts, work=None))  # MFU is that of minilm's count
+    # The MFU of the first rungs uses the FLOPs that minilm counts.
+    serve_turns(task, parts if FUSED_LOSS in rungs else replace(parts, work=None))
 
 
 def without(task: Task, name: str) -> None:
     """Run minilm without the optimisation that `name` names."""
-    # Not by assignment: the modules do not export these names.
+    # mypy refuses an assignment to these names, because the modules do not export them.
     if name == TORCH_MASKS:
         del minilm.models.fast_modules.FAST_MODULES[nn.Dropout]
         setattr(minilm.models.attention, "fast_dropout", F.dropout)  # noqa: B010
-    if name == TORCH_TURN:
+    if name == TORCH_ROTARY:
         setattr(minilm.models.fast_modules, "install_fast_rotary", lambda model: None)  # noqa: B010
     if name == HALF_GELU:
         del minilm.models.fast_modules.FAST_MODULES[GELUActivation]
@@ -217,7 +221,7 @@ def with_dropout(config: Config) -> Config:
 
 
 def with_window(config: Config) -> Config:
-    """Return a ModernBERT of that size on full blocks of 1,024 tokens, with at most as many tokens per step."""
+    """Return a ModernBERT of the same size on full blocks of 1,024 tokens, with at most as many tokens per step."""
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     fields = {name: config.model.config[name] for name in sizes}
     fields |= {"intermediate_size": 576, "local_attention": 128}
@@ -250,8 +254,8 @@ def rows_of(rungs: tuple[str, ...], taken: list[list[TurnResult]], machine: repo
             report.compute_ratios(turns, taken[max(0, number - 1)]),
         )
         apart = None if name in APART else report.compute_loss_difference(turns, taken[0])
-        said = APART[name] if apart is None else f"{apart:.1e}"
-        print(f"{report.line(name, figures)}   {report.spread(gain):<20}  {said}")
+        cell = APART[name] if apart is None else f"{apart:.1e}"
+        print(f"{report.line(name, figures)}   {report.spread(gain):<20}  {cell}")
         label = name if number == 0 else f"+ {name}"
         rows.append(
             {"name": name, "label": label, "ours": number > 0, **figures, "gain": gain, "loss_difference": apart}
@@ -262,7 +266,7 @@ def rows_of(rungs: tuple[str, ...], taken: list[list[TurnResult]], machine: repo
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="3 rounds in place of 9")
+    parser.add_argument("--quick", action="store_true", help="take 3 rounds in place of 9")
     options = parser.parse_args()
     machine = report.describe_machine()
     cuda = machine.device.type == "cuda"
@@ -274,14 +278,14 @@ def main() -> None:
     config = replace(MASKED, batch=batch)
     rows = rows_of(rungs, compare(contenders_of(config, rungs), machine.precision, rounds), machine)
     pairs = {
-        (TORCH_TURN, OWN_TURN): SMALL,
+        (TORCH_ROTARY, OWN_ROTARY): SMALL,
         (LONG_GELU, OWN_GELU): in_blocks(CAUSAL),
         (WHOLE, CHUNKS): with_window(config),
     }
     if not cuda:
         pairs = {(TORCH_MASKS, OWN_MASKS): with_dropout(config), (HALF_GELU, COPIED_GELU): SMALL, **pairs}
     for names, own in pairs.items():
-        # Steps of a small model are short beside what it takes to get going again after another's turn.
+        # The steps of a small model are short, and the first ones after another process's turn are slow.
         turns = replace(rounds, block=20) if own is SMALL else rounds
         rows += rows_of(names, compare(pair_of(names, own), machine.precision, turns), machine)
 

@@ -1,19 +1,20 @@
-"""Time to a held-out loss: how long minilm takes to reach the loss of HF Trainer.
+"""Measure the time to a held-out loss: how long minilm takes to reach the loss of HF Trainer.
 
     python benchmarks/quality.py
 
-Two jobs. Each side runs in a process of its own and takes turns of some steps, after each of which it is evaluated by
-minilm's exact evaluation. The time of a side is that of its turns: start-up and evaluations are not in it. Both have
-the same model, initial weights, examples, masks, hyper-parameters and learning rate at each step, which stays after its
-warm-up, so that the loss after some steps does not depend on how many are to come.
+There are two jobs. Each side runs in its own process and takes turns of some steps. minilm's exact evaluation measures
+the loss after each turn. The time of a side is that of its turns, without start-up and evaluations. Both sides have the
+same model, initial weights, examples, masks, hyper-parameters and learning rates. The learning rate stays constant
+after its warm-up, so that the loss after some steps does not depend on the number of steps that follow.
 
-- documents: the RoBERTa of throughput.py (6 layers, 384 wide, vocabulary 16,384), 32 documents of at most 128 tokens a
-  step, to the loss that Trainer has after 200 steps. minilm runs with `group=epoch` too, whose steps are other ones.
-- pydocs: the model of recipes/mlm_pydocs.py, to the loss that Trainer has after 300 seconds. Trainer runs with its
-  default hyper-parameters too, as someone would who sets none.
+- documents: the RoBERTa of throughput.py (6 layers, width 384, vocabulary 16,384), with 32 documents of at most 128
+  tokens per step. The goal is the loss that Trainer has after 200 steps. minilm also runs with `group=epoch`, whose
+  steps are other ones.
+- pydocs: the model of recipes/mlm_pydocs.py. The goal is the loss that Trainer has after 300 seconds. Trainer also runs
+  with its default hyper-parameters.
 
-The time at which a loss was reached lies between two evaluations, on the straight line from one to the other. Results
-go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
+The time at which a side reached a loss is interpolated between two evaluations. Results go to benchmarks/results, as
+JSON and as a plot (`pip install -e ".[report]"`).
 """
 
 import argparse
@@ -45,9 +46,9 @@ class Job:
     """Contenders besides Trainer and minilm."""
     rounds: Rounds
     steps: int | None = None
-    """The goal is Trainer's loss after so many steps."""
+    """The goal is Trainer's loss after this many steps."""
     seconds: float | None = None
-    """The goal is Trainer's loss after so many seconds, or after the last turn."""
+    """The goal is Trainer's loss after this many seconds, or after the last turn."""
 
     def end(self, turns: list[TurnResult]) -> int:
         """Return the number of the turn after which Trainer's loss is the goal."""
@@ -64,7 +65,7 @@ def constant(config: Config, **changed: Any) -> Config:
 
 JOBS = {
     "documents": Job(
-        config=constant(MASKED, lr=1e-4, warmup=20),  # at 5e-4 both have spikes at random steps
+        config=constant(MASKED, lr=1e-4, warmup=20),  # at 5e-4 the losses of both sides have spikes
         others=(EPOCH,),
         rounds=Rounds(count=12, warm_up=0, block=20, evaluated=True),
         steps=200,
@@ -119,8 +120,8 @@ def rows_of(name: str, job: Job, taken: dict[str, list[TurnResult]]) -> list[dic
             for other in [other for other in taken if other not in theirs]:
                 found = seconds_to(loss, taken[other])
                 row[f"share of {other}"] = found and found / seconds
-                said = "not reached" if found is None else f"{found:.0f} s, {found / seconds:.2f} of it"
-                cells.append(f"  {said:>{len(other) + 6}}")
+                cell = "not reached" if found is None else f"{found:.0f} s, {found / seconds:.2f} of it"
+                cells.append(f"  {cell:>{len(other) + 6}}")
             print(f"{side:<26} {loss:6.3f} {(at + 1) * job.rounds.block:12,d} {seconds:8.0f}" + "".join(cells))
         rows.append(row)
     return rows
@@ -144,8 +145,10 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--job", choices=[*JOBS], help="only this one")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and masks, for all sides (default: 0)")
+    parser.add_argument("--job", choices=[*JOBS], help="run only this job")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, order and masks, for all sides (default: 0)"
+    )
     options = parser.parse_args()
     machine, rows = report.describe_machine(), []
     for name in [options.job] if options.job else [*JOBS]:

@@ -3,19 +3,21 @@
     python benchmarks/scaling.py --quick
     python benchmarks/scaling.py --processes --lengths
 
-Without a part's flag all four are measured, minilm's train_step in all of them, with a masked LM on Python's
-documentation and the fast precision of the machine. Whatever is compared takes turns, in processes of its own.
+Without the flag of a part, all four parts run. All of them use `train_step`, a masked LM on Python's documentation
+(`datasets` on synthetic text), and the fast precision of the machine. The sides of a comparison take turns, each in its
+own process.
 
-- processes: the same steps by 1, 2, 4, … processes, started by accelerate's launcher; each has a GPU, or a thread of
-  the CPU. Ideal: as many times the tokens per second of one. On a CPU also: the share of one process with all threads.
-- lengths: full blocks of 64 to 8,192 tokens, the same number of tokens a step.
-- models: RoBERTa of 2 layers, 128 wide, up to 12 layers, 768 wide (24 and 1,024 on a GPU). Ideal, of the lengths too:
-  the FLOP/s of the best of them.
-- datasets: 10^3 to 10^7 examples of about 12 words (synthetic.py), encoded before: seconds until a fresh process has
-  planned its first step, milliseconds of the plan and the batch of a later one, memory, and the speed of a small model,
-  which should all stay as they are.
+- processes: the same steps by 1, 2, 4, … processes, started by accelerate's launcher. Each process has a GPU, or one
+  thread of the CPU. The ideal is the speed of one process times their number. On a CPU, the table also has the share of
+  the speed of one process with all threads.
+- lengths: full blocks of 64 to 8,192 tokens, with the same number of tokens per step.
+- models: RoBERTa from 2 layers with a width of 128 up to 12 layers with 768 (24 with 1,024 on a GPU). For lengths and
+  models, the ideal is the highest FLOP/s of all of them.
+- datasets: 10^3 to 10^7 examples of about 12 words (synthetic.py), encoded beforehand. The table has the seconds until
+  a fresh process has planned its first step, the milliseconds for the plan and the batch of a later step, the memory,
+  and the speed of a small model. Ideally none of these changes.
 
-`--quick` leaves out what takes long: lengths above 1,024, models above 8 layers, more than 10^5 examples. Results go to
+`--quick` leaves out lengths above 1,024, models above 8 layers, and more than 10^5 examples. Results go to
 benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
 """
 
@@ -46,7 +48,7 @@ LENGTHS = tuple(2**power for power in range(6, 14))
 SHAPES = ((2, 128), (4, 256), (6, 384), (8, 512), (12, 768), (24, 1024))  # layers, width
 SIZES = tuple(10**power for power in range(3, 8))
 QUICK, FULL = Rounds(count=2, warm_up=1), Rounds(count=7)
-HEAD = 64  # width of a head of attention
+HEAD = 64  # width of an attention head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def model_fields(layers: int, width: int, length: int) -> dict[str, Any]:
 
 
 def sized_config(layers: int, width: int, length: int, tokens: int) -> Config:
-    """Return a configuration with steps of so many tokens, in full blocks of this length and one forward pass."""
+    """Return a configuration with this many tokens per step, in full blocks of this length and one forward pass."""
     batch = Batch(examples=max(1, tokens // length), max_length=length, micro_tokens=max(tokens, length))
     model = replace(MASKED.model, config=model_fields(layers, width, length))
     return in_blocks(replace(MASKED, model=model, batch=batch))
@@ -126,15 +128,15 @@ def measure_configs(configs: list[Config], places: list[int], machine: report.Ma
 
 
 def take(config: Config, turns: Rounds) -> list[TurnResult]:
-    """Take turns in this process, which is one of those launched together."""
+    """Take turns in this process, which is one process of a launched job."""
     parts = build_parts(config)
     if parts.accelerator.device.type == "cpu":
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # minilm may have taken more
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # minilm may use more
     return list(take_turns(parts, turns.warm_up + turns.count, turns.block))[turns.warm_up :]
 
 
 def run_launched(processes: int, machine: report.Machine, threads: int = 1) -> list[TurnResult]:
-    """Return the turns of a run with so many processes and threads, under accelerate's launcher."""
+    """Return the turns of a run with this many processes and threads, under accelerate's launcher."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     words = [*launcher, *plain] if processes > 1 else []
@@ -154,7 +156,7 @@ def work(precision: Precision) -> None:
 
 
 def by_processes(machine: report.Machine, quick: bool) -> list[Point]:
-    """Measure the numbers of processes, with a few launches of each."""
+    """Measure each number of processes in a few launches."""
     limit = torch.cuda.device_count() or os.cpu_count() or 1
     counts = [2**power for power in range(limit.bit_length())]
     taken: list[list[TurnResult]] = [[] for _ in counts]
@@ -196,7 +198,7 @@ def time_dataset(config: Config, steps: int) -> dict[str, float]:
 
 
 def by_dataset(machine: report.Machine, quick: bool, sizes: tuple[int, ...] = SIZES) -> list[Point]:
-    """Measure the numbers of examples: start-up in fresh processes after one that encoded them, and then steps."""
+    """Measure the start-up with each number of examples in fresh processes, after one that encoded them, then steps."""
     places = [size for size in sizes if size <= 100_000 or not quick]
     model, context = replace(MASKED.model, config=model_fields(2, 128, 128)), multiprocessing.get_context("spawn")
     runs: list[list[dict[str, float]]] = [[] for _ in places]
@@ -240,9 +242,9 @@ def show(name: str, points: list[Point]) -> None:
     """Print a part's table."""
     print(f"\n{PARTS[name][0]:>20}   real tokens/s (middle half)          of the ideal")
     for point in points:
-        said = f"{point.tokens_per_second:,.0f} ({point.low:,.0f} to {point.high:,.0f})"
+        speed = f"{point.tokens_per_second:,.0f} ({point.low:,.0f} to {point.high:,.0f})"
         extra = ", ".join(SHOWN[key](value) for key, value in point.extra.items())
-        print(f"{point.at:>20,}   {said:<35}  {point.tokens_per_second / point.ideal:11.0%}   {extra}")
+        print(f"{point.at:>20,}   {speed:<35}  {point.tokens_per_second / point.ideal:11.0%}   {extra}")
 
 
 def draw(figure: Any, parts: dict[str, list[Point]]) -> None:
@@ -260,10 +262,10 @@ def draw(figure: Any, parts: dict[str, list[Point]]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="leave out what takes long")
+    parser.add_argument("--quick", action="store_true", help="leave out the parts that take long")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     for name in PARTS:
-        parser.add_argument(f"--{name}", action="store_true", help="this part only, or with others that are named")
+        parser.add_argument(f"--{name}", action="store_true", help="run only this part and other named ones")
     options = parser.parse_args()
     if options.worker:
         work(options.worker)
@@ -272,7 +274,7 @@ def main() -> None:
     chosen = [name for name in PARTS if getattr(options, name)] or [*PARTS]
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
-        # For the processes that are started from here: what they encode goes with the folder.
+        # The processes that this one starts keep their cache there, so that it is removed with the folder.
         os.environ["HF_HOME"] = f"{folder}/huggingface"
         for name in chosen:
             parts[name] = PARTS[name][1](machine, options.quick)

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py
 
-Each start is a process of its own, Python's start and all imports in it, and ends with the first step's update. Both
-find their caches warm: minilm its vocabulary and tokens, and Trainer, as in transformers' example run_mlm.py, the
-tokens and blocks that `datasets` keeps of a text file, and a tokenizer that is there already. The two take turns.
+Each start is a process of its own, from the start of Python and all imports to the update of the first step. Both sides
+find their caches warm. minilm finds its tokenizer and its tokens. Trainer finds a tokenizer, and, as in transformers'
+example run_mlm.py, the tokens and blocks that `datasets` keeps for a text file. The two sides take turns.
 """
 
 import argparse
@@ -29,13 +29,14 @@ def by_minilm(folder: Path) -> None:
     """Run the recipe, and end the process after the first step."""
     from minilm.commands.recipe import quick_imports
 
-    with quick_imports():  # as the recipe does, which finds it there
+    # The recipe imports the module in the same way, and then finds it imported.
+    with quick_imports():
         from minilm import train as loop
 
-    take = loop.train_step
+    train_step = loop.train_step
 
     def first(*args: Any, **kwargs: Any) -> None:
-        take(*args, **kwargs)
+        train_step(*args, **kwargs)
         os._exit(0)
 
     loop.train_step = first  # type: ignore[assignment]
@@ -139,7 +140,7 @@ def main() -> None:
         for number in range(STARTS + 1):
             for side in SIDES if number % 2 else reversed(SIDES):
                 seconds = time_start(side, folder)
-                if number:  # the first fills the caches
+                if number:  # the first round fills the caches
                     taken[side].append(seconds)
     print(f"seconds to the end of the first step, median of {STARTS} (least to most)")
     for side, seconds_of in taken.items():

@@ -2,10 +2,10 @@
 
     python benchmarks/streaming.py --gigabytes 2
 
-The file holds Python's documentation over and over, a paragraph a line, in an order that is drawn anew each time. Each
-path is a process of its own with an empty cache: it encodes the file, lays the plan of an epoch, and loads the first
-1,000 steps. Peak memory is what getrusage says at its end, Python and its libraries included. Everything lies in the
-folder for temporary files (TMPDIR), which needs four times the size of the file.
+The file holds Python's documentation many times over, with a paragraph on each line, in a new random order each time.
+Each side is a process of its own with an empty cache. It encodes the file, plans an epoch, and loads the first 1,000
+steps. The peak memory is that of getrusage at the end, with Python and its libraries. All files go to the folder for
+temporary files (TMPDIR), which needs four times the size of the text.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class PathResult:
 
 
 def write_text(path: Path, size: int) -> None:
-    """Fill `path` with `size` bytes of lines, and a few more to end the last of them."""
+    """Write at least `size` bytes of whole lines to `path`."""
     from minilm.data.pydocs import load_pydocs
 
     lines = [" ".join(part.split()) + "\n" for text in load_pydocs()[0] for part in text.split("\n\n") if part.strip()]
@@ -110,7 +110,7 @@ def main() -> None:
                 one = found[name] = pool.apply(read, (folder, streaming))
             print(
                 f"{name:<8}  {one.tokens:,} tokens in {one.examples:,} examples; peak {one.peak:,.0f} MB, of which "
-                f"{one.libraries:,.0f} MB before it began; {one.seconds:,.0f} s, {one.tokens / one.seconds:,.0f} "
+                f"{one.libraries:,.0f} MB before the run; {one.seconds:,.0f} s, {one.tokens / one.seconds:,.0f} "
                 f"tokens/s; first step {one.first:.1f} s after the encoding",
                 flush=True,
             )

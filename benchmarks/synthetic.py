@@ -18,10 +18,13 @@ _CHUNK = 100_000  # documents made at a time
 def write_corpus(
     folder: Path, documents: int, *, vocabulary: int, median: float, sigma: float, causal: bool = False
 ) -> tuple[Data, Tokens]:
-    """Write a text file of so many documents, one a line, and a tokenizer whose tokens are their words.
+    """Write a text file with this many documents, one per line, and a tokenizer whose tokens are their words.
 
-    `vocabulary` tokens, special ones included; lengths in words are exp(normal(log(median), sigma)), at least 1, and
-    the word of rank r has a share like 1 / (r + 2.7) (Mandelbrot 1953). The same arguments give the same documents.
+    vocabulary: the number of tokens, special ones included.
+    median, sigma: the length of a document in words is exp(normal(log(median), sigma)), at least 1.
+
+    The share of the word of rank r is proportional to 1 / (r + 2.7) (Mandelbrot 1953). The same arguments give the same
+    documents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     special = _CAUSAL if causal else _MASKED

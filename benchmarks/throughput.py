@@ -1,24 +1,26 @@
-"""minilm beside HF Trainer: real tokens per second, in one run, step by step in turn, with equal losses shown.
+"""Compare minilm with HF Trainer: real tokens per second, in turns in one run, with the difference of their losses.
 
     python benchmarks/throughput.py --quick
 
-Each side runs in a process of its own with the settings that it has for a user, and only one works at a time, in fp32
-(bf16 for both where this machine is faster at it), 32 examples of at most 128 tokens a step, without dropout:
+Each side runs in its own process with its usual settings, and only one side works at a time. Both compute in fp32, or
+in bf16 where this machine is faster in it. A step has 32 examples of at most 128 tokens, and there is no dropout:
 
-- masked-documents: masked LM, RoBERTa with 6 layers, 384 wide, vocabulary 16,384. Trainer runs with its defaults
-  (random batches, padded to the longest; it is handed them masked and padded already), and with its best setting for
-  such text, `group_by_length`, and its own collator. minilm runs with its default, on the same documents and masks as
-  Trainer, and with `group=epoch`. Everywhere Trainer runs with `eager` attention too, which is faster in bf16 on CPUs.
-- masked-blocks: the same on full blocks, where there is no padding to save.
-- causal-documents, causal-blocks: causal LM, GPT-2 with 6 layers, 384 wide, vocabulary 50,257; minilm in forwards of
-  at most 2,048 tokens.
-- pair-classification: BERT with 6 layers, 384 wide, on pairs of texts of about 55 tokens together, as MRPC's are: two
-  pieces of a docstring, of which the second follows the first or not. Trainer pads with DataCollatorWithPadding.
+- masked-documents: masked LM, a RoBERTa with 6 layers, a width of 384 and a vocabulary of 16,384. Trainer runs with its
+  defaults (random batches, padded to the longest row), on examples that are already masked and padded. It also runs
+  with its best setting for such text, `group_by_length`, and its own collator. minilm runs with its defaults, on the
+  same documents and masks, and with `group=epoch`. In all workloads Trainer also runs with `eager` attention, which is
+  faster in bf16 on CPUs.
+- masked-blocks: the same on full blocks, which need no padding.
+- causal-documents, causal-blocks: causal LM, a GPT-2 with 6 layers, a width of 384 and a vocabulary of 50,257. minilm
+  takes at most 2,048 tokens in a forward pass.
+- pair-classification: a BERT with 6 layers and a width of 384, on pairs of texts of about 55 tokens together, like
+  those of MRPC. A pair is two pieces of docstrings, and the label says whether the second follows the first. Trainer
+  pads with DataCollatorWithPadding.
 
-`--quick` has fewer rounds, one attention of Trainer's, and 16 examples a step (for causal LM 8; in bf16 twice as many).
-In a round each side takes a step, or several where lengths differ from step to step; a ratio is that of the tokens per
-second of a round.
-Results go to benchmarks/results, as JSON and as a plot (`pip install -e ".[report]"`).
+`--quick` takes fewer rounds, one kind of attention for Trainer, and 16 examples per step (8 for causal LM; twice as
+many in bf16). In a round each side takes one step, or several where lengths differ from step to step. A ratio compares
+the tokens per second of one round. Results go to benchmarks/results, as JSON and as a plot
+(`pip install -e ".[report]"`).
 """
 
 import argparse
@@ -77,7 +79,7 @@ CAUSAL = replace(
 )
 PAIRS = replace(
     MASKED,
-    data=Data(source="pairs.jsonl", pair_column="pair"),  # of a folder that is made for the time of the comparison
+    data=Data(source="pairs.jsonl", pair_column="pair"),  # `in_folder` writes this file
     tokens=Tokens(kind="wordpiece", vocab_size=16384),
     model=replace(MASKED.model, type="bert"),
     objective=Classification(),
@@ -139,7 +141,7 @@ def in_blocks(config: Config) -> Config:
 
 
 WORKLOADS = {
-    # Steps of one length each differ from each other, so that a turn has several of them.
+    # With `group_by_length` or `group=epoch`, a step has one length and steps differ, so that a turn takes several.
     "masked-documents": Workload(
         config=MASKED, rounds=Rounds(count=9, block=8), quick=Rounds(count=3, warm_up=1, block=2), epoch=True
     ),
@@ -180,7 +182,7 @@ def write_pairs(path: Path, texts: list[str]) -> None:
 
 
 def with_examples(config: Config, examples: int) -> Config:
-    """Return the same configuration with so many examples per step."""
+    """Return the same configuration with this many examples per step."""
     return replace(config, batch=replace(config.batch, examples=examples))
 
 
@@ -219,9 +221,14 @@ def drawing(rows: list[dict[str, Any]]) -> Callable[[Any], None]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps: three minutes on two cores")
-    parser.add_argument("--workload", choices=[*WORKLOADS], help="only this one")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="auto", help="of both sides, not the fast one")
+    parser.add_argument("--quick", action="store_true", help="take fewer and smaller steps: three minutes on two cores")
+    parser.add_argument("--workload", choices=[*WORKLOADS], help="run only this workload")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="auto",
+        help="precision of both sides (default: the faster one)",
+    )
     options = parser.parse_args()
     machine, rows = report.describe_machine(options.precision), []
     with tempfile.TemporaryDirectory() as folder:

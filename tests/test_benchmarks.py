@@ -237,7 +237,7 @@ def test_the_ladder_has_pairs_without_and_with(pair: str, tmp_path: Path, monkey
             minilm.models.dropout._Dropout,
             "apply",
         ),
-        "rotary": ((ladder.TORCH_TURN, ladder.OWN_TURN), windowed, minilm.models.rotary._Rotation, "apply"),
+        "rotary": ((ladder.TORCH_ROTARY, ladder.OWN_ROTARY), windowed, minilm.models.rotary._Rotation, "apply"),
         "gelu": ((ladder.LONG_GELU, ladder.OWN_GELU), causal, torch.nn.functional, "gelu"),
         "window": ((ladder.WHOLE, ladder.CHUNKS), windowed, minilm.models.windowed_attention._Contexts, "apply"),
     }[pair]

@@ -101,13 +101,14 @@ class PlainHead(Head):
         input_ids_T: Tensor,
         packing: Packing,
         target_index_N: Tensor,
-        target_ids_N: Tensor,
+        targets: Tensor | None = None,
         type_ids_T: Tensor | None = None,
     ) -> Tensor:
         """Return -log p at each position of the padded batch, float32[R L], nats. A position without a target has 0."""
+        assert targets is not None
         logits_RxLxV = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
         batch = MicroBatch(
-            input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=target_ids_N
+            input_ids_T=input_ids_T, packing=packing, target_index_N=target_index_N, target_ids_N=targets
         )
         return F.cross_entropy(logits_RxLxV.flatten(0, 1).float(), pad_labels(batch).flatten(), reduction="none")
 

@@ -114,7 +114,7 @@ def distribute(
         layers = {type(layer).__name__ for layer in head.layers}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
         # accelerate wraps the forward of a model for DDP in autocast, but not that of a model for FSDP2.
-        head.forward = accelerator.autocast()(head.forward)
+        head.forward = accelerator.autocast()(head.forward)  # type: ignore[method-assign]
         # Some layers return a view. Nothing changes it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     model, wrapped = accelerator.prepare(head, optimizer)

@@ -3,7 +3,7 @@
 Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,12 @@ _SHORTCUTS = ("fused", "short", "padding_free", "sparse")  # from the cheapest t
 # The name of the last shortcut to give up: several rows share a forward.
 SHARED_FORWARD = "padding"
 
+Loss = Callable[[Tensor, Tensor, Packing], Tensor]
+"""Computes losses, float32, from a head's outputs in float32, the targets of the micro-batch and its packing.
+
+There is one loss for each output of the head, or one for each target where a target belongs to several outputs.
+"""
+
 
 class Head(nn.Module):
     """A model that computes the losses of a packed batch's targets.
@@ -31,10 +37,11 @@ class Head(nn.Module):
     batches and keeps it only if the logits stay those of the plain model (`minilm.models.shortcut_trials`).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, loss: Loss | None = None) -> None:
         super().__init__()
         install_fast_modules(model)
         self.model = model
+        self.loss = loss
         self.padding_free = False
         """Rows follow each other without padding, and attention keeps them apart (`minilm.models.attention`)."""
         self.needs_equal_lengths = False
@@ -96,10 +103,29 @@ class Head(nn.Module):
         if "padding_free" in names:
             self.model.set_attn_implementation(self._own_attention)
 
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        packing: Packing,
+        target_index_N: Tensor,
+        targets: Tensor | None = None,
+        type_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        """Return what `loss` returns for the outputs and the targets, or without `targets` the outputs in float32.
+
+        target_index_N: as in `logits`.
+        type_ids_T: the token types, or None if the model takes none or all are 0.
+        """
+        outputs = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
+        if targets is None:
+            return outputs
+        assert self.loss is not None
+        return self.loss(outputs, targets, packing)
+
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
     ) -> Tensor:
-        """Return the logits of the N targets, one row each. A target is at `target_index_N` among the T tokens."""
+        """Return the outputs for the N targets, one row each. A target is at `target_index_N` among the T tokens."""
         raise NotImplementedError
 
     @property
@@ -123,10 +149,25 @@ class Head(nn.Module):
     def _run_equal_lengths(
         self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield the length and the logits of each run of rows of equal length. Each run has its own forward."""
+        """Yield the length and the outputs of each run of rows of equal length. Each run has its own forward."""
         runs = self._inputs.equal_lengths(input_ids_T, packing, type_ids_T, single_rows=self._needs_single_rows)
         for length, inputs in runs:
-            yield length, self.model(**inputs).logits
+            yield length, self._run_model(inputs)
+
+    def _run_model(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the model's outputs for these arguments: its logits, whose first axis is that of the input ids.
+
+        A model for question answering gives two logits per token, R x L x 2: of the start and of the end of the answer.
+        """
+        output: Any = self.model(**inputs)
+        if hasattr(output, "start_logits"):
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        logits: Tensor = output.logits
+        return logits
+
+    def _run_row(self, ids_1xL: Tensor, mask_1xL: Tensor | None) -> Tensor:
+        """Return the model's outputs for one row with this mask, or without one."""
+        return self._run_model(self._inputs.single_row(ids_1xL, mask_1xL))
 
     def _trial_logits(self, input_ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return logits of rows of these lengths, N x V. The last three must belong to the last three rows."""
@@ -137,7 +178,7 @@ class Head(nn.Module):
 
         Return the logits of single rows.
         """
-        self._inputs.needs_mask = self._trials.guesses_mask(self._inputs.options)
+        self._inputs.needs_mask = self._trials.guesses_mask(self._run_row)
         with self.reference_mode():
             expected_NxV = self._trials.logits()
         self.needs_equal_lengths = True

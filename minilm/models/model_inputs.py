@@ -12,16 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from minilm.data.packing import Packing
 from minilm.models.input_length import position_offset
 from minilm.models.matmul_shapes import count_padding_rows
 
+# Arguments with a value for each token.
+_TOKEN_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def is_for_multiple_choice(model: PreTrainedModel) -> bool:
+    """Return whether the model takes R questions x C choices x L tokens and gives R x C logits."""
+    return type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+
 
 class ModelInputs:
     """Makes the arguments of a model's forward. `padding` is the id that fills padded places.
 
-    Each method takes a batch: its token ids `input_ids_T`, its `packing`, and its token types or None.
+    A batch is given by its token ids `input_ids_T`, its `packing`, and its token types or None. A model for multiple
+    choice takes each row as a question with one choice, R x 1 x L.
     """
 
     def __init__(self, model: PreTrainedModel, padding: int) -> None:
@@ -34,6 +44,7 @@ class ModelInputs:
         self._model_name = type(model).__name__
         self._takes_positions = "position_ids" in parameters
         self._offset = position_offset(model)
+        self._has_choices = is_for_multiple_choice(model)
 
     def packed(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> dict[str, Any]:
         """Return the arguments for rows that follow each other without padding, as one row of the model.
@@ -51,7 +62,7 @@ class ModelInputs:
             inputs["position_ids"] = F.pad(position_T, (0, more), value=self._offset)[None]
         if type_ids_T is not None:
             inputs["token_type_ids"] = F.pad(type_ids_T, (0, more))[None]
-        return inputs
+        return self._add_choice(inputs)
 
     def padded(self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None) -> dict[str, Any]:
         """Return the arguments for rows that are padded to the length of the longest one."""
@@ -71,7 +82,7 @@ class ModelInputs:
             inputs["attention_mask"] = real_RxL.long()
             if type_ids_T is not None:
                 inputs["token_type_ids"] = inputs["token_type_ids"].masked_fill(~real_RxL, 0)
-        return inputs
+        return self._add_choice(inputs)
 
     def equal_lengths(
         self, input_ids_T: Tensor, packing: Packing, type_ids_T: Tensor | None, *, single_rows: bool
@@ -88,7 +99,17 @@ class ModelInputs:
             inputs = {"input_ids": ids_RxL, "attention_mask": self._full_mask(ids_RxL), **self.options}
             if type_ids_T is not None:
                 inputs["token_type_ids"] = type_ids_T[tokens].view(-1, length)
-            yield length, inputs
+            yield length, self._add_choice(inputs)
+
+    def single_row(self, ids_1xL: Tensor, mask_1xL: Tensor | None) -> dict[str, Any]:
+        """Return the arguments for one row with this mask, or without one."""
+        return self._add_choice({"input_ids": ids_1xL, "attention_mask": mask_1xL, **self.options})
+
+    def _add_choice(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments with an axis for choices if the model needs one."""
+        if not self._has_choices:
+            return inputs
+        return {name: x[:, None] if name in _TOKEN_ARGUMENTS and x is not None else x for name, x in inputs.items()}
 
     def _count_positions(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
         """Return each token's position as the model counts it: RoBERTa does not count tokens with the id of padding."""

@@ -3,9 +3,8 @@
 Axes: T tokens of a batch, L length of a row, N targets, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,19 +110,16 @@ class ShortcutTrials:
         with ShiftedArange({len(input_ids_T) for input_ids_T, _ in self._batches()}):
             return self.explain_difference(expected_NxV) != ""
 
-    def guesses_mask(self, options: Mapping[str, Any]) -> bool:
+    def guesses_mask(self, run_row: Callable[[Tensor, Tensor | None], Tensor]) -> bool:
         """Return whether the model takes a special id for padding if it gets no mask, as XLM does.
 
-        options: further arguments of the model's forward.
+        run_row: returns the logits of one row from its ids, int64[1, L], and its mask, or None for no mask.
         """
         for id in self.special:
             with self.insert_id(id):
                 row_1xL = self.draw_ids([7])[None]
             try:
-                guessed, masked = (
-                    self.model(input_ids=row_1xL, attention_mask=mask, **options).logits
-                    for mask in (None, torch.ones_like(row_1xL))
-                )
+                guessed, masked = (run_row(row_1xL, mask) for mask in (None, torch.ones_like(row_1xL)))
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 continue
             if not _are_near(guessed, masked):

@@ -1,6 +1,6 @@
-"""The head of a language model, which computes logits at the targets alone.
+"""The head of a model with logits for each token, which computes them at the targets alone.
 
-Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V vocabulary.
+Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V vocabulary (or number of other outputs).
 """
 
 import logging
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from minilm.data.packing import Packing
 from minilm.models.chunked_loss import eager_cross_entropy, linear_cross_entropy
-from minilm.models.head import Head
+from minilm.models.head import Head, Loss
 from minilm.models.layers import AFTER_ATTENTION, uses_gradient_checkpointing
 from minilm.models.matmul_shapes import count_padding_rows
 from minilm.models.temporary_changes import bypass, evaluation_mode, randomize_constant_parameters, replace_forward
@@ -27,21 +27,26 @@ _LARGEST_LOGITS = (1e2, 1e5)
 
 
 class SparseHead(Head):
-    """A language model that computes the losses of a packed batch's targets.
+    """A model with logits for each token that computes the losses of a packed batch's targets.
 
-    It has four shortcuts, and uses those that do not change the logits in a trial:
+    Without `loss`, this is the cross entropy of the targets, which are ids of tokens or of labels, int64[N], in nats.
+    The logits of a model for question answering have two columns: of the start and of the end of the answer.
+
+    The head has four shortcuts, and uses those that do not change the logits in a trial:
 
     - `sparse`: the head runs on the targets alone. A hook on `model.base_model` selects them;
     - `padding_free`: rows follow each other without padding, and attention keeps them apart
       (`minilm.models.attention`);
     - `short`: the modules after attention in the last layer run on the targets alone;
     - `fused`: the last product of the head and the loss are computed together, in parts (`minilm.models.chunked_loss`).
+      This is for language models with the default loss.
 
-    `reason` says why a model keeps its full head. `label_smoothing` has an effect in training only.
+    `reason` says why a model keeps its full head. `label_smoothing` has an effect in training only, and only on the
+    default loss.
     """
 
-    def __init__(self, model: PreTrainedModel, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, *, label_smoothing: float = 0.0, loss: Loss | None = None) -> None:
+        super().__init__(model, loss)
         self.label_smoothing = label_smoothing
         self.cross_entropy = eager_cross_entropy
         self.sparse = self.short = self.fused = False
@@ -61,26 +66,33 @@ class SparseHead(Head):
                 self._try_short(expected_NxV)
             self._try_fused(expected_NxV)
             self.misread_ids = self._find_misread_ids()
-        if not self.sparse:
+        # The head of a model without output embeddings, such as a tagger, costs next to nothing at any token.
+        if not self.sparse and self._last is not None:
             exception = " except for its last product" if self.fused else ""
             log.warning(f"{type(model).__name__} runs its head on all tokens{exception}: {self.reason}")
 
     @property
     def summary(self) -> str:
-        return "sparse head" if self.sparse else f"full head ({self.reason})"
+        if self.sparse:
+            return "sparse head"
+        return f"{'small head on all tokens' if self._last is None else 'full head'} ({self.reason})"
 
     def forward(
         self,
         input_ids_T: Tensor,
         packing: Packing,
         target_index_N: Tensor,
-        target_ids_N: Tensor,
+        targets: Tensor | None = None,
         type_ids_T: Tensor | None = None,
     ) -> Tensor:
-        """Return -log p of the ids `target_ids_N` at `target_index_N` among the T tokens, in nats, float32[N].
+        """Return -log p of the ids `targets`, int64[N], at `target_index_N` among the T tokens, in nats, float32[N].
 
-        If the model is `fused`, only the sum of the result has a gradient. Use `logits` for other functions of it.
+        With a `loss` of its own the head returns what that returns. Without `targets` it returns the logits,
+        float32[N, V]. If the model is `fused`, only the sum of the losses has a gradient. Use `logits` for other
+        functions of it.
         """
+        if targets is None or self.loss is not None:
+            return super().forward(input_ids_T, packing, target_index_N, targets, type_ids_T)
         device = input_ids_T.device.type
         smoothing = self.label_smoothing if self.training else 0.0
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
@@ -88,11 +100,11 @@ class SparseHead(Head):
         # before the loss is scaled.
         if not self.fused or half:
             logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
-            return F.cross_entropy(logits_NxV.float(), target_ids_N, reduction="none", label_smoothing=smoothing)
+            return F.cross_entropy(logits_NxV.float(), targets, reduction="none", label_smoothing=smoothing)
         with bypass(self._last):
             hidden_NxH = self._compute_logits(input_ids_T, packing, target_index_N, type_ids_T)
         weight, bias = self._last.weight, self._last.bias
-        return linear_cross_entropy(hidden_NxH, weight, bias, target_ids_N, smoothing, self.cross_entropy)
+        return linear_cross_entropy(hidden_NxH, weight, bias, targets, smoothing, self.cross_entropy)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
@@ -115,7 +127,7 @@ class SparseHead(Head):
         self._gathered = False
         self._padding_rows = count_padding_rows(len(target_index_N), input_ids_T.device)
         try:
-            logits_RxLxV: Tensor = self.model(**inputs).logits
+            logits_RxLxV = self._run_model(inputs)
         finally:
             self._target_index = self._ids = self._shape = None
         if self._gathered:
@@ -172,7 +184,7 @@ class SparseHead(Head):
 
     def _try_fused(self, expected_NxV: Tensor) -> None:
         """Use `fused` if the logits stay the expected ones."""
-        if isinstance(self._last, nn.Linear) and self._product_is_last(expected_NxV):
+        if self.loss is None and isinstance(self._last, nn.Linear) and self._product_is_last(expected_NxV):
             self.fused = True
             self.fused = not self._trials.explain_difference(expected_NxV)
 

@@ -29,7 +29,8 @@ from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.inference import classify
 from minilm.models.model_config import count_token_types, load_configuration
-from minilm.objectives.classification_head import ClassificationHead
+from minilm.models.row_head import RowHead
+from minilm.objectives.classification_loss import ClassificationLoss
 from minilm.objectives.evaluation import ClassificationEvaluator
 from minilm.utils.shell import format_command
 
@@ -133,9 +134,10 @@ class ClassificationObjective:
             fields=labels.fields(),
         )
 
-    def head(self, network: PreTrainedModel, prepared: PreparedData) -> ClassificationHead:
+    def head(self, network: PreTrainedModel, prepared: PreparedData) -> RowHead:
         assert prepared.labels is not None
-        head = ClassificationHead(network, prepared.labels, label_smoothing=self.settings.label_smoothing)
+        smoothing = self.settings.label_smoothing
+        head = RowHead(network, loss=ClassificationLoss(prepared.labels, smoothing=smoothing, device=network.device))
         check_compatibility(head, prepared)
         return head
 

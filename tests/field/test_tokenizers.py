@@ -42,9 +42,10 @@ from minilm.data.tokenizer import load_tokenizer
 from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.loading import load_model
+from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalLMCollator
-from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.classification_loss import ClassificationLoss
 from minilm.objectives.factory import build_objective
 from minilm.objectives.masking import MaskedLMCollator
 from minilm.train import train, train_step
@@ -305,7 +306,7 @@ def test_losses_are_those_of_plain_transformers_whatever_the_padding_id(
             [F.cross_entropy(x, e["input_ids"][0], reduction="none") for x, e in zip(logits, encoded, strict=True)]
         )
     else:
-        ours = ClassificationHead(network, Labels(problem="single-label", names=("a", "b", "c"))).eval()
+        ours = RowHead(network, loss=ClassificationLoss(Labels(problem="single-label", names=("a", "b", "c")))).eval()
         ids_T, packing = concatenate_rows(rows, padded=not ours.padding_free, multiple=1)
         first_R = (packing.position_T == 0).nonzero()[:, 0]
         with torch.no_grad():

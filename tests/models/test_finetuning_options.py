@@ -21,10 +21,11 @@ from minilm.data.micro_batch import MicroBatch, loss_sum
 from minilm.models.attention import ATTENTION
 from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
+from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalLMCollator
 from minilm.objectives.classification import ClassificationCollator
-from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.classification_loss import ClassificationLoss
 from minilm.objectives.factory import build_objective
 from minilm.objectives.masking import MaskedLMCollator
 from minilm.optim.optimizer import build_optimizer, compute_layer_scales
@@ -184,7 +185,7 @@ def test_a_classifier_s_layers_computed_again_give_the_same_gradients(
         model = Model(type=kind, config=fields(kind), gradient_checkpointing=checkpointing)
         auto, more = AutoModelForSequenceClassification, labels.fields()
         network = load_model(model, tokenizer, max_length=32, seed=0, auto=auto, fields=more)
-        head = ClassificationHead(network, labels).train()
+        head = RowHead(network, loss=ClassificationLoss(labels)).train()
         assert head.padding_free
         freeze_unused(head)
         torch.manual_seed(0)  # dropout

@@ -32,10 +32,11 @@ from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.lora import has_adapter
+from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalLMCollator
 from minilm.objectives.classification import ClassificationCollator
-from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.classification_loss import ClassificationLoss
 from minilm.objectives.masking import MaskedLMCollator
 from minilm.runs.model_export import save_model
 from minilm.train import train
@@ -117,7 +118,7 @@ def losses(
     """Return the summed loss of a batch: ours with packed rows, and the reference's with padded rows."""
     if job == "classes":
         labels = np.array([0, 2, 1, 1])
-        head: Any = ClassificationHead(network, LABELS)
+        head: Any = RowHead(network, loss=ClassificationLoss(LABELS))
         collator: Callable[..., Any] = ClassificationCollator(examples_for(ROWS, labels), padded=False, multiple=1)
     else:
         head = SparseHead(network)

@@ -30,8 +30,9 @@ from minilm.data.micro_batch import loss_sum
 from minilm.data.text_pairs import encode_pairs
 from minilm.models.inference import classify, load_classifier
 from minilm.models.loading import load_model
+from minilm.models.row_head import RowHead
 from minilm.objectives.classification import ClassificationCollator, read_model_labels
-from minilm.objectives.classification_head import ClassificationHead
+from minilm.objectives.classification_loss import ClassificationLoss
 from minilm.objectives.metrics import ClassificationResult
 from minilm.train import train
 from tests.jobs import finish_all
@@ -89,7 +90,7 @@ def test_loss_and_gradients_are_those_that_transformers_takes(
     monkeypatch.setattr("minilm.models.model_inputs.count_padding_rows", lambda rows, device: rounding)
     labels, values = PROBLEMS[problem]
     model = build(tokenizer, kind, labels)
-    plain, head = deepcopy(model), ClassificationHead(model, labels)
+    plain, head = deepcopy(model), RowHead(model, loss=ClassificationLoss(labels))
     assert (head.padding_free, head.needs_equal_lengths) == (kind in WITHOUT_PADDING, kind == "fnet")
     rows, two = rows_for(), kind in ("bert", "electra", "albert")
     types_T = np.concatenate([np.arange(len(row)) > len(row) // 2 for row in rows]).astype(np.uint8) if two else None
@@ -132,7 +133,7 @@ def test_rows_are_padded_to_the_longest_of_their_own_batch() -> None:
 
 def test_a_batch_without_examples_has_no_loss_and_every_gradient(tokenizer) -> None:
     for kind in ("bert", "gpt2"):
-        head = ClassificationHead(build(tokenizer, kind, SINGLE), SINGLE)
+        head = RowHead(build(tokenizer, kind, SINGLE), loss=ClassificationLoss(SINGLE))
         examples = examples_for(rows_for(), np.zeros(6, np.int64))
         batch = ClassificationCollator(examples, padded=not head.padding_free, multiple=1)([], np.zeros(0, np.int64), 0)
         loss = loss_sum(head, batch)
@@ -150,7 +151,7 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
     model = build(tokenizer, "bert", balanced)
     rows = rows_for()
     examples = examples_for(rows, ids[3:])
-    heads = [ClassificationHead(model, labels) for labels in (balanced, replace(balanced, weights=None))]
+    heads = [RowHead(model, loss=ClassificationLoss(labels)) for labels in (balanced, replace(balanced, weights=None))]
     batches = [
         ClassificationCollator(examples, padded=False, multiple=1)([rows[i]], np.array([i]), 0) for i in range(6)
     ]
@@ -161,7 +162,7 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
 
 def test_smoothed_labels_are_those_of_torch_and_of_no_evaluation(tokenizer) -> None:
     rows, labels = rows_for(), np.array([0, 2, 1, 1, 0, 2])
-    head = ClassificationHead(build(tokenizer, "bert", SINGLE), SINGLE, label_smoothing=0.2)
+    head = RowHead(build(tokenizer, "bert", SINGLE), loss=ClassificationLoss(SINGLE, smoothing=0.2))
     batch = ClassificationCollator(examples_for(rows, labels), padded=False, multiple=1)(rows, np.arange(6), 0)
     logits = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N)
     expected = torch.nn.functional.cross_entropy(logits, batch.target_ids_N, label_smoothing=0.2, reduction="sum")

@@ -1,7 +1,7 @@
-"""The logits and the losses of a sequence classifier.
+"""The head of a model with one row of logits for each row of a batch, such as a sequence classifier.
 
-Axes: T tokens of the micro-batch, R its rows, N its examples (as many as the rows; 0 in an empty micro-batch, which has
-one row), H hidden size, C labels.
+Axes: T tokens of the micro-batch, R its rows, N rows with a result (as many as R; 0 in an empty micro-batch, which has
+one row), H hidden size, C logits of a row.
 """
 
 from collections.abc import Sequence
@@ -9,32 +9,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from minilm.data.labels import Labels
 from minilm.data.packing import Packing
-from minilm.models.head import Head
+from minilm.models.head import Head, Loss
 from minilm.models.layers import AFTER_ATTENTION, uses_gradient_checkpointing
+from minilm.models.model_inputs import is_for_multiple_choice
 from minilm.models.temporary_changes import evaluation_mode, randomize_constant_parameters
 
 
-class ClassificationHead(Head):
-    """A sequence classifier that gives the loss of each example of a micro-batch.
+class RowHead(Head):
+    """A model with one row of logits for each row of a micro-batch, and a loss of them.
 
-    It takes two shortcuts if a trial shows that they do not change a logit. `padding_free` joins rows without padding,
-    for models that classify a row by its first token. `short` runs only these first tokens through the part of the last
-    layer that follows attention.
+    A model for multiple choice gives one logit for each row, which holds a question and one of its choices, R x 1.
+
+    The head takes two shortcuts if a trial shows that they do not change a logit. `padding_free` joins rows without
+    padding, for models that read a row's logits at its first token. `short` runs only these first tokens through the
+    part of the last layer that follows attention.
     """
 
-    def __init__(self, model: PreTrainedModel, labels: Labels, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(model)
-        self.label_smoothing = label_smoothing
+    def __init__(self, model: PreTrainedModel, *, loss: Loss) -> None:
+        super().__init__(model, loss)
         self.short = False
         # The places of the rows' first tokens, for the hooks. It is set only during a forward without padding.
         self._first_R: Tensor | None = None
-        self._problem = labels.problem
-        self._weight_C = None if labels.weights is None else torch.from_numpy(labels.weights).to(model.device)
+        if is_for_multiple_choice(model):
+            model.base_model.register_forward_pre_hook(self._restore_axes, with_kwargs=True)
         with evaluation_mode(model), randomize_constant_parameters(model):
             expected_RxC = self._try_padded()
             if not self.needs_equal_lengths:
@@ -44,31 +44,12 @@ class ClassificationHead(Head):
     @property
     def summary(self) -> str:
         if self.padding_free:
-            return "classes from first tokens, without padding"
+            return "logits from first tokens, without padding"
         return (
             "rows of one length at a time, since padding changes its logits"
             if self.needs_equal_lengths
             else "padded rows"
         )
-
-    def forward(
-        self,
-        input_ids_T: Tensor,
-        packing: Packing,
-        target_index_N: Tensor,
-        labels: Tensor | None = None,
-        type_ids_T: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of each example, float32[N], or without `labels` the logits, float32[N, C].
-
-        target_index_N: the place of each row's first token.
-        labels: as in `compute_classification_losses`.
-        type_ids_T: the token types, or None if the model takes none or all are 0.
-        """
-        logits_NxC = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
-        if labels is None:
-            return logits_NxC
-        return compute_classification_losses(logits_NxC, labels, self._problem, self._weight_C, self.label_smoothing)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None
@@ -80,7 +61,7 @@ class ClassificationHead(Head):
         first_R = target_index_N if len(target_index_N) else target_index_N.new_zeros(1)
         self._first_R = first_R if self.padding_free else None
         try:
-            logits_RxC: Tensor = self.model(**self._make_inputs(input_ids_T, packing, type_ids_T)).logits
+            logits_RxC = self._run_model(self._make_inputs(input_ids_T, packing, type_ids_T))
         finally:
             self._first_R = None
         return logits_RxC[: len(target_index_N)]
@@ -112,6 +93,19 @@ class ClassificationHead(Head):
                 return
             handle.remove()
 
+    def _restore_axes(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Give the arguments of a packed batch the axes that a model without choices takes.
+
+        The model for multiple choice reshapes the mask to two axes, from which transformers would make a mask of T x T
+        tokens. DistilBERT's does not reshape positions.
+        """
+        if self._first_R is None:
+            return None
+        named = {**named, "attention_mask": named["attention_mask"].view(1, 1, 1, 1)}
+        if named.get("position_ids") is not None:
+            named["position_ids"] = named["position_ids"].view(1, -1)
+        return inputs, named
+
     def _reduce_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         if self._first_R is None:
             return None
@@ -128,20 +122,3 @@ class ClassificationHead(Head):
 def _select_first_tokens(hidden_1xTxH: Tensor, first_R: Tensor) -> Tensor:
     """Return the hidden states of the rows' first tokens, R x 1 x H."""
     return hidden_1xTxH[0].index_select(0, first_R)[:, None]
-
-
-def compute_classification_losses(
-    logits_NxC: Tensor, labels: Tensor, problem: str, weight_C: Tensor | None = None, smoothing: float = 0.0
-) -> Tensor:
-    """Return the loss of each example, float32[N].
-
-    single-label (labels int64[N]): the cross entropy, with a share `smoothing` of the target spread evenly over all
-    classes (Szegedy et al. 2016, section 7), times the weight of the example's class. multi-label (labels float32[N,
-    C]): the mean over labels of their binary cross entropies. regression (labels float32[N]): the squared error.
-    """
-    if problem == "regression":
-        return F.mse_loss(logits_NxC[:, 0], labels, reduction="none")
-    if problem == "multi-label":
-        return F.binary_cross_entropy_with_logits(logits_NxC, labels, reduction="none").mean(1)
-    nats_N = F.cross_entropy(logits_NxC, labels, reduction="none", label_smoothing=smoothing)
-    return nats_N if weight_C is None else nats_N * weight_C[labels]

@@ -1,10 +1,12 @@
 """Columnar files, `.parquet` and `.arrow`. Only the columns that a run needs are read."""
 
 import gzip
+import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
@@ -96,7 +98,7 @@ def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> l
         if schema.names.count(name) > 1:
             raise ValueError(f"{source}: {schema.names.count(name)} columns have the name {name!r}; rename all but one")
         kind = schema.field(name).type
-        if column.role != "label" and name == column.name and not _can_be_text(kind):
+        if column.kind == "text" and name == column.name and not _can_be_text(kind):
             raise column.not_text_error(source, f"the type {kind}")
         outer.append(name)
     return outer
@@ -111,9 +113,13 @@ def _can_be_text(kind: Any) -> bool:
 
 
 def _to_python(column: Any, source: str, start: int) -> list[Any]:
-    """Return the values of a batch that begins at row `start`. Raise ValueError that names a row that is not UTF-8."""
+    """Return the values of a batch that begins at row `start`. Values of the type arrow.json are parsed.
+
+    Raise ValueError that names a row that is not UTF-8.
+    """
+    decode = _find_decoder(column.type)
     try:
-        return list(column.to_pylist())
+        return list(map(decode, column.to_pylist()) if decode else column.to_pylist())
     except UnicodeDecodeError as error:
         for row, cell in enumerate(column, start=start):
             try:
@@ -121,6 +127,32 @@ def _to_python(column: Any, source: str, start: int) -> list[Any]:
             except UnicodeDecodeError:
                 raise ValueError(f"{source}, row {row}: the text is not UTF-8; write the file again") from error
         raise
+
+
+@dataclass(frozen=True)
+class ArrowMap:
+    """A value of Arrow's type map. It is not an object of JSON, because a key can be of any type and occur twice."""
+
+    pairs: list[tuple[Any, Any]]
+
+
+def _find_decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """Return the function that makes the Python value of what pyarrow returns; None if the two are equal.
+
+    The datasets library stores values of several types in one column as the type arrow.json, which is JSON text.
+    """
+    if isinstance(kind, pyarrow.JsonType):
+        return lambda text: None if text is None else json.loads(text)
+    if pyarrow.types.is_map(kind):
+        return lambda pairs: None if pairs is None else ArrowMap(pairs)
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: decode for field in kind if (decode := _find_decoder(field.type))}
+        if fields:
+            return lambda row: row and row | {name: decode(row[name]) for name, decode in fields.items()}
+    # All types of lists.
+    elif (item := getattr(kind, "value_type", None)) and (decode := _find_decoder(item)):
+        return lambda items: None if items is None else [decode(item) for item in items]
+    return None
 
 
 class _Parquet:

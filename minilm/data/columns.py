@@ -1,5 +1,6 @@
 """The columns that a run reads: how to find a column's cell in a row, and what a cell may hold."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,14 @@ from typing import Any, Literal
 
 from minilm.utils.validation import suggest_name
 
-_FLAGS = {"text": "--data.column", "pair": "--data.pair-column", "label": "--data.label-column"}
+# The flags that name the columns of the usual roles.
+_FLAGS = {
+    "text": "--data.column",
+    "pair": "--data.pair-column",
+    "label": "--data.label-column",
+    "score": "--data.score-column",
+}
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class DictWithRepeatedKeys(dict[str, Any]):
@@ -21,11 +29,20 @@ class DictWithRepeatedKeys(dict[str, Any]):
 class Column:
     """A column that a run reads, and its role in a document."""
 
-    role: Literal["text", "pair", "label"]
+    role: str
+    """The key of the cell in a row that is read. It is an identifier of Python."""
     name: str
     """The name of a column, or a dotted path into one. If a column has the whole name, it is not read as a path."""
+    kind: Literal["text", "label", "json"] = "text"
+    """What a cell holds: a text; a number, a name, or a list of these; or any value that JSON can hold."""
     lists_labels: bool = False
     """True if a cell lists labels with a separator between them. A blank cell then has no labels."""
+
+    @property
+    def setting(self) -> str:
+        """What errors about the whole column begin with: the setting that names it, if there is one."""
+        flag = _FLAGS.get(self.role)
+        return flag.removeprefix("--").replace("-", "_") if flag else f"column {self.name!r}"
 
     def outer_names(self) -> list[str]:
         """Return the columns that can hold this one, in order of preference: for `a.b`, these are `a.b` and `a`."""
@@ -35,14 +52,14 @@ class Column:
     def get_cell(self, row: Mapping[str, Any], where: str) -> Any:
         """Return the cell of this column in a row.
 
-        If a dotted path leads to a list of strings, they are joined by spaces to one text, except in a label column.
+        If a dotted path of a column of texts leads to a list of strings, they are joined by spaces to one text.
         Raise ValueError that begins with `where` if the row does not have the column.
         """
         if self.name in row and not isinstance(row, DictWithRepeatedKeys):
             return row[self.name]
         cell = self._follow(row, self.name, where)
         inside = self.name not in row
-        if self.role != "label" and inside and isinstance(cell, list) and all(isinstance(item, str) for item in cell):
+        if self.kind == "text" and inside and isinstance(cell, list) and all(isinstance(item, str) for item in cell):
             return " ".join(cell)
         return cell
 
@@ -56,9 +73,7 @@ class Column:
             key, rest = ".".join(parts[:count]), ".".join(parts[count:])
             if key in row:
                 if isinstance(row, DictWithRepeatedKeys) and key in row.repeated:
-                    raise ValueError(
-                        f"{where}: the key {key!r} stands twice in one object, with different values; remove one"
-                    )
+                    raise _repeated_key_error(key, where)
                 return self._follow(row[key], rest, where) if rest else row[key]
         if value is None and path != self.name:
             return None
@@ -71,21 +86,21 @@ class Column:
         part: the end of the dotted path that is missing, if its beginning is in the row.
         """
         outer = self.name.removesuffix(part) if part else ""
+        flag = _FLAGS.get(self.role)
         if outer and not names:
-            return ValueError(
-                f"{where}: no column {self.name!r}, because {outer[:-1]!r} has no columns inside; "
-                f"pass another {_FLAGS[self.role]}"
-            )
-        return ValueError(
-            f"{where}: no column {suggest_name(self.name, [outer + name for name in names])} Pass {_FLAGS[self.role]}"
-        )
+            advice = f"; pass another {flag}" if flag else ""
+            return ValueError(f"{where}: no column {self.name!r}, because {outer[:-1]!r} has no columns inside{advice}")
+        advice = f" Pass {flag}" if flag else ""
+        return ValueError(f"{where}: no column {suggest_name(self.name, [outer + name for name in names])}{advice}")
 
     def not_text_error(self, where: str, what: str) -> ValueError:
         """Return the error for a cell that holds `what` instead of a text."""
-        return ValueError(
-            f"{where}: column {self.name!r} holds {what} where text is expected; "
-            f"change the row, or pass another {_FLAGS[self.role]}"
-        )
+        advice = f", or pass another {_FLAGS[self.role]}" if self.role in _FLAGS else ""
+        return ValueError(f"{where}: column {self.name!r} holds {what} where text is expected; change the row{advice}")
+
+
+def _repeated_key_error(key: str, where: str) -> ValueError:
+    return ValueError(f"{where}: the key {key!r} stands twice in one object, with different values; remove one")
 
 
 def check_text(cell: Any, column: Column, where: str, *, blank: bool) -> None:
@@ -116,3 +131,44 @@ def check_label(value: Any, column: Column, where: str) -> None:
             continue
         shown = "None in a list" if item is None else repr(value)[:40]
         raise ValueError(f"{where} holds {shown} where a label is expected: a number, a name, or a list of them")
+
+
+def encode_json(cell: Any, column: Column, where: str) -> str:
+    """Return a cell as JSON text, from which `json.loads` makes an equal value.
+
+    Raise ValueError if it holds what JSON cannot hold, such as bytes, a date or NaN, or half a surrogate pair.
+    """
+    try:
+        text = _JSON.encode(cell)
+        text.encode()
+    except RecursionError:
+        raise ValueError(
+            f"{where}: the lists and objects of column {column.name!r} are nested too deeply; flatten them"
+        ) from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: column {column.name!r} holds {_describe_no_json(cell)}; change the row") from None
+    return text
+
+
+def _describe_no_json(value: Any) -> str:
+    """Return in words what a value holds that JSON cannot hold. Empty if there is nothing of that kind."""
+    if isinstance(value, dict | list):
+        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, map(_describe_no_json, items)), "")
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"{value}, which is not a finite number that float64 can hold"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "half a surrogate pair, such as \\ud83d, which is not a character"
+        return ""
+    return "" if isinstance(value, int | None) else f"{type(value).__name__}, which JSON cannot hold"
+
+
+def check_keys(cell: Any, where: str) -> None:
+    """Raise ValueError if an object inside a cell has a key twice, with different values."""
+    if isinstance(cell, DictWithRepeatedKeys) and cell.repeated:
+        raise _repeated_key_error(sorted(cell.repeated)[0], where)
+    for item in cell.values() if isinstance(cell, dict) else cell if isinstance(cell, list) else ():
+        check_keys(item, where)

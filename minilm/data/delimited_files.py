@@ -83,7 +83,7 @@ def read_delimited(
 
 def _read_cells(dialect: _Dialect, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
     """Yield the rows of `read_delimited`, for a file in this dialect."""
-    labels = [index for index, column in enumerate(columns) if column.role == "label"]
+    labels = [index for index, column in enumerate(columns) if column.kind == "label"]
     header, first = list[str](), True
     rows = dialect.read_rows()
     for line, fields in rows:
@@ -160,7 +160,9 @@ def _find_positions(header: list[str], columns: Sequence[Column], where: str) ->
     for column in columns:
         if column.name not in names:
             error = column.missing_error(where, names)
-            raise ValueError(f"{error}, or pass --data.delimiter" if len(names) == 1 else str(error))
+            if len(names) > 1:
+                raise error
+            raise ValueError(f"{error}{' Pass' if str(error).endswith('.') else ', or pass'} --data.delimiter")
         if header.count(column.name) > 1:
             warn_once(
                 f"WARNING: {where}: {column.name!r} is the name of {header.count(column.name)} columns. The first is "

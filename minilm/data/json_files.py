@@ -1,11 +1,12 @@
 """JSON files: one object per line, objects one after the other, or an array of objects. Each object is a row."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from minilm.data.columns import Column, DictWithRepeatedKeys
+from minilm.data.columns import Column, DictWithRepeatedKeys, check_keys
 from minilm.data.text_decoding import check_byte_order_mark, open_text
 
 # Number of characters to read at a time.
@@ -21,13 +22,19 @@ def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[
     """Yield the line at which each row begins, from 1, and its cells of `columns`. Other keys of a row are ignored.
 
     Raise ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
-    `columns` that occurs twice with different values, and for a missing column.
+    `columns`, or inside a column of JSON values, that occurs twice with different values, and for a missing column.
     """
-    for line, row in _read_rows(path, _Parser(columns)):
+    parser = _Parser(columns)
+    for line, row in _read_rows(path, parser):
         where = f"{path}, line {line}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {_KINDS.get(type(row), 'a number')} where an object with the text is expected")
-        yield line, [column.get_cell(row, where) for column in columns]
+        cells = [column.get_cell(row, where) for column in columns]
+        if parser.has_repeated_keys:
+            for column, cell in zip(columns, cells, strict=True):
+                if column.kind == "json":
+                    check_keys(cell, where)
+        yield line, cells
 
 
 def read_json_keys(path: str) -> list[str]:
@@ -37,17 +44,23 @@ def read_json_keys(path: str) -> list[str]:
 
 
 class _Parser:
-    """A parser of JSON that marks each object in which a key of `columns` occurs twice with different values."""
+    """A parser of JSON that marks each object in which a key of `columns` occurs twice with different values.
+
+    If one of the columns holds JSON values, every key counts as one of `columns`.
+    """
+
+    has_repeated_keys = False
+    """Whether an object has been marked so far."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
+        self.all_keys = any(column.kind == "json" for column in columns)
         self.keys = {part for column in columns for part in _list_possible_keys(column.name)}
         self.quoted_keys = [f'"{key}"' for key in self.keys]
         # JSON can also write a key with escapes: \u0061 for a letter of ASCII, and \/ for a slash.
         self.plain = all(key.isascii() and key.isprintable() and not set(key) & set('/"\\') for key in self.keys)
         self.marking = json.JSONDecoder(object_pairs_hook=self._mark)
         self.fast = json.JSONDecoder()
-        # Python refuses to parse an integer of more than 4300 digits. Columns that are not read may hold one.
-        self.long_numbers = json.JSONDecoder(object_pairs_hook=self._mark, parse_int=float)
+        self.long_numbers = json.JSONDecoder(object_pairs_hook=self._mark, parse_int=_parse_integer)
 
     def parse_line(self, line: str) -> Any:
         """Parse a line that holds one value."""
@@ -71,7 +84,7 @@ class _Parser:
 
     def _may_repeat(self, text: str, start: int, end: int) -> bool:
         """Return whether a key of `columns` may stand twice in an object of this part of the text."""
-        if not self.plain or text.find("\\u00", start, end) >= 0:
+        if self.all_keys or not self.plain or text.find("\\u00", start, end) >= 0:
             return True
         return any(text.count(key, start, end) > 1 for key in self.quoted_keys)
 
@@ -80,12 +93,24 @@ class _Parser:
         row = dict(pairs)
         if len(row) == len(pairs):
             return row
-        repeated = {key for key, value in pairs if key in self.keys and value != row[key]}
+        repeated = {key for key, value in pairs if (self.all_keys or key in self.keys) and value != row[key]}
         if not repeated:
             return row
         marked = DictWithRepeatedKeys(row)
         marked.repeated = frozenset(repeated)
+        self.has_repeated_keys = True
         return marked
+
+
+def _parse_integer(digits: str) -> float:
+    """Return an integer, or infinity if it has more than 4300 digits, which Python refuses to parse.
+
+    A column that is not read may hold such a number.
+    """
+    try:
+        return int(digits)
+    except ValueError:
+        return math.inf
 
 
 def _list_possible_keys(name: str) -> Iterator[str]:

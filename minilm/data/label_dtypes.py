@@ -55,7 +55,7 @@ def _scan_column(key: _ScanKey) -> ColumnScan:
     rows, dtype, first, missing = 0, "", "", ""
     for batch in table.iter_batches([column]):
         rows += len(batch.places)
-        for place, cell in zip(batch.places, batch.cells[0], strict=True) if column.role == "label" else ():
+        for place, cell in zip(batch.places, batch.cells[0], strict=True) if column.kind == "label" else ():
             if cell is None:
                 continue
             cell_dtype = infer_dtype(cell)

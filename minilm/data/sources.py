@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from minilm.config import Data
 from minilm.data.columnar_files import describe_damage
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
-from minilm.data.rows import BlankPolicy, cache_rows, read_batches
+from minilm.data.rows import BlankPolicy, RowTable, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
 from minilm.data.text_decoding import warn_once
 from minilm.utils.hub import describe_loading_error, use_cache_if_offline
@@ -58,12 +58,15 @@ def build_columns(data: Data, *, labels: bool = False) -> list[Column]:
         columns.append(Column(role="pair", name=data.pair_column))
     if labels:
         lists_labels = data.label_separator is not None
-        columns.append(Column(role="label", name=data.label_column, lists_labels=lists_labels))
+        columns.append(Column(role="label", name=data.label_column, kind="label", lists_labels=lists_labels))
     return columns
 
 
-def check_data_settings(data: Data, *, labels: bool) -> None:
-    """Raise ValueError for a setting that has no effect: no source has what it is about, or no labels are read."""
+def check_data_settings(data: Data, columns: Sequence[Column]) -> None:
+    """Raise ValueError for a setting that has no effect: no source has what it is about, or its column is not read.
+
+    columns: the columns that the run reads.
+    """
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     kinds = {source: find_file_kind(source) for source in sources}
 
@@ -87,9 +90,14 @@ def check_data_settings(data: Data, *, labels: bool) -> None:
         refuse("split", "pydocs has no splits")
     if data.eval_source == "pydocs" and data.eval_split not in (None, "train"):
         refuse("eval_split", "pydocs has no splits")
-    if not labels and data.label_column != Data.label_column:
+    names = [column.name for column in columns]
+    if data.column != Data.column and data.column not in names:
+        refuse("column", "the objective reads other columns")
+    if data.pair_column is not None and data.pair_column not in names:
+        refuse("pair_column", "the objective reads no second text")
+    if data.label_column != Data.label_column and data.label_column not in names:
         refuse("label_column", "the objective reads no labels")
-    if not labels and data.label_separator is not None:
+    if data.label_separator is not None and not any(column.lists_labels for column in columns):
         refuse("label_separator", "the objective reads no labels")
 
 
@@ -97,23 +105,22 @@ def _is_on_hub(source: str) -> bool:
     return source != "pydocs" and not is_local_path(source) and not list_files(source)
 
 
-def load_rows(data: Data, source: str, split: str, *, labels: bool = False, blank: BlankPolicy = "keep") -> Dataset:
-    """Return the rows of a split of a source as a memory-mapped dataset.
+def load_rows(
+    data: Data, source: str, split: str, columns: Sequence[Column], *, blank: BlankPolicy = "keep"
+) -> RowTable:
+    """Return the rows of a split of a source, memory-mapped.
 
-    It has the column `text`, and the columns `pair` and `label` if the run reads pairs or labels.
-
-    Texts are strings. Labels are integers, floats, strings, booleans, or lists of these, of the same type in all rows.
-    If they are a ClassLabel in the source, they stay one. `blank` decides whether rows without a visible character are
-    kept, dropped or refused. Raise ValueError that names the file and the line, row, column or split at fault.
+    Labels are integers, floats, strings, booleans, or lists of these, of the same type in all rows. If they are a
+    ClassLabel in the source, they stay one. `blank` decides whether rows without a visible character are kept, dropped
+    or refused. Raise ValueError that names the file and the line, row, column or split at fault.
     """
     table, part = open_table(data, source, split)
-    columns = build_columns(data, labels=labels)
     _warn_about_second_text(table, columns)
-    return cache_rows(table, columns, split=part, blank=blank)
+    return cache_rows(table, columns, source=source, split=part, blank=blank)
 
 
 def stream_rows(data: Data, source: str, split: str, revision: str | None = None) -> Iterator[list[str]]:
-    """Yield the texts of `load_rows` that have a visible character, in batches. Nothing is stored.
+    """Yield the texts of a split that have a visible character, in batches. Nothing is stored.
 
     `split` may be a part such as `train[:5000]`, but not a part by percent.
     """
@@ -148,15 +155,18 @@ def open_table(
     return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
 
 
-def no_documents_error(data: Data, source: str, split: str) -> ValueError:
-    """Return the error for a source that has no text with a visible character."""
-    at = "" if is_plain_text(source) else f", column {data.column!r}"
+def no_documents_error(source: str, split: str, columns: Sequence[Column]) -> ValueError:
+    """Return the error for a source that has no rows, or no text with a visible character."""
+    texts = [column.name for column in columns if column.kind == "text"]
+    if not texts:
+        return ValueError(f"{source}: it has no rows (split {split!r}); change the source or the split")
+    at = "" if is_plain_text(source) else "".join(f", column {name!r}" for name in texts[:1])
     return ValueError(
         f"{source}: no document has text (split {split!r}{at}); change the source, the split or the column"
     )
 
 
-def _warn_about_second_text(table: Table, columns: list[Column]) -> None:
+def _warn_about_second_text(table: Table, columns: Sequence[Column]) -> None:
     """Warn if a table with labels has a second text that is not read, such as sentence2 beside sentence1."""
     text = columns[0].name
     second = text.removesuffix("1") + "2"

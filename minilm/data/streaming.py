@@ -11,6 +11,7 @@ from minilm.config import Data
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.glue import apply_glue_task
 from minilm.data.sources import (
+    build_columns,
     check_data_settings,
     fetch_revision,
     list_files,
@@ -54,7 +55,7 @@ def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
     if floor((i + 1) * fraction) is greater than floor(i * fraction).
     """
     data = apply_glue_task(data)
-    check_data_settings(data, labels=False)
+    check_data_settings(data, build_columns(data))
     return assemble_splits(data, _StreamReader(data))
 
 
@@ -102,7 +103,7 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
                 yield from batch
                 empty &= not batch
             if empty:
-                raise no_documents_error(data, source, split)
+                raise no_documents_error(source, split, build_columns(data)[:1])
 
     return TextStream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
 

@@ -29,11 +29,13 @@ class RowBatch:
 
     where: Callable[[int], str]
     """Returns the beginning of an error message about a place, such as `data.csv, line 7`."""
+    file: int
+    """The number of the file that the rows come from, from 0. It is 0 if the table is not made of files."""
     places: Sequence[int]
     cells: Sequence[Sequence[Any]]
 
     def __getitem__(self, part: slice) -> "RowBatch":
-        return RowBatch(self.where, self.places[part], [column[part] for column in self.cells])
+        return RowBatch(self.where, self.file, self.places[part], [column[part] for column in self.cells])
 
 
 class Table(Protocol):
@@ -46,6 +48,9 @@ class Table(Protocol):
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         """Yield the cells of these columns, in batches of rows."""
+
+    def locate(self, file: int, place: int) -> str:
+        """Return the beginning of an error message about a row, such as `data.csv, line 7`."""
 
     def read_column_names(self, columns: Sequence[Column]) -> list[str]:
         """Return the names of all columns. `columns` helps to find the delimiter of a delimited file."""
@@ -70,12 +75,13 @@ class FileTable:
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
-        unit = "row" if self.kind in _COLUMNAR else "line"
-        for file, fingerprint in zip(self.files, self.fingerprints, strict=True):
-            rows = self._read_rows(file, columns)
-            yield from _group_into_batches(rows, partial("{}, {} {}".format, file, unit))
+        for number, (file, fingerprint) in enumerate(zip(self.files, self.fingerprints, strict=True)):
+            yield from _group_into_batches(self._read_rows(file, columns), partial(self.locate, number), number)
             if fingerprint_file(file) != fingerprint:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
+
+    def locate(self, file: int, place: int) -> str:
+        return f"{self.files[file]}, {'row' if self.kind in _COLUMNAR else 'line'} {place}"
 
     def _read_rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
         if self.kind == "delimited":
@@ -84,9 +90,9 @@ class FileTable:
             return json_files.read_json(file, columns)
         if self.kind in _COLUMNAR:
             return columnar_files.read_columnar(file, columns)
-        if extra := [column for column in columns if column.role != "text"]:
-            raise extra[0].missing_error(file, ["text"])
-        return text_files.read_text(file, self._encoding, self.data.document)
+        check_is_text(columns, file)
+        texts = text_files.read_text(file, self._encoding, self.data.document)
+        return ((line, cells * len(columns)) for line, cells in texts)
 
     @cached_property
     def _encoding(self) -> str:
@@ -124,7 +130,10 @@ class DatasetTable:
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         read = self._read_mapped if isinstance(self.rows, Dataset) else self._read_stream
-        return _group_into_batches(read(columns), lambda row: f"{self.source}, row {row}")
+        return _group_into_batches(read(columns), partial(self.locate, 0))
+
+    def locate(self, file: int, place: int) -> str:
+        return f"{self.source}, row {place}"
 
     def _read_mapped(self, columns: Sequence[Column]) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
@@ -154,7 +163,17 @@ class DatasetTable:
         return columnar_files.find_class_names(self.rows.features, column)
 
 
-def _group_into_batches(rows: NumberedRows, where: Callable[[int], str]) -> Iterator[RowBatch]:
+def check_is_text(columns: Sequence[Column], source: str) -> None:
+    """Raise ValueError for a column that plain text does not have. Its only column is `text`.
+
+    `--data.column` may have another name, which is the name of the texts in the other sources of the run.
+    """
+    for column in columns:
+        if column.role != "text" and column.name != "text":
+            raise column.missing_error(source, ["text"])
+
+
+def _group_into_batches(rows: NumberedRows, where: Callable[[int], str], file: int = 0) -> Iterator[RowBatch]:
     """Yield the rows in batches of limited size, so that memory does not grow with the file."""
     places, cells, characters = list[int](), list[list[Any]](), 0
     for place, row in rows:
@@ -162,7 +181,7 @@ def _group_into_batches(rows: NumberedRows, where: Callable[[int], str]) -> Iter
         cells.append(row)
         characters += sum(len(cell) for cell in row if isinstance(cell, str))
         if len(places) == columnar_files.BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-            yield RowBatch(where, places, [list(column) for column in zip(*cells, strict=True)])
+            yield RowBatch(where, file, places, [list(column) for column in zip(*cells, strict=True)])
             places, cells, characters = [], [], 0
     if places:
-        yield RowBatch(where, places, [list(column) for column in zip(*cells, strict=True)])
+        yield RowBatch(where, file, places, [list(column) for column in zip(*cells, strict=True)])

@@ -93,11 +93,11 @@ def test_the_names_of_a_class_label_and_their_order_are_kept(tmp_path: Path, pat
     assert found.features["label"].names == names
 
 
-def test_without_labels_only_blank_documents_are_dropped_and_the_pair_stays(tmp_path: Path) -> None:
-    rows = [{"text": text, "other": f"pair of {text}"} for text in ("a", " \n", "b")]
+def test_without_labels_a_row_is_dropped_if_all_its_texts_are_blank(tmp_path: Path) -> None:
+    rows = [{"text": text, "other": other} for text, other in (("a", ""), (" \n", "\t"), (" \n", "b"))]
     source = _source(tmp_path, rows)
     train, _ = load_documents(Data(source=source, eval_source=source, pair_column="other"), seed=0)
-    assert train[:] == {"text": ["a", "b"], "pair": ["pair of a", "pair of b"]}
+    assert train[:] == {"text": ["a", " \n"], "pair": ["", "b"]}
 
 
 PAIR = {"pair_column": "other"}

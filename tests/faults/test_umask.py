@@ -19,7 +19,7 @@ from minilm.commands.recipe import exit_on_error
 from minilm.commands.report import write_report
 from minilm.commands.seeds import train_seeds
 from minilm.data.columnar_files import read_columnar_field_names
-from minilm.data.sources import load_rows
+from minilm.data.sources import build_columns, load_rows
 from minilm.train import train
 from minilm.utils.cache import open_entry
 from minilm.utils.hub import explain_loading_errors
@@ -168,7 +168,8 @@ def load(path: Path) -> None:
 
 
 def read(path: Path) -> None:
-    load_rows(Data(source=str(path)), str(path), "train")
+    data = Data(source=str(path))
+    load_rows(data, str(path), "train", build_columns(data))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, 
 from minilm.config.command_line import parse_flags
 from minilm.data.documents import load_all_documents, load_documents
 from minilm.data.fingerprints import fingerprint_file
-from minilm.data.sources import fingerprint_sources, load_rows, stream_rows
+from minilm.data.sources import build_columns, fingerprint_sources, load_rows, stream_rows
 from minilm.data.streaming import stream_documents
 from minilm.objectives.factory import prepare_data
 from minilm.train import train
@@ -621,6 +621,11 @@ def put(folder: Path, situation: Situation) -> Data:
     return Data(source=str(folder / source), **situation.options)
 
 
+def _read(data: Data, split: str, *, labels: bool = False) -> Dataset:
+    """Return the rows of a split of the only source."""
+    return load_rows(data, data.sources[0], split, build_columns(data, labels=labels)).dataset
+
+
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_rows_are_read_as_they_were_written_or_an_error_names_the_place(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
@@ -630,12 +635,12 @@ def test_rows_are_read_as_they_were_written_or_an_error_names_the_place(
     labels = "label_column" in situation.options
     if situation.says:
         with pytest.raises(ValueError, match=rf"^[^\n]*{situation.says}[^\n]*\Z"):
-            load_rows(data, data.sources[0], "train", labels=labels)
+            _read(data, "train", labels=labels)
         if not labels:
             with pytest.raises(ValueError, match=rf"^[^\n]*{situation.says}[^\n]*\Z"):
                 [*stream_rows(data, data.sources[0], "train")]
         return
-    mapped = load_rows(data, data.sources[0], "train", labels=labels)
+    mapped = _read(data, "train", labels=labels)
     assert [*mapped] == [*situation.rows]
     for value, right in zip(mapped["label"] if labels else (), (row["label"] for row in situation.rows), strict=False):
         assert type(value) is type(right)
@@ -697,11 +702,11 @@ def test_a_part_of_a_delimited_file_has_the_label_type_of_the_whole_file(tmp_pat
         "train[6:7]+train[:1]": [2.5, 1.0],
     }
     for split, right in parts.items():
-        part = load_rows(data, data.sources[0], split, labels=True)["label"][:]
+        part = _read(data, split, labels=True)["label"][:]
         assert part == right
         assert all(isinstance(label, float) for label in part)
     with pytest.raises(ValueError, match="line 10: column 'label' holds no label"):
-        load_rows(data, data.sources[0], "train[5:]", labels=True)
+        _read(data, "train[5:]", labels=True)
 
 
 def test_a_column_where_no_source_has_columns_is_refused(tmp_path: Path) -> None:
@@ -805,9 +810,9 @@ def test_a_saved_dataset_without_rows_is_empty(tmp_path: Path) -> None:
         for name, split in (("nothing", "train"), ("parts", "test"), ("nothing", "train[:5]")):
             data = Data(source=str(tmp_path / name), split=split, streaming=streaming)
             with pytest.raises(ValueError, match=rf"^data source {tmp_path / name}: it is empty\Z"):
-                [*stream_rows(data, data.sources[0], split)] if streaming else load_rows(data, data.sources[0], split)
+                [*stream_rows(data, data.sources[0], split)] if streaming else _read(data, split)
     data = Data(source=str(tmp_path / "parts"))
-    assert load_rows(data, data.sources[0], "train")["text"][:] == ["a", "b"]
+    assert _read(data, "train")["text"][:] == ["a", "b"]
 
 
 WRITERS = {

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from minilm.config import Data
-from minilm.data.sources import load_rows, stream_rows
+from minilm.data.sources import build_columns, load_rows, stream_rows
 
 pytestmark = pytest.mark.scorecard(32)
 
@@ -214,7 +214,7 @@ def check(written: Written, folder: Path) -> None:
     path = folder / written.name
     path.write_bytes(written.content)
     data = Data(source=str(path), **written.options)
-    mapped = load_rows(data, str(path), "train", labels=written.labels is not None)
+    mapped = load_rows(data, str(path), "train", build_columns(data, labels=written.labels is not None)).dataset
     assert mapped["text"][:] == written.texts, written
     if written.labels is not None:
         assert mapped["label"][:] == written.labels, written

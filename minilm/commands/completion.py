@@ -15,7 +15,7 @@ SHELLS = ("bash", "zsh")
 # The constants of shtab for the metavars of files and folders.
 _FILES = {"FILE": "FILE", "DIR": "DIRECTORY", "OUT": "DIRECTORY"}
 
-# tyro's script completes a recipe only where the recipe is the command. This function finds it after a launcher.
+# tyro's script completes a recipe only if the recipe is the command. This function finds it after a launcher.
 _LAUNCHED = """
 _minilm_launched() {
   local at name

@@ -31,7 +31,7 @@ _PROCESSES = 2
 _LOW_BYTES = 2e9
 # Optional packages, and what needs them.
 _EXTRAS = {"peft": "LoRA", "matplotlib": "report --png"}
-# This file exists where the driver of an NVIDIA GPU is loaded.
+# This file exists if the driver of an NVIDIA GPU is loaded.
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
@@ -120,7 +120,7 @@ def _threads() -> Finding:
         )
     fix = ""
     if threads < usable and busy <= 0.5 and os.environ.get("OMP_NUM_THREADS"):
-        fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} slows a process without launcher down: unset it"
+        fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} slows down a process without a launcher: unset it"
     elif threads > usable:
         fix = f"set OMP_NUM_THREADS={usable}: with more threads than processors, threads wait for each other"
     return Finding(what="threads", found=found, fix=fix)

@@ -27,7 +27,7 @@ from minilm.train import build_head, build_plan, load_steps, seed_dropout, train
 # The probe ends when it has timed at least this many steps and this many seconds.
 _FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0
 _MOST_STEPS = 1000
-# The probe begins with the step among the first ones, this many, that has the largest micro-batch.
+# The probe begins with the step that has the largest micro-batch, among this many first steps.
 _SEARCHED_STEPS = 50
 # Columns of the plot of the learning rate. With its margin it fits into a terminal of 80.
 _PLOT_COLUMNS = 60

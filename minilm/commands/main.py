@@ -161,12 +161,12 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    command = _add_command(commands, "doctor", run_doctor, "check this machine, and say what to mend")
+    command = _add_command(commands, "doctor", run_doctor, "check this machine, and say what to fix")
     command.description = (
-        "Check hardware, precision, memory, threads, versions, caches, and whether two processes can meet, and print a "
+        "Check hardware, precision, memory, threads, versions, caches, and whether two processes can connect. Print a "
         "line about each."
     )
-    command.epilog = "The exit status is 1 if there is something to mend."
+    command.epilog = "The exit status is 1 if there is something to fix."
     _add_json(command)
 
 

@@ -162,18 +162,18 @@ def run_report(options: argparse.Namespace) -> None:
 
 
 def run_doctor(options: argparse.Namespace) -> None:
-    """Print one line for each check of this machine. Exit with status 1 if there is something to mend."""
+    """Print one line for each check of this machine. Exit with status 1 if there is something to fix."""
     with quick_imports():
         from minilm.commands.doctor import check_machine
-    needs_mending = False
+    needs_fixing = False
     for finding in check_machine():
-        needs_mending |= bool(finding.fix)
+        needs_fixing |= bool(finding.fix)
         if options.json:
             print(json.dumps(asdict(finding), ensure_ascii=False), flush=True)
         else:
             fix = f" -> {finding.fix}" if finding.fix else ""
-            print(f"{'MEND' if fix else 'ok':<5} {finding.what:<10} {finding.found}{fix}", flush=True)
-    if needs_mending:
+            print(f"{'FIX' if fix else 'ok':<5} {finding.what:<10} {finding.found}{fix}", flush=True)
+    if needs_fixing:
         sys.exit(1)
 
 

@@ -23,7 +23,7 @@ class Cost:
     per_target: float
 
     def step(self, step: Step, rate: float) -> float:
-        """Return the model FLOPs of a step over all processes. A share of `rate` of its tokens are targets.
+        """Return the model FLOPs of a step over all processes. `rate` is the share of its tokens that are targets.
 
         Padding adds nothing here, so that it lowers the MFU.
         """
@@ -32,24 +32,24 @@ class Cost:
         return 3 * forward
 
 
-def count_flops(model: Head, max_length: int) -> Cost:
+def count_flops(head: Head, max_length: int) -> Cost:
     """Count a forward's matrix products at two lengths and two numbers of targets, and solve for the three costs."""
-    training = model.training
+    training = head.training
 
     def forward(length: int, targets: int) -> int:
-        ids_T, packing = model.draw_rows([length])
+        ids_T, packing = head.draw_rows([length])
         # The counter does not know the fused CPU kernel of attention. The plain one saves the scores of all layers for
         # the gradient, so the hooks drop what it saves. (With gradients disabled, the counter fails on DeBERTa.)
         forgetting = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
         with forgetting, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.logits(ids_T, packing, ids_T.new_zeros(targets))
+            head.logits(ids_T, packing, ids_T.new_zeros(targets))
         return int(counter.get_total_flops())
 
-    model.eval()
+    head.eval()
     short, long = max(2, max_length // 2), max_length
     one, two, at_long = forward(short, 1), forward(short, 2), forward(long, 1)
     per_target = two - one
     at_short, at_long = one - per_target, at_long - per_target
-    model.train(training)
+    head.train(training)
     per_square = (at_long / long - at_short / short) / (long - short)
     return Cost(per_token=at_short / short - per_square * short, per_square=per_square, per_target=per_target)

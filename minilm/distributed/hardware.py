@@ -18,7 +18,7 @@ _KERNELS = 16
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let a CPU process keep the memory that it frees, in huge pages, so that a step asks the kernel for no memory.
+    """Let a CPU process keep the memory that it frees, in huge pages, so that steps need no memory from the kernel.
 
     By default the C library returns every large block at once, which costs a small model a tenth of its time. Its pages
     of 4 kB are too many for the processor's TLB, which costs another tenth or more. This function does nothing for a C
@@ -68,7 +68,7 @@ def _memory_is_rationed() -> bool:
 
 
 def keep_few_kernels(precision: str) -> None:
-    """Let oneDNN keep few of its kernels if matrix products are in fp32. oneDNN then computes GELUs only.
+    """Let oneDNN keep few of its kernels if matrix products are in fp32. Then oneDNN computes only GELUs.
 
     oneDNN makes a kernel for each number of tokens, which takes almost no time. By default it keeps a thousand. They
     lie between tensors and leave gaps that no other tensor fits: memory grows by 5 MB a step, and new pages take time.
@@ -109,8 +109,8 @@ def repeat_to_the_bit(wanted: bool) -> None:
 def describe(device: torch.device) -> dict[str, object]:
     """Return a description of the machine for run.json and the model card."""
     capability = _cpu_capability()
-    told = ", as told" if os.environ.get("ATEN_CPU_CAPABILITY") else ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} ({capability}{told})"
+    source = ", set by ATEN_CPU_CAPABILITY" if os.environ.get("ATEN_CPU_CAPABILITY") else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} ({capability}{source})"
     return {
         "device": name,
         "cpu_capability": capability,

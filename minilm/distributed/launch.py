@@ -32,15 +32,15 @@ from minilm.utils.signals import restore_default_signals
 
 T = TypeVar("T")
 
-
+# Lists, so that functions can change them.
 _staying = [False]  # whether `finish` stays in the process group, for the next run
-_joined = [False]  # whether minilm joined the process group, which the process must leave then
+_joined = [False]  # whether minilm itself joined the process group, and so must leave it
 _STATES = (PartialState, AcceleratorState, GradientState)
-_undo = list[Callable[[], None]]()  # restores the state that the process had before the run
+_undo = list[Callable[[], None]]()  # functions that restore the state that the process had before the run
 
 
 def join_job(run: Run) -> PartialState:
-    """Join the other processes of the job, if not done before, and return this process's rank and device.
+    """Join the other processes of the job, unless that is done, and return this process's rank and device.
 
     Raises ValueError for a wrong launch.
     """
@@ -95,7 +95,7 @@ def _start(run: Run) -> tuple[Accelerator, Precision]:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Autocast keeps the half-precision copy of a weight until the end of the step. FSDP2 frees the weight before that.
     autocast = AutocastKwargs(cache_enabled=sharding is None)
-    # The loop accumulates gradients itself. accelerate must not do it again where the environment asks for it.
+    # The loop accumulates gradients itself. accelerate must not do it again if the environment asks for it.
     once = GradientAccumulationPlugin(num_steps=1)
     _check_combination(run, mode, state.device, sharded=sharding is not None)
     _check_earlier(mode, state.device)
@@ -164,7 +164,7 @@ def restore_on_error() -> Iterator[None]:
 
 
 def _check_earlier(mode: str, device: torch.device) -> None:
-    """Raise ValueError where the user made an Accelerator of another precision or device: a process has one state."""
+    """Raise ValueError if an Accelerator of the user has another precision or device. accelerate allows one of each."""
     if not (earlier := AcceleratorState._shared_state):
         return
     theirs = earlier["_mixed_precision"]
@@ -204,7 +204,7 @@ def _share_error(message: str | None) -> None:
 
 
 def broadcast_from_main(work: Callable[[], T]) -> T:
-    """Return on all processes what `work` returns on the main process. Its ValueError is raised on all as well."""
+    """Return on all processes what `work` returns on the main process. If it raises ValueError, all processes do."""
     result, message = _attempt(work) if PartialState().is_main_process else (None, None)
     result, message = broadcast_object_list([result, message])
     if message is not None:

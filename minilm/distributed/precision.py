@@ -86,7 +86,7 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(name="bf16", reason="this GPU computes bf16")
         return Precision(name="fp16", reason="this GPU has no bf16")
-    return Precision(name="fp32", reason=f"minilm knows nothing faster that is safe on {device.type}")
+    return Precision(name="fp32", reason=f"minilm has no faster precision for {device.type}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def resolve_micro_tokens(
 
     Each process times the forward and backward pass of the largest micro-batch that `first_step` returns for a size,
     and drops the gradients. A resumed run keeps the number of its checkpoint, so that it repeats to the bit. Raises
-    ValueError where the smallest size does not fit into the memory, and for a sharded run.
+    ValueError if the smallest size does not fit into the memory, and for a sharded run.
     """
     if config.batch.micro_tokens != "auto":
         return config
@@ -64,7 +64,7 @@ def resolve_micro_tokens(
 
 
 def micro_tokens_of(config: Config) -> int:
-    """Return `batch.micro_tokens`. Raise ValueError where it is `auto` and has not been resolved."""
+    """Return `batch.micro_tokens`. Raise ValueError if it is `auto` and has not been resolved."""
     if config.batch.micro_tokens == "auto":
         raise ValueError("batch.micro_tokens=auto works only in the loop of minilm.train: give a number of tokens")
     return config.batch.micro_tokens

@@ -13,7 +13,7 @@ from minilm.utils.validation import suggest_name
 class BestEvaluation:
     """The best evaluation so far by `run.best_metric`. A resumed run continues from `progress`.
 
-    names: the names of the figures of an evaluation. Raises ValueError where `run.best_metric` is not one of them.
+    names: the names of the figures of an evaluation. Raises ValueError if `run.best_metric` is not one of them.
     """
 
     def __init__(self, run: Run, names: Sequence[str], progress: Progress) -> None:

@@ -45,11 +45,11 @@ class Progress:
     log_bytes: int = 0
     """Length of log.jsonl."""
     figure: float | None = None
-    """`run.best_metric` of the evaluation after this step; None where there was none or it was not finite."""
+    """`run.best_metric` of the evaluation after this step; None if there was none or it was not finite."""
     best: float | None = None
     """The best `run.best_metric` of all evaluations so far."""
     best_step: int = 0
-    """The step after which that evaluation took place; 0 where there was none."""
+    """The step after which that evaluation took place; 0 if there was none."""
     stale: int = 0
     """The number of evaluations since then."""
 
@@ -73,7 +73,7 @@ class Checkpoint:
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
     """Return the checkpoint that `run.resume` names: a path, or "latest" for the newest complete one in `folder`.
 
-    Raises ValueError where there is none, or where it is damaged; the message then names the file.
+    Raises ValueError if there is none, or if it is damaged; the message then names the file.
     """
     if resume != "latest":
         path = Path(resume).expanduser().resolve()
@@ -126,7 +126,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint. Raise ValueError where it cannot be read."""
+    """Return the JSON object in a file of a checkpoint. Raise ValueError if it cannot be read."""
     check(os.path.lexists(path), f"there is no {path.name} in it")
     check(path.is_file() and not path.is_symlink(), f"{path.name} is not a regular file")
     try:
@@ -139,7 +139,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_progress(values: dict[str, Any]) -> Progress:
-    """Return the progress. Raise ValueError where the fields or their types are wrong."""
+    """Return the progress. Raise ValueError if the fields or their types are wrong."""
     kinds = typing.get_type_hints(Progress)
     right = values.keys() == kinds.keys() and all(
         isinstance(values[name], kind) or (kind is float and isinstance(values[name], int))
@@ -189,7 +189,7 @@ def find_complete_checkpoints(folder: Path) -> list[Path]:
 def remove_old_checkpoints(folder: Path, step: int, run: Run) -> None:
     """Remove the checkpoints that the run does not keep, now that the checkpoint of `step` is saved.
 
-    It keeps the newest `run.keep_last` and the best. Checkpoints of later steps go as well. They exist where a run was
+    It keeps the newest `run.keep_last` and the best. Checkpoints of later steps go as well. They exist if a run was
     resumed from an earlier checkpoint.
     """
     complete = find_complete_checkpoints(folder)
@@ -208,7 +208,7 @@ def remove_old_checkpoints(folder: Path, step: int, run: Run) -> None:
 
 
 def _remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint. Raise OSError where it is a symbolic link or cannot be removed."""
+    """Remove a checkpoint. Raise OSError if it is a symbolic link or cannot be removed."""
     if path.is_symlink():
         raise OSError(f"{path.name} is a symbolic link")
     discarded = path.with_name(f".{path.name}.discarded")

@@ -97,7 +97,7 @@ class CheckpointSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is on disk. Raise OSError where it could not be written."""
+        """Wait until the checkpoint is on disk. Raise OSError if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -138,7 +138,7 @@ class CheckpointSaver:
 
 
 def gather_full_state(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return a whole copy of each tensor on the CPU where `keep` is True, else an empty dictionary.
+    """Return a whole copy of each tensor on the CPU if `keep` is True, else an empty dictionary.
 
     Every process calls it, since each may hold a shard of the tensors. Tied weights are one tensor with two names, and
     so are their copies.

@@ -22,7 +22,7 @@ ECHO_SECONDS = 2.0
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Inside it, each of STOP_SIGNALS requests a stop after the current step. A second SIGINT ends the process at once.
+    """A context in which STOP_SIGNALS request a stop after the current step. A second SIGINT ends the process at once.
 
     Under torchrun, ctrl-C reaches a process twice: from the terminal, and forwarded by the launcher. So a second SIGINT
     within `ECHO_SECONDS` does not count there.
@@ -87,7 +87,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
 def stop_on_bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
     """Return the exception that ends the run after `run.max_bad_steps` steps in a row without a finite gradient.
 
-    Returns None where there were fewer. The message names the first of these steps and its examples.
+    Returns None if there were fewer. The message names the first of these steps and its examples.
     """
     if recorder.bad_steps < run.max_bad_steps:
         return None

@@ -39,7 +39,7 @@ class EnergyCounter:
 
 
 def open_rapl_counters(powercap: Path = Path("/sys/class/powercap")) -> list[EnergyCounter]:
-    """Return a counter for each processor package. Raise OSError where this user may not read one."""
+    """Return a counter for each processor package. Raise OSError if this user may not read one."""
 
     def joules(path: Path) -> float:
         return int(path.read_text()) / 1e6
@@ -55,7 +55,7 @@ def open_rapl_counters(powercap: Path = Path("/sys/class/powercap")) -> list[Ene
 def open_nvml_counter(uuid: str, library: Any = None) -> list[EnergyCounter]:
     """Return the counter of the GPU with this UUID, in a list.
 
-    Raises ImportError where nvidia-ml-py is not installed, and NVML's own errors. library: takes the place of pynvml.
+    Raises ImportError if nvidia-ml-py is not installed, and NVML's own errors. library: takes the place of pynvml.
     """
     library = library or importlib.import_module("pynvml")
     library.nvmlInit()
@@ -104,7 +104,7 @@ def measure_energy(accelerator: Accelerator, since: int) -> Iterator[Callable[[]
 def _figures(joules: dict[str, list[float]], since: int) -> dict[str, float]:
     """Return `energy_kwh` and its parts, summed over all processes.
 
-    A part is left out where a process that should count it could not.
+    A part is left out if a process that should count it could not.
     """
     processes: list[dict[str, list[float]]] = gather_object([joules])
     parts = dict[str, float]()

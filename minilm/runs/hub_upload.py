@@ -24,7 +24,7 @@ _RECORDS = ("README.md", "run.json", "log.jsonl", "all_results.json")  # publish
 
 
 def check_hub_access(repo: str, license: str | None) -> None:
-    """Raise ValueError where the hub would not let this user upload to `repo`, as far as it says so in advance.
+    """Raise ValueError if the hub would not let this user upload to `repo`, as far as it says so in advance.
 
     Creates nothing on the hub. license: the license that the card will name. The hub refuses a license that it does not
     know.
@@ -42,7 +42,7 @@ def check_hub_access(repo: str, license: str | None) -> None:
 
 
 def create_hub_repo(repo: str) -> None:
-    """Create the repository if it does not exist. Raise ValueError where the user may not create it or write to it."""
+    """Create the repository if it does not exist. Raise ValueError if the user may not create it or write to it."""
     with _explain_refusal(repo):
         api = HfApi()
         # Where the repository exists, create_repo succeeds with read access, so the write access is checked separately.

@@ -17,7 +17,7 @@ class SpikeDetector:
     """Compares each loss with the last hundred.
 
     log: the log.jsonl of the run. It holds the earlier losses, so a resumed run finds the same spikes as a run without
-    an interruption. Later losses are compared with spikes too. So where the loss stays high, only the first few steps
+    an interruption. Later losses are compared with spikes too. So if the loss stays high, only the first few steps
     count as spikes.
     """
 

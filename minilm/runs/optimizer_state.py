@@ -58,7 +58,7 @@ def collect_optimizer_state(optimizer: torch.optim.Optimizer, network: PreTraine
 def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> None:
     """Load the state of the optimizer bit for bit; each process loads its shard.
 
-    Raises ValueError where the state does not fit the optimizer or the model.
+    Raises ValueError if the state does not fit the optimizer or the model.
     """
     try:
         stored = load_file(checkpoint.folder / OPTIMIZER)
@@ -80,7 +80,7 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimize
 
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
-    """Raise ValueError where another optimizer wrote the checkpoint, or where it holds no state of this one."""
+    """Raise ValueError if another optimizer wrote the checkpoint, or if it holds no state of this one."""
     now, before = describe_optimizer(optimizer)["name"], checkpoint.optimizer.get("name")
     slots = {key.partition("/")[0] for key in stored}
     anew = "leave run.resume out to start again"
@@ -101,7 +101,7 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, s
 
 
 def _to_number(value: Tensor) -> int | float:
-    """Return the value as an int where it is a whole number, else as a float."""
+    """Return the value as an int if it is a whole number, else as a float."""
     number = float(value)
     return int(number) if number.is_integer() else number
 

@@ -22,16 +22,16 @@ from minilm.utils.folder_lock import LOCK, lock_folder
 
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
-    """Return the output folder, and the checkpoint to resume from where `run.resume` asks for one.
+    """Return the output folder, and the checkpoint to resume from if `run.resume` asks for one.
 
     A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that does not exist or is empty. With
     `run.overwrite` that is always out/NAME. A resumed run gets the folder of its checkpoint. For `latest` without
     `run.output_dir`, its checkpoint is the newest one in out/NAME, out/NAME-2, …
 
     The function creates and changes nothing, but it locks a folder that exists (`minilm.utils.folder_lock`), so call it
-    inside `unlock_at_end`. Raises ValueError where the folder cannot be written, where it is not empty and neither
-    `run.resume` nor `run.overwrite` is set, where another run uses it, where there is no checkpoint, or where the hub
-    would refuse `run.push_to_hub`.
+    inside `unlock_at_end`. Raises ValueError if the folder cannot be written, if it is not empty and neither
+    `run.resume` nor `run.overwrite` is set, if another run uses it, if there is no checkpoint, or if the hub would
+    refuse `run.push_to_hub`.
     """
     if run.resume is not None:
         folder, checkpoint = _find_resumed_run(run.resume, run.output_dir, name)
@@ -41,7 +41,7 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
         # The run replaces all other files, but it appends to this one.
         if (folder / "log.jsonl").is_symlink():
             raise ValueError(f"{folder / 'log.jsonl'} is a symbolic link: remove it, or choose another run.output_dir")
-        with tempfile.TemporaryFile(dir=_nearest_existing(folder)):  # fails where the folder could not be created
+        with tempfile.TemporaryFile(dir=_nearest_existing(folder)):  # fails if the folder could not be created
             pass
         if checkpoint is None and not run.overwrite and not is_free(folder):
             raise ValueError(
@@ -57,12 +57,12 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
 def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: int = 0) -> None:
     """Create the output folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
 
-    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is:
+    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is,
 
-    - where the disk has no room for a checkpoint and the model;
-    - where a path that minilm did not write has the name of a checkpoint of one of the `steps`;
-    - where the hub refuses the repository;
-    - where another run has taken the folder in the meantime.
+    - if the disk has no room for a checkpoint and the model;
+    - if a path that minilm did not write has the name of a checkpoint of one of the `steps`;
+    - if the hub refuses the repository;
+    - if another run has taken the folder in the meantime.
     """
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     needed = (4 if run.save_every else 1) * weights  # a checkpoint (weights, two moments) and the model

@@ -33,7 +33,7 @@ Track = Callable[[dict[str, float], int], None]
 class Recorder:
     """The progress bar and the log of the steps.
 
-    The figures of a step are read when the next step is recorded. So the device has that step to work on meanwhile.
+    The figures of a step are read when the next step is recorded, so that the device works on that step meanwhile.
 
     enabled: True on the main process. The recorders of the other processes only count steps, tokens and time.
     track: a function such as `accelerator.log`, which receives the figures as `train/…`, `eval/…` and `final/…`.

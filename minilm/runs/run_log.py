@@ -129,7 +129,7 @@ def _read_run(folder: Path, name: str) -> LoggedRun:
 
 
 def _add_line(run: LoggedRun, line: Any) -> None:
-    """Add a line of the log to the run. Raise ValueError where it is not a record."""
+    """Add a line of the log to the run. Raise ValueError if it is not a record."""
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise ValueError
     step = line["step"]

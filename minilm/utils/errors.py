@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 
 class TrainingStopped(Exception):  # noqa: N818 - it is not an error
-    """Raised where minilm ends a run early or finds it finished. `status` is the exit status of the process."""
+    """Raised if minilm ends a run early or finds it finished. `status` is the exit status of the process."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

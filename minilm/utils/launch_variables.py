@@ -1,7 +1,7 @@
 """The environment variables by which a launcher tells a process its job. This file does not import torch.
 
-Some of these variables may be left over from another program. Unless they describe a whole job, they must neither
-silence this process nor make it wait for others.
+Some of these variables may be left over from another program. If they do not describe a complete job, this process
+prints its messages as a single process does, and does not wait for others.
 """
 
 import os

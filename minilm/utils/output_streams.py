@@ -1,4 +1,4 @@
-"""stdout and stderr: survive the end of their reader, as with `| head`, and drop what native code writes."""
+"""stdout and stderr: continue after their reader has gone, as with `| head`, and drop what native code writes."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 @contextmanager
 def survive_closed_output() -> Iterator[None]:
-    """Let the program run on inside the block after the reader of stdout or stderr has gone, as `| head` does.
+    """Let the program continue inside the block after the reader of stdout or stderr has gone, as with `| head`.
 
     Later output is lost. The figures of a run are also in its log.jsonl.
     """

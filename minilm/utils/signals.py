@@ -35,7 +35,7 @@ def interrupt_on_signals() -> Iterator[None]:
 def restore_default_signals() -> Iterator[None]:
     """Let STOP_SIGNALS kill the process inside the block, where `interrupt_on_signals` would raise.
 
-    Use it around a library call that waits for other processes. They may never come, and Python does not run signal
+    Use it around a library call that waits for other processes. Those may never come, and Python does not run signal
     handlers during such a call.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""What `minilm doctor` finds, and what it says to mend."""
+"""What `minilm doctor` finds, and what it says to fix."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ from minilm.commands.doctor import Finding
 CPU = torch.device("cpu")
 
 
-def test_one_line_a_finding_and_two_processes_that_meet(run, monkeypatch):
+def test_each_finding_is_one_line_and_two_processes_connect(run, monkeypatch):
     monkeypatch.setattr(doctor, "_TIMEOUT_SECONDS", 300.0)
     monkeypatch.setattr(doctor, "_threads", lambda: Finding(what="threads", found="1", fix="unset it"))
     status, output, _ = run("doctor", "--json")
@@ -32,10 +32,10 @@ def test_one_line_a_finding_and_two_processes_that_meet(run, monkeypatch):
     assert (found["threads"]["fix"], status) == ("unset it", 1)
 
 
-def test_what_is_to_mend_stands_out(run, monkeypatch):
+def test_a_finding_with_a_fix_is_marked(run, monkeypatch):
     found = [Finding(what="disk", found="none free", fix="free some"), Finding(what="hub", found="asked")]
     monkeypatch.setattr(doctor, "check_machine", lambda: iter(found))
-    assert run("doctor") == (1, ["MEND  disk       none free -> free some", "ok    hub        asked"], [])
+    assert run("doctor") == (1, ["FIX   disk       none free -> free some", "ok    hub        asked"], [])
     monkeypatch.setattr(doctor, "check_machine", lambda: iter(found[1:]))
     assert run("doctor")[0] is None
 

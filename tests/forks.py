@@ -71,11 +71,11 @@ class Outcome:
 def wrong(entry: Entry, outcome: Outcome) -> str:
     """What is not as it should be; nothing when all is well."""
     # A bar that was taken back is no line, nor is the box that tyro draws around one.
-    said = [line for line in outcome.error if line.strip() and not re.search(r"%\||doc/s\]|^[╭│╰]", line)]
+    lines = [line for line in outcome.error if line.strip() and not re.search(r"%\||doc/s\]|^[╭│╰]", line)]
     boxed = any(line.startswith("│") for line in outcome.error)
     found = {
         "status": outcome.status == (0 if entry.runs else 2),
-        "lines": entry.runs or [*said, *["box"] * boxed] in ([outcome.line], ["box"]),
+        "lines": entry.runs or [*lines, *["box"] * boxed] in ([outcome.line], ["box"]),
         "says": entry.says in (" ".join(outcome.error) if entry.runs else outcome.line),
         "changed": entry.runs or outcome.changed == [],
         "token": not any(CANARY in line for line in outcome.error),

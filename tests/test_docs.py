@@ -74,9 +74,9 @@ def forked(work: Callable[[], object], place: Path) -> str:
     finally:
         if child.is_running():
             child.kill()
-    said = output.read_text(encoding="utf-8", errors="replace")
-    assert code == 0, said[-3000:]
-    return said
+    text = output.read_text(encoding="utf-8", errors="replace")
+    assert code == 0, text[-3000:]
+    return text
 
 
 def run_file(words: list[str]) -> None:
@@ -225,9 +225,9 @@ def test_help_says_what_a_name_is_and_what_it_takes(name: str) -> None:
 def test_the_modules_that_help_names_have_what_it_says() -> None:
     listed = re.findall(r"^    (minilm\.[\w.]+) +(.*)$", minilm.__doc__ or "", re.MULTILINE)
     assert len(listed) > 10
-    for name, said in listed:
+    for name, text in listed:
         module = importlib.import_module(name)
-        words = re.findall(r"\b[A-Z]\w*[a-z]\w*|\w+_\w+", said)
+        words = re.findall(r"\b[A-Z]\w*[a-z]\w*|\w+_\w+", text)
         assert [word for word in words if not hasattr(module, word)] == [], name
 
 

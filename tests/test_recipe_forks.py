@@ -184,7 +184,7 @@ def test_forks_run_from_their_command_line_on_two_processes(
     assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
 
 
-def test_a_fork_is_swept_over_seeds(configs: dict[str, Config], tmp_path: Path) -> None:
+def test_a_fork_trains_with_several_seeds(configs: dict[str, Config], tmp_path: Path) -> None:
     run = replace(configs["fork_electra"].run, max_steps=2, output_dir=str(tmp_path / "out"))
     summary = train_seeds(replace(configs["fork_electra"], run=run), "fork", [0, 1], fork_electra.train)
     assert summary["steps"] == {"mean": 2.0, "std": 0.0, "values": {"0": 2, "1": 2}}

@@ -176,7 +176,7 @@ def test_workers_of_any_number_prepare_the_same_batches_and_masks(
 
 
 @pytest.mark.scorecard(26)
-def test_a_run_goes_on_in_the_middle_of_a_million_examples_at_once(
+def test_a_run_resumes_in_the_middle_of_a_million_examples_at_once(
     tokenizer: PreTrainedTokenizerBase, figure: Callable[[str], None]
 ) -> None:
     rng = np.random.default_rng(0)
@@ -215,7 +215,7 @@ def test_overfits_one_batch(
     figure(f"masked LM: loss {float(result.loss):.3f} after 150 steps")
 
 
-def test_deterministic_algorithms_are_on_when_asked_for_and_off_again_and_change_nothing_on_a_cpu(
+def test_deterministic_algorithms_are_on_during_the_run_only_and_change_nothing_on_a_cpu(
     documents: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back

@@ -18,12 +18,12 @@ def told() -> dict[str, Outcome]:
 
 @pytest.mark.scorecard(30)
 @pytest.mark.parametrize("name", ENTRIES)
-def test_a_mistake_is_told_in_one_line_and_changes_no_file(name, told):
+def test_a_mistake_is_reported_in_one_line_and_changes_no_file(name, told):
     assert wrong(ENTRIES[name], told[name]) == "", "\n".join(told[name].error)
 
 
 @pytest.mark.scorecard(30)
-def test_the_share_of_mistakes_that_are_told_as_they_should_be(told, figure):
+def test_all_mistakes_are_reported_as_they_should_be(told, figure):
     right = [name for name, entry in ENTRIES.items() if not wrong(entry, told[name])]
     slowest = max(outcome.seconds for outcome in told.values())
     figure(

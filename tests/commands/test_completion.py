@@ -60,8 +60,8 @@ def test_bash_completes_the_flags_of_a_recipe_behind_its_launcher(
 
 
 def test_behind_a_launcher_of_something_else_nothing_is_completed(recipe: Path) -> None:
-    said = "COMP_WORDS=(python other.py --se) COMP_CWORD=2; _minilm_launched; echo ${#COMPREPLY[@]}"
-    assert bash(f"source {recipe}; {said}").strip() == "0"
+    script = "COMP_WORDS=(python other.py --se) COMP_CWORD=2; _minilm_launched; echo ${#COMPREPLY[@]}"
+    assert bash(f"source {recipe}; {script}").strip() == "0"
 
 
 def test_the_commands_script_is_bash_and_knows_commands_and_flags(
@@ -92,7 +92,7 @@ def test_an_unknown_shell_is_refused_in_one_line(
     assert "must be one of bash, zsh" in line
 
 
-def test_without_shtab_it_is_said_what_to_install(
+def test_without_shtab_the_error_names_the_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)

@@ -49,16 +49,16 @@ def _hang(rank: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("instead", "patience", "said"),
+    ("instead", "patience", "message"),
     [(_fail, 60, "(RuntimeError: no interface)"), (_hang, 0.5, "(no answer within 0.5 seconds)")],
 )
-def test_processes_that_fail_or_hang_are_told(instead, patience, said, monkeypatch):
+def test_processes_that_fail_or_hang_are_reported(instead, patience, message, monkeypatch):
     monkeypatch.setattr(doctor, "_TIMEOUT_SECONDS", patience)
     monkeypatch.setattr(doctor, "_sum_ranks", instead)
     # Forked processes save the seconds of imports. The test of the whole command spawns its processes.
     monkeypatch.setattr(doctor, "spawn", partial(start_processes, start_method="fork"))
     finding = doctor._processes()
-    assert said in finding.found
+    assert message in finding.found
     assert finding.fix
     assert not multiprocessing.active_children()
 
@@ -85,7 +85,7 @@ def test_threads(threads, usable, variable, fix, monkeypatch):
     assert "other programs" not in finding.found
 
 
-def test_programs_that_take_processors_are_told_of_with_the_threads_left_over(monkeypatch):
+def test_busy_processors_are_reported_with_the_threads_to_use(monkeypatch):
     monkeypatch.setattr(doctor, "usable_processors", lambda: 4)
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 3, 5}, raising=False)
     monkeypatch.setattr(doctor.psutil, "cpu_percent", lambda seconds, percpu: [90.0, 5.0, 100.0, 75.0, 100.0, 0.0])
@@ -103,7 +103,7 @@ def test_versions_that_minilm_does_not_run_on(monkeypatch):
     assert doctor._versions().fix == 'pip install "numpy>=99" "no-such-package>=1"'
 
 
-def test_memory_of_a_container_counts_and_little_disk_is_told(monkeypatch):
+def test_the_memory_of_a_container_counts_and_a_full_disk_is_reported(monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": 3 * 10**9, "/sys/fs/cgroup/memory.current": 2 * 10**9}
     monkeypatch.setattr(doctor, "_read_number", limits.get)
     finding = doctor._memory(CPU)
@@ -114,7 +114,7 @@ def test_memory_of_a_container_counts_and_little_disk_is_told(monkeypatch):
     assert "HF_HOME" in next(doctor._caches()).fix
 
 
-def test_a_cache_that_cannot_be_written_and_a_hub_that_is_not_asked(monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_and_an_offline_hub_are_reported(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     cache, hub = doctor._caches()

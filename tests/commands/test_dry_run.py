@@ -47,7 +47,7 @@ def planned(capsys: pytest.CaptureFixture[str], config: Config, **options: bool)
     capsys.readouterr()
     dry_run(config, "test", **options)
     lines = [line.split(" ", 1) for line in capsys.readouterr().out.splitlines()]
-    return {what: said.strip() for what, said in lines if what}
+    return {what: text.strip() for what, text in lines if what}
 
 
 def number(pattern: str, text: str) -> float:
@@ -79,7 +79,7 @@ def test_the_plan_is_that_of_the_run(config, clock, capsys, tmp_path):
     assert "by 3 steps" in lines["time"]
 
 
-def test_of_a_loop_of_its_own_only_data_and_steps_are_told(config, capsys):
+def test_a_dry_run_of_a_fork_describes_only_its_data_and_steps(config, capsys):
     lines = planned(capsys, config, own_loop=True)
     assert lines["steps"] == "36 of 8 examples"
     assert lines["time"].startswith("unknown")

@@ -83,7 +83,7 @@ def not_empty(folder: Path) -> None:
         (not_empty, "new exists and is not an empty folder: give another one"),
     ],
 )
-def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_all_as_it_is(
+def test_an_impossible_export_is_refused_in_one_line_and_changes_nothing(
     prepare: Callable[[Path], None], says: str, folders, run, tmp_path: Path
 ) -> None:
     shutil.copytree(folders[BertForMaskedLM], tmp_path / "model")
@@ -96,7 +96,7 @@ def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_all_as_it_is(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_onnx_takes_is_told_with_the_command(folders, run, tmp_path: Path, monkeypatch) -> None:
+def test_missing_packages_of_onnx_are_named_with_the_command(folders, run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export, "_PACKAGES", ("onnx_not_there",))
     flags = ("--format", "onnx", "--output", str(tmp_path / "new"))
     status, _, error = run("export", str(folders[BertForMaskedLM]), *flags)

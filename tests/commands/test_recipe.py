@@ -129,7 +129,7 @@ def fail(error: BaseException):
         (TrainingStopped("SIGTERM after step 2", 143), 143, "stopped: SIGTERM after step 2"),
     ],
 )
-def test_errors_end_with_their_status_and_are_told_once_in_a_job(error, status, line, rank, seen, capsys, monkeypatch):
+def test_errors_end_with_their_status_and_one_line_per_job(error, status, line, rank, seen, capsys, monkeypatch):
     for name, value in launched(rank).items() if rank is not None else ():
         monkeypatch.setenv(name, value)
     ended = []

@@ -117,7 +117,7 @@ def test_of_one_run_the_settings_other_than_the_defaults_are_listed(tmp_path):
     assert Page(listed[0]).rows == {"": ["a"], "optim.lr": ["0.25"]}
 
 
-def test_what_is_missing_or_broken_is_said_and_the_rest_is_shown(tmp_path):
+def test_a_report_names_what_is_missing_or_broken_and_shows_the_rest(tmp_path):
     lines = [step(1), '{"step": 2, "los', step(3, loss=None), step(4, loss=math.nan), "[]", step(5, grad_norm=1e999)]
     lines += [{"step": 5, "spike_loss": 9.0, "usual_loss": 1.0, "examples": [1]}]
     folder = write_run(tmp_path / "a", lines, planned=5)
@@ -173,7 +173,7 @@ def test_ticks_are_round(low, high, log, expected):
     assert choose_ticks(low, high, log=log) == pytest.approx(expected)
 
 
-def test_runs_of_the_same_name_are_told_apart_and_one_given_twice_is_shown_once(tmp_path):
+def test_runs_of_the_same_name_are_distinguished_and_one_given_twice_is_shown_once(tmp_path):
     first, second = (write_run(tmp_path / part / "out", usual(2)) for part in "ab")
     assert [run.name for run in read_runs([first, second, first + "/"])] == [first, second]
 
@@ -181,7 +181,7 @@ def test_runs_of_the_same_name_are_told_apart_and_one_given_twice_is_shown_once(
 def test_what_is_wrong_with_the_command_is_one_line(run, tmp_path):
     good, empty = write_run(tmp_path / "good", usual(3)), write_run(tmp_path / "empty", [])
     (tmp_path / "mine.html").write_text("my own page")
-    for words, said in (
+    for words, message in (
         ([str(tmp_path / "none")], "there is no such folder"),
         ([str(tmp_path)], "there is no log.jsonl in it"),
         ([good, empty], "has no record of a step or an evaluation yet"),
@@ -191,7 +191,7 @@ def test_what_is_wrong_with_the_command_is_one_line(run, tmp_path):
     ):
         status, output, error = run("report", *words)
         assert (status, output, len(error)) == (2, [], 1)
-        assert said in error[0]
+        assert message in error[0]
     assert (tmp_path / "mine.html").read_text() == "my own page"
     path = tmp_path / "a.html"
     for _ in range(2):  # a report may be written over

@@ -46,24 +46,24 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     return run
 
 
-def test_each_run_of_a_sweep_is_that_of_its_seed_alone(
+def test_each_run_of_several_seeds_is_that_of_its_seed_alone(
     config: Config, recipe: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert recipe(config, "--seeds", "3", "1", "--optim.lr", "1e-3") == 0
-    said, out = capsys.readouterr().out, tmp_path / "out"
+    message, out = capsys.readouterr().out, tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["seed-1", "seed-3", "seeds.json"]
     figures = {seed: json.loads((out / f"seed-{seed}" / "all_results.json").read_text()) for seed in (3, 1)}
     summary = json.loads((out / "seeds.json").read_text())
     assert summary == summarise_seeds(figures)
     assert figures[3]["eval_loss"] != figures[1]["eval_loss"]
-    assert f"{summary['eval_loss']['mean']:.5g}" in said
+    assert f"{summary['eval_loss']['mean']:.5g}" in message
 
     run = replace(config.run, seed=1, output_dir=str(tmp_path / "alone"))
     train(replace(config, run=run, optim=replace(config.optim, lr=1e-3)))
     assert end_of(out / "seed-1") == end_of(tmp_path / "alone")
 
 
-SWEPT = """
+SEEDS_SCRIPT = """
 import minilm.train
 import torch.distributed as dist
 from minilm.commands.seeds import train_seeds
@@ -83,7 +83,7 @@ minilm.train.train = swept
 
 
 def test_two_processes_stay_together_from_seed_to_seed_and_part_after_the_last(config: Config, tmp_path: Path) -> None:
-    finish_all([(config, 2)], tmp_path, SWEPT)
+    finish_all([(config, 2)], tmp_path, SEEDS_SCRIPT)
     summary = json.loads((tmp_path / "out" / "seeds.json").read_text())
     assert list(summary["eval_loss"]["values"]) == ["3", "1"]
     assert json.loads((tmp_path / "out" / "seed-1" / "run.json").read_text())["processes"] == 2
@@ -102,7 +102,7 @@ def test_the_summary_has_the_mean_and_the_deviation_of_a_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--seeds", "--seeds needs numbers"),
         ("--seeds --batch.examples 3", "--seeds needs numbers"),
@@ -116,9 +116,9 @@ def test_the_summary_has_the_mean_and_the_deviation_of_a_sample() -> None:
         ("--seeds 1 2 --dry-run", "--dry-run exclude each other"),
     ],
 )
-def test_what_is_no_sweep_is_refused_in_one_line(
+def test_wrong_seeds_are_refused_in_one_line(
     flags: str,
-    said: str,
+    message: str,
     config: Config,
     recipe: Callable[..., object],
     tmp_path: Path,
@@ -126,7 +126,7 @@ def test_what_is_no_sweep_is_refused_in_one_line(
 ) -> None:
     assert recipe(config, *flags.split(), train_function=pytest.fail) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -137,7 +137,7 @@ def test_a_folder_that_is_taken_is_refused_before_the_first_seed(config: Config,
         train_seeds(config, "mine", [0, 1], pytest.fail)
 
 
-def test_a_signal_too_late_for_its_run_ends_the_sweep(
+def test_a_signal_too_late_for_its_run_ends_the_seeds(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(minilm.utils.signals, "_last_signal", [0])
@@ -154,7 +154,7 @@ def test_a_signal_too_late_for_its_run_ends_the_sweep(
     assert json.loads((tmp_path / "out" / "seeds.json").read_text())["eval_loss"]["values"] == {"3": 1.0}
 
 
-def test_a_run_that_is_stopped_ends_the_sweep_and_says_how_to_go_on(config: Config, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_ends_the_seeds_and_says_how_to_resume(config: Config, tmp_path: Path) -> None:
     def train_function(config: Config, name: str) -> dict[str, float]:
         raise TrainingStopped("SIGTERM after step 2; --run.resume latest goes on", 143)
 

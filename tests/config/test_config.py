@@ -245,7 +245,7 @@ def test_from_run_without_a_file_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--batch.exampels", "3"], "--batch.examples"),
         (["--batch.layout", "rows"], "documents"),
@@ -256,7 +256,11 @@ def test_from_run_without_a_file_is_refused() -> None:
 )
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_a_bad_flag_exits_with_status_2_and_only_the_first_process_prints(
-    flags: list[str], said: str, rank: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    rank: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, value in launched(rank).items() if rank is not None else ():
         monkeypatch.setenv(name, value)
@@ -267,7 +271,7 @@ def test_a_bad_flag_exits_with_status_2_and_only_the_first_process_prints(
     assert end.value.code == 2
     assert sys.stderr is stderr
     assert output.out == ""
-    assert (output.err == "") if rank == 1 else (said in output.err)
+    assert (output.err == "") if rank == 1 else (message in output.err)
 
 
 def test_a_fraction_of_epochs_gives_the_exact_number_of_steps() -> None:

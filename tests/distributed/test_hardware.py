@@ -373,8 +373,8 @@ held = torch.ones(2**24)
 print(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert int(said.stdout.split()[1]) > 48 * 1024  # kB, of 64 MB
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[1]) > 48 * 1024  # kB, of 64 MB
 
 
 @pytest.mark.parametrize(("environment", "made"), [({}, 41), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "99"}, 40)])
@@ -389,10 +389,10 @@ for rows in [*range(1, 41), 1]:
     variables = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
     environment = {key: value for key, value in os.environ.items() if key not in variables} | environment
     environment["ONEDNN_VERBOSE"] = "2"
-    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    if "eltwise" not in said.stdout:
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    if "eltwise" not in done.stdout:
         pytest.skip("torch does not take GELUs from oneDNN here")
-    assert said.stdout.count("create:cache_miss") == made
+    assert done.stdout.count("create:cache_miss") == made
 
 
 @pytest.mark.parametrize(

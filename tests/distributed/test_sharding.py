@@ -103,13 +103,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 def sharded(config: Config, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on two processes, launched as a user does it."""
     place = tmp_path_factory.mktemp("sharded")
-    flags, _, planted, said = KINDS[kind]
+    flags, _, planted, message = KINDS[kind]
     command = [sys.executable, "-m", *ACCELERATE.split(), *flags.split()]
     job = start_job("accelerate", into(place / "out", config), place, planted=planted, command=command)
     try:
         assert job.gone(240), job.stderr.read_text()
         assert job.status() == 0, job.stderr.read_text()
-        assert said in job.stderr.read_text()
+        assert message in job.stderr.read_text()
     finally:
         job.kill()
     return place / "out"
@@ -141,7 +141,7 @@ def test_a_sharded_run_has_the_updates_of_one_process(kind, sharded, plain, figu
 
 
 @pytest.mark.scorecard(3)
-def test_a_checkpoint_is_gone_on_from_sharded_or_not(kind, config, sharded, plain, tmp_path, figure) -> None:
+def test_a_checkpoint_can_be_resumed_sharded_or_not(kind, config, sharded, plain, tmp_path, figure) -> None:
     again, spread, joined = (
         stopped_after(STEPS // 2, reference, tmp_path / name)
         for name, reference in (("again", sharded), ("spread", plain), ("joined", sharded))
@@ -156,16 +156,16 @@ def test_a_checkpoint_is_gone_on_from_sharded_or_not(kind, config, sharded, plai
 
 @pytest.mark.scorecard(20)
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({}, "the launch asks for --fsdp_version 1, .*: pass --fsdp_version 2"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "True"}, "pass --fsdp_offload_params false"),
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "pass --fsdp_activation_checkpointing false"),
     ],
 )
-def test_other_kinds_of_sharding_are_refused(environment: dict[str, str], said: str) -> None:
+def test_other_kinds_of_sharding_are_refused(environment: dict[str, str], message: str) -> None:
     assert read_sharding(environment) is None
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_sharding({"ACCELERATE_USE_FSDP": "true", **environment})
 
 
@@ -242,7 +242,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_but_for_rounding(config, tmp
         assert 0 < difference < 1e-2
 
 
-def test_a_run_goes_on_with_the_sums_that_it_began_with(config, tmp_path) -> None:
+def test_a_resume_refuses_another_reduce_dtype(config, tmp_path) -> None:
     before = Checkpoint(folder=tmp_path, progress=Progress(), config=to_dict(config), inputs={}, scaler={})
     assert check_settings(before, config) == []
     with pytest.raises(ValueError, match=r'run\.reduce_dtype was "fp32", is "bf16"'):

@@ -131,16 +131,16 @@ def files_below(folder: Path) -> dict[str, bytes]:
 @contextmanager
 def warnings_of_minilm() -> Iterator[list[str]]:
     """What minilm warns of inside."""
-    said: list[str] = []
+    warnings: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            warnings.append(record.getMessage())
 
     logger, handler = logging.getLogger("minilm"), Handler(logging.WARNING)
     logger.addHandler(handler)
     try:
-        yield said
+        yield warnings
     finally:
         logger.removeHandler(handler)
 
@@ -170,12 +170,12 @@ def trial(
             if (cache / name).is_file() and (cache / name).read_bytes() == whole[name]:
                 continue
             damages += 1
-            with warnings_of_minilm() as said:
+            with warnings_of_minilm() as warnings:
                 try:
                     same = content_of(config) == right
                 except Exception as error:
-                    said, same = [repr(error)], False
-            told = [line for line in said if line not in usual]
+                    warnings, same = [repr(error)], False
+            told = [line for line in warnings if line not in usual]
             if not (same and len(told) == 1 and str(cache / name) in told[0] and files_below(cache) == whole):
                 wrong.append(f"{damage.__name__} {name}: {'the same' if same else 'other'} data; {told}")
                 for path, content in whole.items():

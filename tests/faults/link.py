@@ -130,13 +130,13 @@ def cut_the_link(place: Path) -> Found:
     again = replace(config, run=replace(config.run, resume="latest", max_steps=reached + 10))
     job = start("fork", again, place, processes=2)
     assert job.status() == 0, job.stderr.read_text()
-    said = [job.stderr.read_text() for job in jobs]
+    errors = [job.stderr.read_text() for job in jobs]
     return Found(
         difference=apart,
         seconds=max(seconds),
         launchers=ended,
-        told=[[line for line in text.splitlines() if line.startswith("error: ")] for text in said],
-        tracebacks=sum("in exit_on_error" in text for text in said),
+        told=[[line for line in text.splitlines() if line.startswith("error: ")] for text in errors],
+        tracebacks=sum("in exit_on_error" in text for text in errors),
         resumed=json.loads((folder / "all_results.json").read_text())["steps"] - reached,
     )
 

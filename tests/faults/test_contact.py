@@ -44,7 +44,7 @@ def test_an_error_of_another_kind_stays_what_it_is():
         raise RuntimeError("CUDA out of memory")
 
 
-def test_it_says_from_which_checkpoint_to_go_on_once_that_is_written(tokenizer, tmp_path):
+def test_the_hint_names_the_checkpoint_to_resume_from_once_it_is_written(tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer)
     assert saver.resume_hint() == "no checkpoint was saved"
     saver.save(Progress(step=7))
@@ -56,11 +56,11 @@ def test_of_the_processes_of_a_host_the_first_to_end_tells_why(tmp_path, monkeyp
         raise ConnectionError("lost")
 
     monkeypatch.setattr(os, "_exit", sys.exit)
-    for rank, said in ((1, "error: lost\n"), (0, "")):
+    for rank, message in ((1, "error: lost\n"), (0, "")):
         (tmp_path / str(rank)).mkdir()
         for name, value in launched(rank).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path(tmp_path, str(rank), "error.json")))
         with pytest.raises(SystemExit):
             exit_on_error(lose)
-        assert capsys.readouterr().err == said
+        assert capsys.readouterr().err == message

@@ -15,7 +15,7 @@ CASES: list[Case] = [
 
 
 @pytest.mark.scorecard(42)
-def test_a_signal_to_every_process_of_a_run_leaves_a_checkpoint_that_goes_on_to_the_same_end(
+def test_a_signal_to_every_process_leaves_a_checkpoint_that_resumes_to_the_same_end(
     tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     tried, wrong = trial(tmp_path, CASES)

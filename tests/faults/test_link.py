@@ -9,7 +9,7 @@ from tests.faults.link import TIMEOUT, cut_the_link, two_hosts
 
 
 @pytest.mark.scorecard(19)
-def test_two_hosts_train_as_one_and_when_their_link_is_cut_both_end_and_the_run_goes_on(
+def test_two_hosts_train_as_one_and_when_their_link_is_cut_both_end_and_the_run_can_resume(
     tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     try:

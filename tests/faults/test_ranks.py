@@ -14,7 +14,7 @@ LIMITS = {"raises": 15, "is killed": 15, "is stopped": TIMEOUT + 3}
 
 @pytest.mark.scorecard(18)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_when_a_process_is_gone_the_other_ends_and_the_reason_is_told_once(
+def test_when_a_process_is_gone_the_other_ends_and_the_reason_is_printed_once(
     fault: str, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     outcome = hurt("fork", fault, tmp_path)

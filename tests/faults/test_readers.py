@@ -41,7 +41,7 @@ def without_readers(script: str, arguments: str = "") -> tuple[int, str]:
     return int(done.stdout), done.stderr
 
 
-def test_a_run_goes_on_to_its_end_when_its_readers_go_away(tmp_path: Path) -> None:
+def test_a_run_continues_to_its_end_when_its_readers_go_away(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
     script = RUN.format(place=str(tmp_path), out=str(tmp_path / "out"))
     assert without_readers(script, "--optim.lr 0.01") == (0, "")

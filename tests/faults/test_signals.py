@@ -19,7 +19,7 @@ from tests.launch import ROOT, read_log
 
 @pytest.mark.scorecard(17)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_told_to_end_at_any_moment_a_run_saves_and_goes_on_to_the_same_end(
+def test_a_run_that_gets_a_signal_at_any_moment_saves_and_resumes_to_the_same_end(
     processes: int, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     told = trial(tmp_path, "fork", processes, times=2, draw=random.Random(processes))
@@ -29,7 +29,7 @@ def test_told_to_end_at_any_moment_a_run_saves_and_goes_on_to_the_same_end(
 
 @pytest.mark.scorecard(17)
 @pytest.mark.parametrize(("launcher", "processes"), [("accelerate", 1), ("torchrun", 2)])
-def test_a_launched_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_end(
+def test_a_launched_run_that_gets_a_signal_saves_and_resumes_to_the_same_end(
     launcher: str, processes: int, tmp_path: Path
 ) -> None:
     config = config_in(tmp_path, steps=120)
@@ -74,10 +74,10 @@ def test_a_worker_whose_launcher_died_while_it_was_being_imported_ends() -> None
     code = 'import os; os.environ["LAUNCHER"] = str(os.getpid())' + ORPHAN
     launched = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_MODE": "default", "PYTHONPATH": str(ROOT)}
     worker = [sys.executable, "-c", code]
-    said = subprocess.run(worker, env={**os.environ, **launched}, capture_output=True, text=True, timeout=60).stdout
-    if "not init's" in said:
+    output = subprocess.run(worker, env={**os.environ, **launched}, capture_output=True, text=True, timeout=60).stdout
+    if "not init's" in output:
         pytest.skip("something other than init takes care of orphans here")
-    assert said == f"told {signal.SIGTERM.value}\n"
+    assert output == f"told {signal.SIGTERM.value}\n"
 
 
 # The first process takes long; the other waits for it, here in a barrier, there inside a library.
@@ -110,7 +110,7 @@ minilm.runs.session.start = start
 @pytest.mark.parametrize("moment", BEFORE_THE_FIRST_STEP)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_before_its_first_step_a_run_ends_at_once_in_one_line(
+def test_a_run_that_gets_a_signal_before_its_first_step_ends_at_once_in_one_line(
     number: signal.Signals, processes: int, moment: str, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     folder = tmp_path / "out"

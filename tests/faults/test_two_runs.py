@@ -149,7 +149,9 @@ def test_a_run_whose_main_process_was_killed_is_resumed_at_once(
         live.job.kill()
 
 
-def test_one_of_two_resumes_at_once_goes_on(reference: dict[str, object], live: Live, tmp_path: Path) -> None:
+def test_one_of_two_resumes_at_the_same_time_continues(
+    reference: dict[str, object], live: Live, tmp_path: Path
+) -> None:
     live.job.kill()
     again = replace(live.config, run=replace(live.config.run, resume="latest"))
     jobs = []

@@ -143,7 +143,7 @@ def test_a_refused_dry_run_leaves_no_state_either(config: Config, tmp_path: Path
 
 
 @pytest.mark.scorecard(37)
-def test_a_fork_that_failed_without_cleaning_up_is_no_hindrance(config: Config, tmp_path: Path) -> None:
+def test_a_fork_that_failed_without_cleaning_up_does_not_disturb_the_next_run(config: Config, tmp_path: Path) -> None:
     context = begin(changed(config, {"run": {"precision": "bf16", "output_dir": str(tmp_path / "fork")}}), "fork")
     context.__enter__()  # and no end
     assert train(changed(config, {"run": {"output_dir": str(tmp_path / "out")}}))["steps"] == 2
@@ -271,7 +271,7 @@ minilm.train.train = both
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_two_sweeps_that_start_together_never_share_a_summary(named: bool, config: Config, tmp_path: Path) -> None:
+def test_two_jobs_of_seeds_that_start_together_share_no_summary(named: bool, config: Config, tmp_path: Path) -> None:
     jobs = []
     for seed in (0, 1):
         own = changed(config, {"run": {"seed": seed, "max_steps": 1, "output_dir": str(tmp_path / "out")}})

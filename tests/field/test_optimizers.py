@@ -72,7 +72,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("after", OPTIMIZERS)
 @pytest.mark.parametrize("before", OPTIMIZERS)
-def test_a_checkpoint_goes_on_with_its_own_optimizer_alone(
+def test_a_checkpoint_resumes_with_its_own_optimizer_alone(
     before: str, after: str, saved: Callable[..., tuple[Path, Any]]
 ) -> None:
     folder, network = saved(OPTIMIZERS[before])
@@ -98,7 +98,7 @@ def test_an_optimizer_that_hides_its_state_is_refused_by_name(saved: Callable[..
     ("before", "after", "works"),
     [("AdamW", "AdamW", True), ("AdamW", "SGD", False), ("SGD", "AdamW", False), ("SGD", "SGD", True)],
 )
-def test_a_checkpoint_that_names_no_optimizer_goes_on_where_its_state_fits(
+def test_a_checkpoint_without_the_name_of_its_optimizer_resumes_if_its_state_fits(
     before: str, after: str, works: bool, saved: Callable[..., tuple[Path, Any]]
 ) -> None:
     folder, network = saved(OPTIMIZERS[before])

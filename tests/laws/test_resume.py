@@ -77,7 +77,7 @@ def plain(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.scorecard(22)
 @pytest.mark.parametrize("changes", [{"micro_tokens": 4096}, {"micro_tokens": 24}, {"workers": 1}])
-def test_what_does_not_change_the_mathematics_may_change_when_a_run_goes_on(
+def test_settings_that_do_not_change_the_mathematics_may_change_at_a_resume(
     changes: dict[str, object], config: Config, plain: Path, tmp_path: Path
 ) -> None:
     half = stopped_after(9, plain, tmp_path / "half")
@@ -87,7 +87,7 @@ def test_what_does_not_change_the_mathematics_may_change_when_a_run_goes_on(
 
 @pytest.mark.scorecard(3)
 @pytest.mark.scorecard(22)
-def test_the_number_of_processes_may_change_when_a_run_goes_on(
+def test_the_number_of_processes_may_change_at_a_resume(
     config: Config, plain: Path, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     two, spread = tmp_path / "two", stopped_after(9, plain, tmp_path / "spread")

@@ -81,7 +81,7 @@ def test_no_target_at_all_has_a_gradient_of_zeros() -> None:
     assert [float(x.abs().sum()) for x in gradients(linear_cross_entropy, values)] == [0, 0, 0]
 
 
-def test_a_loss_that_is_no_sum_is_refused_instead_of_given_a_wrong_gradient() -> None:
+def test_a_loss_that_is_not_a_sum_is_refused_instead_of_given_a_wrong_gradient() -> None:
     values = inputs()
     weighted = linear_cross_entropy(*values) * torch.arange(N)
     with pytest.raises(RuntimeError, match="only the sum of these losses has a gradient: compute other functions"):

@@ -90,7 +90,7 @@ def test_a_text_that_cannot_be_filled_is_refused_in_one_line(text, message, fold
 
 
 @pytest.mark.parametrize("broken", ["nothing", "no weights", "garbled weights", "garbled configuration"])
-def test_what_is_no_model_is_refused_in_one_line(broken, folder, tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused_in_one_line(broken, folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if broken == "no weights":
@@ -106,7 +106,7 @@ def test_what_is_no_model_is_refused_in_one_line(broken, folder, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_an_encoder_without_a_masked_lm_head_is_refused_rather_than_given_a_random_one(folder, tmp_path):
+def test_an_encoder_without_a_masked_lm_head_is_refused_and_gets_no_random_one(folder, tmp_path):
     model, tokenizer = load_masked_lm(folder)
     model.bert.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -137,7 +137,7 @@ def test_a_model_of_another_kind_is_refused_with_the_command_that_takes_it(
         load(tmp_path)
 
 
-def test_of_no_texts_there_is_nothing_to_say(folder, causal):
+def test_no_texts_give_an_empty_list(folder, causal):
     model, tokenizer = load_masked_lm(folder)
     classifier = BertForSequenceClassification(model.config)
     assert classify(classifier, tokenizer, []) == fill_mask(model, tokenizer, []) == []
@@ -198,7 +198,7 @@ def test_without_a_number_no_more_is_generated_than_there_is_room_for(causal):
     )
 
 
-def test_what_the_tokenizer_does_not_know_is_said(causal, caplog):
+def test_text_that_the_tokenizer_does_not_know_is_reported(causal, caplog):
     model, tokenizer = load_causal_lm(causal)
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
     with caplog.at_level("WARNING", logger="minilm"):
@@ -213,6 +213,6 @@ def test_line_breaks_are_spelt_out():
     assert escape_line_breaks("a\r\nb") == "a\\r\\nb"
 
 
-def test_a_masked_lm_is_no_causal_lm(folder):
+def test_a_masked_lm_is_not_loaded_as_a_causal_lm(folder):
     with pytest.raises(ValueError, match="is not a causal LM; for a BertForMaskedLM use: minilm fill-mask"):
         load_causal_lm(folder)

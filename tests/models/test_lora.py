@@ -280,7 +280,7 @@ def runs(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("job", ["masked", "classes"])
-def test_a_run_goes_on_from_a_checkpoint_to_the_bit(job, runs) -> None:
+def test_a_run_resumes_from_a_checkpoint_to_the_bit(job, runs) -> None:
     ours, theirs = runs / f"{job}-again", runs / job
     assert end_of(ours) == end_of(theirs)
     for name in ("checkpoint-6/adapter.safetensors", "adapter/adapter_model.safetensors"):

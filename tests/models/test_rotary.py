@@ -43,7 +43,7 @@ def outcome(turn: rotary.RotaryFunction, *states: Tensor, unsqueeze_dim: int = 1
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["modernbert", "llama", "qwen3", "olmo2", "gpt_neox", "phi3", "eurobert"])
-def test_turned_states_and_gradients_are_those_of_transformers(kind: str, dtype: torch.dtype) -> None:
+def test_rotated_states_and_gradients_are_those_of_transformers(kind: str, dtype: torch.dtype) -> None:
     states, turn = drawn(dtype), fast(kind)
     expected, found = outcome(turn.plain, *states), outcome(turn, *states)
     assert type(found[0].grad_fn).__name__ == "_RotationBackward"
@@ -53,7 +53,7 @@ def test_turned_states_and_gradients_are_those_of_transformers(kind: str, dtype:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_queries_and_keys_of_one_product_are_turned_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_and_keys_of_one_product_are_rotated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, cos, sin = drawn(torch.float32)
     q, k, _ = (x.transpose(1, 2) for x in torch.randn(2, 9, 3, 4, 8).requires_grad_().unbind(2))
     turn, alone, seen = fast("modernbert"), rotary._rotate, list[torch.Size]()

@@ -510,11 +510,11 @@ def saved(folder: Path, tokenizer, **fields: Any) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("said", [{"problem_type": "regression"}, {}])
-def test_a_regression_is_evaluated_as_one_where_all_numbers_are_whole(said, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{"problem_type": "regression"}, {}])
+def test_a_regression_is_evaluated_as_one_where_all_numbers_are_whole(fields, tokenizer, tmp_path: Path) -> None:
     source = tmp_path / "scores.jsonl"
     source.write_text("".join(json.dumps({"text": f"text {i}", "label": i % 4}) + "\n" for i in range(8)))
-    model = saved(tmp_path / "model", tokenizer, num_labels=1, **said)
+    model = saved(tmp_path / "model", tokenizer, num_labels=1, **fields)
     assert evaluate(model, Data(source=str(source))).keys() == {"eval_loss", "pearson", "spearman", "mse"}
 
 

@@ -269,7 +269,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_changed_since_the_run_is_named_by_file(
     what: str, evaluated: Path, tmp_path: Path, no_accelerator: None
 ) -> None:
-    file, act, said = SINCE[what]
+    file, act, message = SINCE[what]
     shutil.copytree(evaluated, kept := tmp_path / "kept")
     try:
         act(evaluated / file)
@@ -278,8 +278,8 @@ def test_what_changed_since_the_run_is_named_by_file(
     finally:
         shutil.rmtree(evaluated)
         shutil.copytree(kept, evaluated)
-    line = f"{evaluated / file} {said} since the run: the figures may differ from the run's"
-    assert [line for line in told if "since the run" in line] == ([line] if said else [])
+    line = f"{evaluated / file} {message} since the run: the figures may differ from the run's"
+    assert [line for line in told if "since the run" in line] == ([line] if message else [])
 
 
 def test_a_run_that_did_not_tell_its_files_is_evaluated_without_a_word(

@@ -194,7 +194,7 @@ def test_evaluation_masks_are_the_same_in_every_run_and_belong_to_none(tokenizer
 
 @pytest.mark.parametrize(("padded", "multiple"), [(False, 1), (False, 8), (True, 1), (True, 8)])
 @pytest.mark.parametrize("lengths", [(16, 16), (16, 3), (5, 11, 2)])
-def test_rows_follow_each_other_and_are_padded_to_the_longest_where_asked(
+def test_rows_follow_each_other_and_are_padded_to_the_longest_if_padded_is_set(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, lengths: tuple[int, ...], padded: bool, multiple: int
 ) -> None:
     own = [row[:length] for row, length in zip(rows, lengths, strict=False)]

@@ -29,7 +29,7 @@ def into(folder: Path, config: Config, **run: Any) -> Config:
     return replace(config, data=Data(source=text, eval_fraction=0.1), run=replace(config.run, **run))
 
 
-def settled(folder: Path) -> int:
+def read_micro_tokens(folder: Path) -> int:
     number: int = json.loads((folder / "run.json").read_text())["config"]["batch"]["micro_tokens"]
     return number
 
@@ -42,18 +42,18 @@ def test_the_smallest_of_the_nearly_fastest_sizes_is_taken() -> None:
 def test_a_run_is_that_of_the_number_that_was_found(tmp_path: Path) -> None:
     auto, given = tmp_path / "auto", tmp_path / "given"
     train(into(auto, AUTO))
-    number = settled(auto)
+    number = read_micro_tokens(auto)
     assert number >= 512
     train(into(given, replace(AUTO, batch=replace(AUTO.batch, micro_tokens=number))))
     assert end_of(auto) == end_of(given)
 
 
-def test_a_run_that_goes_on_keeps_its_number(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_number(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     train(into(whole, CONFIG))
     half = stopped_after(1, whole, tmp_path / "half")
     train(into(half, replace(CONFIG, batch=replace(CONFIG.batch, micro_tokens="auto")), resume="latest"))
-    assert settled(half) == CONFIG.batch.micro_tokens
+    assert read_micro_tokens(half) == CONFIG.batch.micro_tokens
     assert end_of(half) == end_of(whole)
 
 
@@ -69,7 +69,7 @@ minilm.runs.auto_micro_tokens._try_sizes = lambda *_: {512: 1.0, 1024: 1.1} if r
 
 def test_processes_take_the_number_that_is_best_for_the_slowest(tmp_path: Path) -> None:
     finish_all([(into(tmp_path / "out", AUTO, max_steps=1), 2)], tmp_path, PLANTED)
-    assert settled(tmp_path / "out") == 1024
+    assert read_micro_tokens(tmp_path / "out") == 1024
 
 
 class Head(torch.nn.Module):
@@ -127,7 +127,7 @@ def test_sizes_that_would_not_fit_are_not_tried(sizes: Any, monkeypatch: pytest.
     assert set(head.seen) == {512}
 
 
-def test_a_memory_that_is_too_small_for_any_is_told(sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_that_is_too_small_for_any_size_is_refused(sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 

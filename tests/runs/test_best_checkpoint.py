@@ -41,7 +41,7 @@ def test_better_is_lower_for_losses_and_higher_for_all_else(metric, values, bett
     assert not best.out_of_patience
 
 
-def test_patience_counts_evaluations_in_a_row_and_goes_on_after_a_resume() -> None:
+def test_patience_counts_evaluations_in_a_row_across_a_resume() -> None:
     best, _ = best_of("eval_loss", [2.0, 3.0, 1.0, 1.5], patience=2)
     assert not best.out_of_patience
     assert best.state_after(4) == {"figure": 1.5, "best": 1.0, "best_step": 3, "stale": 1}
@@ -51,7 +51,7 @@ def test_patience_counts_evaluations_in_a_row_and_goes_on_after_a_resume() -> No
     assert resumed.out_of_patience
 
 
-def test_a_figure_that_there_is_not_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:
     config = config_in(tmp_path, steps=4)
     run = replace(config.run, output_dir=str(tmp_path / "out"), best_metric="eval_los")
     with pytest.raises(ValueError, match="'eval_los': did you mean 'eval_loss'"):
@@ -94,7 +94,7 @@ def test_a_run_without_improvement_ends_early_in_good_order(tmp_path: Path) -> N
     assert longer["steps"] == 20
 
 
-def test_a_best_evaluation_without_a_checkpoint_is_told_at_the_resume(tmp_path: Path) -> None:
+def test_a_resume_says_that_the_best_evaluation_has_no_checkpoint(tmp_path: Path) -> None:
     config = first_is_best(tmp_path)
     train(replace(config, run=replace(config.run, max_steps=8)))  # the best one is step 2, which is not saved
     before = sorted((tmp_path / "out").iterdir())
@@ -116,21 +116,23 @@ def take_anothers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (damage, r"model\.safetensors is damaged: its size or hash is not the one in manifest\.json"),
         (take_anothers, "belongs to another run"),
     ],
 )
-def test_a_spoilt_checkpoint_of_the_best_evaluation_is_told_before_a_resumed_run_begins(
-    spoil: Callable[[Path], None], said: str, tmp_path: Path
+def test_a_damaged_checkpoint_of_the_best_evaluation_is_refused_before_a_resume(
+    spoil: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     config = first_is_best(tmp_path, load_best=True, keep_last=2)
     train(replace(config, run=replace(config.run, max_steps=8)))
     spoil(tmp_path / "out")
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
     again = replace(config, run=replace(config.run, resume="latest"))
-    with pytest.raises(ValueError, match=rf"^run\.load_best: .* step 2, .*{said}.*: leave run\.load_best out[^\n]*$"):
+    with pytest.raises(
+        ValueError, match=rf"^run\.load_best: .* step 2, .*{message}.*: leave run\.load_best out[^\n]*$"
+    ):
         train(again)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert train(replace(again, run=replace(again.run, load_best=False)))["steps"] == 20

@@ -107,7 +107,7 @@ def test_a_checkpoint_that_is_read_says_where_the_run_stood(tokenizer, tmp_path)
     assert (found.config, found.inputs) == (to_dict(saver.config), INPUTS)
 
 
-def test_the_loss_scaling_of_fp16_goes_on_where_it_was(tokenizer, tmp_path):
+def test_the_loss_scaling_of_fp16_is_resumed(tokenizer, tmp_path):
     def scaled(optimizer, scale):
         optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # where accelerate's wrapper has it
         optimizer.scaler.scale(torch.ones(()))
@@ -308,9 +308,7 @@ def test_a_name_with_a_line_break_in_a_manifest_is_refused_in_one_line(folder):
     ],
     ids=str,
 )
-def test_a_resume_in_another_precision_than_the_one_that_auto_chose_is_told(
-    precisions, says, tokenizer, tmp_path, caplog
-):
+def test_a_resume_warns_if_auto_chooses_another_precision(precisions, says, tokenizer, tmp_path, caplog):
     before, now, chosen = precisions
     saver = saver_in(tmp_path, tokenizer)
     saver.config = Config(run=Run(precision=before))
@@ -347,7 +345,7 @@ OTHER_NAMES = [("causal", "gpt_neox"), ("causal", "mixtral"), ("masked", "esm"),
 
 
 @pytest.mark.parametrize(("head", "kind"), OTHER_NAMES)
-def test_a_model_whose_original_format_has_other_names_goes_on_where_it_was(head, kind, tokenizer, tmp_path):
+def test_a_model_whose_original_format_has_other_names_resumes(head, kind, tokenizer, tmp_path):
     auto, config = build_objective(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
     before, after = auto.from_config(config).eval(), auto.from_config(config).eval()
     optimizer = trained(before, IDS_BxL if head != "classification" else torch.tensor([0, 1]))

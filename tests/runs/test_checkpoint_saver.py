@@ -268,7 +268,7 @@ def test_a_saver_that_is_not_enabled_writes_nothing(enabled, save_every, tokeniz
 
 @pytest.mark.scorecard(16)
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, [4]), (2, [2, 4]), (3, [1, 2, 4])])
-def test_a_run_that_went_on_from_an_earlier_checkpoint_leaves_none_ahead_of_it(keep_last, kept, tokenizer, tmp_path):
+def test_a_run_that_resumed_from_an_earlier_checkpoint_removes_the_later_ones(keep_last, kept, tokenizer, tmp_path):
     for step in (1, 2, 5, 6):
         save(saver_in(tmp_path, tokenizer, keep_last=9), step)
     save(saver_in(tmp_path, tokenizer, keep_last=keep_last), 4)

@@ -44,7 +44,7 @@ def test_a_signal_ends_a_run_after_its_step(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_run_that_saves_nothing_does_not_say_that_it_can_go_on() -> None:
+def test_a_run_without_checkpoints_does_not_offer_to_resume() -> None:
     with StopRequest(Accelerator(cpu=True), saves=False) as request:
         os.kill(os.getpid(), signal.SIGUSR1)
         stopped = request.agree_on_stop(8)

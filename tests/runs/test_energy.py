@@ -49,7 +49,7 @@ def test_packages_are_counted_over_the_end_of_their_counters(powercap: Path) -> 
     assert sorted(round(counter.joules, 3) for counter in counters) == [40, 2 * 65_000 - 64_000 + 100]
 
 
-def test_what_must_not_be_read_is_no_counter(powercap: Path) -> None:
+def test_a_counter_that_this_user_may_not_read_is_left_out(powercap: Path) -> None:
     assert open_rapl_counters(powercap / "nowhere") == []
     (powercap / "intel-rapl:1" / "energy_uj").unlink()  # root may read all that is there
     with pytest.raises(OSError, match="energy_uj"):
@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_left_out(run: Any, powercap: Path) -> None:
     assert _energy({}) == ""
 
 
-def test_a_kind_that_one_process_does_not_know_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_that_one_process_cannot_count_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     job: list[dict[str, list[float]]] = [
         {GPU_ENERGY: [KWH], CPU_ENERGY: [KWH, KWH]},
         {GPU_ENERGY: []},

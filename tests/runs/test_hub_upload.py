@@ -163,7 +163,7 @@ def test_the_hub_gets_the_token_and_nobody_else_does(published) -> None:
         assert path.is_dir() or CANARY.encode() not in path.read_bytes(), path
 
 
-def test_a_run_may_go_on_to_be_published_elsewhere_and_its_repetition_is_not_published(published) -> None:
+def test_a_resumed_run_may_be_published_elsewhere_and_its_repetition_is_not_published(published) -> None:
     out, _ = published
     checkpoint = read_checkpoint(out / "checkpoint-4")
     config = config_of(out.parent, "other/name")
@@ -173,7 +173,7 @@ def test_a_run_may_go_on_to_be_published_elsewhere_and_its_repetition_is_not_pub
     assert (repeated.push_to_hub, repeated.license) == (None, "apache-2.0")
 
 
-def test_large_files_go_to_the_store_where_there_is_no_xet(published, hub: Hub, monkeypatch) -> None:
+def test_large_files_go_to_the_store_without_xet(published, hub: Hub, monkeypatch) -> None:
     out, _ = published
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub.large = {"model.safetensors"}
@@ -219,7 +219,9 @@ def test_an_upload_that_fails_is_one_warning_with_the_command_to_repeat_it(
         ("validate-yaml", 400, "refused"),
     ],
 )
-def test_what_the_hub_refuses_is_told_before_anything_is_uploaded(part: str, status: int, says: str, hub: Hub) -> None:
+def test_a_refusal_of_the_hub_is_reported_before_anything_is_uploaded(
+    part: str, status: int, says: str, hub: Hub
+) -> None:
     hub.refuses = {part: status}
     if part == "create":  # of a repository that is there, create_repo is content with the right to read it
         hub.refuses["auth-check"] = status
@@ -236,7 +238,7 @@ def test_what_the_hub_refuses_is_told_before_anything_is_uploaded(part: str, sta
 
 
 @pytest.mark.parametrize("token", ["", "hf_of…no…hub"])
-def test_a_token_that_is_none_is_told_without_being_shown(token: str, hub: Hub, monkeypatch) -> None:
+def test_an_invalid_token_of_the_hub_is_refused_without_being_shown(token: str, hub: Hub, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ValueError, match=r"log in with `hf auth login`, or set HF_TOKEN$") as told:
         check_hub_access(REPO, None)

@@ -44,14 +44,14 @@ def test_a_loss_that_rises_to_stay_is_soon_not_a_spike_any_more(log: Path) -> No
     assert found(losses, SpikeDetector(log)) == [300, 301, 302]
 
 
-def test_a_spike_is_told_with_the_mean_of_the_hundred_losses_before_it(log: Path) -> None:
+def test_a_spike_is_reported_with_the_mean_of_the_hundred_losses_before_it(log: Path) -> None:
     spikes, losses = SpikeDetector(log), noise(300)
     found(losses, spikes)
     assert spikes.detect(99.0) == np.mean(losses[-100:])
 
 
 @pytest.mark.parametrize("at", [20, 150, 299])
-def test_spikes_read_from_the_log_go_on_as_if_nothing_had_been(at: int, log: Path) -> None:
+def test_spikes_after_a_resume_are_those_of_an_undisturbed_run(at: int, log: Path) -> None:
     losses = noise(300)
     lines = []
     for step, loss in enumerate(losses[:at], start=1):

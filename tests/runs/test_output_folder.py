@@ -99,7 +99,7 @@ def test_default_folders_are_numbered_and_one_that_is_empty_is_taken(tmp_path, m
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_asked_folder_is_created_with_its_parents_and_an_empty_one_is_taken(there, tmp_path, monkeypatch):
+def test_a_named_folder_is_created_with_its_parents_and_an_empty_one_is_used(there, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     if there:
         (tmp_path / "a" / "b").mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_an_overwrite_is_of_the_default_folder_where_none_is_given(tmp_path, mon
     assert claim(None, overwrite=True)[0].name == name
 
 
-def test_a_folder_that_is_not_empty_is_refused_untouched_or_overwritten_when_asked(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_untouched_unless_overwrite_is_set(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty: .* --run\.overwrite.* --run\.resume latest"):
         claim(tmp_path)
@@ -180,7 +180,7 @@ def test_resume_latest_takes_the_newest_checkpoint_of_the_output_folder(folder, 
     assert contents(folder) == before
 
 
-def test_resume_latest_without_a_folder_goes_on_where_a_checkpoint_was_written_last(folder, monkeypatch):
+def test_resume_latest_without_a_folder_takes_the_newest_checkpoint_of_all_folders(folder, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
     shutil.copytree(folder, "out/mlm-2")
     Path("out/mlm-3").mkdir()
@@ -191,7 +191,7 @@ def test_resume_latest_without_a_folder_goes_on_where_a_checkpoint_was_written_l
         assert claim(None, resume="latest")[0] == Path("out", newest)
 
 
-def test_resume_from_a_path_goes_on_in_the_folder_that_holds_it(folder, monkeypatch):
+def test_a_resume_from_a_path_continues_in_the_folder_that_holds_it(folder, monkeypatch):
     before = contents(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder.parent))
@@ -224,7 +224,7 @@ def test_latest_without_a_complete_checkpoint_is_refused_and_creates_nothing(pla
 
 
 @pytest.mark.parametrize("name", ["checkpoint-7", "notes.txt", ".checkpoint-11.writing"])
-def test_a_path_that_is_no_checkpoint_is_refused_untouched(name, folder):
+def test_a_path_that_is_not_a_checkpoint_is_refused_untouched(name, folder):
     before = contents(folder)
     with pytest.raises(ValueError, match="not a usable checkpoint") as caught:
         claim(None, resume=str(folder / name))

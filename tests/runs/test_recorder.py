@@ -185,7 +185,7 @@ def test_steps_without_a_finite_gradient_are_counted_in_a_row_since_the_first(en
     recorder.close()
 
 
-def test_the_first_step_without_a_finite_gradient_is_the_same_one_after_an_evaluation_settled_the_last(tmp_path, clock):
+def test_the_first_step_without_a_finite_gradient_does_not_depend_on_a_flush(tmp_path, clock):
     recorder = recorder_in(tmp_path)
     steps(recorder, clock, 3, norm=math.nan)
     assert (recorder.bad_steps, recorder.first_bad_step()) == (2, 0)
@@ -286,7 +286,7 @@ def test_run_json_holds_the_facts_and_repeats_the_run(tmp_path, facts):
     assert read_run_config(str(tmp_path / "run.json")) == replace(config, run=replace(config.run, output_dir=None))
 
 
-def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, facts, caplog):
+def test_the_log_reports_unknown_tokens_and_a_warm_up_as_long_as_the_run(tmp_path, facts, caplog):
     with caplog.at_level("INFO", logger="minilm"):
         write_run_json(tmp_path, to_dict(Config(optim=Optim(warmup=6))), Data(), facts)
         log_run_facts(tmp_path, Config(optim=Optim(warmup=6)), facts)
@@ -297,7 +297,7 @@ def test_unknown_tokens_and_a_warm_up_as_long_as_the_run_are_said(tmp_path, fact
     assert caplog.messages[-1] == "optim.warmup is 7 steps and the run has 7: the learning rate never reaches optim.lr"
 
 
-def test_a_run_that_begins_or_goes_on_is_not_finished_any_more(tmp_path, facts):
+def test_a_run_that_starts_or_resumes_is_not_marked_as_finished(tmp_path, facts):
     write_results(tmp_path, FIGURES)
     write_run_json(tmp_path, to_dict(Config()), Data(), facts)
     log_run_facts(tmp_path, Config(), facts)

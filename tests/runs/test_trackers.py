@@ -50,8 +50,10 @@ def from_wandb(out: Path) -> tuple[Found, str]:
     ids = set()
     for path in sorted((out / "wandb").glob("offline-run-*/*.wandb")):  # a file for each part of the run
         reader = Path(sys.executable).with_name("wandb")
-        said = subprocess.run([reader, "leet", "inspect", "--json", path], capture_output=True, text=True, check=True)
-        for line in map(json.loads, said.stdout.splitlines()):
+        message = subprocess.run(
+            [reader, "leet", "inspect", "--json", path], capture_output=True, text=True, check=True
+        )
+        for line in map(json.loads, message.stdout.splitlines()):
             if line["type"] == "run":
                 ids.add(line["run"]["run_id"])
             if line["type"] == "config":
@@ -189,15 +191,15 @@ def feed(place: Path, *names: str, steps: int = 4, after: int = 0) -> None:
         tracker.finish()
 
 
-def said_of_trackers(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of_trackers(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line.removeprefix("run.trackers ") for line in caplog.messages if line.startswith("run.trackers")]
 
 
-GOES_ON = "; the run goes on without it, and log.jsonl has all figures"
+CONTINUES = "; the run goes on without it, and log.jsonl has all figures"
 
 
 @pytest.mark.parametrize(
-    ("kind", "at", "said"),
+    ("kind", "at", "message"),
     [
         ("fails", "start", "no route"),
         ("fails", "store", "no route"),
@@ -208,11 +210,11 @@ GOES_ON = "; the run goes on without it, and log.jsonl has all figures"
     ],
 )
 def test_a_tracker_that_fails_or_hangs_is_dropped_with_one_warning(
-    kind: str, at: str, said: str, stub: type[Stub], tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+    kind: str, at: str, message: str, stub: type[Stub], tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stub, kind, at)
     feed(tmp_path, "tensorboard")
-    assert said_of_trackers(caplog) == [f"tensorboard: {said}{GOES_ON}"]
+    assert warnings_of_trackers(caplog) == [f"tensorboard: {message}{CONTINUES}"]
     assert stub.told[-1][0] == at
     assert (tmp_path / trackers.RUNS).exists() == (at in ("log", "finish"))
 
@@ -223,14 +225,14 @@ def test_one_that_does_not_keep_up_is_dropped(
     monkeypatch.setattr(stub, "hangs", "log")
     monkeypatch.setattr(trackers, "_BACKLOG_LINES", 2)
     feed(tmp_path, "tensorboard")
-    assert said_of_trackers(caplog) == [f"tensorboard: it is 2 lines behind{GOES_ON}"]
+    assert warnings_of_trackers(caplog) == [f"tensorboard: it is 2 lines behind{CONTINUES}"]
 
 
-def test_what_is_not_installed_is_said_with_the_command_and_the_others_go_on(
+def test_a_tracker_that_is_not_installed_is_named_with_the_command_and_the_others_continue(
     stub: type[Stub], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     feed(tmp_path, "wandb", "tensorboard", "tensorboard", steps=2)
-    assert said_of_trackers(caplog) == ["wandb is not installed, and the run goes on without it: pip install wandb"]
+    assert warnings_of_trackers(caplog) == ["wandb is not installed, and the run goes on without it: pip install wandb"]
     assert stub.told == [("start",), ("store",), ("log", 1), ("log", 2), ("finish",)]
 
 
@@ -239,13 +241,13 @@ def test_a_run_ends_as_ever_when_its_tracker_fails(
 ) -> None:
     monkeypatch.setattr(stub, "fails", "log")
     train(run_with(tmp_path, "tensorboard"))
-    assert said_of_trackers(caplog) == [f"tensorboard: no route{GOES_ON}"]
+    assert warnings_of_trackers(caplog) == [f"tensorboard: no route{CONTINUES}"]
     assert [step["step"] for step in read_log(tmp_path / "out")[0]] == [1, 2, 3, 4]
     assert (tmp_path / "out" / "all_results.json").exists()
     assert read_run_config(str(tmp_path / "out" / "run.json")).run.trackers == ("tensorboard",)
 
 
-def test_a_new_run_in_the_folder_of_another_does_not_go_on_with_its_trackers(stub: type[Stub], tmp_path: Path) -> None:
+def test_a_new_run_in_the_folder_of_another_does_not_continue_its_trackers(stub: type[Stub], tmp_path: Path) -> None:
     feed(tmp_path, "tensorboard")
     assert json.loads((tmp_path / trackers.RUNS).read_text()) == {"tensorboard": "tensorboard"}
     feed(tmp_path, after=4)  # goes on without any
@@ -275,6 +277,6 @@ def test_only_the_main_process_of_a_job_tracks(tmp_path: Path) -> None:
     assert found["train/tokens"] == {line["step"]: line["tokens"] for line in read_log(tmp_path / "out")[0]}
 
 
-def test_a_tracker_that_there_is_not_is_refused() -> None:
+def test_an_unknown_tracker_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^run\.trackers must be one of tensorboard, .*, mlflow, not wandbb$"):
         Run(trackers=("tensorboard", "wandbb"))

@@ -158,12 +158,13 @@ class Head(nn.Module):
         """Return the model's outputs for these arguments: its logits, whose first axis is that of the input ids.
 
         A model for question answering gives two logits per token, R x L x 2: of the start and of the end of the answer.
+        A model without a head gives its hidden states, R x L x H.
         """
         output: Any = self.model(**inputs)
         if hasattr(output, "start_logits"):
             return torch.stack([output.start_logits, output.end_logits], dim=-1)
-        logits: Tensor = output.logits
-        return logits
+        outputs: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        return outputs
 
     def _run_row(self, ids_1xL: Tensor, mask_1xL: Tensor | None) -> Tensor:
         """Return the model's outputs for one row with this mask, or without one."""

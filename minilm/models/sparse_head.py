@@ -5,6 +5,7 @@ Axes: T tokens of a batch, R rows, L padded length, H hidden size, N targets, V 
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -141,11 +142,10 @@ class SparseHead(Head):
         packing, second, last = self._pack(lengths), lengths[0], len(input_ids_T)
         # There are more targets than any row has tokens, so that a module that takes them for a row fails.
         target_index_N = torch.tensor([*range(second), second, last - 8, last - 2]).to(input_ids_T.device)
-        if not self.fused:
-            return self.logits(input_ids_T, packing, target_index_N)
-        with bypass(self._last):
-            hidden_NxH = self.logits(input_ids_T, packing, target_index_N)
-        return F.linear(hidden_NxH, self._last.weight, self._last.bias)
+        # Not `self.logits`, since EmbeddingHead returns the mean of a row, which could hide an error at one token.
+        with bypass(self._last) if self.fused else nullcontext():
+            outputs = SparseHead.logits(self, input_ids_T, packing, target_index_N)
+        return F.linear(outputs, self._last.weight, self._last.bias) if self.fused else outputs
 
     def _try_sparse(self, expected_NxV: Tensor) -> str:
         """Use `sparse` if the logits stay the expected ones. Return the reason if they do not, else an empty string."""

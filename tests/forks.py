@@ -47,7 +47,7 @@ class Entry:
     hub: Literal["offline", "server", "unreachable"] = "offline"
     processes: int = 1
     runs: bool = False
-    """The run is warned of, and goes on to its end."""
+    """Whether the run logs a warning and continues to its end."""
 
 
 @dataclass(frozen=True, kw_only=True)

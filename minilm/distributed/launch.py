@@ -154,7 +154,7 @@ def restore_process() -> None:
 def restore_on_error() -> Iterator[None]:
     """If the block raises, restore the state that the process had before the run, so that another `train` can follow.
 
-    The process stays in the process group, since all processes of a job end or go on together.
+    The process stays in the process group, since all processes of a job end or continue together.
     """
     try:
         yield

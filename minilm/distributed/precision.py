@@ -29,8 +29,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def gemm_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.02, device: str = "cpu") -> float:
     """Return the FLOP/s of a square matrix product, the best of the repetitions in `seconds` (at least one).
 
-    If that gives fewer than ten, for example because another program uses the processor, the function goes on for up to
-    five times as long.
+    If that gives fewer than ten, for example because another program uses the processor, the function takes up to five
+    times as long.
     """
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(a[:64, :64], b[:64, :64])  # loads the kernel

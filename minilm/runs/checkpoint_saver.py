@@ -110,7 +110,7 @@ class CheckpointSaver:
         with contextlib.suppress(OSError):
             self.wait()
         complete = find_complete_checkpoints(self.folder)
-        return f"--run.resume latest goes on from {complete[-1].name}" if complete else "no checkpoint was saved"
+        return f"--run.resume latest continues from {complete[-1].name}" if complete else "no checkpoint was saved"
 
     def _write(self, step: int, state: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         target = self.folder / f"checkpoint-{step}"

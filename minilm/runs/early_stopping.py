@@ -61,7 +61,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self._last_signal = time.monotonic()
 
     def agree_on_stop(self, step: int) -> TrainingStopped | None:
-        """Return the exception that ends the run after `step`, or None to go on. All processes get the same.
+        """Return the exception that ends the run after `step`, or None to continue. All processes get the same.
 
         Every process calls it after each step. With several processes a signal takes effect one step later, so that no
         step waits for the exchange.
@@ -80,7 +80,9 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             return None
         self._answered = True
         name = signal.Signals(number).name
-        hint = "--run.resume latest goes on" if self.saves else "nothing was saved because run.save_every is 0"
+        hint = (
+            "--run.resume latest continues the run" if self.saves else "nothing was saved because run.save_every is 0"
+        )
         return TrainingStopped(f"{name} after step {step}; {hint}", 128 + number)
 
 

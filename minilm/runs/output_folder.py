@@ -46,7 +46,7 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
         if checkpoint is None and not run.overwrite and not is_free(folder):
             raise ValueError(
                 f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
-                "--run.resume latest to go on with the run in it"
+                "--run.resume latest to continue the run in it"
             )
     _lock(folder)
     if run.push_to_hub is not None:

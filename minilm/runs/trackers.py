@@ -1,7 +1,7 @@
 """Trackers: TensorBoard, wandb, trackio and MLflow receive the figures of log.jsonl through accelerate's classes.
 
 Each tracker has a thread of its own, so that it does not slow the steps down. If a tracker fails or hangs, minilm logs
-one warning and goes on without it.
+one warning and continues without it.
 """
 
 import atexit
@@ -35,7 +35,7 @@ def start_trackers(
     """Start the trackers of `run.trackers`, `names`, and add them to the accelerator's, for `accelerator.log`.
 
     The main process calls it. `trackers.json` names the run in each tracker, and a run that is resumed after `step`
-    continues that one. If a tracker is not installed or does not start, a warning says so, and the run goes on
+    continues that one. If a tracker is not installed or does not start, a warning says so, and the run continues
     without it.
 
     settings: the settings to show, by `group.name`.
@@ -44,7 +44,7 @@ def start_trackers(
     feeds = []
     for name in dict.fromkeys(names):
         if importlib.util.find_spec(name) is None:
-            log.warning(f"run.trackers {name} is not installed, and the run goes on without it: pip install {name}")
+            log.warning(f"run.trackers {name} is not installed, and the run continues without it: pip install {name}")
             continue
         feeds.append(_Feed(name, folder, runs.get(name), settings, step))
     end = time.monotonic() + _PATIENCE_SECONDS
@@ -114,7 +114,7 @@ class _Feed:
         if not self._dropped:
             self._dropped = True
             log.warning(
-                f"run.trackers {self.name}: {reason}; the run goes on without it, and log.jsonl has all figures"
+                f"run.trackers {self.name}: {reason}; the run continues without it, and log.jsonl has all figures"
             )
 
     def _work(self) -> None:

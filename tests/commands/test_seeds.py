@@ -156,9 +156,9 @@ def test_a_signal_too_late_for_its_run_ends_the_seeds(
 
 def test_a_run_that_is_stopped_ends_the_seeds_and_says_how_to_resume(config: Config, tmp_path: Path) -> None:
     def train_function(config: Config, name: str) -> dict[str, float]:
-        raise TrainingStopped("SIGTERM after step 2; --run.resume latest goes on", 143)
+        raise TrainingStopped("SIGTERM after step 2; --run.resume latest continues", 143)
 
     alone = f"--run.seed 3 --run.output-dir {tmp_path / 'out' / 'seed-3'} in place of --seeds"
-    with pytest.raises(TrainingStopped, match=rf"goes on \(with {alone}\); finished seeds: none") as caught:
+    with pytest.raises(TrainingStopped, match=rf"continues \(with {alone}\); finished seeds: none") as caught:
         train_seeds(config, "mine", [3, 1], train_function)
     assert caught.value.status == 143

@@ -148,7 +148,7 @@ def every_cut(place: Path, tokenizer: Any, loss: str) -> str:
         before = contents(saver.folder)
         cut(saver, 3, at, LOSSES[loss])
         new += check(saver, before) == 3
-        save(saver_in(saver.folder, tokenizer, keep_last=1), 3)  # the run goes on, and cleans up
+        save(saver_in(saver.folder, tokenizer, keep_last=1), 3)  # the run continues, and cleans up
         assert sorted(path.name for path in saver.folder.iterdir()) == ["checkpoint-3"]
     return (
         f"{calls}/{calls} power cuts ({loss} of the unsynced data lost) left a whole checkpoint: "

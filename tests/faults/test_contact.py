@@ -48,7 +48,7 @@ def test_the_hint_names_the_checkpoint_to_resume_from_once_it_is_written(tokeniz
     saver = saver_in(tmp_path, tokenizer)
     assert saver.resume_hint() == "no checkpoint was saved"
     saver.save(Progress(step=7))
-    assert saver.resume_hint() == "--run.resume latest goes on from checkpoint-7"
+    assert saver.resume_hint() == "--run.resume latest continues from checkpoint-7"
 
 
 def test_of_the_processes_of_a_host_the_first_to_end_tells_why(tmp_path, monkeypatch, capsys):

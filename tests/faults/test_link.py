@@ -24,7 +24,7 @@ def test_two_hosts_train_as_one_and_when_their_link_is_cut_both_end_and_the_run_
     for told in found.told:
         (line,) = told
         assert line.startswith("error: lost contact with another process of the job (")
-        assert "--run.resume latest goes on from checkpoint-" in line
+        assert "--run.resume latest continues from checkpoint-" in line
     assert found.resumed == 10
     figure(
         f"losses on two hosts within {found.difference:.0e} of one process; both gone {found.seconds:.1f} s after "

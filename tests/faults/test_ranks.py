@@ -26,7 +26,7 @@ def test_when_a_process_is_gone_the_other_ends_and_the_reason_is_printed_once(
         assert reason == "KeyError: 'planted'"
     else:
         assert reason.startswith("error: lost contact with another process of the job (")
-        assert reason.endswith("); --run.resume latest goes on from checkpoint-50")
+        assert reason.endswith("); --run.resume latest continues from checkpoint-50")
     timeout = f" with run.timeout {TIMEOUT}" if fault == "is stopped" else ""
     figure(f"one {fault}: the other is gone after {outcome.other:.1f} s{timeout}, one reason")
 

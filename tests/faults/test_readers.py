@@ -1,4 +1,4 @@
-"""When the reader of the output goes away, a run goes on and a command ends silently."""
+"""When the reader of the output goes away, a run continues, and a command ends silently."""
 
 import ast
 import shlex

@@ -1,4 +1,4 @@
-"""Laws 1 and 2 under interruption: a checkpoint is all there is, and what goes on is the run that never stopped."""
+"""Laws 1 and 2 under interruption: a checkpoint is the whole state, and a resumed run is the run that never stopped."""
 
 import json
 import re

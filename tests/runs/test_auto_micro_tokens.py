@@ -1,4 +1,4 @@
-"""batch.micro_tokens=auto: a number is found, it changes no result, and a run that goes on keeps it."""
+"""batch.micro_tokens=auto finds a number, which changes no result and which a resumed run keeps."""
 
 import json
 import time

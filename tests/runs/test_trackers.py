@@ -195,7 +195,7 @@ def warnings_of_trackers(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line.removeprefix("run.trackers ") for line in caplog.messages if line.startswith("run.trackers")]
 
 
-CONTINUES = "; the run goes on without it, and log.jsonl has all figures"
+CONTINUES = "; the run continues without it, and log.jsonl has all figures"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,9 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_command_and_the_other
     stub: type[Stub], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     feed(tmp_path, "wandb", "tensorboard", "tensorboard", steps=2)
-    assert warnings_of_trackers(caplog) == ["wandb is not installed, and the run goes on without it: pip install wandb"]
+    assert warnings_of_trackers(caplog) == [
+        "wandb is not installed, and the run continues without it: pip install wandb"
+    ]
     assert stub.told == [("start",), ("store",), ("log", 1), ("log", 2), ("finish",)]
 
 
@@ -250,7 +252,7 @@ def test_a_run_ends_as_ever_when_its_tracker_fails(
 def test_a_new_run_in_the_folder_of_another_does_not_continue_its_trackers(stub: type[Stub], tmp_path: Path) -> None:
     feed(tmp_path, "tensorboard")
     assert json.loads((tmp_path / trackers.RUNS).read_text()) == {"tensorboard": "tensorboard"}
-    feed(tmp_path, after=4)  # goes on without any
+    feed(tmp_path, after=4)  # continues without any
     feed(tmp_path, "tensorboard", after=4)
     assert ("store",) not in stub.told
     feed(tmp_path)

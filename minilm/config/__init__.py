@@ -18,8 +18,11 @@ from minilm.config.settings import (
     Run,
     Tokens,
 )
+from minilm.utils.local_files import IN_MEMORY_EVAL_SOURCE, IN_MEMORY_SOURCE
 
 __all__ = [
+    "IN_MEMORY_EVAL_SOURCE",
+    "IN_MEMORY_SOURCE",
     "Batch",
     "CausalLM",
     "Classification",

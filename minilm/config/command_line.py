@@ -105,7 +105,7 @@ def _reset_document(config: Config) -> Config:
     data = config.data
     if data.document == Data.document:
         return config
-    sources = [source for source in (*data.sources, data.eval_source) if source not in (None, "pydocs")]
+    sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     if any(map(is_plain_text, sources)):
         return config
     return dataclasses.replace(config, data=dataclasses.replace(data, document=Data.document))

@@ -27,26 +27,28 @@ def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, l
     """
     with _damage_as_error(path), _open(path) as table:
         outer = find_outer_columns(columns, table.schema, path)
-        yield from read_cells(table.batches(list(dict.fromkeys(outer))), columns, outer, path)
+        batches = table.batches(list(dict.fromkeys(outer)))
+        yield from read_cells(batches, columns, outer, lambda row: f"{path}, row {row}")
 
 
 def read_cells(
-    batches: Iterable[Any], columns: Sequence[Column], outer: Sequence[str], source: str
+    batches: Iterable[Any], columns: Sequence[Column], outer: Sequence[str], locate: Callable[[int], str]
 ) -> Iterator[tuple[int, list[Any]]]:
     """Yield the number of each row and its cells of `columns`.
 
     batches: record batches of Arrow.
     outer: for each of `columns`, the name of the column of the batches that is or contains it.
+    locate: returns the beginning of an error message about the row of a number.
     """
     start = 0
     for batch in batches:
-        lists = [_to_python(batch.column(batch.schema.get_field_index(name)), source, start) for name in outer]
+        lists = [_to_python(batch.column(batch.schema.get_field_index(name)), locate, start) for name in outer]
         for row, cells in enumerate(zip(*lists, strict=True), start=start):
             named = zip(columns, outer, cells, strict=True)
             yield (
                 row,
                 [
-                    cell if name == column.name else column.get_cell({name: cell}, f"{source}, row {row}")
+                    cell if name == column.name else column.get_cell({name: cell}, locate(row))
                     for column, name, cell in named
                 ],
             )
@@ -112,7 +114,7 @@ def _can_be_text(kind: Any) -> bool:
     )
 
 
-def _to_python(column: Any, source: str, start: int) -> list[Any]:
+def _to_python(column: Any, locate: Callable[[int], str], start: int) -> list[Any]:
     """Return the values of a batch that begins at row `start`. Values of the type arrow.json are parsed.
 
     Raise ValueError that names a row that is not UTF-8.
@@ -125,7 +127,7 @@ def _to_python(column: Any, source: str, start: int) -> list[Any]:
             try:
                 cell.as_py()
             except UnicodeDecodeError:
-                raise ValueError(f"{source}, row {row}: the text is not UTF-8; write the file again") from error
+                raise ValueError(f"{locate(row)}: the text is not UTF-8; write the file again") from error
         raise
 
 

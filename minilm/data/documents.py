@@ -9,6 +9,7 @@ from datasets import Dataset
 from minilm.config import Data
 from minilm.data.columns import Column
 from minilm.data.glue import apply_glue_task
+from minilm.data.memory import MemoryDocuments
 from minilm.data.pydocs import load_pydocs
 from minilm.data.rows import BlankPolicy, RowTable
 from minilm.data.sources import build_columns, check_data_settings, load_rows, no_documents_error, quiet_datasets
@@ -17,7 +18,9 @@ from minilm.data.tables import check_is_text
 from minilm.utils.local_files import is_plain_text
 
 
-def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Dataset, dict[str, Dataset]]:
+def load_documents(
+    data: Data, seed: int, *, labels: bool = False, memory: MemoryDocuments | None = None
+) -> tuple[Dataset, dict[str, Dataset]]:
     """Return (training documents, evaluation documents by name).
 
     Each is a dataset with the string column `text`. If `data.pair_column` is set, the column `pair` holds a second
@@ -25,30 +28,30 @@ def load_documents(data: Data, seed: int, *, labels: bool = False) -> tuple[Data
     The rows and the errors are those of `load_row_tables`.
     """
     data = apply_glue_task(data)
-    train, parts = load_row_tables(data, seed, build_columns(data, labels=labels))
+    train, parts = load_row_tables(data, seed, build_columns(data, labels=labels), memory)
     return train.dataset, {name: part.dataset for name, part in parts.items()}
 
 
 @quiet_datasets()
 def load_row_tables(
-    data: Data, seed: int, columns: Sequence[Column], memory: None = None
+    data: Data, seed: int, columns: Sequence[Column], memory: MemoryDocuments | None = None
 ) -> tuple[RowTable, dict[str, RowTable]]:
     """Return (training rows, evaluation rows by name).
 
     A row without a visible character in its columns of texts is dropped. If a column of labels is read, a row with a
     blank text raises ValueError. The rows are memory-mapped, except those of pydocs and those of a single-document
-    file that is cut in two.
+    file that is cut in two. `memory` holds documents from Python, which are read in place of `data.source`.
 
     `minilm.data.splits.assemble_splits` says which rows are for evaluation. If a fraction is held out, `seed` decides
     which rows it holds. Raise ValueError in one line that names the file, row, column or split.
     """
-    check_data_settings(data, columns)
+    if memory is not None:
+        data = memory.update_settings(data)
+    check_data_settings(data, columns, in_memory=memory is not None)
     data = apply_glue_task(data)
     if data.streaming:
         raise ValueError("data.streaming: only language models can read a stream; leave it out")
-    if "pydocs" in data.sources and data.eval_split:
-        raise ValueError("data.eval_split: pydocs has no splits; give data.eval_fraction or data.eval_source")
-    return assemble_splits(data, _RowReader(data, seed, tuple(columns)))
+    return assemble_splits(data, _RowReader(data, seed, tuple(columns), memory))
 
 
 @quiet_datasets()
@@ -67,10 +70,11 @@ class _RowReader:
     data: Data
     seed: int
     columns: tuple[Column, ...]
+    memory: MemoryDocuments | None
 
     def read(self, source: str, split: str) -> RowTable:
         has_labels = any(column.kind == "label" for column in self.columns)
-        return _read(self.data, source, split, self.columns, "refuse" if has_labels else "drop")
+        return _read(self.data, source, split, self.columns, "refuse" if has_labels else "drop", self.memory)
 
     def hold_out(self, source: str) -> tuple[RowTable, RowTable]:
         """Hold out random documents. For pydocs, these are whole modules; for a file that is one document, its end."""
@@ -121,12 +125,19 @@ def _cut_ends(documents: RowTable, source: str, fraction: float) -> tuple[RowTab
     )
 
 
-def _read(data: Data, source: str, split: str, columns: Sequence[Column], blank: BlankPolicy) -> RowTable:
+def _read(
+    data: Data,
+    source: str,
+    split: str,
+    columns: Sequence[Column],
+    blank: BlankPolicy,
+    memory: MemoryDocuments | None = None,
+) -> RowTable:
     """Return the rows of a split."""
     _check_has_columns(source, columns)
     if source == "pydocs":
         return RowTable.from_texts(columns, load_pydocs()[0], source)
-    rows = load_rows(data, source, split, columns, blank=blank)
+    rows = load_rows(data, source, split, columns, blank=blank, memory=memory)
     if len(rows) == 0:
         raise no_documents_error(source, split, columns)
     return rows

@@ -18,12 +18,16 @@ from minilm.config import Data
 from minilm.data.columnar_files import describe_damage
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
+from minilm.data.memory import MemoryDocuments
 from minilm.data.rows import BlankPolicy, RowTable, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
 from minilm.data.text_decoding import warn_once
 from minilm.utils.hub import describe_loading_error, use_cache_if_offline
 from minilm.utils.launch_variables import is_main_process
 from minilm.utils.local_files import (
+    IN_MEMORY_EVAL_SOURCE,
+    IN_MEMORY_SOURCE,
+    SPECIAL_SOURCES,
     find_file_kind,
     find_local_files,
     get_ending,
@@ -62,11 +66,13 @@ def build_columns(data: Data, *, labels: bool = False) -> list[Column]:
     return columns
 
 
-def check_data_settings(data: Data, columns: Sequence[Column]) -> None:
+def check_data_settings(data: Data, columns: Sequence[Column], *, in_memory: bool = False) -> None:
     """Raise ValueError for a setting that has no effect: no source has what it is about, or its column is not read.
 
-    columns: the columns that the run reads.
+    columns: the columns that the run reads. in_memory: whether a program gives the documents of the sources in memory.
     """
+    if not in_memory:
+        _refuse_memory(data)
     sources = [source for source in (*data.sources, data.eval_source) if source is not None]
     kinds = {source: find_file_kind(source) for source in sources}
 
@@ -86,10 +92,14 @@ def check_data_settings(data: Data, columns: Sequence[Column]) -> None:
         refuse("document", "no source is .txt")
     if data.config is not None and not any(map(_is_on_hub, sources)):
         refuse("config", "no source is a dataset on the hub")
-    if "pydocs" in data.sources and data.split != Data.split:
-        refuse("split", "pydocs has no splits")
-    if data.eval_source == "pydocs" and data.eval_split not in (None, "train"):
-        refuse("eval_split", "pydocs has no splits")
+    for source in SPECIAL_SOURCES:
+        owner = "pydocs has" if source == "pydocs" else "documents from Python have"
+        if source in data.sources and data.split != Data.split:
+            refuse("split", f"{owner} no splits")
+        if data.eval_source == source and data.eval_split not in (None, "train"):
+            refuse("eval_split", f"{owner} no splits")
+        if source in data.sources and data.eval_source is None and data.eval_split:
+            raise ValueError(f"data.eval_split: {owner} no splits; give data.eval_fraction or data.eval_source")
     names = [column.name for column in columns]
     if data.column != Data.column and data.column not in names:
         refuse("column", "the objective reads other columns")
@@ -101,20 +111,41 @@ def check_data_settings(data: Data, columns: Sequence[Column]) -> None:
         refuse("label_separator", "the objective reads no labels")
 
 
+def _refuse_memory(data: Data) -> None:
+    """Raise ValueError if the settings are those of a run whose documents came from Python."""
+    for setting, value in (*(("source", source) for source in data.sources), ("eval_source", data.eval_source)):
+        if value in (IN_MEMORY_SOURCE, IN_MEMORY_EVAL_SOURCE):
+            raise ValueError(
+                f"--data.{setting.replace('_', '-')} {value}: these documents were given from Python, and are not "
+                f"stored; pass them to train again, or pass another --data.{setting.replace('_', '-')}"
+            )
+
+
 def _is_on_hub(source: str) -> bool:
-    return source != "pydocs" and not is_local_path(source) and not list_files(source)
+    return source not in SPECIAL_SOURCES and not is_local_path(source) and not list_files(source)
 
 
 def load_rows(
-    data: Data, source: str, split: str, columns: Sequence[Column], *, blank: BlankPolicy = "keep"
+    data: Data,
+    source: str,
+    split: str,
+    columns: Sequence[Column],
+    *,
+    blank: BlankPolicy = "keep",
+    memory: MemoryDocuments | None = None,
 ) -> RowTable:
     """Return the rows of a split of a source, memory-mapped.
 
     Labels are integers, floats, strings, booleans, or lists of these, of the same type in all rows. If they are a
     ClassLabel in the source, they stay one. `blank` decides whether rows without a visible character are kept, dropped
-    or refused. Raise ValueError that names the file and the line, row, column or split at fault.
+    or refused. `memory` has the documents of the sources in memory. Raise ValueError that names the file and the line,
+    row, column or split at fault.
     """
-    table, part = open_table(data, source, split)
+    if source in (IN_MEMORY_SOURCE, IN_MEMORY_EVAL_SOURCE):
+        assert memory is not None
+        table, part = memory.open_table(source, columns), "train"
+    else:
+        table, part = open_table(data, source, split)
     _warn_about_second_text(table, columns)
     return cache_rows(table, columns, source=source, split=part, blank=blank)
 
@@ -158,6 +189,8 @@ def open_table(
 def no_documents_error(source: str, split: str, columns: Sequence[Column]) -> ValueError:
     """Return the error for a source that has no rows, or no text with a visible character."""
     texts = [column.name for column in columns if column.kind == "text"]
+    if source in (IN_MEMORY_SOURCE, IN_MEMORY_EVAL_SOURCE):
+        return ValueError(f"{source.strip('<>')}: no document has text (column {texts[0]!r})")
     if not texts:
         return ValueError(f"{source}: it has no rows (split {split!r}); change the source or the split")
     at = "" if is_plain_text(source) else "".join(f", column {name!r}" for name in texts[:1])
@@ -180,7 +213,7 @@ def fingerprint_sources(data: Data) -> dict[str, Any]:
     """Return the content of each source, as JSON types: the fingerprints of its files, or a revision on the hub."""
     facts: dict[str, Any] = {}
     for source in dict.fromkeys((*data.sources, data.eval_source)):
-        if source in ("pydocs", None):
+        if source is None or source in SPECIAL_SOURCES:
             continue
         # If the hub does not answer, the dataset comes from the cache, and its revision is not recorded.
         with suppress(ValueError, OSError):

@@ -76,7 +76,7 @@ class FileTable:
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         for number, (file, fingerprint) in enumerate(zip(self.files, self.fingerprints, strict=True)):
-            yield from _group_into_batches(self._read_rows(file, columns), partial(self.locate, number), number)
+            yield from group_into_batches(self._read_rows(file, columns), partial(self.locate, number), number)
             if fingerprint_file(file) != fingerprint:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
 
@@ -130,7 +130,7 @@ class DatasetTable:
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         read = self._read_mapped if isinstance(self.rows, Dataset) else self._read_stream
-        return _group_into_batches(read(columns), partial(self.locate, 0))
+        return group_into_batches(read(columns), partial(self.locate, 0))
 
     def locate(self, file: int, place: int) -> str:
         return f"{self.source}, row {place}"
@@ -139,7 +139,7 @@ class DatasetTable:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
         rows = self.rows.select_columns(list(dict.fromkeys(outer))).with_format("arrow")
         parts = (batch for table in rows.iter(batch_size=columnar_files.BATCH_ROWS) for batch in table.to_batches())
-        return columnar_files.read_cells(parts, columns, outer, self.source)
+        return columnar_files.read_cells(parts, columns, outer, partial(self.locate, 0))
 
     def _read_stream(self, columns: Sequence[Column]) -> NumberedRows:
         numbers = itertools.count()
@@ -173,7 +173,7 @@ def check_is_text(columns: Sequence[Column], source: str) -> None:
             raise column.missing_error(source, ["text"])
 
 
-def _group_into_batches(rows: NumberedRows, where: Callable[[int], str], file: int = 0) -> Iterator[RowBatch]:
+def group_into_batches(rows: NumberedRows, where: Callable[[int], str], file: int = 0) -> Iterator[RowBatch]:
     """Yield the rows in batches of limited size, so that memory does not grow with the file."""
     places, cells, characters = list[int](), list[list[Any]](), 0
     for place, row in rows:

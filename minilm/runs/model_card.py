@@ -13,7 +13,7 @@ from minilm.data.glue import apply_glue_task
 from minilm.objectives.factory import build_objective
 from minilm.runs.energy import CPU_ENERGY, GPU_ENERGY
 from minilm.utils.atomic_files import write_atomically
-from minilm.utils.local_files import find_local_files, is_local_path
+from minilm.utils.local_files import SPECIAL_SOURCES, find_local_files, is_local_path
 
 _CARD = """---
 {metadata}
@@ -154,7 +154,7 @@ def _on_hub(sources: tuple[str, ...]) -> list[str]:
 
     def local(source: str) -> bool:
         try:
-            return source == "pydocs" or is_local_path(source) or bool(find_local_files(source))
+            return source in SPECIAL_SOURCES or is_local_path(source) or bool(find_local_files(source))
         except ValueError:  # files that are gone by now
             return True
 

@@ -2,10 +2,18 @@
 
 import glob
 import os
+import re
 from pathlib import Path
 
 # The end of an error message that begins with the name of a file.
 PERMISSION_DENIED = "cannot be read (Permission denied)"
+
+# What `data.source` and `data.eval_source` hold if a program gives the documents from Python.
+IN_MEMORY_SOURCE, IN_MEMORY_EVAL_SOURCE = "<documents>", "<eval_documents>"
+# The sources that are neither files nor datasets on the hub.
+SPECIAL_SOURCES = ("pydocs", IN_MEMORY_SOURCE, IN_MEMORY_EVAL_SOURCE)
+# The name of a repository on the hub. Other names are never sent to the hub.
+_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
 # The endings of files that minilm reads, and the kind of each. All files of a source must be of one kind.
 FILE_KINDS = {
@@ -45,8 +53,8 @@ def is_plain_text(source: str) -> bool:
 
 
 def find_file_kind(source: str) -> str:
-    """Return the kind of a source's files; empty for pydocs, a saved dataset and a dataset on the hub."""
-    files = [] if source == "pydocs" else find_local_files(source)
+    """Return the kind of a source's files; empty for a special source, a saved dataset and a dataset on the hub."""
+    files = find_local_files(source)
     return get_file_kind(files[0]) if files else ""
 
 
@@ -56,11 +64,14 @@ def is_saved_dataset(path: str) -> bool:
 
 
 def find_local_files(source: str) -> list[str]:
-    """Return the files that a path, folder or glob stands for; empty for a saved dataset and a name on the hub.
+    """Return the files that a path, folder or glob stands for; empty for other sources and a saved dataset.
 
     The files of a folder include those of its subfolders. Hidden files and folders are left out, as in a glob. Raise
-    ValueError if the files are of several kinds, or if the source must be local and minilm can read none of its files.
+    ValueError if the files are of several kinds, if the source must be local and minilm can read none of its files, or
+    if the source cannot be the name of a dataset on the hub, as a sentence cannot.
     """
+    if source in SPECIAL_SOURCES:
+        return []
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         below = ((file, file.relative_to(path).parts) for file in Path(path).rglob("*") if file.is_file())
@@ -76,9 +87,23 @@ def find_local_files(source: str) -> list[str]:
         raise ValueError(
             f"{source}: holds files of several kinds ({', '.join(endings)}); give a glob such as *{endings[0]}"
         )
+    is_sentence = re.search(r"\s", source) and not names and get_ending(path) not in FILE_KINDS
+    if is_sentence and not os.path.isdir(path) and not source.startswith(("/", ".", "~")):
+        raise _no_source_error(source)
     looks_like_a_path = os.path.isdir(path) or any(c in source for c in "*?[") or get_ending(path) in FILE_KINDS
     if not files and (names or looks_like_a_path or is_local_path(source)):
         missing = not names and not os.path.isdir(path)
         why = "no such file or folder" if missing else f"no file ending in {' '.join(FILE_KINDS)}"
         raise ValueError(f"data source {source}: {why}")
+    if not files and not _HUB_ID.fullmatch(source):
+        raise _no_source_error(source)
     return files
+
+
+def _no_source_error(source: str) -> ValueError:
+    """Return the error for a source that is neither a file nor the name of a dataset on the hub."""
+    shown = source if len(source) <= 60 else source[:60] + "…"
+    return ValueError(
+        f"data source {shown!r}: there is no such file or folder, and no dataset on the hub can have this name; to "
+        "train on texts from Python, pass documents=[...]"
+    )

@@ -13,6 +13,7 @@ from minilm.data.corpus import Examples, PreparedData
 from minilm.data.special_ids import SPECIAL_ROLES, count_embedding_rows, encode_placeholder
 from minilm.models.embeddings import find_embedding
 from minilm.models.head import Head
+from minilm.models.model_inputs import add_choice_axis
 from minilm.models.temporary_changes import evaluation_mode
 
 log = logging.getLogger("minilm")
@@ -24,10 +25,10 @@ def check_compatibility(head: Head, prepared: PreparedData) -> None:
     """Raise ValueError for examples that the model cannot read, or would read differently than transformers does.
 
     Logs a warning if the model's configuration and the tokenizer name different special tokens, if the embedding of the
-    token that ends texts is not trained, or if the tokenizer gives token types, which language models do not get here.
+    token that ends texts is not trained, or if the tokenizer gives token types, which the examples do not hold.
     """
     _compare_special_ids(head.model, prepared.tokenizer)
-    if prepared.labels is None:
+    if prepared.labels is None and prepared.train.type_ids is None:
         _warn_about_types(head.model, prepared.tokenizer)
     parts = {"training texts": prepared.train, "evaluation texts": prepared.eval}
     if prepared.train is prepared.eval:
@@ -87,8 +88,8 @@ def _warn_about_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     # its words, so that type 0 changes its result.
     if known is None or (known > 0 and any(types)):
         log.warning(
-            f"the tokenizer gives texts the token types {', '.join(map(str, types))}, but minilm trains and evaluates "
-            "language models without token types: to use the saved model without them too, remove token_type_ids from "
+            f"the tokenizer gives texts the token types {', '.join(map(str, types))}, but this model is trained and "
+            "evaluated without token types: to use the saved model without them too, remove token_type_ids from "
             "model_input_names in its tokenizer_config.json"
         )
 
@@ -148,7 +149,7 @@ def _describe_first(tokenizer: PreTrainedTokenizerBase, examples: Examples, id: 
 def _can_read(network: PreTrainedModel, row: NDArray[np.int64]) -> bool:
     try:
         with evaluation_mode(network):
-            network(input_ids=torch.from_numpy(row)[None].to(network.device))
+            network(input_ids=add_choice_axis(network, torch.from_numpy(row)[None].to(network.device)))
     except (IndexError, RuntimeError, ValueError):
         return False
     return True

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minilm.models.embeddings import vocabulary_size
+from minilm.models.model_inputs import add_choice_axis
 from minilm.models.temporary_changes import evaluation_mode
 
 _ROW_TOKENS = 5
@@ -22,9 +23,14 @@ def check_forward(model: PreTrainedModel) -> None:
         return
     try:
         with evaluation_mode(model):
-            model(input_ids=torch.tensor([[*row, ends[0] if ends else row[0]]]))
+            model(input_ids=add_choice_axis(model, torch.tensor([[*row, ends[0] if ends else row[0]]])))
     except torch.OutOfMemoryError:
         raise
+    except ValueError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot read a row from its token ids alone ({' '.join(str(error).split())}): take "
+            "another model"
+        ) from error
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot read a row of {len(row) + 1} tokens with this configuration "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AttentionInterface, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Model
 from minilm.data.label_ids import format_names
@@ -104,6 +104,10 @@ def _load_checkpoint(
     """Return the model, and the names of its parameters that start at random."""
     config, refusal = resolve_configuration(model, auto), f"model {name!r} cannot be loaded"
     labels = [str(label) for label in (config.id2label or {}).values()]
+    if head_name(auto) == "QuestionAnswering" and config.num_labels != 2:
+        log.info(f"{name} has {len(labels)} labels ({format_names(labels)}), which question answering does not use")
+        # BERT's head would have one output for each label.
+        config.num_labels = 2
     with explain_loading_errors(name, refusal):
         set_fields(config, {**fields, **model.config})
         network, report = auto.from_pretrained(
@@ -136,10 +140,13 @@ def _load_checkpoint(
         log.warning(
             f"WARNING: {name} was trained for other labels ({format_names(labels)}): {parameters} start at random"
         )
+    if auto is AutoModel and missing and all(key.startswith("pooler.") for key in missing):
+        log.info(f"{name} comes without a pooler, which embeddings do not use: it starts at random and is not trained")
+        missing = set()
     if missing:
         log.warning(
-            f"{name} comes without {len(missing)} weights that a {head_name(auto)} model has, such as {min(missing)}: "
-            f"they start at random. This is usual for a checkpoint that was not trained for {head_name(auto)}."
+            f"{name} comes without {len(missing)} weights of {type(network).__name__}, such as {min(missing)}: they "
+            "start at random. This is usual for a checkpoint that was trained for another task."
         )
     loaded: PreTrainedModel = network
     return loaded, sorted(missing | random)

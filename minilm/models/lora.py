@@ -26,7 +26,16 @@ from minilm.utils.validation import check, suggest_name
 log = logging.getLogger("minilm")
 
 _PREFIX = "base_model.model."  # the names in an adapter's file begin with this
-_TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}  # peft has no name for a masked LM
+# The names that peft has for tasks, by the name of the head. It has none for a masked LM and for multiple choice.
+_TASKS = {
+    "AutoModel": "FEATURE_EXTRACTION",
+    "CausalLM": "CAUSAL_LM",
+    "QuestionAnswering": "QUESTION_ANS",
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+}
+# These heads are small and belong to the data. They are trained as a whole.
+_TASK_HEADS = ("MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
 
 def check_peft_installed(model: Model) -> None:
@@ -38,21 +47,21 @@ def check_peft_installed(model: Model) -> None:
 def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], head: str) -> None:
     """Add low-rank updates to the linear layers that `model.lora_targets` names, and freeze all other parameters.
 
-    random: the names of parameters that start at random. A classifier trains the modules that hold them, and its head,
-    as a whole.
+    random: the names of parameters that start at random. A model with a head for a task, such as a classifier, trains
+    the modules that hold them, and its head, as a whole.
     head: the name of the head, such as SequenceClassification.
 
     A starts at random and B at zero (section 4.1 of the paper). Raises ValueError for a pattern that matches no linear
-    layer, and for a language model with random parameters, because they would stay random.
+    layer, and for a model without such a head that has random parameters, because they would stay random.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if random and head != "SequenceClassification":
+    if random and head not in _TASK_HEADS:
         raise ValueError(
             f"model.lora_rank: {model.name} comes without {random[0]}, which would stay random under LoRA: train all "
             "weights of the model first"
         )
-    whole = _head_modules(network, random) if head == "SequenceClassification" else []
+    whole = _head_modules(network, random) if head in _TASK_HEADS else []
     linear = _linear_layers(network, whole)
     targets = _choose_targets(network, linear, model.lora_targets)
     lora = LoraConfig(
@@ -73,7 +82,7 @@ def add_lora(network: PreTrainedModel, model: Model, random: Sequence[str], head
 
 
 def _head_modules(network: PreTrainedModel, random: Sequence[str]) -> list[str]:
-    """Return the modules of a classifier to train as a whole: those outside its base model, and random ones inside."""
+    """Return the modules to train as a whole: those outside the base model, and random ones inside it."""
     base = network.base_model
     outside = [] if base is network else [name for name, part in network.named_children() if part is not base]
     outside = [name for name in outside if any(True for _ in network.get_submodule(name).parameters())]
@@ -160,7 +169,7 @@ def merge_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 def select_adapter_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the part of a state dict that belongs in an adapter's file, by peft's names.
 
-    These are all A and B, and the head of a classifier.
+    These are all A and B, and the head of a classifier and the like.
     """
     lora: Any = network.peft_config["default"]
     updates, whole = set(_update_names(network)), lora.modules_to_save or ()

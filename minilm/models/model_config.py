@@ -27,7 +27,7 @@ def resolve_configuration(model: Model, auto: Any) -> PretrainedConfig:
     """Return the configuration of the checkpoint `model.name`, or else the default one of `model.type`.
 
     It checks the fields of `model.config` and sets none. Raises ValueError if the type has no model with the head of
-    `auto`, or if the configuration lacks one of these fields.
+    `auto`, if the configuration lacks one of these fields, or if the head does not have labels that one of them names.
     """
     if model.name is None:
         try:
@@ -46,6 +46,11 @@ def resolve_configuration(model: Model, auto: Any) -> PretrainedConfig:
             )
     fields = {**read_fields(config.get_text_config()), **read_fields(config)}
     for field in model.config:
+        if field in ("id2label", "label2id") and head_name(auto) == "QuestionAnswering":
+            raise ValueError(
+                f"model.config.{field}: a model for question answering has no labels, but two outputs, for the start "
+                "and the end of an answer; leave it out"
+            )
         if field not in fields:
             raise ValueError(
                 f"model.config: {model.name or model.type} has no field {suggest_name(field, list(fields))}"

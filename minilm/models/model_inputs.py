@@ -27,6 +27,11 @@ def is_for_multiple_choice(model: PreTrainedModel) -> bool:
     return type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
 
 
+def add_choice_axis(model: PreTrainedModel, ids_RxL: Tensor) -> Tensor:
+    """Return the token ids of rows in the shape that the model takes: R x 1 x L if it is for multiple choice."""
+    return ids_RxL[:, None] if is_for_multiple_choice(model) else ids_RxL
+
+
 class ModelInputs:
     """Makes the arguments of a model's forward. `padding` is the id that fills padded places.
 

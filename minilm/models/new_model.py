@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from minilm.config import Model
 from minilm.data.special_ids import PADDING_FIELDS, collect_special_ids, count_embedding_rows, find_unused_id
 from minilm.models.model_config import read_fields, resolve_configuration, set_fields
+from minilm.models.model_inputs import add_choice_axis
 
 
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
@@ -61,7 +62,7 @@ def _check_two_tokens(network: PreTrainedModel) -> None:
     network.eval()
     try:
         with torch.no_grad():
-            network(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+            network(input_ids=add_choice_axis(network, torch.zeros(1, 2, dtype=torch.int64)))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
     network.train()

@@ -485,7 +485,7 @@ def test_a_classifier_reads_the_token_types_that_the_plain_model_reads(
     torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-NO_TYPES = "language models without token types"
+NO_TYPES = "is trained and evaluated without token types"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 from datasets import Dataset, IterableDataset
 
 from minilm.config import Data
-from minilm.data import columnar_files, delimited_files, json_files, text_files
+from minilm.data import columnar_files, conll_files, delimited_files, json_files, text_files
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.text_decoding import detect_encoding
@@ -90,6 +90,8 @@ class FileTable:
             return json_files.read_json(file, columns)
         if self.kind in _COLUMNAR:
             return columnar_files.read_columnar(file, columns)
+        if self.kind == "conll":
+            return conll_files.read_conll(file, columns, self._encoding)
         check_is_text(columns, file)
         texts = text_files.read_text(file, self._encoding, self.data.document)
         return ((line, cells * len(columns)) for line, cells in texts)
@@ -104,6 +106,8 @@ class FileTable:
             return delimited_files.read_delimited_header(file, columns, self._encoding, self.delimiter)
         if self.kind == "json":
             return json_files.read_json_keys(file)
+        if self.kind == "conll":
+            return conll_files.read_conll_column_names(file, self._encoding)
         return columnar_files.read_columnar_field_names(file) if self.kind in _COLUMNAR else ["text"]
 
     def read_class_names(self, column: Column) -> tuple[str, ...]:

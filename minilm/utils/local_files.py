@@ -22,6 +22,9 @@ FILE_KINDS = {
     ".jsonl": "json",
     ".csv": "delimited",
     ".tsv": "delimited",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }

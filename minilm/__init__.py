@@ -30,15 +30,9 @@ are the main modules, in the order in which a run uses them:
     minilm.commands.evaluate      evaluate: measure a trained model
 """
 
-import contextlib
-
-from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens, settings
-from minilm.config.field_help import read_field_help
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.config.field_help import attach_field_help
 
 __all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]
 
-# `help` shows the docstring of the constructor. The source may be missing where only compiled files are installed.
-with contextlib.suppress(OSError):
-    for _group, _texts in read_field_help().items():
-        _lines = [f"{field}: {text}" for field, text in _texts.items()]
-        getattr(settings, _group).__init__.__doc__ = "\n".join(_lines) or None
+attach_field_help()

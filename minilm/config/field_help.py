@@ -1,8 +1,11 @@
 """The string under each field of the settings, which Python itself drops."""
 
 import ast
+import contextlib
+import dataclasses
 import inspect
 from itertools import pairwise
+from types import MappingProxyType
 
 from minilm.config import settings
 
@@ -21,3 +24,18 @@ def read_field_help() -> dict[str, dict[str, str]]:
         }
         for owner in classes
     }
+
+
+def attach_field_help() -> None:
+    """Write the string under each field of the settings to the places where `help` and tyro look for it.
+
+    `help` shows the docstring of the constructor. tyro looks at the metadata of a field; without it, tyro would parse
+    the source file once for each class. Do nothing if only compiled files are installed.
+    """
+    with contextlib.suppress(OSError):
+        for name, texts in read_field_help().items():
+            owner = getattr(settings, name)
+            owner.__init__.__doc__ = "\n".join(f"{field}: {text}" for field, text in texts.items()) or None
+            for field in dataclasses.fields(owner):
+                if field.name in texts:
+                    field.metadata = MappingProxyType({"help": texts[field.name]})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import typing
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.config.command_line import parse_flags
+from minilm.config.field_help import read_field_help
 from minilm.config.serialization import from_dict, to_dict
 from tests.jobs import launched
 
@@ -285,3 +287,16 @@ def test_a_fraction_of_epochs_gives_the_exact_number_of_steps() -> None:
     ):
         assert Run(epochs=epochs).count_steps(per_epoch) == steps
     assert Run(epochs=1.1, max_steps=5).count_steps(100) == 5
+
+
+def test_help_is_the_string_under_each_field_without_a_search_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # tyro searches the source for a class or field without a help, once for each class.
+    monkeypatch.setattr("docstring_parser.parse_from_object", pytest.fail)
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse_flags(Config(), arguments=["--help"])
+    output = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    chosen = {**read_field_help()["Data"], **read_field_help()["MaskedLM"], **read_field_help()["Run"]}
+    assert [name for name, text in chosen.items() if text not in output] == []

@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """The line that says what is wrong; of tyro's box, what is inside."""
+        """The line with the error, or the text inside the box that tyro prints."""
         boxed = " ".join(line.strip("│ ") for line in self.error if line.startswith("│") and line.strip("│ ─"))
         return boxed or next((line for line in self.error if line.startswith("error: ")), "")
 

@@ -82,7 +82,7 @@ def truncated_dataset() -> None:
 
 
 def damaged_row_group() -> None:
-    """Three row groups, of which the second has a page of zeros."""
+    """Write three row groups. The second has a page of zeros."""
     import pandas
     from pyarrow import parquet
 
@@ -107,7 +107,7 @@ def no_room() -> None:
 
 
 def no_permission() -> None:
-    """A folder that may not be written to; the superuser, who may everything, becomes another user."""
+    """Make a folder that cannot be written. The superuser could write it, and becomes another user."""
     for path in (Path.cwd().parent.parent, Path.cwd().parent):
         path.chmod(0o755)
     for path in Path.cwd().rglob("*"):

@@ -1,4 +1,4 @@
-"""The pieces of the benchmarks on toy sizes, in this process: that they run, and compare what is the same."""
+"""The parts of the benchmarks on toy sizes, in this process: they run, and both sides have the same job."""
 
 import contextlib
 import json

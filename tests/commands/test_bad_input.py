@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one line, before the first step, once, and costs no file."""
+"""A user's mistake is reported once, in one line, before the first step, and no file changes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`--seeds`: each run of a sweep is the run of its seed alone; what is written about them; how a sweep ends early."""
+"""`--seeds`: each run is the run of its seed alone; the summary of all seeds; how they end early."""
 
 import json
 import math

@@ -289,7 +289,7 @@ def test_the_description_of_the_machine_tells_how_its_processors_compute_bf16(us
 
 
 class CLibrary:
-    """Notes what it is told, and has a block of memory, or none, for who asks."""
+    """A C library that records its calls, and whose malloc returns a block of memory or none."""
 
     def __init__(self, block):
         self.told = []

@@ -1,4 +1,4 @@
-"""The short form of tests/faults/ranks.py, without a launcher; and that slow work before the first step is no fault."""
+"""The short form of tests/faults/ranks.py, without a launcher. Slow work before the first step ends no run."""
 
 from collections.abc import Callable
 from dataclasses import replace

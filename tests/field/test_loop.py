@@ -1,4 +1,4 @@
-"""The surroundings of the loop: the process after an error, forks, sweeps that start together, and counts."""
+"""What surrounds the loop: the process after an error, forks, jobs of seeds that start together, and counts."""
 
 import itertools
 import json

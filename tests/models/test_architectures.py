@@ -1,4 +1,4 @@
-"""Heads and runs handle what is unusual about some architectures."""
+"""Heads and runs of unusual architectures."""
 
 import copy
 import logging

@@ -68,7 +68,7 @@ def rows_for(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[np.ndarray
 
 
 def reference_loss(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> Tensor:
-    """Summed over the rows, each of which the plain model reads alone."""
+    """Return the sum over the rows. The plain model reads each row alone."""
     total = torch.zeros(())
     for row in rows:
         ids_L = torch.from_numpy(row)

@@ -22,12 +22,12 @@ RATE = 0.15
 
 
 def _z(count: float, trials: int, probability: float) -> float:
-    """How many standard deviations a binomial count is above what is expected."""
+    """Return how many standard deviations a binomial count is above its mean."""
     return (count - trials * probability) / math.sqrt(trials * probability * (1 - probability))
 
 
 def _within(count: float, trials: int, probability: float) -> bool:
-    """Whether a binomial count lies within four standard deviations of what is expected."""
+    """Return whether a binomial count lies within four standard deviations of its mean."""
     return abs(_z(count, trials, probability)) < 4
 
 

@@ -64,7 +64,7 @@ def _original(batch: MicroBatch) -> NDArray[np.int64]:
 
 
 def _z(excess: list[float]) -> float:
-    """The sum of independent deviations from what is expected over its standard deviation, as estimated from them."""
+    """Return the sum of independent deviations from their means, divided by its estimated standard deviation."""
     return sum(excess) / math.sqrt(sum(x * x for x in excess))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is refused: plain to load, equal to the bit, and what is damaged is named."""
+"""Checkpoints load with plain transformers and are equal to the bit. A damaged one is refused, with the file's name."""
 
 import copy
 import json

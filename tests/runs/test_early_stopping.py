@@ -1,4 +1,4 @@
-"""A run that is told to stop finishes its step, saves and says so; numbers that are no numbers change nothing."""
+"""Early stopping: a signal ends a run after its step, with a checkpoint. Non-finite gradients change nothing."""
 
 import os
 import signal

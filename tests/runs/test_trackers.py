@@ -140,7 +140,7 @@ def test_no_secret_is_in_any_file(tracked: tuple[Path, dict[str, float]]) -> Non
 
 
 class Stub:
-    """A tracker that fails or hangs at what it is told to; several of them note what they are told."""
+    """A tracker that fails or hangs in the call that a test chooses. All of them record their calls in one list."""
 
     told: list[Any]
     fails: str = ""

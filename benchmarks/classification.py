@@ -88,7 +88,7 @@ class Batches(Dataset[list[dict[str, Any]]]):
 def by_minilm(config: Config) -> dict[str, float]:
     """Return the figures of a run of minilm."""
     with tempfile.TemporaryDirectory() as folder:
-        return train(replace(config, run=replace(config.run, output_dir=folder)))
+        return train(replace(config, run=replace(config.run, output_dir=folder))).figures
 
 
 def by_trainer(config: Config) -> dict[str, float]:

@@ -103,6 +103,7 @@ class PlainHead(Head):
         target_index_N: Tensor,
         targets: Tensor | None = None,
         type_ids_T: Tensor | None = None,
+        coupling_NxD: Tensor | None = None,
     ) -> Tensor:
         """Return -log p at each position of the padded batch, float32[R L], nats. A position without a target has 0."""
         assert targets is not None

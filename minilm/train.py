@@ -7,7 +7,7 @@ random numbers of dropout.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,23 +20,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from minilm.config import Config
+from minilm.config import Config, ObjectiveSettings
 from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import Examples, PreparedData
+from minilm.data.memory import DocumentList
 from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
 from minilm.distributed.flops import count_flops
 from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
 from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
+from minilm.objectives.coupling import couple_examples
 from minilm.objectives.factory import build_network, build_objective
 from minilm.objectives.objective import Evaluator
 from minilm.optim.optimizer import apply_update, build_optimizer
-from minilm.optim.schedule import learning_rate
+from minilm.optim.schedule import learning_rate as scheduled_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
 from minilm.runs.best_checkpoint import BestEvaluation
 from minilm.runs.checkpoint_saver import CheckpointSaver, gather_full_state
-from minilm.runs.early_stopping import StopRequest, stop_on_bad_gradients
+from minilm.runs.early_stopping import StopRequest, any_process, stop_on_bad_gradients
 from minilm.runs.energy import measure_energy
 from minilm.runs.model_card import write_card
 from minilm.runs.model_export import save_model
@@ -45,7 +47,8 @@ from minilm.runs.recorder import start_recorder, write_samples
 from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
-from minilm.runs.session import Session, begin, plan_batches
+from minilm.runs.session import Session, apply_arguments, begin, plan_batches
+from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.progress import quiet_transformers
 from minilm.utils.signals import block_signals, ignore_signals_from_others
@@ -79,6 +82,7 @@ def train_step(
     `num_processes` undoes the mean that DDP takes over processes.
     """
     device = accelerator.device
+    micro_batches = couple_examples(accelerator, model, micro_batches)
     own_targets = float(sum(batch.target_count for batch in micro_batches))
     targets = accelerator.reduce(torch.full((), own_targets, device=device))
     scale = accelerator.num_processes / targets.clamp(min=1)
@@ -101,15 +105,36 @@ def train_step(
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 
-def train(config: Config, name: str = "run") -> dict[str, float]:
-    """Train as `config` says, save to its output folder, and return the figures of `all_results.json`.
+def train(
+    config: Config,
+    name: str = "run",
+    *,
+    objective: ObjectiveSettings | None = None,
+    documents: DocumentList | None = None,
+    eval_documents: DocumentList | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    learning_rate: Callable[[int, int], float] | None = None,
+    after_step: Callable[[int, dict[str, Any], PreTrainedModel], bool | None] | None = None,
+) -> TrainResult:
+    """Train as `config` says, save to its output folder, and return the model, its folder and its figures.
 
-    name: names the default output folder, out/NAME. Raises ValueError, before the first step where that is possible,
-    with a message that says what to change; TrainingStopped where the run ends early; ConnectionError where another
-    process is gone.
+    name: names the default output folder, out/NAME.
+    objective: takes the place of `config.objective`.
+    documents: a list of strings, a list of dictionaries, or a `datasets.Dataset`, to read in place of `data.source`.
+    eval_documents: the same for the evaluation. Default: `data.eval_fraction` of `documents`.
+    optimizer: returns an optimizer for the trained parameters, in place of `config.optim`'s.
+    learning_rate: returns the learning rate of a step, counted from 0, of a number of steps.
+    after_step: called on each process after each step with the step, its figures and the model. It may look, evaluate,
+        and end the run after this step by returning True. The figures are `loss` and `grad_norm`, tensors that make the
+        program wait for the device when they are read, `lr`, and those of an evaluation after this step.
+
+    Raises ValueError, before the first step where that is possible, with a message that says what to change;
+    TrainingStopped where the run ends early; ConnectionError where another process is gone.
     """
+    config, memory = apply_arguments(config, objective, documents, eval_documents)
+    learning_rate = learning_rate or partial(scheduled_rate, config.optim)
     # Begin: join the other processes, choose the output folder, refuse a resume that cannot work, prepare the data.
-    with begin(config, name) as run:
+    with begin(config, name, memory=memory) as run:
         accelerator = run.accelerator
         prepared = run.prepared
         objective = build_objective(config.objective)
@@ -125,12 +150,14 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         inputs = collect_inputs(prepared, network, accelerator.num_processes)
         if config.run.compile:
             compile_layers(head)
-        model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        new_optimizer = build_optimizer(head, config.optim) if optimizer is None else optimizer(trained)
+        model, optim = distribute(accelerator, head, new_optimizer)
 
         # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all
         # checks have passed, so the run may write to its output folder.
         with on_all_ranks():
-            progress = resume(run.checkpoint, config, inputs, total, network, optimizer, run.precision.name)
+            progress = resume(run.checkpoint, config, inputs, total, network, optim, run.precision.name)
             best = BestEvaluation(config.run, evaluator.names, progress)
             if accelerator.is_main_process:
                 claim_output_dir(run.folder, config.run, network, total)
@@ -138,7 +165,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             accelerator, config, run.folder, head, plan, prepared, total, run.precision, progress
         )
         saver = CheckpointSaver(
-            run.folder, network, optimizer, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
+            run.folder, network, optim, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
         )
 
         # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.
@@ -157,8 +184,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         ):
             for step, (global_batch, micro_batches) in enumerate(steps, start=first):
                 seed_dropout(config.run.seed, step, accelerator.process_index)
-                lr = learning_rate(config.optim, step, total)
-                result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
+                lr = learning_rate(step, total)
+                result = train_step(accelerator, model, optim, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 done = step + 1
                 epoch = done / plan.steps_per_epoch
                 recorder.record_step(
@@ -180,10 +207,17 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
                     better = best.update(figures, done)
                     recorder.record_evaluation(epoch, figures, objective.format_figures(figures))
 
+                # The caller may look at the figures and the model, and end the run after this step.
+                wants_stop = False
+                if after_step is not None:
+                    seen = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, **(figures or {})}
+                    wants_stop = any_process(accelerator, after_step(step, seen, network) is True)
+                    model.train()
+
                 # Save a checkpoint where one is due, and leave after the last step. All processes leave after the same
                 # step: they have the same gradient norms, and they agree on the step after which a signal ends the run.
                 early = stop_on_bad_gradients(recorder, plan, config.run) or request.agree_on_stop(done)
-                last = done == total or best.out_of_patience or early is not None
+                last = done == total or best.out_of_patience or wants_stop or early is not None
                 if saver.due(done, last=last, better=better):
                     saver.save(recorder.current_progress(**best.state_after(done)))
                 if last:
@@ -206,10 +240,10 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
             weights = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
             if accelerator.is_main_process:
                 conclude(run, facts, results, network, weights)
-        model, optimizer = accelerator.free_memory(model, optimizer)
+        model, optim = accelerator.free_memory(model, optim)
     if early is not None:
         raise early
-    return results
+    return TrainResult(folder=run.folder, figures=results, model_class=objective.auto)
 
 
 def build_head(run: Session) -> tuple[Head, Config]:

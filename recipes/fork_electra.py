@@ -32,6 +32,7 @@ from minilm.objectives.factory import build_objective
 from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import learning_rate
 from minilm.runs.session import begin, save_networks, start_recording
+from minilm.runs.train_result import TrainResult
 from minilm.train import load_steps, seed_dropout, train_step
 
 CONFIG = Config(
@@ -93,7 +94,7 @@ class Electra(nn.Module):
         return generator_nats + WEIGHT * self.targets_per_token * nats * real
 
 
-def train(config: Config, name: str) -> dict[str, float]:
+def train(config: Config, name: str) -> TrainResult:
     with begin(config, name, checkpoints=False) as run:
         accelerator = run.accelerator
         prepared = run.prepared

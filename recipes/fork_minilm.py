@@ -31,6 +31,7 @@ from minilm.models.temporary_changes import evaluation_mode
 from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import learning_rate
 from minilm.runs.session import begin, save_networks, start_recording
+from minilm.runs.train_result import TrainResult
 from minilm.train import load_steps, seed_dropout, train_step
 
 CONFIG = Config(
@@ -100,7 +101,7 @@ class Distiller(Head):
         return self.logits(ids_T, packing, index_N)
 
 
-def train(config: Config, name: str) -> dict[str, float]:
+def train(config: Config, name: str) -> TrainResult:
     with begin(config, name, checkpoints=False) as run:
         accelerator = run.accelerator
         prepared = run.prepared

@@ -5,8 +5,9 @@ import inspect
 import typing
 from typing import Any, Literal
 
-from minilm.config import Config
+from minilm.config import Config, ObjectiveSettings
 from minilm.config.field_help import read_field_help
+from minilm.config.objective_class import find_builtin_classes
 from tests.launch import ROOT
 
 PAGE = ROOT / "docs" / "flags.md"
@@ -83,9 +84,8 @@ def build_page() -> str:
     """Return the whole page."""
     parts = [HEADER]
     for group, kind in typing.get_type_hints(Config).items():
-        choices = typing.get_args(kind)
-        if choices:
-            parts += [build_section(f"{group} of {choice.__name__}", choice) for choice in choices]
+        if kind is ObjectiveSettings:
+            parts += [build_section(f"{group} of {name}", choice) for name, choice in find_builtin_classes().items()]
         else:
             parts.append(build_section(group, kind))
     return "\n".join(parts)

@@ -189,10 +189,12 @@ def test_the_loop_in_the_readme(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_api_in_the_readme(tmp_path: Path) -> None:
-    (example,) = [block.text for block in blocks(ROOT / "README.md") if "figures = train(" in block.text]
+    (example,) = [block.text for block in blocks(ROOT / "README.md") if "result = train(" in block.text]
     assert example.count("epochs=2") == 1
     (tmp_path / "my_text.txt").write_text("\n".join(f"Line {i} of a text." for i in range(40)), encoding="utf-8")
-    (tmp_path / "example.py").write_text(example.replace("epochs=2", "max_steps=2") + 'print(figures["steps"])\n')
+    (tmp_path / "example.py").write_text(
+        example.replace("epochs=2", "max_steps=2") + 'print(result.figures["steps"])\n'
+    )
     assert re.search(r"^2(\.0)?$", forked(lambda: run_file(["example.py"]), tmp_path), re.MULTILINE)
     assert (tmp_path / "out" / "python" / "model.safetensors").exists()
 

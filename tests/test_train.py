@@ -254,7 +254,7 @@ def test_the_model_loads_in_plain_transformers_with_the_same_answers(documents: 
 
 
 def test_a_run_leaves_its_records(documents: Dataset, tmp_path: Path) -> None:
-    results = train(config(documents, tmp_path, eval_every=3))
+    results = train(config(documents, tmp_path, eval_every=3)).figures
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "all_results.json", "config.json", "log.jsonl"),
@@ -272,7 +272,7 @@ def test_a_run_leaves_its_records(documents: Dataset, tmp_path: Path) -> None:
 
 
 def test_learns_and_counts_epochs(documents: Dataset, tmp_path: Path) -> None:
-    results = train(config(documents, tmp_path, max_steps=None, epochs=2.5))
+    results = train(config(documents, tmp_path, max_steps=None, epochs=2.5)).figures
     steps, evaluations = read_log(tmp_path / "out")
     assert steps[-1]["epoch"] == pytest.approx(2.5, abs=1 / 6)
     assert [line["epoch"] for line in evaluations] == [1, 2, steps[-1]["epoch"]]

@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -149,9 +148,7 @@ def plot_rate(optim: Optim, total: int) -> str:
 
 def _flops(cost: Cost, examples: Examples, rate: float) -> float:
     """Return the model FLOPs of training on all examples once."""
-    lengths = examples.lengths
-    squares = int((lengths.astype(np.int64) ** 2).sum())
-    tokens = int(lengths.sum())
+    tokens, squares = int(examples.lengths.sum()), int(examples.square_lengths.sum())
     return cost.step(Step(epoch=0, micro_batches=[], tokens=tokens, square_lengths=squares, padded_tokens=0), rate)
 
 

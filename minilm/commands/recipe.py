@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import logging
 import os
 import signal
 import sys
@@ -11,20 +10,24 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minilm.commands.completion import COMPLETION_FLAG, build_recipe_completion
 from minilm.config import Config
 from minilm.config.command_line import parse_flags, parse_seeds
 from minilm.utils.errors import TrainingStopped
-from minilm.utils.launch_variables import claim_error_report, is_distributed, is_main_process
+from minilm.utils.launch_variables import claim_error_report, is_distributed
+from minilm.utils.log import show_log
 from minilm.utils.output_streams import discard_unread_output, survive_closed_output
 from minilm.utils.signals import interrupt_on_signals
 from minilm.utils.validation import check
 
+if TYPE_CHECKING:
+    from minilm.runs.train_result import TrainResult
+
 
 def run_recipe(
-    config: Config, description: str = "", train_function: Callable[[Config, str], dict[str, float]] | None = None
+    config: Config, description: str = "", train_function: Callable[[Config, str], "TrainResult"] | None = None
 ) -> None:
     """Apply the command line to a recipe's configuration, and train with it.
 
@@ -46,7 +49,7 @@ def run_recipe(
             not seeds or "--dry-run" not in sys.argv, "--seeds and --dry-run exclude each other: leave one of them out"
         )
         resolved = parse_flags(config, description, rest)
-        _show_log()
+        show_log()
         name = Path(sys.argv[0]).stem
         if "--dry-run" in sys.argv:
             with quick_imports():
@@ -137,11 +140,3 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _show_log() -> None:
-    """Print minilm's messages to stderr in the main process, and only its errors in the others."""
-    logger = logging.getLogger("minilm")
-    logger.propagate = False
-    logger.handlers = [logging.StreamHandler()]
-    logger.setLevel(logging.INFO if is_main_process(os.environ) else logging.ERROR)

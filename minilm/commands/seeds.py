@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from minilm.config import Config, Run
 from minilm.distributed.launch import broadcast_from_main, join_job, lost_peer_as_error, one_job, restore_on_error
 from minilm.runs.output_folder import choose_output_dir, explain_unwritable_folder, is_free
+from minilm.runs.train_result import TrainResult
 from minilm.utils.atomic_files import write_atomically
 from minilm.utils.errors import TrainingStopped
 from minilm.utils.folder_lock import lock_folder, unlock_at_end, unlock_folder
@@ -31,7 +32,7 @@ SUMMARY = "seeds.json"
 @restore_on_error()
 @unlock_at_end()
 def train_seeds(
-    config: Config, name: str, seeds: Sequence[int], train_function: Callable[[Config, str], dict[str, float]]
+    config: Config, name: str, seeds: Sequence[int], train_function: Callable[[Config, str], TrainResult]
 ) -> dict[str, Any]:
     """Call `train_function(config, name)` once per seed, and return the summary of the figures.
 
@@ -86,13 +87,13 @@ def _train_once(
     name: str,
     seed: int,
     folder: Path,
-    train_function: Callable[[Config, str], dict[str, float]],
+    train_function: Callable[[Config, str], TrainResult],
     finished: Mapping[int, object],
 ) -> dict[str, float]:
     """Train one seed. If it ends early, say how to resume that seed alone, and which seeds are finished."""
     place = str(folder / f"seed-{seed}")
     try:
-        return train_function(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name)
+        return train_function(replace(config, run=replace(config.run, seed=seed, output_dir=place)), name).figures
     except ValueError:
         if not finished:
             _remove_empty(folder)

@@ -7,14 +7,30 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from minilm.config import Config, MaskedLM
+from minilm.config import Config, MaskedLM, ObjectiveSettings
+from minilm.config.objective_class import find_builtin_classes, find_class, name_class
 from minilm.utils.validation import check, suggest_name
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON types. The class of the objective becomes a name. `from_dict` reads it."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    tree["objective"]["name"] = type(config.objective).__name__
+    tree["objective"] |= name_class(type(config.objective))
+    return tree
+
+
+def default_settings(objective: type[ObjectiveSettings]) -> dict[str, Any]:
+    """Return the defaults of all settings as `to_dict` does. Settings of the objective without a default are left out.
+
+    objective: the class of the objective's settings.
+    """
+    tree = to_dict(Config())
+    fields = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(objective)
+    }
+    given = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
+    tree["objective"] = json.loads(json.dumps(given)) | name_class(objective)
     return tree
 
 
@@ -54,10 +70,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
         given = tree.get(name, {})
         check(isinstance(given, dict), f"the group {name} must be an object that holds settings, not {given!r}")
         values = dict(given)
-        if choices := {choice.__name__: choice for choice in typing.get_args(kind)}:
-            chosen = values.pop("name", MaskedLM.__name__)
-            check(str(chosen) in choices, f"unknown {name}.name {suggest_name(str(chosen), list(choices))}")
-            kind = choices[str(chosen)]
+        if kind is ObjectiveSettings:
+            kind = _take_class(values)
         known = [f.name for f in dataclasses.fields(kind)]
         for unknown in set(values) - set(known):
             raise ValueError(f"unknown setting {name}.{suggest_name(unknown, known)}")
@@ -70,6 +84,16 @@ def from_dict(tree: dict[str, Any]) -> Config:
     return Config(**built)
 
 
+def _take_class(values: dict[str, Any]) -> type[ObjectiveSettings]:
+    """Remove the class from the settings of an objective, and return it."""
+    name, defined_in = str(values.pop("name", MaskedLM.__name__)), values.pop("defined_in", None)
+    check(defined_in is None or isinstance(defined_in, dict), "objective.defined_in must hold a module and a file")
+    kind = find_class(name, defined_in)
+    if kind is None:
+        raise ValueError(f"unknown objective.name {suggest_name(name, list(find_builtin_classes()))}")
+    return kind
+
+
 def read_run_config(path: str) -> Config:
     """Return the configuration in the `run.json` of a run, for another run.
 
@@ -79,9 +103,21 @@ def read_run_config(path: str) -> Config:
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
         check(isinstance(run, dict) and "config" in run, "it has no config")
+        _refuse_own_code(path, run["config"])
         config = from_dict(run["config"])
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
     return dataclasses.replace(
         config, run=dataclasses.replace(config.run, output_dir=None, resume=None, push_to_hub=None)
     )
+
+
+def _refuse_own_code(path: str, tree: Any) -> None:
+    """Raise ValueError if a run's objective is defined in its own folder, as in a folder that somebody else wrote."""
+    objective = tree.get("objective") if isinstance(tree, dict) else None
+    defined_in = objective.get("defined_in") if isinstance(objective, dict) else None
+    if isinstance(defined_in, dict) and Path(str(defined_in.get("file"))).is_relative_to(Path(path).absolute().parent):
+        raise ValueError(
+            f"its objective is defined in {defined_in.get('file')}, inside the run's own folder, from which minilm "
+            "runs no code: move the file out of it"
+        )

@@ -148,7 +148,12 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedLM:
+class ObjectiveSettings:
+    """The base class of the settings of all objectives. `minilm.Objective` is the one to write an objective with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM(ObjectiveSettings):
     """Masked LM (BERT, Devlin et al. 2019, section 3.1): predict tokens that were masked, replaced or kept."""
 
     rate: float = 0.15
@@ -183,7 +188,7 @@ class MaskedLM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM:
+class CausalLM(ObjectiveSettings):
     """Causal LM (Radford et al. 2019): predict each token of a document but the first from the tokens before it."""
 
     label_smoothing: float = 0.0
@@ -196,7 +201,7 @@ class CausalLM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(ObjectiveSettings):
     """Sequence classification: predict data.label_column from a text, or from two texts with data.pair_column."""
 
     problem: Literal["auto", "single-label", "multi-label", "regression"] = "auto"
@@ -391,7 +396,7 @@ class Config:
     data: Data = field(default_factory=Data)
     tokens: Tokens = field(default_factory=Tokens)
     model: Model = field(default_factory=Model)
-    objective: MaskedLM | CausalLM | Classification = field(default_factory=MaskedLM)
+    objective: ObjectiveSettings = field(default_factory=MaskedLM)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)

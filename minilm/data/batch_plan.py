@@ -51,6 +51,8 @@ class Plan:
     group: "step" draws the examples of a step at random. "epoch" puts examples of similar length into the same step.
     padded: whether the model needs rectangular batches. Their width is then a multiple of `multiple`.
     row_tokens: if set, examples are first joined to rows of at most this many tokens, and a step takes whole rows.
+    sizes: int64[E], the places that each example takes in a micro-batch. Default: its tokens.
+    squares: int64[E], the work of attention on each example. Default: its tokens squared.
 
     Raises ValueError if a step has fewer examples than there are processes.
     """
@@ -67,6 +69,8 @@ class Plan:
         padded: bool = False,
         multiple: int = 1,
         row_tokens: int | None = None,
+        sizes: Ids | None = None,
+        squares: Ids | None = None,
     ) -> None:
         if examples < processes:
             raise ValueError(
@@ -74,6 +78,8 @@ class Plan:
                 "start fewer processes."
             )
         self.lengths = lengths
+        self.sizes = lengths if sizes is None else sizes
+        self.squares = squares
         self.examples = examples
         self.micro_tokens = micro_tokens
         self.processes = processes
@@ -99,13 +105,13 @@ class Plan:
             ids = np.concatenate([self._rows[row] for row in ids])
         lengths = self.lengths[ids]
         micro_batches = cut_into_micro_batches(
-            ids, lengths, self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple
+            ids, self.sizes[ids], self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple
         )
         return Step(
             epoch=epoch,
             micro_batches=micro_batches,
             tokens=int(lengths.sum()),
-            square_lengths=int((lengths * lengths).sum()),
+            square_lengths=int((lengths * lengths if self.squares is None else self.squares[ids]).sum()),
             padded_tokens=sum(self._padded_tokens(part) for parts in micro_batches for part in parts),
         )
 
@@ -131,8 +137,8 @@ class Plan:
     def _padded_tokens(self, ids: Ids) -> int:
         """Return the number of tokens of a micro-batch, with padding. An empty one has a single padding token."""
         if not self.padded:
-            return max(1, int(self.lengths[ids].sum()))
-        return max(1, len(ids)) * _round_up(int(self.lengths[ids].max(initial=1)), self.multiple)
+            return max(1, int(self.sizes[ids].sum()))
+        return max(1, len(ids)) * _round_up(int(self.sizes[ids].max(initial=1)), self.multiple)
 
     def _epoch_order(self, epoch: int) -> tuple[Ids, Ids]:
         """Return the order in which the epoch's examples or rows fill steps, and the order of these steps."""

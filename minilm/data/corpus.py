@@ -53,7 +53,12 @@ class Examples:
     type_ids: NDArray[np.uint8] | ArrayFile | None = None
     """uint8[I], the token types, which say to which of two texts an id belongs. None if the model needs none."""
     labels: NDArray[Any] | None = None
-    """For classification, the labels of the examples: int64[E], or float32[E] or [E, C] with C classes."""
+    """The target of each example, if it has one: int64[E] or float32[E], or with more axes, such as [E, C]."""
+    token_targets: NDArray[np.int32] | ArrayFile | None = None
+    """int32[I], the target of each token, or `minilm.data.example.NO_TARGET`. None if tokens have no targets."""
+    rows: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    """For examples of several rows: int64[R + 1], where each of all R rows begins in `ids`, and int64[E + 1], the first
+    row of each example. Both end with the end of the last one. None if each example is one row."""
     fingerprint: str = ""
     """A hash of the documents and of the tokenizer that encoded them."""
     is_word_start: NDArray[np.bool_] | ArrayFile | None = None
@@ -69,6 +74,19 @@ class Examples:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         middle = self.ids[self.start[index] : self.stop[index]]
         return np.concatenate((self.prefix, middle, self.suffix), dtype=np.int64, casting="same_kind")
+
+    def row_lengths(self, index: int) -> list[int]:
+        """Return the number of tokens of each row of an example."""
+        if self.rows is None:
+            return [int(self.stop[index] - self.start[index]) + len(self.prefix) + len(self.suffix)]
+        bounds_R1, first_E1 = self.rows
+        lengths: list[int] = np.diff(bounds_R1[first_E1[index] : first_E1[index + 1] + 1]).tolist()
+        return lengths
+
+    def targets_of_tokens(self, index: int) -> NDArray[np.int64]:
+        """Return the targets of the tokens of an example, int64[L] with L tokens. There must be `token_targets`."""
+        assert self.token_targets is not None
+        return self.token_targets[self.start[index] : self.stop[index]].astype(np.int64)
 
     def token_type_ids(self, index: int) -> NDArray[np.int64]:
         """Return the token types of an example, int64[L] with L tokens. There must be `type_ids`."""
@@ -95,6 +113,24 @@ class Examples:
     def lengths(self) -> NDArray[np.int64]:
         """The number of tokens of each example, special tokens included, int64[E]."""
         return self.stop - self.start + (len(self.prefix) + len(self.suffix))
+
+    @property
+    def padded_lengths(self) -> NDArray[np.int64]:
+        """The number of places that each example takes when its rows are padded to the longest of them, int64[E]."""
+        if self.rows is None:
+            return self.lengths
+        bounds_R1, first_E1 = self.rows
+        longest_E = np.maximum.reduceat(np.diff(bounds_R1), first_E1[:-1])
+        return np.diff(first_E1) * longest_E
+
+    @property
+    def square_lengths(self) -> NDArray[np.int64]:
+        """The sum of the squared lengths of each example's rows, int64[E]. The work of attention depends on it."""
+        if self.rows is None:
+            return self.lengths**2
+        bounds_R1, first_E1 = self.rows
+        squares: NDArray[np.int64] = np.add.reduceat(np.diff(bounds_R1) ** 2, first_E1[:-1])
+        return squares
 
     def identity(self) -> dict[str, Any]:
         """Return what distinguishes these examples from others, as JSON types."""

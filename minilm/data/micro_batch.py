@@ -29,6 +29,11 @@ class MicroBatch:
     """What to predict there: int64 token ids, or the labels for classification."""
     type_ids_T: Tensor | None = None
     """int64, the token types, which say to which of two texts a token belongs. None if the model needs none."""
+    example_ids_N: Tensor | None = None
+    """int64, the example of each target, for an objective whose loss compares the examples of a step."""
+    coupling_NxD: Tensor | None = None
+    """float32, the loss of each example and its gradient at the model's outputs, if all examples of the step decide
+    them (`minilm.objectives.coupling`)."""
 
     @property
     def target_count(self) -> int:
@@ -44,12 +49,17 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        def map_optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
         return MicroBatch(
             input_ids_T=change(self.input_ids_T),
             packing=self.packing.map(change),
             target_index_N=change(self.target_index_N),
             target_ids_N=change(self.target_ids_N),
-            type_ids_T=None if self.type_ids_T is None else change(self.type_ids_T),
+            type_ids_T=map_optional(self.type_ids_T),
+            example_ids_N=map_optional(self.example_ids_N),
+            coupling_NxD=map_optional(self.coupling_NxD),
         )
 
 
@@ -84,7 +94,11 @@ def target_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
 
     model: computes the losses from the fields of a batch, as `SparseHead` does.
     """
-    nats_N: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T)
+    # Heads for losses that do not compare examples take no coupling.
+    coupling = () if batch.coupling_NxD is None else (batch.coupling_NxD,)
+    nats_N: Tensor = model(
+        batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N, batch.type_ids_T, *coupling
+    )
     return nats_N
 
 

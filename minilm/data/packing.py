@@ -158,6 +158,8 @@ class Packing:
     tiles_B1: Tensor
     """int32[B + 1], the same for B tiles. A tile holds whole rows that follow each other: together at most
     SHORT_ROW_TOKENS, or one longer row."""
+    rows_per_example: tuple[int, ...] | None = None
+    """How many rows belong to each example; None if each row is an example."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packing":
         """Return the packing with `change` applied to its tensors, to move or pin them for example."""

@@ -42,6 +42,8 @@ class Head(nn.Module):
         install_fast_modules(model)
         self.model = model
         self.loss = loss
+        self.coupled_rows = 0
+        """The number of rows of an example if `loss` compares the examples of a step, else 0."""
         self.padding_free = False
         """Rows follow each other without padding, and attention keeps them apart (`minilm.models.attention`)."""
         self.needs_equal_lengths = False
@@ -110,15 +112,22 @@ class Head(nn.Module):
         target_index_N: Tensor,
         targets: Tensor | None = None,
         type_ids_T: Tensor | None = None,
+        coupling_NxD: Tensor | None = None,
     ) -> Tensor:
         """Return what `loss` returns for the outputs and the targets, or without `targets` the outputs in float32.
 
         target_index_N: as in `logits`.
         type_ids_T: the token types, or None if the model takes none or all are 0.
+        coupling_NxD: float32, the losses of the examples and their sum's gradient at the outputs, where the examples of
+            the whole step decide them. The result is then these losses, with this gradient.
         """
         outputs = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
         if targets is None:
             return outputs
+        if coupling_NxD is not None:
+            losses_N, gradient_NxD = coupling_NxD[:, 0], coupling_NxD[:, 1:]
+            linear_N = (outputs.reshape(gradient_NxD.shape) * gradient_NxD).sum(1)
+            return losses_N + (linear_N - linear_N.detach())
         assert self.loss is not None
         return self.loss(outputs, targets, packing)
 

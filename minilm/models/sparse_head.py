@@ -85,6 +85,7 @@ class SparseHead(Head):
         target_index_N: Tensor,
         targets: Tensor | None = None,
         type_ids_T: Tensor | None = None,
+        coupling_NxD: Tensor | None = None,
     ) -> Tensor:
         """Return -log p of the ids `targets`, int64[N], at `target_index_N` among the T tokens, in nats, float32[N].
 
@@ -93,7 +94,7 @@ class SparseHead(Head):
         functions of it.
         """
         if targets is None or self.loss is not None:
-            return super().forward(input_ids_T, packing, target_index_N, targets, type_ids_T)
+            return super().forward(input_ids_T, packing, target_index_N, targets, type_ids_T, coupling_NxD)
         device = input_ids_T.device.type
         smoothing = self.label_smoothing if self.training else 0.0
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16

@@ -4,6 +4,7 @@ Axes: T tokens of the micro-batch, N targets of the micro-batch.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +53,19 @@ class CausalLMCollator:
         )
 
 
+@dataclass(frozen=True)
 class CausalLMObjective(LanguageModelObjective):
     """Causal LM (Radford et al. 2019)."""
 
+    settings: CausalLM
+
     auto = AutoModelForCausalLM
     causal = True
-    pipeline = "text-generation"
     title = "causal language model"
-    eval_targets = "every token but the first"
 
-    def __init__(self, settings: CausalLM) -> None:
-        self.settings = settings
+    @property
+    def eval_targets(self) -> str:
+        return "every token but the first"
 
     def collator(
         self,

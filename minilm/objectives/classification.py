@@ -1,27 +1,23 @@
-"""Sequence classification: predict a class, several labels or a number from one text or a pair of texts.
-
-Axes: T tokens of the micro-batch, N its examples, C labels, E all examples.
-"""
+"""Sequence classification: predict a class, several labels or a number from one text or a pair of texts."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Classification, Config
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_documents
 from minilm.data.labels import Labels, read_labels
-from minilm.data.micro_batch import MicroBatch, concatenate_rows
+from minilm.data.memory import MemoryDocuments
 from minilm.data.special_ids import encode_placeholder
 from minilm.data.splits import is_one_dataset
 from minilm.data.text_pairs import encode_pairs
@@ -31,69 +27,28 @@ from minilm.models.inference import classify
 from minilm.models.model_config import count_token_types, load_configuration
 from minilm.models.row_head import RowHead
 from minilm.objectives.classification_loss import ClassificationLoss
-from minilm.objectives.evaluation import ClassificationEvaluator
+from minilm.objectives.example_batches import ExampleCollator
+from minilm.objectives.example_evaluation import ExampleEvaluator
+from minilm.objectives.metrics import CLASSIFICATION_FIGURES, compute_classification_figures
+from minilm.objectives.objective import Evaluator, Objective
 from minilm.utils.shell import format_command
 
 log = logging.getLogger("minilm")
 
 
-class ClassificationCollator:
-    """A collator that joins rows of token ids. Each row has one target, its label, at its first token.
+@dataclass(frozen=True)
+class ClassificationObjective(Objective):
+    """Sequence classification: a class, several labels or a number for each text or pair of texts."""
 
-    examples: the examples that the rows come from, with `labels`.
-    padded, multiple: as in `minilm.data.batch_plan.Plan`.
-    """
-
-    def __init__(self, examples: Examples, *, padded: bool, multiple: int) -> None:
-        assert examples.labels is not None
-        self.labels, self.examples = examples.labels, examples
-        self.padded, self.multiple = padded, multiple
-
-    def rate(self, progress: float = 0.0) -> float:
-        """Return 0 as the share of the tokens that are targets, since one target per row costs almost nothing."""
-        return 0.0
-
-    def __call__(
-        self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0
-    ) -> MicroBatch:
-        """Return a micro-batch of the rows; `rows[i]` holds the token ids of example `examples[i]`.
-
-        Ignores `epoch` and `progress`.
-        """
-        ids_T, packing = concatenate_rows(rows, padded=self.padded, multiple=self.multiple)
-        types_T = None
-        if self.examples.type_ids is not None:
-            types_T = np.concatenate(
-                [self.examples.token_type_ids(int(i)) for i in examples] or [np.zeros(1, np.int64)]
-            )
-        return MicroBatch(
-            input_ids_T=torch.from_numpy(ids_T),
-            packing=packing,
-            target_index_N=(packing.position_T == 0).nonzero()[: len(rows), 0],
-            target_ids_N=torch.from_numpy(self.labels[examples]),
-            type_ids_T=None if types_T is None else torch.from_numpy(types_T),
-        )
-
-
-class ClassificationObjective:
-    """Sequence classification (`minilm.objectives.objective.Objective`)."""
-
-    auto: Any = AutoModelForSequenceClassification
-    pipeline = "text-classification"
+    settings: Classification
+    auto = AutoModelForSequenceClassification
+    outputs = "rows"
     title = "text classifier"
-    card_text = (
-        "The evaluation classifies documents that training did not see; `eval_loss` is their mean loss, and each\n"
-        "figure is computed once over all of them."
-    )
 
-    def __init__(self, settings: Classification) -> None:
-        self.settings = settings
-
-    def prepare(self, config: Config) -> PreparedData:
-        """Return the tokenizer, the examples and the labels, from the cache if it has them."""
+    def prepare(self, config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
         _check_settings(config)
         data = config.data
-        train, parts = load_documents(data, config.run.seed, labels=True)
+        train, parts = load_documents(data, config.run.seed, labels=True, memory=memory)
         labels, train_labels, eval_labels = read_labels(
             train,
             parts,
@@ -141,31 +96,18 @@ class ClassificationObjective:
         check_compatibility(head, prepared)
         return head
 
-    def collator(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        examples: Examples,
-        *,
-        seed: int | None,
-        padded: bool,
-        multiple: int,
-    ) -> ClassificationCollator:
-        return ClassificationCollator(examples, padded=padded, multiple=multiple)
-
-    def evaluator(
-        self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int
-    ) -> ClassificationEvaluator:
+    def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         assert prepared.labels is not None
-        return ClassificationEvaluator(
-            examples=prepared.eval,
-            collator=ClassificationCollator(prepared.eval, padded=padded, multiple=multiple),
-            parts=prepared.eval_parts,
-            problem=prepared.labels.problem,
+        return ExampleEvaluator(
+            objective=self,
+            prepared=prepared,
+            collator=ExampleCollator(prepared.eval, self.outputs, padded=padded, multiple=multiple),
             micro_tokens=micro_tokens,
+            own_names=CLASSIFICATION_FIGURES[prepared.labels.problem],
         )
 
-    def format_figures(self, figures: dict[str, float]) -> str:
-        return ", ".join(f"{name.replace('eval_', 'evaluation ')} {value:.3f}" for name, value in figures.items())
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
+        return compute_classification_figures(outputs.double().numpy(), targets.numpy())
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         """Raise nothing: any classifier can be trained, and any text can be classified."""

@@ -1,6 +1,6 @@
 """Exact evaluation: every evaluation example is evaluated once, and the processes share the work.
 
-Axes: T tokens and N targets of the micro-batch, V ids of the vocabulary, E examples, C labels, P processes.
+Axes: T tokens and N targets of the micro-batch, V ids of the vocabulary, P processes.
 """
 
 import math
@@ -17,12 +17,7 @@ from minilm.data.batch_plan import deal_micro_batches
 from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator, LanguageCollator, MicroBatch, target_losses
 from minilm.models.temporary_changes import evaluation_mode
-from minilm.objectives.metrics import (
-    CLASSIFICATION_FIGURES,
-    LANGUAGE_MODEL_FIGURES,
-    ClassificationResult,
-    EvaluationTotals,
-)
+from minilm.objectives.metrics import LANGUAGE_MODEL_FIGURES, EvaluationTotals
 from minilm.utils.progress import show_progress
 
 
@@ -80,47 +75,6 @@ class LanguageModelEvaluator:
             return 0
         bytes_T = np.concatenate([self.examples.token_bytes(int(i)) for i in ids])
         return int(bytes_T[batch.target_index_N.numpy() + self.collator.target_offset].sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassificationEvaluator:
-    """The evaluation of a classifier: the logits of all processes are gathered, then each figure is computed once."""
-
-    examples: Examples
-    """The evaluation examples, with `labels`."""
-    collator: Collator
-    parts: dict[str, int]
-    """Number of examples of each part of the evaluation, by name."""
-    problem: str
-    """`single-label`, `multi-label` or `regression`."""
-    micro_tokens: int
-    """Maximum number of tokens in a forward pass, padding included. The figures do not depend on it."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the figures."""
-        names = ("eval_loss", *CLASSIFICATION_FIGURES[self.problem])
-        parts = self.parts if len(self.parts) > 1 else ()
-        return (*names, *(f"{name}_{part}" for part in parts for name in names))
-
-    def __call__(self, accelerator: Accelerator, model: nn.Module) -> ClassificationResult:
-        """Classify every example once. The processes share the examples, and all return the same result."""
-        batches: list[tuple[NDArray[np.int64], Tensor]] = []
-        with evaluation_mode(model):
-            for ids, batch in iterate_local_batches(accelerator, self.examples, self.collator, self.micro_tokens):
-                batch = batch.to(accelerator.device)
-                logits_NxC = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
-                batches.append((ids, logits_NxC))
-        logits_ExC = torch.zeros(len(self.examples), batches[0][1].shape[1])
-        for ids, logits_NxC in batches:
-            logits_ExC[ids] = logits_NxC.float().cpu()
-        # One process has the logits of an example and all others have zeros, so the sum is exact.
-        logits_ExC = accelerator.reduce(logits_ExC.to(accelerator.device)).cpu()
-        labels = self.examples.labels
-        assert labels is not None
-        return ClassificationResult(
-            problem=self.problem, parts=self.parts, logits_ExC=logits_ExC.double().numpy(), labels=labels
-        )
 
 
 def iterate_local_batches(

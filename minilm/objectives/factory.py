@@ -1,35 +1,40 @@
 """The objective, the data and the model that a configuration asks for."""
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from minilm.config import CausalLM, Classification, Config, MaskedLM
+from minilm.config import Config, ObjectiveSettings
 from minilm.data.corpus import PreparedData
+from minilm.data.memory import MemoryDocuments
 from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.loading import check_model, load_model
 from minilm.models.lora import check_peft_installed
-from minilm.objectives.causal_lm import CausalLMObjective
-from minilm.objectives.classification import ClassificationObjective
-from minilm.objectives.masked_lm import MaskedLMObjective
+from minilm.models.model_config import load_configuration
 from minilm.objectives.objective import Objective
 from minilm.utils.cache import explain_cache_errors
 
-_OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
-    MaskedLM: MaskedLMObjective,
-    CausalLM: CausalLMObjective,
-    Classification: ClassificationObjective,
+# For each class of minilm's settings, the module and the class that implement it. A module is imported when it is used.
+_IMPLEMENTATIONS = {
+    "MaskedLM": ("masked_lm", "MaskedLMObjective"),
+    "CausalLM": ("causal_lm", "CausalLMObjective"),
+    "Classification": ("classification", "ClassificationObjective"),
 }
 
 
-def build_objective(settings: MaskedLM | CausalLM | Classification) -> Objective:
-    """Return the objective for `config.objective`."""
-    return _OBJECTIVES[type(settings)](settings)
+def build_objective(settings: ObjectiveSettings) -> Objective:
+    """Return the objective for `config.objective`, which is one itself if it is the user's."""
+    if isinstance(settings, Objective):
+        return settings
+    module, name = _IMPLEMENTATIONS[type(settings).__name__]
+    objective: Objective = getattr(import_module(f"minilm.objectives.{module}"), name)(settings)
+    return objective
 
 
-def prepare_data(config: Config) -> PreparedData:
+def prepare_data(config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
     """Return the tokenizer and the examples of a run, from the cache if it has them.
+
+    memory: documents from Python, to read in place of `data.source`.
 
     Raises ValueError for a model or data that the run cannot use. The model is checked first, since that is fast.
     """
@@ -37,7 +42,7 @@ def prepare_data(config: Config) -> PreparedData:
     check_peft_installed(config.model)
     check_model(config.model, max_length=config.batch.max_length, auto=objective.auto)
     with explain_cache_errors():
-        return objective.prepare(config)
+        return objective.prepare(config, memory)
 
 
 def build_network(config: Config, prepared: PreparedData, *, trained: bool = True) -> PreTrainedModel:
@@ -47,16 +52,28 @@ def build_network(config: Config, prepared: PreparedData, *, trained: bool = Tru
 
     trained: False for an evaluation. Such a term then only causes a warning.
     """
+    objective = build_objective(config.objective)
     network = load_model(
         config.model,
         prepared.tokenizer,
         max_length=config.batch.max_length,
         seed=config.run.seed,
-        auto=build_objective(config.objective).auto,
+        auto=objective.auto,
         fields=prepared.fields,
         added=config.tokens.extend,
-        new_labels=prepared.labels is not None and not prepared.labels.same_as_checkpoint,
+        new_labels=_has_new_labels(config, prepared),
     )
-    if prepared.labels is None:
+    if objective.auto in (AutoModelForMaskedLM, AutoModelForCausalLM):
         check_builtin_loss(network, trained=trained)
     return network
+
+
+def _has_new_labels(config: Config, prepared: PreparedData) -> bool:
+    """Return whether the data have labels that are not those of the checkpoint, in the order of their ids."""
+    if prepared.labels is not None:
+        return not prepared.labels.same_as_checkpoint
+    if "id2label" not in prepared.fields or config.model.name is None:
+        return False
+    own = load_configuration(config.model.name).id2label or {}
+    before, now = ({int(id): str(label) for id, label in names.items()} for names in (own, prepared.fields["id2label"]))
+    return before != now

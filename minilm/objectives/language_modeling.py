@@ -2,16 +2,17 @@
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from datasets import concatenate_datasets
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
 from minilm.data.corpus import Examples, PreparedData, encode
 from minilm.data.document_texts import Documents
 from minilm.data.documents import load_documents
+from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import LanguageCollator
 from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
@@ -21,31 +22,45 @@ from minilm.models.compatibility import check_compatibility
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.evaluation import LanguageModelEvaluator
 from minilm.objectives.metrics import compute_unigram_nats
+from minilm.objectives.objective import Objective
 
 log = logging.getLogger("minilm")
 
 
-class LanguageModelObjective:
-    """The base class of language models' objectives (`minilm.objectives.objective.Objective`).
-
-    A subclass sets the attributes below and adds the methods that are missing from `Objective`.
-    """
+@dataclass(frozen=True)
+class LanguageModelObjective(Objective):
+    """The base class of language models' objectives. Each token of a document can be a target."""
 
     settings: Any
     """The settings of the objective, such as a `minilm.config.MaskedLM`."""
-    causal: bool
+    causal: ClassVar[bool]
     """True if special tokens begin and end each document; False if they begin and end each example."""
-    eval_targets: str
-    """The tokens that the evaluation predicts, in words, for the model card."""
-    needs_word_starts = False
-    """Whether the collator for training needs to know which tokens begin a word."""
-    collator: Callable[..., LanguageCollator]
 
-    def prepare(self, config: Config) -> PreparedData:
-        """Return the tokenizer and the examples for training and evaluation, from the cache if it has them."""
+    @property
+    def eval_targets(self) -> str:
+        """The tokens that the evaluation predicts, in words, for the model card."""
+        raise NotImplementedError
+
+    @property
+    def needs_word_starts(self) -> bool:
+        """Whether the collator for training needs to know which tokens begin a word."""
+        return False
+
+    def collator(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Examples,
+        *,
+        seed: int | None,
+        padded: bool,
+        multiple: int,
+    ) -> LanguageCollator:
+        raise NotImplementedError
+
+    def prepare(self, config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
         if config.data.pair_column is not None:
             raise ValueError("data.pair_column: a language model reads one text; leave it out")
-        train, held_out = _load_documents(config)
+        train, held_out = _load_documents(config, memory)
         train_count, eval_count = _count_needed_examples(config, train)
         tokenizer = load_tokenizer(
             config.tokens, config.model.name, _take_first(train, train_count), causal=self.causal
@@ -81,7 +96,6 @@ class LanguageModelObjective:
         )
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
-        """Return the network with a head that computes logits at the targets only."""
         head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
         check_compatibility(head, prepared)
         return head
@@ -89,7 +103,6 @@ class LanguageModelObjective:
     def evaluator(
         self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int
     ) -> LanguageModelEvaluator:
-        """Return the evaluation: loss, perplexity, bits per byte, and the bits per byte of a unigram model."""
         collator = self.collator(prepared.tokenizer, prepared.eval, seed=None, padded=padded, multiple=multiple)
         # The unigram model has the frequencies of the ids that can be targets.
         counts_V = prepared.train.count_ids(count_embedding_rows(prepared.tokenizer)) * collator.can_be_target
@@ -101,7 +114,6 @@ class LanguageModelObjective:
         )
 
     def format_figures(self, figures: dict[str, float]) -> str:
-        """Return the figures of an evaluation as one line for the log."""
         return (
             f"evaluation loss {figures['eval_loss']:.3f}, perplexity {figures['perplexity']:.2f}, "
             f"{figures['bits_per_byte']:.3f} bits per byte (unigram {figures['unigram_bits_per_byte']:.3f})"
@@ -109,7 +121,6 @@ class LanguageModelObjective:
 
     @property
     def card_text(self) -> str:
-        """A paragraph for the model card that says what the figures of the evaluation mean."""
         return (
             f"The evaluation predicts {self.eval_targets} of documents that training did not see.\n"
             "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with spaces\n"
@@ -117,10 +128,10 @@ class LanguageModelObjective:
         )
 
 
-def _load_documents(config: Config) -> tuple[Documents, Documents]:
+def _load_documents(config: Config, memory: MemoryDocuments | None) -> tuple[Documents, Documents]:
     """Return the training documents and all evaluation documents; one object twice if both are the same."""
     if not config.data.streaming:
-        train, parts = load_documents(config.data, config.run.seed)
+        train, parts = load_documents(config.data, config.run.seed, memory=memory)
         if is_one_dataset(train, parts):
             return train, train
         return train, concatenate_datasets([*parts.values()])

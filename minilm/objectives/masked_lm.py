@@ -1,6 +1,7 @@
 """Masked LM: predict tokens that are hidden in the input. `minilm.objectives.masking` chooses them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,23 @@ _NEGLIGIBLE_PROBABILITY = 1e-12
 _OTHER_SETTINGS = ("eval_rate", "label_smoothing")
 
 
+@dataclass(frozen=True)
 class MaskedLMObjective(LanguageModelObjective):
     """Masked LM (Devlin et al. 2019, section 3.1)."""
 
+    settings: MaskedLM
+
     auto = AutoModelForMaskedLM
     causal = False
-    pipeline = "fill-mask"
     title = "masked language model"
 
-    def __init__(self, settings: MaskedLM) -> None:
-        self.settings = settings
-        self.needs_word_starts = settings.unit != "token"
-        self.eval_targets = f"{settings.eval_rate:.0%} of the tokens"
+    @property
+    def needs_word_starts(self) -> bool:
+        return self.settings.unit != "token"
+
+    @property
+    def eval_targets(self) -> str:
+        return f"{self.settings.eval_rate:.0%} of the tokens"
 
     def collator(
         self,

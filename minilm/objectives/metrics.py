@@ -56,62 +56,52 @@ def compute_unigram_nats(counts_V: NDArray[np.int64]) -> NDArray[np.float64]:
     return nats_V
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassificationResult:
-    """The logits of a classifier and the true labels of the evaluation examples."""
+def find_problem(labels: NDArray[Any]) -> str:
+    """Return the problem that an array of labels belongs to.
 
-    problem: str
-    """`single-label`, `multi-label` or `regression`."""
-    parts: dict[str, int]
-    """Number of examples of each part of the evaluation, by name. Their examples follow one another in this order."""
-    logits_ExC: NDArray[np.float64]
-    labels: NDArray[Any]
-    """int64[E] for single labels, float32[E, C] for several labels, float32[E] for a regression."""
+    int64[E] is `single-label`, float32[E, C] is `multi-label`, and float32[E] is `regression`.
+    """
+    if labels.dtype.kind == "i":
+        return "single-label"
+    return "multi-label" if labels.ndim == 2 else "regression"
 
-    def figures(self) -> dict[str, float]:
-        """Return the figures of all examples and, if there are several parts, those of each part as `FIGURE_PART`."""
-        figures = self._figures(slice(None))
-        start = 0
-        for name, count in self.parts.items() if len(self.parts) > 1 else ():
-            part = self._figures(slice(start, start + count))
-            figures |= {f"{figure}_{name}": value for figure, value in part.items()}
-            start += count
-        return figures
 
-    def _figures(self, part: slice) -> dict[str, float]:
-        """Return eval_loss (without class weights) and the problem's figures, as scikit-learn and SciPy define them.
+def compute_classification_figures(logits_ExC: NDArray[np.float64], labels: NDArray[Any]) -> dict[str, float]:
+    """Return eval_loss (without class weights) and the problem's figures, as scikit-learn and SciPy define them.
 
-        single-label: accuracy, matthews, and f1 (of class 1 if there are two classes, as in GLUE, or else the mean over
-        classes). multi-label: accuracy (the share of examples with all labels right), f1 (over all labels together) and
-        f1_macro. regression: pearson, spearman and mse. A correlation with a constant is 0.
-        """
-        # scikit-learn imports slowly.
-        from sklearn import metrics
+    single-label: accuracy, matthews, and f1 (of class 1 if there are two classes, as in GLUE, or else the mean over
+    classes). multi-label: accuracy (the share of examples with all labels right), f1 (over all labels together) and
+    f1_macro. regression: pearson, spearman and mse. A correlation with a constant is 0.
 
-        logits_ExC, labels = self.logits_ExC[part], self.labels[part]
-        figures = {"eval_loss": float(_compute_losses(self.problem, logits_ExC, labels).mean())}
+    labels: as in `find_problem`.
+    """
+    # scikit-learn imports slowly.
+    from sklearn import metrics
 
-        def f1(predicted: NDArray[Any], average: str) -> float:
-            return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
+    problem = find_problem(labels)
+    figures = {"eval_loss": float(_compute_losses(problem, logits_ExC, labels).mean())}
 
-        if self.problem == "regression":
-            from scipy import stats
+    def f1(predicted: NDArray[Any], average: str) -> float:
+        return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
 
-            constant = np.ptp(logits_ExC) == 0 or np.ptp(labels) == 0
-            for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-                figures[name] = 0.0 if constant else float(correlation(logits_ExC[:, 0], labels)[0])
-            return {**figures, "mse": figures["eval_loss"]}
-        if self.problem == "multi-label":
-            predicted = logits_ExC > 0
-            accuracy = float(metrics.accuracy_score(labels, predicted))
-            return {**figures, "accuracy": accuracy, "f1": f1(predicted, "micro"), "f1_macro": f1(predicted, "macro")}
-        classes = logits_ExC.argmax(1)
-        figures["accuracy"] = float(metrics.accuracy_score(labels, classes))
-        figures["f1"] = f1(classes, "binary" if logits_ExC.shape[1] == 2 else "macro")
-        # With a single class scikit-learn returns 0 too, but warns.
-        has_classes = len(np.union1d(labels, classes)) > 1
-        figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes)) if has_classes else 0.0
-        return figures
+    if problem == "regression":
+        from scipy import stats
+
+        constant = np.ptp(logits_ExC) == 0 or np.ptp(labels) == 0
+        for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+            figures[name] = 0.0 if constant else float(correlation(logits_ExC[:, 0], labels)[0])
+        return {**figures, "mse": figures["eval_loss"]}
+    if problem == "multi-label":
+        predicted = logits_ExC > 0
+        accuracy = float(metrics.accuracy_score(labels, predicted))
+        return {**figures, "accuracy": accuracy, "f1": f1(predicted, "micro"), "f1_macro": f1(predicted, "macro")}
+    classes = logits_ExC.argmax(1)
+    figures["accuracy"] = float(metrics.accuracy_score(labels, classes))
+    figures["f1"] = f1(classes, "binary" if logits_ExC.shape[1] == 2 else "macro")
+    # With a single class scikit-learn returns 0 too, but warns.
+    has_classes = len(np.union1d(labels, classes)) > 1
+    figures["matthews"] = float(metrics.matthews_corrcoef(labels, classes)) if has_classes else 0.0
+    return figures
 
 
 def _compute_losses(problem: str, logits_ExC: NDArray[np.float64], labels: NDArray[Any]) -> Any:

@@ -1,20 +1,54 @@
-"""The interfaces of training objectives and their evaluation.
+"""The base class of training objectives, and the interfaces of their evaluation.
 
-`minilm.objectives.factory` builds an objective from a configuration.
+`minilm.objectives.factory` builds an objective from a configuration. docs/fork.md shows objectives of one's own.
+
+Axes: N targets, R rows, L padded length, E examples, K rows of an example, C outputs, H hidden size.
 """
 
-from collections.abc import Sequence
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from accelerate import Accelerator
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.config import Config
+from minilm.config import Config, Data, ObjectiveSettings
+from minilm.data.columns import Column
 from minilm.data.corpus import Examples, PreparedData
+from minilm.data.documents import load_row_tables
+from minilm.data.example import Example
+from minilm.data.example_encoding import encode_rows, hash_own_code
+from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import Collator
+from minilm.data.packing import Packing
+from minilm.data.rows import Row, RowTable
+from minilm.data.splits import is_one_dataset
+from minilm.data.tokenizer import load_tokenizer
+from minilm.models.compatibility import check_compatibility
+from minilm.models.embedding_head import EmbeddingHead
 from minilm.models.head import Head
+from minilm.models.row_head import RowHead
+from minilm.models.sparse_head import SparseHead
+from minilm.objectives.example_batches import ExampleCollator, arrange_outputs
+from minilm.objectives.example_evaluation import ExampleEvaluator
+
+# The task of each auto class, on the hub and in `transformers.pipeline`.
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
+Outputs = Literal["targets", "rows", "tokens", "mean", "first", "last"]
+"""What the model gives the loss; see `Objective.outputs`."""
 
 
 class EvaluationResult(Protocol):
@@ -42,30 +76,140 @@ class Evaluator(Protocol):
         """
 
 
-class Objective(Protocol):
-    """What a model is trained for.
+@dataclass(frozen=True, kw_only=True)
+class Objective(ObjectiveSettings):
+    """What a model is trained for. Subclass it, and write `examples`; the rest has defaults.
 
-    An implementation is constructed with its settings, such as a `minilm.config.MaskedLM`. It must keep no state
-    between calls, because each part of a run constructs its own.
+    A subclass is a frozen dataclass with a default for each of its fields. The fields are settings of a run, and flags
+    such as `--objective.margin 0.5`. A run takes it as `Config(objective=MyObjective())`. It must keep no state between
+    calls, because each part of a run calls it by itself.
+
+    The sections below are in the order in which a run uses them.
     """
 
-    auto: Any
-    """The auto class of transformers that builds and loads the models, such as `AutoModelForMaskedLM`."""
-    pipeline: str
-    """The name of the task on the hub and in `transformers.pipeline`, such as "fill-mask"."""
-    title: str
+    auto: ClassVar[Any] = AutoModel
+    """The auto class of transformers that builds and loads the models, such as `AutoModelForTokenClassification`."""
+    outputs: ClassVar[Outputs] = "targets"
+    """What the model gives the loss. "targets": the model's logits at each token with a target, N x C. "tokens": its
+    logits at all tokens, R x L x C, with -inf after the end of a row. "rows": its logits for each row, R x C. "mean",
+    "first" and "last", with `AutoModel`: the hidden states of each row as one vector, R x H. If examples have several
+    rows, an output per row has the shape E x K x C."""
+    couples_examples: ClassVar[bool] = False
+    """Whether the loss of an example depends on the other examples of its step, as with in-batch negatives. `loss` then
+    gets all examples of the step at once, over all processes, in the order of their numbers."""
+    equal_rows: ClassVar[bool] = True
+    """Whether all examples must have the same number of rows."""
+    figures: ClassVar[tuple[str, ...]] = ()
+    """The names of what `metrics` returns. `run.best_metric` can be one of them."""
+    version: ClassVar[int] = 1
+    """Raise it when `examples` changes by code outside the folder of the class, so that the cache is not used."""
+    title: ClassVar[str] = "model"
     """The kind of model in words, for the model card, such as "masked language model"."""
 
-    @property
-    def card_text(self) -> str:
-        """A paragraph for the model card that says what the figures of the evaluation mean."""
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("name", "defined_in"):
+            if name in vars(cls).get("__annotations__", {}):
+                raise TypeError(f"{cls.__name__}.{name}: a run records the class under this name; rename the field")
 
-    def prepare(self, config: Config) -> PreparedData:
+    # From rows to examples.
+
+    def columns(self, data: Data) -> dict[str, str]:
+        """Return the columns to read: the key under which `examples` finds a cell, and the column's name."""
+        return {"text": data.column}
+
+    def fields(self, rows: RowTable, config: Config) -> dict[str, Any]:
+        """Return fields of the model's configuration that the training rows decide, such as `id2label`."""
+        return {}
+
+    def examples(
+        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
+    ) -> Iterable[Example]:
+        """Yield the examples of some rows, in the order of the rows. A row may give any number of examples.
+
+        rows: dictionaries with the keys of `columns`. `row.where` names the place of a row, for error messages.
+        tokenizer: its `model_max_length` is `batch.max_length`, so that `truncation=True` cuts there.
+        fields: what `fields` returned.
+
+        Raise ValueError for a row that cannot be used.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `examples`")
+
+    def prepare(self, config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
         """Return the tokenizer and the examples for training and evaluation.
 
-        A run calls this first on one process of each host, which fills the cache, and then on the others. Raise
+        A run calls this first on one process of each host, which fills the cache, and then on the others. Raises
         ValueError for settings or data that the objective cannot use.
+
+        memory: documents from Python, to read in place of `data.source`.
         """
+        if config.batch.layout == "blocks":
+            raise ValueError("batch.layout blocks joins documents, which only language models can read: leave it out")
+        columns = [
+            Column(role=role, name=name, kind="text" if role in ("text", "pair") else "json")
+            for role, name in self.columns(config.data).items()
+        ]
+        train, parts = load_row_tables(config.data, config.run.seed, columns, memory)
+        fields = self.fields(train, config)
+        tokenizer = self._load_tokenizer(config, train)
+        settings = dataclasses.asdict(self)
+        own = type(self)
+        key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
+        reading = copy.deepcopy(tokenizer)
+        reading.model_max_length = config.batch.max_length
+
+        def encode(tables: Sequence[RowTable], name: str) -> tuple[Examples, list[int]]:
+            return encode_rows(
+                tables,
+                lambda rows: self.examples(rows, reading, fields),
+                reading,
+                max_length=config.batch.max_length,
+                key=key,
+                name=name,
+                equal_rows=self.equal_rows,
+            )
+
+        if is_one_dataset(train, parts):
+            examples, counts = encode([train], "documents")
+            train_examples = eval_examples = examples
+        else:
+            train_examples, _ = encode([train], "training documents")
+            eval_examples, counts = encode([*parts.values()], "evaluation documents")
+        return PreparedData(
+            tokenizer=tokenizer,
+            train=train_examples,
+            eval=eval_examples,
+            eval_parts=dict(zip(parts, counts, strict=True)),
+            fields=fields,
+        )
+
+    def _load_tokenizer(self, config: Config, rows: RowTable) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the run. If it must be trained or extended, it learns from all texts of the rows."""
+        texts: list[str] = []
+        if (config.tokens.name or config.model.name) is None or config.tokens.extend:
+            texts = [text for batch in rows.iter_batches() for row in batch for text in _find_texts(dict(row))]
+        documents = Dataset.from_dict({"text": texts})
+        return load_tokenizer(config.tokens, config.model.name, documents, causal=self.outputs == "last")
+
+    # The loss.
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return a loss for each target or example, float32[N] or [E], in nats. The default is the cross entropy.
+
+        outputs: float32, in the shape that `Objective.outputs` says.
+        targets: what the examples hold: int64[N] for tokens, or int64 or float32[E, …].
+        """
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
+        """Return the figures of an evaluation by their names in `figures`. `eval_loss` is the mean of `loss` otherwise.
+
+        The arguments are those of `loss`, for all evaluation examples of all processes, on the CPU. A figure is a
+        number or a scalar tensor.
+        """
+        return {}
+
+    # The parts of a run.
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         """Raise ValueError for a model that the objective cannot train, or a text that `sample` cannot use.
@@ -74,6 +218,8 @@ class Objective(Protocol):
 
         texts: `run.samples` of the configuration.
         """
+        if texts and type(self).sample is Objective.sample:
+            raise ValueError(f"run.samples: {type(self).__name__} has no method `sample`; leave run.samples out")
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> Head:
         """Return the module that computes the loss of each target in a micro-batch.
@@ -82,6 +228,29 @@ class Objective(Protocol):
         `target_index_N`, `target_ids_N` and `type_ids_T` of a `MicroBatch`, and returns the losses, float32[N], in
         nats. Raise ValueError if the examples hold ids that the model cannot read.
         """
+
+        def compute_losses(outputs: Tensor, targets: Tensor, packing: Packing) -> Tensor:
+            arranged = arrange_outputs(outputs, self.outputs, packing.lengths, packing.rows_per_example)
+            losses = self.loss(arranged, targets)
+            if losses.shape != targets.shape[:1]:
+                raise ValueError(
+                    f"{type(self).__name__}.loss gave a tensor of shape {[*losses.shape]} for {len(targets)} targets: "
+                    "return one loss for each, without a mean"
+                )
+            return losses
+
+        head = self._build_head(network, compute_losses)
+        if self.couples_examples:
+            head.coupled_rows = len(prepared.train.row_lengths(0))
+        check_compatibility(head, prepared)
+        return head
+
+    def _build_head(self, network: PreTrainedModel, loss: Any) -> Head:
+        if self.outputs == "targets" or self.outputs == "tokens":
+            return SparseHead(network, loss=loss)
+        if self.outputs == "rows":
+            return RowHead(network, loss=loss)
+        return EmbeddingHead(network, pooling=self.outputs, loss=loss)
 
     def collator(
         self,
@@ -100,6 +269,7 @@ class Objective(Protocol):
         seed: the seed of the run; None for evaluation, whose targets are the same in every run.
         padded, multiple: as in `minilm.data.batch_plan.Plan`.
         """
+        return ExampleCollator(examples, self.outputs, padded=padded, multiple=multiple)
 
     def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         """Return the evaluation of `prepared.eval`. A run calls this once, before the first step.
@@ -109,9 +279,32 @@ class Objective(Protocol):
         micro_tokens: the maximum number of tokens in a forward pass. The figures must not depend on it.
         padded, multiple: as in `minilm.data.batch_plan.Plan`.
         """
+        return ExampleEvaluator(
+            objective=self,
+            prepared=prepared,
+            collator=ExampleCollator(prepared.eval, self.outputs, padded=padded, multiple=multiple),
+            micro_tokens=micro_tokens,
+            own_names=self.figures,
+        )
+
+    # The result, for people to read.
+
+    @property
+    def pipeline(self) -> str:
+        """The name of the task on the hub and in `transformers.pipeline`, such as "fill-mask"."""
+        return _PIPELINES.get(self.auto.__name__, "feature-extraction")
 
     def format_figures(self, figures: dict[str, float]) -> str:
         """Return the figures of an evaluation as one line for the log."""
+        return ", ".join(f"{name.replace('eval_', 'evaluation ')} {value:.3f}" for name, value in figures.items())
+
+    @property
+    def card_text(self) -> str:
+        """A paragraph for the model card that says what the figures of the evaluation mean."""
+        return (
+            "The evaluation uses documents that training did not see; `eval_loss` is their mean loss, and each figure\n"
+            "is computed once over all of them."
+        )
 
     def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         """Return the model's output for a text, for people to read.
@@ -119,6 +312,17 @@ class Objective(Protocol):
         The main process calls this for each of `run.samples` at the end of a run, with the saved model in float32 and
         in evaluation mode.
         """
+        raise NotImplementedError
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return a shell command that tries the model in `folder`. The last line of a run's log shows it."""
+        return f"minilm evaluate {folder}"
+
+
+def _find_texts(value: Any) -> Iterator[str]:
+    """Yield each string inside a value of JSON types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _find_texts(inner)

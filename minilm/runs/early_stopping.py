@@ -86,6 +86,13 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         return TrainingStopped(f"{name} after step {step}; {hint}", 128 + number)
 
 
+def any_process(accelerator: Accelerator, wish: bool) -> bool:
+    """Return whether `wish` is true on any process. All processes call it, and get the same answer."""
+    if accelerator.num_processes == 1:
+        return wish
+    return bool(accelerator.gather(torch.tensor([wish], device=accelerator.device)).any())
+
+
 def stop_on_bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
     """Return the exception that ends the run after `run.max_bad_steps` steps in a row without a finite gradient.
 

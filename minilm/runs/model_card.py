@@ -81,7 +81,7 @@ def write_card(
         f"| {group}.{name} | {json.dumps(value)} |"
         for group, values in to_dict(config).items()
         for name, value in values.items()
-        if value not in (None, [], {})
+        if value not in (None, [], {}) and name != "defined_in"
     ]
     listed = [f"- {text} → {more}" for text, more in samples.items()]
     objective, title = build_objective(config.objective), folder.resolve().name

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from minilm.config import Config, Run
-from minilm.config.serialization import flatten_settings, to_dict
+from minilm.config.serialization import default_settings, flatten_settings, to_dict
 from minilm.distributed.sharding import shard_like
 from minilm.models.lora import has_adapter, unmerge_adapter
 from minilm.runs.checkpoint import ADAPTER, WEIGHTS, Checkpoint, Progress, read_checkpoint
@@ -36,7 +36,7 @@ _MAY_CHANGE = (
     *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
-    *("model.gradient_checkpointing", "model.attention"),
+    *("model.gradient_checkpointing", "model.attention", "objective.defined_in"),
 )
 # Those of them that change the order of a step's sums, or the random numbers of dropout.
 _ROUNDING = ("batch.micro_tokens", "model.gradient_checkpointing", "model.attention", "run.deterministic")
@@ -113,7 +113,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     if checkpoint is None:
         return []
     # An older checkpoint lacks newer settings. Its run behaved as their defaults do.
-    defaults = to_dict(Config(objective=type(config.objective)()))
+    defaults = default_settings(type(config.objective))
     before, now = flatten_settings(defaults) | flatten_settings(checkpoint.config), flatten_settings(to_dict(config))
     if before.get("run.precision") == "auto" != config.run.precision:
         before["run.precision"] = _precision_of(checkpoint) or "auto"

@@ -13,9 +13,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from minilm.config import Config
+from minilm.config import Config, ObjectiveSettings
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import Examples, PreparedData
+from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.distributed.launch import (
     broadcast_from_main,
     finish,
@@ -38,8 +39,10 @@ from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.runs.recorder import Recorder, start_recorder
 from minilm.runs.resume import check_best_checkpoint, check_settings
 from minilm.runs.run_facts import write_results
+from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlock_at_end
+from minilm.utils.log import show_log_by_default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,30 @@ class Session:
     """The files of the output folder to push to the hub at the end, where `run.push_to_hub` asks for it."""
 
 
+def apply_arguments(
+    config: Config,
+    objective: ObjectiveSettings | None,
+    documents: DocumentList | None,
+    eval_documents: DocumentList | None,
+) -> tuple[Config, MemoryDocuments | None]:
+    """Return the configuration with the arguments of `minilm.train.train` in it, and the documents from Python.
+
+    Raises ValueError for documents that cannot be read.
+    """
+    if objective is not None:
+        config = replace(config, objective=objective)
+    if documents is None:
+        if eval_documents is not None:
+            raise ValueError("eval_documents needs documents: pass both, or set data.eval_source")
+        return config, None
+    memory = MemoryDocuments(documents, eval_documents)
+    return replace(config, data=memory.update_settings(config.data)), memory
+
+
 @contextmanager
-def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Session]:
+def begin(
+    config: Config, name: str, *, memory: MemoryDocuments | None = None, checkpoints: bool = True
+) -> Iterator[Session]:
     """Begin a run: join the job, choose the output folder (by default out/NAME), and prepare the data.
 
     Before it reads any data, it refuses a resume that cannot work. At the end of the block the process leaves the job,
@@ -69,11 +94,13 @@ def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Se
     before, so that another run can follow. Delete the models that `accelerator.prepare` or `distribute` returned before
     the block ends (`minilm.distributed.launch.finish` says why).
 
+    memory: documents from Python, to read in place of `data.source`.
     checkpoints: False for a loop that writes no checkpoints and does not shard. Raises ValueError for wrong settings,
     data or launches; ConnectionError where another process is gone.
     """
     if not checkpoints and config.run.resume is not None:
         raise ValueError("this recipe writes no checkpoints, so it cannot resume: leave run.resume out")
+    show_log_by_default()
     with lost_peer_as_error(), restore_on_error(), unlock_at_end():
         accelerator, precision = start(config.run)
         if not checkpoints and accelerator.is_fsdp2:
@@ -91,7 +118,7 @@ def begin(config: Config, name: str, *, checkpoints: bool = True) -> Iterator[Se
             precision=precision,
             folder=folder,
             checkpoint=checkpoint,
-            prepared=local_main_process_first(accelerator, lambda: prepare_data(config)),
+            prepared=local_main_process_first(accelerator, lambda: prepare_data(config, memory)),
         )
         yield session
         finish(accelerator)
@@ -104,6 +131,8 @@ def plan_batches(config: Config, accelerator: Accelerator, head: Head, examples:
     """Return the plan of the steps, with padding where the head needs it."""
     return Plan(
         examples.lengths,
+        sizes=None if head.padding_free else examples.padded_lengths,
+        squares=None if examples.rows is None else examples.square_lengths,
         examples=config.batch.examples,
         micro_tokens=micro_tokens_of(config),
         processes=accelerator.num_processes,
@@ -135,8 +164,8 @@ def start_recording(session: Session, head: Head) -> tuple[Plan, int, Recorder]:
     return plan, total, recorder
 
 
-def save_networks(session: Session, recorder: Recorder, networks: dict[str, Any]) -> dict[str, float]:
-    """Save models of transformers and the totals of the run, and return the totals.
+def save_networks(session: Session, recorder: Recorder, networks: dict[str, Any]) -> TrainResult:
+    """Save models of transformers and the totals of the run, and return the result of the run.
 
     networks: the models by their subfolder of the output folder; "." is the folder itself.
     """
@@ -148,4 +177,4 @@ def save_networks(session: Session, recorder: Recorder, networks: dict[str, Any]
             session.uploads.extend(str(Path(part, name)) for name in saved)
         write_results(session.folder, results)
     session.accelerator.free_memory()
-    return results
+    return TrainResult(folder=session.folder, figures=results, model_class=type(networks["."]))

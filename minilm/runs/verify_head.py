@@ -137,7 +137,8 @@ def _cut_rows(batch: MicroBatch, longest: int, *, padded: bool, multiple: int) -
         input_ids_T=batch.input_ids_T[kept_T],
         packing=pack(lengths.clamp(max=longest).tolist(), grouped=not padded, multiple=multiple),
         target_index_N=new_T[batch.target_index_N[kept_N]],
-        target_ids_N=batch.target_ids_N[kept_N],
+        # Other batches have a target for each example, of which none is lost.
+        target_ids_N=batch.target_ids_N[kept_N] if len(batch.target_ids_N) == len(kept_N) else batch.target_ids_N,
         type_ids_T=None if batch.type_ids_T is None else batch.type_ids_T[kept_T],
     )
 

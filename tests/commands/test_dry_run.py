@@ -129,7 +129,7 @@ def test_every_recipe_has_the_flag(own, monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", ["recipes/mine.py", "--dry-run", "--batch.examples", "3"])
     monkeypatch.setattr("minilm.commands.recipe.interrupt_on_signals", lambda: lambda work: work)
-    monkeypatch.setattr("minilm.commands.recipe._show_log", lambda: None)
+    monkeypatch.setattr("minilm.commands.recipe.show_log", lambda: None)
     monkeypatch.setattr(dryrun, "dry_run", lambda config, name, own_loop: seen.append((config, name, own_loop)))
     monkeypatch.setattr("minilm.train.train", pytest.fail)
     run_recipe(Config(objective=CausalLM()), "", pytest.fail if own else None)

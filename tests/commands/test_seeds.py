@@ -18,6 +18,7 @@ from minilm import Config, Data
 from minilm.commands.recipe import run_recipe
 from minilm.commands.seeds import summarise_seeds, train_seeds
 from minilm.runs.early_stopping import StopRequest
+from minilm.runs.train_result import TrainResult
 from minilm.train import train
 from minilm.utils.errors import TrainingStopped
 from tests.jobs import CONFIG, end_of, finish_all, write_text
@@ -33,7 +34,7 @@ def config(tmp_path: Path) -> Config:
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     """Run a recipe on these flags, and return its exit status."""
     monkeypatch.setattr("minilm.commands.recipe.interrupt_on_signals", lambda: lambda work: work)
-    monkeypatch.setattr("minilm.commands.recipe._show_log", lambda: None)
+    monkeypatch.setattr("minilm.commands.recipe.show_log", lambda: None)
 
     def run(config: Config, *flags: str, train_function: Callable[..., dict[str, float]] | None = None) -> object:
         monkeypatch.setattr(sys, "argv", ["recipes/mine.py", *flags])
@@ -142,11 +143,11 @@ def test_a_signal_too_late_for_its_run_ends_the_seeds(
 ) -> None:
     monkeypatch.setattr(minilm.utils.signals, "_last_signal", [0])
 
-    def train_function(config: Config, name: str) -> dict[str, float]:
+    def train_function(config: Config, name: str) -> TrainResult:
         Path(str(config.run.output_dir)).mkdir(parents=True)
         with StopRequest(Accelerator(cpu=True), saves=False):
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"eval_loss": 1.0}
+        return TrainResult(folder=Path(), figures={"eval_loss": 1.0}, model_class=None)
 
     with pytest.raises(TrainingStopped, match="SIGTERM between seeds; finished seeds: 3") as caught:
         train_seeds(config, "mine", [3, 1], train_function)
@@ -155,7 +156,7 @@ def test_a_signal_too_late_for_its_run_ends_the_seeds(
 
 
 def test_a_run_that_is_stopped_ends_the_seeds_and_says_how_to_resume(config: Config, tmp_path: Path) -> None:
-    def train_function(config: Config, name: str) -> dict[str, float]:
+    def train_function(config: Config, name: str) -> TrainResult:
         raise TrainingStopped("SIGTERM after step 2; --run.resume latest continues", 143)
 
     alone = f"--run.seed 3 --run.output-dir {tmp_path / 'out' / 'seed-3'} in place of --seeds"

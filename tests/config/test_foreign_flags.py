@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from minilm import Classification, Config
+from minilm.config import ObjectiveSettings
 from minilm.config.command_line import parse_flags
 from minilm.config.foreign_flags import FOREIGN_FLAGS
+from minilm.config.objective_class import find_builtin_classes
 from tests.launch import ROOT
 
 
@@ -18,7 +20,7 @@ def own_flags() -> set[str]:
     """Return all flags of a configuration, also those of each objective, from its types."""
     flags = set()
     for group, kind in typing.get_type_hints(Config).items():
-        for choice in typing.get_args(kind) or (kind,):
+        for choice in find_builtin_classes().values() if kind is ObjectiveSettings else (kind,):
             flags |= {f"--{group}.{field.name.replace('_', '-')}" for field in dataclasses.fields(choice)}
     return flags
 

@@ -587,7 +587,7 @@ def test_stars_are_trained_evaluated_and_answered_by_their_numbers(
         run=Run(max_steps=60, output_dir=str(tmp_path / "out"), precision="fp32", samples=("it is great",)),
     )
     with caplog.at_level(logging.INFO, logger="minilm"):
-        results = train(config)
+        results = train(config).figures
     assert results["accuracy"] == 1.0
     out = str(tmp_path / "out")
     lines = [
@@ -639,7 +639,7 @@ def test_a_permuted_checkpoint_keeps_its_classes(tokenizer: Any, tmp_path: Path,
         optim=Optim(lr=1e-2),
         run=Run(max_steps=30, output_dir=str(tmp_path / "out"), precision="fp32"),
     )
-    assert train(first)["accuracy"] == 1.0
+    assert train(first).figures["accuracy"] == 1.0
     answers = pipeline("text-classification", model=str(tmp_path / "out"))([row["text"] for row in rows])
     assert [answer["label"] for answer in answers] == [row["label"].upper() for row in rows]
     # A step with a tiny learning rate leaves the trained head as it is, so each class must still be in its place.
@@ -647,7 +647,7 @@ def test_a_permuted_checkpoint_keeps_its_classes(tokenizer: Any, tmp_path: Path,
     again = replace(
         first, model=model, optim=optim, run=replace(first.run, max_steps=1, output_dir=str(tmp_path / "2"))
     )
-    assert train(again)["accuracy"] == 1.0
+    assert train(again).figures["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])

@@ -114,7 +114,7 @@ def test_after_an_error_the_process_is_as_before_and_a_run_at_another_precision_
             train(changed(refused, changes))
     assert state_of_process() == before
     good = changed(config, {"run": {"precision": "fp32", "max_steps": 1, "output_dir": str(tmp_path / "good")}})
-    assert train(good)["steps"] == 1
+    assert train(good).figures["steps"] == 1
     assert state_of_process() == before
 
 
@@ -128,7 +128,10 @@ def test_ten_refused_runs_and_good_ones_take_turns(
             train(changed(config, {"data": {"source": "nowhere.txt"}, "run": {"precision": precision}}))
         other = {"fp32": "bf16", "bf16": "fp32"}[precision]
         where = str(tmp_path / f"out-{turn}")
-        assert train(changed(config, {"run": {"precision": other, "max_steps": 1, "output_dir": where}}))["steps"] == 1
+        assert (
+            train(changed(config, {"run": {"precision": other, "max_steps": 1, "output_dir": where}})).figures["steps"]
+            == 1
+        )
         assert state_of_process() == before
     figure("10 of 10 good runs after a refused one, at alternating precisions; no state left")
 
@@ -139,14 +142,14 @@ def test_a_refused_dry_run_leaves_no_state_either(config: Config, tmp_path: Path
     with pytest.raises(ValueError, match="nowhere"):
         dry_run(changed(config, {"data": {"source": "nowhere.txt"}, "run": {"precision": "bf16"}}), "test")
     assert state_of_process() == before
-    assert train(changed(config, {"run": {"output_dir": str(tmp_path / "out")}}))["steps"] == 2
+    assert train(changed(config, {"run": {"output_dir": str(tmp_path / "out")}})).figures["steps"] == 2
 
 
 @pytest.mark.scorecard(37)
 def test_a_fork_that_failed_without_cleaning_up_does_not_disturb_the_next_run(config: Config, tmp_path: Path) -> None:
     context = begin(changed(config, {"run": {"precision": "bf16", "output_dir": str(tmp_path / "fork")}}), "fork")
     context.__enter__()  # and no end
-    assert train(changed(config, {"run": {"output_dir": str(tmp_path / "out")}}))["steps"] == 2
+    assert train(changed(config, {"run": {"output_dir": str(tmp_path / "out")}})).figures["steps"] == 2
 
 
 @pytest.mark.scorecard(37)
@@ -155,7 +158,10 @@ def test_an_accelerator_of_the_users_is_kept_or_the_run_refused(config: Config, 
     with pytest.raises(ValueError, match=r"made an Accelerator before, for fp32, and the run is in bf16") as caught:
         train(changed(config, {"run": {"precision": "bf16", "output_dir": str(tmp_path / "bad")}}))
     assert "\n" not in str(caught.value)
-    assert train(changed(config, {"run": {"precision": "fp32", "output_dir": str(tmp_path / "out")}}))["steps"] == 2
+    assert (
+        train(changed(config, {"run": {"precision": "fp32", "output_dir": str(tmp_path / "out")}})).figures["steps"]
+        == 2
+    )
     assert (theirs.mixed_precision, theirs.device.type, theirs.num_processes) == ("no", "cpu", 1)
     assert theirs.gradient_accumulation_steps == 4
 
@@ -321,7 +327,7 @@ def test_a_dry_run_the_log_and_the_run_count_the_same(
     dry_run(asked, "test", own_loop=True)
     planned = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     with caplog.at_level("INFO", "minilm"):
-        steps = int(train(asked)["steps"])
+        steps = int(train(asked).figures["steps"])
     unit = "rows" if layout == "packed" else "examples"
     assert planned["steps"].strip() == f"{steps} of 4 {unit}"
     facts = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -149,7 +149,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(
     with pytest.raises(TrainingStopped, match="is finished") as caught:
         train(resumed)
     assert caught.value.status == 0
-    assert train(changed(resumed, run={"max_steps": STEPS + 3}))["steps"] == STEPS + 3
+    assert train(changed(resumed, run={"max_steps": STEPS + 3})).figures["steps"] == STEPS + 3
     assert len(read_log(folder)[0]) == STEPS + 3
     assert json.loads((folder / "all_results.json").read_text())["steps"] == STEPS + 3
 

@@ -24,8 +24,8 @@ from minilm.models.loading import load_model
 from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalLMCollator
-from minilm.objectives.classification import ClassificationCollator
 from minilm.objectives.classification_loss import ClassificationLoss
+from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.factory import build_objective
 from minilm.objectives.masking import MaskedLMCollator
 from minilm.optim.optimizer import build_optimizer, compute_layer_scales
@@ -180,7 +180,7 @@ def test_a_classifier_s_layers_computed_again_give_the_same_gradients(
     kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     labels, results = Labels(problem="single-label", names=("no", "yes", "maybe")), []
-    collator = ClassificationCollator(examples_for(ROWS, np.array([0, 2, 1])), padded=False, multiple=1)
+    collator = ExampleCollator(examples_for(ROWS, np.array([0, 2, 1])), "rows", padded=False, multiple=1)
     for checkpointing in (False, True):
         model = Model(type=kind, config=fields(kind), gradient_checkpointing=checkpointing)
         auto, more = AutoModelForSequenceClassification, labels.fields()

@@ -35,8 +35,8 @@ from minilm.models.lora import has_adapter
 from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.causal_lm import CausalLMCollator
-from minilm.objectives.classification import ClassificationCollator
 from minilm.objectives.classification_loss import ClassificationLoss
+from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.masking import MaskedLMCollator
 from minilm.runs.model_export import save_model
 from minilm.train import train
@@ -119,7 +119,7 @@ def losses(
     if job == "classes":
         labels = np.array([0, 2, 1, 1])
         head: Any = RowHead(network, loss=ClassificationLoss(LABELS))
-        collator: Callable[..., Any] = ClassificationCollator(examples_for(ROWS, labels), padded=False, multiple=1)
+        collator: Callable[..., Any] = ExampleCollator(examples_for(ROWS, labels), "rows", padded=False, multiple=1)
     else:
         head = SparseHead(network)
         assert head.sparse
@@ -328,7 +328,7 @@ def test_the_best_weights_are_loaded_in_the_end(bases, tmp_path) -> None:
     config = config_for("classes", tmp_path, bases)
     optim = replace(config.optim, lr=1.0, warmup=0)  # far too high
     run = {"load_best": True, "eval_every": 1, "save_every": 6}
-    results = train(into(tmp_path / "out", replace(config, optim=optim), **run))
+    results = train(into(tmp_path / "out", replace(config, optim=optim), **run)).figures
     best = min(read_log(tmp_path / "out")[1], key=lambda line: line["eval_loss"])
     assert results["eval_loss"] == best["eval_loss"]
     assert best["step"] < 6

@@ -31,9 +31,10 @@ from minilm.data.text_pairs import encode_pairs
 from minilm.models.inference import classify, load_classifier
 from minilm.models.loading import load_model
 from minilm.models.row_head import RowHead
-from minilm.objectives.classification import ClassificationCollator, read_model_labels
+from minilm.objectives.classification import read_model_labels
 from minilm.objectives.classification_loss import ClassificationLoss
-from minilm.objectives.metrics import ClassificationResult
+from minilm.objectives.example_batches import ExampleCollator
+from minilm.objectives.metrics import compute_classification_figures
 from minilm.train import train
 from tests.jobs import finish_all
 from tests.launch import read_log
@@ -95,7 +96,7 @@ def test_loss_and_gradients_are_those_that_transformers_takes(
     rows, two = rows_for(), kind in ("bert", "electra", "albert")
     types_T = np.concatenate([np.arange(len(row)) > len(row) // 2 for row in rows]).astype(np.uint8) if two else None
     examples = examples_for(rows, values, types_T)
-    batch = ClassificationCollator(examples, padded=not head.padding_free, multiple=1)(rows, np.arange(6), 0)
+    batch = ExampleCollator(examples, "rows", padded=not head.padding_free, multiple=1)(rows, np.arange(6), 0)
     loss = loss_sum(head, batch) / 6
     ids_RxL, mask_RxL = pad_rows(torch.from_numpy(np.concatenate(rows)), LENGTHS, tokenizer.pad_token_id)
     more = {"token_type_ids": pad_rows(torch.from_numpy(types_T).long(), LENGTHS, 0)[0]} if two else {}
@@ -125,9 +126,9 @@ def test_a_text_has_the_same_scores_among_longer_ones_even_where_padding_would_c
 def test_rows_are_padded_to_the_longest_of_their_own_batch() -> None:
     rows = rows_for((50, 59, 47, 67, 59, 50, 62, 32))
     examples = examples_for(rows, np.zeros(8, np.int64))
-    (group,) = ClassificationCollator(examples, padded=True, multiple=1)(rows, np.arange(8), 0).packing.groups
+    (group,) = ExampleCollator(examples, "rows", padded=True, multiple=1)(rows, np.arange(8), 0).packing.groups
     assert (group.rows, group.length) == (8, 67)
-    (group,) = ClassificationCollator(examples, padded=True, multiple=8)(rows, np.arange(8), 0).packing.groups
+    (group,) = ExampleCollator(examples, "rows", padded=True, multiple=8)(rows, np.arange(8), 0).packing.groups
     assert group.length == 72
 
 
@@ -135,7 +136,9 @@ def test_a_batch_without_examples_has_no_loss_and_every_gradient(tokenizer) -> N
     for kind in ("bert", "gpt2"):
         head = RowHead(build(tokenizer, kind, SINGLE), loss=ClassificationLoss(SINGLE))
         examples = examples_for(rows_for(), np.zeros(6, np.int64))
-        batch = ClassificationCollator(examples, padded=not head.padding_free, multiple=1)([], np.zeros(0, np.int64), 0)
+        batch = ExampleCollator(examples, "rows", padded=not head.padding_free, multiple=1)(
+            [], np.zeros(0, np.int64), 0
+        )
         loss = loss_sum(head, batch)
         loss.backward()
         assert (batch.target_count, loss.item()) == (0, 0.0)
@@ -153,7 +156,7 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
     examples = examples_for(rows, ids[3:])
     heads = [RowHead(model, loss=ClassificationLoss(labels)) for labels in (balanced, replace(balanced, weights=None))]
     batches = [
-        ClassificationCollator(examples, padded=False, multiple=1)([rows[i]], np.array([i]), 0) for i in range(6)
+        ExampleCollator(examples, "rows", padded=False, multiple=1)([rows[i]], np.array([i]), 0) for i in range(6)
     ]
     for i, batch in enumerate(batches):
         weighed, plain = (loss_sum(head, batch).item() for head in heads)
@@ -163,7 +166,7 @@ def test_a_class_counts_the_less_the_more_of_it_there_is(tokenizer) -> None:
 def test_smoothed_labels_are_those_of_torch_and_of_no_evaluation(tokenizer) -> None:
     rows, labels = rows_for(), np.array([0, 2, 1, 1, 0, 2])
     head = RowHead(build(tokenizer, "bert", SINGLE), loss=ClassificationLoss(SINGLE, smoothing=0.2))
-    batch = ClassificationCollator(examples_for(rows, labels), padded=False, multiple=1)(rows, np.arange(6), 0)
+    batch = ExampleCollator(examples_for(rows, labels), "rows", padded=False, multiple=1)(rows, np.arange(6), 0)
     logits = head.logits(batch.input_ids_T, batch.packing, batch.target_index_N)
     expected = torch.nn.functional.cross_entropy(logits, batch.target_ids_N, label_smoothing=0.2, reduction="sum")
     assert loss_sum(head, batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -293,33 +296,25 @@ def test_labels_that_make_no_problem_are_refused(train_values, eval_values, sett
 def test_figures_are_those_of_scikit_learn() -> None:
     logits = np.random.default_rng(1).normal(size=(50, 3))
     labels = np.random.default_rng(2).integers(0, 3, 50)
-    found = ClassificationResult(
-        problem="single-label", parts={"x": 20, "y": 30}, logits_ExC=logits, labels=labels
-    ).figures()
+    found = compute_classification_figures(logits, labels)
     assert found["accuracy"] == (logits.argmax(1) == labels).mean()
     assert found["f1"] == metrics.f1_score(labels, logits.argmax(1), average="macro")
     expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
     assert found["eval_loss"] == pytest.approx(expected)
-    assert found["accuracy_y"] == (logits.argmax(1) == labels)[20:].mean()
-    assert found["accuracy"] == pytest.approx(0.4 * found["accuracy_x"] + 0.6 * found["accuracy_y"])
-    two = ClassificationResult(problem="single-label", parts={}, logits_ExC=logits[:, :2], labels=labels % 2).figures()
+    two = compute_classification_figures(logits[:, :2], labels % 2)
     assert two["f1"] == metrics.f1_score(labels % 2, logits[:, :2].argmax(1))
     several = (np.random.default_rng(3).random((50, 3)) < 0.5).astype(np.float32)
-    many = ClassificationResult(problem="multi-label", parts={}, logits_ExC=logits, labels=several).figures()
+    many = compute_classification_figures(logits, several)
     assert many["accuracy"] == ((logits > 0) == several).all(1).mean()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         torch.tensor(logits), torch.tensor(several).double()
     )
     assert many["eval_loss"] == pytest.approx(expected.item())
-    numbers = ClassificationResult(
-        problem="regression", parts={}, logits_ExC=logits[:, :1], labels=logits[:, 0] * 3 + 1
-    ).figures()
+    numbers = compute_classification_figures(logits[:, :1], logits[:, 0] * 3 + 1)
     assert numbers["pearson"] == pytest.approx(1)
     assert numbers["spearman"] == pytest.approx(1)
     assert numbers["mse"] == pytest.approx(((2 * logits[:, 0] + 1) ** 2).mean())
-    still = ClassificationResult(
-        problem="regression", parts={}, logits_ExC=np.ones((4, 1)), labels=np.arange(4.0)
-    ).figures()
+    still = compute_classification_figures(np.ones((4, 1)), np.arange(4.0))
     assert still["pearson"] == still["spearman"] == 0.0
 
 
@@ -368,7 +363,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("classify")
-    return folder / "out", train(config_for(folder, output_dir=str(folder / "out"), samples=("the red fox",)))
+    return folder / "out", train(config_for(folder, output_dir=str(folder / "out"), samples=("the red fox",))).figures
 
 
 @pytest.mark.scorecard(11)

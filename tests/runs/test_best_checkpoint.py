@@ -68,7 +68,7 @@ def first_is_best(tmp_path: Path, **run: object) -> Config:
 
 @pytest.mark.scorecard(16)
 def test_the_best_weights_are_the_result_and_their_checkpoint_stays(tmp_path: Path) -> None:
-    results = train(first_is_best(tmp_path, load_best=True))
+    results = train(first_is_best(tmp_path, load_best=True)).figures
     evaluations = read_log(tmp_path / "out")[1]
     assert results["eval_loss"] == evaluations[0]["eval_loss"] != evaluations[-1]["eval_loss"]
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-20"]
@@ -82,7 +82,7 @@ def test_the_best_weights_are_the_result_and_their_checkpoint_stays(tmp_path: Pa
 
 def test_a_run_without_improvement_ends_early_in_good_order(tmp_path: Path) -> None:
     config = first_is_best(tmp_path, patience=2)
-    results = train(config)
+    results = train(config).figures
     steps, evaluations = read_log(tmp_path / "out")
     assert [line["step"] for line in evaluations] == [2, 4, 6]
     assert results["steps"] == len(steps) == 6
@@ -90,7 +90,7 @@ def test_a_run_without_improvement_ends_early_in_good_order(tmp_path: Path) -> N
     again = replace(config, run=replace(config.run, resume="latest"))
     with pytest.raises(TrainingStopped, match=r"stopped by run\.patience\. A larger"):
         train(again)
-    longer = train(replace(again, run=replace(again.run, patience=99)))
+    longer = train(replace(again, run=replace(again.run, patience=99))).figures
     assert longer["steps"] == 20
 
 
@@ -102,7 +102,7 @@ def test_a_resume_says_that_the_best_evaluation_has_no_checkpoint(tmp_path: Path
     with pytest.raises(ValueError, match=r"run\.load_best: .* step 2, .*: leave run\.load_best out[^\n]*$"):
         train(again)
     assert sorted((tmp_path / "out").iterdir()) == before
-    assert train(replace(again, run=replace(again.run, load_best=False)))["steps"] == 20
+    assert train(replace(again, run=replace(again.run, load_best=False))).figures["steps"] == 20
 
 
 def damage(folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_of_the_best_evaluation_is_refused_before_a_resume(
     ):
         train(again)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
-    assert train(replace(again, run=replace(again.run, load_best=False)))["steps"] == 20
+    assert train(replace(again, run=replace(again.run, load_best=False))).figures["steps"] == 20
 
 
 def test_a_run_without_a_finite_evaluation_ends_with_its_last_weights_and_says_so(
@@ -145,7 +145,7 @@ def test_a_run_without_a_finite_evaluation_ends_with_its_last_weights_and_says_s
     config = first_is_best(tmp_path)
     train(replace(config, run=replace(config.run, max_steps=8)))
     again = replace(config, run=replace(config.run, resume="latest", load_best=True))
-    assert train(again)["steps"] == 20
+    assert train(again).figures["steps"] == 20
     ours, last = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("", "checkpoint-20"))
     assert all(torch.equal(ours[name], last[name]) for name in last)
     assert any("run.load_best: no evaluation" in message for message in caplog.messages)

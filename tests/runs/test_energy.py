@@ -132,7 +132,7 @@ def test_results_and_card_of_a_run_have_it(
     monkeypatch.setattr(minilm.runs.energy, "open_rapl_counters", lambda: open_rapl_counters(powercap))
     monkeypatch.setattr(minilm.train, "train_step", costly)
     config = config_in(place, 2, save_every=0)
-    results = train(replace(config, run=replace(config.run, output_dir=str(place / "out"))))
+    results = train(replace(config, run=replace(config.run, output_dir=str(place / "out")))).figures
     assert results["energy_kwh"] == results[CPU_ENERGY] == pytest.approx(200 / KWH)
     assert json.loads((place / "out" / "all_results.json").read_text())[CPU_ENERGY] == results[CPU_ENERGY]
     assert f"Energy: {200 / KWH:.3g} kWh (CPUs)\n" in (place / "out" / "README.md").read_text()

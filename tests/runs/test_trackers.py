@@ -111,7 +111,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
         config = run_with(place, *INSTALLED)
         train(config)
         shutil.rmtree(place / "out" / "checkpoint-4")  # as if killed after step 3
-        yield place, train(replace(config, run=replace(config.run, resume="latest", max_steps=5)))
+        yield place, train(replace(config, run=replace(config.run, resume="latest", max_steps=5))).figures
 
 
 @pytest.mark.parametrize("name", READERS)

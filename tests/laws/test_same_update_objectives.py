@@ -1,0 +1,106 @@
+"""Law 1 for objectives of a user's own, also for one whose loss compares the examples of a step; and their resume."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
+from minilm.train import train
+from tests.jobs import end_of, finish_all
+from tests.launch import read_log
+from tests.own_objectives import OWN, write_rows
+
+SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.2,
+}
+# MPNet's own attention code needs padding.
+MODELS = {"packed": Model(type="bert", config=SIZE), "padded": Model(type="mpnet", config=SIZE)}
+LAYOUTS = {(1, 80): "1 process, many micro-batches", (2, 80): "2 processes", (3, 4096): "3 processes"}
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int, int], Path]:
+    """Return the output folder of the run of an objective, with a model, in a layout."""
+    place = tmp_path_factory.mktemp("objectives")
+    source = write_rows(place / "rows.jsonl")
+
+    def config(name: str, model: str, processes: int, micro_tokens: int) -> Config:
+        return Config(
+            data=Data(source=source, eval_fraction=0.2),
+            tokens=Tokens(vocab_size=300),
+            model=MODELS[model],
+            objective=OWN[name],
+            batch=Batch(examples=10, max_length=48, micro_tokens=micro_tokens),
+            optim=Optim(lr=1e-3),
+            run=Run(
+                max_steps=STEPS,
+                eval_every=6,
+                save_every=5,
+                keep_last=9,
+                precision="fp32",
+                output_dir=str(place / f"{name}-{model}-{processes}-{micro_tokens}"),
+            ),
+        )
+
+    everything = [(name, model, *layout) for name in OWN for model in MODELS for layout in ((1, 4096), *LAYOUTS)]
+    finish_all([(config(*each), each[2]) for each in everything], place)
+    return lambda *each: Path(config(*each).run.output_dir or "")
+
+
+@pytest.mark.scorecard(4)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUTS.get)
+def test_neither_processes_nor_micro_batches_change_the_update_of_an_objective(
+    layout: tuple[int, int], name: str, model: str, runs: Callable[[str, str, int, int], Path]
+) -> None:
+    ours, expected = (read_log(runs(name, model, *each)) for each in (layout, (1, 4096)))
+    assert [len(part) for part in ours] == [STEPS, 2]
+    differences = [
+        abs(line[key] / other[key] - 1)
+        for part, others in zip(ours, expected, strict=True)
+        for line, other in zip(part, others, strict=True)
+        for key in ("loss", "grad_norm", "eval_loss")
+        if key in other
+    ]
+    # No difference at all would mean that the layouts were the same.
+    assert 0 < max(differences) <= 1e-5
+
+
+def test_the_layouts_learn(runs: Callable[[str, str, int, int], Path]) -> None:
+    for name in ("tags", "pairs"):
+        steps, _ = read_log(runs(name, "packed", 1, 4096))
+        assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_resumed_run_of_an_objective_is_equal_to_the_bit(
+    name: str, runs: Callable[[str, str, int, int], Path], tmp_path: Path
+) -> None:
+    reference = runs(name, "packed", 1, 80)
+    shutil.copytree(reference, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-1*", "all_results.json"))
+    source = str(reference.parent / "rows.jsonl")
+    config = Config(
+        data=Data(source=source, eval_fraction=0.2),
+        tokens=Tokens(vocab_size=300),
+        model=MODELS["packed"],
+        objective=OWN[name],
+        batch=Batch(examples=10, max_length=48, micro_tokens=80),
+        optim=Optim(lr=1e-3),
+        run=Run(
+            max_steps=STEPS, eval_every=6, save_every=5, keep_last=9, precision="fp32", output_dir=str(tmp_path / "out")
+        ),
+    )
+    train(replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-5"))))
+    assert end_of(tmp_path / "out") == end_of(reference)

@@ -1,0 +1,137 @@
+"""Objectives as a user writes them, and rows for them."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+)
+
+import minilm
+from minilm import Data, Example
+
+TAGS = ("animal", "colour", "other")
+WORDS = {"fox": 0, "dog": 0, "cat": 0, "red": 1, "green": 1, "blue": 1, "the": 2, "runs": 2, "and": 2, "sleeps": 2}
+
+
+class Tagging(minilm.Objective):
+    """A tag for each word, predicted at its first token."""
+
+    auto = AutoModelForTokenClassification
+    figures = ("accuracy",)
+    title = "tagger"
+
+    def columns(self, data: Data) -> dict[str, str]:
+        return {"words": "words", "tags": "tags"}
+
+    def fields(self, rows: Any, config: Any) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(TAGS)), "label2id": {tag: number for number, tag in enumerate(TAGS)}}
+
+    def examples(self, rows: Any, tokenizer: Any, fields: Mapping[str, Any]) -> Iterator[Example]:
+        encoded = tokenizer([row["words"] for row in rows], is_split_into_words=True, truncation=True)
+        for number, row in enumerate(rows):
+            words = encoded.word_ids(number)
+            targets = [
+                fields["label2id"][row["tags"][word]] if word is not None and word != before else -100
+                for before, word in zip([None, *words], words, strict=False)
+            ]
+            yield Example(ids=encoded["input_ids"][number], targets=targets)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        return {"accuracy": (outputs.argmax(1) == targets).float().mean()}
+
+
+class Contrastive(minilm.Objective):
+    """Two texts that belong together are nearer to each other than to the other texts of the step."""
+
+    auto = AutoModel
+    outputs = "mean"
+    couples_examples = True
+    figures = ("accuracy",)
+
+    def columns(self, data: Data) -> dict[str, str]:
+        return {"first": "text", "second": "other"}
+
+    def examples(self, rows: Any, tokenizer: Any, fields: Mapping[str, Any]) -> Iterator[Example]:
+        for row in rows:
+            yield Example(rows=tokenizer([row["first"], row["second"]], truncation=True)["input_ids"])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(_compare(outputs), torch.arange(len(outputs), device=outputs.device), reduction="none")
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        return {"accuracy": (_compare(outputs).argmax(1) == torch.arange(len(outputs))).float().mean()}
+
+
+def _compare(outputs_Ex2xH: Tensor) -> Tensor:
+    first, second = F.normalize(outputs_Ex2xH, dim=-1).unbind(1)
+    return first @ second.T / 0.1
+
+
+class Choice(minilm.Objective):
+    """Which of several texts is right. The texts have different numbers of tokens, and the rows of choices."""
+
+    auto = AutoModelForMultipleChoice
+    outputs = "rows"
+    equal_rows = False
+
+    def columns(self, data: Data) -> dict[str, str]:
+        return {"choices": "choices", "right": "right"}
+
+    def examples(self, rows: Any, tokenizer: Any, fields: Mapping[str, Any]) -> Iterator[Example]:
+        for row in rows:
+            yield Example(rows=tokenizer(row["choices"], truncation=True)["input_ids"], target=row["right"])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[..., 0], targets, reduction="none")
+
+
+class Span(minilm.Objective):
+    """The first and the last token of the first animal."""
+
+    auto = AutoModelForQuestionAnswering
+    outputs = "tokens"
+
+    def columns(self, data: Data) -> dict[str, str]:
+        return {"words": "words", "tags": "tags"}
+
+    def examples(self, rows: Any, tokenizer: Any, fields: Mapping[str, Any]) -> Iterator[Example]:
+        for row in rows:
+            encoded = tokenizer(row["words"], is_split_into_words=True, truncation=True)
+            words, wanted = encoded.word_ids(), row["tags"].index("animal")
+            places = [place for place, word in enumerate(words) if word == wanted]
+            yield Example(ids=encoded["input_ids"], target=[places[0], places[-1]])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        start, end = (F.cross_entropy(outputs[..., i], targets[:, i], reduction="none") for i in range(2))
+        return (start + end) / 2
+
+
+OWN = {"tags": Tagging(), "pairs": Contrastive(), "spans": Span()}
+
+
+def write_rows(path: Path, count: int = 240) -> str:
+    """Write rows that all these objectives can read."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for number in range(count):
+            words = [*draw.choices([*WORDS], k=draw.randint(1, 30)), draw.choice(["fox", "dog", "cat"])]
+            row = {
+                "text": " ".join(words),
+                "other": " ".join(draw.sample(words, len(words))),
+                "words": words,
+                "tags": [TAGS[WORDS[word]] for word in words],
+                "choices": [" ".join(draw.choices(words, k=draw.randint(2, 12))) for _ in range(2 + number % 3)],
+                "right": number % 2,
+            }
+            file.write(json.dumps(row) + "\n")
+    return str(path)

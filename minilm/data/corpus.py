@@ -6,7 +6,7 @@ decide how it is cut into examples. If they change, nothing is encoded again.
 
 import itertools
 from array import array
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +59,8 @@ class Examples:
     rows: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     """For examples of several rows: int64[R + 1], where each of all R rows begins in `ids`, and int64[E + 1], the first
     row of each example. Both end with the end of the last one. None if each example is one row."""
+    notes: Sequence[Any] | None = None
+    """What each example notes for the figures of an evaluation (`minilm.data.example.Example.note`), if any does."""
     fingerprint: str = ""
     """A hash of the documents and of the tokenizer that encoded them."""
     is_word_start: NDArray[np.bool_] | ArrayFile | None = None

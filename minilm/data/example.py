@@ -26,6 +26,9 @@ class Example:
     """An integer for each token of `ids`: what to predict there, or `NO_TARGET`."""
     target: Any = None
     """An integer, a float, or a list of one of these, such as [start, end]."""
+    note: Any = None
+    """What the figures of an evaluation need beside the outputs, such as a text: any value that JSON can hold. Training
+    does not keep it."""
 
     def __post_init__(self) -> None:
         if bool(len(self.ids)) == bool(len(self.rows)):

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.data.corpus import Examples
 from minilm.data.example import Example
+from minilm.data.notes import open_notes
 from minilm.data.rows import Row, RowTable
 from minilm.data.special_ids import count_embedding_rows
 from minilm.data.tokenizer import serialize_tokenizer
@@ -24,7 +25,7 @@ from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 
 # A part of every hash. Raise it when this module changes what it writes.
-_VERSION = 1
+_VERSION = 2
 
 
 def encode_rows(
@@ -36,6 +37,7 @@ def encode_rows(
     key: Any,
     name: str,
     equal_rows: bool = True,
+    keep_notes: bool = False,
 ) -> tuple[Examples, list[int]]:
     """Make the examples of all rows. Return them and the number of examples of each table.
 
@@ -47,16 +49,18 @@ def encode_rows(
     key: JSON types that decide, with the rows and the tokenizer, what `make_examples` returns.
     name: what messages call the rows.
     equal_rows: whether all examples must have the same number of rows.
+    keep_notes: whether the examples are evaluated, so that their notes are needed.
 
     Raises ValueError if a table gives no example, and for an example that is too long, holds an id that the tokenizer
     does not have, or has another kind of target than the first one.
     """
     rows = [table.fingerprint for table in tables]
-    content = json.dumps([_VERSION, rows, serialize_tokenizer(tokenizer), max_length, equal_rows, key], default=str)
+    facts_of_all = [_VERSION, rows, serialize_tokenizer(tokenizer), max_length, equal_rows, keep_notes, key]
+    content = json.dumps(facts_of_all, default=str)
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     folder = open_entry(
         f"examples-{digest}",
-        lambda folder: _Writer(max_length, count_embedding_rows(tokenizer), name, equal_rows).write(
+        lambda folder: _Writer(max_length, count_embedding_rows(tokenizer), name, equal_rows, keep_notes).write(
             folder, tables, make_examples
         ),
     )
@@ -73,6 +77,7 @@ def encode_rows(
         labels=None if facts["has_targets"] else np.load(folder / "labels.npy"),
         token_targets=ArrayFile(folder / "targets.npy") if facts["has_targets"] else None,
         rows=(bounds_R1, first_E1) if facts["has_several_rows"] else None,
+        notes=open_notes(folder) if facts["has_notes"] else None,
         fingerprint=facts["fingerprint"],
     )
     return examples, facts["counts"]
@@ -85,17 +90,20 @@ class _Writer:
     - `rows.npy`: int64, where each row begins in `ids.npy`, and the end of the last one.
     - `examples.npy`: int64, the first row of each example, and the number of rows.
     - `labels.npy`: the target of each example: int64[E, …] or float32[E, …].
+    - `notes.npy`: uint8, the notes of all examples as JSON text; `note_bounds.npy`: int64, where each one begins.
     - `facts.json`: which of these there are.
     """
 
-    def __init__(self, max_length: int, vocabulary: int, name: str, equal_rows: bool) -> None:
-        self.max_length, self.vocabulary, self.name, self.equal_rows = max_length, vocabulary, name, equal_rows
+    def __init__(self, max_length: int, vocabulary: int, name: str, equal_rows: bool, keep_notes: bool) -> None:
+        self.max_length, self.vocabulary, self.name = max_length, vocabulary, name
+        self.equal_rows, self.keep_notes = equal_rows, keep_notes
         self.bounds, self.first = growing_array("q", [0]), growing_array("q", [0])
+        self.note_bounds = growing_array("q", [0])
         self.labels: list[Any] = []
         self.kind: tuple[str, tuple[int, ...], bool] | None = None
         self.row_count = 1
         self.digest = hashlib.blake2b(digest_size=12)
-        self.has_types = False
+        self.has_types = self.has_notes = False
 
     def write(
         self,
@@ -108,6 +116,7 @@ class _Writer:
             create_array_file(folder / "ids.npy", np.dtype(np.uint32)) as ids_file,
             create_array_file(folder / "types.npy", np.dtype(np.uint8)) as types_file,
             create_array_file(folder / "targets.npy", np.dtype(np.int32)) as targets_file,
+            create_array_file(folder / "notes.npy", np.dtype(np.uint8)) as notes_file,
             show_progress(total=sum(map(len, tables)), desc=f"encoding {self.name}", unit="row", leave=False) as bar,
         ):
             for table in tables:
@@ -119,7 +128,9 @@ class _Writer:
                         types = types.astype(np.uint8)
                         self.has_types |= example.type_ids is not None
                         targets = np.array(() if example.targets is None else example.targets, np.int32)
-                        for array, file in ((ids, ids_file), (types, types_file), (targets, targets_file)):
+                        note = self._encode_note(example, batch)
+                        arrays = ((ids, ids_file), (types, types_file), (targets, targets_file), (note, notes_file))
+                        for array, file in arrays:
                             file.write(array.data)
                             self.digest.update(len(array).to_bytes(8, "little") + array.tobytes())
                     bar.update(len(batch))
@@ -131,12 +142,14 @@ class _Writer:
         np.save(folder / "examples.npy", np.array(self.first, np.int64))
         labels = np.array(self.labels, np.float32 if kind == "float" else np.int64)
         np.save(folder / "labels.npy", labels)
+        np.save(folder / "note_bounds.npy", np.array(self.note_bounds, np.int64))
         for numbers in (labels, np.array(self.bounds, np.int64), np.array(self.first, np.int64)):
             self.digest.update(numbers.tobytes())
         facts = {
             "has_types": self.has_types,
             "has_targets": kind == "targets",
             "has_several_rows": several,
+            "has_notes": self.has_notes,
             "counts": counts,
             "fingerprint": self.digest.hexdigest(),
         }
@@ -144,7 +157,7 @@ class _Writer:
 
     def _check(self, example: Example, batch: list[Row]) -> NDArray[np.int64]:
         """Record the rows and the target of the example, and return the ids of all its rows."""
-        where = f"{self.name}, {batch[0].where}" if len(batch) == 1 else f"{self.name}, from {batch[0].where} on"
+        where = self._describe_place(batch)
         if not isinstance(example, Example):
             raise ValueError(f"{where}: `examples` gave {type(example).__name__} in place of minilm.Example")
         rows = example.all_rows
@@ -174,6 +187,21 @@ class _Writer:
         self.first.append(len(self.bounds) - 1)
         self.labels.append(value)
         return ids
+
+    def _describe_place(self, batch: list[Row]) -> str:
+        return f"{self.name}, {batch[0].where}" if len(batch) == 1 else f"{self.name}, from {batch[0].where} on"
+
+    def _encode_note(self, example: Example, batch: list[Row]) -> NDArray[np.uint8]:
+        """Return the note of the example as JSON text in UTF-8, and record its end; empty without notes."""
+        if not self.keep_notes:
+            return np.zeros(0, np.uint8)
+        self.has_notes |= example.note is not None
+        try:
+            text = json.dumps(example.note, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._describe_place(batch)}: a note is not made of JSON types ({error})") from error
+        self.note_bounds.append(self.note_bounds[-1] + len(text))
+        return np.frombuffer(text, np.uint8)
 
     def _read_target(self, example: Example, where: str) -> tuple[tuple[str, tuple[int, ...], bool], Any]:
         """Return the kind of target, its shape and whether the example has several rows; and the target itself."""

@@ -87,7 +87,10 @@ class ExampleEvaluator:
     def _compute_figures(self, outputs_UxC: Tensor, first_E1: Any, part: slice) -> dict[str, float]:
         """Return the figures of some consecutive examples."""
         outputs, targets = self._arrange(outputs_UxC, first_E1, part)
-        metrics = {name: float(value) for name, value in self.objective.metrics(outputs, targets).items()}
+        notes = self.prepared.eval.notes
+        own_notes = [None] * (part.stop - part.start) if notes is None else notes[part]
+        figures = self.objective.metrics_with_notes(outputs, targets, own_notes)
+        metrics = {name: float(value) for name, value in figures.items()}
         if "eval_loss" in metrics:
             return metrics
         return {"eval_loss": self._compute_loss(outputs_UxC, first_E1, part), **metrics}

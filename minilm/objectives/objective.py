@@ -158,7 +158,7 @@ class Objective(ObjectiveSettings):
         reading = copy.deepcopy(tokenizer)
         reading.model_max_length = config.batch.max_length
 
-        def encode(tables: Sequence[RowTable], name: str) -> tuple[Examples, list[int]]:
+        def encode(tables: Sequence[RowTable], name: str, *, evaluated: bool = True) -> tuple[Examples, list[int]]:
             return encode_rows(
                 tables,
                 lambda rows: self.examples(rows, reading, fields),
@@ -167,13 +167,14 @@ class Objective(ObjectiveSettings):
                 key=key,
                 name=name,
                 equal_rows=self.equal_rows,
+                keep_notes=evaluated,
             )
 
         if is_one_dataset(train, parts):
             examples, counts = encode([train], "documents")
             train_examples = eval_examples = examples
         else:
-            train_examples, _ = encode([train], "training documents")
+            train_examples, _ = encode([train], "training documents", evaluated=False)
             eval_examples, counts = encode([*parts.values()], "evaluation documents")
         return PreparedData(
             tokenizer=tokenizer,
@@ -208,6 +209,13 @@ class Objective(ObjectiveSettings):
         number or a scalar tensor.
         """
         return {}
+
+    def metrics_with_notes(self, outputs: Tensor, targets: Tensor, notes: Sequence[Any]) -> Mapping[str, Any]:
+        """Return the same as `metrics`, for figures that need more than numbers. Override one of the two.
+
+        notes: the `note` of each example. They come from a file one by one, so that they never fill the memory.
+        """
+        return self.metrics(outputs, targets)
 
     # The parts of a run.
 

@@ -25,10 +25,22 @@ _IMPLEMENTATIONS = {
 def build_objective(settings: ObjectiveSettings) -> Objective:
     """Return the objective for `config.objective`, which is one itself if it is the user's."""
     if isinstance(settings, Objective):
+        _check_fields(type(settings))
         return settings
     module, name = _IMPLEMENTATIONS[type(settings).__name__]
     objective: Objective = getattr(import_module(f"minilm.objectives.{module}"), name)(settings)
     return objective
+
+
+def _check_fields(kind: type) -> None:
+    """Raise ValueError if the class has fields that Python does not know as fields, because it is no dataclass."""
+    for base in kind.__mro__[: kind.__mro__.index(Objective)]:
+        own = [name for name, note in vars(base).get("__annotations__", {}).items() if "ClassVar" not in str(note)]
+        if own and "__dataclass_fields__" not in vars(base):
+            raise ValueError(
+                f"the class {base.__name__} has the field {own[0]} but is no dataclass: write "
+                "@dataclass(frozen=True, kw_only=True) above it"
+            )
 
 
 def prepare_data(config: Config, memory: MemoryDocuments | None = None) -> PreparedData:

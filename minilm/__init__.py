@@ -39,12 +39,17 @@ from minilm.config.field_help import attach_field_help
 
 if TYPE_CHECKING:
     from minilm.data.example import Example as Example
+    from minilm.data.example import Remark as Remark
     from minilm.objectives.objective import Objective as Objective
 
 __all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]
 
 # These import torch, which takes seconds, so that they are imported when they are first used.
-_LAZY = {"Example": "minilm.data.example", "Objective": "minilm.objectives.objective"}
+_LAZY = {
+    "Example": "minilm.data.example",
+    "Objective": "minilm.objectives.objective",
+    "Remark": "minilm.data.example",
+}
 
 
 def __getattr__(name: str) -> Any:

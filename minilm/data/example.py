@@ -1,4 +1,4 @@
-"""An example of a user's objective: the token ids of one row, or of several rows that belong together, and a target."""
+"""An example of an objective: the token ids of one row, or of several rows that belong together, and a target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,3 +51,15 @@ class Example:
     def all_type_ids(self) -> Any:
         """The token types of each row. There must be `type_ids`."""
         return self.type_ids if self.rows else [self.type_ids]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something that the log says about the rows of a run. `Objective.examples` may yield it between the examples.
+
+    The counts of all remarks with the same text are added up, and each text is one line of the log, also if the
+    examples come from the cache: `Remark("rows are cut", 3)` becomes "training documents: 3 rows are cut".
+    """
+
+    text: str
+    count: int = 1

@@ -3,9 +3,11 @@
 import hashlib
 import inspect
 import json
+import logging
 import os
 import sys
 from array import array as growing_array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.data.corpus import Examples
-from minilm.data.example import Example
+from minilm.data.example import Example, Remark
 from minilm.data.notes import open_notes
 from minilm.data.rows import Row, RowTable
 from minilm.data.special_ids import count_embedding_rows
@@ -24,13 +26,15 @@ from minilm.data.tokenizer import serialize_tokenizer
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 
+log = logging.getLogger("minilm")
+
 # A part of every hash. Raise it when this module changes what it writes.
-_VERSION = 2
+_VERSION = 3
 
 
 def encode_rows(
     tables: Sequence[RowTable],
-    make_examples: Callable[[list[Row]], Iterable[Example]],
+    make_examples: Callable[[list[Row]], Iterable[Example | Remark]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -44,7 +48,7 @@ def encode_rows(
     They are cached by the rows, the tokenizer and `key`. Their fingerprint is a hash of the examples themselves.
 
     tables: the rows of one table follow those of the table before.
-    make_examples: returns the examples of some rows, in the order of the rows.
+    make_examples: returns the examples of some rows, in the order of the rows, and remarks for the log.
     max_length: the largest number of tokens in a row of an example.
     key: JSON types that decide, with the rows and the tokenizer, what `make_examples` returns.
     name: what messages call the rows.
@@ -65,6 +69,8 @@ def encode_rows(
         ),
     )
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    for text, count in facts["remarks"].items():
+        log.warning(f"{name}: {count:,} {text}")
     bounds_R1, first_E1 = np.load(folder / "rows.npy"), np.load(folder / "examples.npy")
     nothing = np.zeros(0, np.int64)
     examples = Examples(
@@ -91,7 +97,7 @@ class _Writer:
     - `examples.npy`: int64, the first row of each example, and the number of rows.
     - `labels.npy`: the target of each example: int64[E, …] or float32[E, …].
     - `notes.npy`: uint8, the notes of all examples as JSON text; `note_bounds.npy`: int64, where each one begins.
-    - `facts.json`: which of these there are.
+    - `facts.json`: which of these there are, and the remarks.
     """
 
     def __init__(self, max_length: int, vocabulary: int, name: str, equal_rows: bool, keep_notes: bool) -> None:
@@ -100,6 +106,7 @@ class _Writer:
         self.bounds, self.first = growing_array("q", [0]), growing_array("q", [0])
         self.note_bounds = growing_array("q", [0])
         self.labels: list[Any] = []
+        self.remarks: Counter[str] = Counter()
         self.kind: tuple[str, tuple[int, ...], bool] | None = None
         self.row_count = 1
         self.digest = hashlib.blake2b(digest_size=12)
@@ -109,7 +116,7 @@ class _Writer:
         self,
         folder: Path,
         tables: Sequence[RowTable],
-        make_examples: Callable[[list[Row]], Iterable[Example]],
+        make_examples: Callable[[list[Row]], Iterable[Example | Remark]],
     ) -> None:
         counts = []
         with (
@@ -123,6 +130,9 @@ class _Writer:
                 before = len(self.labels)
                 for batch in table.iter_batches():
                     for example in make_examples(batch):
+                        if isinstance(example, Remark):
+                            self.remarks[example.text] += example.count
+                            continue
                         ids = self._check(example, batch).astype(np.uint32)
                         types = np.zeros(len(ids)) if example.type_ids is None else np.concatenate(example.all_type_ids)
                         types = types.astype(np.uint8)
@@ -150,6 +160,7 @@ class _Writer:
             "has_targets": kind == "targets",
             "has_several_rows": several,
             "has_notes": self.has_notes,
+            "remarks": self.remarks,
             "counts": counts,
             "fingerprint": self.digest.hexdigest(),
         }

@@ -22,7 +22,7 @@ from minilm.config import Config, Data, ObjectiveSettings
 from minilm.data.columns import Column
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_row_tables
-from minilm.data.example import Example
+from minilm.data.example import Example, Remark
 from minilm.data.example_encoding import encode_rows, hash_own_code
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import Collator
@@ -119,13 +119,18 @@ class Objective(ObjectiveSettings):
         return {"text": data.column}
 
     def fields(self, rows: RowTable, config: Config) -> dict[str, Any]:
-        """Return fields of the model's configuration that the training rows decide, such as `id2label`."""
+        """Return fields of the model's configuration that the training rows decide, such as `id2label`.
+
+        A field whose name begins with _ is for `examples` alone. It is not a part of the model's configuration.
+        """
         return {}
 
     def examples(
         self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
-    ) -> Iterable[Example]:
+    ) -> Iterable[Example | Remark]:
         """Yield the examples of some rows, in the order of the rows. A row may give any number of examples.
+
+        What the log should say about rows, such as how many were cut, is yielded as a `minilm.Remark`.
 
         rows: dictionaries with the keys of `columns`. `row.where` names the place of a row, for error messages.
         tokenizer: its `model_max_length` is `batch.max_length`, so that `truncation=True` cuts there.
@@ -150,6 +155,8 @@ class Objective(ObjectiveSettings):
             for role, name in self.columns(config.data).items()
         ]
         train, parts = load_row_tables(config.data, config.run.seed, columns, memory)
+        # This refuses ids of classes that mean something else in the source of the evaluation.
+        train.join([*parts.values()])
         fields = self.fields(train, config)
         tokenizer = self._load_tokenizer(config, train)
         settings = dataclasses.asdict(self)
@@ -181,7 +188,7 @@ class Objective(ObjectiveSettings):
             train=train_examples,
             eval=eval_examples,
             eval_parts=dict(zip(parts, counts, strict=True)),
-            fields=fields,
+            fields={name: value for name, value in fields.items() if not name.startswith("_")},
         )
 
     def _load_tokenizer(self, config: Config, rows: RowTable) -> PreTrainedTokenizerBase:

@@ -34,7 +34,19 @@ are the main modules, in the order in which a run uses them:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Run, Tokens
+from minilm.config import (
+    Batch,
+    CausalLM,
+    Classification,
+    Config,
+    Data,
+    MaskedLM,
+    Model,
+    Optim,
+    Run,
+    SupervisedFineTuning,
+    Tokens,
+)
 from minilm.config.field_help import attach_field_help
 
 if TYPE_CHECKING:
@@ -42,7 +54,19 @@ if TYPE_CHECKING:
     from minilm.data.example import Remark as Remark
     from minilm.objectives.objective import Objective as Objective
 
-__all__ = ["Batch", "CausalLM", "Classification", "Config", "Data", "MaskedLM", "Model", "Optim", "Run", "Tokens"]
+__all__ = [
+    "Batch",
+    "CausalLM",
+    "Classification",
+    "Config",
+    "Data",
+    "MaskedLM",
+    "Model",
+    "Optim",
+    "Run",
+    "SupervisedFineTuning",
+    "Tokens",
+]
 
 # These import torch, which takes seconds, so that they are imported when they are first used.
 _LAZY = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.commands.evaluate import infer_objective
-from minilm.config import CausalLM, Classification, MaskedLM
+from minilm.config import CausalLM, Classification, MaskedLM, SupervisedFineTuning
 from minilm.data.special_ids import count_embedding_rows
 from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
 from minilm.models.input_length import longest_input
@@ -27,6 +27,7 @@ _LOADERS: dict[type, Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizer
     MaskedLM: load_masked_lm,
     CausalLM: load_causal_lm,
     Classification: load_classifier,
+    SupervisedFineTuning: load_causal_lm,
 }
 _WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json")
 # Files that load a tokenizer, or say how the model is used.

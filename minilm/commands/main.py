@@ -75,6 +75,12 @@ def _add_generate(commands: Any) -> None:
     _add_texts(command)
     command.description = 'Continue each text with a causal LM: minilm generate DIR "Once upon a time" --top-p 0.95'
     command.add_argument(
+        "--chat",
+        nargs="*",
+        metavar="TEXT",
+        help="answer each text as the message of a user, by the chat template of the tokenizer",
+    )
+    command.add_argument(
         "--max-new-tokens",
         type=_positive,
         metavar="N",

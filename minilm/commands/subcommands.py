@@ -52,14 +52,17 @@ def _print_fills(options: argparse.Namespace, masks: Any, text: str, number: int
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    """Print a continuation of each text."""
+    """Print a continuation of each text, or with --chat an answer to it."""
     with quick_imports():
         from minilm.models.inference import check_prompts, generate, load_causal_lm
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():
+        chat = options.chat is not None
+        # The texts may stand before or after --chat.
+        options.texts += options.chat or []
         texts = read_texts(options)
         model, tokenizer = load_causal_lm(options.model)
-        check_prompts(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1)
+        check_prompts(model, tokenizer, texts, max_new_tokens=options.max_new_tokens or 1, chat=chat)
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
         settings = {name: getattr(options, name) for name in names}
         for number, text in enumerate(texts):
@@ -67,7 +70,7 @@ def run_generate(options: argparse.Namespace) -> None:
                 print()
             if not options.json:
                 print(format_row_number(options, number, len(texts)), end="", flush=True)
-            (result,) = generate(model, tokenizer, [text], **settings, stream=not options.json)
+            (result,) = generate(model, tokenizer, [text], **settings, stream=not options.json, chat=chat)
             if options.json:
                 _print_json({**row_field(options, number), "input": text, "text": result})
 

@@ -17,6 +17,7 @@ from minilm.config.settings import (
     ObjectiveSettings,
     Optim,
     Run,
+    SupervisedFineTuning,
     Tokens,
 )
 from minilm.utils.local_files import IN_MEMORY_EVAL_SOURCE, IN_MEMORY_SOURCE
@@ -35,5 +36,6 @@ __all__ = [
     "ObjectiveSettings",
     "Optim",
     "Run",
+    "SupervisedFineTuning",
     "Tokens",
 ]

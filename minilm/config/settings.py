@@ -229,6 +229,32 @@ class Classification(ObjectiveSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupervisedFineTuning(ObjectiveSettings):
+    """Supervised fine-tuning of a causal LM: predict what the assistant of a chat says (Ouyang et al. 2022)."""
+
+    format: Literal["messages", "completion", "text"] = "messages"
+    """What a row is. messages: a chat, a list of messages with role and content, in data.column (messages unless set).
+    completion: a prompt in data.column (prompt unless set) and its completion in data.pair_column (completion unless
+    set), joined as they are. text: one text in data.column."""
+    template: Literal["chatml", "llama3", "mistral", "gemma", "plain"] | None = None
+    """Chat template, which writes the messages as text, for a base model. Special tokens that the tokenizer lacks are
+    added to it, and the template is saved with it. plain adds none. Default: the tokenizer's own."""
+    targets: Literal["assistant", "all"] = "assistant"
+    """Which tokens are predicted. assistant: those of the assistant's messages, or of the completion, with the token
+    that ends them. all: every token but the first."""
+    too_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """What happens to rows longer than batch.max_length. refuse: the run does not start. cut: they lose their ends, and
+    are left out if nothing to predict remains. drop: they are left out. The log has the number of such rows."""
+
+    def __post_init__(self) -> None:
+        check_choices("objective", self)
+        check(
+            self.format == "messages" or self.template is None,
+            f"objective.template writes messages as text, but objective.format is {self.format}: leave it out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """The examples of an optimizer step, and how they are cut into micro-batches that fit the device."""
 

@@ -14,6 +14,7 @@ _FLAGS = {
     "pair": "--data.pair-column",
     "label": "--data.label-column",
     "score": "--data.score-column",
+    "messages": "--data.column",
 }
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 

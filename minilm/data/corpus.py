@@ -159,6 +159,8 @@ class PreparedData:
     """The number of evaluation examples of each part, in the order of `eval`."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration that the data decides, such as the names of its labels."""
+    added_tokens: int = 0
+    """The number of tokens that the objective has added to the tokenizer, after those of `tokens.extend`."""
 
 
 def encode(

@@ -146,7 +146,8 @@ class _Writer:
                     bar.update(len(batch))
                 counts.append(len(self.labels) - before)
         if not all(counts) or self.kind is None:
-            raise ValueError(f"the {self.name} give no example: give other rows")
+            reasons = "; ".join(f"{count:,} {text}" for text, count in self.remarks.items())
+            raise ValueError(f"the {self.name} give no example{f' ({reasons})' * bool(reasons)}: give other rows")
         kind, _, several = self.kind
         np.save(folder / "rows.npy", np.array(self.bounds, np.int64))
         np.save(folder / "examples.npy", np.array(self.first, np.int64))

@@ -152,13 +152,21 @@ def _fill_in(tokenizer: PreTrainedTokenizerBase, input_ids_L: torch.Tensor, plac
 
 
 def check_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_new_tokens: int = 1
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 1,
+    chat: bool = False,
 ) -> None:
-    """Raise ValueError for a text that leaves no room for `max_new_tokens` or has no token to start from."""
+    """Raise ValueError for a text that leaves no room for `max_new_tokens` or has no token to start from.
+
+    chat: the texts are messages of a user, which the tokenizer's chat template must accept.
+    """
     longest = longest_input(model)
     for text in texts:
         with locate_encoding_errors(tokenizer, [text]):
-            ids = tokenizer(text, verbose=False)["input_ids"]
+            ids = _encode_prompt(tokenizer, text, chat=chat)
         if not ids and _first_id(tokenizer) is None:
             raise ValueError(
                 f"the text {text!r} has no tokens, and the tokenizer has no token that begins a document: pass a text "
@@ -170,6 +178,27 @@ def check_prompts(
                 f"the text {_quote_beginning(text)} has {len(ids)} tokens, which with {max_new_tokens} new ones is "
                 f"more than the model's {longest} tokens: {fewer if len(ids) < longest else 'shorten it'}"
             )
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
+    """Return the ids of a text, or with `chat` those of a chat that begins with this message of the user's."""
+    if not chat:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, so that the model reads no chats: leave --chat out to continue a text"
+        )
+    try:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        # A template is a program: it may raise anything.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the chat template refuses {_quote_beginning(text)}: {reason}") from error
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -194,6 +223,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stream: bool = False,
+    chat: bool = False,
 ) -> list[str]:
     """Return each text with its continuation, which `model.generate` draws after `torch.manual_seed(seed)`.
 
@@ -204,11 +234,12 @@ def generate(
     top_p: a token is drawn from the fewest of these, the likeliest first, whose probabilities add up to at least this
     (Holtzman et al. 2020, section 3.1).
     stream: print the tokens as they are drawn.
+    chat: each text is the message of a user, written by the tokenizer's chat template; return only the answer.
 
     An empty text starts with the token that begins documents. A warning counts the tokens of a text that are unknown to
     the tokenizer. Raises ValueError for a text that is too long for the model.
     """
-    check_prompts(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1)
+    check_prompts(model, tokenizer, texts, max_new_tokens=max_new_tokens or 1, chat=chat)
     longest = longest_input(model) or math.inf
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     choice: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
@@ -216,7 +247,7 @@ def generate(
     draw: Any = model.generate
     results = []
     for text in texts:
-        ids_L = tokenizer(text)["input_ids"] or [_first_id(tokenizer)]
+        ids_L: list[Any] = _encode_prompt(tokenizer, text, chat=chat) or [_first_id(tokenizer)]
         if unknown := ids_L.count(tokenizer.unk_token_id):
             log.warning(
                 f"{unknown} of the {len(ids_L)} tokens of {_quote_beginning(text)} are unknown to the model's tokenizer"
@@ -229,10 +260,11 @@ def generate(
                 attention_mask=torch.ones_like(inputs_1xL),
                 max_new_tokens=max_new_tokens or min(100, longest - len(ids_L)),
                 pad_token_id=padding,
-                streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+                streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if stream else None,
                 **choice,
             )
-        results.append(str(tokenizer.decode(output_1xL[0], skip_special_tokens=True)))
+        first = len(ids_L) if chat else 0
+        results.append(str(tokenizer.decode(output_1xL[0, first:], skip_special_tokens=True)))
     return results
 
 

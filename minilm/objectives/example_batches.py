@@ -26,7 +26,8 @@ class ExampleCollator:
     """
 
     def __init__(self, examples: Examples, outputs: str, *, padded: bool, multiple: int) -> None:
-        self.examples, self.outputs = examples, outputs
+        # The examples hold the target of a next token at the token before it.
+        self.examples, self.outputs = examples, "targets" if outputs == "next_tokens" else outputs
         self.padded, self.multiple = padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:
@@ -95,7 +96,7 @@ def arrange_outputs(outputs_UxC: Tensor, kind: str, lengths: Sequence[int], coun
         if not len(outputs_UxC):
             return outputs_UxC.new_zeros(0, 1, *outputs_UxC.shape[1:])
         return pad_sequence([*torch.split(outputs_UxC, [*lengths])], batch_first=True, padding_value=-torch.inf)
-    if counts is None or kind == "targets":
+    if counts is None or kind in ("targets", "next_tokens"):
         return outputs_UxC
     if len({*counts}) == 1:
         return outputs_UxC.view(len(counts), counts[0], *outputs_UxC.shape[1:])

@@ -1,8 +1,9 @@
-"""The exact evaluation of an objective: the outputs of all processes are gathered, then each figure is computed once.
+"""The exact evaluation of an objective: what all processes computed is gathered, then each figure is computed once.
 
 Axes: U outputs of all evaluation examples, C numbers of an output, E examples, N targets.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.example import NO_TARGET
+from minilm.data.micro_batch import target_losses
 from minilm.models.temporary_changes import evaluation_mode
 from minilm.objectives.evaluation import iterate_local_batches
 from minilm.objectives.example_batches import ExampleCollator, arrange_outputs, count_targets
+from minilm.objectives.metrics import MAX_EXPONENT
 
 if TYPE_CHECKING:
     from minilm.objectives.objective import Objective
@@ -51,18 +54,11 @@ class ExampleEvaluator:
     def names(self) -> tuple[str, ...]:
         """The names of the figures."""
         names = ("eval_loss", *self.own_names)
-        return (*names, *(f"{name}_{part}" for part in self._parts() for name in names))
-
-    def _parts(self) -> dict[str, slice]:
-        """Return the examples of each part of the evaluation, if there are several parts."""
-        sizes = self.prepared.eval_parts
-        stops = np.cumsum([*sizes.values()]).tolist()
-        parts = zip(sizes, stops, strict=True)
-        return {name: slice(stop - sizes[name], stop) for name, stop in parts} if len(sizes) > 1 else {}
+        return (*names, *(f"{name}_{part}" for part in _find_parts(self.prepared) for name in names))
 
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> FigureTable:
         """Evaluate every example once. The processes share the examples, and all return the same result."""
-        examples, outputs = self.prepared.eval, self.objective.outputs
+        examples, outputs = self.prepared.eval, self.collator.outputs
         first_E1 = np.cumsum([0, *_count_outputs(examples, outputs)])
         batches: list[tuple[Tensor, Tensor]] = []
         with evaluation_mode(model):
@@ -79,7 +75,7 @@ class ExampleEvaluator:
         # One process has the outputs of an example and all others have zeros, so the sum is exact.
         outputs_UxC = accelerator.reduce(outputs_UxC.to(accelerator.device)).cpu()
         figures = self._compute_figures(outputs_UxC, first_E1, slice(0, len(examples)))
-        for name, part in self._parts().items():
+        for name, part in _find_parts(self.prepared).items():
             own = self._compute_figures(outputs_UxC, first_E1, part)
             figures |= {f"{figure}_{name}": value for figure, value in own.items()}
         return FigureTable(values=figures)
@@ -114,11 +110,55 @@ class ExampleEvaluator:
         counts = None if examples.rows is None else [*map(len, lengths)]
         own_UxC = outputs_UxC[first_E1[part.start] : first_E1[part.stop]]
         arranged = arrange_outputs(own_UxC, self.objective.outputs, [n for own in lengths for n in own], counts)
-        if self.objective.outputs != "targets":
+        if self.collator.outputs != "targets":
             assert examples.labels is not None
             return arranged, torch.from_numpy(examples.labels[part])
         targets = torch.from_numpy(np.concatenate([examples.targets_of_tokens(i) for i in ids]))
         return arranged, targets[targets != NO_TARGET]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetLossEvaluator:
+    """The evaluation of a causal LM by the losses of its targets. The logits of the vocabulary are not kept."""
+
+    prepared: PreparedData
+    collator: ExampleCollator
+    micro_tokens: int
+    """Maximum number of tokens in a forward pass, padding included. The figures do not depend on it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the figures."""
+        parts = ("", *(f"_{part}" for part in _find_parts(self.prepared)))
+        return tuple(f"{name}{part}" for part in parts for name in ("eval_loss", "perplexity"))
+
+    def __call__(self, accelerator: Accelerator, model: nn.Module) -> FigureTable:
+        """Evaluate every example once. The processes share the examples, and all return the same result."""
+        examples = self.prepared.eval
+        counts_E = count_targets(examples, range(len(examples)))
+        nats_E = np.zeros(len(examples))
+        with evaluation_mode(model):
+            for ids, batch in iterate_local_batches(accelerator, examples, self.collator, self.micro_tokens):
+                # The sums are taken on the CPU, since not every device has float64.
+                nats_N = target_losses(model, batch.to(accelerator.device)).cpu().double().numpy()
+                nats_E[ids] = np.bincount(np.repeat(np.arange(len(ids)), counts_E[ids]), nats_N, len(ids))
+        # One process has the sum of an example and all others have zero, so that a sum of the bits is exact.
+        bits_E = torch.from_numpy(nats_E.view(np.int64)).to(accelerator.device)
+        nats_E = accelerator.reduce(bits_E).cpu().numpy().view(np.float64)
+        figures = dict[str, float]()
+        parts = {f"_{name}": part for name, part in _find_parts(self.prepared).items()}
+        for name, part in {"": slice(None), **parts}.items():
+            loss = math.fsum(nats_E[part]) / int(counts_E[part].sum())
+            figures |= {f"eval_loss{name}": loss, f"perplexity{name}": math.exp(min(loss, MAX_EXPONENT))}
+        return FigureTable(values=figures)
+
+
+def _find_parts(prepared: PreparedData) -> dict[str, slice]:
+    """Return the examples of each part of the evaluation, if there are several parts."""
+    sizes = prepared.eval_parts
+    stops = np.cumsum([*sizes.values()]).tolist()
+    parts = zip(sizes, stops, strict=True)
+    return {name: slice(stop - sizes[name], stop) for name, stop in parts} if len(sizes) > 1 else {}
 
 
 def _count_outputs(examples: Examples, outputs: str) -> list[int]:

@@ -19,6 +19,7 @@ _IMPLEMENTATIONS = {
     "MaskedLM": ("masked_lm", "MaskedLMObjective"),
     "CausalLM": ("causal_lm", "CausalLMObjective"),
     "Classification": ("classification", "ClassificationObjective"),
+    "SupervisedFineTuning": ("supervised_finetuning", "SupervisedFineTuningObjective"),
 }
 
 
@@ -72,7 +73,7 @@ def build_network(config: Config, prepared: PreparedData, *, trained: bool = Tru
         seed=config.run.seed,
         auto=objective.auto,
         fields=prepared.fields,
-        added=config.tokens.extend,
+        added=config.tokens.extend + prepared.added_tokens,
         new_labels=_has_new_labels(config, prepared),
     )
     if objective.auto in (AutoModelForMaskedLM, AutoModelForCausalLM):

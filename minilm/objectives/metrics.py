@@ -18,7 +18,7 @@ CLASSIFICATION_FIGURES = {
     "regression": ("pearson", "spearman", "mse"),
 }
 # exp(700) is close to the largest float64.
-_MAX_EXPONENT = 700.0
+MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class EvaluationTotals:
         scale = math.log(2) * max(1, self.utf8_bytes)
         return {
             "eval_loss": loss,
-            "perplexity": math.exp(min(loss, _MAX_EXPONENT)),
+            "perplexity": math.exp(min(loss, MAX_EXPONENT)),
             "bits_per_byte": self.nats / scale,
             "unigram_bits_per_byte": self.unigram_nats / scale,
         }

@@ -22,21 +22,23 @@ from minilm.config import Config, Data, ObjectiveSettings
 from minilm.data.columns import Column
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_row_tables
-from minilm.data.example import Example, Remark
+from minilm.data.example import NO_TARGET, Example, Remark
 from minilm.data.example_encoding import encode_rows, hash_own_code
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import Collator
 from minilm.data.packing import Packing
 from minilm.data.rows import Row, RowTable
+from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.embedding_head import EmbeddingHead
+from minilm.models.forward_checks import check_causal
 from minilm.models.head import Head
 from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.example_batches import ExampleCollator, arrange_outputs
-from minilm.objectives.example_evaluation import ExampleEvaluator
+from minilm.objectives.example_evaluation import ExampleEvaluator, TargetLossEvaluator
 
 # The task of each auto class, on the hub and in `transformers.pipeline`.
 _PIPELINES = {
@@ -47,7 +49,7 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
-Outputs = Literal["targets", "rows", "tokens", "mean", "first", "last"]
+Outputs = Literal["targets", "next_tokens", "rows", "tokens", "mean", "first", "last"]
 """What the model gives the loss; see `Objective.outputs`."""
 
 
@@ -91,9 +93,11 @@ class Objective(ObjectiveSettings):
     """The auto class of transformers that builds and loads the models, such as `AutoModelForTokenClassification`."""
     outputs: ClassVar[Outputs] = "targets"
     """What the model gives the loss. "targets": the model's logits at each token with a target, N x C. "tokens": its
-    logits at all tokens, R x L x C, with -inf after the end of a row. "rows": its logits for each row, R x C. "mean",
-    "first" and "last", with `AutoModel`: the hidden states of each row as one vector, R x H. If examples have several
-    rows, an output per row has the shape E x K x C."""
+    logits at all tokens, R x L x C, with -inf after the end of a row. "next_tokens", with `AutoModelForCausalLM`: the
+    logits that predict each target from the tokens before it, N x C; a target is the token's own id, and the first
+    token of a row is never one. The default loss does not keep them, which saves time and memory. "rows": its logits
+    for each row, R x C. "mean", "first" and "last", with `AutoModel`: the hidden states of each row as one vector,
+    R x H. If examples have several rows, an output per row has the shape E x K x C."""
     couples_examples: ClassVar[bool] = False
     """Whether the loss of an example depends on the other examples of its step, as with in-batch negatives. `loss` then
     gets all examples of the step at once, over all processes, in the order of their numbers."""
@@ -124,6 +128,13 @@ class Objective(ObjectiveSettings):
         A field whose name begins with _ is for `examples` alone. It is not a part of the model's configuration.
         """
         return {}
+
+    def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Change the tokenizer of the run before it encodes, such as by `tokenizer.add_tokens`.
+
+        The embedding of a checkpoint grows with the tokens, and the output folder has the changed tokenizer. So the
+        method must not add again what is there.
+        """
 
     def examples(
         self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
@@ -159,16 +170,19 @@ class Objective(ObjectiveSettings):
         train.join([*parts.values()])
         fields = self.fields(train, config)
         tokenizer = self._load_tokenizer(config, train)
+        own_rows = count_embedding_rows(tokenizer)
+        self.adapt_tokenizer(tokenizer)
         settings = dataclasses.asdict(self)
         own = type(self)
         key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
         reading = copy.deepcopy(tokenizer)
         reading.model_max_length = config.batch.max_length
+        shift = _shift_targets if self.outputs == "next_tokens" else _keep
 
         def encode(tables: Sequence[RowTable], name: str, *, evaluated: bool = True) -> tuple[Examples, list[int]]:
             return encode_rows(
                 tables,
-                lambda rows: self.examples(rows, reading, fields),
+                lambda rows: map(shift, self.examples(rows, reading, fields)),
                 reading,
                 max_length=config.batch.max_length,
                 key=key,
@@ -189,6 +203,7 @@ class Objective(ObjectiveSettings):
             eval=eval_examples,
             eval_parts=dict(zip(parts, counts, strict=True)),
             fields={name: value for name, value in fields.items() if not name.startswith("_")},
+            added_tokens=count_embedding_rows(tokenizer) - own_rows,
         )
 
     def _load_tokenizer(self, config: Config, rows: RowTable) -> PreTrainedTokenizerBase:
@@ -197,7 +212,9 @@ class Objective(ObjectiveSettings):
         if (config.tokens.name or config.model.name) is None or config.tokens.extend:
             texts = [text for batch in rows.iter_batches() for row in batch for text in _find_texts(dict(row))]
         documents = Dataset.from_dict({"text": texts})
-        return load_tokenizer(config.tokens, config.model.name, documents, causal=self.outputs == "last")
+        return load_tokenizer(
+            config.tokens, config.model.name, documents, causal=self.outputs in ("next_tokens", "last")
+        )
 
     # The loss.
 
@@ -235,6 +252,8 @@ class Objective(ObjectiveSettings):
         """
         if texts and type(self).sample is Objective.sample:
             raise ValueError(f"run.samples: {type(self).__name__} has no method `sample`; leave run.samples out")
+        if self.outputs == "next_tokens":
+            check_causal(network, "; where the model can be made one, pass --model.config.is-decoder True")
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> Head:
         """Return the module that computes the loss of each target in a micro-batch.
@@ -261,11 +280,14 @@ class Objective(ObjectiveSettings):
         return head
 
     def _build_head(self, network: PreTrainedModel, loss: Any) -> Head:
-        if self.outputs == "targets" or self.outputs == "tokens":
+        if self.outputs == "next_tokens" and type(self).loss is Objective.loss:
+            return SparseHead(network)
+        if self.outputs in ("targets", "next_tokens", "tokens"):
             return SparseHead(network, loss=loss)
         if self.outputs == "rows":
             return RowHead(network, loss=loss)
-        return EmbeddingHead(network, pooling=self.outputs, loss=loss)
+        pooling: Any = self.outputs
+        return EmbeddingHead(network, pooling=pooling, loss=loss)
 
     def collator(
         self,
@@ -294,10 +316,13 @@ class Objective(ObjectiveSettings):
         micro_tokens: the maximum number of tokens in a forward pass. The figures must not depend on it.
         padded, multiple: as in `minilm.data.batch_plan.Plan`.
         """
+        collator = ExampleCollator(prepared.eval, self.outputs, padded=padded, multiple=multiple)
+        if self.outputs == "next_tokens" and not self.figures:
+            return TargetLossEvaluator(prepared=prepared, collator=collator, micro_tokens=micro_tokens)
         return ExampleEvaluator(
             objective=self,
             prepared=prepared,
-            collator=ExampleCollator(prepared.eval, self.outputs, padded=padded, multiple=multiple),
+            collator=collator,
             micro_tokens=micro_tokens,
             own_names=self.figures,
         )
@@ -332,6 +357,19 @@ class Objective(ObjectiveSettings):
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return a shell command that tries the model in `folder`. The last line of a run's log shows it."""
         return f"minilm evaluate {folder}"
+
+
+def _shift_targets(example: Example | Remark) -> Example | Remark:
+    """Return the example with the target of each token at the token before it, where the model predicts it."""
+    if isinstance(example, Remark):
+        return example
+    if example.targets is None:
+        raise ValueError('an Example has no `targets`, which outputs = "next_tokens" needs: give one for each id')
+    return dataclasses.replace(example, targets=[*example.targets[1:], NO_TARGET])
+
+
+def _keep(example: Example | Remark) -> Example | Remark:
+    return example
 
 
 def _find_texts(value: Any) -> Iterator[str]:

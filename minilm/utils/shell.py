@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 
-def format_command(command: str, folder: Path, text: str) -> str:
-    """Return the shell line `minilm COMMAND FOLDER TEXT`, with quotes where the shell needs them."""
+def format_command(command: str, folder: Path, *words: str) -> str:
+    """Return the shell line `minilm COMMAND FOLDER WORDS`, with quotes where the shell needs them."""
     name = str(folder)
-    return shlex.join(["minilm", command, f"./{name}" if name.startswith("-") else name, text])
+    return shlex.join(["minilm", command, f"./{name}" if name.startswith("-") else name, *words])

@@ -18,6 +18,10 @@ def check_choices(group: str, settings: Any) -> None:
     group: the name of the group of settings, for the message. settings: a dataclass.
     """
     for name, kind in typing.get_type_hints(type(settings)).items():
+        if getattr(settings, name) is None:
+            continue
+        # In a type such as `Literal["a", "b"] | None`, the choices come first.
+        kind = typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
         several = typing.get_origin(kind) is tuple
         kind = typing.get_args(kind)[0] if several else kind
         if typing.get_origin(kind) is Literal:

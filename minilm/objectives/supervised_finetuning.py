@@ -20,7 +20,7 @@ from minilm.models.inference import check_prompts, generate
 from minilm.objectives.objective import Objective
 from minilm.utils.shell import format_command
 
-_SPLIT_BOUNDARY = Remark(
+_SPLIT_BOUNDARY = (
     "rows have a token with the end of the prompt and the beginning of the completion, which a model that is given the "
     "prompt alone will not meet: let the completion, and not the prompt, hold the space between them"
 )
@@ -69,7 +69,8 @@ class SupervisedFineTuningObjective(Objective):
             encoded = ChatEncoder(tokenizer).encode(rows, chats, everything=everything)
         else:
             encoded, shared = _encode_plain(rows, tokenizer, everything=everything)
-            yield from [_SPLIT_BOUNDARY] * shared
+            if shared:
+                yield Remark(_SPLIT_BOUNDARY, shared)
         longest = tokenizer.model_max_length
         if self.settings.too_long == "refuse":
             _refuse_long_rows(rows, [len(ids) for ids, _ in encoded], longest)

@@ -31,6 +31,7 @@ from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
 from minilm.objectives.coupling import couple_examples
+from minilm.objectives.distillation import add_teacher
 from minilm.objectives.factory import build_network, build_objective
 from minilm.objectives.objective import Evaluator
 from minilm.optim.optimizer import apply_update, build_optimizer
@@ -147,7 +148,7 @@ def train(
         plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
         total = config.run.count_steps(plan.steps_per_epoch)
         cost = count_flops(head, config.batch.max_length)
-        inputs = collect_inputs(prepared, network, accelerator.num_processes)
+        inputs = collect_inputs(prepared, head, accelerator.num_processes)
         if config.run.compile:
             compile_layers(head)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -255,6 +256,7 @@ def build_head(run: Session) -> tuple[Head, Config]:
         objective.check(network, prepared.tokenizer, config.run.samples)
         head = objective.head(network.to(accelerator.device), prepared)
         freeze_unused(head)
+        add_teacher(head, config, objective, prepared)
     verify_head(config, head, prepared)
     first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
     return head, resolve_micro_tokens(config, accelerator, head, run.checkpoint, first)

@@ -68,8 +68,8 @@ class Distiller(Head):
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__(student)
-        self.student, self.teacher = SparseHead(student), SparseHead(teacher).requires_grad_(False)
-        self.padding_free, self._kept = self.student.padding_free and self.teacher.padding_free, list[Tensor]()
+        self.student, self.teacher_head = SparseHead(student), SparseHead(teacher).requires_grad_(False)
+        self.padding_free, self._kept = self.student.padding_free and self.teacher_head.padding_free, list[Tensor]()
         if not self.padding_free:
             raise ValueError("this recipe takes models that need no padding: leave model.attention at auto")
         for model, layer in ((student, -1), (teacher, TEACHER_LAYER)):
@@ -91,8 +91,8 @@ class Distiller(Head):
 
         These take the place of logits.
         """
-        with evaluation_mode(self.teacher):
-            teacher_states = self._states(self.teacher, input_ids_T, packing)
+        with evaluation_mode(self.teacher_head):
+            teacher_states = self._states(self.teacher_head, input_ids_T, packing)
         pairs = zip(self._states(self.student, input_ids_T, packing), teacher_states, strict=True)
         kinds = [torch.cat([divergence(*pair, group) for group in packing.groups]) for pair in pairs]
         return torch.stack(kinds).sum(0)[target_index_N]

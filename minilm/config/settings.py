@@ -151,6 +151,21 @@ class Model:
 class ObjectiveSettings:
     """The base class of the settings of all objectives. `minilm.Objective` is the one to write an objective with."""
 
+    teacher: str | None = None
+    """Hub id or folder of a trained model with the same tokens. The model then also learns to predict what the teacher
+    predicts (distillation, Hinton et al. 2015)."""
+    teacher_weight: float = 0.5
+    """Share of the training loss that compares the model with the teacher. The rest is the usual loss."""
+    teacher_temperature: float = 1.0
+    """Divisor of both models' logits when they are compared. Above 1, the teacher's unlikely predictions count more."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.teacher_weight <= 1, f"objective.teacher_weight must lie in [0, 1], not {self.teacher_weight}")
+        check(
+            0 < self.teacher_temperature < float("inf"),
+            f"objective.teacher_temperature must be positive, not {self.teacher_temperature}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM(ObjectiveSettings):
@@ -172,6 +187,7 @@ class MaskedLM(ObjectiveSettings):
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choices("objective", self)
         check(
             0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
@@ -195,6 +211,7 @@ class CausalLM(ObjectiveSettings):
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
         )
@@ -213,6 +230,7 @@ class Classification(ObjectiveSettings):
     """Share of a target's probability that training spreads over all classes. Evaluation does not smooth."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choices("objective", self)
         check(
             0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"

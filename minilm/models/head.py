@@ -17,6 +17,7 @@ from minilm.models.fast_modules import install_fast_modules
 from minilm.models.layers import find_layers
 from minilm.models.model_inputs import ModelInputs
 from minilm.models.shortcut_trials import ShortcutTrials
+from minilm.models.teacher import Teacher
 from minilm.models.temporary_changes import training_mode
 
 _SHORTCUTS = ("fused", "short", "padding_free", "sparse")  # from the cheapest to give up to the dearest
@@ -44,6 +45,8 @@ class Head(nn.Module):
         self.loss = loss
         self.coupled_rows = 0
         """The number of rows of an example if `loss` compares the examples of a step, else 0."""
+        self.teacher: Teacher | None = None
+        """A model whose outputs this one learns too, in training."""
         self.padding_free = False
         """Rows follow each other without padding, and attention keeps them apart (`minilm.models.attention`)."""
         self.needs_equal_lengths = False
@@ -129,7 +132,10 @@ class Head(nn.Module):
             linear_N = (outputs.reshape(gradient_NxD.shape) * gradient_NxD).sum(1)
             return losses_N + (linear_N - linear_N.detach())
         assert self.loss is not None
-        return self.loss(outputs, targets, packing)
+        losses_N = self.loss(outputs, targets, packing)
+        if self.teacher is None or not self.training:
+            return losses_N
+        return self.teacher.mix(losses_N, outputs, targets, input_ids_T, packing, target_index_N, type_ids_T)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None

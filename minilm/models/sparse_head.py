@@ -100,9 +100,13 @@ class SparseHead(Head):
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         # In fp16, gradients of small probabilities vanish unless the loss is scaled first. `fused` computes gradients
         # before the loss is scaled.
-        if not self.fused or half:
-            logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T)
-            return F.cross_entropy(logits_NxV.float(), targets, reduction="none", label_smoothing=smoothing)
+        teacher = self.teacher if self.training else None
+        if not self.fused or half or teacher is not None:
+            logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
+            nats_N = F.cross_entropy(logits_NxV, targets, reduction="none", label_smoothing=smoothing)
+            if teacher is None:
+                return nats_N
+            return teacher.mix(nats_N, logits_NxV, targets, input_ids_T, packing, target_index_N, type_ids_T)
         with bypass(self._last):
             hidden_NxH = self._compute_logits(input_ids_T, packing, target_index_N, type_ids_T)
         weight, bias = self._last.weight, self._last.bias

@@ -26,10 +26,10 @@ from minilm.models.compatibility import check_compatibility
 from minilm.models.inference import classify
 from minilm.models.model_config import count_token_types, load_configuration
 from minilm.models.row_head import RowHead
-from minilm.objectives.classification_loss import ClassificationLoss
+from minilm.objectives.classification_loss import ClassificationLoss, compute_classification_losses
 from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.example_evaluation import ExampleEvaluator
-from minilm.objectives.metrics import CLASSIFICATION_FIGURES, compute_classification_figures
+from minilm.objectives.metrics import CLASSIFICATION_FIGURES, compute_classification_figures, find_problem
 from minilm.objectives.objective import Evaluator, Objective
 from minilm.utils.shell import format_command
 
@@ -108,6 +108,14 @@ class ClassificationObjective(Objective):
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
         return compute_classification_figures(outputs.double().numpy(), targets.numpy())
+
+    def compare_with_teacher(self, outputs: Tensor, expected: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        problem = find_problem(targets.cpu().numpy()[:0])
+        if problem == "single-label":
+            return super().compare_with_teacher(outputs, expected, targets, temperature)
+        if problem == "regression":
+            return compute_classification_losses(outputs, expected[:, 0], problem)
+        return compute_classification_losses(outputs, expected.sigmoid(), problem)
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         """Raise nothing: any classifier can be trained, and any text can be classified."""

@@ -19,8 +19,8 @@ from minilm.utils.shell import format_command
 _EVAL_SEED = 2**63
 # The check of fully masked rows ignores an event with a smaller probability.
 _NEGLIGIBLE_PROBABILITY = 1e-12
-# The settings of `MaskedLM` that are not arguments of the collator.
-_OTHER_SETTINGS = ("eval_rate", "label_smoothing")
+# The settings of `MaskedLM` that are arguments of the collator for training.
+_MASKING_SETTINGS = ("rate", "final_rate", "unit", "masked", "replaced")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MaskedLMObjective(LanguageModelObjective):
         layout: dict[str, Any] = {"padded": padded, "multiple": multiple}
         if seed is None:
             return MaskedLMCollator(tokenizer, rate=self.settings.eval_rate, seed=_EVAL_SEED, **layout)
-        settings = {name: value for name, value in vars(self.settings).items() if name not in _OTHER_SETTINGS}
+        settings = {name: getattr(self.settings, name) for name in _MASKING_SETTINGS}
         word_starts = examples.word_starts if self.needs_word_starts else None
         return MaskedLMCollator(tokenizer, seed=seed, word_starts=word_starts, **settings, **layout)
 

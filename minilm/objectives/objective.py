@@ -241,6 +241,18 @@ class Objective(ObjectiveSettings):
         """
         return self.metrics(outputs, targets)
 
+    def compare_with_teacher(self, outputs: Tensor, expected: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Return how far the model is from its teacher at each target or example, float32[N] or [E], in nats.
+
+        The default is for logits of classes on the last axis: the Kullback-Leibler divergence of the teacher's
+        distribution from the model's, both with logits divided by the temperature, times its square (Hinton et al.
+        2015, section 2).
+
+        outputs, expected: what the model and the teacher give, in the shape that `Objective.outputs` says.
+        """
+        ours, theirs = ((logits / temperature).log_softmax(-1) for logits in (outputs, expected))
+        return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+
     # The parts of a run.
 
     def check(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:

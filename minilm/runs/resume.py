@@ -27,7 +27,7 @@ log = logging.getLogger("minilm")
 # Settings that change in nearly every resume, so that no line reports them.
 _UNREPORTED = ("run.output_dir", "run.overwrite", "run.resume")
 # Settings that name inputs. The names may change, but not the content, which minilm.runs.run_inputs compares.
-_SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name")
+_SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name", "objective.teacher")
 # Settings that may change when a run is resumed. They decide how a step is computed, how long the run is and what it
 # saves. A new length also changes later steps, since the learning rate depends on it.
 _MAY_CHANGE = (

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from minilm.data.corpus import PreparedData
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.distributed.hardware import describe
+from minilm.models.head import Head
 from minilm.runs.run_facts import library_versions
 
 # Fields of a model configuration that say where the model comes from, not what it computes. The dtype is among them,
@@ -18,9 +19,10 @@ from minilm.runs.run_facts import library_versions
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 _CHUNK = 2**20  # elements of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
+_TEACHER = "teacher"
 
 
-def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: int) -> dict[str, Any]:
+def collect_inputs(prepared: PreparedData, head: Head, processes: int) -> dict[str, Any]:
     """Return what the result of a run depends on besides the settings, by name, as JSON types.
 
     This is the only such list. Facts in "versions" and "machine" are compared by name. If you add another input here,
@@ -29,6 +31,8 @@ def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: 
     checkpoint. And a changed `model.name` must still name the same model. The generation configuration does not change
     a step, but a run saves it with its model.
     """
+    network = head.model
+    teacher = None if head.teacher is None else dict(head.teacher.head.named_parameters())
     inputs = {
         "training examples": prepared.train.identity(),
         "evaluation examples": {**prepared.eval.identity(), "parts": prepared.eval_parts},
@@ -39,6 +43,7 @@ def collect_inputs(prepared: PreparedData, network: PreTrainedModel, processes: 
             kind: _checksum({n: p for n, p in network.named_parameters() if p.requires_grad == (kind == "trained")})
             for kind in ("trained", "frozen")
         },
+        _TEACHER: None if teacher is None else _checksum(teacher),
         "versions": library_versions(),
         "machine": {
             "processes": processes,
@@ -63,7 +68,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checksum(parameters: dict[str, Tensor]) -> str:
+def _checksum(parameters: Mapping[str, Tensor]) -> str:
     """Return a checksum of the parameters: of their names, their order and their bits as float32."""
     return _digest({name: _sums(parameter.detach()) for name, parameter in parameters.items()})
 
@@ -95,6 +100,8 @@ def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
         for field in sorted(fields.keys() | others.keys() if same_library else fields.keys() & others.keys()):
             if (old := fields.get(field)) != (new := others.get(field)):
                 changes.append(f"{field} of the {part} was {json.dumps(old)}, is {json.dumps(new)}")
+    if before.get(_TEACHER, now.get(_TEACHER)) != now.get(_TEACHER):
+        changes.append("objective.teacher is not the model that the run began with: its weights are different")
     weights, others = _part(before, _WEIGHTS, {}), now[_WEIGHTS]
     if (origin or base) and weights.get("frozen", others["frozen"]) != others["frozen"]:
         changes.append("model.name is no longer the model that the run began with: its weights are different")

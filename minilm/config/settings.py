@@ -265,6 +265,7 @@ class SupervisedFineTuning(ObjectiveSettings):
     are left out if nothing to predict remains. drop: they are left out. The log has the number of such rows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choices("objective", self)
         check(
             self.format == "messages" or self.template is None,

@@ -152,7 +152,10 @@ def test_a_configuration_survives_json(config: Config) -> None:
         ({"batch": {"exmaples": 3}}, "batch.'exmaples': did you mean 'examples'?"),
         ({"run": {"zzz": 1}}, "run.'zzz'. There are: "),
         ({"objective": {"name": "CausalML"}}, "objective.name 'CausalML': did you mean 'CausalLM'?"),
-        ({"objective": {"name": "CausalLM", "rate": 0.1}}, "objective.'rate'. There are: label_smoothing."),
+        (
+            {"objective": {"name": "CausalLM", "rate": 0.1}},
+            "objective.'rate'. There are: label_smoothing, teacher, teacher_temperature, teacher_weight.",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(tree: dict[str, Any], hint: str) -> None:

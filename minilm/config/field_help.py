@@ -13,10 +13,10 @@ from minilm.config import settings
 def read_field_help() -> dict[str, dict[str, str]]:
     """Return the string under each field of `minilm.config.settings`, on one line, by class and then by field.
 
-    Raise OSError if the source file is missing.
+    A class also has the fields of its base class. Raise OSError if the source file is missing.
     """
     classes = [node for node in ast.parse(inspect.getsource(settings)).body if isinstance(node, ast.ClassDef)]
-    return {
+    own = {
         owner.name: {
             ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
             for field, text in pairwise(owner.body)
@@ -24,6 +24,8 @@ def read_field_help() -> dict[str, dict[str, str]]:
         }
         for owner in classes
     }
+    bases = {name: [base.__name__ for base in getattr(settings, name).__mro__[-2::-1]] for name in own}
+    return {name: {field: text for base in bases[name] for field, text in own[base].items()} for name in own}
 
 
 def attach_field_help() -> None:

@@ -44,7 +44,15 @@ def test_bash_takes_a_recipes_script(recipe: Path) -> None:
         ("--dr", {"--dry-run"}),
         ("--from-run a --run.see", {"--run.seed"}),
         ("--run.precision b", {"bf16"}),
-        ("--objective.", {"--objective.label-smoothing"}),
+        (
+            "--objective.",
+            {
+                "--objective.label-smoothing",
+                "--objective.teacher",
+                "--objective.teacher-temperature",
+                "--objective.teacher-weight",
+            },
+        ),
     ],
 )
 def test_bash_completes_the_flags_of_a_recipe_behind_its_launcher(

@@ -221,7 +221,7 @@ class Parts:
 
 def build_parts(config: Config, head_of: Callable[[PreTrainedModel, PreparedData], Head] | None = None) -> Parts:
     """Return the parts of a run. `head_of` replaces the head of the objective."""
-    accelerator, _ = start(config.run)
+    accelerator, precision = start(config.run)
     prepared, objective = prepare_data(config), build_objective(config.objective)
     network = build_network(config, prepared)
     head = (head_of or objective.head)(network.to(accelerator.device), prepared)
@@ -231,7 +231,7 @@ def build_parts(config: Config, head_of: Callable[[PreTrainedModel, PreparedData
     config = resolve_micro_tokens(config, accelerator, head, None, first)
     if config.run.compile:
         compile_layers(head)
-    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
+    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim, precision.name))
     plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
     model.train()
     return Parts(

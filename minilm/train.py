@@ -152,7 +152,8 @@ def train(
         if config.run.compile:
             compile_layers(head)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        new_optimizer = build_optimizer(head, config.optim) if optimizer is None else optimizer(trained)
+        precision = run.precision.name
+        new_optimizer = build_optimizer(head, config.optim, precision) if optimizer is None else optimizer(trained)
         model, optim = distribute(accelerator, head, new_optimizer)
 
         # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all

@@ -110,7 +110,7 @@ def train(config: Config, name: str) -> TrainResult:
         collator = objective.collator(
             prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
         )
-        model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim))
+        model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim, run.precision.name))
         model.train()
         with closing(recorder):
             steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)

@@ -117,7 +117,7 @@ def train(config: Config, name: str) -> TrainResult:
         freeze_unused(distiller)
         cost = count_flops(distiller.student, config.batch.max_length)
         plan, total, recorder = start_recording(run, distiller)
-        model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim))
+        model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim, run.precision.name))
         model.train()
         with closing(recorder):
             steps = load_steps(

@@ -360,6 +360,10 @@ ENTRIES: dict[str, Entry] = {
         flags="--optim.schedule inverse-sqrt --optim.warmup 0", says="optim.warmup must be above 0"
     ),
     "seconds without end": Entry(flags=f"--run.timeout {10**30}", says="run.timeout"),
+    "unknown optimizer": Entry(flags="--optim.name moon", says="moon"),
+    "no iterations of Muon": Entry(
+        flags="--optim.name muon --optim.muon-iterations 0", says="must be at least 1, not 0"
+    ),
     "epsilon inf": Entry(flags="--optim.eps inf", says="optim.eps"),
     "weight decay inf": Entry(flags="--optim.weight-decay inf", says="optim.weight_decay"),
     "several processes, missing file": Entry(flags="--data.source doc.txt", says="doc.txt: no such file", processes=2),

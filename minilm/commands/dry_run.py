@@ -42,6 +42,8 @@ class Probe:
     """Model FLOPs of all processes."""
     memory: int
     """Peak memory of the process, bytes."""
+    moments: int
+    """Size of the optimizer's state, bytes; of the whole state if it is sharded."""
 
 
 def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
@@ -88,8 +90,8 @@ def _planned(run: Session) -> list[tuple[str, str]]:
     total = config.run.count_steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
-    state = weights + 3 * sum(p.numel() * p.element_size() for p in trained)  # gradients and two moments
-    probe = _probe(config, accelerator, head, plan, collator, prepared.train, cost, total)
+    probe = _probe(config, accelerator, head, plan, collator, prepared.train, cost, total, run.precision.name)
+    state = weights + sum(p.numel() * p.element_size() for p in trained) + probe.moments
 
     epochs = total / plan.steps_per_epoch
     per_epoch, rate = _flops(cost, prepared.train, collator.rate(0.5)), probe.seconds / probe.flops
@@ -161,13 +163,14 @@ def _probe(
     examples: Examples,
     cost: Cost,
     total: int,
+    precision: str,
 ) -> Probe:
     """Take steps from the whole run, and time them.
 
     The first one is the step with the largest micro-batch among the first `_SEARCHED_STEPS`. Its time does not
     count.
     """
-    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim))
+    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim, precision))
     first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest_micro_batch_tokens(plan.step(index)))
     steps = range(first, total, max(1, (total - first) // 100))
     model.train()
@@ -195,8 +198,12 @@ def _probe(
             f"a step does not fit into the memory of the GPU: lower batch.micro_tokens, now {config.batch.micro_tokens}"
         ) from error
     memory = peak_memory(accelerator.device)
+    tensors = [
+        value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, torch.Tensor)
+    ]
+    moments = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     model, optimizer = accelerator.free_memory(model, optimizer)
-    return Probe(steps=count, seconds=seconds, flops=flops, memory=memory)
+    return Probe(steps=count, seconds=seconds, flops=flops, memory=memory, moments=moments)
 
 
 def _duration(seconds: float) -> str:

@@ -98,6 +98,8 @@ FOREIGN_FLAGS = {
     "num_workers": "--batch.workers",
     "preprocessing_num_workers": "not needed: the tokenizer uses all processors",
     # The optimizer.
+    "optim": "--optim.name",
+    "optimizer": "--optim.name",
     "learning_rate": "--optim.lr",
     "max_lr": "--optim.lr",
     "lr_scheduler_type": "--optim.schedule",

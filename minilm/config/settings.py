@@ -304,8 +304,11 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW (Loshchilov and Hutter 2019), with a learning rate that depends on the step."""
+    """AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024). The learning rate depends on the step."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer. muon: Muon for the weight matrices inside the layers, AdamW for the embeddings, the head, norms and
+    biases. Rates that suit AdamW suit Muon."""
     lr: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse-sqrt"] = "linear"
@@ -325,6 +328,13 @@ class Optim:
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    muon_momentum: float = 0.95
+    """Muon's decay rate of the average of gradients, with Nesterov momentum."""
+    muon_iterations: int = 5
+    """Newton-Schulz iterations of Muon's matrices in a step. Fewer are faster and less exact."""
+    muon_scale: float = 0.2
+    """Size of Muon's updates: the root mean square of their elements, as a multiple of the learning rate. 0.2 is that
+    of AdamW's."""
     layer_decay: float = 1.0
     """Ratio of each layer's learning rate to that of the layer above it. The head has lr itself, the embeddings the
     lowest rate."""
@@ -346,6 +356,9 @@ class Optim:
             "optim.warmup must be above 0 for the schedule inverse-sqrt, whose rates are multiples of its square root",
         )
         check(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+        check(0 <= self.muon_momentum < 1, f"optim.muon_momentum must lie in [0, 1), not {self.muon_momentum}")
+        check(self.muon_iterations >= 1, f"optim.muon_iterations must be at least 1, not {self.muon_iterations}")
+        check(0 < self.muon_scale < float("inf"), f"optim.muon_scale must be positive, not {self.muon_scale}")
         check(0 < self.layer_decay <= 1, f"optim.layer_decay must lie in (0, 1], not {self.layer_decay}")
         check(0 < self.eps < float("inf"), f"optim.eps must be positive, not {self.eps}")
         check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")

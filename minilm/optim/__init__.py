@@ -1,5 +1,6 @@
 """The optimizer and the learning rate.
 
-`optimizer` builds AdamW with its parameter groups for weight decay and layer decay. `schedule` computes the learning
-rate of a step. `parameter_depth` finds the depth of each parameter for the layer decay.
+`optimizer` builds AdamW or Muon, with groups of parameters for weight decay and layer decay. Read it first. `muon` is
+the optimizer Muon. `matrices` finds its matrices, by a forward that `feature_flow` follows. `schedule` computes the
+learning rate of a step. `parameter_depth` finds the depth of each parameter for the layer decay.
 """

@@ -1,37 +1,85 @@
-"""AdamW, and its groups of parameters for weight decay and layer decay."""
+"""The optimizer, AdamW or Muon, and its groups of parameters for weight decay and layer decay."""
 
+import logging
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from minilm.config import Optim
+from minilm.optim.matrices import MatrixLayout, find_matrices
+from minilm.optim.muon import Muon
+from minilm.optim.networks import find_networks
 from minilm.optim.parameter_depth import parameter_depths
 
+log = logging.getLogger("minilm")
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Return fused AdamW with two groups of parameters: one with weight decay and one without.
+
+def build_optimizer(model: nn.Module, optim: Optim, precision: str = "fp32") -> torch.optim.Optimizer:
+    """Return fused AdamW with two groups of parameters, one with weight decay and one without; or Muon.
 
     With a layer decay there are two groups for each depth. The entry `scale` of a group is its share of the learning
-    rate; `train_step` multiplies the rate of the step by it. Raises ValueError for a layer decay if the depths of the
-    parameters cannot be found.
+    rate; `train_step` multiplies the rate of the step by it. With Muon, the matrices inside the layers are in groups of
+    their own (`minilm.optim.matrices`). precision: that of the run. Muon's iteration uses bf16 if it is `bf16`, else
+    fp32. Raises ValueError for a layer decay if the depths of the parameters cannot be found, and for Muon if the model
+    trains no matrix inside a layer.
     """
     scales = {} if optim.layer_decay == 1 else compute_layer_scales(model, optim.layer_decay)
     no_decay = find_no_decay_parameters(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    layouts = find_muon_matrices(model, no_decay) if optim.name == "muon" else {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((scales.get(parameter, 1.0), parameter not in no_decay), []).append(parameter)
-    settings = [
-        {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0, "scale": scale}
-        for (scale, decays), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+            kind = (scales.get(parameter, 1.0), parameter not in no_decay, parameter in layouts)
+            groups.setdefault(kind, []).append(parameter)
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for (scale, decays, is_matrix), parameters in groups.items():
+        group = {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0, "scale": scale}
+        if is_matrix:
+            matrices.append(group | {"layouts": [layouts[parameter] for parameter in parameters]})
+        else:
+            others.append(group)
+    if not layouts:
+        return torch.optim.AdamW(others, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    return Muon(
+        matrices,
+        others,
+        lr=optim.lr,
+        momentum=optim.muon_momentum,
+        iterations=optim.muon_iterations,
+        scale=optim.muon_scale,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        betas=optim.betas,
+        eps=optim.eps,
+    )
+
+
+def find_muon_matrices(model: nn.Module, exclude: Collection[nn.Parameter]) -> dict[nn.Parameter, MatrixLayout]:
+    """Return the layouts of the matrices that Muon trains, and log what it trains and what it leaves to AdamW.
+
+    Raises ValueError if there are none.
+    """
+    layouts, unknown = find_matrices(model, exclude)
+    if not layouts:
+        raise ValueError(
+            f"optim.name muon trains matrices inside the layers, and this model trains none{unknown and f': {unknown}'}"
+            ": take optim.name adamw"
+        )
+    count = sum(len(layout.sizes) * math.prod(p.shape[:-2]) for p, layout in layouts.items())
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        f"Muon trains {count:,} matrices of {sum(p.numel() for p in layouts):,} parameters, and AdamW the other "
+        f"{total - sum(p.numel() for p in layouts):,}"
+    )
+    if unknown:
+        log.info(f"of the matrices inside the layers, AdamW trains {unknown}")
+    return layouts
 
 
 # The names of norms by which transformers' Trainer leaves parameters out of weight decay.
@@ -64,20 +112,11 @@ def compute_layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, f
     depth of the embeddings. If several models share a weight, the largest of its depths counts.
     """
     scales: dict[nn.Parameter, float] = {}
-    for network in _find_networks(model):
+    for network in find_networks(model):
         if any(parameter.requires_grad for parameter in network.parameters()):
             for parameter, depth in parameter_depths(network).items():
                 scales[parameter] = min(decay**depth, scales.get(parameter, 1.0))
     return scales
-
-
-def _find_networks(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """Yield each model of transformers in `model` that is not inside another one."""
-    if isinstance(model, PreTrainedModel):
-        yield model
-        return
-    for child in model.children():
-        yield from _find_networks(child)
 
 
 def apply_update(
@@ -110,7 +149,7 @@ def apply_update(
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the update is one kernel that can also clip, and skip a non-finite gradient (not on MPS)."""
+    """Return whether the update can also clip, and skip a non-finite gradient, as fused kernels do (not on MPS)."""
     group = optimizer.param_groups[0]
     return bool(group.get("fused")) and all(parameter.device.type != "mps" for parameter in group["params"])
 

@@ -1,19 +1,16 @@
 """The depth of each parameter of a model, counted in blocks from the end of a forward pass."""
 
-import inspect
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from minilm.models.embeddings import vocabulary_size
 from minilm.models.layers import find_module_lists
-from minilm.models.temporary_changes import evaluation_mode
+from minilm.optim.networks import run_short_row
 
 # A block: the path of its list's parent, the length of that list, and the block's number in it. XLM has a list of
 # attentions and a list of feed-forward parts. Modules with the same number belong to one block.
@@ -40,9 +37,8 @@ def parameter_depths(network: PreTrainedModel) -> dict[nn.Parameter, int]:
     blocks = _blocks(network)
     try:
         uses = _Uses(network, blocks)
-    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot read a short row of ids ({why}): leave optim.layer_decay at 1") from error
+    except ValueError as error:
+        raise ValueError(f"{name} cannot read a short row of ids ({error}): leave optim.layer_decay at 1") from error
     count = len(uses.order)
     if not count:
         raise ValueError(f"{name} has no list of layers: leave optim.layer_decay at 1")
@@ -115,10 +111,8 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with ExitStack() as stack:
             for module in blocks:
                 stack.callback(module.register_forward_pre_hook(partial(self._call, blocks[module])).remove)
-            stack.enter_context(evaluation_mode(network))
             stack.enter_context(self)
-            takes = inspect.signature(network.forward).parameters
-            network(input_ids=_input_ids(network), **({"use_cache": False} if "use_cache" in takes else {}))
+            run_short_row(network)
 
     def _call(self, block: _Block, module: nn.Module, inputs: object) -> None:
         self.repeats |= module in self._called or block in self.order[:-1]
@@ -143,13 +137,3 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._begin(self._owners[leaf])
                 self.first[leaf] = self.order[-1] if self.order else None
         return func(*args, **(kwargs or {}))
-
-
-def _input_ids(network: PreTrainedModel) -> Tensor:
-    """Return one row of eight ids, 1 x 8, that ends as texts do and does not contain padding."""
-    config = network.config.get_text_config()
-    ends = getattr(config, "eos_token_id", None)
-    end = ends[0] if isinstance(ends, list) else ends
-    word = next(number for number in range(3, 6) if number not in (end, getattr(config, "pad_token_id", None)))
-    last = word if end is None or end >= vocabulary_size(network) else end
-    return torch.tensor([[*[word] * 7, last]], device=network.device)

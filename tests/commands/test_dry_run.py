@@ -79,6 +79,23 @@ def test_the_plan_is_that_of_the_run(config, clock, capsys, tmp_path):
     assert "by 3 steps" in lines["time"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_moments_that_are_counted_are_those_of_the_optimizer(name, config, clock, capsys, monkeypatch):
+    probes, probe = [], dryrun._probe
+    monkeypatch.setattr(dryrun, "_probe", lambda *args: probes.append(probe(*args)) or probes[-1])
+    config = replace(config, optim=replace(config.optim, name=name))
+    planned(capsys, config)
+    prepared = prepare_data(config)
+    head = build_objective(config.objective).head(build_network(config, prepared), prepared)
+    freeze_unused(head)
+    trained = {path: p for path, p in head.model.named_parameters() if p.requires_grad}
+    # Of a matrix in a layer Muon has one moment. AdamW has two moments and a step count of any other parameter.
+    matrices = [p.numel() for path, p in trained.items() if name == "muon" and ".layer." in path and p.ndim == 2]
+    others = sum(p.numel() for p in trained.values()) - sum(matrices)
+    (found,) = probes
+    assert found.moments == 4 * (sum(matrices) + 2 * others + len(trained) - len(matrices))
+
+
 def test_a_dry_run_of_a_fork_describes_only_its_data_and_steps(config, capsys):
     lines = planned(capsys, config, own_loop=True)
     assert lines["steps"] == "36 of 8 examples"

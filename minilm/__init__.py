@@ -44,6 +44,7 @@ from minilm.config import (
     Model,
     Optim,
     Run,
+    SentenceEmbedding,
     SupervisedFineTuning,
     Tokens,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Model",
     "Optim",
     "Run",
+    "SentenceEmbedding",
     "SupervisedFineTuning",
     "Tokens",
 ]

@@ -349,8 +349,8 @@ def conclude(
     `write_results` comes last, since its file marks the run as finished.
     """
     config, folder, tokenizer = run.config, run.folder, run.prepared.tokenizer
-    run.uploads.extend(save_model(network, tokenizer, folder, weights))
     objective = build_objective(config.objective)
+    run.uploads.extend(save_model(network, tokenizer, folder, weights, objective.extra_files(network, config)))
     samples = {}
     if config.run.samples:
         with quiet_transformers():

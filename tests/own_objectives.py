@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import minilm
-from minilm import Data, Example
+from minilm import Data, Example, SentenceEmbedding
+from minilm.config import ObjectiveSettings
 
 TAGS = ("animal", "colour", "other")
 WORDS = {"fox": 0, "dog": 0, "cat": 0, "red": 1, "green": 1, "blue": 1, "the": 2, "runs": 2, "and": 2, "sleeps": 2}
@@ -117,6 +118,17 @@ class Span(minilm.Objective):
 
 
 OWN = {"tags": Tagging(), "pairs": Contrastive(), "spans": Span()}
+BUILT_IN: dict[str, ObjectiveSettings] = {
+    "triplets": SentenceEmbedding(symmetric=True),
+    "scores": SentenceEmbedding(pooling="first"),
+    "cosines": SentenceEmbedding(pooling="last", score_loss="cosine"),
+}
+# The columns that they read.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "triplets": {"pair_column": "other", "negative_column": "third"},
+    "scores": {"pair_column": "other", "score_column": "similarity"},
+    "cosines": {"pair_column": "other", "score_column": "similarity"},
+}
 
 
 def write_rows(path: Path, count: int = 240) -> str:
@@ -132,6 +144,8 @@ def write_rows(path: Path, count: int = 240) -> str:
                 "tags": [TAGS[WORDS[word]] for word in words],
                 "choices": [" ".join(draw.choices(words, k=draw.randint(2, 12))) for _ in range(2 + number % 3)],
                 "right": number % 2,
+                "third": " ".join(draw.sample(words, len(words) // 2 + 1)),
+                "similarity": number / count,
             }
             file.write(json.dumps(row) + "\n")
     return str(path)

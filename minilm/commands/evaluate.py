@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model
+from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, SentenceEmbedding
 from minilm.config.serialization import read_run_config
 from minilm.data.labels import PROBLEM_TYPES, check_model_labels
 from minilm.data.sources import fingerprint_sources
 from minilm.distributed.launch import finish, start
+from minilm.models.inference_embedding import find_pooling
 from minilm.models.input_length import longest_input
 from minilm.models.model_config import load_configuration
 from minilm.objectives.classification import read_model_labels
@@ -30,6 +31,7 @@ _OBJECTIVES: dict[Any, type] = {
     AutoModelForMaskedLM: MaskedLM,
     AutoModelForCausalLM: CausalLM,
     AutoModelForSequenceClassification: Classification,
+    AutoModel: SentenceEmbedding,
 }
 _PROBLEMS = {problem_type: problem for problem, problem_type in PROBLEM_TYPES.items()}
 
@@ -149,5 +151,8 @@ def infer_objective(name: str) -> Any:
         classes = auto._model_mapping.get(type(config), ())
         names = {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
         if names & set(config.architectures or ()):
-            return settings()
-    raise ValueError(f"{name} is not a masked LM, causal LM or sequence classifier, but {config.architectures}")
+            return SentenceEmbedding(pooling=find_pooling(name)) if settings is SentenceEmbedding else settings()
+    raise ValueError(
+        f"{name} is not a masked LM, causal LM, sequence classifier or sentence embedding model, but "
+        f"{config.architectures}"
+    )

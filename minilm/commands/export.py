@@ -34,7 +34,8 @@ _WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json")
 _OTHER_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
-    "additional_chat_templates/*.jinja",
+    *("additional_chat_templates/*.jinja", "modules.json", "*_Pooling/config.json", "*_Normalize/config.json"),
+    *("sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Largest size of weights in bytes inside an ONNX file, which cannot hold 2 GiB. Larger weights get a separate file.
@@ -97,7 +98,10 @@ def _write_onnx(folder: Path, path: Path) -> None:
     """Write the model as ONNX for any number and length of texts, and check that it gives the same logits."""
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f'--format onnx needs {", ".join(missing)}: pip install "minilm[onnx]"')
-    model, tokenizer = _LOADERS[type(infer_objective(str(folder)))](folder)
+    load = _LOADERS.get(type(infer_objective(str(folder))))
+    if load is None:
+        raise ValueError("--format onnx writes models that give logits, not embeddings: take --format safetensors")
+    model, tokenizer = load(folder)
     # Otherwise the keys and values of a causal LM would be outputs too.
     model.config.use_cache = False
     logits, longest = _Logits(model).eval(), longest_input(model) or 16

@@ -11,6 +11,7 @@ from minilm.commands.subcommands import (
     list_recipes,
     run_classify,
     run_doctor,
+    run_embed,
     run_evaluate,
     run_export,
     run_fill_mask,
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fill_mask(commands)
     _add_generate(commands)
     _add_classify(commands)
+    _add_embed(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
@@ -127,6 +129,21 @@ def _add_classify(commands: Any) -> None:
     command.add_argument("--pair-column", metavar="NAME", help="column of --file that holds the second text")
     command.add_argument(
         "--top-k", type=_positive, default=1, metavar="K", help="number of labels to print, best first (default: 1)"
+    )
+
+
+def _add_embed(commands: Any) -> None:
+    command = _add_command(commands, "embed", run_embed, "how near texts are, or their embeddings")
+    _add_model(command, "sentence embedding model")
+    _add_texts(command)
+    command.description = (
+        'Print the cosine of each text with each other one: minilm embed DIR "A dog barks." "A cat purrs."; --json '
+        "prints the embedding of each text."
+    )
+    command.add_argument(
+        "--pooling",
+        choices=("mean", "first", "last"),
+        help="how hidden states become an embedding (default: as the folder says)",
     )
 
 

@@ -15,6 +15,9 @@ from typing import Any
 from minilm.commands.recipe import quick_imports
 from minilm.commands.text_input import format_row_number, read_file_rows, read_texts, row_field
 
+# Texts whose cosines fit a terminal.
+_MOST_COSINES = 20
+
 
 def run_fill_mask(options: argparse.Namespace) -> None:
     """Print the likeliest tokens for each mask of each text."""
@@ -127,6 +130,26 @@ def _print_labels(
     if not labels:
         # A text without tokens has no label. It still has its line in the output.
         print(f"{prefix}{'-':>8}  {text}" if is_regression else f"{prefix}{'-':>6}  {'-':<16}  {text}")
+
+
+def run_embed(options: argparse.Namespace) -> None:
+    """Print the cosine of each text with each other one, or the embedding of each text."""
+    with quick_imports():
+        from minilm.models.inference import escape_line_breaks
+        from minilm.models.inference_embedding import embed, load_embedding_model
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        texts = read_texts(options)
+        if len(texts) > _MOST_COSINES and not options.json:
+            raise ValueError(f"{len(texts):,} texts: the cosines of at most {_MOST_COSINES} are shown; pass --json")
+        vectors_NxH = embed(*load_embedding_model(options.model, options.pooling), texts)
+    if options.json:
+        for number, (text, vector) in enumerate(zip(texts, vectors_NxH.tolist(), strict=True)):
+            _print_json({**row_field(options, number), "input": text, "embedding": vector})
+        return
+    for number, (text, cosines) in enumerate(zip(texts, (vectors_NxH @ vectors_NxH.T).tolist(), strict=True)):
+        prefix = format_row_number(options, number, len(texts))
+        print(f"{prefix}{' '.join(f'{cosine:6.3f}' for cosine in cosines)}  {escape_line_breaks(text)}")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

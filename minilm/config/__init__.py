@@ -17,6 +17,7 @@ from minilm.config.settings import (
     ObjectiveSettings,
     Optim,
     Run,
+    SentenceEmbedding,
     SupervisedFineTuning,
     Tokens,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ObjectiveSettings",
     "Optim",
     "Run",
+    "SentenceEmbedding",
     "SupervisedFineTuning",
     "Tokens",
 ]

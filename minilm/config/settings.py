@@ -36,6 +36,10 @@ class Data:
     vertical bar that the header has."""
     pair_column: str | None = None
     """Column of a second text that belongs to the first, such as sentence2. For GLUE's tasks minilm sets it itself."""
+    negative_column: str | None = None
+    """Column of a text that does not belong to the first, for sentence embeddings: a hard negative of each pair."""
+    score_column: str | None = None
+    """Column of numbers that say how similar the two texts of a pair are, for sentence embeddings."""
     label_column: str = "label"
     """Column of the labels, for objectives that need labels."""
     label_separator: str | None = None
@@ -271,6 +275,34 @@ class SupervisedFineTuning(ObjectiveSettings):
             self.format == "messages" or self.template is None,
             f"objective.template writes messages as text, but objective.format is {self.format}: leave it out",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceEmbedding(ObjectiveSettings):
+    """Sentence embeddings: a text (data.column) is nearer to its pair (data.pair_column) than to the other texts.
+
+    The other texts are those of the same step, and the hard negatives of data.negative_column. With data.score_column,
+    the embeddings of a pair are instead as near as its score says.
+    """
+
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """What a text's embedding is: the mean of the hidden states of its tokens, or that of its first or last token."""
+    temperature: float = 0.05
+    """Cosine similarities are divided by this number in the contrastive loss and in cosent."""
+    symmetric: bool = False
+    """Compare the second text of a pair with the first texts too. The loss is the mean of both directions."""
+    score_loss: Literal["cosent", "cosine"] = "cosent"
+    """The loss of scores. cosent: a pair with a higher score has a higher cosine. cosine: the squared difference
+    between the cosine and the score."""
+    max_score: float = 1.0
+    """Score of two texts with the same meaning, such as 5 for STS. For the loss cosine, scores are divided by it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices("objective", self)
+        for name in ("temperature", "max_score"):
+            value = getattr(self, name)
+            check(0 < value < float("inf"), f"objective.{name} must be positive, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from minilm.utils.validation import suggest_name
 _FLAGS = {
     "text": "--data.column",
     "pair": "--data.pair-column",
+    "negative": "--data.negative-column",
     "label": "--data.label-column",
     "score": "--data.score-column",
     "messages": "--data.column",

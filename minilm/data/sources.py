@@ -39,6 +39,9 @@ from minilm.utils.validation import suggest_name
 
 log = logging.getLogger("minilm")
 
+# The settings that name a column which not every objective reads, and what the column holds.
+_OPTIONAL_COLUMNS = {"pair_column": "second text", "negative_column": "negatives", "score_column": "scores"}
+
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
@@ -84,8 +87,9 @@ def check_data_settings(data: Data, columns: Sequence[Column], *, in_memory: boo
         why = "pydocs has no columns" if sources == ["pydocs"] else "a .txt file has no columns"
         if data.column != Data.column:
             refuse("column", why)
-        if data.pair_column is not None:
-            refuse("pair_column", why)
+        for setting in _OPTIONAL_COLUMNS:
+            if getattr(data, setting) is not None:
+                refuse(setting, why)
     if data.delimiter is not None and "delimited" not in kinds.values():
         refuse("delimiter", "no source is .csv or .tsv")
     if data.document != Data.document and "text" not in kinds.values():
@@ -103,8 +107,9 @@ def check_data_settings(data: Data, columns: Sequence[Column], *, in_memory: boo
     names = [column.name for column in columns]
     if data.column != Data.column and data.column not in names:
         refuse("column", "the objective reads other columns")
-    if data.pair_column is not None and data.pair_column not in names:
-        refuse("pair_column", "the objective reads no second text")
+    for setting, content in _OPTIONAL_COLUMNS.items():
+        if getattr(data, setting) is not None and getattr(data, setting) not in names:
+            refuse(setting, f"the objective reads no {content}")
     if data.label_column != Data.label_column and data.label_column not in names:
         refuse("label_column", "the objective reads no labels")
     if data.label_separator is not None and not any(column.lists_labels for column in columns):

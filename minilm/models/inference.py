@@ -48,17 +48,17 @@ class MaskCandidate:
 
 def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a masked LM in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
-    return _load(name, AutoModelForMaskedLM, "masked LM")
+    return load_pretrained(name, AutoModelForMaskedLM, "masked LM")
 
 
 def load_classifier(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a classifier in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
-    return _load(name, AutoModelForSequenceClassification, "sequence classifier")
+    return load_pretrained(name, AutoModelForSequenceClassification, "sequence classifier")
 
 
 def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal LM in evaluation mode and its tokenizer. Raise ValueError if `name` does not hold one."""
-    model, tokenizer = _load(name, AutoModelForCausalLM, "causal LM")
+    model, tokenizer = load_pretrained(name, AutoModelForCausalLM, "causal LM")
     # transformers also loads BERT's weights as a causal LM.
     if advice := _suggest_command(model):
         raise ValueError(f"{str(name)!r} is not a causal LM{advice}")
@@ -66,7 +66,15 @@ def load_causal_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, tokenizer
 
 
-def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_pretrained(
+    name: str | Path, auto: Any, kind: str, unused: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model of an auto class in evaluation mode and its tokenizer.
+
+    kind: what error messages call such a model. unused: a module that need not have weights.
+
+    Raises ValueError if `name` does not hold such a model.
+    """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no config.json (did its run finish?)")
@@ -75,7 +83,8 @@ def _load(name: str | Path, auto: Any, kind: str) -> tuple[PreTrainedModel, PreT
         model, report = auto.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        if missing := sorted(report["missing_keys"]):
+        missing = sorted(key for key in report["missing_keys"] if key.partition(".")[0] != unused)
+        if missing:
             raise ValueError(f"it has no weights for {', '.join(missing)}{_suggest_command(model)}")
     return model.eval(), tokenizer
 

@@ -20,6 +20,7 @@ _IMPLEMENTATIONS = {
     "CausalLM": ("causal_lm", "CausalLMObjective"),
     "Classification": ("classification", "ClassificationObjective"),
     "SupervisedFineTuning": ("supervised_finetuning", "SupervisedFineTuningObjective"),
+    "SentenceEmbedding": ("sentence_embedding", "SentenceEmbeddingObjective"),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
+# The keys of `Objective.columns` whose cells must be texts. A cell under another key may hold what JSON can hold.
+_TEXT_ROLES = ("text", "pair", "negative")
 Outputs = Literal["targets", "next_tokens", "rows", "tokens", "mean", "first", "last"]
 """What the model gives the loss; see `Objective.outputs`."""
 
@@ -162,7 +165,7 @@ class Objective(ObjectiveSettings):
         if config.batch.layout == "blocks":
             raise ValueError("batch.layout blocks joins documents, which only language models can read: leave it out")
         columns = [
-            Column(role=role, name=name, kind="text" if role in ("text", "pair") else "json")
+            Column(role=role, name=name, kind="text" if role in _TEXT_ROLES else "json")
             for role, name in self.columns(config.data).items()
         ]
         train, parts = load_row_tables(config.data, config.run.seed, columns, memory)
@@ -180,6 +183,9 @@ class Objective(ObjectiveSettings):
         shift = _shift_targets if self.outputs == "next_tokens" else _keep
 
         def encode(tables: Sequence[RowTable], name: str, *, evaluated: bool = True) -> tuple[Examples, list[int]]:
+            # A tokenizer remembers how it truncated, which must not change the key of later examples.
+            reading = copy.deepcopy(tokenizer)
+            reading.model_max_length = config.batch.max_length
             return encode_rows(
                 tables,
                 lambda rows: map(shift, self.examples(rows, reading, fields)),
@@ -212,9 +218,7 @@ class Objective(ObjectiveSettings):
         if (config.tokens.name or config.model.name) is None or config.tokens.extend:
             texts = [text for batch in rows.iter_batches() for row in batch for text in _find_texts(dict(row))]
         documents = Dataset.from_dict({"text": texts})
-        return load_tokenizer(
-            config.tokens, config.model.name, documents, causal=self.outputs in ("next_tokens", "last")
-        )
+        return load_tokenizer(config.tokens, config.model.name, documents, causal=self.outputs == "next_tokens")
 
     # The loss.
 
@@ -277,7 +281,9 @@ class Objective(ObjectiveSettings):
 
         def compute_losses(outputs: Tensor, targets: Tensor, packing: Packing) -> Tensor:
             arranged = arrange_outputs(outputs, self.outputs, packing.lengths, packing.rows_per_example)
-            losses = self.loss(arranged, targets)
+            # A product of matrices inside the loss must not lose the precision that the outputs have.
+            with torch.autocast(outputs.device.type, enabled=False):
+                losses = self.loss(arranged, targets)
             if losses.shape != targets.shape[:1]:
                 raise ValueError(
                     f"{type(self).__name__}.loss gave a tensor of shape {[*losses.shape]} for {len(targets)} targets: "
@@ -339,7 +345,21 @@ class Objective(ObjectiveSettings):
             own_names=self.figures,
         )
 
-    # The result, for people to read.
+    # The result.
+
+    library: ClassVar[str] = "transformers"
+    """The hub's name of the library that loads the model."""
+
+    def extra_files(self, network: PreTrainedModel, config: Config) -> Mapping[str, str]:
+        """Return the files to write beside the saved model: their text by their path in the folder.
+
+        config: the settings of the run.
+        """
+        return {}
+
+    def usage(self, address: str) -> str:
+        """Return lines of Python for the model card that load the model from a folder or hub id."""
+        return f'from transformers import pipeline\n\nmodel = pipeline("{self.pipeline}", model="{address}")'
 
     @property
     def pipeline(self) -> str:

@@ -25,9 +25,7 @@ A {kind} trained with minilm on `{source}`
 ({model}, {parameters:,} parameters).
 
 ```python
-from transformers import pipeline
-
-model = pipeline("{pipeline}", model="{address}")
+{usage}
 ```
 
 ## Results
@@ -88,10 +86,9 @@ def write_card(
     card = _CARD.format(
         metadata=build_metadata(config, title, results).to_yaml(),
         title=title,
-        address=config.run.push_to_hub or title,
         source="`, `".join(config.data.sources),
         rows="\n".join(rows),
-        pipeline=objective.pipeline,
+        usage=objective.usage(config.run.push_to_hub or title),
         kind=objective.title,
         card_text=objective.card_text,
         samples="\n".join(listed) or "None were asked for.",
@@ -117,7 +114,8 @@ def build_metadata(config: Config, name: str, results: dict[str, float]) -> Mode
 
     It does not name local files and folders.
     """
-    pipeline, base = build_objective(config.objective).pipeline, config.model.name
+    objective, base = build_objective(config.objective), config.model.name
+    pipeline = objective.pipeline
     # Where an evaluation has several parts, the name of a figure ends with the name of its part.
     kinds = {
         figure: next((kind for kind in _FIGURES if figure == kind or figure.startswith(f"{kind}_")), None)
@@ -137,7 +135,7 @@ def build_metadata(config: Config, name: str, results: dict[str, float]) -> Mode
         if kind is not None
     ]
     return ModelCardData(
-        library_name="transformers",
+        library_name=objective.library,
         pipeline_tag=pipeline,
         license=config.run.license,
         base_model=base if base is not None and not is_local_path(base) else None,

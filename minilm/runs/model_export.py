@@ -1,6 +1,7 @@
 """Saving of the model and the tokenizer in the Hugging Face format, which `from_pretrained` loads."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,13 +13,18 @@ from minilm.utils.progress import quiet_transformers
 
 
 def save_model(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Save in the Hugging Face format, and return the names of the files in `folder`.
 
     `weights` takes the place of `network.state_dict()`. An adapter of LoRA is merged into the weights, and also saved
-    separately in `adapter/`. The files are written and synced in a temporary folder inside `folder`, then renamed into
-    place, the weights last, so that each file is complete at any time.
+    separately in `adapter/`. `extra` has the text of more files by their path in `folder`. The files are written and
+    synced in a temporary folder inside `folder`, then renamed into place, the weights last, so that each file is
+    complete at any time.
     """
     weights = network.state_dict() if weights is None else weights
     with replace_files(folder, last=".safetensors") as temporary:
@@ -27,6 +33,10 @@ def save_model(
             save_tokenizer(tokenizer, temporary)
         if has_adapter(network):
             save_adapter(network, weights, temporary / "adapter")
+        for name, text in (extra or {}).items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
     # The chat templates of an earlier model would take precedence over this one's.
     if "chat_template.jinja" not in names:

@@ -88,7 +88,7 @@ def replace_files(folder: Path, *, last: str) -> Iterator[Path]:
         for path in sorted(files, key=lambda path: (path.suffix == last, path.name)):
             sync_path(path)
             target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
         sync_path(folder)
     finally:

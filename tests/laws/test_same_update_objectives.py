@@ -1,4 +1,4 @@
-"""Law 1 for objectives of a user's own, also for one whose loss compares the examples of a step; and their resume."""
+"""Law 1 for objectives, a user's own and built-in ones, also if the loss compares a step's examples; their resume."""
 
 import shutil
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
 from minilm.train import train
 from tests.jobs import end_of, finish_all
 from tests.launch import read_log
-from tests.own_objectives import OWN, write_rows
+from tests.own_objectives import BUILT_IN, COLUMNS, OWN, write_rows
 
 SIZE = {
     "hidden_size": 32,
@@ -25,6 +25,7 @@ SIZE = {
 }
 # MPNet's own attention code needs padding.
 MODELS = {"packed": Model(type="bert", config=SIZE), "padded": Model(type="mpnet", config=SIZE)}
+OBJECTIVES = {**OWN, **BUILT_IN}
 LAYOUTS = {(1, 80): "1 process, many micro-batches", (2, 80): "2 processes", (3, 4096): "3 processes"}
 STEPS = 12
 
@@ -37,10 +38,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int, i
 
     def config(name: str, model: str, processes: int, micro_tokens: int) -> Config:
         return Config(
-            data=Data(source=source, eval_fraction=0.2),
+            data=Data(source=source, eval_fraction=0.2, **COLUMNS.get(name, {})),
             tokens=Tokens(vocab_size=300),
             model=MODELS[model],
-            objective=OWN[name],
+            objective=OBJECTIVES[name],
             batch=Batch(examples=10, max_length=48, micro_tokens=micro_tokens),
             optim=Optim(lr=1e-3),
             run=Run(
@@ -53,14 +54,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int, i
             ),
         )
 
-    everything = [(name, model, *layout) for name in OWN for model in MODELS for layout in ((1, 4096), *LAYOUTS)]
+    everything = [(name, model, *layout) for name in OBJECTIVES for model in MODELS for layout in ((1, 4096), *LAYOUTS)]
     finish_all([(config(*each), each[2]) for each in everything], place)
     return lambda *each: Path(config(*each).run.output_dir or "")
 
 
 @pytest.mark.scorecard(4)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUTS.get)
 def test_neither_processes_nor_micro_batches_change_the_update_of_an_objective(
     layout: tuple[int, int], name: str, model: str, runs: Callable[[str, str, int, int], Path]
@@ -79,12 +80,12 @@ def test_neither_processes_nor_micro_batches_change_the_update_of_an_objective(
 
 
 def test_the_layouts_learn(runs: Callable[[str, str, int, int], Path]) -> None:
-    for name in ("tags", "pairs"):
+    for name in ("tags", "pairs", "triplets"):
         steps, _ = read_log(runs(name, "packed", 1, 4096))
         assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_resumed_run_of_an_objective_is_equal_to_the_bit(
     name: str, runs: Callable[[str, str, int, int], Path], tmp_path: Path
 ) -> None:
@@ -92,10 +93,10 @@ def test_a_resumed_run_of_an_objective_is_equal_to_the_bit(
     shutil.copytree(reference, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-1*", "all_results.json"))
     source = str(reference.parent / "rows.jsonl")
     config = Config(
-        data=Data(source=source, eval_fraction=0.2),
+        data=Data(source=source, eval_fraction=0.2, **COLUMNS.get(name, {})),
         tokens=Tokens(vocab_size=300),
         model=MODELS["packed"],
-        objective=OWN[name],
+        objective=OBJECTIVES[name],
         batch=Batch(examples=10, max_length=48, micro_tokens=80),
         optim=Optim(lr=1e-3),
         run=Run(

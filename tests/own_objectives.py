@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import minilm
-from minilm import Data, Example, SentenceEmbedding
+from minilm import Data, Example, MultipleChoice, QuestionAnswering, SentenceEmbedding
 from minilm.config import ObjectiveSettings
 
 TAGS = ("animal", "colour", "other")
@@ -122,6 +122,8 @@ BUILT_IN: dict[str, ObjectiveSettings] = {
     "triplets": SentenceEmbedding(symmetric=True),
     "scores": SentenceEmbedding(pooling="first"),
     "cosines": SentenceEmbedding(pooling="last", score_loss="cosine"),
+    "answers": QuestionAnswering(stride=10),
+    "choices": MultipleChoice(choices=("choices",)),
 }
 # The columns that they read.
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -146,6 +148,10 @@ def write_rows(path: Path, count: int = 240) -> str:
                 "right": number % 2,
                 "third": " ".join(draw.sample(words, len(words) // 2 + 1)),
                 "similarity": number / count,
+                "question": f"Which animal runs? {' '.join(words[:2])}",
+                "context": " ".join(words),
+                "answers": {"text": [words[-1]], "answer_start": [len(" ".join(words[:-1])) + (len(words) > 1)]},
+                "answer": number % 2,
             }
             file.write(json.dumps(row) + "\n")
     return str(path)

@@ -7,9 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
-from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, SentenceEmbedding
+from minilm.config import (
+    Batch,
+    CausalLM,
+    Classification,
+    Config,
+    Data,
+    MaskedLM,
+    Model,
+    MultipleChoice,
+    QuestionAnswering,
+    SentenceEmbedding,
+)
 from minilm.config.serialization import read_run_config
 from minilm.data.labels import PROBLEM_TYPES, check_model_labels
 from minilm.data.sources import fingerprint_sources
@@ -31,6 +49,8 @@ _OBJECTIVES: dict[Any, type] = {
     AutoModelForMaskedLM: MaskedLM,
     AutoModelForCausalLM: CausalLM,
     AutoModelForSequenceClassification: Classification,
+    AutoModelForQuestionAnswering: QuestionAnswering,
+    AutoModelForMultipleChoice: MultipleChoice,
     AutoModel: SentenceEmbedding,
 }
 _PROBLEMS = {problem_type: problem for problem, problem_type in PROBLEM_TYPES.items()}
@@ -152,7 +172,4 @@ def infer_objective(name: str) -> Any:
         names = {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
         if names & set(config.architectures or ()):
             return SentenceEmbedding(pooling=find_pooling(name)) if settings is SentenceEmbedding else settings()
-    raise ValueError(
-        f"{name} is not a masked LM, causal LM, sequence classifier or sentence embedding model, but "
-        f"{config.architectures}"
-    )
+    raise ValueError(f"{name}: minilm evaluates no model of the class {config.architectures} without its run.json")

@@ -9,6 +9,7 @@ from minilm.commands.completion import SHELLS, PrintCompletion
 from minilm.commands.recipe import exit_on_error
 from minilm.commands.subcommands import (
     list_recipes,
+    run_answer,
     run_classify,
     run_doctor,
     run_embed,
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
+    # argparse takes no text after an option if none is before it: minilm answer DIR --question "Who?" "Bob."
+    if not getattr(options, "texts", True) and all(word == "-" or not word.startswith("-") for word in rest):
+        options.texts, rest = rest, []
     if rest and options.command not in ("evaluate", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
@@ -44,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_classify(commands)
     _add_embed(commands)
+    _add_answer(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
@@ -144,6 +149,27 @@ def _add_embed(commands: Any) -> None:
         "--pooling",
         choices=("mean", "first", "last"),
         help="how hidden states become an embedding (default: as the folder says)",
+    )
+
+
+def _add_answer(commands: Any) -> None:
+    command = _add_command(commands, "answer", run_answer, "the answer to a question in a text")
+    _add_model(command, "model for question answering")
+    _add_texts(command)
+    command.description = (
+        'Find the answer to a question in each text: minilm answer DIR --question "Who barks?" "The dog barks."'
+    )
+    command.add_argument("--question", metavar="TEXT", required=True, help="the question")
+    command.add_argument(
+        "--no-answer",
+        action="store_true",
+        help="a text may have no answer: for models that were trained on such questions, as those of SQuAD 2.0",
+    )
+    command.add_argument(
+        "--max-answer", type=_positive, default=30, metavar="N", help="maximum tokens of an answer (default: 30)"
+    )
+    command.add_argument(
+        "--top-k", type=_positive, default=1, metavar="K", help="number of answers to print, best first (default: 1)"
     )
 
 

@@ -152,6 +152,31 @@ def run_embed(options: argparse.Namespace) -> None:
         print(f"{prefix}{' '.join(f'{cosine:6.3f}' for cosine in cosines)}  {escape_line_breaks(text)}")
 
 
+def run_answer(options: argparse.Namespace) -> None:
+    """Print the best answers to a question in each context."""
+    with quick_imports():
+        from minilm.models.inference import escape_line_breaks
+        from minilm.models.inference_answers import find_answers, load_question_answerer
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        contexts = read_texts(options)
+        model, tokenizer = load_question_answerer(options.model)
+        settings = {name: getattr(options, name) for name in ("top_k", "no_answer", "max_answer")}
+        for number, context in enumerate(contexts):
+            # A blank row has no answer. It still has its line in the output.
+            blank = not context.strip()
+            answers = [] if blank else find_answers(model, tokenizer, options.question, [context], **settings)[0]
+            if options.json:
+                fields = {**row_field(options, number), "question": options.question, "input": context}
+                _print_json({**fields, "answers": [asdict(answer) for answer in answers]})
+                continue
+            prefix = format_row_number(options, number, len(contexts))
+            for answer in answers:
+                print(f"{prefix}{answer.score:6.1%}  {escape_line_breaks(answer.text) or '(no answer)'}")
+            if not answers:
+                print(f"{prefix}{'-':>6}  -")
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
     """Print the figures of a model on documents of the user, or on those of its run."""
     from minilm.config.command_line import parse_data_flags

@@ -306,6 +306,54 @@ class SentenceEmbedding(ObjectiveSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuestionAnswering(ObjectiveSettings):
+    """Extractive question answering (SQuAD, Rajpurkar et al. 2016): find where in a context the answer stands.
+
+    A row has a question (data.column), a context (data.pair_column) and its answers (data.label_column).
+    """
+
+    stride: int = 128
+    """A context that exceeds batch.max_length is read in windows. This is the number of its tokens that a window shares
+    with the window before it."""
+    no_answer: bool = False
+    """A question may have no answer in its context, as in SQuAD 2.0. If not set, a row without an answer is refused."""
+    null_threshold: float = 0.0
+    """With no_answer, the evaluation predicts no answer if the log-probability of that exceeds the log-probability of
+    the best answer by more than this number."""
+    max_answer: int = 30
+    """Maximum length of a predicted answer in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.stride >= 0, f"objective.stride must be 0 or more, not {self.stride}")
+        check(self.max_answer >= 1, f"objective.max_answer must be at least 1, not {self.max_answer}")
+        check(
+            abs(self.null_threshold) < float("inf"),
+            f"objective.null_threshold must be a finite number, not {self.null_threshold}",
+        )
+        check(
+            self.no_answer or self.null_threshold == 0,
+            "objective.null_threshold has no effect without objective.no_answer: set that too, or leave it out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoice(ObjectiveSettings):
+    """Multiple choice (SWAG, Zellers et al. 2018): find which of several continuations or answers is right.
+
+    Each choice is read after the text of data.column. With data.pair_column, the text there begins each choice.
+    """
+
+    choices: tuple[str, ...] = ("ending0", "ending1", "ending2", "ending3")
+    """Columns of the choices: one for each choice, or a single one with lists of choices, which may differ in length.
+    Default: those of SWAG."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len({*self.choices}) == len(self.choices) > 0, "objective.choices must name different columns")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """The examples of an optimizer step, and how they are cut into micro-batches that fit the device."""
 

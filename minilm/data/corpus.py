@@ -117,6 +117,11 @@ class Examples:
         return self.stop - self.start + (len(self.prefix) + len(self.suffix))
 
     @property
+    def longest_row(self) -> int:
+        """The number of tokens of the longest row."""
+        return int((self.lengths if self.rows is None else np.diff(self.rows[0])).max())
+
+    @property
     def padded_lengths(self) -> NDArray[np.int64]:
         """The number of places that each example takes when its rows are padded to the longest of them, int64[E]."""
         if self.rows is None:

@@ -38,9 +38,10 @@ def load_row_tables(
 ) -> tuple[RowTable, dict[str, RowTable]]:
     """Return (training rows, evaluation rows by name).
 
-    A row without a visible character in its columns of texts is dropped. If a column of labels is read, a row with a
-    blank text raises ValueError. The rows are memory-mapped, except those of pydocs and those of a single-document
-    file that is cut in two. `memory` holds documents from Python, which are read in place of `data.source`.
+    A row without a visible character in its columns of texts is dropped. If a column of labels is read, or one with the
+    role `label`, a row with a blank text raises ValueError. The rows are memory-mapped, except those of pydocs and
+    those of a single-document file that is cut in two. `memory` holds documents from Python, which are read in place of
+    `data.source`.
 
     `minilm.data.splits.assemble_splits` says which rows are for evaluation. If a fraction is held out, `seed` decides
     which rows it holds. Raise ValueError in one line that names the file, row, column or split.
@@ -73,7 +74,7 @@ class _RowReader:
     memory: MemoryDocuments | None
 
     def read(self, source: str, split: str) -> RowTable:
-        has_labels = any(column.kind == "label" for column in self.columns)
+        has_labels = any(column.kind == "label" or column.role == "label" for column in self.columns)
         return _read(self.data, source, split, self.columns, "refuse" if has_labels else "drop", self.memory)
 
     def hold_out(self, source: str) -> tuple[RowTable, RowTable]:

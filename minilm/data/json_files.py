@@ -39,8 +39,16 @@ def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[
 
 def read_json_keys(path: str) -> list[str]:
     """Return the keys of the first row of a file."""
-    row = next(_read_rows(path, _Parser(())), (0, None))[1]
+    row = next(read_values(path, ()), (0, None))[1]
     return list(row) if isinstance(row, dict) else []
+
+
+def read_values(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, Any]]:
+    """Yield the line at which each value of a file begins, from 1, and the value.
+
+    An object in which a key of `columns` occurs twice with different values is a `DictWithRepeatedKeys`.
+    """
+    return _read_rows(path, _Parser(columns))
 
 
 class _Parser:

@@ -3,6 +3,9 @@
 Axes: V ids of a tokenizer.
 """
 
+import itertools
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer, models
@@ -52,6 +55,54 @@ def find_prefix_and_suffix(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[
     ids = encode_placeholder(tokenizer).ids
     at = ids.index(_PLACEHOLDER_ID)
     return np.array(ids[:at], np.int64), np.array(ids[at + 1 :], np.int64)
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A row of tokens with two texts."""
+
+    ids: list[int]
+    type_ids: list[int]
+    first: int
+    """The places at which the two texts begin."""
+    second: int
+    special_places: list[int]
+    """The places of the special tokens around the texts."""
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """The special tokens that a tokenizer puts around two texts, and the token types."""
+
+    ids: list[int]
+    """The special tokens, with a placeholder for each text."""
+    type_ids: list[int]
+
+    @property
+    def special_count(self) -> int:
+        """The number of special tokens."""
+        return len(self.ids) - 2
+
+    def fill(self, first: list[int], second: list[int]) -> PairRow:
+        """Return the row of two texts, given by their ids."""
+        at = self.ids.index(_PLACEHOLDER_ID)
+        after = self.ids.index(_PLACEHOLDER_ID, at + 1)
+        lengths = [1] * len(self.ids)
+        lengths[at], lengths[after] = len(first), len(second)
+        ends = [*itertools.accumulate(lengths, initial=0)]
+        return PairRow(
+            ids=[*self.ids[:at], *first, *self.ids[at + 1 : after], *second, *self.ids[after + 1 :]],
+            type_ids=[kind for kind, length in zip(self.type_ids, lengths, strict=True) for _ in range(length)],
+            first=ends[at],
+            second=ends[after],
+            special_places=[ends[place] for place in range(len(self.ids)) if place not in (at, after)],
+        )
+
+
+def find_pair_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate:
+    """Return the special tokens and the token types that the tokenizer gives to a pair of texts."""
+    encoded = encode_placeholder(tokenizer, pair=True)
+    return PairTemplate(encoded.ids, encoded.type_ids)
 
 
 def encode_placeholder(tokenizer: PreTrainedTokenizerBase, *, pair: bool = False) -> Encoding:

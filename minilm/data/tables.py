@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 from datasets import Dataset, IterableDataset
 
 from minilm.config import Data
-from minilm.data import columnar_files, conll_files, delimited_files, json_files, text_files
+from minilm.data import columnar_files, conll_files, delimited_files, json_files, squad_files, text_files
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.text_decoding import detect_encoding
@@ -81,11 +81,15 @@ class FileTable:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
 
     def locate(self, file: int, place: int) -> str:
-        return f"{self.files[file]}, {'row' if self.kind in _COLUMNAR else 'line'} {place}"
+        name = self.files[file]
+        word = "row" if self.kind in _COLUMNAR else "question" if name in self._squad_files else "line"
+        return f"{name}, {word} {place}"
 
     def _read_rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
         if self.kind == "delimited":
             return delimited_files.read_delimited(file, columns, self._encoding, self.delimiter)
+        if file in self._squad_files:
+            return squad_files.read_squad(file, columns)
         if self.kind == "json":
             return json_files.read_json(file, columns)
         if self.kind in _COLUMNAR:
@@ -97,6 +101,10 @@ class FileTable:
         return ((line, cells * len(columns)) for line, cells in texts)
 
     @cached_property
+    def _squad_files(self) -> set[str]:
+        return set(filter(squad_files.is_squad, self.files)) if self.kind == "json" else set()
+
+    @cached_property
     def _encoding(self) -> str:
         return detect_encoding(self.files)
 
@@ -104,6 +112,8 @@ class FileTable:
         file = self.files[0]
         if self.kind == "delimited":
             return delimited_files.read_delimited_header(file, columns, self._encoding, self.delimiter)
+        if file in self._squad_files:
+            return squad_files.COLUMN_NAMES
         if self.kind == "json":
             return json_files.read_json_keys(file)
         if self.kind == "conll":

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +17,20 @@ from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_documents
 from minilm.data.labels import Labels, read_labels
 from minilm.data.memory import MemoryDocuments
-from minilm.data.special_ids import encode_placeholder
 from minilm.data.splits import is_one_dataset
 from minilm.data.text_pairs import encode_pairs
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.inference import classify
-from minilm.models.model_config import count_token_types, load_configuration
+from minilm.models.model_config import load_configuration
 from minilm.models.row_head import RowHead
+from minilm.models.token_types import fit_token_types
 from minilm.objectives.classification_loss import ClassificationLoss, compute_classification_losses
 from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.example_evaluation import ExampleEvaluator
 from minilm.objectives.metrics import CLASSIFICATION_FIGURES, compute_classification_figures, find_problem
 from minilm.objectives.objective import Evaluator, Objective
 from minilm.utils.shell import format_command
-
-log = logging.getLogger("minilm")
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,7 @@ class ClassificationObjective(Objective):
             separator=data.label_separator,
         )
         tokenizer = load_tokenizer(config.tokens, config.model.name, train)
-        # None if the configuration of the model does not say.
-        token_types = count_token_types(config.model, self.auto)
-        if token_types in (0, 1) and "token_type_ids" in tokenizer.model_input_names:
-            _disable_token_types(tokenizer, token_types, pair="pair" in train.column_names)
+        token_types = fit_token_types(tokenizer, config.model, self.auto, pair="pair" in train.column_names)
 
         def encode_examples(documents: Dataset, values: NDArray[Any], name: str) -> Examples:
             examples = encode_pairs(
@@ -150,21 +144,6 @@ def _check_settings(config: Config) -> None:
     for field in ("id2label", "label2id", "problem_type"):
         if field in config.model.config:
             raise ValueError(f"model.config.{field}: the labels of the data decide it; leave it out")
-
-
-def _disable_token_types(tokenizer: PreTrainedTokenizerBase, count: int, *, pair: bool) -> None:
-    """Make the tokenizer return no token types, for a model that has `count` embeddings of them (0 or 1).
-
-    Log a warning if the tokenizer gives a type other than 0 to a text, or to a `pair` of texts.
-    """
-    if any(encode_placeholder(tokenizer, pair=pair).type_ids):
-        log.warning(
-            f"the tokenizer gives token types, but the model takes {'only one' if count else 'none'}: they are left out"
-        )
-    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-    tokenizer.model_input_names = names
-    # save_pretrained writes this one.
-    tokenizer.init_kwargs["model_input_names"] = names
 
 
 def _compute_fingerprint(examples: Examples, labels: Labels, values: NDArray[Any]) -> str:

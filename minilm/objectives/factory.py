@@ -21,6 +21,8 @@ _IMPLEMENTATIONS = {
     "Classification": ("classification", "ClassificationObjective"),
     "SupervisedFineTuning": ("supervised_finetuning", "SupervisedFineTuningObjective"),
     "SentenceEmbedding": ("sentence_embedding", "SentenceEmbeddingObjective"),
+    "QuestionAnswering": ("question_answering", "QuestionAnsweringObjective"),
+    "MultipleChoice": ("multiple_choice", "MultipleChoiceObjective"),
 }
 
 

@@ -38,6 +38,7 @@ from minilm.models.forward_checks import check_causal
 from minilm.models.head import Head
 from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
+from minilm.models.token_types import fit_token_types
 from minilm.objectives.example_batches import ExampleCollator, arrange_outputs
 from minilm.objectives.example_evaluation import ExampleEvaluator, TargetLossEvaluator
 
@@ -52,6 +53,8 @@ _PIPELINES = {
 }
 # The keys of `Objective.columns` whose cells must be texts. A cell under another key may hold what JSON can hold.
 _TEXT_ROLES = ("text", "pair", "negative")
+# A logit whose exp is 0 for any temperature above 1e-8.
+_LOWEST_LOGIT = -1e30
 Outputs = Literal["targets", "next_tokens", "rows", "tokens", "mean", "first", "last"]
 """What the model gives the loss; see `Objective.outputs`."""
 
@@ -108,6 +111,9 @@ class Objective(ObjectiveSettings):
     """Whether all examples must have the same number of rows."""
     figures: ClassVar[tuple[str, ...]] = ()
     """The names of what `metrics` returns. `run.best_metric` can be one of them."""
+    pairs: ClassVar[bool] = False
+    """Whether a row of tokens holds two texts. The tokenizer then gives `token_type_ids` only to a model that has
+    several token types; give them to `Example`."""
     version: ClassVar[int] = 1
     """Raise it when `examples` changes by code outside the folder of the class, so that the cache is not used."""
     title: ClassVar[str] = "model"
@@ -175,6 +181,8 @@ class Objective(ObjectiveSettings):
         tokenizer = self._load_tokenizer(config, train)
         own_rows = count_embedding_rows(tokenizer)
         self.adapt_tokenizer(tokenizer)
+        if self.pairs:
+            fit_token_types(tokenizer, config.model, self.auto, pair=True)
         settings = dataclasses.asdict(self)
         own = type(self)
         key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
@@ -254,7 +262,8 @@ class Objective(ObjectiveSettings):
 
         outputs, expected: what the model and the teacher give, in the shape that `Objective.outputs` says.
         """
-        ours, theirs = ((logits / temperature).log_softmax(-1) for logits in (outputs, expected))
+        # Logits of -inf stand for places or rows that there are not. Their difference would be NaN.
+        ours, theirs = ((x.clamp(min=_LOWEST_LOGIT) / temperature).log_softmax(-1) for x in (outputs, expected))
         return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
 
     # The parts of a run.

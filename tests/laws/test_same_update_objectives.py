@@ -75,6 +75,9 @@ def test_neither_processes_nor_micro_batches_change_the_update_of_an_objective(
         for key in ("loss", "grad_norm", "eval_loss")
         if key in other
     ]
+    for part, others in zip(ours, expected, strict=True):
+        for name in ("exact_match", "accuracy"):
+            assert [line.get(name) for line in part] == [line.get(name) for line in others]
     # No difference at all would mean that the layouts were the same.
     assert 0 < max(differences) <= 1e-5
 

@@ -43,7 +43,8 @@ class Odd(Noting):
 
 
 def config(folder: Path, objective: minilm.Objective, texts: Mapping[str, Sequence[str]]) -> Config:
-    DatasetDict({name: Dataset.from_dict({"text": part}) for name, part in texts.items()}).save_to_disk(folder / "data")
+    parts_of_all: Any = {name: Dataset.from_dict({"text": part}) for name, part in texts.items()}
+    DatasetDict(parts_of_all).save_to_disk(folder / "data")
     parts = [name for name in texts if name != "train"]
     return Config(
         data=Data(source=str(folder / "data"), eval_split="+".join(parts)),

@@ -13,6 +13,7 @@ from unittest import mock
 
 import classification
 import communication
+import embeddings
 import gpu
 import ladder
 import pytest
@@ -24,6 +25,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comparison import Contender, Rounds, StepCost, Task, TurnResult, build_parts, run_minilm
 from synthetic import write_corpus
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 from transformers.models.modernbert import modeling_modernbert
 
 import minilm.data.packing
@@ -137,6 +139,34 @@ def test_classification_takes_the_same_steps(tmp_path: Path) -> None:
     theirs, ours = classification.by_trainer(config), classification.by_minilm(config)
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
     assert ours["eval_loss"] != pytest.approx(0.6931, rel=1e-3)
+
+
+def test_embeddings_take_the_same_steps_as_sentence_transformers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES["bert"])
+    for part in (BertModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"anchor": f"word {i} " * (1 + i % 9), "positive": f"{i} other " * (1 + i % 5)} for i in range(100)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[3]])))
+    files = embeddings.write_pairs(tmp_path / "all.jsonl", tmp_path)
+    assert [len(Path(file).read_text().splitlines()) for file in files] == [36, 64]
+    settings = embeddings.configure(str(tmp_path / "model"), *files, 16)
+    settings = replace(
+        settings, run=Run(precision="fp32"), batch=replace(settings.batch, max_length=32, micro_tokens=100)
+    )
+    taken = [turns_of(contender) for contender in embeddings.find_contenders(settings, "sdpa")]
+    ours, *others = [turns for _, turns in taken]
+    for turns in others:
+        assert [(turn.tokens, turn.square_lengths) for turn in turns] == [(t.tokens, t.square_lengths) for t in ours]
+        assert report.compute_loss_difference(ours, turns) < 1e-5
+    rows_of_table = embeddings.compute_rows(
+        embeddings.find_contenders(settings, "sdpa"),
+        [[replace(turn, flops=1.0) for turn in turns] for _, turns in taken],
+        Peak(flops=1e9, source="assumed"),
+    )
+    assert [row["ours"] for row in rows_of_table] == [True, False, False, True]
 
 
 def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,8 +90,10 @@ def _try_sizes(
     while True:
         batches = micro_batches(size)
         largest = max(batches, key=lambda batch: len(batch.input_ids_T))
+        # If the loss compares the examples of a step, all steps but those of one micro-batch make a pass before.
+        twice = getattr(head, "coupled_rows", 0) > 0 and (len(batches) > 1 or accelerator.num_processes > 1)
         try:
-            taken = min(_time_pass(accelerator, head, largest) for _ in range(_REPEATS))
+            taken = min(_time_pass(accelerator, head, largest, twice=twice) for _ in range(_REPEATS))
         except torch.OutOfMemoryError:
             break
         times[size] = taken / max(1, len(largest.input_ids_T))
@@ -104,11 +106,15 @@ def _try_sizes(
     return times
 
 
-def _time_pass(accelerator: Accelerator, head: Head, batch: MicroBatch) -> float:
-    """Return the seconds of one forward and backward pass."""
+def _time_pass(accelerator: Accelerator, head: Head, batch: MicroBatch, *, twice: bool = False) -> float:
+    """Return the seconds of one forward and backward pass, and of a forward pass without gradients if `twice`."""
     mark = time.perf_counter()
+    batch = batch.to(accelerator.device)
+    if twice:
+        with torch.no_grad(), accelerator.autocast():
+            loss_sum(head, batch)
     with accelerator.autocast():
-        nats = loss_sum(head, batch.to(accelerator.device))
+        nats = loss_sum(head, batch)
     torch.autograd.grad(nats, [p for p in head.parameters() if p.requires_grad])
     float(nats.detach())  # this waits for the device
     if accelerator.device.type == "cuda":

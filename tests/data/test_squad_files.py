@@ -11,6 +11,7 @@ from minilm.config import Data
 from minilm.data.columns import Column
 from minilm.data.documents import load_row_tables
 from minilm.data.rows import Row
+from minilm.data.tables import FileTable
 
 SQUAD: dict[str, Any] = {
     "version": "v2.0",
@@ -127,3 +128,10 @@ def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path: Path) -
     path = _write(tmp_path / "squad.json", SQUAD)
     with pytest.raises(ValueError, match=r"no column 'contexts'. Did you mean context\?|'contexts'"):
         _read(path, "contexts")
+
+
+def test_the_columns_of_a_file_are_those_of_a_row(tmp_path: Path) -> None:
+    table = FileTable([str(_write(tmp_path / "squad.json", SQUAD))], Data())
+    assert table.read_column_names([]) == [*NAMES]
+    (batch,) = table.iter_batches([Column(role=name, name=name, kind="json") for name in table.read_column_names([])])
+    assert batch.cells[0] == ["a", "b", "c"]

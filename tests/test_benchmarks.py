@@ -1,6 +1,7 @@
 """The parts of the benchmarks on toy sizes, in this process: they run, and both sides have the same job."""
 
 import contextlib
+import copy
 import json
 import operator
 import sys
@@ -145,6 +146,10 @@ def test_embeddings_take_the_same_steps_as_sentence_transformers(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     pytest.importorskip("sentence_transformers")
+    # A tokenizer remembers how it padded last, and sentence-transformers would pad as it does.
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES["bert"])
     for part in (BertModel(config), tokenizer):
         part.save_pretrained(tmp_path / "model")

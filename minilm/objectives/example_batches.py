@@ -5,6 +5,7 @@ Axes: T tokens of the micro-batch, R its rows, L padded length, N targets, E exa
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -46,11 +47,13 @@ class ExampleCollator:
 
         Ignores `epoch` and `progress`.
         """
-        lengths = [self.examples.row_lengths(int(i)) for i in examples]
-        split = [part for row, own in zip(rows, lengths, strict=True) for part in np.split(row, np.cumsum(own)[:-1])]
-        ids_T, packing = concatenate_rows(split, padded=self.padded, multiple=self.multiple)
+        split, counts = rows, None
         if self.examples.rows is not None:
-            packing = replace(packing, rows_per_example=tuple(map(len, lengths)))
+            lengths = [self.examples.row_lengths(int(i)) for i in examples]
+            parts = (np.split(row, np.cumsum(own)[:-1]) for row, own in zip(rows, lengths, strict=True))
+            split, counts = [*chain.from_iterable(parts)], tuple(map(len, lengths))
+        ids_T, packing = concatenate_rows(split, padded=self.padded, multiple=self.multiple)
+        packing = replace(packing, rows_per_example=counts)
         types_T = None
         if self.examples.type_ids is not None:
             types = [self.examples.token_type_ids(int(i)) for i in examples]

@@ -1,5 +1,6 @@
 """The assistant's tokens of chats, beside transformers' own mask for the same templates with tags."""
 
+import copy
 import random
 from itertools import groupby
 from typing import Any
@@ -198,6 +199,7 @@ THOUGHT = [GOOD[0], {"role": "assistant", "content": "<think>a</think>jumps"}]
 def test_a_chat_without_certain_targets_is_refused_by_its_row(
     template: str, chat: Any, message: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=r"^chats.jsonl, line 2: ") as error:
         ChatEncoder(tokenizer).encode([Row({}, "chats.jsonl, line 2")], [chat], everything=False)

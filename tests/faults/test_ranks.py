@@ -35,9 +35,9 @@ SLOW = """
 import os, time
 import minilm.runs.session
 original = minilm.runs.session.prepare_data
-def prepare_data(config):
+def prepare_data(config, memory):
     time.sleep(4 if os.environ["RANK"] == "0" else 0)
-    return original(config)
+    return original(config, memory)
 minilm.runs.session.prepare_data = prepare_data
 """
 

@@ -1,4 +1,4 @@
-"""`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config/settings.py."""
+"""`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config."""
 
 import dataclasses
 import inspect
@@ -15,7 +15,7 @@ HEADER = """# Flags
 
 Every recipe takes these flags. `python RECIPE --help` shows them with the recipe's own defaults; the defaults below are
 those of `minilm.Config`. `python -m tests.flags_page` writes this page from the docstrings in
-`minilm/config/settings.py`.
+`minilm/config`.
 
 | flag of every recipe | what it does |
 |---|---|
@@ -60,7 +60,7 @@ def escape(text: str) -> str:
 
 def build_section(group: str, kind: type) -> str:
     """Return the flags of one group as a table."""
-    texts = read_field_help()[kind.__name__]
+    texts = read_field_help()[kind]
     types = typing.get_type_hints(kind)
     lines = [
         f"## {group}",

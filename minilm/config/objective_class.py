@@ -1,16 +1,17 @@
 """The class of an objective, by its name and the file that defines it. A run records both in run.json."""
 
+import hashlib
 import importlib.util
 import os
 import sys
 from typing import Any
 
-from minilm.config import ObjectiveSettings, settings
+from minilm.config import ObjectiveSettings, objective_settings
 
 
 def name_class(kind: type[ObjectiveSettings]) -> dict[str, Any]:
     """Return how a run records a class of settings: its `name` and, if it is not one of minilm's, `defined_in`."""
-    if kind.__module__ == settings.__name__:
+    if kind.__module__ == objective_settings.__name__:
         return {"name": kind.__name__}
     return {"name": kind.__name__, "defined_in": {"module": kind.__module__, "file": _find_file(kind.__module__)}}
 
@@ -43,7 +44,8 @@ def find_class(name: str, defined_in: Any = None) -> type[ObjectiveSettings] | N
 
 def find_builtin_classes() -> dict[str, type[ObjectiveSettings]]:
     """Return minilm's own classes of settings of objectives, by name."""
-    return {kind.__name__: kind for kind in ObjectiveSettings.__subclasses__() if kind.__module__ == settings.__name__}
+    kinds = [kind for kind in ObjectiveSettings.__subclasses__() if kind.__module__ == objective_settings.__name__]
+    return {kind.__name__: kind for kind in kinds}
 
 
 def _find_file(module: str) -> str:
@@ -64,21 +66,19 @@ def _import_file(module: str, file: str) -> Any:
             spec = None
         if spec is not None and spec.origin is not None and os.path.abspath(spec.origin) == file:
             return importlib.import_module(module)
-    name = os.path.splitext(os.path.basename(file))[0]
+    # A file such as random.py must not take the place of another module, so its name has a hash of its path.
+    name = f"minilm_objective_{hashlib.blake2b(file.encode(), digest_size=8).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up by its name.
-    before = sys.modules.get(name)
     sys.modules[name] = loaded
     sys.path.insert(0, os.path.dirname(file))
     try:
         spec.loader.exec_module(loaded)
     except BaseException:
-        sys.modules.pop(name)
-        if before is not None:
-            sys.modules[name] = before
+        del sys.modules[name]
         raise
     finally:
         sys.path.remove(os.path.dirname(file))

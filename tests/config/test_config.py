@@ -313,5 +313,5 @@ parse_flags(Config(), arguments=["--help"])
     output = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stdout).split())
     # tyro looks for strings under the groups in Config, and there are none.
     assert set(re.findall(r"PARSED (\w+)", output)) <= {"Config"}
-    texts = [text for kind in ("Data", "MaskedLM", "Run") for text in read_field_help()[kind].values()]
+    texts = [text for kind in (Data, MaskedLM, Run) for text in read_field_help()[kind].values()]
     assert [text for text in texts if text not in output] == []

@@ -20,5 +20,5 @@ def test_a_row_has_the_values_the_default_and_the_docstring() -> None:
         "",
     ]
     assert describe_values(int | None) == "INT"
-    assert read_field_help()["Run"]["seed"] == "Seed of the initial weights, the order, the masks and dropout."
+    assert read_field_help()[Run]["seed"] == "Seed of the initial weights, the order, the masks and dropout."
     assert "| `--batch.examples INT` | 32 | Examples in an optimizer step" in build_page()

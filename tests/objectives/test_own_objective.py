@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import minilm
-from minilm import Batch, Config, Data, Example, Model, Optim, Run, Tokens
+from minilm import Batch, Config, Data, Example, Model, Objective, Optim, Run, Tokens
+from minilm.config.objective_class import find_class
 from minilm.config.serialization import from_dict, read_run_config, to_dict
 from minilm.data.micro_batch import target_losses
 from minilm.objectives.coupling import couple_examples
@@ -220,7 +221,7 @@ def test_a_mean_in_place_of_losses_is_refused_before_the_first_step(config: Conf
 
 
 def test_fields_without_a_dataclass_are_refused() -> None:
-    with pytest.raises(ValueError, match="Unfinished has the field margin but is no dataclass"):
+    with pytest.raises(ValueError, match="Unfinished has the field margin but is not a dataclass"):
         build_objective(Unfinished())
 
 
@@ -364,6 +365,16 @@ def test_code_inside_the_folder_of_a_run_is_not_imported(place: Path, tmp_path: 
     (tmp_path / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="from which minilm runs no code"):
         read_run_config(str(tmp_path / "run.json"))
+
+
+def test_a_file_with_the_name_of_a_module_does_not_take_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "random.py"
+    file.write_text("from minilm import Objective\n\nclass Mine(Objective):\n    pass\n")
+    kind = find_class("Mine", {"module": "random", "file": str(file)})
+    assert kind is not None
+    assert issubclass(kind, Objective)
+    assert __import__("random").__file__ != str(file)
+    assert find_class("Mine", {"module": "random", "file": str(file)}) is kind
 
 
 def test_the_record_of_an_objective_is_read_as_it_was() -> None:

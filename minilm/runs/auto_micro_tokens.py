@@ -91,7 +91,7 @@ def _try_sizes(
         batches = micro_batches(size)
         largest = max(batches, key=lambda batch: len(batch.input_ids_T))
         # If the loss compares the examples of a step, all steps but those of one micro-batch make a pass before.
-        twice = getattr(head, "coupled_rows", 0) > 0 and (len(batches) > 1 or accelerator.num_processes > 1)
+        twice = head.coupled_rows > 0 and (len(batches) > 1 or accelerator.num_processes > 1)
         try:
             taken = min(_time_pass(accelerator, head, largest, twice=twice) for _ in range(_REPEATS))
         except torch.OutOfMemoryError:

@@ -141,3 +141,5 @@ def test_the_summary_says_pooling_and_layout(tokenizer: PreTrainedTokenizerBase)
 def test_a_model_without_a_hidden_state_for_each_token_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     model = build("bert", AutoModel, tokenizer)
     model.register_forward_hook(lambda module, inputs, output: output[0][:, ::2])
+    with pytest.raises(ValueError, match=r"^BertModel does not give a hidden state for each token of a text: take"):
+        EmbeddingHead(model, pooling="mean", loss=weighted_sums)

@@ -182,7 +182,8 @@ def test_new_models_are_built_even_for_a_tokenizer_without_padding(
     bare.pad_token = None
     for kind in ("bert", "roberta"):
         network = load_model(Model(type=kind, config=fields(kind)), bare, max_length=32, seed=0, auto=auto)
-        TASKS[auto][0](network)
+        assert isinstance(network, auto._model_mapping[type(network.config)])
+        assert TASKS[auto][0](network).padding_free
 
 
 def test_a_model_that_cannot_read_ids_alone_is_refused_in_one_line(

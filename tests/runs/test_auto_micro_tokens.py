@@ -75,6 +75,8 @@ def test_processes_take_the_number_that_is_best_for_the_slowest(tmp_path: Path) 
 class Head(torch.nn.Module):
     """Takes as long for a token as `seconds` says, by the tokens of the batch."""
 
+    coupled_rows = 0
+
     def __init__(self, seconds: dict[int, float]) -> None:
         super().__init__()
         self.weight, self.seconds, self.seen = torch.nn.Parameter(torch.ones(())), seconds, list[int]()

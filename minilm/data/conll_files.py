@@ -83,7 +83,10 @@ def _read_lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
 
 
 def _find_shape(path: str, encoding: str) -> _Shape:
-    """Return the shape of the first line with a word. A line that begins with `# ` counts only if there is no other."""
+    """Return the shape of the first line with a word.
+
+    A line that begins with `# ` may be a comment, so its shape is returned only if no other line has a word.
+    """
     first = _Shape(line=0, fields=0, has_tabs=False, is_universal=False)
     for number, line in _read_lines(path, encoding):
         if not line.strip() or line.split()[0] == _DOCUMENT_START:

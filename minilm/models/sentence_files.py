@@ -81,7 +81,7 @@ def read_embedding_format(name: str | Path) -> EmbeddingFormat | None:
 
 
 def _read_json(name: str | Path, file: str) -> Any:
-    """Return the content of a JSON file of a folder or hub id, or None if there is no such file."""
+    """Return the content of a JSON file of a folder or hub id, or None if the file is missing."""
     path = cached_file(
         str(name),
         file,
@@ -89,4 +89,9 @@ def _read_json(name: str | Path, file: str) -> Any:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy the model's folder again") from error

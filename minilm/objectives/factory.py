@@ -37,12 +37,12 @@ def build_objective(settings: ObjectiveSettings) -> Objective:
 
 
 def _check_fields(kind: type) -> None:
-    """Raise ValueError if the class has fields that Python does not know as fields, because it is no dataclass."""
+    """Raise ValueError if a class has annotated fields but is not a dataclass, so that Python ignores them."""
     for base in kind.__mro__[: kind.__mro__.index(Objective)]:
         own = [name for name, note in vars(base).get("__annotations__", {}).items() if "ClassVar" not in str(note)]
         if own and "__dataclass_fields__" not in vars(base):
             raise ValueError(
-                f"the class {base.__name__} has the field {own[0]} but is no dataclass: write "
+                f"the class {base.__name__} has the field {own[0]} but is not a dataclass: write "
                 "@dataclass(frozen=True, kw_only=True) above it"
             )
 

@@ -186,8 +186,6 @@ class Objective(ObjectiveSettings):
         settings = dataclasses.asdict(self)
         own = type(self)
         key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
-        reading = copy.deepcopy(tokenizer)
-        reading.model_max_length = config.batch.max_length
         shift = _shift_targets if self.outputs == "next_tokens" else _keep
 
         def encode(tables: Sequence[RowTable], name: str, *, evaluated: bool = True) -> tuple[Examples, list[int]]:
@@ -262,7 +260,7 @@ class Objective(ObjectiveSettings):
 
         outputs, expected: what the model and the teacher give, in the shape that `Objective.outputs` says.
         """
-        # Logits of -inf stand for places or rows that there are not. Their difference would be NaN.
+        # A logit of -inf fills a place after the end of a row, or a missing row. -inf - (-inf) would be NaN.
         ours, theirs = ((x.clamp(min=_LOWEST_LOGIT) / temperature).log_softmax(-1) for x in (outputs, expected))
         return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
 

@@ -151,7 +151,7 @@ def _check_answer(row: Row, text: Any, start: Any) -> None:
     context = row["pair"]
     if start < 0 or context[start : start + len(text)] != text:
         place = context.find(text)
-        advice = f"it stands at {place}" if place >= 0 else "it stands nowhere in the context"
+        advice = f"it stands at {place}" if place >= 0 else "the context does not contain it"
         raise ValueError(
             f"{row.where}: the answer {text[:60]!r} does not stand at character {start} of the context ({advice}, "
             "counted from 0 in characters of Unicode): correct answer_start"
@@ -161,7 +161,7 @@ def _check_answer(row: Row, text: Any, start: Any) -> None:
 def _find_answer(row: Row, answers: Sequence[tuple[str, int]], context: WindowedContext) -> tuple[int, int] | None:
     """Return the first and the last token of the first answer, or None if there is no answer.
 
-    Raise ValueError if no token stands for it, or if no window holds all of it.
+    Raise ValueError if the tokenizer gives no token for it, or if no window holds all of its tokens.
     """
     if not answers:
         return None

@@ -107,6 +107,6 @@ def _no_source_error(source: str) -> ValueError:
     """Return the error for a source that is neither a file nor the name of a dataset on the hub."""
     shown = source if len(source) <= 60 else source[:60] + "…"
     return ValueError(
-        f"data source {shown!r}: there is no such file or folder, and no dataset on the hub can have this name; to "
+        f"data source {shown!r} does not exist as a file or folder, and a dataset on the hub cannot have this name; to "
         "train on texts from Python, pass documents=[...]"
     )

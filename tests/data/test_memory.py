@@ -259,8 +259,8 @@ def test_a_sentence_is_never_asked_of_the_hub(sentence: str, monkeypatch: pytest
     monkeypatch.setattr(sources, "_load", None)
     monkeypatch.setattr(sources, "use_cache_if_offline", None)
     message = (
-        r"^data source ['\"][^\n]{,70}['\"]: there is no such file or folder, and no dataset on the hub can have this "
-        r"name; to train on texts from Python, pass documents=\[\.\.\.\]\Z"
+        r"^data source ['\"][^\n]{,70}['\"] does not exist as a file or folder, and a dataset on the hub cannot have "
+        r"this name; to train on texts from Python, pass documents=\[\.\.\.\]\Z"
     )
     for data in (Data(source=sentence), Data(source=("pydocs", sentence)), Data(eval_source=sentence)):
         with pytest.raises(ValueError, match=message):

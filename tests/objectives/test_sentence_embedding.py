@@ -328,6 +328,9 @@ def test_a_run_loads_in_sentence_transformers_with_equal_embeddings(
         assert lines == [f" 1.000  {cosine}  {texts[0]}", f" {cosine}  1.000  {texts[1]}"]
         _, lines, _ = run("embed", str(out), *texts[:2], "--json")
         assert json.loads(lines[1])["embedding"] == pytest.approx(ours[1].tolist())
+    (out / "modules.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"modules\.json is not JSON \([^\n]*\): copy the model's folder again$"):
+        load_embedding_model(out)
 
 
 def test_scores_train_and_evaluate_as_the_run_of_pairs_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,6 +34,7 @@ from minilm.objectives.objective import Evaluator
 from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import learning_rate
 from minilm.runs.auto_micro_tokens import resolve_micro_tokens
+from minilm.runs.session import Session
 from minilm.train import build_plan, first_step, load_steps, seed_dropout, train_step
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -227,12 +229,19 @@ def build_parts(config: Config, head_of: Callable[[PreTrainedModel, PreparedData
     head = (head_of or objective.head)(network.to(accelerator.device), prepared)
     freeze_unused(head)
     cost = count_flops(head, config.batch.max_length)
-    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    config = resolve_micro_tokens(config, accelerator, head, None, first)
+    run = Session(
+        config=config,
+        accelerator=accelerator,
+        precision=precision,
+        folder=Path(),
+        checkpoint=None,
+        prepared=prepared,
+    )
+    config = resolve_micro_tokens(config, accelerator, head, None, partial(first_step, run, head))
     if config.run.compile:
         compile_layers(head)
     model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim, precision.name))
-    plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
+    plan, collator, evaluator = build_plan(replace(run, config=config), head)
     model.train()
     return Parts(
         config=config,

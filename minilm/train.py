@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from minilm.config import Config, ObjectiveSettings
 from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Examples, PreparedData
+from minilm.data.corpus import Examples
 from minilm.data.memory import DocumentList
 from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
 from minilm.distributed.flops import count_flops
@@ -32,7 +32,7 @@ from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
 from minilm.objectives.coupling import couple_examples
 from minilm.objectives.distillation import add_teacher
-from minilm.objectives.factory import build_network, build_objective
+from minilm.objectives.factory import build_network
 from minilm.objectives.objective import Evaluator
 from minilm.optim.optimizer import apply_update, build_optimizer
 from minilm.optim.schedule import learning_rate as scheduled_rate
@@ -44,11 +44,11 @@ from minilm.runs.energy import measure_energy
 from minilm.runs.model_card import write_card
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import claim_output_dir
-from minilm.runs.recorder import start_recorder, write_samples
+from minilm.runs.recorder import write_samples
 from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
-from minilm.runs.session import Session, apply_arguments, begin, plan_batches
+from minilm.runs.session import Session, apply_arguments, begin, plan_batches, start_recorder
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.progress import quiet_transformers
@@ -138,14 +138,14 @@ def train(
     with begin(config, name, memory=memory) as run:
         accelerator = run.accelerator
         prepared = run.prepared
-        objective = build_objective(config.objective)
 
         # Build: the model, the plan of the steps and the optimizer. A resumed run builds these as a new run does.
         # `network` is the model of transformers, `head` adds the loss, and `model` is the head in DDP or FSDP2. The
-        # settings now have a number in place of batch.micro_tokens=auto.
-        head, config = build_head(run)
+        # settings of `run` now have a number in place of batch.micro_tokens=auto.
+        head, run = build_head(run)
+        config = run.config
         network = head.model
-        plan, collator, evaluator = build_plan(config, accelerator, head, prepared)
+        plan, collator, evaluator = build_plan(run, head)
         total = config.run.count_steps(plan.steps_per_epoch)
         cost = count_flops(head, config.batch.max_length)
         inputs = collect_inputs(prepared, head, accelerator.num_processes)
@@ -163,9 +163,7 @@ def train(
             best = BestEvaluation(config.run, evaluator.names, progress)
             if accelerator.is_main_process:
                 claim_output_dir(run.folder, config.run, network, total)
-        recorder, facts = start_recorder(
-            accelerator, config, run.folder, head, plan, prepared, total, run.precision, progress
-        )
+        recorder, facts = start_recorder(run, head, plan, total, progress)
         saver = CheckpointSaver(
             run.folder, network, optim, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
         )
@@ -207,7 +205,7 @@ def train(
                     recorder.flush()
                     figures = evaluator(accelerator, model).figures()
                     better = best.update(figures, done)
-                    recorder.record_evaluation(epoch, figures, objective.format_figures(figures))
+                    recorder.record_evaluation(epoch, figures, run.objective.format_figures(figures))
 
                 # The caller may look at the figures and the model, and end the run after this step.
                 wants_stop = False
@@ -245,13 +243,12 @@ def train(
         model, optim = accelerator.free_memory(model, optim)
     if early is not None:
         raise early
-    return TrainResult(folder=run.folder, figures=results, model_class=objective.auto)
+    return TrainResult(folder=run.folder, figures=results, model_class=run.objective.auto)
 
 
-def build_head(run: Session) -> tuple[Head, Config]:
-    """Return the head with its model on this process's device, and the settings with `batch.micro_tokens` resolved."""
-    config, accelerator, prepared = run.config, run.accelerator, run.prepared
-    objective = build_objective(config.objective)
+def build_head(run: Session) -> tuple[Head, Session]:
+    """Return the head with its model on this process's device, and the run with `batch.micro_tokens` resolved."""
+    config, accelerator, prepared, objective = run.config, run.accelerator, run.prepared, run.objective
     with on_all_ranks():
         network = build_network(config, prepared)
         objective.check(network, prepared.tokenizer, config.run.samples)
@@ -259,26 +256,24 @@ def build_head(run: Session) -> tuple[Head, Config]:
         freeze_unused(head)
         add_teacher(head, config, objective, prepared)
     verify_head(config, head, prepared)
-    first = partial(first_step, accelerator=accelerator, head=head, prepared=prepared)
-    return head, resolve_micro_tokens(config, accelerator, head, run.checkpoint, first)
+    first = partial(first_step, run, head)
+    return head, replace(run, config=resolve_micro_tokens(config, accelerator, head, run.checkpoint, first))
 
 
-def first_step(config: Config, accelerator: Accelerator, head: Head, prepared: PreparedData) -> list[MicroBatch]:
-    """Return this process's micro-batches of the first step."""
-    plan, collator, _ = build_plan(config, accelerator, head, prepared)
-    item: Item = next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))
+def first_step(run: Session, head: Head, config: Config) -> list[MicroBatch]:
+    """Return this process's micro-batches of the first step that the run would make with these settings."""
+    plan, collator, _ = build_plan(replace(run, config=config), head)
+    item: Item = next(iter(load_steps(plan, run.prepared.train, collator, run.accelerator, range(1), 0)))
     return item[1]
 
 
-def build_plan(
-    config: Config, accelerator: Accelerator, head: Head, prepared: PreparedData
-) -> tuple[Plan, Collator, Evaluator]:
+def build_plan(run: Session, head: Head) -> tuple[Plan, Collator, Evaluator]:
     """Return the plan of the steps, the collator that makes their micro-batches, and the evaluator."""
-    objective = build_objective(config.objective)
-    plan = plan_batches(config, accelerator, head, prepared.train)
+    prepared, seed = run.prepared, run.config.run.seed
+    plan = plan_batches(run, head)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
-    collator = objective.collator(prepared.tokenizer, prepared.train, seed=config.run.seed, **layout)
-    return plan, collator, objective.evaluator(prepared, micro_tokens_of(config), **layout)
+    collator = run.objective.collator(prepared.tokenizer, prepared.train, seed=seed, **layout)
+    return plan, collator, run.objective.evaluator(prepared, micro_tokens_of(run.config), **layout)
 
 
 Item = tuple[Step, list[MicroBatch]]
@@ -348,8 +343,7 @@ def conclude(
 
     `write_results` comes last, since its file marks the run as finished.
     """
-    config, folder, tokenizer = run.config, run.folder, run.prepared.tokenizer
-    objective = build_objective(config.objective)
+    config, folder, tokenizer, objective = run.config, run.folder, run.prepared.tokenizer, run.objective
     run.uploads.extend(save_model(network, tokenizer, folder, weights, objective.extra_files(network, config)))
     samples = {}
     if config.run.samples:

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-import minilm.runs.recorder
+import minilm.runs.session
 from minilm.commands.main import main
 from minilm.data.tokenizer_training import train_tokenizer
 from tests.jobs import forget_other_tests
@@ -46,7 +46,7 @@ def _skip_sync(descriptor: int) -> None:
 
 os.fsync = _skip_sync
 # Runs of one process, and those that it forks, share one measurement of the processor's peak. It takes half a second.
-minilm.runs.recorder.device_peak = cache(minilm.runs.recorder.device_peak)
+minilm.runs.session.device_peak = cache(minilm.runs.session.device_peak)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +97,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 
 def pytest_collection_finish() -> None:
     """Measure the peak before the first fork, and keep what was imported out of the garbage collections of runs."""
-    minilm.runs.recorder.device_peak(torch.device("cpu"), "fp32")
+    minilm.runs.session.device_peak(torch.device("cpu"), "fp32")
     gc.collect()
     gc.freeze()
     # Otherwise libraries report the frozen objects as leaks when the process ends.

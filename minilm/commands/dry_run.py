@@ -84,9 +84,10 @@ def _data(prepared: PreparedData, plan: Plan) -> str:
 def _planned(run: Session) -> list[tuple[str, str]]:
     """Return lines on model, steps, FLOPs, memory and time. A probe measures memory and time."""
     accelerator, prepared = run.accelerator, run.prepared
-    head, config = build_head(run)
+    head, run = build_head(run)
+    config = run.config
     cost = count_flops(head, config.batch.max_length)
-    plan, collator, _ = build_plan(config, accelerator, head, prepared)
+    plan, collator, _ = build_plan(run, head)
     total = config.run.count_steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())

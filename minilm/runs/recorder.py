@@ -10,20 +10,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from minilm.config import Config
-from minilm.config.serialization import flatten_settings, to_dict
-from minilm.data.batch_plan import Ids, Plan
-from minilm.data.corpus import PreparedData
+from minilm.data.batch_plan import Ids
 from minilm.distributed.hardware import peak_memory
-from minilm.distributed.precision import Precision, device_peak
-from minilm.models.head import Head
 from minilm.runs.checkpoint import Progress
 from minilm.runs.loss_spikes import SpikeDetector
-from minilm.runs.run_facts import collect_run_facts, log_run_facts, write_run_json
-from minilm.runs.trackers import start_trackers
 from minilm.utils.progress import show_progress
 
 log = logging.getLogger("minilm")
@@ -211,40 +203,6 @@ def _open_log(path: Path, keep_bytes: int) -> BinaryIO:
     log_file.truncate(min(keep_bytes, path.stat().st_size))
     log_file.seek(0, 2)
     return log_file
-
-
-def start_recorder(
-    accelerator: Accelerator,
-    config: Config,
-    folder: Path,
-    head: Head,
-    plan: Plan,
-    prepared: PreparedData,
-    total_steps: int,
-    precision: Precision,
-    progress: Progress,
-) -> tuple[Recorder, dict[str, Any]]:
-    """Write and log the facts of the run, start its trackers, and return its recorder and the facts.
-
-    Every process calls it after the main process has claimed `folder`. The facts are those of `collect_run_facts`.
-    """
-    main = accelerator.is_main_process
-    peak = device_peak(accelerator.device, precision.name)
-    facts = collect_run_facts(accelerator, head, plan, prepared, total_steps, precision, peak)
-    if main:
-        settings = to_dict(config)
-        write_run_json(folder, settings, config.data, facts)
-        log_run_facts(folder, config, facts)
-        start_trackers(accelerator, config.run.trackers, flatten_settings(settings), folder, progress.step)
-    recorder = Recorder(
-        folder,
-        accelerator.log,
-        total_steps=total_steps,
-        peak_flops=peak.flops * accelerator.num_processes,
-        progress=progress,
-        enabled=main,
-    )
-    return recorder, facts
 
 
 def write_samples(folder: Path, step: int, samples: dict[str, str]) -> None:

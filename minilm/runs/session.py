@@ -2,20 +2,23 @@
 
 `begin` joins the job, chooses the output folder and prepares the data; at the end of its block the process leaves the
 job. `start_recording` and `save_networks` are for loops without evaluation and checkpoints, such as
-`recipes/fork_electra.py`. `minilm/train.py` shows a loop with both.
+`recipes/fork_electra.py`. `minilm/train.py` shows a loop with both, and calls `plan_batches` and `start_recorder`
+itself.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from minilm.config import Config, ObjectiveSettings
+from minilm.config.serialization import flatten_settings, to_dict
 from minilm.data.batch_plan import Plan
-from minilm.data.corpus import Examples, PreparedData
+from minilm.data.corpus import PreparedData
 from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.distributed.launch import (
     broadcast_from_main,
@@ -26,19 +29,21 @@ from minilm.distributed.launch import (
     restore_on_error,
     start,
 )
-from minilm.distributed.precision import Precision
+from minilm.distributed.precision import Precision, device_peak
 from minilm.models.compatibility import check_compatibility
 from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.factory import prepare_data
+from minilm.objectives.factory import build_objective, prepare_data
+from minilm.objectives.objective import Objective
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.hub_upload import upload_run
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
-from minilm.runs.recorder import Recorder, start_recorder
+from minilm.runs.recorder import Recorder
 from minilm.runs.resume import check_best_checkpoint, check_settings
-from minilm.runs.run_facts import write_results
+from minilm.runs.run_facts import collect_run_facts, log_run_facts, write_results, write_run_json
+from minilm.runs.trackers import start_trackers
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlock_at_end
@@ -61,6 +66,11 @@ class Session:
     """The tokenizer and the examples."""
     uploads: list[str] = field(default_factory=list)
     """The files of the output folder to push to the hub at the end, where `run.push_to_hub` asks for it."""
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the model is trained for, as `config.objective` says."""
+        return build_objective(self.config.objective)
 
 
 def apply_arguments(
@@ -127,54 +137,80 @@ def begin(
             upload_run(config.run.push_to_hub, folder, session.uploads)
 
 
-def plan_batches(config: Config, accelerator: Accelerator, head: Head, examples: Examples) -> Plan:
+def plan_batches(run: Session, head: Head) -> Plan:
     """Return the plan of the steps, with padding where the head needs it."""
+    config, examples = run.config, run.prepared.train
     return Plan(
         examples.lengths,
         sizes=None if head.padding_free else examples.padded_lengths,
         squares=None if examples.rows is None else examples.square_lengths,
         examples=config.batch.examples,
         micro_tokens=micro_tokens_of(config),
-        processes=accelerator.num_processes,
+        processes=run.accelerator.num_processes,
         seed=config.run.seed,
         group=config.batch.group,
         padded=not head.padding_free,
-        multiple=1 if accelerator.device.type == "cpu" else 8,  # padded lengths divisible by 8 are faster on GPUs
+        multiple=1 if run.accelerator.device.type == "cpu" else 8,  # padded lengths divisible by 8 are faster on GPUs
         row_tokens=config.batch.max_length if config.batch.layout == "packed" else None,
     )
 
 
-def start_recording(session: Session, head: Head) -> tuple[Plan, int, Recorder]:
+def start_recorder(
+    run: Session, head: Head, plan: Plan, total: int, progress: Progress
+) -> tuple[Recorder, dict[str, Any]]:
+    """Write and log the facts of the run, start its trackers, and return its recorder and the facts.
+
+    Every process calls it after the main process has claimed `run.folder`. The facts are those of `collect_run_facts`.
+
+    total: the number of steps.
+    """
+    config, accelerator, main = run.config, run.accelerator, run.accelerator.is_main_process
+    peak = device_peak(accelerator.device, run.precision.name)
+    facts = collect_run_facts(accelerator, head, plan, run.prepared, total, run.precision, peak)
+    if main:
+        settings = to_dict(config)
+        write_run_json(run.folder, settings, config.data, facts)
+        log_run_facts(run.folder, config, facts)
+        start_trackers(accelerator, config.run.trackers, flatten_settings(settings), run.folder, progress.step)
+    recorder = Recorder(
+        run.folder,
+        accelerator.log,
+        total_steps=total,
+        peak_flops=peak.flops * accelerator.num_processes,
+        progress=progress,
+        enabled=main,
+    )
+    return recorder, facts
+
+
+def start_recording(run: Session, head: Head) -> tuple[Plan, int, Recorder]:
     """Check the model, claim the output folder, and write and log the facts of the run.
 
     Returns the plan, the number of steps and the recorder.
     """
-    config, accelerator, prepared = session.config, session.accelerator, session.prepared
-    check_compatibility(head, prepared)
+    check_compatibility(head, run.prepared)
     if isinstance(head, SparseHead):
-        verify_head(config, head, prepared)
+        verify_head(run.config, head, run.prepared)
     with on_all_ranks():
-        plan = plan_batches(config, accelerator, head, prepared.train)
-        total = config.run.count_steps(plan.steps_per_epoch)
-        if accelerator.is_main_process:
-            claim_output_dir(session.folder, config.run, head.model)
-    recorder, _ = start_recorder(
-        accelerator, config, session.folder, head, plan, prepared, total, session.precision, Progress()
-    )
+        plan = plan_batches(run, head)
+        total = run.config.run.count_steps(plan.steps_per_epoch)
+        if run.accelerator.is_main_process:
+            claim_output_dir(run.folder, run.config.run, head.model)
+    recorder, _ = start_recorder(run, head, plan, total, Progress())
     return plan, total, recorder
 
 
-def save_networks(session: Session, recorder: Recorder, networks: dict[str, Any]) -> TrainResult:
+def save_networks(run: Session, recorder: Recorder, networks: dict[str, Any]) -> TrainResult:
     """Save models of transformers and the totals of the run, and return the result of the run.
 
     networks: the models by their subfolder of the output folder; "." is the folder itself.
     """
     results = recorder.record_results({})
-    if session.accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         for part, network in networks.items():
-            (session.folder / part).mkdir(exist_ok=True)
-            saved = save_model(network, session.prepared.tokenizer, session.folder / part)
-            session.uploads.extend(str(Path(part, name)) for name in saved)
-        write_results(session.folder, results)
-    session.accelerator.free_memory()
-    return TrainResult(folder=session.folder, figures=results, model_class=type(networks["."]))
+            (run.folder / part).mkdir(exist_ok=True)
+            saved = save_model(network, run.prepared.tokenizer, run.folder / part)
+            run.uploads.extend(str(Path(part, name)) for name in saved)
+        write_results(run.folder, results)
+    run.accelerator.free_memory()
+    return TrainResult(folder=run.folder, figures=results, model_class=type(networks["."]))

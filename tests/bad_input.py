@@ -212,7 +212,7 @@ ENTRIES: dict[str, Entry] = {
     "words beside LoRA": Entry(
         flags="--model.name bert --tokens.extend 1 --model.lora-rank 2",
         prepare=text("docs.txt", "zirconium quartz zirconium quartz\n" * 30),
-        says="model.lora_rank would leave the tokens of tokens.extend untrained",
+        says="model.lora_rank would leave the embeddings of 1 new tokens untrained",
     ),
     "negative size": Entry(flags="--model.config.hidden-size -32", says="model.config"),
     "word for a size": Entry(flags="--model.config.hidden-size many", says="model.config"),

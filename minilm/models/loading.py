@@ -83,7 +83,10 @@ def load_model(
     _freeze(network, model.freeze)
     if model.lora_rank:
         if added:
-            raise ValueError("model.lora_rank would leave the tokens of tokens.extend untrained: leave one of them out")
+            raise ValueError(
+                f"model.lora_rank would leave the embeddings of {added} new tokens untrained: leave it out, or leave out "
+                "what adds them (--tokens.extend, or a template such as --objective.template chatml; plain adds none)"
+            )
         add_lora(network, model, random, head_name(auto))
     return network
 

@@ -30,6 +30,7 @@ log = logging.getLogger("minilm")
 _COMMANDS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tag",
     "ForQuestionAnswering": "answer",
     "ForCausalLM": "generate",
     "LMHeadModel": "generate",

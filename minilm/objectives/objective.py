@@ -111,9 +111,9 @@ class Objective(ObjectiveSettings):
     """Whether all examples must have the same number of rows."""
     figures: ClassVar[tuple[str, ...]] = ()
     """The names of what `metrics` returns. `run.best_metric` can be one of them."""
-    pairs: ClassVar[bool] = False
-    """Whether a row of tokens holds two texts. The tokenizer then gives `token_type_ids` only to a model that has
-    several token types; give them to `Example`."""
+    pairs: ClassVar[bool | None] = None
+    """Whether a row of tokens holds two texts. If it is True or False, the tokenizer gives `token_type_ids` only to a
+    model that has several token types; give them to `Example`. None leaves the tokenizer as it is."""
     version: ClassVar[int] = 1
     """Raise it when `examples` changes by code outside the folder of the class, so that the cache is not used."""
     title: ClassVar[str] = "model"
@@ -137,6 +137,13 @@ class Objective(ObjectiveSettings):
         A field whose name begins with _ is for `examples` alone. It is not a part of the model's configuration.
         """
         return {}
+
+    def texts(self, row: Row) -> Iterable[str]:
+        """Return the texts of a row from which a tokenizer learns, if the run trains or extends one.
+
+        The default is every text in the row.
+        """
+        return _find_texts(dict(row))
 
     def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Change the tokenizer of the run before it encodes, such as by `tokenizer.add_tokens`.
@@ -181,8 +188,8 @@ class Objective(ObjectiveSettings):
         tokenizer = self._load_tokenizer(config, train)
         own_rows = count_embedding_rows(tokenizer)
         self.adapt_tokenizer(tokenizer)
-        if self.pairs:
-            fit_token_types(tokenizer, config.model, self.auto, pair=True)
+        if self.pairs is not None:
+            fit_token_types(tokenizer, config.model, self.auto, pair=self.pairs)
         settings = dataclasses.asdict(self)
         own = type(self)
         key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
@@ -219,10 +226,10 @@ class Objective(ObjectiveSettings):
         )
 
     def _load_tokenizer(self, config: Config, rows: RowTable) -> PreTrainedTokenizerBase:
-        """Return the tokenizer of the run. If it must be trained or extended, it learns from all texts of the rows."""
+        """Return the tokenizer of the run. If it must be trained or extended, it learns from `texts` of the rows."""
         texts: list[str] = []
         if (config.tokens.name or config.model.name) is None or config.tokens.extend:
-            texts = [text for batch in rows.iter_batches() for row in batch for text in _find_texts(dict(row))]
+            texts = [text for batch in rows.iter_batches() for row in batch for text in self.texts(row)]
         documents = Dataset.from_dict({"text": texts})
         return load_tokenizer(config.tokens, config.model.name, documents, causal=self.outputs == "next_tokens")
 

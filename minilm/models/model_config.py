@@ -23,6 +23,19 @@ def load_configuration(name: str) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
+def read_model_labels(name: str | None, head: str = "SequenceClassification") -> tuple[str, ...]:
+    """Return the names of the labels, by id, of a checkpoint that has this head; () for any other model.
+
+    name: a folder or a hub id; None for a new model. head: such as SequenceClassification.
+    """
+    if name is None:
+        return ()
+    config = load_configuration(name)
+    has_head = any(str(kind).endswith(f"For{head}") for kind in config.architectures or ())
+    # The pipelines of transformers name labels by id2label. label2id may be missing, or may contradict it.
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label)) if has_head else ()
+
+
 def resolve_configuration(model: Model, auto: Any) -> PretrainedConfig:
     """Return the configuration of the checkpoint `model.name`, or else the default one of `model.type`.
 

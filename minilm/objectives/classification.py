@@ -22,7 +22,7 @@ from minilm.data.text_pairs import encode_pairs
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.inference import classify
-from minilm.models.model_config import load_configuration
+from minilm.models.model_config import read_model_labels
 from minilm.models.row_head import RowHead
 from minilm.models.token_types import fit_token_types
 from minilm.objectives.classification_loss import ClassificationLoss, compute_classification_losses
@@ -120,19 +120,6 @@ class ClassificationObjective(Objective):
 
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         return format_command("classify", folder, "…")
-
-
-def read_model_labels(name: str | None) -> tuple[str, ...]:
-    """Return the names of the labels, by id, of a checkpoint that is a sequence classifier; () for any other model.
-
-    name: a folder or a hub id; None for a new model.
-    """
-    if name is None:
-        return ()
-    config = load_configuration(name)
-    is_classifier = any(str(kind).endswith("ForSequenceClassification") for kind in config.architectures or ())
-    # The pipelines of transformers name labels by id2label. label2id may be missing, or may contradict it.
-    return tuple(str(config.id2label[index]) for index in sorted(config.id2label)) if is_classifier else ()
 
 
 def _check_settings(config: Config) -> None:

@@ -32,7 +32,7 @@ from minilm.data.documents import load_documents
 from minilm.data.labels import check_model_labels, read_labels
 from minilm.models.inference import classify
 from minilm.models.loading import load_model
-from minilm.objectives.classification import read_model_labels
+from minilm.models.model_config import read_model_labels
 from minilm.objectives.factory import prepare_data
 from minilm.train import train
 

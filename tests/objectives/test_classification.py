@@ -30,8 +30,8 @@ from minilm.data.micro_batch import loss_sum
 from minilm.data.text_pairs import encode_pairs
 from minilm.models.inference import classify, load_classifier
 from minilm.models.loading import load_model
+from minilm.models.model_config import read_model_labels
 from minilm.models.row_head import RowHead
-from minilm.objectives.classification import read_model_labels
 from minilm.objectives.classification_loss import ClassificationLoss
 from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.metrics import compute_classification_figures

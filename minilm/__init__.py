@@ -48,6 +48,7 @@ from minilm.config import (
     Run,
     SentenceEmbedding,
     SupervisedFineTuning,
+    TokenClassification,
     Tokens,
 )
 from minilm.config.field_help import attach_field_help
@@ -71,6 +72,7 @@ __all__ = [
     "Run",
     "SentenceEmbedding",
     "SupervisedFineTuning",
+    "TokenClassification",
     "Tokens",
 ]
 

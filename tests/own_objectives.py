@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import minilm
-from minilm import Data, Example, MultipleChoice, QuestionAnswering, SentenceEmbedding
+from minilm import Data, Example, MultipleChoice, QuestionAnswering, SentenceEmbedding, TokenClassification
 from minilm.config import ObjectiveSettings
 
 TAGS = ("animal", "colour", "other")
@@ -124,13 +124,24 @@ BUILT_IN: dict[str, ObjectiveSettings] = {
     "cosines": SentenceEmbedding(pooling="last", score_loss="cosine"),
     "answers": QuestionAnswering(stride=10),
     "choices": MultipleChoice(choices=("choices",)),
+    "names": TokenClassification(),
 }
 # The columns that they read.
 COLUMNS: dict[str, dict[str, Any]] = {
     "triplets": {"pair_column": "other", "negative_column": "third"},
     "scores": {"pair_column": "other", "score_column": "similarity"},
     "cosines": {"pair_column": "other", "score_column": "similarity"},
+    "names": {"column": "words", "label_column": "spans"},
 }
+
+
+def mark_spans(kinds: list[str]) -> list[str]:
+    """Return tags of IOB2 for words of these kinds, in which `other` is outside of spans."""
+    before = ["other", *kinds]
+    return [
+        "O" if kind == "other" else f"{'I' if kind == last else 'B'}-{kind}"
+        for last, kind in zip(before, kinds, strict=False)
+    ]
 
 
 def write_rows(path: Path, count: int = 240) -> str:
@@ -144,6 +155,7 @@ def write_rows(path: Path, count: int = 240) -> str:
                 "other": " ".join(draw.sample(words, len(words))),
                 "words": words,
                 "tags": [TAGS[WORDS[word]] for word in words],
+                "spans": mark_spans([TAGS[WORDS[word]] for word in words]),
                 "choices": [" ".join(draw.choices(words, k=draw.randint(2, 12))) for _ in range(2 + number % 3)],
                 "right": number % 2,
                 "third": " ".join(draw.sample(words, len(words) // 2 + 1)),

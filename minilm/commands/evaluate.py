@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from minilm.config import (
@@ -27,16 +28,17 @@ from minilm.config import (
     MultipleChoice,
     QuestionAnswering,
     SentenceEmbedding,
+    TokenClassification,
 )
 from minilm.config.serialization import read_run_config
+from minilm.data.label_ids import quote_names
 from minilm.data.labels import PROBLEM_TYPES, check_model_labels
 from minilm.data.sources import fingerprint_sources
 from minilm.distributed.launch import finish, start
 from minilm.models.inference_embedding import find_pooling
 from minilm.models.input_length import longest_input
-from minilm.models.model_config import load_configuration
-from minilm.objectives.classification import read_model_labels
-from minilm.objectives.factory import build_network, build_objective, prepare_data
+from minilm.models.model_config import load_configuration, read_model_labels
+from minilm.objectives.factory import build_network, build_objective, has_new_labels, prepare_data
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import is_checkpoint
 from minilm.runs.verify_head import verify_head
@@ -51,6 +53,7 @@ _OBJECTIVES: dict[Any, type] = {
     AutoModelForSequenceClassification: Classification,
     AutoModelForQuestionAnswering: QuestionAnswering,
     AutoModelForMultipleChoice: MultipleChoice,
+    AutoModelForTokenClassification: TokenClassification,
     AutoModel: SentenceEmbedding,
 }
 _PROBLEMS = {problem_type: problem for problem, problem_type in PROBLEM_TYPES.items()}
@@ -77,6 +80,14 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
             for line in prepared.labels.summary:
                 if line.startswith("WARNING"):
                     log.warning(line)
+        elif has_new_labels(config, prepared):
+            ours, theirs = (
+                [*names.values()] for names in (prepared.fields["id2label"], load_configuration(str(name)).id2label)
+            )
+            raise ValueError(
+                f"the data have the labels {quote_names(ours)}, but the model was trained for {quote_names(theirs)}: "
+                "evaluate it on documents with its own labels"
+            )
         head = objective.head(build_network(config, prepared, trained=False).to(accelerator.device), prepared)
         verify_head(config, head, prepared, trained=False)
         multiple = 1 if accelerator.device.type == "cpu" else 8

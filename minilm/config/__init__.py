@@ -15,6 +15,7 @@ from minilm.config.objective_settings import (
     QuestionAnswering,
     SentenceEmbedding,
     SupervisedFineTuning,
+    TokenClassification,
 )
 from minilm.config.settings import Batch, Config, ConfigValue, Data, Model, Optim, Run, Tokens
 from minilm.utils.local_files import IN_MEMORY_EVAL_SOURCE, IN_MEMORY_SOURCE
@@ -37,5 +38,6 @@ __all__ = [
     "Run",
     "SentenceEmbedding",
     "SupervisedFineTuning",
+    "TokenClassification",
     "Tokens",
 ]

@@ -209,3 +209,21 @@ class MultipleChoice(ObjectiveSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len({*self.choices}) == len(self.choices) > 0, "objective.choices must name different columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification(ObjectiveSettings):
+    """Token classification (as in CoNLL-2003, Tjong Kim Sang and De Meulder 2003): predict the tag of each word.
+
+    A row has a list of words (data.column, tokens unless set) and a list of their tags (data.label_column, ner_tags
+    unless set).
+    """
+
+    scheme: Literal["auto", "iob2", "iob1", "plain"] = "auto"
+    """How tags mark spans of words. iob2: B-x begins a span, I-x continues it, and O is outside. iob1: I-x also begins
+    a span, unless it follows another span x; such tags are turned into iob2. plain: tags mark no spans, as parts of
+    speech. auto: iob2 if every tag is O, B-x or I-x, else plain."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices("objective", self)

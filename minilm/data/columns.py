@@ -16,6 +16,7 @@ _FLAGS = {
     "label": "--data.label-column",
     "score": "--data.score-column",
     "messages": "--data.column",
+    "word_list": "--data.column",
 }
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 

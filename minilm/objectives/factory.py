@@ -23,6 +23,7 @@ _IMPLEMENTATIONS = {
     "SentenceEmbedding": ("sentence_embedding", "SentenceEmbeddingObjective"),
     "QuestionAnswering": ("question_answering", "QuestionAnsweringObjective"),
     "MultipleChoice": ("multiple_choice", "MultipleChoiceObjective"),
+    "TokenClassification": ("token_classification", "TokenClassificationObjective"),
 }
 
 
@@ -77,15 +78,18 @@ def build_network(config: Config, prepared: PreparedData, *, trained: bool = Tru
         auto=objective.auto,
         fields=prepared.fields,
         added=config.tokens.extend + prepared.added_tokens,
-        new_labels=_has_new_labels(config, prepared),
+        new_labels=has_new_labels(config, prepared),
     )
     if objective.auto in (AutoModelForMaskedLM, AutoModelForCausalLM):
         check_builtin_loss(network, trained=trained)
     return network
 
 
-def _has_new_labels(config: Config, prepared: PreparedData) -> bool:
-    """Return whether the data have labels that are not those of the checkpoint, in the order of their ids."""
+def has_new_labels(config: Config, prepared: PreparedData) -> bool:
+    """Return whether the data have labels that are not those of the checkpoint, in the order of their ids.
+
+    If so, the parameters that depend on the labels start at random.
+    """
     if prepared.labels is not None:
         return not prepared.labels.same_as_checkpoint
     if "id2label" not in prepared.fields or config.model.name is None:

@@ -104,6 +104,28 @@ def compute_classification_figures(logits_ExC: NDArray[np.float64], labels: NDAr
     return figures
 
 
+def compute_tag_figures(expected: list[list[str]], predicted: list[list[str]], *, spans: bool) -> dict[str, float]:
+    """Return precision, recall, f1 and accuracy of the tags of sentences; accuracy counts words.
+
+    spans: the tags mark spans (IOB2). The other figures then count whole spans over all sentences, as seqeval and the
+    CoNLL-2000 shared task define them: an I-x without a B-x before it begins a span. Otherwise they are means over the
+    tags that are expected or predicted, as scikit-learn defines them.
+    """
+    if spans:
+        # seqeval imports slowly.
+        from seqeval import metrics as scores
+
+        names = {"precision": scores.precision_score, "recall": scores.recall_score, "f1": scores.f1_score}
+        figures = {name: float(score(expected, predicted, zero_division=0)) for name, score in names.items()}
+        return {**figures, "accuracy": float(scores.accuracy_score(expected, predicted))}
+    from sklearn import metrics
+
+    flat = [[tag for sentence in side for tag in sentence] for side in (expected, predicted)]
+    means = metrics.precision_recall_fscore_support(*flat, average="macro", zero_division=0)
+    names_of_means = zip(("precision", "recall", "f1"), map(float, means[:3]), strict=True)
+    return {**dict(names_of_means), "accuracy": float(metrics.accuracy_score(*flat))}
+
+
 def _compute_losses(problem: str, logits_ExC: NDArray[np.float64], labels: NDArray[Any]) -> Any:
     """Return the loss of each example, float64[E]."""
     if problem == "regression":

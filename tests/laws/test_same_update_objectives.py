@@ -76,14 +76,14 @@ def test_neither_processes_nor_micro_batches_change_the_update_of_an_objective(
         if key in other
     ]
     for part, others in zip(ours, expected, strict=True):
-        for name in ("exact_match", "accuracy"):
+        for name in ("exact_match", "f1", "accuracy"):
             assert [line.get(name) for line in part] == [line.get(name) for line in others]
     # No difference at all would mean that the layouts were the same.
     assert 0 < max(differences) <= 1e-5
 
 
 def test_the_layouts_learn(runs: Callable[[str, str, int, int], Path]) -> None:
-    for name in ("tags", "pairs", "triplets"):
+    for name in ("tags", "pairs", "triplets", "names"):
         steps, _ = read_log(runs(name, "packed", 1, 4096))
         assert steps[-1]["loss"] < steps[0]["loss"]
 

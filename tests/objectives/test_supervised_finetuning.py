@@ -131,7 +131,9 @@ def test_lora_leaves_no_token_of_a_template_untrained(checkpoint: str, tmp_path:
     source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
     config = configure(source, checkpoint, tmp_path / "out")
     config = replace(config, model=Model(name=checkpoint, lora_rank=2), run=replace(config.run, max_steps=2))
-    with pytest.raises(ValueError, match=r"the embeddings of 2 new tokens untrained.*--objective.template chatml; plain"):
+    with pytest.raises(
+        ValueError, match=r"the embeddings of 2 new tokens untrained.*--objective.template chatml; plain"
+    ):
         train(config)
     result = train(replace(config, objective=SupervisedFineTuning(template="plain")))
     assert result.figures["steps"] == 2

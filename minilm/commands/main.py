@@ -18,6 +18,7 @@ from minilm.commands.subcommands import (
     run_fill_mask,
     run_generate,
     run_report,
+    run_tag,
 )
 
 
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classify(commands)
     _add_embed(commands)
     _add_answer(commands)
+    _add_tag(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
@@ -170,6 +172,19 @@ def _add_answer(commands: Any) -> None:
     )
     command.add_argument(
         "--top-k", type=_positive, default=1, metavar="K", help="number of answers to print, best first (default: 1)"
+    )
+
+
+def _add_tag(commands: Any) -> None:
+    command = _add_command(commands, "tag", run_tag, "the tagged spans of a text, such as its names")
+    _add_model(command, "token classifier")
+    _add_texts(command)
+    command.description = 'Find the spans of words in each text whose tag is not O: minilm tag DIR "Ada lives in Rome."'
+    command.add_argument(
+        "--strategy",
+        choices=("none", "simple", "first", "average", "max"),
+        default="first",
+        help="how tokens give spans, as aggregation_strategy of transformers' pipeline (default: first)",
     )
 
 

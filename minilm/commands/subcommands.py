@@ -177,6 +177,28 @@ def run_answer(options: argparse.Namespace) -> None:
                 print(f"{prefix}{'-':>6}  -")
 
 
+def run_tag(options: argparse.Namespace) -> None:
+    """Print the tagged spans of each text."""
+    with quick_imports():
+        from minilm.models.inference import escape_line_breaks
+        from minilm.models.inference_tags import load_token_classifier, tag_texts
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        texts = read_texts(options)
+        spans_of_texts = tag_texts(*load_token_classifier(options.model), texts, options.strategy)
+    for number, (text, spans) in enumerate(zip(texts, spans_of_texts, strict=True)):
+        if options.json:
+            fields = {**row_field(options, number), "input": text}
+            _print_json({**fields, "spans": [asdict(span) for span in spans]})
+            continue
+        prefix = format_row_number(options, number, len(texts))
+        for span in spans:
+            print(f"{prefix}{span.score:6.1%}  {span.label:<16}  {escape_line_breaks(span.text)}")
+        if not spans:
+            # A text without a span still has its line in the output.
+            print(f"{prefix}{'-':>6}  {'-':<16}  -")
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
     """Print the figures of a model on documents of the user, or on those of its run."""
     from minilm.config.command_line import parse_data_flags

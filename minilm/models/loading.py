@@ -84,8 +84,9 @@ def load_model(
     if model.lora_rank:
         if added:
             raise ValueError(
-                f"model.lora_rank would leave the embeddings of {added} new tokens untrained: leave it out, or leave out "
-                "what adds them (--tokens.extend, or a template such as --objective.template chatml; plain adds none)"
+                f"model.lora_rank would leave the embeddings of {added} new tokens untrained: leave it out, or leave "
+                "out what adds them (--tokens.extend, or a template such as --objective.template chatml; plain adds "
+                "none)"
             )
         add_lora(network, model, random, head_name(auto))
     return network

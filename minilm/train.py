@@ -133,7 +133,7 @@ def train(
     TrainingStopped where the run ends early; ConnectionError where another process is gone.
     """
     config, memory = apply_arguments(config, objective, documents, eval_documents)
-    learning_rate = learning_rate or partial(scheduled_rate, config.optim)
+    rate_of_step = learning_rate or partial(scheduled_rate, config.optim)
     # Begin: join the other processes, choose the output folder, refuse a resume that cannot work, prepare the data.
     with begin(config, name, memory=memory) as run:
         accelerator = run.accelerator
@@ -159,10 +159,13 @@ def train(
         # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all
         # checks have passed, so the run may write to its output folder.
         with on_all_ranks():
-            progress = resume(run.checkpoint, config, inputs, total, network, optim, run.precision.name)
+            own_rates = learning_rate is not None
+            progress = resume(
+                run.checkpoint, config, inputs, plan.steps_per_epoch, network, optim, precision, own_rates=own_rates
+            )
             best = BestEvaluation(config.run, evaluator.names, progress)
             if accelerator.is_main_process:
-                claim_output_dir(run.folder, config.run, network, total)
+                claim_output_dir(run.folder, config.run, network, total, run.checkpoint)
         recorder, facts = start_recorder(run, head, plan, total, progress)
         saver = CheckpointSaver(
             run.folder, network, optim, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
@@ -184,7 +187,7 @@ def train(
         ):
             for step, (global_batch, micro_batches) in enumerate(steps, start=first):
                 seed_dropout(config.run.seed, step, accelerator.process_index)
-                lr = learning_rate(step, total)
+                lr = rate_of_step(step, total)
                 result = train_step(accelerator, model, optim, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 done = step + 1
                 epoch = done / plan.steps_per_epoch

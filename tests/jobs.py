@@ -61,6 +61,12 @@ def config_in(place: Path, steps: int, save_every: int = 50) -> Config:
     return replace(CONFIG, data=Data(source=write_text(place / "text.txt"), eval_fraction=0.1), run=run)
 
 
+def of_any_length(config: Config) -> Config:
+    """Return the configuration with rates that do not depend on the length of the run, which may then be longer."""
+    optim = replace(config.optim, schedule="constant", warmup=0)
+    return replace(config, optim=optim, objective=replace(config.objective, final_rate=None))
+
+
 def end_of(folder: Path) -> dict[str, object]:
     """Return what must be the same to the bit: weights, moments, and the log without its times and memory."""
     timed = ("tokens_per_second", "mfu", "seconds", "memory_gb")

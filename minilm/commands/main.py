@@ -10,6 +10,7 @@ from minilm.commands.recipe import exit_on_error
 from minilm.commands.subcommands import (
     list_recipes,
     run_answer,
+    run_branch,
     run_classify,
     run_doctor,
     run_embed,
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # argparse takes no text after an option if none is before it: minilm answer DIR --question "Who?" "Bob."
     if not getattr(options, "texts", True) and all(word == "-" or not word.startswith("-") for word in rest):
         options.texts, rest = rest, []
-    if rest and options.command not in ("evaluate", "train"):
+    if rest and options.command not in ("branch", "evaluate", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     exit_on_error(lambda: options.work(options), debug=options.debug)
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_report(commands)
     _add_doctor(commands)
+    _add_branch(commands)
     train = _add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
     return parser
@@ -212,6 +214,23 @@ def _add_export(commands: Any) -> None:
         help='safetensors as the run wrote it, or ONNX (pip install "minilm[onnx]")',
     )
     command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, new or empty")
+
+
+def _add_branch(commands: Any) -> None:
+    command = _add_command(commands, "branch", run_branch, "continue a checkpoint of a run as another run")
+    command.description = (
+        "Start a new run from a checkpoint of another one, with its settings and the flags that follow: minilm branch "
+        "out/a --at 8000 --run.max-steps 10000 --optim.decay 2000 --run.output-dir out/b. The other run stays as it "
+        "is. The new one is refused if it would have made a step before the checkpoint in another way."
+    )
+    command.epilog = (
+        "docs/flags.md lists the flags of runs. On several processes: accelerate launch --multi_gpu --num_processes 8 "
+        "-m minilm.commands.main branch …"
+    )
+    command.add_argument("folder", metavar="RUN", help="output folder of a run, finished or not")
+    command.add_argument(
+        "--at", type=_positive, required=True, metavar="STEP", help="step of the checkpoint to start from"
+    )
 
 
 def _add_report(commands: Any) -> None:

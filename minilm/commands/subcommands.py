@@ -8,12 +8,15 @@ import ast
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from minilm.commands.recipe import quick_imports
 from minilm.commands.text_input import format_row_number, read_file_rows, read_texts, row_field
+from minilm.utils.log import show_log
+from minilm.utils.output_streams import survive_closed_output
+from minilm.utils.signals import interrupt_on_signals
 
 # Texts whose cosines fit a terminal.
 _MOST_COSINES = 20
@@ -224,6 +227,28 @@ def run_export(options: argparse.Namespace) -> None:
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():
         print(f"written: {export_model(options.model, options.output, options.format)}")
+
+
+def run_branch(options: argparse.Namespace) -> None:
+    """Start a new run from a checkpoint of another run, with the settings of that run and the flags that follow."""
+    from minilm.config.command_line import parse_flags
+    from minilm.config.serialization import read_checkpoint_config
+
+    checkpoint = Path(options.folder, f"checkpoint-{options.at}")
+    if not checkpoint.is_dir():
+        steps = [path.name.removeprefix("checkpoint-") for path in Path(options.folder).glob("checkpoint-*")]
+        there = ", ".join(sorted(filter(str.isdecimal, steps), key=int)) or "none"
+        raise ValueError(f"{options.folder} has no checkpoint of step {options.at}; it has: {there}")
+    config = parse_flags(read_checkpoint_config(checkpoint), arguments=options.rest)
+    if config.run.resume is not None:
+        raise ValueError("minilm branch resumes from the checkpoint of --at: leave run.resume out")
+    folder = config.run.output_dir or f"{options.folder.rstrip('/')}-from-{options.at}"
+    config = replace(config, run=replace(config.run, resume=str(checkpoint), output_dir=folder))
+    show_log()
+    with quick_imports():
+        from minilm.train import train
+    with interrupt_on_signals(), survive_closed_output():
+        train(config)
 
 
 def run_report(options: argparse.Namespace) -> None:

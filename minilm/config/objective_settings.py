@@ -37,6 +37,8 @@ class MaskedLM(ObjectiveSettings):
     """Share of the tokens that a training step predicts."""
     final_rate: float | None = None
     """Rate at the end of the run; the rate then changes linearly. Default: it stays the same."""
+    rate_decay: float = 1.0
+    """Share of the steps, at the end of the run, in which the rate changes to final_rate."""
     unit: Literal["token", "word", "span"] = "token"
     """What training chooses at random: tokens, whole words, or spans of 1 to 10 words, until rate is reached."""
     masked: float = 0.8
@@ -57,12 +59,24 @@ class MaskedLM(ObjectiveSettings):
         for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
             check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
+        check(0 < self.rate_decay <= 1, f"objective.rate_decay must lie in (0, 1], not {self.rate_decay}")
+        check(
+            self.rate_decay == 1 or self.final_rate is not None,
+            "objective.rate_decay needs a rate to change to: set objective.final_rate",
+        )
         for name in ("masked", "replaced"):
             check(0 <= getattr(self, name) <= 1, f"objective.{name} must lie in [0, 1], not {getattr(self, name)}")
         check(
             self.masked + self.replaced < 1 + 1e-9,
             "objective.masked and objective.replaced sum to more than 1: lower one of them",
         )
+
+    def rate_at(self, progress: float) -> float:
+        """Return the rate when the share `progress` of the run's steps is done."""
+        first = 1 - self.rate_decay
+        if self.final_rate is None or progress <= first:
+            return self.rate
+        return self.rate + (self.final_rate - self.rate) * (progress - first) / self.rate_decay
 
 
 @dataclass(frozen=True, kw_only=True)

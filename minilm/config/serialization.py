@@ -101,22 +101,35 @@ def read_run_config(path: str) -> Config:
     to the run that wrote the file. Raise ValueError if the file cannot be read.
     """
     try:
-        run = json.loads(Path(path).read_text(encoding="utf-8"))
-        check(isinstance(run, dict) and "config" in run, "it has no config")
-        _refuse_own_code(path, run["config"])
-        config = from_dict(run["config"])
+        return _read_config(Path(path), Path(path).parent)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--from-run {path}: not a readable run.json ({error})") from error
+
+
+def read_checkpoint_config(folder: Path) -> Config:
+    """Return the configuration of the run that wrote a checkpoint, for another run, as `read_run_config` does."""
+    try:
+        return _read_config(folder / "training.json", folder.parent)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: the settings of its run cannot be read ({error})") from error
+
+
+def _read_config(path: Path, run_folder: Path) -> Config:
+    """Return the configuration in a JSON file of a run, without what belongs to that run alone."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    check(isinstance(tree, dict) and "config" in tree, "it has no config")
+    _refuse_own_code(run_folder, tree["config"])
+    config = from_dict(tree["config"])
     return dataclasses.replace(
         config, run=dataclasses.replace(config.run, output_dir=None, resume=None, push_to_hub=None)
     )
 
 
-def _refuse_own_code(path: str, tree: Any) -> None:
+def _refuse_own_code(folder: Path, tree: Any) -> None:
     """Raise ValueError if a run's objective is defined in its own folder, as in a folder that somebody else wrote."""
     objective = tree.get("objective") if isinstance(tree, dict) else None
     defined_in = objective.get("defined_in") if isinstance(objective, dict) else None
-    if isinstance(defined_in, dict) and Path(str(defined_in.get("file"))).is_relative_to(Path(path).absolute().parent):
+    if isinstance(defined_in, dict) and Path(str(defined_in.get("file"))).is_relative_to(folder.absolute()):
         raise ValueError(
             f"its objective is defined in {defined_in.get('file')}, inside the run's own folder, from which minilm "
             "runs no code: move the file out of it"

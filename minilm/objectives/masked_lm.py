@@ -20,7 +20,7 @@ _EVAL_SEED = 2**63
 # The check of fully masked rows ignores an event with a smaller probability.
 _NEGLIGIBLE_PROBABILITY = 1e-12
 # The settings of `MaskedLM` that are arguments of the collator for training.
-_MASKING_SETTINGS = ("rate", "final_rate", "unit", "masked", "replaced")
+_MASKING_SETTINGS = ("unit", "masked", "replaced")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class MaskedLMObjective(LanguageModelObjective):
             return MaskedLMCollator(tokenizer, rate=self.settings.eval_rate, seed=_EVAL_SEED, **layout)
         settings = {name: getattr(self.settings, name) for name in _MASKING_SETTINGS}
         word_starts = examples.word_starts if self.needs_word_starts else None
-        return MaskedLMCollator(tokenizer, seed=seed, word_starts=word_starts, **settings, **layout)
+        return MaskedLMCollator(
+            tokenizer, rate=self.settings.rate_at, seed=seed, word_starts=word_starts, **settings, **layout
+        )
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
         for examples in (prepared.train, prepared.eval):

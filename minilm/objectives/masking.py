@@ -36,8 +36,8 @@ class MaskedLMCollator:
     not depend on the other rows of the micro-batch, the process, or the order of the calls. Special tokens are never
     chosen, and never used as replacements.
 
-    rate: share of the tokens, special ones excluded, that are chosen on average at the start of the run.
-    final_rate: the rate at the end of the run; it changes linearly (Ankner et al. 2023). None: it stays the same.
+    rate: share of the tokens, special ones excluded, that are chosen on average. It may be a function of the progress,
+        which is the share of the run's steps that are done (Ankner et al. 2023).
     unit: what is chosen at random. `token`: each token by itself. `word`: all tokens of a word or none of them, each
         replaced by itself, as in BERT's whole-word masking (Devlin et al. 2019, released code, May 2019). `span`: spans
         of whole words with the lengths of SpanBERT (Joshi et al. 2020, section 3.1). All tokens of a span are replaced
@@ -57,9 +57,8 @@ class MaskedLMCollator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        rate: float,
+        rate: float | Callable[[float], float],
         seed: int,
-        final_rate: float | None = None,
         unit: str = "token",
         masked: float = 0.8,
         replaced: float = 0.1,
@@ -77,14 +76,13 @@ class MaskedLMCollator:
         self.can_be_target[tokenizer.all_special_ids] = False
         self.replacements = np.flatnonzero(self.can_be_target)
         self.mask_id = tokenizer.mask_token_id
-        self.first_rate = rate
-        self.final_rate = rate if final_rate is None else final_rate
+        self._rate = rate
         self.unit, self.masked, self.replaced, self.word_starts = unit, masked, replaced, word_starts
         self.seed, self.padded, self.multiple = seed, padded, multiple
 
     def rate(self, progress: float = 0.0) -> float:
         """Return the rate when the share `progress` of the run's steps is done."""
-        return self.first_rate + (self.final_rate - self.first_rate) * progress
+        return self._rate(progress) if callable(self._rate) else self._rate
 
     def __call__(
         self, rows: Sequence[NDArray[np.int64]], examples: NDArray[np.int64], epoch: int, progress: float = 0.0

@@ -149,6 +149,34 @@ def _parse_progress(values: dict[str, Any]) -> Progress:
     return Progress(**values)
 
 
+def is_branch(checkpoint: Checkpoint, output_dir: str | Path | None) -> bool:
+    """Return whether a run in `output_dir` that resumes from the checkpoint is a branch of another run."""
+    return output_dir is not None and Path(output_dir).resolve() != checkpoint.folder.parent.resolve()
+
+
+def link_run(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make `folder` that of a run that wrote the checkpoint: with hard links to it and to the best one before it.
+
+    The log gets a copy of the lines up to the checkpoint. On another file system, the checkpoints are copied.
+    """
+    origin, progress = checkpoint.folder.parent, checkpoint.progress
+    with contextlib.suppress(FileNotFoundError), (origin / "log.jsonl").open("rb") as source:
+        (folder / "log.jsonl").write_bytes(source.read(progress.log_bytes))
+    for step in {progress.step, progress.best_step} - {0}:
+        path = origin / f"checkpoint-{step}"
+        if (path / MANIFEST).is_file():
+            writing = folder / f".checkpoint-{step}.writing"
+            shutil.copytree(path, writing, copy_function=_link_or_copy)
+            os.rename(writing, folder / path.name)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of an earlier run and the leftovers of killed runs. Other folders stay."""
     for path in find_leftovers(folder):

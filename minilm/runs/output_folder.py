@@ -14,7 +14,9 @@ from minilm.runs.checkpoint import (
     Checkpoint,
     find_checkpoint,
     find_name_conflicts,
+    is_branch,
     is_checkpoint,
+    link_run,
     remove_checkpoints,
 )
 from minilm.runs.hub_upload import check_hub_access, create_hub_repo
@@ -26,7 +28,8 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
 
     A new run gets `run.output_dir`, or the first of out/NAME, out/NAME-2, … that does not exist or is empty. With
     `run.overwrite` that is always out/NAME. A resumed run gets the folder of its checkpoint. For `latest` without
-    `run.output_dir`, its checkpoint is the newest one in out/NAME, out/NAME-2, …
+    `run.output_dir`, its checkpoint is the newest one in out/NAME, out/NAME-2, … If the checkpoint is not in
+    `run.output_dir`, the run is a branch: it gets `run.output_dir`, which must be new or empty.
 
     The function creates and changes nothing, but it locks a folder that exists (`minilm.utils.folder_lock`), so call it
     inside `unlock_at_end`. Raises ValueError if the folder cannot be written, if it is not empty and neither
@@ -48,16 +51,24 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
                 f"run.output_dir {folder} is not empty: choose another one, or pass --run.overwrite, or "
                 "--run.resume latest to continue the run in it"
             )
+        if checkpoint is not None and is_branch(checkpoint, folder) and not is_free(folder):
+            raise ValueError(
+                f"run.output_dir {folder} is not empty, and {run.resume} is a checkpoint of another run: give a new "
+                "folder for a branch, or leave run.output_dir out to resume that run"
+            )
     _lock(folder)
     if run.push_to_hub is not None:
         check_hub_access(run.push_to_hub, run.license)
     return folder, checkpoint
 
 
-def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: int = 0) -> None:
+def claim_output_dir(
+    folder: Path, run: Run, network: PreTrainedModel, steps: int = 0, checkpoint: Checkpoint | None = None
+) -> None:
     """Create the output folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
 
-    `run.overwrite` removes the checkpoints of an earlier run. Raises ValueError, and leaves the folder as it is,
+    `run.overwrite` removes the checkpoints of an earlier run. If `checkpoint` belongs to another run, the folder gets
+    hard links to its files and a copy of that run's log up to there. Raises ValueError, and leaves the folder as it is,
 
     - if the disk has no room for a checkpoint and the model;
     - if a path that minilm did not write has the name of a checkpoint of one of the `steps`;
@@ -90,6 +101,9 @@ def claim_output_dir(folder: Path, run: Run, network: PreTrainedModel, steps: in
                 (folder / "adapter" / name).unlink(missing_ok=True)
         elif run.resume is None:
             _take_empty(folder)
+        elif checkpoint is not None and is_branch(checkpoint, folder):
+            _take_empty(folder)
+            link_run(checkpoint, folder)
 
 
 def _take_empty(folder: Path) -> None:
@@ -153,9 +167,8 @@ def _find_resumed_run(resume: str, output_dir: str | None, name: str) -> tuple[P
         return folder, find_checkpoint(resume, folder)
     path = Path(resume).expanduser().resolve()
     if output_dir is not None and Path(output_dir).expanduser().resolve() != path.parent:
-        raise ValueError(
-            f"run.output_dir {output_dir} is not the folder of {resume}: leave it out to resume in {path.parent}"
-        )
+        # The other run may be training, and several branches may begin at once, so its folder is not locked.
+        return Path(output_dir).expanduser(), find_checkpoint(resume, Path())
     if is_checkpoint(path):
         _lock(path.parent)
     return path.parent, find_checkpoint(resume, Path())

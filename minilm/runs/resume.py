@@ -3,6 +3,7 @@
 import json
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +16,12 @@ from minilm.config import Config, Run
 from minilm.config.serialization import default_settings, flatten_settings, to_dict
 from minilm.distributed.sharding import shard_like
 from minilm.models.lora import has_adapter, unmerge_adapter
-from minilm.runs.checkpoint import ADAPTER, WEIGHTS, Checkpoint, Progress, read_checkpoint
+from minilm.runs.checkpoint import ADAPTER, MANIFEST, WEIGHTS, Checkpoint, Progress, is_branch, read_checkpoint
 from minilm.runs.checkpoint_saver import gather_full_state
 from minilm.runs.optimizer_state import load_optimizer_state
 from minilm.runs.run_facts import RESULTS
 from minilm.runs.run_inputs import compare_environments, compare_inputs
+from minilm.runs.step_changes import compared_settings, find_first_change
 from minilm.utils.errors import TrainingStopped
 
 log = logging.getLogger("minilm")
@@ -28,12 +30,12 @@ log = logging.getLogger("minilm")
 _UNREPORTED = ("run.output_dir", "run.overwrite", "run.resume")
 # Settings that name inputs. The names may change, but not the content, which minilm.runs.run_inputs compares.
 _SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name", "objective.teacher")
-# Settings that may change when a run is resumed. They decide how a step is computed, how long the run is and what it
-# saves. A new length also changes later steps, since the learning rate depends on it.
+# Settings that may change when a run is resumed. They decide how a step is computed and what the run saves. Those of
+# `compared_settings` may change as well, if no step before the checkpoint changes.
 _MAY_CHANGE = (
     *_UNREPORTED,
     *_SOURCES,
-    *(f"run.{name}" for name in ("epochs", "max_steps", "eval_every", "save_every", "keep_last", "max_bad_steps")),
+    *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention", "objective.defined_in"),
@@ -46,16 +48,20 @@ def resume(
     checkpoint: Checkpoint | None,
     config: Config,
     inputs: dict[str, Any],
-    total: int,
+    steps_per_epoch: int,
     network: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     precision: str,
+    *,
+    own_rates: bool = False,
 ) -> Progress:
     """Load the checkpoint into the model and the optimizer, and return its progress: `Progress()` without one.
 
-    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. total: the steps of this run. precision: the
-    precision in which this job computes. Raises ValueError where the checkpoint belongs to another run, TrainingStopped
-    where its run is finished.
+    inputs: the result of `minilm.runs.run_inputs.collect_inputs`. precision: the precision in which this job computes.
+    own_rates: whether a function of the user's gives the learning rates, so that they cannot be compared.
+
+    Raises ValueError where the checkpoint belongs to another run, or where this run would have made another step before
+    the checkpoint; TrainingStopped where its run is finished.
     """
     if checkpoint is None:
         return Progress()
@@ -63,13 +69,17 @@ def resume(
     origin = checkpoint.config.get("model", {}).get("name") != config.model.name
     if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=has_adapter(network)):
         _raise_refusal(checkpoint, "", others)
-    _check_unfinished(checkpoint, config.run, total)
+    _check_length(checkpoint, config, steps_per_epoch)
+    _check_steps(checkpoint, config, steps_per_epoch, own_rates=own_rates)
+    _check_unfinished(checkpoint, config, steps_per_epoch)
     _warn_if_precision_changed(checkpoint, config.run, precision)
     rounding = [line for line in changed if line.startswith(_ROUNDING)]
     rounding += compare_environments(checkpoint.inputs, inputs)
     if rounding:
         log.warning(f"the run may not repeat to the bit: {'; '.join(rounding)}")
-    log.info(f"resuming from {checkpoint.folder}")
+    if not (checkpoint.folder / MANIFEST).is_file():
+        raise ValueError(f"{checkpoint.folder} is gone: another run has removed it in the meantime; take another one")
+    log.info(f"{'branching' if is_branch(checkpoint, config.run.output_dir) else 'resuming'} from {checkpoint.folder}")
     for line in changed:
         if line not in rounding:
             log.info(f"changed since: {line}")
@@ -77,21 +87,54 @@ def resume(
     return checkpoint.progress
 
 
-def _check_unfinished(checkpoint: Checkpoint, run: Run, total: int) -> None:
-    """Raise TrainingStopped where the run of the checkpoint is finished, ValueError where it is beyond `total`."""
-    step = checkpoint.progress.step
-    folder = checkpoint.folder.parent
-    if step > total:
+def _check_length(checkpoint: Checkpoint, config: Config, steps_per_epoch: int) -> None:
+    """Raise ValueError where the checkpoint is beyond the last step of this run, or a branch has no step to make."""
+    step, total = checkpoint.progress.step, config.run.count_steps(steps_per_epoch)
+    if step > total or (step == total and is_branch(checkpoint, config.run.output_dir)):
         raise ValueError(
-            f"{checkpoint.folder} is at step {step}, beyond the {total} steps of this run: set a larger run.max_steps "
+            f"{checkpoint.folder} is at step {step}, and this run ends after {total} steps: set a larger run.max_steps "
             "or run.epochs"
         )
-    if not (folder / RESULTS).exists():
+
+
+def _check_steps(checkpoint: Checkpoint, config: Config, steps_per_epoch: int, *, own_rates: bool) -> None:
+    """Raise ValueError that names the first step before the checkpoint that `config` would make in another way."""
+    old = flatten_settings(default_settings(type(config.objective))) | flatten_settings(checkpoint.config)
+    new = flatten_settings(to_dict(config))
+    names = [name for name in compared_settings(config) if old[name] != new[name]]
+    before = config
+    for group in {name.split(".")[0] for name in names}:
+        fields = {name.split(".")[1]: old[name] for name in names if name.startswith(f"{group}.")}
+        before = replace(before, **{group: replace(getattr(config, group), **fields)})
+    steps = checkpoint.progress.step
+    change = find_first_change(before, config, steps=steps, steps_per_epoch=steps_per_epoch, own_rates=own_rates)
+    if change is None:
+        return
+    changes = "; ".join(f"{name} was {json.dumps(old[name])}, is {json.dumps(new[name])}" for name in names)
+    earlier = f"resume from a checkpoint before step {change.step}, " if change.step > 1 else ""
+    raise ValueError(
+        f"cannot resume from {checkpoint.folder}: step {change.step} had the {change.what} {change.before:.6g} and "
+        f"would have {change.now:.6g} ({changes}); set them back, {earlier}or leave run.resume out to start again"
+    )
+
+
+def _check_unfinished(checkpoint: Checkpoint, config: Config, steps_per_epoch: int) -> None:
+    """Raise TrainingStopped where the run of the checkpoint is finished."""
+    run, total = config.run, config.run.count_steps(steps_per_epoch)
+    step = checkpoint.progress.step
+    folder = checkpoint.folder.parent
+    if is_branch(checkpoint, run.output_dir) or not (folder / RESULTS).exists():
         return
     if step == total:
-        raise TrainingStopped(
-            f"the run in {folder} is finished. A larger --run.max-steps continues it from step {step}", 0
+        longer = replace(config, run=replace(run, max_steps=total + 1))
+        more = find_first_change(config, longer, steps=step, steps_per_epoch=steps_per_epoch)
+        advice = (
+            f"A larger --run.max-steps continues it from step {step}"
+            if more is None
+            else f"Its length decides its learning rates, so it cannot go on; --model.name {folder} begins another run "
+            "with its weights"
         )
+        raise TrainingStopped(f"the run in {folder} is finished. {advice}", 0)
     if run.patience is not None and checkpoint.progress.stale >= run.patience:
         raise TrainingStopped(
             f"the run in {folder} stopped by run.patience. A larger --run.patience continues it from step {step}", 0
@@ -122,7 +165,8 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     }
-    refused = [change for name, change in changes.items() if name not in _MAY_CHANGE]
+    may_change = (*_MAY_CHANGE, *compared_settings(config))
+    refused = [change for name, change in changes.items() if name not in may_change]
     if refused:
         _raise_refusal(checkpoint, " with other settings", refused)
     return [change for name, change in changes.items() if name not in _UNREPORTED]

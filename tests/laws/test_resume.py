@@ -11,7 +11,7 @@ import pytest
 from minilm import Config, Data
 from minilm.train import train
 from minilm.utils.errors import TrainingStopped
-from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, of_any_length, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import resume_everywhere, stopped_after
 
@@ -104,9 +104,9 @@ def test_the_number_of_processes_may_change_at_a_resume(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"optim": {"lr": 1e-3}}, "optim.lr was 0.003, is 0.001"),
+        ({"optim": {"weight_decay": 0.1}}, "optim.weight_decay was 0.01, is 0.1"),
         ({"run": {"seed": 1}, "batch": {"examples": 9}}, "batch.examples was 8, is 9; run.seed was 0, is 1"),
-        ({"objective": {"rate": 0.2}}, "objective.rate was 0.3, is 0.2"),
+        ({"objective": {"masked": 0.5}}, "objective.masked was 0.8, is 0.5"),
         ({"model": {"config": {**CONFIG.model.config, "intermediate_size": 32}}}, "model.config was"),
     ],
 )
@@ -140,15 +140,23 @@ def test_other_text_is_refused(config: Config, stopped: Callable[[int], Path]) -
         text.write_text(before)
 
 
-def test_a_finished_run_says_so_and_can_be_made_longer(
-    config: Config, reference: Path, stopped: Callable[[int], Path]
+def test_a_finished_run_says_so_and_can_be_made_longer_if_no_rate_depends_on_its_length(
+    config: Config, reference: Path, stopped: Callable[[int], Path], tmp_path: Path
 ) -> None:
     folder = stopped(STEPS)
     (folder / "all_results.json").write_bytes((reference / "all_results.json").read_bytes())
     resumed = changed(config, run={"output_dir": str(folder), "resume": "latest"})
-    with pytest.raises(TrainingStopped, match="is finished") as caught:
+    with pytest.raises(TrainingStopped, match=r"is finished\. Its length decides its learning rates") as caught:
         train(resumed)
     assert caught.value.status == 0
+    with pytest.raises(ValueError, match=r"step 2 had the mask rate 0\.295 .* \(run\.max_steps was 20, is 23\); set"):
+        train(changed(resumed, run={"max_steps": STEPS + 3}))
+    folder = tmp_path / "constant"
+    steady = of_any_length(changed(config, run={"output_dir": str(folder)}))
+    train(steady)
+    resumed = changed(steady, run={"resume": "latest"})
+    with pytest.raises(TrainingStopped, match=r"is finished\. A larger --run\.max-steps continues it from step 20"):
+        train(resumed)
     assert train(changed(resumed, run={"max_steps": STEPS + 3})).figures["steps"] == STEPS + 3
     assert len(read_log(folder)[0]) == STEPS + 3
     assert json.loads((folder / "all_results.json").read_text())["steps"] == STEPS + 3

@@ -16,7 +16,7 @@ from minilm.runs.best_checkpoint import BestEvaluation
 from minilm.runs.checkpoint import Progress
 from minilm.train import train
 from minilm.utils.errors import TrainingStopped
-from tests.jobs import config_in
+from tests.jobs import config_in, of_any_length
 from tests.launch import read_log
 
 
@@ -62,7 +62,7 @@ def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:
 def first_is_best(tmp_path: Path, **run: object) -> Config:
     """A run judged by a figure that never changes, so that nothing is better than its first evaluation."""
     settings = {"output_dir": str(tmp_path / "out"), "eval_every": 2, "save_every": 7, "keep_last": 1, **run}
-    config = config_in(tmp_path, steps=20)
+    config = of_any_length(config_in(tmp_path, steps=20))
     return replace(config, run=replace(config.run, best_metric="unigram_bits_per_byte", **settings))
 
 

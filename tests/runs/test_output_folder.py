@@ -233,9 +233,13 @@ def test_a_path_that_is_not_a_checkpoint_is_refused_untouched(name, folder):
     assert contents(folder) == before
 
 
-def test_a_path_in_another_folder_than_the_output_folder_is_refused_untouched(folder, tmp_path):
+def test_a_branch_into_a_folder_that_is_not_empty_is_refused_untouched(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"run\.output_dir .* is not the folder of") as caught:
+    with pytest.raises(
+        ValueError, match=r"run\.output_dir .* is not empty, and .* is a checkpoint of another"
+    ) as caught:
         claim(tmp_path / "other", resume=str(folder / "checkpoint-2"))
     assert str(tmp_path / "other") in str(caught.value)
     assert contents(tmp_path) == before

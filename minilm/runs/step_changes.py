@@ -1,0 +1,60 @@
+"""Whether a run with other settings would have made the same steps as the run that wrote a checkpoint.
+
+The learning rate and the mask rate of a step are functions of the settings, the step and the number of steps. So a run
+may be resumed with other settings of these if no step before the checkpoint changes. The result is then the run that
+had these settings from its start.
+"""
+
+from dataclasses import dataclass
+
+from minilm.config import Config, MaskedLM
+from minilm.optim.schedule import learning_rate
+
+_LENGTH = ("run.epochs", "run.max_steps")
+_LEARNING_RATE = tuple(f"optim.{name}" for name in ("lr", "schedule", "warmup", "decay", "decay_shape", "final_lr"))
+_MASK_RATE = tuple(f"objective.{name}" for name in ("rate", "final_rate", "rate_decay"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepChange:
+    """The first step that another configuration would make in another way."""
+
+    step: int
+    """The number of the step, from 1 as in log.jsonl."""
+    what: str
+    """What is different: "learning rate" or "mask rate"."""
+    before: float
+    now: float
+
+
+def compared_settings(config: Config) -> tuple[str, ...]:
+    """Return the names of the settings that `find_first_change` compares."""
+    return (*_LENGTH, *_LEARNING_RATE, *(_MASK_RATE if isinstance(config.objective, MaskedLM) else ()))
+
+
+def find_first_change(
+    before: Config, now: Config, *, steps: int, steps_per_epoch: int, own_rates: bool = False
+) -> StepChange | None:
+    """Return the first of `steps` steps whose learning rate or mask rate differs between two configurations.
+
+    Only the settings in `compared_settings` may differ. The rates are compared to the bit.
+
+    own_rates: whether a function of the user's gives the learning rates, so that they are not compared.
+    """
+    total_before, total_now = (config.run.count_steps(steps_per_epoch) for config in (before, now))
+    for step in range(steps):
+        old, new = (
+            {
+                "learning rate": 0.0 if own_rates else learning_rate(config.optim, step, total),
+                "mask rate": _mask_rate(config, step / total),
+            }
+            for config, total in ((before, total_before), (now, total_now))
+        )
+        for what in old:
+            if old[what] != new[what]:
+                return StepChange(step=step + 1, what=what, before=old[what], now=new[what])
+    return None
+
+
+def _mask_rate(config: Config, progress: float) -> float:
+    return config.objective.rate_at(progress) if isinstance(config.objective, MaskedLM) else 0.0

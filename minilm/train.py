@@ -30,10 +30,12 @@ from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
 from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
+from minilm.objectives.averages_evaluation import AveragesEvaluator, format_all_figures
 from minilm.objectives.coupling import couple_examples
 from minilm.objectives.distillation import add_teacher
 from minilm.objectives.factory import build_network
 from minilm.objectives.objective import Evaluator
+from minilm.optim.averages import average_weights, averaged_weights
 from minilm.optim.optimizer import apply_update, build_optimizer
 from minilm.optim.schedule import learning_rate as scheduled_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
@@ -43,7 +45,7 @@ from minilm.runs.early_stopping import StopRequest, any_process, stop_on_bad_gra
 from minilm.runs.energy import measure_energy
 from minilm.runs.model_card import write_card
 from minilm.runs.model_export import save_model
-from minilm.runs.output_folder import claim_output_dir
+from minilm.runs.output_folder import AVERAGES, claim_output_dir
 from minilm.runs.recorder import write_samples
 from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
@@ -154,7 +156,10 @@ def train(
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         precision = run.precision.name
         new_optimizer = build_optimizer(head, config.optim, precision) if optimizer is None else optimizer(trained)
+        average_weights(new_optimizer, config.optim.ema)
         model, optim = distribute(accelerator, head, new_optimizer)
+        if config.optim.ema is not None:
+            evaluator = AveragesEvaluator(evaluator=evaluator, optimizer=optim)
 
         # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all
         # checks have passed, so the run may write to its output folder.
@@ -208,7 +213,7 @@ def train(
                     recorder.flush()
                     figures = evaluator(accelerator, model).figures()
                     better = best.update(figures, done)
-                    recorder.record_evaluation(epoch, figures, run.objective.format_figures(figures))
+                    recorder.record_evaluation(epoch, figures, format_all_figures(run.objective, figures))
 
                 # The caller may look at the figures and the model, and end the run after this step.
                 wants_stop = False
@@ -241,8 +246,12 @@ def train(
                 figures = evaluator(accelerator, model).figures()
             results = recorder.record_results(figures | energy())
             weights = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
+            averages = None
+            if config.optim.ema is not None:
+                with averaged_weights(model, optim):
+                    averages = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
             if accelerator.is_main_process:
-                conclude(run, facts, results, network, weights)
+                conclude(run, facts, results, network, weights, averages)
         model, optim = accelerator.free_memory(model, optim)
     if early is not None:
         raise early
@@ -341,13 +350,19 @@ def conclude(
     results: dict[str, float],
     network: PreTrainedModel,
     weights: dict[str, Tensor],
+    averages: dict[str, Tensor] | None = None,
 ) -> None:
     """Save the model, its card and the results, and log the saved model's output for each of `run.samples`.
 
-    `write_results` comes last, since its file marks the run as finished.
+    averages: weights to save in the folder `ema`. `write_results` comes last, since its file marks the run as finished.
     """
     config, folder, tokenizer, objective = run.config, run.folder, run.prepared.tokenizer, run.objective
-    run.uploads.extend(save_model(network, tokenizer, folder, weights, objective.extra_files(network, config)))
+    extra_files = objective.extra_files(network, config)
+    run.uploads.extend(save_model(network, tokenizer, folder, weights, extra_files))
+    if averages is not None:
+        (folder / AVERAGES).mkdir(exist_ok=True)
+        saved_files = save_model(network, tokenizer, folder / AVERAGES, averages, extra_files)
+        run.uploads.extend(f"{AVERAGES}/{name}" for name in saved_files)
     samples = {}
     if config.run.samples:
         with quiet_transformers():

@@ -18,6 +18,7 @@ from minilm.distributed.hardware import describe, peak_memory
 from minilm.distributed.precision import device_peak
 from minilm.distributed.sharding import distribute
 from minilm.models.head import Head
+from minilm.optim.averages import average_weights
 from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import count_warmup_steps, find_schedule_problems, learning_rate
 from minilm.runs.session import Session, begin
@@ -171,7 +172,9 @@ def _probe(
     The first one is the step with the largest micro-batch among the first `_SEARCHED_STEPS`. Its time does not
     count.
     """
-    model, optimizer = distribute(accelerator, head, build_optimizer(head, config.optim, precision))
+    new_optimizer = build_optimizer(head, config.optim, precision)
+    average_weights(new_optimizer, config.optim.ema)
+    model, optimizer = distribute(accelerator, head, new_optimizer)
     first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest_micro_batch_tokens(plan.step(index)))
     steps = range(first, total, max(1, (total - first) // 100))
     model.train()

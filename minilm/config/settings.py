@@ -219,6 +219,9 @@ class Optim:
     lowest rate."""
     max_grad_norm: float = 1.0
     """Norm to which a larger gradient is scaled down. 0 switches clipping off."""
+    ema: float | None = None
+    """Decay rate of an exponential average of the weights, such as 0.999, which averages about the last 1,000 steps. It
+    is evaluated too, and saved in the folder ema of the output folder. Default: no average."""
 
     def __post_init__(self) -> None:
         check_choices("optim", self)
@@ -240,6 +243,7 @@ class Optim:
         check(0 < self.muon_scale < float("inf"), f"optim.muon_scale must be positive, not {self.muon_scale}")
         check(0 < self.layer_decay <= 1, f"optim.layer_decay must lie in (0, 1], not {self.layer_decay}")
         check(0 < self.eps < float("inf"), f"optim.eps must be positive, not {self.eps}")
+        check(self.ema is None or 0 < self.ema < 1, f"optim.ema must lie in (0, 1), not {self.ema}")
         check(self.max_grad_norm >= 0, f"optim.max_grad_norm must be 0 or more, not {self.max_grad_norm}")
 
 
@@ -337,3 +341,9 @@ class Config:
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        check(
+            not self.run.load_best or self.optim.ema is None,
+            "run.load_best ends with the weights of another step than optim.ema averages: leave one of them out",
+        )

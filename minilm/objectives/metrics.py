@@ -137,4 +137,4 @@ def _compute_losses(problem: str, logits_ExC: NDArray[np.float64], labels: NDArr
 
 def lower_is_better(metric: str) -> bool:
     """Return whether the evaluation figure of this name is a loss."""
-    return metric.startswith(("eval_loss", "perplexity", "bits_per_byte", "mse"))
+    return metric.removeprefix("ema_").startswith(("eval_loss", "perplexity", "bits_per_byte", "mse"))

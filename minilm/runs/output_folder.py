@@ -22,6 +22,9 @@ from minilm.runs.checkpoint import (
 from minilm.runs.hub_upload import check_hub_access, create_hub_repo
 from minilm.utils.folder_lock import LOCK, lock_folder
 
+AVERAGES = "ema"
+"""The subfolder of the output folder for the averages of the weights."""
+
 
 def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
     """Return the output folder, and the checkpoint to resume from if `run.resume` asks for one.
@@ -99,6 +102,8 @@ def claim_output_dir(
             remove_checkpoints(folder)
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (folder / "adapter" / name).unlink(missing_ok=True)
+            for name in ("config.json", "model.safetensors"):
+                (folder / AVERAGES / name).unlink(missing_ok=True)
         elif run.resume is None:
             _take_empty(folder)
         elif checkpoint is not None and is_branch(checkpoint, folder):

@@ -76,6 +76,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         data=Data(source=text, eval_fraction=0.1),
         tokens=Tokens(vocab_size=301),  # which two processes do not divide
         model=replace(CONFIG.model, config={**CONFIG.model.config, **rates}),
+        optim=replace(CONFIG.optim, ema=0.9),
         run=replace(CONFIG.run, max_steps=STEPS, save_every=STEPS // 2, eval_every=STEPS // 2),
     )
 
@@ -120,12 +121,12 @@ def apart(ours: Path, theirs: Path) -> float:
     differences = []
     logs = ([line for part in read_log(folder) for line in part] for folder in (ours, theirs))
     for mine, other in zip(*logs, strict=True):
-        for key in ("loss", "grad_norm", "eval_loss"):
+        for key in ("loss", "grad_norm", "eval_loss", "ema_eval_loss"):
             if mine.get(key) is None or other.get(key) is None:
                 assert mine.get(key) == other.get(key)
             else:
                 differences.append(abs(mine[key] / other[key] - 1))
-    assert len(differences) == 2 * (STEPS - 1) + 2
+    assert len(differences) == 2 * (STEPS - 1) + 4
     return max(differences)
 
 
@@ -134,10 +135,11 @@ def test_a_sharded_run_has_the_updates_of_one_process(kind, sharded, plain, figu
     difference = apart(sharded, plain)
     figure(f"2 processes, {kind}: {difference:.0e}")
     assert 0 < difference <= 1e-5
-    ours, theirs = (AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in (sharded, plain))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+    for part in (".", "ema"):
+        ours, theirs = (AutoModelForMaskedLM.from_pretrained(folder / part).state_dict() for folder in (sharded, plain))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.scorecard(3)

@@ -32,10 +32,29 @@ def check_forward(model: PreTrainedModel) -> None:
             "another model"
         ) from error
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        if _reads_separated_texts(model):
+            raise ValueError(
+                f"{type(model).__name__} only reads rows with three separators, and minilm tries models on rows "
+                "without any: take another model"
+            ) from error
         raise ValueError(
             f"{type(model).__name__} cannot read a row of {len(row) + 1} tokens with this configuration "
             f"({' '.join(str(error).split())}): change its settings with --model.config"
         ) from error
+
+
+def _reads_separated_texts(model: PreTrainedModel) -> bool:
+    """Return whether the model reads a row of two texts with separators, as Longformer does to find a question."""
+    separator = getattr(model.config.get_text_config(), "sep_token_id", None)
+    if not isinstance(separator, int) or not 0 < separator < vocabulary_size(model):
+        return False
+    row_1xL = torch.tensor([[0, separator, separator, 0, 0, separator]])
+    try:
+        with evaluation_mode(model):
+            model(input_ids=add_choice_axis(model, row_1xL))
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
+        return False
+    return True
 
 
 def check_causal(model: PreTrainedModel, advice: str = "") -> None:

@@ -16,7 +16,8 @@ from minilm.models.model_inputs import add_choice_axis
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase, auto: Any) -> PreTrainedModel:
     """Return a new model of `model.type` and `model.config` with the special ids of the tokenizer, in float32.
 
-    Its weights are random. Raises ValueError if the fields of `model.config` do not go together.
+    Its weights are random. Raises ValueError if the fields of `model.config` do not go together, and if the model
+    needs a library that is missing.
     """
     default, size = resolve_configuration(model, auto), count_embedding_rows(tokenizer)
     known = default.to_dict() | default.get_text_config().to_dict()
@@ -51,6 +52,8 @@ def _build(model: Model, fields: Mapping[str, Any], auto: Any) -> PreTrainedMode
                 if name not in model.config and name in part.to_dict() | part.attribute_map:
                     setattr(part, name, value)
         network: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    except ImportError as error:
+        raise ValueError(f"model.type {model.type}: {' '.join(str(error).split())}") from error
     except (AssertionError, StrictDataclassError, ValueError, TypeError, RuntimeError) as error:
         # These are the errors of transformers for fields that do not go together.
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error

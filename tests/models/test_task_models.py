@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_detectron2_available
 
 from minilm.config import Model
 from minilm.data.micro_batch import MicroBatch, concatenate_rows
@@ -195,6 +196,26 @@ def test_a_model_that_cannot_read_ids_alone_is_refused_in_one_line(
         ValueError, match=r"^T5Model cannot read a row from its token ids alone \([^\n]*\): take another"
     ):
         read(AutoModel, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForQuestionAnswering, AutoModelForMultipleChoice])
+def test_a_model_that_finds_a_question_by_separators_is_refused_in_one_line(
+    auto: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = Model(type="longformer", config={**fields("longformer", {}), "attention_window": [4, 4]})
+    with pytest.raises(
+        ValueError, match=r"^Longformer\w+ only reads rows with three separators, [^\n]*: take another m"
+    ):
+        load_model(model, tokenizer, max_length=32, seed=0, auto=auto)
+    # Its configuration is right for another head.
+    load_model(model, tokenizer, max_length=32, seed=0, auto=AutoModelForTokenClassification)
+
+
+def test_a_model_that_needs_a_library_is_refused_in_one_line(tokenizer: PreTrainedTokenizerBase) -> None:
+    if is_detectron2_available():
+        pytest.skip("detectron2 is installed")
+    with pytest.raises(ValueError, match=r"^model\.type layoutlmv2: LayoutLMv2Model requires the detectron2 [^\n]*\Z"):
+        load_model(Model(type="layoutlmv2"), tokenizer, max_length=32, seed=0, auto=AutoModelForTokenClassification)
 
 
 def test_other_weights_than_a_poolers_may_not_start_at_random_under_lora(

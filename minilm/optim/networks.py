@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm.models.embeddings import vocabulary_size
+from minilm.models.model_inputs import add_choice_axis
 from minilm.models.temporary_changes import evaluation_mode
 
 
@@ -29,7 +30,8 @@ def run_short_row(network: PreTrainedModel) -> Any:
     takes = inspect.signature(network.forward).parameters
     try:
         with evaluation_mode(network):
-            return network(input_ids=_make_ids(network), **({"use_cache": False} if "use_cache" in takes else {}))
+            ids = add_choice_axis(network, _make_ids(network))
+            return network(input_ids=ids, **({"use_cache": False} if "use_cache" in takes else {}))
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -52,6 +52,12 @@ ORDER = (
     "final_char",
 )
 REFUSED = {"albert", "hrm_text", "gemma4_unified_assistant"}
+# Models that no head can train, because they cannot read a row of ids alone.
+UNREADABLE = {
+    "token-classification": {"bros"},
+    "question-answering": {"longformer", "lxmert"},
+    "multiple-choice": {"longformer"},
+}
 
 
 def models(head: str) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -120,9 +126,9 @@ def test_every_parameter_of_every_type_has_the_depth_that_its_name_tells(head: s
             refused[kind] = str(error)
     figure(f"layer decay, {head}: {tried} types by name, {len(refused)} refused")
     assert not wrong, "\n".join(wrong)
-    assert refused.keys() <= REFUSED
+    assert refused.keys() <= REFUSED | UNREADABLE.get(head, set())
     assert all(line.endswith("leave optim.layer_decay at 1") and "\n" not in line for line in refused.values())
-    assert tried > 40
+    assert tried + len(refused) > 0.9 * len(types_of(head))
 
 
 def test_two_models_that_share_embeddings_each_have_their_layers() -> None:

@@ -1,9 +1,12 @@
 """Every architecture of transformers under minilm: `python -m tests.matrix --only bert,gpt2 --head masked`.
 
-For each type that has the head, a tiny model is saved and loaded like any checkpoint. It takes one step on rows of
+For each type that has the head, a tiny model is saved and loaded like any checkpoint. It takes one step on examples of
 different lengths, once as one micro-batch and once as three. Its loss and gradients are compared with a reference: the
 plain model reads one row at a time, and the cross entropy is computed in float64. The loss of HF Trainer on the same
-micro-batches is compared with it too. Each model runs in its own process, with a time limit.
+micro-batches is compared with it too. Each model runs in its own process, with a time limit. At the end comes the table
+of docs/models.md.
+
+Axes: T tokens of all rows, L tokens of a row, R rows, G distributions of an example, C classes.
 """
 
 import argparse
@@ -17,11 +20,12 @@ import resource
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,11 +33,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from minilm import CausalLM, Classification, MaskedLM, Model
+from minilm import CausalLM, Classification, MaskedLM, Model, MultipleChoice, QuestionAnswering, TokenClassification
+from minilm.config import ObjectiveSettings
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.labels import Labels
 from minilm.data.micro_batch import MicroBatch
@@ -50,60 +56,155 @@ from tests.tiny import tiny_config
 
 LENGTHS = (30, 17, 17, 12, 5, 2, 1)
 CUTS = ((range(7),), (range(1), range(1, 4), range(4, 7)))  # a step as one micro-batch, and as three
+# The tokens of each of two choices.
+PAIRS = tuple(zip(LENGTHS, reversed(LENGTHS), strict=True))
 LONGEST, VOCABULARY, LIMIT = 32, 300, 120  # tokens, tokens, seconds of a processor
 TOLERANCE, GRADIENT = 1e-5, 1e-4  # relative; the second for float32 sums over the tokens in another order
 NO_TARGET = -100
 SHORTCUTS = ("sparse", "padding_free", "needs_equal_lengths", "fused")
 Gradients = dict[str, Tensor]
+IntegerArray = NDArray[np.int64]
+LABELS = Labels(problem="single-label", names=("no", "yes", "maybe"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row, as the plain model and Trainer read it."""
+    """One example, as the plain model and Trainer read it."""
 
-    input_ids_L: Tensor
+    rows: Sequence[Tensor]
+    """int64[L], the token ids of its row, or of each choice."""
     targets: Tensor
-    """int64, the target of each logit, or NO_TARGET."""
-    labels: Tensor
-    """int64, the labels as a model of transformers takes them: a scalar for a row of a classification."""
+    """int64, the class of each distribution that the model gives for the example, or NO_TARGET."""
+    labels: dict[str, Tensor]
+    """int64, the arguments with which a model of transformers computes its loss: scalars, or a value for each token."""
 
 
-def masked_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
-    """Return the rows of a batch, with the targets that the collator chose."""
+def masked_examples(batch: MicroBatch) -> list[Example]:
+    """Return the rows of a batch, with the targets of their tokens that the collator gave."""
     targets_T = torch.full_like(batch.input_ids_T, NO_TARGET)
     targets_T[batch.target_index_N] = batch.target_ids_N
-    rows = zip(batch.input_ids_T.split(list(lengths)), targets_T.split(list(lengths)), strict=True)
-    return [Example(input_ids_L=ids_L, targets=targets_L, labels=targets_L) for ids_L, targets_L in rows]
+    rows = zip(split_rows(batch), targets_T.split([*batch.packing.lengths]), strict=True)
+    return [Example(rows=[ids_L], targets=targets_L, labels={"labels": targets_L}) for ids_L, targets_L in rows]
 
 
-def causal_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
+def causal_examples(batch: MicroBatch) -> list[Example]:
     """Return the rows of a batch, where the target of each token is the next one."""
-    rows = batch.input_ids_T.split(list(lengths))
-    return [Example(input_ids_L=ids, targets=F.pad(ids[1:], (0, 1), value=NO_TARGET), labels=ids) for ids in rows]
+    return [
+        Example(rows=[ids_L], targets=F.pad(ids_L[1:], (0, 1), value=NO_TARGET), labels={"labels": ids_L})
+        for ids_L in split_rows(batch)
+    ]
 
 
-def classification_examples(batch: MicroBatch, lengths: Sequence[int]) -> list[Example]:
+def classification_examples(batch: MicroBatch) -> list[Example]:
     """Return the rows of a batch, each with its class."""
-    rows = zip(batch.input_ids_T.split(list(lengths)), batch.target_ids_N, strict=True)
-    return [Example(input_ids_L=ids_L, targets=label[None], labels=label) for ids_L, label in rows]
+    rows = zip(split_rows(batch), batch.target_ids_N, strict=True)
+    return [Example(rows=[ids_L], targets=label[None], labels={"labels": label}) for ids_L, label in rows]
+
+
+def answer_examples(batch: MicroBatch) -> list[Example]:
+    """Return the rows of a batch. The classes are the places of a row, and the answer starts and ends at one."""
+    rows = zip(split_rows(batch), batch.target_ids_N, strict=True)
+    return [
+        Example(rows=[ids_L], targets=places, labels={"start_positions": places[0], "end_positions": places[1]})
+        for ids_L, places in rows
+    ]
+
+
+def choice_examples(batch: MicroBatch) -> list[Example]:
+    """Return the pairs of rows of a batch, each with the number of the right one."""
+    rows = split_rows(batch)
+    pairs = zip(rows[::2], rows[1::2], batch.target_ids_N, strict=True)
+    return [Example(rows=pair, targets=right[None], labels={"labels": right}) for *pair, right in pairs]
+
+
+def split_rows(batch: MicroBatch) -> Sequence[Tensor]:
+    return batch.input_ids_T.split([*batch.packing.lengths])
+
+
+def tag_tokens(ids_T: IntegerArray) -> dict[str, Any]:
+    """Return a class for about half of the tokens."""
+    classes_T = ids_T % (2 * len(LABELS.names))
+    return {"token_targets": np.where(classes_T < len(LABELS.names), classes_T, NO_TARGET).astype(np.int32)}
+
+
+def mark_answers(ids_T: IntegerArray) -> dict[str, Any]:
+    """Return an answer in each row that ends at its last token."""
+    lengths_E = np.array(LENGTHS)
+    return {"labels": np.stack([lengths_E // 3, lengths_E - 1], 1)}
+
+
+def pair_choices(ids_T: IntegerArray) -> dict[str, Any]:
+    """Return the rows of examples of two choices, and the right ones."""
+    bounds_R1 = np.cumsum([0, *chain.from_iterable(PAIRS)])
+    return {"rows": (bounds_R1, 2 * np.arange(len(PAIRS) + 1)), "labels": np.array([0, 1, 1, 0, 0, 1, 1])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A head: the objective that trains it, and a function that splits a batch into its examples."""
+    """A head: the objective that trains it, and the targets of its examples."""
 
-    settings: MaskedLM | CausalLM | Classification
-    examples: Callable[[MicroBatch, Sequence[int]], list[Example]]
+    title: str
+    settings: ObjectiveSettings
+    examples: Callable[[MicroBatch], list[Example]]
+    """Splits a batch into its examples."""
+    targets: Callable[[IntegerArray], dict[str, Any]] = lambda ids_T: {}
+    """Returns the fields of `Examples` that hold the targets, for the ids of all rows."""
+    lengths: Sequence[Sequence[int]] = tuple((length,) for length in LENGTHS)
+    """The number of tokens of each row of each example."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration that the data decide."""
+    labels: Labels | None = None
+    shortcuts: tuple[str, ...] = ("padding_free",)
+    """The shortcuts that can save work under this head."""
+    is_language_model: bool = False
 
 
 # To test another head, add an entry here.
 HEADS = {
-    "masked": Kind(settings=MaskedLM(rate=0.4), examples=masked_examples),
-    "causal": Kind(settings=CausalLM(), examples=causal_examples),
-    "classification": Kind(settings=Classification(), examples=classification_examples),
+    "masked": Kind(
+        title="masked LM",
+        settings=MaskedLM(rate=0.4),
+        examples=masked_examples,
+        shortcuts=("sparse", "padding_free", "fused"),
+        is_language_model=True,
+    ),
+    "causal": Kind(
+        title="causal LM",
+        settings=CausalLM(),
+        examples=causal_examples,
+        shortcuts=("sparse", "padding_free", "fused"),
+        is_language_model=True,
+    ),
+    "classification": Kind(
+        title="classification",
+        settings=Classification(),
+        examples=classification_examples,
+        targets=lambda ids_T: {"labels": np.array([0, 2, 1, 1, 0, 2, 1])},
+        fields=LABELS.fields(),
+        labels=LABELS,
+    ),
+    "token-classification": Kind(
+        title="token classification",
+        settings=TokenClassification(),
+        examples=masked_examples,
+        targets=tag_tokens,
+        fields={name: value for name, value in LABELS.fields().items() if name != "problem_type"},
+        shortcuts=("sparse", "padding_free"),
+    ),
+    "question-answering": Kind(
+        title="question answering",
+        settings=QuestionAnswering(),
+        examples=answer_examples,
+        targets=mark_answers,
+    ),
+    "multiple-choice": Kind(
+        title="multiple choice",
+        settings=MultipleChoice(),
+        examples=choice_examples,
+        targets=pair_choices,
+        lengths=PAIRS,
+    ),
 }
-LABELS = Labels(problem="single-label", names=("no", "yes", "maybe"))
-EXAMPLES = replace(NO_EXAMPLES, labels=np.array([0, 2, 1, 1, 0, 2, 1]))
 
 
 @dataclass(kw_only=True)
@@ -150,24 +251,26 @@ def measure(head: str, kind: str) -> Result:
 
 def attempt(result: Result) -> None:
     """Fill in the result. If `result.decoder` is set, measure the model with `is_decoder`."""
-    objective, tokenizer = build_objective(HEADS[result.head].settings), tokenizer_for(result.head, result.kind)
-    prepared = PreparedData(
-        tokenizer=tokenizer,
-        train=EXAMPLES,
-        eval=EXAMPLES,
-        labels=LABELS,
-        fields=LABELS.fields() if result.head == "classification" else {},
-    )
+    kind, tokenizer = HEADS[result.head], tokenizer_for(result.head, result.kind)
+    objective, examples = build_objective(kind.settings), examples_of(result.head, rows_of(result.head, tokenizer))
+    prepared = prepare(result.head, tokenizer, examples)
     step = "not built"
     try:
         torch.manual_seed(0)
         config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
         text = AutoConfig.for_model(result.kind).get_text_config()
-        if prepared.fields and tokenizer.pad_token_id == tokenizer.eos_token_id and text.pad_token_id is None:
+        if (
+            not kind.is_language_model
+            and tokenizer.pad_token_id == tokenizer.eos_token_id
+            and text.pad_token_id is None
+        ):
             config.get_text_config().pad_token_id = None  # as its checkpoints come
         model = objective.auto.from_config(config).eval()
         with torch.no_grad():
-            model(input_ids=torch.tensor([[7, 7, 7, 7, getattr(config, "eos_token_id", None) or 7]]))
+            # Two texts as RoBERTa joins them. Longformer finds a question by the separators.
+            end = getattr(config, "eos_token_id", None) or 7
+            ids_1xL = torch.tensor([[7, end, end, 7, end]])
+            model(input_ids=ids_1xL if len(kind.lengths[0]) == 1 else ids_1xL[None])
         result.built, step = True, "not saved"
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -187,7 +290,7 @@ def attempt(result: Result) -> None:
             freeze_unused(head)
             count_flops(head, LONGEST)
         step = "fails"
-        compare(result, head.train(), plain, tokenizer)
+        compare(result, head.train(), plain, prepared)
         for situation in SITUATIONS:
             result.special[situation] = try_special_ids(result, situation)
     except Exception as error:
@@ -197,33 +300,41 @@ def attempt(result: Result) -> None:
         result.why = f"{step if result.refused or step != 'refused' else 'fails'}: {quote(error)}"
 
 
-def compare(result: Result, head: Head, plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare(head: str, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PreparedData:
+    """Return the examples as a run has them."""
+    kind = HEADS[head]
+    return PreparedData(
+        tokenizer=tokenizer, train=examples, eval=examples, labels=kind.labels, fields=dict(kind.fields)
+    )
+
+
+def compare(result: Result, head: Head, plain: PreTrainedModel, prepared: PreparedData) -> None:
     """Compare minilm's loss and gradients, and Trainer's loss, with the reference."""
-    kind, rows = HEADS[result.head], rows_of(result.head, tokenizer)
+    kind = HEADS[result.head]
     objective = build_objective(kind.settings)
-    collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1)
-    examples = kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS)
+    examples = kind.examples(collate(objective, prepared, range(len(LENGTHS)), padded=False))
     expected, gradients = reference(plain, examples)
     result.trainer = trainers(plain, examples, expected)
     result.shortcuts = {name: bool(getattr(head, name)) for name in SHORTCUTS if hasattr(head, name)}
     result.reason = getattr(head, "reason", "")
-    result.loss, result.gradient = compare_update(head, objective, tokenizer, rows, expected, gradients)
+    result.loss, result.gradient = compare_update(head, objective, prepared, expected, gradients)
     result.measured = True
 
 
+def collate(objective: Objective, prepared: PreparedData, ids: Sequence[int], *, padded: bool) -> MicroBatch:
+    """Return a micro-batch of these examples."""
+    collator = objective.collator(prepared.tokenizer, prepared.train, seed=0, padded=padded, multiple=1)
+    return collator([prepared.train[i] for i in ids], np.array(ids), 0)
+
+
 def compare_update(
-    head: Head,
-    objective: Objective,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Any],
-    expected: float,
-    gradients: Gradients,
+    head: Head, objective: Objective, prepared: PreparedData, expected: float, gradients: Gradients
 ) -> tuple[float, float]:
     """Return the largest relative differences of minilm's loss and gradients from the reference's, over all CUTS."""
-    collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=not head.padding_free, multiple=1)
     losses, errors = [], []
     for cut in CUTS:
-        loss, ours = update(head, [collate([rows[i] for i in part], np.array(part), 0) for part in cut])
+        batches = [collate(objective, prepared, part, padded=not head.padding_free) for part in cut]
+        loss, ours = update(head, batches)
         losses.append(abs(loss - expected) / expected)
         errors.append(gradient_error(ours, gradients))
     # np.max keeps a NaN, which max may drop.
@@ -234,6 +345,7 @@ def try_special_ids(result: Result, situation: str) -> str:
     """Return how a model does in one of the SITUATIONS: `equal`, `refused` before training, or the fault."""
     kind, tokenizer = HEADS[result.head], tokenizer_for(result.head, result.kind)
     objective, changed, rows = build_objective(kind.settings), *SITUATIONS[situation](result.head, tokenizer)
+    prepared = prepare(result.head, tokenizer, examples_of(result.head, rows))
     config = tiny_config(result.kind, tokenizer, decoder=result.decoder)
     for part in (config, config.get_text_config()):
         for name, id in changed.items():
@@ -244,18 +356,22 @@ def try_special_ids(result: Result, situation: str) -> str:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             objective.auto.from_config(config).save_pretrained(folder)
-            step, fields = "refused", LABELS.fields() if result.head == "classification" else {}
-            model = Model(name=folder)
-            network = load_model(model, tokenizer, max_length=LONGEST, seed=0, auto=objective.auto, fields=fields)
+            step = "refused"
+            network = load_model(
+                Model(name=folder),
+                tokenizer,
+                max_length=LONGEST,
+                seed=0,
+                auto=objective.auto,
+                fields=prepared.fields,
+            )
         objective.check(network, tokenizer, ())
-        plain, examples = deepcopy(network).train(), examples_of(rows)
-        prepared = PreparedData(tokenizer=tokenizer, train=examples, eval=examples, labels=LABELS, fields=fields)
-        head = objective.head(network, prepared).train()
+        plain, head = deepcopy(network).train(), objective.head(network, prepared).train()
         freeze_unused(head)
         step = "fails"
-        collate = objective.collator(tokenizer, EXAMPLES, seed=0, padded=False, multiple=1)
-        expected, gradients = reference(plain, kind.examples(collate(rows, np.arange(len(rows)), 0), LENGTHS))
-        loss, gradient = compare_update(head, objective, tokenizer, rows, expected, gradients)
+        examples = kind.examples(collate(objective, prepared, range(len(LENGTHS)), padded=False))
+        expected, gradients = reference(plain, examples)
+        loss, gradient = compare_update(head, objective, prepared, expected, gradients)
     except Exception as error:
         if step == "refused" and type(error) is ValueError and "\n" not in str(error):
             return "refused"
@@ -265,10 +381,10 @@ def try_special_ids(result: Result, situation: str) -> str:
     return f"WRONG: loss {loss:.1e}, gradients {gradient:.1e}"
 
 
-def examples_of(rows: Sequence[Any]) -> Examples:
-    """Return a corpus that holds these rows."""
-    ends = np.cumsum([0, *map(len, rows)])
-    return replace(EXAMPLES, ids=np.concatenate(rows), start=ends[:-1], stop=ends[1:])
+def examples_of(head: str, rows: Sequence[Any]) -> Examples:
+    """Return a corpus of examples, whose ids are these, with the targets of the head."""
+    ids_T, ends = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+    return replace(NO_EXAMPLES, ids=ids_T, start=ends[:-1], stop=ends[1:], **HEADS[head].targets(ids_T))
 
 
 def _with_special(head: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[Any]]:
@@ -304,24 +420,34 @@ SITUATIONS: dict[str, Callable[[str, PreTrainedTokenizerBase], tuple[dict[str, i
 
 def reference(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[float, Gradients]:
     """Return the mean cross entropy of the targets in float64, and its gradients, from a forward of each row alone."""
-    takes = inspect.signature(model.forward).parameters
-    words = {"use_cache": False} if "use_cache" in takes else {}
     targets = sum(int((example.targets != NO_TARGET).sum()) for example in examples)
     total = 0.0
     model.zero_grad()
     for example in examples:
-        ids_1xL = example.input_ids_L[None]
-        # As tokenizers give it: without a mask XLM takes any token of padding's id for padding.
-        mask = {"attention_mask": torch.ones_like(ids_1xL)} if "attention_mask" in takes else {}
-        logits = model(input_ids=ids_1xL, **mask, **words).logits
-        logits_LxV = logits.reshape(-1, logits.shape[-1])[: example.targets.numel()].double()
-        log_p_LxV = logits_LxV - logits_LxV.logsumexp(-1, keepdim=True)
-        wanted_L = example.targets.reshape(-1)
-        chosen_L = log_p_LxV.gather(1, wanted_L.clamp(min=0)[:, None])[:, 0]
-        loss = -(chosen_L * (wanted_L != NO_TARGET)).sum() / targets
+        logits_GxC = read_logits(model, example.rows)[: len(example.targets)].double()
+        log_p_GxC = logits_GxC - logits_GxC.logsumexp(-1, keepdim=True)
+        chosen_G = log_p_GxC.gather(1, example.targets.clamp(min=0)[:, None])[:, 0]
+        loss = -(chosen_G * (example.targets != NO_TARGET)).sum() / targets
         loss.backward()
         total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def read_logits(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
+    """Return the logits of an example, G x C, from a forward of each of its rows alone. Several rows are choices."""
+    takes = inspect.signature(model.forward).parameters
+    words = {"use_cache": False} if "use_cache" in takes else {}
+    logits = []
+    for ids_L in rows:
+        ids = ids_L.view(1, 1, -1) if len(rows) > 1 else ids_L[None]
+        # As tokenizers give it: without a mask XLM takes any token of padding's id for padding.
+        mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in takes else {}
+        output = model(input_ids=ids, **mask, **words)
+        if "start_logits" in output:
+            return torch.cat([output.start_logits, output.end_logits])
+        logits.append(output.logits)
+    logits_1xGxC = torch.cat(logits, -1)
+    return logits_1xGxC.reshape(-1, logits_1xGxC.shape[-1])
 
 
 def update(head: Head, batches: Sequence[MicroBatch]) -> tuple[float, Gradients]:
@@ -375,19 +501,25 @@ def trainers(model: PreTrainedModel, examples: Sequence[Example], expected: floa
 
 def padded(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Return a micro-batch as a collator of transformers makes it: padded, with a mask if the model takes one."""
-    lengths = [len(example.input_ids_L) for example in examples]
+    rows = [ids_L for example in examples for ids_L in example.rows]
     padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
-    ids_RxL, mask_RxL = pad_rows(torch.cat([example.input_ids_L for example in examples]), lengths, padding)
-    labels = [example.labels for example in examples]
-    padded_labels = torch.stack(labels) if labels[0].dim() == 0 else pad_rows(torch.cat(labels), lengths, NO_TARGET)[0]
-    inputs = {"input_ids": ids_RxL, "attention_mask": mask_RxL, "labels": padded_labels}
+    ids_RxL, mask_RxL = pad_rows(torch.cat(rows), [*map(len, rows)], padding)
+    shape = (len(examples), -1, ids_RxL.shape[1]) if len(rows) > len(examples) else ids_RxL.shape
+    inputs = {"input_ids": ids_RxL.view(shape), "attention_mask": mask_RxL.view(shape)}
+    for name in examples[0].labels:
+        labels = [example.labels[name] for example in examples]
+        inputs[name] = (
+            torch.stack(labels)
+            if labels[0].dim() == 0
+            else pad_rows(torch.cat(labels), [*map(len, labels)], NO_TARGET)[0]
+        )
     return {name: x for name, x in inputs.items() if name in inspect.signature(model.forward).parameters}
 
 
 def tokenizer_for(head: str, kind: str) -> PreTrainedTokenizerBase:
     """Return a small tokenizer. For a decoder, it pads with the token that ends texts."""
     decoder = kind not in types_of("masked") and not AutoConfig.for_model(kind).is_encoder_decoder
-    return _tokenizer(head == "causal" or (head == "classification" and decoder and kind in types_of("causal")))
+    return _tokenizer(head == "causal" or (head != "masked" and decoder and kind in types_of("causal")))
 
 
 @cache
@@ -397,11 +529,13 @@ def _tokenizer(causal: bool) -> PreTrainedTokenizerBase:
 
 
 def rows_of(head: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Return random rows of LENGTHS. In a classification, each ends with the token that ends texts."""
-    ids_T, ends = np.random.default_rng(0).integers(5, len(tokenizer), sum(LENGTHS)), np.cumsum(LENGTHS)
-    if head == "classification" and tokenizer.sep_token_id is not None:
+    """Return the ids of random examples. Except for a language model, each row ends with the token that ends texts."""
+    lengths = HEADS[head].lengths
+    ends = np.cumsum([*chain.from_iterable(lengths)])
+    ids_T = np.random.default_rng(0).integers(5, len(tokenizer), ends[-1])
+    if not HEADS[head].is_language_model and tokenizer.sep_token_id is not None:
         ids_T[ends - 1] = tokenizer.sep_token_id
-    return np.split(ids_T, ends[:-1])
+    return np.split(ids_T, np.cumsum([*map(sum, lengths)])[:-1])
 
 
 def quote(error: BaseException) -> str:
@@ -457,21 +591,40 @@ def line(result: Result) -> str:
     )
 
 
-def summary(results: Sequence[Result]) -> dict[str, int]:
-    """Return the counts of one head."""
+def summary(results: Sequence[Result]) -> dict[str, int | None]:
+    """Return the counts of one head. None stands for a shortcut that cannot save work under it."""
+
+    def count(name: str) -> int | None:
+        useful = name in HEADS[results[0].head].shortcuts
+        return sum(result.shortcuts.get(name, False) for result in results) if useful else None
+
     return {
-        "in mapping": len(results),
-        "built": sum(result.built for result in results),
-        "refused as it comes": sum(result.refused for result in results),
-        "loss and gradients equal": sum(result.equal for result in results),
-        "special ids right": sum(
-            bool(result.special) and {*result.special.values()} <= {"equal", "refused"} for result in results
+        "types in transformers": len(results),
+        "built at a tiny size": sum(result.built for result in results),
+        "refused before training, as they come": sum(result.refused for result in results),
+        "loss and gradients those of each row read alone by the plain model": sum(result.equal for result in results),
+        "the same with special ids in and around the texts": sum(
+            result.equal and bool(result.special) and {*result.special.values()} <= {"equal", "refused"}
+            for result in results
         ),
-        "sparse": sum(result.shortcuts.get("sparse", False) for result in results),
-        "packed": sum(result.shortcuts.get("padding_free", False) for result in results),
-        "fused": sum(result.shortcuts.get("fused", False) for result in results),
-        "Trainer's loss right": sum(result.trainer == "right" for result in results),
+        "head at the targets alone": count("sparse"),
+        "packed, without padding": count("padding_free"),
+        "loss in parts, without all logits in memory": count("fused"),
+        "loss of HF Trainer right, in one micro-batch and in three": sum(
+            result.trainer == "right" for result in results
+        ),
     }
+
+
+def table(results: Mapping[str, Sequence[Result]]) -> str:
+    """Return the counts of all heads as the table of docs/models.md."""
+    heads = [head for head in results if results[head]]
+    counts = [summary(results[head]) for head in heads]
+    lines = [f"| | {' | '.join(HEADS[head].title for head in heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in counts[0] if counts else ():
+        cells = ("–" if count[name] is None else str(count[name]) for count in counts)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def quiet() -> None:
@@ -491,18 +644,16 @@ def main() -> None:
     for causal in (False, True):  # before the processes
         _tokenizer(causal)
     only = set(filter(None, asked.only.split(",")))
-    counts = {}
+    results: dict[str, list[Result]] = {}
     for head in [asked.head] if asked.head else HEADS:
         kinds = [kind for kind in types_of(head) if not only or kind in only]
         print(f"\n{head}", flush=True)
-        results = []
+        results[head] = []
         with ThreadPoolExecutor(2) as pool:
             for result in pool.map(partial(measure_in_process, head), kinds):
                 print(line(result), flush=True)
-                results.append(result)
-        counts[head] = summary(results)
-    for name in next(iter(counts.values())):
-        print(f"{name:26}" + "".join(f"{head} {count[name]:4}   " for head, count in counts.items()))
+                results[head].append(result)
+    print(f"\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ _INDEXER = {
 # What else a type needs.
 OWN: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
-    "mobilebert": {"intra_bottleneck_size": 32},
+    # At the default scale of the weights, almost nothing of the input reaches the pooler.
+    "mobilebert": {"intra_bottleneck_size": 32, "initializer_range": 0.2},
     "neomme": {"head_dim": 16},
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
@@ -124,7 +125,8 @@ def tiny_config(kind: str, tokenizer: Any, *, decoder: bool = False) -> Pretrain
     for name, stand_in in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
         ids[name] = ids[stand_in] if ids[name] is None else ids[name]
     ids = {name: id for name, id in ids.items() if id is not None}
-    own = {**OWN.get(kind, {}), **({"is_decoder": True} if decoder else {})}
+    # Llama's tagger has dropout unless its configuration has this field, which it does not have by default.
+    own = {"classifier_dropout": 0.0, **OWN.get(kind, {}), **({"is_decoder": True} if decoder else {})}
     return AutoConfig.for_model(
         kind, **tiny_fields(AutoConfig.for_model(kind), own, {**ids, "vocab_size": len(tokenizer)})
     )

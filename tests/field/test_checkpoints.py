@@ -113,7 +113,7 @@ def differences(situation: Situation, lengths: tuple[int, ...]) -> tuple[float, 
     ids, examples = np.arange(len(rows)), replace(NO_EXAMPLES, labels=np.arange(len(rows)) % 3)
     layout = {"padded": not head.padding_free, "multiple": 1}
     batch = build_objective(kind.settings).collator(tokenizer, examples, seed=0, **layout)(rows, ids, 0)
-    expected, gradients = reference(plain, kind.examples(batch, lengths))
+    expected, gradients = reference(plain, kind.examples(batch))
     loss, ours = update(head, [batch])
     return abs(loss - expected) / expected, gradient_error(ours, gradients)
 

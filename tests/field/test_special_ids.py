@@ -14,6 +14,9 @@ TYPES = [
     ("classification", "roberta"),
     ("classification", "gpt2"),  # looks for a row's last token by the padding id
     ("classification", "bart"),  # reads the class off the end token
+    ("token-classification", "xlm"),
+    ("question-answering", "splinter"),  # looks for the id of a question's place
+    ("multiple-choice", "roberta"),
 ]
 REFUSED = {("bart", "each special token in texts"), ("bart", "no end token")}
 

@@ -1,5 +1,6 @@
 """The matrix of architectures: some that need special care pass, and errors show in its results."""
 
+import dataclasses
 import os
 
 import pytest
@@ -24,6 +25,12 @@ TAKES = {
     ("classification", "gpt2"): (False, False, False),  # pads with the token that ends texts
     ("classification", "perceiver"): (False, False, False),  # has the layer of the labels in its base model
     ("classification", "roberta"): (False, True, False),  # reads the class off the first token
+    ("token-classification", "gpt2"): (True, True, False),  # pads with the token that ends texts
+    ("token-classification", "yoso"): (False, False, True),  # lets padding into its attention
+    ("question-answering", "bart"): (True, False, False),  # an encoder and a decoder
+    ("question-answering", "splinter"): (False, False, False),  # looks for the question by a token's id
+    ("multiple-choice", "roberta"): (False, True, False),  # reads the choice off the first token
+    ("multiple-choice", "xlnet"): (False, False, True),  # reads the choice off the last token, padding too
 }
 
 
@@ -36,7 +43,16 @@ def test_loss_and_gradients_are_those_of_the_plain_model_that_reads_each_row_alo
     assert result.refused == result.decoder == ((head, kind) == ("causal", "roberta"))
 
 
-@pytest.mark.parametrize(("head", "kind"), [("masked", "funnel"), ("causal", "xlnet"), ("classification", "canine")])
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        ("masked", "funnel"),
+        ("causal", "xlnet"),
+        ("classification", "canine"),
+        ("question-answering", "longformer"),
+        ("multiple-choice", "longformer"),
+    ],
+)
 def test_what_cannot_be_trained_is_refused_in_one_line_before_training(head: str, kind: str) -> None:
     result = measure(head, kind)
     assert (result.built, result.refused, result.measured) == (True, True, False)
@@ -44,11 +60,16 @@ def test_what_cannot_be_trained_is_refused_in_one_line_before_training(head: str
     assert "\n" not in result.why
 
 
-def test_a_wrong_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure("causal", "llama").trainer == "right"
+@pytest.mark.parametrize("head", matrix.HEADS)
+def test_a_wrong_loss_is_seen(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = "llama" if head == "causal" else "distilbert"
+    result = measure(head, kind)
+    assert result.equal
+    # Trainer counts padding as places of an answer, and divides the loss of several micro-batches by too little.
+    assert (result.trainer == "right") == (head == "causal")
     right = minilm.train.loss_sum
     monkeypatch.setattr(minilm.train, "loss_sum", lambda *given: right(*given) * 1.0001)
-    result = measure("causal", "llama")
+    result = measure(head, kind)
     assert result.measured
     assert not result.equal
     assert result.loss == pytest.approx(1e-4, rel=0.1)
@@ -80,3 +101,24 @@ def test_a_model_that_hangs_or_crashes_does_not_end_the_command(
     monkeypatch.setattr(matrix, "LIMIT", 1)
     monkeypatch.setattr(matrix, "measure", way)
     assert why in measure_in_process("masked", "bert").why
+
+
+def test_the_table_counts_the_shortcuts_that_a_head_can_use() -> None:
+    every = {"sparse": True, "padding_free": True, "fused": True}
+    right = Result(
+        head="masked", kind="a", built=True, measured=True, loss=0.0, gradient=0.0, trainer="right", shortcuts=every
+    )
+    results = {
+        "masked": [right, dataclasses.replace(right, special={"text": "equal"}), Result(head="masked", kind="b")],
+        "token-classification": [dataclasses.replace(right, head="token-classification", gradient=1.0)],
+        "multiple-choice": [],
+    }
+    lines = [line.split("|")[1:-1] for line in matrix.table(results).splitlines()]
+    cells = {name.strip(): [cell.strip() for cell in rest] for name, *rest in lines}
+    assert cells[""] == ["masked LM", "token classification"]
+    assert cells["types in transformers"] == ["3", "1"]
+    assert cells["built at a tiny size"] == ["2", "1"]
+    assert cells["loss and gradients those of each row read alone by the plain model"] == ["2", "0"]
+    assert cells["the same with special ids in and around the texts"] == ["1", "0"]
+    assert cells["head at the targets alone"] == cells["packed, without padding"] == ["2", "1"]
+    assert cells["loss in parts, without all logits in memory"] == ["2", "–"]

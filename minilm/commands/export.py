@@ -52,32 +52,48 @@ def export_model(source: str | Path, output: str | Path, kind: str) -> Path:
     not empty, or if the ONNX model does not give the same logits.
     """
     folder, target = Path(source).expanduser(), Path(output).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} does not hold a model: there is no config.json. Did its run finish?")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"--output {target} exists and is not an empty folder: give another one")
-    if is_checkpoint(folder):
-        # Reading compares each file with its hash.
-        read_checkpoint(folder)
+    check_model_folder(folder)
+    check_new_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replace_folder(target) as temporary:
         if kind == "onnx":
             _write_onnx(folder, temporary / "model.onnx")
-        elif not _copy(folder, temporary, _WEIGHTS):
-            raise ValueError(f"{folder} does not hold a model: there is no {WEIGHTS}")
-        _copy(folder, temporary, _OTHER_FILES)
+        else:
+            _copy(folder, temporary, _WEIGHTS)
+        copy_other_files(folder, temporary)
     return target
 
 
-def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> bool:
-    """Copy the files that match these patterns, and return whether there was one."""
+def check_model_folder(folder: Path) -> None:
+    """Raise ValueError if the folder does not hold a complete model. The files of a checkpoint must have their hash."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} does not hold a model: there is no config.json. Did its run finish?")
+    if not any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise ValueError(f"{folder} does not hold a model: there is no {WEIGHTS}")
+    if is_checkpoint(folder):
+        # Reading compares each file with its hash.
+        read_checkpoint(folder)
+
+
+def check_new_folder(target: Path) -> None:
+    """Raise ValueError if the output folder of a command is not new or empty."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"--output {target} exists and is not an empty folder: give another one")
+
+
+def copy_other_files(folder: Path, target: Path) -> None:
+    """Copy the files of a model beside its weights: the configuration, the tokenizer and how the model is used."""
+    _copy(folder, target, _OTHER_FILES)
+
+
+def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files that match these patterns."""
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     for path in files:
         copy = target / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
         sync_path(copy)
-    return bool(files)
 
 
 class _Logits(nn.Module):

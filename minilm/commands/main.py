@@ -18,6 +18,7 @@ from minilm.commands.subcommands import (
     run_export,
     run_fill_mask,
     run_generate,
+    run_merge,
     run_report,
     run_tag,
 )
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_doctor(commands)
     _add_branch(commands)
+    _add_merge(commands)
     train = _add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
     return parser
@@ -230,6 +232,23 @@ def _add_branch(commands: Any) -> None:
     command.add_argument("folder", metavar="RUN", help="output folder of a run, finished or not")
     command.add_argument(
         "--at", type=_positive, required=True, metavar="STEP", help="step of the checkpoint to start from"
+    )
+
+
+def _add_merge(commands: Any) -> None:
+    command = _add_command(commands, "merge", run_merge, "average the weights of several models")
+    command.description = (
+        "Write a model whose weights are the mean of those of several checkpoints or runs of the same model: minilm "
+        "merge out/a/checkpoint-1000 out/a/checkpoint-2000 --output out/merged"
+    )
+    command.add_argument("models", metavar="DIR", nargs="+", help="folder of a run or of a checkpoint")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, new or empty")
+    command.add_argument(
+        "--weights",
+        type=_not_negative,
+        nargs="+",
+        metavar="W",
+        help="share of each model in the mean, in any unit (default: equal shares)",
     )
 
 

@@ -251,6 +251,13 @@ def run_branch(options: argparse.Namespace) -> None:
         train(config)
 
 
+def run_merge(options: argparse.Namespace) -> None:
+    """Write the mean of several models to a new folder."""
+    with quick_imports():
+        from minilm.commands.merge import merge_models
+    print(f"written: {merge_models(options.models, options.output, options.weights)}")
+
+
 def run_report(options: argparse.Namespace) -> None:
     """Write the report about one or several runs."""
     from minilm.commands.report import write_report

@@ -26,16 +26,13 @@ import report
 import torch
 from comparison import Contender, Rounds, Task, compare, run_minilm
 from datasets import Dataset
-from hf_trainer import Turns, trainer_settings
-from torch import nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
+from hf_trainer import MinilmRates, Turns, trainer_settings
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from minilm.config import Batch, Config, Data, Model, Optim, SentenceEmbedding
 from minilm.data.batch_plan import Plan
 from minilm.objectives.factory import prepare_data
-from minilm.optim.schedule import learning_rate
 
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 EVALUATED = 64  # pairs that neither side trains on
@@ -79,6 +76,12 @@ def order_pairs(config: Config, steps: int) -> Dataset:
     return rows.select([int(i) for step in range(steps) for i in plan.step(step).examples])
 
 
+def count_places(lengths_R: Tensor, rows: int) -> int:
+    """Return the tokens of mini-batches of this many rows, each padded to its longest row."""
+    parts = torch.split(lengths_R, rows)
+    return sum(len(part) * int(part.max()) for part in parts)
+
+
 def run_sentence_transformers(task: Task, attention: str, *, rows: int = 32) -> None:
     """Run SentenceTransformerTrainer. `rows`: the size of a mini-batch of its cached loss."""
     from sentence_transformers import (
@@ -91,21 +94,13 @@ def run_sentence_transformers(task: Task, attention: str, *, rows: int = 32) -> 
 
     config, steps = task.config, task.steps
 
-    class TurnTrainer(SentenceTransformerTrainer):
-        """Records each step, and uses minilm's learning rates."""
-
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            scheduled: Any = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(
-                scheduled, lambda step: learning_rate(config.optim, step, num_training_steps) / config.optim.lr
-            )
-            return self.lr_scheduler
+    class TurnTrainer(MinilmRates, SentenceTransformerTrainer):
+        """Records each step."""
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            masks = [inputs[name] for name in inputs if name.endswith("attention_mask")]
+            lengths = [inputs[name].sum(-1) for name in inputs if name.endswith("attention_mask")]
             loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-            width = max(mask.shape[1] for mask in masks)
-            turns.record(torch.cat([F.pad(mask, (0, width - mask.shape[1])) for mask in masks]), loss)
+            turns.record(torch.cat(lengths), sum(count_places(column, rows) for column in lengths), loss)
             return loss
 
     def sample(dataset: Any, batch_size: int, drop_last: bool, **ignored: Any) -> Any:
@@ -129,9 +124,11 @@ def run_sentence_transformers(task: Task, attention: str, *, rows: int = 32) -> 
             batch_sampler=sample,
             **trainer_settings(config, config.run.precision, steps),
         )
-        TurnTrainer(
+        trainer = TurnTrainer(
             model=model, args=arguments, train_dataset=order_pairs(config, steps), loss=loss, callbacks=[turns]
-        ).train()
+        )
+        trainer.optim = config.optim
+        trainer.train()
 
 
 def find_contenders(config: Config, attention: str) -> list[Contender]:

@@ -134,10 +134,13 @@ class Turns(TrainerCallback):
         self.connection.send(taken)
         self._wait()
 
-    def record(self, mask_RxL: Tensor, loss: Tensor) -> None:
-        """Record the batch and the loss of a step. They stay on their device."""
-        self.lengths.append(mask_RxL.sum(-1))
-        self.padded += mask_RxL.numel()
+    def record(self, lengths_R: Tensor, places: int, loss: Tensor) -> None:
+        """Record the tokens of each row of a step, its tokens with padding, and its loss.
+
+        The tensors stay on their device.
+        """
+        self.lengths.append(lengths_R)
+        self.padded += places
         self.losses.append(loss.detach())
 
     def _evaluate(self, model: PreTrainedModel) -> float:
@@ -167,28 +170,37 @@ class OrderedTrainer(Trainer):
         return SequentialSampler(train_dataset) if self.in_order else super()._get_train_sampler(train_dataset)
 
 
-class TurnTrainer(OrderedTrainer):
-    """A Trainer that records each step and uses minilm's learning rates.
+class MinilmRates:
+    """A base class that gives a Trainer the learning rates of minilm. Set `optim` before the training.
 
     Trainer's own warm-up is one step behind and starts at zero, which would give other updates.
     """
+
+    optim: Optim
+    optimizer: Any
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return a scheduler with minilm's learning rates."""
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate(self.optim, step, num_training_steps) / self.optim.lr,
+        )
+        return self.lr_scheduler
+
+
+class TurnTrainer(MinilmRates, OrderedTrainer):
+    """A Trainer that records each step."""
 
     def __init__(self, turns: Turns, in_order: bool, optim: Optim, **settings: Any) -> None:
         super().__init__(in_order, callbacks=[turns], **settings)
         self.turns, self.optim = turns, optim
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return a scheduler with minilm's learning rates."""
-        scheduled: Any = optimizer or self.optimizer
-        self.lr_scheduler = LambdaLR(
-            scheduled, lambda step: learning_rate(self.optim, step, num_training_steps) / self.optim.lr
-        )
-        return self.lr_scheduler
-
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return Trainer's own loss, and record it."""
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        self.turns.record(inputs["attention_mask"], loss)
+        mask_RxL = inputs["attention_mask"]
+        self.turns.record(mask_RxL.sum(-1), mask_RxL.numel(), loss)
         return loss
 
 

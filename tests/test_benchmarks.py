@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import chats
 import classification
 import communication
 import embeddings
@@ -46,6 +47,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
 }
 SIZES["roberta"] = SIZES["bert"]
+CHAT_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {**SIZES["gpt2"], "n_positions": 128, "vocab_size": 410},
+    "llama": {**SIZES["bert"], "max_position_embeddings": 128, "vocab_size": 410},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +177,39 @@ def test_embeddings_take_the_same_steps_as_sentence_transformers(
         Peak(flops=1e9, source="assumed"),
     )
     assert [row["ours"] for row in rows_of_table] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("kind", chats.MODELS)
+def test_chats_take_the_same_steps_as_trl(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="pip install trl")
+    rows = [
+        [
+            {"role": "user", "content": f"Say the word {i} " * (1 + i % 5)},
+            {"role": "assistant", "content": f"{i} is it. " * (1 + i % 7)},
+        ]
+        for i in range(100)
+    ]
+    rows.append([{"role": "user", "content": "long " * 200}, {"role": "assistant", "content": "Yes."}])
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    files = chats.write_chats(tmp_path / "all.jsonl", tmp_path, vocabulary=400, longest=128)
+    assert [len(Path(file).read_text().splitlines()) for file in files] == [36, 64]
+    model = chats.write_model(kind, chats.MODELS[kind] | CHAT_SIZES[kind], tmp_path, tmp_path / kind)
+    settings = chats.configure(model, *files, 8)
+    settings = replace(
+        settings, run=Run(precision="fp32"), batch=replace(settings.batch, max_length=128, micro_tokens=200)
+    )
+    contenders = chats.find_contenders(settings, "sdpa")
+    taken = [turns_of(contender)[1] for contender in contenders]
+    *theirs, grouped, ours = taken
+    for turns in theirs:
+        assert [(turn.tokens, turn.square_lengths) for turn in turns] == [(t.tokens, t.square_lengths) for t in ours]
+        assert report.compute_loss_difference(ours, turns) < 1e-5
+    assert [turns[0].tokens < turns[0].padded_tokens for turns in taken] == [True, True, False, True, False]
+    assert all(turn.tokens > 0 for turn in grouped)
+    turns = [[replace(turn, flops=1.0) for turn in own] for own in taken]
+    table = chats.compute_rows(kind, contenders, turns, Peak(flops=1e9, source="assumed"))
+    assert [row["ours"] for row in table] == [False] * 4 + [True]
+    assert [row["loss_difference"] is None for row in table] == [False, False, False, True, False]
 
 
 def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,13 +158,23 @@ def compute_rows(contenders: Iterable[Contender], turns: list[list[Any]], peak: 
     ]
 
 
+def print_rows(rows: list[dict[str, Any]], examples: int, attention: str) -> None:
+    """Print the table."""
+    apart = max(row["loss_difference"] for row in rows)
+    print(f"\n{rows[0]['rounds']} steps of {examples:,} pairs; {attention} attention in sentence-transformers")
+    print(f"the losses of a step differ by at most {apart:.1e}")
+    print(report.COLUMNS.replace("the first", "32 rows  "))
+    for row in rows:
+        print(report.line(row["label"], row))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of the model to start from")
     parser.add_argument("pairs", type=Path, metavar="PAIRS", help="file of pairs (.jsonl)")
     parser.add_argument("--examples", type=int, default=1024, metavar="N", help="pairs in a step (default: 1024)")
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="steps of each side (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each side (default: 5)")
     parser.add_argument("--attention", default="sdpa", metavar="NAME", help="the rival's attention (default: sdpa)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both sides (default: fp32)")
     options = parser.parse_args()
@@ -172,16 +182,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_pairs(options.pairs, Path(folder))
         contenders = find_contenders(configure(options.model, *files, options.examples), options.attention)
-        turns = compare(contenders, machine.precision, Rounds(count=options.rounds, warm_up=0))
+        turns = compare(contenders, machine.precision, Rounds(count=options.rounds, warm_up=1))
     rows = compute_rows(contenders, turns, machine.peak)
-    print(f"\nsteps of {options.examples:,} pairs, {options.attention} attention in sentence-transformers")
-    print(f"{'':<40} real tokens/s  ratio   memory   loss of each step")
-    for row in rows:
-        losses = ", ".join(f"{loss:.6f}" for loss in row["losses"])
-        print(
-            f"{row['label']:<40} {row['tokens_per_second']:13,.0f}  {row['ratio']:4.2f}x  "
-            f"{row['peak_memory'] / 1e9:4.1f} GB  {losses}"
-        )
+    print_rows(rows, options.examples, options.attention)
     content = {"rows": rows, "examples": options.examples, "attention": options.attention}
     report.write("embeddings", machine, content, lambda figure: report.bars(figure.subplots(), rows), (8, 3))
 

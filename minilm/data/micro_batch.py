@@ -34,6 +34,9 @@ class MicroBatch:
     coupling_NxD: Tensor | None = None
     """float32, the loss of each example and its gradient at the model's outputs, if all examples of the step decide
     them (`minilm.objectives.coupling`)."""
+    outputs: Tensor | None = None
+    """float32, the model's outputs with their gradient graph, if an earlier pass has computed them: N, or the rows of N
+    examples, by any size."""
 
     @property
     def target_count(self) -> int:
@@ -60,6 +63,7 @@ class MicroBatch:
             type_ids_T=map_optional(self.type_ids_T),
             example_ids_N=map_optional(self.example_ids_N),
             coupling_NxD=map_optional(self.coupling_NxD),
+            outputs=map_optional(self.outputs),
         )
 
 
@@ -89,11 +93,21 @@ def collate_all_targets(
     return MicroBatch(input_ids_T=ids_T, packing=packing, target_index_N=every_N, target_ids_N=ids_T[every_N])
 
 
+def couple_losses(outputs: Tensor, coupling_NxD: Tensor) -> Tensor:
+    """Return the losses of `MicroBatch.coupling_NxD`, float32[N]. The gradient of their sum is that of the coupling."""
+    losses_N, gradient_NxD = coupling_NxD[:, 0], coupling_NxD[:, 1:]
+    linear_N = (outputs.reshape(gradient_NxD.shape) * gradient_NxD).sum(1)
+    return losses_N + (linear_N - linear_N.detach())
+
+
 def target_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Return the loss of each target, -log p in nats, float32[N].
 
-    model: computes the losses from the fields of a batch, as `SparseHead` does.
+    model: computes the losses from the fields of a batch, as `SparseHead` does. It does not run for a batch that has
+    its outputs already.
     """
+    if batch.outputs is not None and batch.coupling_NxD is not None:
+        return couple_losses(batch.outputs, batch.coupling_NxD)
     # Heads for losses that do not compare examples take no coupling.
     coupling = () if batch.coupling_NxD is None else (batch.coupling_NxD,)
     nats_N: Tensor = model(

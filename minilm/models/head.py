@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.data.micro_batch import couple_losses
 from minilm.data.packing import Packing, pack
 from minilm.models.attention import ATTENTION
 from minilm.models.fast_modules import install_fast_modules
@@ -128,9 +129,7 @@ class Head(nn.Module):
         if targets is None:
             return outputs
         if coupling_NxD is not None:
-            losses_N, gradient_NxD = coupling_NxD[:, 0], coupling_NxD[:, 1:]
-            linear_N = (outputs.reshape(gradient_NxD.shape) * gradient_NxD).sum(1)
-            return losses_N + (linear_N - linear_N.detach())
+            return couple_losses(outputs, coupling_NxD)
         assert self.loss is not None
         losses_N = self.loss(outputs, targets, packing)
         if self.teacher is None or not self.training:

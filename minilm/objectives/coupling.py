@@ -1,14 +1,18 @@
 """Losses that compare the examples of a step: two passes over the micro-batches (Gao et al. 2021, section 3).
 
-The first pass computes the outputs of all examples without gradients. They are gathered over the processes, and the
-loss of the whole step gives its gradient at each output. In the second pass, which is the usual one, each micro-batch
-carries its own part of the losses and of that gradient. So the update is that of one large batch, for any micro-batch
-size and any number of processes.
+The first pass computes the outputs of all examples. They are gathered over the processes, and the loss of the whole
+step gives its gradient at each output. In the second pass, which is the usual one, each micro-batch carries its own
+part of the losses and of that gradient. So the update is that of one large batch, for any micro-batch size and any
+number of processes.
+
+The memory has room for the activations of one micro-batch. So the first pass keeps those of one, and the second pass
+need not compute them again. The other micro-batches are computed twice.
 
 Axes: E examples of a step, K rows of an example, H size of an output, N examples of the micro-batch.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -23,8 +27,9 @@ def couple_examples(
 ) -> Sequence[MicroBatch]:
     """Return the micro-batches with `coupling_NxD` if the loss of the model's head compares the examples of a step.
 
-    A step that is one micro-batch of one process needs no first pass, since its loss sees all examples anyway. Several
-    processes wait for each other here, to exchange the number of their examples.
+    A step that is one micro-batch of one process needs no coupling, since its loss sees all examples anyway. Several
+    processes wait for each other here, to exchange the number of their examples. The first micro-batch comes with its
+    outputs, which hold its activations until its backward pass.
 
     model: the head (`minilm.models.head.Head`) after `accelerator.prepare`, or any other module, for which nothing is
     done.
@@ -34,13 +39,24 @@ def couple_examples(
     if not rows or (accelerator.num_processes == 1 and len(micro_batches) == 1):
         return micro_batches
     batches = [batch.to(accelerator.device) for batch in micro_batches]
+
+    def run(batch: MicroBatch) -> Tensor:
+        outputs: Tensor = model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T)
+        return outputs
+
     generators = [accelerator.device] if accelerator.device.type == "cuda" else []
-    # The usual pass begins with the same state of the generators, so that it draws the same dropout. Autocast keeps
-    # copies of the weights, which must not be shared with the usual pass: these copies have no gradient.
-    with torch.random.fork_rng(generators), torch.no_grad(), accelerator.autocast():
-        outputs = [
-            model(batch.input_ids_T, batch.packing, batch.target_index_N, None, batch.type_ids_T) for batch in batches
-        ]
+    # The usual pass begins with the same state of the generators. It runs all micro-batches but the first, in the same
+    # order, so that it draws the same dropout.
+    with torch.random.fork_rng(generators):
+        # Autocast keeps copies of the weights, which must not be shared with a pass that has gradients: these copies
+        # have none.
+        with torch.no_grad(), accelerator.autocast():
+            others = [run(batch) for batch in batches[1:]]
+        # Gradients are exchanged in the backward pass of the last micro-batch, which may be this one.
+        exchanged = len(batches) == 1
+        with nullcontext() if exchanged else accelerator.no_sync(model), accelerator.autocast():
+            kept = run(batches[0])
+    outputs = [kept.detach(), *others]
     sizes = [len(batch.target_ids_N) for batch in batches]
     width = rows * outputs[0].shape[1]
     outputs_ExKH = torch.cat([part.reshape(size, width) for part, size in zip(outputs, sizes, strict=True)])
@@ -58,7 +74,8 @@ def couple_examples(
     coupling_ExD = torch.cat([losses_E.detach()[:, None], gradient_ExKH], dim=1)
     own = slice(first := sum(counts[: accelerator.process_index]), first + sum(sizes))
     parts = torch.split(coupling_ExD[order_E.argsort()][own], sizes)
-    return [replace(batch, coupling_NxD=part) for batch, part in zip(batches, parts, strict=True)]
+    coupled = [replace(batch, coupling_NxD=part) for batch, part in zip(batches, parts, strict=True)]
+    return [replace(coupled[0], outputs=kept), *coupled[1:]]
 
 
 def _get_ids(batch: MicroBatch) -> Tensor:

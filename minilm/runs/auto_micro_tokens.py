@@ -10,6 +10,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from minilm.config import Config
 from minilm.data.micro_batch import MicroBatch, loss_sum
@@ -90,10 +91,11 @@ def _try_sizes(
     while True:
         batches = micro_batches(size)
         largest = max(batches, key=lambda batch: len(batch.input_ids_T))
-        # If the loss compares the examples of a step, all steps but those of one micro-batch make a pass before.
-        twice = head.coupled_rows > 0 and (len(batches) > 1 or accelerator.num_processes > 1)
+        # If the loss compares the examples of a step, all micro-batches but one have another forward pass before.
+        tokens = sum(len(batch.input_ids_T) for batch in batches)
+        again = 1 - len(largest.input_ids_T) / tokens if head.coupled_rows else 0.0
         try:
-            taken = min(_time_pass(accelerator, head, largest, twice=twice) for _ in range(_REPEATS))
+            taken = min(_time_pass(accelerator, head, largest, again=again) for _ in range(_REPEATS))
         except torch.OutOfMemoryError:
             break
         times[size] = taken / max(1, len(largest.input_ids_T))
@@ -106,20 +108,29 @@ def _try_sizes(
     return times
 
 
-def _time_pass(accelerator: Accelerator, head: Head, batch: MicroBatch, *, twice: bool = False) -> float:
-    """Return the seconds of one forward and backward pass, and of a forward pass without gradients if `twice`."""
-    mark = time.perf_counter()
+def _time_pass(accelerator: Accelerator, head: Head, batch: MicroBatch, *, again: float = 0.0) -> float:
+    """Return the seconds of one forward and backward pass, and `again` times those of a forward without gradients."""
     batch = batch.to(accelerator.device)
-    if twice:
+    before = 0.0
+    if again:
+        mark = time.perf_counter()
         with torch.no_grad(), accelerator.autocast():
-            loss_sum(head, batch)
+            nats = loss_sum(head, batch)
+        _wait(nats)
+        before = again * (time.perf_counter() - mark)
+    mark = time.perf_counter()
     with accelerator.autocast():
         nats = loss_sum(head, batch)
     torch.autograd.grad(nats, [p for p in head.parameters() if p.requires_grad])
-    float(nats.detach())  # this waits for the device
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize(accelerator.device)
-    return time.perf_counter() - mark
+    _wait(nats)
+    return before + time.perf_counter() - mark
+
+
+def _wait(nats: Tensor) -> None:
+    """Wait for the device to finish."""
+    float(nats.detach())
+    if nats.device.type == "cuda":
+        torch.cuda.synchronize(nats.device)
 
 
 class _FreeMemory:

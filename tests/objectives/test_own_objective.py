@@ -134,7 +134,10 @@ def test_a_coupled_step_draws_the_same_dropout_in_both_passes(config: Config, tm
     batches = [collator([prepared.train[int(i)] for i in part], part, 0) for part in np.split(np.arange(12), 3)]
     torch.manual_seed(1)
     coupled = couple_examples(Accelerator(cpu=True), head, batches)
-    outputs = torch.cat([head(b.input_ids_T, b.packing, b.target_index_N, None, None) for b in coupled])
+    first, *others = coupled
+    assert first.outputs is not None
+    later = [head(batch.input_ids_T, batch.packing, batch.target_index_N, None, None) for batch in others]
+    outputs = torch.cat([first.outputs, *later])
     expected = objective.loss(outputs.unflatten(0, (12, 2)), torch.zeros(12))
     stored = torch.cat([batch.coupling_NxD[:, 0] for batch in coupled if batch.coupling_NxD is not None])
     assert torch.equal(stored, expected)

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 from minilm import Batch, Config, Data, Model, Run, SentenceEmbedding, Tokens
 from minilm.commands.evaluate import evaluate
 from minilm.commands.export import export_model
-from minilm.data.micro_batch import loss_sum
+from minilm.data.micro_batch import loss_sum, target_losses
 from minilm.distributed.precision import Precision
 from minilm.models.head import Head
 from minilm.models.inference_embedding import embed, load_embedding_model
@@ -203,14 +203,39 @@ def test_both_passes_draw_the_same_dropout(tmp_path: Path) -> None:
     torch.manual_seed(7)
     result = two_passes(head, batches)
     ours = gradients_of(head)
-    # One pass over the same micro-batches that keeps all activations, and one loss of all examples.
+    # One pass over the same micro-batches that keeps all activations, and one loss of all examples. The first
+    # micro-batch draws last.
     torch.manual_seed(7)
-    outputs = torch.cat([head(*arguments(batch)).view(len(batch.target_ids_N), 2, -1) for batch in batches])
+    *others, first = [
+        head(*arguments(batch)).view(len(batch.target_ids_N), 2, -1) for batch in (*batches[1:], batches[0])
+    ]
+    outputs = torch.cat([first, *others])
     expected = losses_of(outputs, torch.cat([batch.target_ids_N for batch in batches])).sum()
     expected.backward()
     torch.testing.assert_close(result, expected.detach(), rtol=1e-5, atol=0)
     for gradient, other in zip(ours, gradients_of(head), strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_micro_batch_is_computed_once(tmp_path: Path) -> None:
+    head, batches, _ = build_step(tmp_path, 24, 90, rows=pairs(24))
+    widths = [len(batch.input_ids_T) for batch in batches]
+    assert len(widths) > 4
+    head.train()
+    # Without its outputs, the first micro-batch is computed again.
+    expected = torch.zeros(())
+    for batch in couple_examples(Accelerator(), head, batches):
+        losses = target_losses(head, replace(batch, outputs=None))
+        losses.sum().backward()
+        expected += losses.detach().sum()
+    gradients = gradients_of(head)
+    seen: list[int] = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    result = two_passes(head, batches)
+    handle.remove()
+    assert seen == [*widths[1:], *widths]
+    assert torch.equal(result, expected)
+    assert all(map(torch.equal, gradients_of(head), gradients))
 
 
 @contextmanager

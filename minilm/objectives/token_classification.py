@@ -121,6 +121,10 @@ class TokenClassificationObjective(Objective):
             "they are means over the tags. `eval_loss` is the mean of -log p of the right tag of a word."
         )
 
+    def usage(self, address: str) -> str:
+        call = f'pipeline("{self.pipeline}", model="{address}", aggregation_strategy="first")'
+        return f"from transformers import pipeline\n\nmodel = {call}"
+
     def sample(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         (spans,) = tag_texts(network, tokenizer, [text])
         return ", ".join(f"{span.text} ({span.label} {span.score:.2f})" for span in spans) or "only O"

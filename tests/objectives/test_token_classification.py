@@ -208,6 +208,26 @@ def test_spans_that_are_never_predicted_have_figures_without_a_warning(recwarn: 
     assert not recwarn.list
 
 
+def test_the_card_shows_samples_and_the_pipeline(tmp_path: Path) -> None:
+    config = make_config(write_jsonl(tmp_path / "rows.jsonl", make_rows(200, 9)), tmp_path)
+    run = replace(config.run, max_steps=150, samples=("the old harbour", "the"))
+    folder = Path(train(replace(config, run=run)).folder)
+    card = (folder / "README.md").read_text()
+    usage = card.partition("```python\n")[2].partition("```")[0].replace('model="out"', f'model="{folder}"')
+    names: dict[str, Any] = {}
+    exec(usage, names)
+    found = names["model"]("the old harbour")
+    assert [(each["entity_group"], each["end"]) for each in found] == [("COL", 7), ("LOC", 15)]
+    assert (
+        ", ".join(
+            f"{word} ({each['entity_group']} {each['score']:.2f})"
+            for word, each in zip(("old", "harbour"), found, strict=True)
+        )
+        in card
+    )
+    assert "only O" in card
+
+
 def test_the_loss_with_a_teacher(tmp_path: Path) -> None:
     config = make_config(write_jsonl(tmp_path / "rows.jsonl", make_rows(30, 0)), tmp_path)
     teacher = str(train(config).folder)

@@ -191,7 +191,7 @@ def find_contenders(config: Config, attention: str) -> list[Contender]:
     return [*rivals, Contender(name=MINILM, config=config, run=run_minilm)]
 
 
-def compute_rows(kind: str, contenders: list[Contender], turns: list[list[Any]], peak: Any) -> list[dict[str, Any]]:
+def compute_rows(kind: str, contenders: list[Contender], turns: list[list[Any]]) -> list[dict[str, Any]]:
     """Return the figures of each contender. A ratio is to TRL with its defaults."""
     return [
         {
@@ -199,7 +199,7 @@ def compute_rows(kind: str, contenders: list[Contender], turns: list[list[Any]],
             "name": contender.name,
             "label": f"{contender.name} ({kind})",
             "ours": contender.name == MINILM,
-            **report.compute_figures(own, turns[0], peak),
+            **report.compute_figures(own, turns[0]),
             "losses": [loss for turn in own for loss in turn.losses],
             # Grouped by length, TRL has other batches.
             "loss_difference": None if "group" in contender.name else report.compute_loss_difference(own, turns[-1]),
@@ -212,7 +212,7 @@ def print_rows(kind: str, rows: list[dict[str, Any]], examples: int) -> None:
     """Print the table of one model."""
     apart = max(row["loss_difference"] for row in rows if row["loss_difference"] is not None)
     print(f"\n{kind}: {rows[0]['rounds']} steps of {examples}; losses of TRL and minilm differ by at most {apart:.1e}")
-    print(report.COLUMNS)
+    print(report.COLUMNS_WITHOUT_MFU)
     for row in rows:
         print(report.line(row["name"], row))
 
@@ -235,7 +235,7 @@ def main() -> None:
             model = write_model(kind, MODELS[kind], folder, folder / kind)
             contenders = find_contenders(configure(model, *files, options.examples), options.attention)
             turns = compare(contenders, machine.precision, Rounds(count=options.rounds, warm_up=1))
-            own = compute_rows(kind, contenders, turns, machine.peak)
+            own = compute_rows(kind, contenders, turns)
             print_rows(kind, own, options.examples)
             rows += own
     content = {"rows": rows, "examples": options.examples, "attention": options.attention}

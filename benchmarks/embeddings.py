@@ -144,13 +144,13 @@ def find_contenders(config: Config, attention: str) -> list[Contender]:
     ]
 
 
-def compute_rows(contenders: Iterable[Contender], turns: list[list[Any]], peak: Any) -> list[dict[str, Any]]:
+def compute_rows(contenders: Iterable[Contender], turns: list[list[Any]]) -> list[dict[str, Any]]:
     """Return the figures of each contender. A ratio is to the rival with its defaults."""
     return [
         {
             "label": contender.name,
             "ours": contender.name.startswith("minilm"),
-            **report.compute_figures(own, turns[1], peak),
+            **report.compute_figures(own, turns[1]),
             "losses": [loss for turn in own for loss in turn.losses],
             "loss_difference": report.compute_loss_difference(own, turns[0]),
         }
@@ -163,7 +163,7 @@ def print_rows(rows: list[dict[str, Any]], examples: int, attention: str) -> Non
     apart = max(row["loss_difference"] for row in rows)
     print(f"\n{rows[0]['rounds']} steps of {examples:,} pairs; {attention} attention in sentence-transformers")
     print(f"the losses of a step differ by at most {apart:.1e}")
-    print(report.COLUMNS.replace("the first", "32 rows  "))
+    print(report.COLUMNS_WITHOUT_MFU.replace("the first", "32 rows  "))
     for row in rows:
         print(report.line(row["label"], row))
 
@@ -183,7 +183,7 @@ def main() -> None:
         files = write_pairs(options.pairs, Path(folder))
         contenders = find_contenders(configure(options.model, *files, options.examples), options.attention)
         turns = compare(contenders, machine.precision, Rounds(count=options.rounds, warm_up=1))
-    rows = compute_rows(contenders, turns, machine.peak)
+    rows = compute_rows(contenders, turns)
     print_rows(rows, options.examples, options.attention)
     content = {"rows": rows, "examples": options.examples, "attention": options.attention}
     report.write("embeddings", machine, content, lambda figure: report.bars(figure.subplots(), rows), (8, 3))

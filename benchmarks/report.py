@@ -19,6 +19,7 @@ from minilm.runs.run_facts import library_versions
 RESULTS = Path(__file__).parent / "results"
 OURS, OTHERS, IDEAL = "#c44e52", "#8c8c8c", "#4c72b0"  # colours
 COLUMNS = f"{'':<34} real tokens/s   of the first (middle half)   padding    MFU   memory"
+COLUMNS_WITHOUT_MFU = COLUMNS.replace("    MFU", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +57,16 @@ def compute_ratios(turns: list[TurnResult], others: list[TurnResult]) -> dict[st
     return {"ratio": statistics.median(found), "ratio_low": found[quarter], "ratio_high": found[-1 - quarter]}
 
 
-def compute_figures(turns: list[TurnResult], first: list[TurnResult], peak: Peak) -> dict[str, float]:
-    """Return the figures of one row. `first` are the turns to compare with."""
+def compute_figures(turns: list[TurnResult], first: list[TurnResult], peak: Peak | None = None) -> dict[str, float]:
+    """Return the figures of one row, with the MFU if there is a peak. `first` are the turns to compare with."""
     seconds, tokens = sum(turn.seconds for turn in turns), sum(turn.tokens for turn in turns)
+    mfu = {} if peak is None else {"mfu": sum(turn.flops for turn in turns) / seconds / peak.flops}
     return {
         "tokens_per_second": tokens / seconds,
         **compute_ratios(turns, first),
         "padding": 1 - tokens / sum(turn.padded_tokens for turn in turns),
         "peak_memory": turns[-1].memory,
-        "mfu": sum(turn.flops for turn in turns) / seconds / peak.flops,
+        **mfu,
         "rounds": len(turns),
     }
 
@@ -76,10 +78,11 @@ def compute_loss_difference(a: list[TurnResult], b: list[TurnResult]) -> float:
 
 
 def line(name: str, row: dict[str, Any]) -> str:
-    """Return a row of the table under `COLUMNS`."""
+    """Return a row of the table under `COLUMNS`, or under `COLUMNS_WITHOUT_MFU` if the row has no MFU."""
+    mfu = f"  {row['mfu']:5.0%}" if "mfu" in row else ""
     return (
-        f"{name:<34} {row['tokens_per_second']:13,.0f}   {spread(row):<26} {row['padding']:8.1%}  "
-        f"{row['mfu']:5.0%}  {row['peak_memory'] / 1e9:4.1f} GB"
+        f"{name:<34} {row['tokens_per_second']:13,.0f}   {spread(row):<26} {row['padding']:8.1%}{mfu}  "
+        f"{row['peak_memory'] / 1e9:4.1f} GB"
     )
 
 

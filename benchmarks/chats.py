@@ -215,6 +215,9 @@ def print_rows(kind: str, rows: list[dict[str, Any]], examples: int) -> None:
     print(report.COLUMNS_WITHOUT_MFU)
     for row in rows:
         print(report.line(row["name"], row))
+    fastest = max((row for row in rows if not row["ours"]), key=lambda row: row["tokens_per_second"])
+    times = rows[-1]["tokens_per_second"] / fastest["tokens_per_second"]
+    print(f"minilm is {times:.2f} times as fast as {fastest['name']}")
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -55,6 +55,8 @@ class TurnResult:
     """Peak memory so far, bytes: of the GPU, or else the resident memory of the process."""
     eval_loss: float | None = None
     """Loss of an evaluation after the turn, whose time does not count; None if there was none."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    """All figures of that evaluation."""
     flops: float = 0.0
     """FLOPs of the documents without padding and with a sparse head: the same for each contender."""
 
@@ -91,8 +93,8 @@ class Task:
     """Steps of a turn."""
     lead_in: int = 0
     """Steps at the beginning of a turn that do not count. They allocate their memory again."""
-    evaluated: bool = False
-    """Whether each turn ends with an evaluation."""
+    evaluated: int = 0
+    """Number of turns from one evaluation to the next: 1 (or True) for one after each turn. 0: there is none."""
 
     @property
     def steps(self) -> int:
@@ -121,8 +123,8 @@ class Rounds:
     """Steps of a turn."""
     lead_in: int = 0
     """Steps at the beginning of a turn that do not count, for a GPU whose memory the contenders use in turn."""
-    evaluated: bool = False
-    """Whether each turn ends with an evaluation."""
+    evaluated: int = 0
+    """Number of turns from one evaluation to the next: 1 (or True) for one after each turn. 0: there is none."""
 
     @property
     def steps(self) -> int:
@@ -263,8 +265,13 @@ def get_precision(parts: Parts) -> str:
     return "fp32" if mode == "no" else mode
 
 
+def is_evaluated(turn: int, every: int) -> bool:
+    """Return whether an evaluation follows the turn of this number, from 0. `every`: as `Rounds.evaluated`."""
+    return every > 0 and (turn + 1) % every == 0
+
+
 def take_turns(
-    parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, evaluated: bool = False
+    parts: Parts, turns: int, block: int = 1, *, lead_in: int = 0, evaluated: int = 0
 ) -> Iterator[TurnResult]:
     """Yield turns of `block` steps by minilm. Planning, masking and packing are part of the time."""
     config, total = parts.config, turns * (lead_in + block)
@@ -294,7 +301,8 @@ def take_turns(
         mark = time.perf_counter()
         steps, losses = take(first + lead_in, block)
         seconds = time.perf_counter() - mark
-        evaluation = parts.evaluator(parts.accelerator, parts.model).figures() if evaluated else {}
+        ends = is_evaluated(first // (lead_in + block), evaluated)
+        evaluation = parts.evaluator(parts.accelerator, parts.model).figures() if ends else {}
         if lead_in:
             torch.cuda.empty_cache()
         yield TurnResult(
@@ -305,6 +313,7 @@ def take_turns(
             losses=losses,
             memory=peak_memory(parts.accelerator.device),
             eval_loss=evaluation.get("eval_loss"),
+            evaluation=evaluation,
         )
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from comparison import Task, TurnResult
+from comparison import Task, TurnResult, is_evaluated
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
@@ -31,6 +32,7 @@ from minilm.distributed.hardware import peak_memory
 from minilm.objectives.causal_lm import CausalLMObjective
 from minilm.objectives.factory import build_network, build_objective, prepare_data
 from minilm.objectives.objective import Objective
+from minilm.objectives.token_classification import TokenClassificationObjective
 from minilm.optim.schedule import count_warmup_steps, learning_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 
@@ -50,6 +52,8 @@ class Rows(Dataset[dict[str, Any]]):
             row["token_type_ids"] = self.examples.token_type_ids(index).tolist()
         if self.examples.labels is not None:
             row["labels"] = self.examples.labels[index].tolist()
+        if self.examples.token_targets is not None:
+            row["labels"] = self.examples.targets_of_tokens(index).tolist()
         return row
 
 
@@ -103,6 +107,7 @@ class Turns(TrainerCallback):
 
     def __init__(self, task: Task, prepared: PreparedData) -> None:
         self.task, self.prepared, self.connection = task, prepared, task.connection
+        self.count = 0
         self._begin()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -120,6 +125,9 @@ class Turns(TrainerCallback):
         losses = tuple(torch.stack(self.losses).tolist())  # waits for the device
         seconds = time.perf_counter() - self.mark
         lengths = torch.cat(self.lengths)
+        ends = is_evaluated(self.count, self.task.evaluated)
+        evaluation = self._evaluate(kwargs["model"]) if ends else {}
+        self.count += 1
         taken = TurnResult(
             seconds=seconds,
             tokens=int(lengths.sum()),
@@ -127,7 +135,8 @@ class Turns(TrainerCallback):
             square_lengths=int((lengths * lengths).sum()),
             losses=losses,
             memory=peak_memory(lengths.device),
-            eval_loss=self._evaluate(kwargs["model"]) if self.task.evaluated else None,
+            eval_loss=evaluation.get("eval_loss"),
+            evaluation=evaluation,
         )
         if self.task.lead_in:
             torch.cuda.empty_cache()
@@ -143,9 +152,9 @@ class Turns(TrainerCallback):
         self.padded += places
         self.losses.append(loss.detach())
 
-    def _evaluate(self, model: PreTrainedModel) -> float:
-        """Return the loss of minilm's evaluation. It gets a copy of the model, since its head changes the model."""
-        return float(evaluate(self.task.config, copy.deepcopy(model), self.prepared)["eval_loss"])
+    def _evaluate(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the figures of minilm's evaluation of a copy of the model, since its head changes the model."""
+        return evaluate(self.task.config, copy.deepcopy(model), self.prepared)
 
     def _begin(self) -> None:
         self.lengths: list[Tensor] = []
@@ -205,11 +214,11 @@ class TurnTrainer(MinilmRates, OrderedTrainer):
 
 
 def evaluate(config: Config, model: PreTrainedModel, prepared: PreparedData) -> dict[str, float]:
-    """Return the figures of minilm's evaluation of a model. It changes the model's modules."""
-    objective = build_objective(config.objective)
+    """Return the figures of minilm's evaluation of a model, in Trainer's precision. It changes the model's modules."""
+    objective, accelerator = build_objective(config.objective), Accelerator()
     head = objective.head(model, prepared)
     evaluator = objective.evaluator(prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=1)
-    return evaluator(Accelerator(), head).figures()
+    return evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
 
 
 def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, Any]:
@@ -281,9 +290,10 @@ def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool)
         seed=config.run.seed,
         padded=True,
     )
-    if examples.labels is None and in_order:
+    of_words = isinstance(objective, TokenClassificationObjective)
+    if examples.labels is None and not of_words and in_order:
         return PreparedSteps(plan, steps, prepared, objective, config.run.seed), _only, 1
-    if examples.labels is None:
+    if examples.labels is None and not of_words:
         collate: Any = DataCollatorForLanguageModeling(
             prepared.tokenizer,
             mlm=not isinstance(objective, CausalLMObjective),
@@ -293,7 +303,8 @@ def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool)
             pad_to_multiple_of=padding_multiple(),
         )
         return Rows(examples), collate, size
-    collate = DataCollatorWithPadding(prepared.tokenizer, pad_to_multiple_of=padding_multiple())
+    kind = DataCollatorForTokenClassification if of_words else DataCollatorWithPadding
+    collate = kind(prepared.tokenizer, pad_to_multiple_of=padding_multiple())
     if not in_order:
         return Rows(examples), collate, size
     order = np.concatenate([plan.step(index).examples for index in range(steps)])

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import operator
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ import pytest
 import quality
 import report
 import scaling
+import tagging
 import throughput
 import torch
 from accelerate.state import AcceleratorState
@@ -37,7 +39,7 @@ import minilm.models.fast_modules
 import minilm.models.head
 import minilm.models.rotary
 import minilm.models.windowed_attention
-from minilm import Batch, Config, Model, Run
+from minilm import Batch, Config, Data, Model, Run, Tokens
 from minilm.distributed.precision import Peak
 from minilm.objectives.factory import prepare_data
 from tests.launch import ROOT
@@ -84,7 +86,7 @@ def toy(config: Config) -> Config:
 
 
 def turns_of(
-    contender: Contender, block: int = 1, *, lead_in: int = 0, evaluated: bool = False
+    contender: Contender, block: int = 1, *, lead_in: int = 0, evaluated: int = 0
 ) -> tuple[StepCost | None, list[TurnResult]]:
     """Two turns of it."""
     asked: Any = Turns(2)
@@ -145,6 +147,39 @@ def test_classification_takes_the_same_steps(tmp_path: Path) -> None:
     theirs, ours = classification.by_trainer(config), classification.by_minilm(config)
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
     assert ours["eval_loss"] != pytest.approx(0.6931, rel=1e-3)
+
+
+def test_tagging_takes_the_same_steps(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = []
+    for _ in range(90):
+        words = draw.choices(["red", "green", "runs", "sleeps", "the"], k=draw.randint(1, 25))
+        rows.append({"tokens": words, "ner_tags": ["B-COL" if word in ("red", "green") else "O" for word in words]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = toy(replace(tagging.CONFIG, model=Model(type="bert", config={"hidden_dropout_prob": 0.0})))
+    config = replace(
+        config,
+        data=Data(source=str(tmp_path / "rows.jsonl"), eval_fraction=0.3),
+        tokens=Tokens(vocab_size=400),
+        model=replace(config.model, config={**config.model.config, "attention_probs_dropout_prob": 0.0}),
+        optim=replace(config.optim, lr=1e-2, schedule="constant", warmup=0),
+    )
+    limited = replace(config, run=replace(config.run, max_steps=43))
+    assert tagging.plan_rounds(limited) == Rounds(count=20, warm_up=0, block=2, evaluated=20)
+    contenders = tagging.find_contenders(config, "fp32")
+    taken = [turns_of(contender, 4, evaluated=2)[1] for contender in contenders]
+    trainer, grouped, ours = taken
+    assert [turn.tokens for turn in ours] == [turn.tokens for turn in trainer]
+    assert report.compute_loss_difference(ours, trainer) < 1e-5
+    # An epoch, in another order.
+    assert sum(turn.tokens for turn in grouped) == sum(turn.tokens for turn in ours)
+    assert [turn.losses for turn in grouped] != [turn.losses for turn in trainer]
+    assert ours[-1].losses[-1] < 0.9 * ours[0].losses[0]
+    taken = [[replace(turn, flops=1.0) for turn in turns] for turns in taken]
+    table = tagging.compute_rows(["HF Trainer", "grouped", "minilm"], [taken], Peak(flops=1e9, source="assumed"))
+    assert table[2]["eval_loss"] == pytest.approx(table[0]["eval_loss"], rel=1e-4)
+    assert 0.9 < table[2]["f1"][0] == table[0]["f1"][0]
+    assert all(not turns[0].evaluation for turns in taken)
 
 
 def test_embeddings_take_the_same_steps_as_sentence_transformers(

@@ -49,6 +49,8 @@ class MaskedLM(ObjectiveSettings):
     """Share of the tokens that evaluation predicts: always the same tokens, 80% masked, 10% replaced, 10% kept."""
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
+    z_loss: float = 0.0
+    """Weight of a training loss that keeps the softmax's denominator Z near 1: it times log(Z)^2. 1e-4 is usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +58,7 @@ class MaskedLM(ObjectiveSettings):
         check(
             0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
         )
+        check(0 <= self.z_loss < float("inf"), f"objective.z_loss must be 0 or more, not {self.z_loss}")
         for name in ("rate", "final_rate", "eval_rate"):
             value = getattr(self, name)
             check(value is None or 0 < value <= 1, f"objective.{name} must lie in (0, 1], not {value}")
@@ -85,12 +88,15 @@ class CausalLM(ObjectiveSettings):
 
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
+    z_loss: float = 0.0
+    """Weight of a training loss that keeps the softmax's denominator Z near 1: it times log(Z)^2. 1e-4 is usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
             0 <= self.label_smoothing < 1, f"objective.label_smoothing must lie in [0, 1), not {self.label_smoothing}"
         )
+        check(0 <= self.z_loss < float("inf"), f"objective.z_loss must be 0 or more, not {self.z_loss}")
 
 
 @dataclass(frozen=True, kw_only=True)

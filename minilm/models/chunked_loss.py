@@ -17,7 +17,7 @@ _LOGITS, _LOGITS_ON_CPU = 2**27, 2**23
 _VOCABULARY_MULTIPLE = 64
 
 # A function like `eager_cross_entropy`.
-CrossEntropy = Callable[[Tensor, int, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+CrossEntropy = Callable[[Tensor, int, Tensor, float, float, bool], tuple[Tensor, Tensor | None]]
 
 
 def linear_cross_entropy(
@@ -27,6 +27,8 @@ def linear_cross_entropy(
     target_N: Tensor,
     smoothing: float = 0.0,
     cross_entropy: CrossEntropy | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return -log softmax(hidden weight^T + bias) at each target, in nats, float32[N].
 
@@ -34,6 +36,8 @@ def linear_cross_entropy(
     smoothing: the share of the loss that is the mean over the vocabulary (label smoothing, Szegedy et al. 2016,
     section 7).
     cross_entropy: computes the same as `eager_cross_entropy`, which is the default.
+    z_loss: this number times log(Z)^2 is added at each target, where Z is the denominator of the softmax (Chowdhery et
+    al. 2022, "PaLM", section 5).
 
     Products have the dtype of autocast, or else that of `hidden_NxH`. The forward also computes the gradients of the
     sum over the targets, because the logits are in memory then. So backward works only through `result.sum()`. Through
@@ -44,17 +48,18 @@ def linear_cross_entropy(
         hidden_NxH, weight_VxH = hidden_NxH.detach(), weight_VxH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, cross_entropy or eager_cross_entropy
+        hidden_NxH, weight_VxH, bias_V, target_N, smoothing, z_loss, cross_entropy or eager_cross_entropy
     )
     return result
 
 
 def eager_cross_entropy(
-    logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
+    logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, z_loss: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return -log p of each target, float32[N], and if `trained` the gradient of their sum, float32[N, V], else None.
 
-    Columns of the logits after the first V = `vocabulary` are ignored.
+    `smoothing` and `z_loss` change both as `linear_cross_entropy` says. Columns of the logits after the first V =
+    `vocabulary` are ignored.
     """
     logits = logits[:, :vocabulary].float()
     p = logits.softmax(-1)
@@ -64,8 +69,13 @@ def eager_cross_entropy(
     nats = (largest - logits.gather(1, target[:, None]) - log_largest).squeeze(1)
     if smoothing:
         nats = (1 - smoothing) * nats + smoothing * (largest - log_largest - logits.mean(-1, keepdim=True)).squeeze(1)
+    log_z = largest - log_largest
+    if z_loss:
+        nats = nats + z_loss * log_z.squeeze(1) ** 2
     if not trained:
         return nats, None
+    if z_loss:
+        p *= 1 + 2 * z_loss * log_z
     error = p.scatter_add_(1, target[:, None], p.new_full((len(target), 1), smoothing - 1.0))
     if smoothing:
         error -= smoothing / vocabulary
@@ -73,7 +83,7 @@ def eager_cross_entropy(
 
 
 def compilable_cross_entropy(
-    logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, trained: bool
+    logits: Tensor, vocabulary: int, target: Tensor, smoothing: float, z_loss: float, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the same as `eager_cross_entropy`, by operations that torch.compile fuses.
 
@@ -81,10 +91,16 @@ def compilable_cross_entropy(
     """
     column = torch.arange(logits.shape[1], device=logits.device)
     real, hit = column < vocabulary, column == target[:, None]
-    log_p = torch.where(real, logits.float(), -torch.inf).log_softmax(-1)
-    nats, error = -log_p.gather(1, target[:, None]).squeeze(1), log_p.exp() - (1 - smoothing) * hit
+    logits_of_real = torch.where(real, logits.float(), -torch.inf)
+    log_p = logits_of_real.log_softmax(-1)
+    nats, p = -log_p.gather(1, target[:, None]).squeeze(1), log_p.exp()
     if smoothing:
         nats = (1 - smoothing) * nats - smoothing * torch.where(real, log_p, 0).sum(-1) / vocabulary
+    if z_loss:
+        log_z = logits_of_real.logsumexp(-1, keepdim=True)
+        nats, p = nats + z_loss * log_z.squeeze(1) ** 2, p * (1 + 2 * z_loss * log_z)
+    error = p - (1 - smoothing) * hit
+    if smoothing:
         error = error - torch.where(real, smoothing / vocabulary, 0)
     return nats, error.to(logits.dtype) if trained else None
 
@@ -98,6 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         smoothing: float,
+        z_loss: float,
         cross_entropy: CrossEntropy,
     ) -> Tensor:
         inputs = (hidden_NxH, weight_VxH, bias_V)
@@ -116,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, target = hidden[at : at + rows], target_N[at : at + rows]
                 logits = F.linear(part, weight, bias)
                 of_part, error = cross_entropy(
-                    logits[: len(target)], vocabulary, target, smoothing, any(ctx.needs_input_grad)
+                    logits[: len(target)], vocabulary, target, smoothing, z_loss, any(ctx.needs_input_grad)
                 )
                 del logits
                 nats.append(of_part)
@@ -134,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("only the sum of these losses has a gradient: compute other functions from `logits`")
         scale = gradient_N[:1].sum()
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if x is None else x.mul_(scale) for x in gradients), None, None, None
+        return *(None if x is None else x.mul_(scale) for x in gradients), None, None, None, None
 
 
 def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tensor, error: Tensor, at: int) -> None:

@@ -42,13 +42,15 @@ class SparseHead(Head):
     - `fused`: the last product of the head and the loss are computed together, in parts (`minilm.models.chunked_loss`).
       This is for language models with the default loss.
 
-    `reason` says why a model keeps its full head. `label_smoothing` has an effect in training only, and only on the
-    default loss.
+    `reason` says why a model keeps its full head. `label_smoothing` and `z_loss` have an effect in training only, and
+    only on the default loss (`minilm.models.chunked_loss.linear_cross_entropy`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, label_smoothing: float = 0.0, loss: Loss | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, label_smoothing: float = 0.0, z_loss: float = 0.0, loss: Loss | None = None
+    ) -> None:
         super().__init__(model, loss)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.cross_entropy = eager_cross_entropy
         self.sparse = self.short = self.fused = False
         self._last: Any = model.get_output_embeddings()
@@ -96,7 +98,7 @@ class SparseHead(Head):
         if targets is None or self.loss is not None:
             return super().forward(input_ids_T, packing, target_index_N, targets, type_ids_T, coupling_NxD)
         device = input_ids_T.device.type
-        smoothing = self.label_smoothing if self.training else 0.0
+        smoothing, z_loss = (self.label_smoothing, self.z_loss) if self.training else (0.0, 0.0)
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         # In fp16, gradients of small probabilities vanish unless the loss is scaled first. `fused` computes gradients
         # before the loss is scaled.
@@ -104,13 +106,15 @@ class SparseHead(Head):
         if not self.fused or half or teacher is not None:
             logits_NxV = self.logits(input_ids_T, packing, target_index_N, type_ids_T).float()
             nats_N = F.cross_entropy(logits_NxV, targets, reduction="none", label_smoothing=smoothing)
+            if z_loss:
+                nats_N = nats_N + z_loss * logits_NxV.logsumexp(-1) ** 2
             if teacher is None:
                 return nats_N
             return teacher.mix(nats_N, logits_NxV, targets, input_ids_T, packing, target_index_N, type_ids_T)
         with bypass(self._last):
             hidden_NxH = self._compute_logits(input_ids_T, packing, target_index_N, type_ids_T)
         weight, bias = self._last.weight, self._last.bias
-        return linear_cross_entropy(hidden_NxH, weight, bias, targets, smoothing, self.cross_entropy)
+        return linear_cross_entropy(hidden_NxH, weight, bias, targets, smoothing, self.cross_entropy, z_loss=z_loss)
 
     def logits(
         self, input_ids_T: Tensor, packing: Packing, target_index_N: Tensor, type_ids_T: Tensor | None = None

@@ -96,7 +96,7 @@ class LanguageModelObjective(Objective):
         )
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
-        head = SparseHead(network, label_smoothing=self.settings.label_smoothing)
+        head = SparseHead(network, label_smoothing=self.settings.label_smoothing, z_loss=self.settings.z_loss)
         check_compatibility(head, prepared)
         return head
 

@@ -159,7 +159,7 @@ def test_a_configuration_survives_json(config: Config) -> None:
         ({"objective": {"name": "CausalML"}}, "objective.name 'CausalML': did you mean 'CausalLM'?"),
         (
             {"objective": {"name": "CausalLM", "rate": 0.1}},
-            "objective.'rate'. There are: label_smoothing, teacher, teacher_temperature, teacher_weight.",
+            "objective.'rate'. There are: label_smoothing, teacher, teacher_temperature, teacher_weight, z_loss.",
         ),
     ],
 )

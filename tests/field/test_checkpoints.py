@@ -339,7 +339,7 @@ def test_only_the_wrong_shortcut_is_given_up(tmp_path: Path, monkeypatch: pytest
         patch.setattr(
             minilm.models.sparse_head,
             "linear_cross_entropy",
-            lambda hidden, *rest: linear_cross_entropy(1.1 * hidden, *rest),
+            lambda hidden, *rest, **options: linear_cross_entropy(1.1 * hidden, *rest, **options),
         )
         verify_head(config, head, prepared)
     assert head.shortcuts == ("short", "padding_free", "sparse")

@@ -66,6 +66,28 @@ def test_smoothed_losses_and_gradients_are_torchs(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_a_time", [7, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("softmax", [eager_cross_entropy, compilable_cross_entropy])
+def test_the_z_loss_is_the_square_of_the_denominators_logarithm(
+    softmax: losses.CrossEntropy, smoothing: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", at_a_time * V)
+    values = inputs()
+
+    def ours(*values: Any) -> Tensor:
+        return linear_cross_entropy(*values, smoothing, softmax, z_loss=0.3)
+
+    def theirs(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight, bias)
+        nats = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        return nats + 0.3 * logits.exp().sum(-1).log() ** 2
+
+    torch.testing.assert_close(ours(*values), theirs(*values), rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients(ours, values), gradients(theirs, values), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_one(frozen: tuple[int, ...]) -> None:
     values = inputs()
@@ -121,16 +143,16 @@ def test_both_ways_to_the_softmax_are_one(kind: torch.dtype, smoothing: float) -
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(N, V + 14, generator=generator).to(kind)  # the last 14 are padding
     target = torch.randint(0, V, (N,), generator=generator)
-    expected_nats, expected = eager_cross_entropy(logits.clone(), V, target, smoothing, True)
-    nats, error = compilable_cross_entropy(logits.clone(), V, target, smoothing, True)
+    expected_nats, expected = eager_cross_entropy(logits.clone(), V, target, smoothing, 0.0, True)
+    nats, error = compilable_cross_entropy(logits.clone(), V, target, smoothing, 0.0, True)
     torch.testing.assert_close(nats, expected_nats, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         error[:, :V], expected.to(kind), rtol=1e-2 if kind == torch.bfloat16 else 1e-5, atol=1e-6
     )
     assert error.dtype == kind
     assert not error[:, V:].any()
-    assert eager_cross_entropy(logits, V, target, smoothing, False)[1] is None
-    assert compilable_cross_entropy(logits, V, target, smoothing, False)[1] is None
+    assert eager_cross_entropy(logits, V, target, smoothing, 0.0, False)[1] is None
+    assert compilable_cross_entropy(logits, V, target, smoothing, 0.0, False)[1] is None
 
 
 @pytest.mark.parametrize("softmax", [eager_cross_entropy, compilable_cross_entropy])

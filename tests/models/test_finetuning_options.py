@@ -210,20 +210,20 @@ def test_a_chosen_attention_is_kept_and_gives_the_same_loss(attention: str, toke
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_smoothed_losses_are_torchs_in_training_and_plain_in_evaluation(
+def test_smoothing_and_z_loss_are_added_in_training_and_not_in_evaluation(
     fused: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     network, batch = build(tokenizer), masked(tokenizer)
-    head = build_objective(MaskedLM(label_smoothing=0.2)).head(
+    head = build_objective(MaskedLM(label_smoothing=0.2, z_loss=0.1)).head(
         network, PreparedData(tokenizer=tokenizer, train=NO_EXAMPLES, eval=NO_EXAMPLES)
     )
     assert head.fused
     head.fused = fused
     logits_TxV = full_logits(network, batch.input_ids_T, [len(row) for row in ROWS])
-    for training, smoothing in ((True, 0.2), (False, 0.0)):
-        expected = F.cross_entropy(
-            logits_TxV[batch.target_index_N], batch.target_ids_N, reduction="sum", label_smoothing=smoothing
-        )
+    for training, smoothing, z_loss in ((True, 0.2, 0.1), (False, 0.0, 0.0)):
+        logits_NxV = logits_TxV[batch.target_index_N]
+        expected = F.cross_entropy(logits_NxV, batch.target_ids_N, reduction="sum", label_smoothing=smoothing)
+        expected += z_loss * (logits_NxV.exp().sum(-1).log() ** 2).sum()
         torch.testing.assert_close(loss_sum(head.train(training), batch), expected)
 
 

@@ -19,6 +19,7 @@ import communication
 import embeddings
 import gpu
 import ladder
+import muon
 import pytest
 import quality
 import report
@@ -261,6 +262,39 @@ def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0]["share of minilm"] == 0.5
     assert "5 s, 0.50 of it" in capsys.readouterr().out
     assert replace(job, seconds=None, steps=30).end(theirs) == replace(job, seconds=99).end(theirs) == 2
+
+
+def test_muon(tmp_path: Path) -> None:
+    data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
+    config = replace(toy(throughput.MASKED), data=data, tokens=tokens)
+    job = muon.Job(config=config, rates=(1e-2, 3e-2), block=2)
+    taken = {side.name: turns_of(side, block=2, evaluated=1)[1] for side in job.contenders()}
+    assert [*taken] == ["AdamW at 0.01", "Muon at 0.01", "AdamW at 0.03", "Muon at 0.03"]
+    first, *others = taken.values()
+    for turns in others:
+        assert [turn.tokens for turn in turns] == [turn.tokens for turn in first]
+        # The first loss precedes all updates.
+        assert turns[0].losses[0] == first[0].losses[0]
+        assert turns[1].losses[1] != first[1].losses[1]
+    for turns in taken.values():
+        assert all(0 < turn.evaluation["optimizer_seconds"] < turn.seconds for turn in turns)
+        assert all(turn.evaluation["eval_loss"] == turn.eval_loss for turn in turns)
+    turn = replace(first[0], seconds=4.0, evaluation={**first[0].evaluation, "optimizer_seconds": 1.0})
+    adamw = [replace(turn, eval_loss=loss) for loss in (6.0, 5.0, 4.0, 3.5)]
+    better = [replace(turn, eval_loss=loss, seconds=5.0) for loss in (5.0, 4.0, 3.0, 2.5)]
+    rows = muon.rows_of("toy", job, {"AdamW at 0.01": adamw, "Muon at 0.01": better})
+    assert [row["steps_to_goal"] for row in rows] == [8, 5]
+    assert rows[1]["ratio"] == pytest.approx(0.8)
+    lines = muon.table_of(rows).splitlines()
+    assert {line.count("|") for line in lines} == {10}
+    assert "| loss 3.500 after |" in lines[0]
+    assert "| 5.000 | 4.000 | 3.000 | 2.500 |" in lines[-1]
+    assert "| 0.80x (0.80 to 0.80) | 5 steps |" in lines[-1]
+    cost = muon.cost_of("toy", config, {"adamw": adamw, "muon": better}, Rounds(count=4, block=2))
+    assert (cost["adamw_seconds"], cost["muon_optimizer_seconds"], cost["ratio"]) == (2.0, 0.5, 1.25)
+    lines = muon.cost_table_of([cost]).splitlines()
+    assert {line.count("|") for line in lines} == {9}
+    assert "| 2,000 ms | 2,500 ms | 500.0 ms | 500.0 ms | 1.25x (1.25 to 1.25) |" in lines[-1]
 
 
 def test_gpu(tmp_path: Path) -> None:

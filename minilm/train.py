@@ -64,7 +64,7 @@ class StepResult:
     """Figures of one update, as scalars on the device. Reading one waits for the update."""
 
     loss: Tensor
-    """Mean cross entropy of the step's targets over all processes, nats."""
+    """Mean loss of the step's targets over all processes, nats. It has label smoothing and the z-loss in it."""
     grad_norm: Tensor
     """Euclidean norm of the gradient before clipping."""
 
@@ -150,7 +150,8 @@ def train(
         plan, collator, evaluator = build_plan(run, head)
         total = config.run.count_steps(plan.steps_per_epoch)
         cost = count_flops(head, config.batch.max_length)
-        inputs = collect_inputs(prepared, head, accelerator.num_processes)
+        own_functions = {"learning_rate": learning_rate is not None, "optimizer": optimizer is not None}
+        inputs = collect_inputs(prepared, head, accelerator.num_processes, own_functions)
         if config.run.compile:
             compile_layers(head)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -164,13 +165,13 @@ def train(
         # Resume: load the weights and moments of the checkpoint. A new run has no progress yet. After this block all
         # checks have passed, so the run may write to its output folder.
         with on_all_ranks():
-            own_rates = learning_rate is not None
             progress = resume(
-                run.checkpoint, config, inputs, plan.steps_per_epoch, network, optim, precision, own_rates=own_rates
+                run.checkpoint, config, inputs, plan.steps_per_epoch, network, optim, precision, own_rate=learning_rate
             )
             best = BestEvaluation(config.run, evaluator.names, progress)
             if accelerator.is_main_process:
-                claim_output_dir(run.folder, config.run, network, total, run.checkpoint)
+                keeps = config.optim.ema is not None
+                claim_output_dir(run.folder, config.run, network, total, run.checkpoint, averages=keeps)
         recorder, facts = start_recorder(run, head, plan, total, progress)
         saver = CheckpointSaver(
             run.folder, network, optim, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process

@@ -223,7 +223,8 @@ def _add_branch(commands: Any) -> None:
     command.description = (
         "Start a new run from a checkpoint of another one, with its settings and the flags that follow: minilm branch "
         "out/a --at 8000 --run.max-steps 10000 --optim.decay 2000 --run.output-dir out/b. The other run stays as it "
-        "is. The new one is refused if it would have made a step before the checkpoint in another way."
+        "is. minilm refuses settings that would have changed a step before the checkpoint. --run.resume latest resumes "
+        "a branch that was stopped."
     )
     command.epilog = (
         "docs/flags.md lists the flags of runs. On several processes: accelerate launch --multi_gpu --num_processes 8 "

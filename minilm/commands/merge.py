@@ -19,6 +19,8 @@ from minilm.commands.export import check_model_folder, check_new_folder, copy_ot
 from minilm.runs.checkpoint import WEIGHTS
 from minilm.utils.atomic_files import replace_folder, sync_path
 
+# Files with the tokens of a tokenizer.
+_TOKENS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 # Fields of config.json that say who wrote the file.
 _ORIGIN = ("transformers_version", "_name_or_path")
 
@@ -59,9 +61,10 @@ def _check_alike(folder: Path, last: Path) -> None:
     ours, theirs = (_read_config(path) for path in (folder, last))
     if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise ValueError(f"{folder} and {last} are other models: config.json differs in {', '.join(different[:5])}")
-    one, other = ((path / "tokenizer.json") for path in (folder, last))
-    if one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes():
-        raise ValueError(f"{folder} and {last} have different tokenizers, so their weights do not fit together")
+    for name in sorted({path.name for each in (folder, last) for kind in _TOKENS for path in each.glob(kind)}):
+        one, other = (path / name for path in (folder, last))
+        if not (one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()):
+            raise ValueError(f"{folder} and {last} have different tokenizers: {name} is not the same in both")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def _average(folders: Sequence[Path], shares: Sequence[float]) -> dict[str, Tens
         models: list[dict[str, Any]] = []
         for folder in folders:
             weights: dict[str, Any] = {}
-            for path in sorted(folder.glob("model*.safetensors")):
+            for path in sorted(path for kind in (WEIGHTS, "model-*-of-*.safetensors") for path in folder.glob(kind)):
                 try:
                     part = stack.enter_context(safe_open(path, "pt"))
                 except SafetensorError as error:

@@ -234,16 +234,23 @@ def run_branch(options: argparse.Namespace) -> None:
     from minilm.config.command_line import parse_flags
     from minilm.config.serialization import read_checkpoint_config
 
-    checkpoint = Path(options.folder, f"checkpoint-{options.at}")
+    origin = Path(options.folder)
+    checkpoint = origin / f"checkpoint-{options.at}"
     if not checkpoint.is_dir():
-        steps = [path.name.removeprefix("checkpoint-") for path in Path(options.folder).glob("checkpoint-*")]
+        steps = [path.name.removeprefix("checkpoint-") for path in origin.glob("checkpoint-*")]
         there = ", ".join(sorted(filter(str.isdecimal, steps), key=int)) or "none"
-        raise ValueError(f"{options.folder} has no checkpoint of step {options.at}; it has: {there}")
+        raise ValueError(f"{origin} has no checkpoint of step {options.at}; it has: {there}")
     config = parse_flags(read_checkpoint_config(checkpoint), arguments=options.rest)
-    if config.run.resume is not None:
-        raise ValueError("minilm branch resumes from the checkpoint of --at: leave run.resume out")
-    folder = config.run.output_dir or f"{options.folder.rstrip('/')}-from-{options.at}"
-    config = replace(config, run=replace(config.run, resume=str(checkpoint), output_dir=folder))
+    if config.run.resume not in (None, "latest"):
+        raise ValueError(
+            "minilm branch starts from the checkpoint of --at: leave run.resume out, or pass latest to resume a branch "
+            "that was stopped"
+        )
+    named = origin if origin.name not in ("", "..") else origin.resolve()
+    folder = config.run.output_dir or f"{named}-from-{options.at}"
+    if Path(folder).expanduser().resolve() == origin.resolve():
+        raise ValueError(f"run.output_dir {folder} is the folder of the run itself: give a new folder for the branch")
+    config = replace(config, run=replace(config.run, resume=config.run.resume or str(checkpoint), output_dir=folder))
     show_log()
     with quick_imports():
         from minilm.train import train

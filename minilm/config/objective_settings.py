@@ -50,7 +50,8 @@ class MaskedLM(ObjectiveSettings):
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
     z_loss: float = 0.0
-    """Weight of a training loss that keeps the softmax's denominator Z near 1: it times log(Z)^2. 1e-4 is usual."""
+    """Weight of an additional training loss, log(Z)^2, which keeps the denominator Z of the softmax near 1. 1e-4 is
+    usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +90,8 @@ class CausalLM(ObjectiveSettings):
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary. Evaluation does not smooth."""
     z_loss: float = 0.0
-    """Weight of a training loss that keeps the softmax's denominator Z near 1: it times log(Z)^2. 1e-4 is usual."""
+    """Weight of an additional training loss, log(Z)^2, which keeps the denominator Z of the softmax near 1. 1e-4 is
+    usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -97,8 +97,8 @@ def _take_class(values: dict[str, Any]) -> type[ObjectiveSettings]:
 def read_run_config(path: str) -> Config:
     """Return the configuration in the `run.json` of a run, for another run.
 
-    `run.output_dir`, `run.resume` and `run.push_to_hub` are None, because the output folder and the repository belong
-    to the run that wrote the file. Raise ValueError if the file cannot be read.
+    `run.output_dir`, `run.overwrite`, `run.resume` and `run.push_to_hub` are not set, because the output folder and the
+    repository belong to the run that wrote the file. Raise ValueError if the file cannot be read.
     """
     try:
         return _read_config(Path(path), Path(path).parent)
@@ -120,9 +120,8 @@ def _read_config(path: Path, run_folder: Path) -> Config:
     check(isinstance(tree, dict) and "config" in tree, "it has no config")
     _refuse_own_code(run_folder, tree["config"])
     config = from_dict(tree["config"])
-    return dataclasses.replace(
-        config, run=dataclasses.replace(config.run, output_dir=None, resume=None, push_to_hub=None)
-    )
+    run = dataclasses.replace(config.run, output_dir=None, overwrite=False, resume=None, push_to_hub=None)
+    return dataclasses.replace(config, run=run)
 
 
 def _refuse_own_code(folder: Path, tree: Any) -> None:

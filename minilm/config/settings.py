@@ -345,5 +345,6 @@ class Config:
     def __post_init__(self) -> None:
         check(
             not self.run.load_best or self.optim.ema is None,
-            "run.load_best ends with the weights of another step than optim.ema averages: leave one of them out",
+            "run.load_best ends with the weights of the best step, and optim.ema averages up to the last step: leave "
+            "one of them out",
         )

@@ -22,7 +22,7 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float | None) -> No
     """Let each step of the optimizer update the average of each trained parameter; do nothing if `decay` is None.
 
     After a step that leaves the weights w, the average a becomes decay * a + (1 - decay) * w. It begins as the weights
-    before the first step.
+    before the first step. A step that is skipped changes no average.
     """
     if decay is None:
         return
@@ -38,10 +38,14 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float | None) -> No
         for parameter, weights in first.items():
             inner.state[parameter][SLOT] = weights
         first.clear()
-        pairs = _pair_weights(inner)
+        if all(parameter.grad is None for parameter in _parameters(inner)):
+            return
+        # A fused step changes nothing if the gradient is not finite, and then the averages stay too.
+        found_inf = getattr(inner, "found_inf", None)
+        share: Any = 1 - decay if found_inf is None else (1 - decay) * (1 - found_inf)
         with torch.no_grad():
-            for average, weights in pairs:
-                average.lerp_(weights, 1 - decay)
+            for average, weights in _pair_weights(inner):
+                average.lerp_(weights, share)
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(update)
@@ -49,7 +53,9 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float | None) -> No
 
 @contextmanager
 def averaged_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Exchange the weights with their averages in the block. Weights without an average stay, which never changed.
+    """Exchange the weights with their averages in the block.
+
+    Weights that were never trained have no average and stay as they are.
 
     model: the module whose forward uses the weights, in DDP or FSDP2 if the run is.
     """

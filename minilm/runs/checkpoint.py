@@ -155,19 +155,31 @@ def is_branch(checkpoint: Checkpoint, output_dir: str | Path | None) -> bool:
 
 
 def link_run(checkpoint: Checkpoint, folder: Path) -> None:
-    """Make `folder` that of a run that wrote the checkpoint: with hard links to it and to the best one before it.
+    """Fill `folder` as if its own run had written the checkpoint: link the checkpoint and the best one before it.
 
-    The log gets a copy of the lines up to the checkpoint. On another file system, the checkpoints are copied.
+    The log gets a copy of the lines up to the checkpoint. On another file system, the checkpoints are copied. Raises
+    ValueError, and leaves no file, if the other run has removed the checkpoint in the meantime.
     """
     origin, progress = checkpoint.folder.parent, checkpoint.progress
-    with contextlib.suppress(FileNotFoundError), (origin / "log.jsonl").open("rb") as source:
-        (folder / "log.jsonl").write_bytes(source.read(progress.log_bytes))
-    for step in {progress.step, progress.best_step} - {0}:
-        path = origin / f"checkpoint-{step}"
-        if (path / MANIFEST).is_file():
-            writing = folder / f".checkpoint-{step}.writing"
-            shutil.copytree(path, writing, copy_function=_link_or_copy)
-            os.rename(writing, folder / path.name)
+    made = [folder / "log.jsonl"]
+    try:
+        for step in {progress.step, progress.best_step} - {0}:
+            path, writing = origin / f"checkpoint-{step}", folder / f".checkpoint-{step}.writing"
+            if step == progress.step or (path / MANIFEST).is_file():
+                made += [writing, folder / path.name]
+                shutil.copytree(path, writing, copy_function=_link_or_copy)
+                os.rename(writing, folder / path.name)
+        if (origin / "log.jsonl").is_file():
+            with (origin / "log.jsonl").open("rb") as source:
+                (folder / "log.jsonl").write_bytes(source.read(progress.log_bytes))
+    except (OSError, shutil.Error) as error:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        raise ValueError(
+            f"{checkpoint.folder} cannot be linked ({' '.join(str(error).split())[:200]}): another run may have "
+            "removed it in the meantime; take another one"
+        ) from error
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -1,5 +1,6 @@
 """The output folder: minilm chooses it before any work, and fills it so that a kill leaves no half-written file."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -66,12 +67,19 @@ def choose_output_dir(run: Run, name: str) -> tuple[Path, Checkpoint | None]:
 
 
 def claim_output_dir(
-    folder: Path, run: Run, network: PreTrainedModel, steps: int = 0, checkpoint: Checkpoint | None = None
+    folder: Path,
+    run: Run,
+    network: PreTrainedModel,
+    steps: int = 0,
+    checkpoint: Checkpoint | None = None,
+    *,
+    averages: bool = False,
 ) -> None:
     """Create the output folder, and the repository `run.push_to_hub` on the hub. Call it after all other checks.
 
     `run.overwrite` removes the checkpoints of an earlier run. If `checkpoint` belongs to another run, the folder gets
-    hard links to its files and a copy of that run's log up to there. Raises ValueError, and leaves the folder as it is,
+    hard links to its files and a copy of that run's log up to there. averages: whether the run keeps averages of the
+    weights. Raises ValueError, and leaves the folder as it is,
 
     - if the disk has no room for a checkpoint and the model;
     - if a path that minilm did not write has the name of a checkpoint of one of the `steps`;
@@ -79,7 +87,8 @@ def claim_output_dir(
     - if another run has taken the folder in the meantime.
     """
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    needed = (4 if run.save_every else 1) * weights  # a checkpoint (weights, two moments) and the model
+    # A checkpoint (weights, two moments) and the model; both also hold the averages.
+    needed = ((4 if run.save_every else 1) + averages * (2 if run.save_every else 1)) * weights
     with explain_unwritable_folder(folder):
         free = shutil.disk_usage(_nearest_existing(folder)).free
         if free < needed:
@@ -102,13 +111,22 @@ def claim_output_dir(
             remove_checkpoints(folder)
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (folder / "adapter" / name).unlink(missing_ok=True)
-            for name in ("config.json", "model.safetensors"):
-                (folder / AVERAGES / name).unlink(missing_ok=True)
+            _remove_averages(folder)
         elif run.resume is None:
             _take_empty(folder)
         elif checkpoint is not None and is_branch(checkpoint, folder):
             _take_empty(folder)
             link_run(checkpoint, folder)
+
+
+def _remove_averages(folder: Path) -> None:
+    """Remove the averaged model of an earlier run in this folder, if its run.json says that it kept one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+        if settings["optim"]["ema"] is not None:
+            for name in ("config.json", "model.safetensors"):
+                (folder / AVERAGES / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / AVERAGES / "adapter", ignore_errors=True)
 
 
 def _take_empty(folder: Path) -> None:

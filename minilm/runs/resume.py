@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,12 +54,12 @@ def resume(
     optimizer: torch.optim.Optimizer,
     precision: str,
     *,
-    own_rates: bool = False,
+    own_rate: Callable[[int, int], float] | None = None,
 ) -> Progress:
     """Load the checkpoint into the model and the optimizer, and return its progress: `Progress()` without one.
 
     inputs: the result of `minilm.runs.run_inputs.collect_inputs`. precision: the precision in which this job computes.
-    own_rates: whether a function of the user's gives the learning rates, so that they cannot be compared.
+    own_rate: the user's function that gives the learning rate of a step in place of `optim`.
 
     Raises ValueError where the checkpoint belongs to another run, or where this run would have made another step before
     the checkpoint; TrainingStopped where its run is finished.
@@ -70,8 +71,8 @@ def resume(
     if others := compare_inputs(checkpoint.inputs, inputs, origin=origin, base=has_adapter(network)):
         _raise_refusal(checkpoint, "", others)
     _check_length(checkpoint, config, steps_per_epoch)
-    _check_steps(checkpoint, config, steps_per_epoch, own_rates=own_rates)
-    _check_unfinished(checkpoint, config, steps_per_epoch)
+    _check_steps(checkpoint, config, steps_per_epoch, own_rate)
+    _check_unfinished(checkpoint, config, steps_per_epoch, own_rate)
     _warn_if_precision_changed(checkpoint, config.run, precision)
     rounding = [line for line in changed if line.startswith(_ROUNDING)]
     rounding += compare_environments(checkpoint.inputs, inputs)
@@ -97,7 +98,9 @@ def _check_length(checkpoint: Checkpoint, config: Config, steps_per_epoch: int) 
         )
 
 
-def _check_steps(checkpoint: Checkpoint, config: Config, steps_per_epoch: int, *, own_rates: bool) -> None:
+def _check_steps(
+    checkpoint: Checkpoint, config: Config, steps_per_epoch: int, own_rate: Callable[[int, int], float] | None
+) -> None:
     """Raise ValueError that names the first step before the checkpoint that `config` would make in another way."""
     old = flatten_settings(default_settings(type(config.objective))) | flatten_settings(checkpoint.config)
     new = flatten_settings(to_dict(config))
@@ -107,7 +110,7 @@ def _check_steps(checkpoint: Checkpoint, config: Config, steps_per_epoch: int, *
         fields = {name.split(".")[1]: old[name] for name in names if name.startswith(f"{group}.")}
         before = replace(before, **{group: replace(getattr(config, group), **fields)})
     steps = checkpoint.progress.step
-    change = find_first_change(before, config, steps=steps, steps_per_epoch=steps_per_epoch, own_rates=own_rates)
+    change = find_first_change(before, config, steps=steps, steps_per_epoch=steps_per_epoch, own_rate=own_rate)
     if change is None:
         return
     changes = "; ".join(f"{name} was {json.dumps(old[name])}, is {json.dumps(new[name])}" for name in names)
@@ -118,24 +121,29 @@ def _check_steps(checkpoint: Checkpoint, config: Config, steps_per_epoch: int, *
     )
 
 
-def _check_unfinished(checkpoint: Checkpoint, config: Config, steps_per_epoch: int) -> None:
-    """Raise TrainingStopped where the run of the checkpoint is finished."""
+def _check_unfinished(
+    checkpoint: Checkpoint, config: Config, steps_per_epoch: int, own_rate: Callable[[int, int], float] | None
+) -> None:
+    """Raise TrainingStopped where the run of the checkpoint is finished, ValueError for a branch without patience."""
     run, total = config.run, config.run.count_steps(steps_per_epoch)
     step = checkpoint.progress.step
     folder = checkpoint.folder.parent
+    impatient = run.patience is not None and checkpoint.progress.stale >= run.patience
+    if is_branch(checkpoint, run.output_dir) and impatient:
+        raise ValueError(f"{checkpoint.folder}: its run had run out of patience there: set a larger run.patience")
     if is_branch(checkpoint, run.output_dir) or not (folder / RESULTS).exists():
         return
     if step == total:
         longer = replace(config, run=replace(run, max_steps=total + 1))
-        more = find_first_change(config, longer, steps=step, steps_per_epoch=steps_per_epoch)
+        more = find_first_change(config, longer, steps=step, steps_per_epoch=steps_per_epoch, own_rate=own_rate)
         advice = (
             f"A larger --run.max-steps continues it from step {step}"
             if more is None
-            else f"Its length decides its learning rates, so it cannot go on; --model.name {folder} begins another run "
-            "with its weights"
+            else f"It cannot be made longer, since step {more.step} would have another {more.what}; branch at an "
+            f"earlier checkpoint, or begin another run with its weights: --model.name {folder}"
         )
         raise TrainingStopped(f"the run in {folder} is finished. {advice}", 0)
-    if run.patience is not None and checkpoint.progress.stale >= run.patience:
+    if impatient:
         raise TrainingStopped(
             f"the run in {folder} stopped by run.patience. A larger --run.patience continues it from step {step}", 0
         )

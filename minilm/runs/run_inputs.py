@@ -20,9 +20,12 @@ _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 _CHUNK = 2**20  # elements of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
 _TEACHER = "teacher"
+_FUNCTIONS = "functions of the user"
 
 
-def collect_inputs(prepared: PreparedData, head: Head, processes: int) -> dict[str, Any]:
+def collect_inputs(
+    prepared: PreparedData, head: Head, processes: int, own_functions: Mapping[str, bool] | None = None
+) -> dict[str, Any]:
     """Return what the result of a run depends on besides the settings, by name, as JSON types.
 
     This is the only such list. Facts in "versions" and "machine" are compared by name. If you add another input here,
@@ -30,6 +33,8 @@ def collect_inputs(prepared: PreparedData, head: Head, processes: int) -> dict[s
     in two cases only. With LoRA, a resumed run takes the weights under the adapter from `model.name`, not from the
     checkpoint. And a changed `model.name` must still name the same model. The generation configuration does not change
     a step, but a run saves it with its model.
+
+    own_functions: for each argument of `train` that is a function and decides a step, whether the user gave one.
     """
     network = head.model
     teacher = None if head.teacher is None else dict(head.teacher.head.named_parameters())
@@ -44,6 +49,7 @@ def collect_inputs(prepared: PreparedData, head: Head, processes: int) -> dict[s
             for kind in ("trained", "frozen")
         },
         _TEACHER: None if teacher is None else _checksum(teacher),
+        _FUNCTIONS: dict(own_functions or {}),
         "versions": library_versions(),
         "machine": {
             "processes": processes,
@@ -102,6 +108,10 @@ def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
                 changes.append(f"{field} of the {part} was {json.dumps(old)}, is {json.dumps(new)}")
     if before.get(_TEACHER, now.get(_TEACHER)) != now.get(_TEACHER):
         changes.append("objective.teacher is not the model that the run began with: its weights are different")
+    for name, given in _part(now, _FUNCTIONS, {}).items():
+        had = _part(before, _FUNCTIONS, {}).get(name, given)
+        if had != given:
+            changes.append(f"the run was begun {'with' if had else 'without'} a function for train({name}=…)")
     weights, others = _part(before, _WEIGHTS, {}), now[_WEIGHTS]
     if (origin or base) and weights.get("frozen", others["frozen"]) != others["frozen"]:
         changes.append("model.name is no longer the model that the run began with: its weights are different")

@@ -110,6 +110,8 @@ def begin(
     """
     if not checkpoints and config.run.resume is not None:
         raise ValueError("this recipe writes no checkpoints, so it cannot resume: leave run.resume out")
+    if not checkpoints and config.optim.ema is not None:
+        raise ValueError("the loop of this recipe keeps no average of the weights: leave optim.ema out")
     show_log_by_default()
     with lost_peer_as_error(), restore_on_error(), unlock_at_end():
         accelerator, precision = start(config.run)

@@ -1,13 +1,16 @@
 """Whether a run with other settings would have made the same steps as the run that wrote a checkpoint.
 
 The learning rate and the mask rate of a step are functions of the settings, the step and the number of steps. So a run
-may be resumed with other settings of these if no step before the checkpoint changes. The result is then the run that
-had these settings from its start.
+may be resumed with other values of these settings if they change no step before the checkpoint. The result is then the
+run that had these settings from its start.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from minilm.config import Config, MaskedLM
+from minilm.objectives.objective import Objective
 from minilm.optim.schedule import learning_rate
 
 _LENGTH = ("run.epochs", "run.max_steps")
@@ -17,12 +20,12 @@ _MASK_RATE = tuple(f"objective.{name}" for name in ("rate", "final_rate", "rate_
 
 @dataclass(frozen=True, kw_only=True)
 class StepChange:
-    """The first step that another configuration would make in another way."""
+    """The first step that differs between two configurations."""
 
     step: int
     """The number of the step, from 1 as in log.jsonl."""
     what: str
-    """What is different: "learning rate" or "mask rate"."""
+    """What differs, such as "learning rate"."""
     before: float
     now: float
 
@@ -33,20 +36,29 @@ def compared_settings(config: Config) -> tuple[str, ...]:
 
 
 def find_first_change(
-    before: Config, now: Config, *, steps: int, steps_per_epoch: int, own_rates: bool = False
+    before: Config,
+    now: Config,
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    own_rate: Callable[[int, int], float] | None = None,
 ) -> StepChange | None:
     """Return the first of `steps` steps whose learning rate or mask rate differs between two configurations.
 
-    Only the settings in `compared_settings` may differ. The rates are compared to the bit.
+    Only the settings in `compared_settings` may differ. The rates are compared to the bit. If the user's objective has
+    a collator of its own, which may use the progress of the run, that is compared too.
 
-    own_rates: whether a function of the user's gives the learning rates, so that they are not compared.
+    own_rate: the user's function that gives the learning rate of a step in place of `optim`.
     """
+    if before == now:
+        return None
     total_before, total_now = (config.run.count_steps(steps_per_epoch) for config in (before, now))
     for step in range(steps):
         old, new = (
             {
-                "learning rate": 0.0 if own_rates else learning_rate(config.optim, step, total),
+                "learning rate": (own_rate or partial(learning_rate, config.optim))(step, total),
                 "mask rate": _mask_rate(config, step / total),
+                "progress": step / total if _has_own_collator(config) else 0.0,
             }
             for config, total in ((before, total_before), (now, total_now))
         )
@@ -54,6 +66,10 @@ def find_first_change(
             if old[what] != new[what]:
                 return StepChange(step=step + 1, what=what, before=old[what], now=new[what])
     return None
+
+
+def _has_own_collator(config: Config) -> bool:
+    return isinstance(config.objective, Objective) and type(config.objective).collator is not Objective.collator
 
 
 def _mask_rate(config: Config, progress: float) -> float:

@@ -22,7 +22,8 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The configuration of a finished run of six steps, whose rates do not depend on its length."""
     place = tmp_path_factory.mktemp("trunk")
     config = of_any_length(config_in(place, steps=6, save_every=2))
-    config = replace(config, run=replace(config.run, keep_last=9, output_dir=str(place / "out")))
+    # A branch of a run that replaced another one replaces nothing.
+    config = replace(config, run=replace(config.run, keep_last=9, overwrite=True, output_dir=str(place / "out")))
     train(config)
     return config
 
@@ -49,7 +50,7 @@ def test_a_branch_has_the_settings_of_its_run_and_a_folder_beside_it(trunk: Conf
     assert end_of(tail) == end_of(tmp_path / "whole")
     ours, theirs = (json.loads((folder / "run.json").read_text())["config"] for folder in (tail, tmp_path / "whole"))
     for settings in (ours, theirs):
-        settings["run"].update(output_dir=None, resume=None)
+        settings["run"].update(output_dir=None, overwrite=False, resume=None)
     assert ours == theirs
 
 
@@ -68,10 +69,11 @@ def put_code_inside(folder: Path) -> None:
     ("words", "spoil", "says"),
     [
         (("--at", "5"), None, "error: OUT has no checkpoint of step 5; it has: 2, 4, 6"),
+        (("--at", "4", "--run.resume", "x"), None, "error: minilm branch starts from the checkpoint of --at: leave"),
         (
-            ("--at", "4", "--run.resume", "latest"),
+            ("--at", "4", "--run.output-dir", "OUT"),
             None,
-            "error: minilm branch resumes from the checkpoint of --at: leave",
+            "error: run.output_dir OUT is the folder of the run itself: give",
         ),
         (("--at", "4"), break_settings, "error: OUT/checkpoint-4: the settings of its run cannot be read (Expecting"),
         (
@@ -81,7 +83,14 @@ def put_code_inside(folder: Path) -> None:
         ),
         (("--at", "4", "--batch_size", "8"), None, "error: unknown flag --batch_size"),
     ],
-    ids=["no such step", "resume", "damaged settings", "code in the folder", "a flag of another program"],
+    ids=[
+        "no such step",
+        "resume",
+        "the same folder",
+        "damaged settings",
+        "code in the folder",
+        "a flag of another program",
+    ],
 )
 def test_a_branch_that_cannot_begin_is_refused_in_one_line(
     words: tuple[str, ...], spoil: Any, says: str, trunk: Config, tmp_path: Path, run: Any
@@ -93,7 +102,7 @@ def test_a_branch_that_cannot_begin_is_refused_in_one_line(
         (folder / f"checkpoint-{step}" / "training.json").write_text(state)
     if spoil is not None:
         spoil(folder)
-    status, _, error = run("branch", str(folder), *words)
+    status, _, error = run("branch", str(folder), *(word.replace("OUT", str(folder)) for word in words))
     assert status == 2
     assert len(error) == 1
     assert error[0].replace(str(folder), "OUT").startswith(says)

@@ -146,7 +146,10 @@ def test_a_finished_run_says_so_and_can_be_made_longer_if_no_rate_depends_on_its
     folder = stopped(STEPS)
     (folder / "all_results.json").write_bytes((reference / "all_results.json").read_bytes())
     resumed = changed(config, run={"output_dir": str(folder), "resume": "latest"})
-    with pytest.raises(TrainingStopped, match=r"is finished\. Its length decides its learning rates") as caught:
+    with pytest.raises(
+        TrainingStopped,
+        match=r"is finished\. It cannot be made longer, since step 2 would have another mask rate; branch at",
+    ) as caught:
         train(resumed)
     assert caught.value.status == 0
     with pytest.raises(ValueError, match=r"step 2 had the mask rate 0\.295 .* \(run\.max_steps was 20, is 23\); set"):

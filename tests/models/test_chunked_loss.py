@@ -138,21 +138,22 @@ def test_the_logits_are_never_all_in_memory(training: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_both_ways_to_the_softmax_are_one(kind: torch.dtype, smoothing: float) -> None:
+def test_both_ways_to_the_softmax_are_one(kind: torch.dtype, z_loss: float, smoothing: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(N, V + 14, generator=generator).to(kind)  # the last 14 are padding
     target = torch.randint(0, V, (N,), generator=generator)
-    expected_nats, expected = eager_cross_entropy(logits.clone(), V, target, smoothing, 0.0, True)
-    nats, error = compilable_cross_entropy(logits.clone(), V, target, smoothing, 0.0, True)
+    expected_nats, expected = eager_cross_entropy(logits.clone(), V, target, smoothing, z_loss, True)
+    nats, error = compilable_cross_entropy(logits.clone(), V, target, smoothing, z_loss, True)
     torch.testing.assert_close(nats, expected_nats, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         error[:, :V], expected.to(kind), rtol=1e-2 if kind == torch.bfloat16 else 1e-5, atol=1e-6
     )
     assert error.dtype == kind
     assert not error[:, V:].any()
-    assert eager_cross_entropy(logits, V, target, smoothing, 0.0, False)[1] is None
-    assert compilable_cross_entropy(logits, V, target, smoothing, 0.0, False)[1] is None
+    assert eager_cross_entropy(logits, V, target, smoothing, z_loss, False)[1] is None
+    assert compilable_cross_entropy(logits, V, target, smoothing, z_loss, False)[1] is None
 
 
 @pytest.mark.parametrize("softmax", [eager_cross_entropy, compilable_cross_entropy])

@@ -53,6 +53,23 @@ def test_the_average_is_that_of_the_formula(kind: Any) -> None:
         torch.testing.assert_close(optimizer.state[parameter][SLOT].double(), average, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_skipped_changes_no_average(fused: bool) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer: Any = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+    average_weights(optimizer, DECAY)
+    for _ in range(2):
+        layer(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    before = optimizer.state[layer.weight][SLOT].clone()
+    if fused:
+        optimizer.found_inf = torch.ones(())
+    else:
+        optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(optimizer.state[layer.weight][SLOT], before)
+
+
 def test_the_weights_are_exchanged_in_the_block_alone() -> None:
     layer = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)

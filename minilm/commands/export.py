@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.commands.evaluate import infer_objective
-from minilm.config import CausalLM, Classification, MaskedLM, SupervisedFineTuning
+from minilm.config import CausalLM, Classification, MaskedLM, SupervisedFineTuning, TokenClassification
 from minilm.data.special_ids import count_embedding_rows
 from minilm.models.inference import load_causal_lm, load_classifier, load_masked_lm
+from minilm.models.inference_tags import load_token_classifier
 from minilm.models.input_length import longest_input
 from minilm.runs.checkpoint import WEIGHTS, is_checkpoint, read_checkpoint
 from minilm.utils.atomic_files import replace_folder, sync_path
@@ -28,6 +29,7 @@ _LOADERS: dict[type, Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizer
     CausalLM: load_causal_lm,
     Classification: load_classifier,
     SupervisedFineTuning: load_causal_lm,
+    TokenClassification: load_token_classifier,
 }
 _WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json")
 # Files that load a tokenizer, or say how the model is used.
@@ -116,7 +118,9 @@ def _write_onnx(folder: Path, path: Path) -> None:
         raise ValueError(f'--format onnx needs {", ".join(missing)}: pip install "minilm[onnx]"')
     load = _LOADERS.get(type(infer_objective(str(folder))))
     if load is None:
-        raise ValueError("--format onnx writes models that give logits, not embeddings: take --format safetensors")
+        raise ValueError(
+            "--format onnx writes masked and causal LMs, text and token classifiers: take --format safetensors"
+        )
     model, tokenizer = load(folder)
     # Otherwise the keys and values of a causal LM would be outputs too.
     model.config.use_cache = False

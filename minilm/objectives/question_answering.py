@@ -153,8 +153,8 @@ def _check_answer(row: Row, text: Any, start: Any) -> None:
         place = context.find(text)
         advice = f"it stands at {place}" if place >= 0 else "the context does not contain it"
         raise ValueError(
-            f"{row.where}: the answer {text[:60]!r} does not stand at character {start} of the context ({advice}, "
-            "counted from 0 in characters of Unicode): correct answer_start"
+            f"{row.where}: the answer {text[:60]!r} does not stand at character {start} of the context, counted from 0 "
+            f"in characters of Unicode ({advice}): correct answer_start"
         )
 
 

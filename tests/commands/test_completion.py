@@ -51,6 +51,7 @@ def test_bash_takes_a_recipes_script(recipe: Path) -> None:
                 "--objective.teacher",
                 "--objective.teacher-temperature",
                 "--objective.teacher-weight",
+                "--objective.z-loss",
             },
         ),
     ],

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
 from minilm.commands import export
 from minilm.commands.export import export_model
@@ -18,13 +25,13 @@ PARTS = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 @pytest.fixture(scope="module")
 def folders(tokenizer, tmp_path_factory) -> dict[type, Path]:
-    """A masked LM and a classifier, each with what a run has beside it."""
+    """A masked LM and two classifiers, each with what a run has beside it."""
     torch.manual_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, initializer_range=0.5, **size)
     config.pad_token_id = tokenizer.pad_token_id
     found = {}
-    for kind in (BertForMaskedLM, BertForSequenceClassification):
+    for kind in (BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification):
         found[kind] = folder = tmp_path_factory.mktemp(kind.__name__)
         kind(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -104,7 +111,7 @@ def test_missing_packages_of_onnx_are_named_with_the_command(folders, run, tmp_p
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification])
 def test_the_logits_of_onnx_are_those_of_the_model_for_texts_of_other_lengths(
     kind: type, folders, tmp_path: Path
 ) -> None:

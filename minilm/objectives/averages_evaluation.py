@@ -6,21 +6,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from minilm.objectives.example_evaluation import FigureTable
 from minilm.objectives.objective import Evaluator, Objective
 from minilm.optim.averages import averaged_weights
 
 PREFIX = "ema_"
 """The beginning of the names of the averages' figures: "ema_eval_loss"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """The figures of both evaluations."""
-
-    values: dict[str, float]
-
-    def figures(self) -> dict[str, float]:
-        return self.values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +25,11 @@ class AveragesEvaluator:
     def names(self) -> tuple[str, ...]:
         return (*self.evaluator.names, *(PREFIX + name for name in self.evaluator.names))
 
-    def __call__(self, accelerator: Accelerator, model: nn.Module) -> Figures:
+    def __call__(self, accelerator: Accelerator, model: nn.Module) -> FigureTable:
         last = self.evaluator(accelerator, model).figures()
         with averaged_weights(model, self.optimizer):
             averages = self.evaluator(accelerator, model).figures()
-        return Figures(values=last | {PREFIX + name: value for name, value in averages.items()})
+        return FigureTable(values=last | {PREFIX + name: value for name, value in averages.items()})
 
 
 def format_all_figures(objective: Objective, figures: dict[str, float]) -> str:

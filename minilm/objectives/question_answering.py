@@ -159,7 +159,7 @@ def _check_answer(row: Row, text: Any, start: Any) -> None:
 
 
 def _find_answer(row: Row, answers: Sequence[tuple[str, int]], context: WindowedContext) -> tuple[int, int] | None:
-    """Return the first and the last token of the first answer, or None if there is no answer.
+    """Return the positions of the first and the last token of a question's first answer; None without an answer.
 
     Raise ValueError if the tokenizer gives no token for it, or if no window holds all of its tokens.
     """

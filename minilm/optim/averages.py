@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from minilm.optim.muon import get_local
 from minilm.optim.optimizer import unwrap_optimizer
 
 SLOT = "ema"
@@ -69,7 +69,7 @@ def averaged_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
 def _pair_weights(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """Return this process's part of each average and of its weights."""
     averages = [(optimizer.state.get(parameter, {}).get(SLOT), parameter) for parameter in _parameters(optimizer)]
-    return [(_local(average), _local(weights.detach())) for average, weights in averages if average is not None]
+    return [(get_local(average), get_local(weights.detach())) for average, weights in averages if average is not None]
 
 
 @torch.no_grad()
@@ -86,7 +86,3 @@ def _exchange(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

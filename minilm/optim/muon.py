@@ -106,7 +106,7 @@ class Muon(torch.optim.Optimizer):
             targets = []
             for group, parameter, layout in chunk:
                 lr = group["lr"]
-                _local(parameter).mul_(1 - lr * group["weight_decay"] * (1.0 if finite is None else finite))
+                get_local(parameter).mul_(1 - lr * group["weight_decay"] * (1.0 if finite is None else finite))
                 # Each process adds the whole update to a tensor of zeros, and its shard of that to its shard.
                 sharded = isinstance(parameter, DTensor)
                 target = torch.zeros(parameter.shape, device=parameter.device) if sharded else parameter
@@ -119,7 +119,7 @@ class Muon(torch.optim.Optimizer):
                 self._update_batch(batch, finite, world)
             for parameter, target in targets:
                 if isinstance(parameter, DTensor):
-                    _local(parameter).add_(_shard(target, parameter))
+                    get_local(parameter).add_(_shard(target, parameter))
 
     def _chunks(self, elements: int) -> Iterator[list[tuple[dict[str, Any], nn.Parameter, MatrixLayout]]]:
         """Yield the parameters with a gradient, each with its group and layout, in lists of about so many elements."""
@@ -142,13 +142,13 @@ class Muon(torch.optim.Optimizer):
 
         Return 1 - `found_inf`, or None without `found_inf`.
         """
-        gradients = [_local(parameter.grad) for parameter in parameters]
+        gradients = [get_local(parameter.grad) for parameter in parameters]
         averages = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            averages.append(_local(state["momentum_buffer"]))
+            averages.append(get_local(state["momentum_buffer"]))
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             torch._foreach_div_(gradients, grad_scale)
@@ -164,8 +164,8 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, parameter: nn.Parameter) -> Tensor:
         """Return this process's shard of the average of the gradients with Nesterov momentum."""
-        average = _local(self.state[parameter]["momentum_buffer"])
-        return _local(parameter.grad).lerp(average, self.momentum).to(self.dtype)
+        average = get_local(self.state[parameter]["momentum_buffer"])
+        return get_local(parameter.grad).lerp(average, self.momentum).to(self.dtype)
 
     def _update_batch(self, batch: list["_Matrix"], finite: Tensor | None, world: int) -> None:
         """Make the matrices of one shape orthogonal, and subtract them from the parameters."""
@@ -212,7 +212,7 @@ class _Matrix:
         self._target.sub_(update.reshape(self._target.shape), alpha=self._factor)
 
 
-def _local(tensor: Any) -> Tensor:
+def get_local(tensor: Any) -> Tensor:
     """Return this process's shard of the tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -28,7 +28,6 @@ from minilm.distributed.launch import on_all_ranks
 from minilm.models.head import freeze_unused
 from minilm.models.loading import load_model
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.factory import build_objective
 from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import learning_rate
 from minilm.runs.session import begin, save_networks, start_recording
@@ -106,8 +105,7 @@ def train(config: Config, name: str) -> TrainResult:
         generator_cost = count_flops(electra.generator, config.batch.max_length)
         discriminator_cost = count_flops(electra.discriminator, config.batch.max_length)
         plan, total, recorder = start_recording(run, electra.discriminator)
-        objective = build_objective(config.objective)
-        collator = objective.collator(
+        collator = run.objective.collator(
             prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
         )
         model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim, run.precision.name))

@@ -104,8 +104,8 @@ def describe_loading_error(error: BaseException, kind: str = "model") -> str:
         return f"its weights are damaged, so copy or download them again ({message})"
     if "file named" in message and "model.safetensors" in message:
         return (
-            "there is no model.safetensors. minilm does not read pickled weights such as pytorch_model.bin, which "
-            "can run code. If you trust the weights, convert them with save_pretrained of transformers"
+            "there is no model.safetensors. minilm does not read pickled weights (pytorch_model.bin), because they can "
+            "run code. If you trust the weights, convert them with save_pretrained of transformers"
         )
     if caused_by(json.JSONDecodeError, UnicodeDecodeError):
         return f"one of its files is not valid JSON, so copy or download it again ({message})"

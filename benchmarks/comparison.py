@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minilm.config import Config
-from minilm.data.batch_plan import Plan, Step
+from minilm.data.batch_plan import Step
 from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import Collator
+from minilm.data.phased_batches import RunPlan
 from minilm.distributed.flops import Cost, count_flops
 from minilm.distributed.hardware import peak_memory
 from minilm.distributed.launch import start
@@ -216,7 +217,7 @@ class Parts:
     network: PreTrainedModel
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    plan: Plan
+    plan: RunPlan
     collator: Collator
     evaluator: Evaluator
     work: StepCost | None

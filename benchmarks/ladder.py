@@ -60,6 +60,7 @@ from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import MicroBatch
 from minilm.data.packing import Packing
+from minilm.data.phased_batches import RunPlan
 from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
 from minilm.optim.optimizer import build_optimizer
@@ -183,7 +184,8 @@ def parts_of(config: Config, rungs: tuple[str, ...]) -> Parts:
         setattr(minilm.distributed.launch, "keep_few_kernels", lambda precision: None)  # noqa: B010
     parts = build_parts(config, partial(head_of, rungs))
     if SORTED not in rungs:
-        parts = replace(parts, plan=RandomPlan(parts.plan))
+        (only,) = parts.plan.parts
+        parts = replace(parts, plan=RunPlan([replace(only, plan=RandomPlan(only.plan))]))
     if FUSED not in rungs:
         groups = build_optimizer(parts.model, config.optim).param_groups
         groups = [{key: group[key] for key in ("params", "weight_decay", "scale")} for group in groups]

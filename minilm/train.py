@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from minilm.config import Config, ObjectiveSettings
-from minilm.data.batch_plan import Plan, Step
-from minilm.data.corpus import Examples
+from minilm.config.phases import list_periods
+from minilm.data.batch_plan import Step
 from minilm.data.memory import DocumentList
 from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
+from minilm.data.phased_batches import JoinedExamples, RunPlan, StepPlan, TokenRows
 from minilm.distributed.flops import count_flops
 from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
 from minilm.distributed.sharding import distribute
@@ -50,7 +51,7 @@ from minilm.runs.recorder import write_samples
 from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
-from minilm.runs.session import Session, apply_arguments, begin, plan_batches, start_recorder
+from minilm.runs.session import Session, apply_arguments, begin, build_collator, plan_batches, start_recorder
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.progress import quiet_transformers
@@ -148,6 +149,7 @@ def train(
         config = run.config
         network = head.model
         plan, collator, evaluator = build_plan(run, head)
+        examples = JoinedExamples(prepared)
         total = config.run.count_steps(plan.steps_per_epoch)
         cost = count_flops(head, config.batch.max_length)
         own_functions = {"learning_rate": learning_rate is not None, "optimizer": optimizer is not None}
@@ -180,7 +182,7 @@ def train(
         # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.
         model.train()
         first = total if best.out_of_patience else progress.step
-        steps = load_steps(plan, prepared.train, collator, accelerator, range(first, total), config.batch.workers)
+        steps = load_steps(plan, examples, collator, accelerator, range(first, total), config.batch.workers)
         eval_every = config.run.eval_every or plan.steps_per_epoch
         max_grad_norm = config.optim.max_grad_norm
         figures = early = None
@@ -196,7 +198,7 @@ def train(
                 lr = rate_of_step(step, total)
                 result = train_step(accelerator, model, optim, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 done = step + 1
-                epoch = done / plan.steps_per_epoch
+                epoch = plan.epochs_after(done)
                 recorder.record_step(
                     epoch=epoch,
                     lr=lr,
@@ -274,19 +276,19 @@ def build_head(run: Session) -> tuple[Head, Session]:
 
 
 def first_step(run: Session, head: Head, config: Config) -> list[MicroBatch]:
-    """Return this process's micro-batches of the first step that the run would make with these settings."""
+    """Return this process's micro-batches of a step with these settings: the first with the longest examples."""
     plan, collator, _ = build_plan(replace(run, config=config), head)
-    item: Item = next(iter(load_steps(plan, run.prepared.train, collator, run.accelerator, range(1), 0)))
+    longest = max(list_periods(config), key=lambda period: period.config.batch.max_length)
+    steps = range(longest.start, config.run.count_steps(plan.steps_per_epoch))
+    item: Item = next(iter(load_steps(plan, JoinedExamples(run.prepared), collator, run.accelerator, steps, 0)))
     return item[1]
 
 
-def build_plan(run: Session, head: Head) -> tuple[Plan, Collator, Evaluator]:
+def build_plan(run: Session, head: Head) -> tuple[RunPlan, Collator, Evaluator]:
     """Return the plan of the steps, the collator that makes their micro-batches, and the evaluator."""
-    prepared, seed = run.prepared, run.config.run.seed
     plan = plan_batches(run, head)
     layout: dict[str, Any] = {"padded": plan.padded, "multiple": plan.multiple}
-    collator = run.objective.collator(prepared.tokenizer, prepared.train, seed=seed, **layout)
-    return plan, collator, run.objective.evaluator(prepared, micro_tokens_of(run.config), **layout)
+    return plan, build_collator(run, plan), run.objective.evaluator(run.prepared, micro_tokens_of(run.config), **layout)
 
 
 Item = tuple[Step, list[MicroBatch]]
@@ -295,7 +297,7 @@ Item = tuple[Step, list[MicroBatch]]
 class _Steps(Dataset[Item]):
     """A dataset whose item i is step i of `total` and this process's micro-batches of it."""
 
-    def __init__(self, plan: Plan, examples: Examples, collator: CollateFunction, rank: int, total: int) -> None:
+    def __init__(self, plan: StepPlan, examples: TokenRows, collator: CollateFunction, rank: int, total: int) -> None:
         self.plan, self.examples, self.collator, self.rank, self.total = plan, examples, collator, rank, total
 
     def __getitem__(self, index: int) -> Item:
@@ -314,7 +316,7 @@ class _StepLoader(DataLoader[Item]):
 
 
 def load_steps(
-    plan: Plan, examples: Examples, collator: CollateFunction, accelerator: Accelerator, steps: range, workers: int
+    plan: StepPlan, examples: TokenRows, collator: CollateFunction, accelerator: Accelerator, steps: range, workers: int
 ) -> DataLoader[Item]:
     """Return an iterable over `steps` that gives each `Step` and this process's micro-batches of it.
 

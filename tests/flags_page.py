@@ -5,7 +5,7 @@ import inspect
 import typing
 from typing import Any, Literal
 
-from minilm.config import Config, ObjectiveSettings
+from minilm.config import Config, ObjectiveSettings, Phase
 from minilm.config.field_help import read_field_help
 from minilm.config.objective_class import find_builtin_classes
 from tests.launch import ROOT
@@ -42,6 +42,8 @@ def describe_values(kind: Any) -> str:
         return ""
     if parts:
         return " | ".join(dict.fromkeys(describe_values(part) for part in parts if part is not type(None)))
+    if kind is Phase:
+        return "PHASE"
     return {"int": "INT", "float": "FLOAT", "str": "STR"}[kind.__name__]
 
 

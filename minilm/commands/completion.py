@@ -7,6 +7,7 @@ import io
 from typing import Annotated, Any
 
 from minilm.config import Config
+from minilm.config.command_line import build_type_registry
 from minilm.utils.validation import check
 
 # tyro has a flag of this name for the same purpose.
@@ -71,5 +72,12 @@ def build_recipe_completion(default: Config, name: str, shell: str) -> str:
     command: Any = dataclasses.make_dataclass("Command", fields, bases=(Config,), frozen=True, kw_only=True)
     plain, script = (tyro.conf.AvoidSubcommands,), io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
-        tyro.cli(command, default=command(**vars(default)), args=[COMPLETION_FLAG, shell], prog=name, config=plain)
+        tyro.cli(
+            command,
+            default=command(**vars(default)),
+            args=[COMPLETION_FLAG, shell],
+            prog=name,
+            config=plain,
+            registry=build_type_registry(),
+        )
     return script.getvalue() + (_LAUNCHED if shell == "bash" else "")

@@ -3,16 +3,18 @@
 import math
 import time
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, zip_longest
 
 import torch
 from accelerate import Accelerator
 
 from minilm.commands.charts import draw_text, format_number
 from minilm.config import Config, Optim
+from minilm.config.phases import describe_period, find_unused_phases, list_periods
 from minilm.data.batch_plan import Plan, Step
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.micro_batch import Collator
+from minilm.data.phased_batches import JoinedExamples, RunPlan, TokenRows
 from minilm.distributed.flops import Cost, count_flops
 from minilm.distributed.hardware import describe, peak_memory
 from minilm.distributed.precision import device_peak
@@ -89,15 +91,19 @@ def _planned(run: Session) -> list[tuple[str, str]]:
     config = run.config
     cost = count_flops(head, config.batch.max_length)
     plan, collator, _ = build_plan(run, head)
+    examples = JoinedExamples(prepared)
     total = config.run.count_steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
-    probe = _probe(config, accelerator, head, plan, collator, prepared.train, cost, total, run.precision.name)
+    probe = _probe(config, accelerator, head, plan, collator, examples, cost, total, run.precision.name)
     state = weights + sum(p.numel() * p.element_size() for p in trained) + probe.moments
 
-    epochs = total / plan.steps_per_epoch
-    per_epoch, rate = _flops(cost, prepared.train, collator.rate(0.5)), probe.seconds / probe.flops
-    flops, tokens = epochs * per_epoch, epochs * int(plan.lengths.sum())
+    work = _measure_periods(run, plan, collator, cost, total)
+    flops, tokens, rate = (
+        sum(each.flops for each in work),
+        sum(each.tokens for each in work),
+        probe.seconds / probe.flops,
+    )
     evaluations = math.ceil(total / (config.run.eval_every or plan.steps_per_epoch))
     evaluation = _flops(cost, prepared.eval, collator.rate(0.0)) / 3 * rate  # forward alone
     peak = device_peak(accelerator.device, run.precision.name).flops * accelerator.num_processes
@@ -115,9 +121,11 @@ def _planned(run: Session) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{total:,} of {config.batch.examples} {plan.unit}: {epochs:.2f} epochs, {tokens:,.0f} tokens, "
-            f"{plan.padding_share():.1%} padding",
+            f"{total:,} of {plan.examples} {plan.unit}: {plan.epochs_after(total):.2f} epochs, "
+            f"{tokens:,.0f} tokens, {plan.padding_share():.1%} padding",
         ),
+        *(("phase", each.text) for each in work if config.run.phases),
+        *(("phase", f"WARNING: {line}") for line in find_unused_phases(config)),
         ("rate", plot_rate(config.optim, total)),
         ("FLOPs", f"{flops:.3g}, {flops / tokens:.3g} a token"),
         (
@@ -150,6 +158,32 @@ def plot_rate(optim: Optim, total: int) -> str:
     return "\n".join([summary, *draw_text(points, high), *problems])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the steps of a period need."""
+
+    flops: float
+    """Model FLOPs of all processes."""
+    tokens: float
+    text: str
+    """A line for the user."""
+
+
+def _measure_periods(run: Session, plan: RunPlan, collator: Collator, cost: Cost, total: int) -> list[Work]:
+    """Return the work of each period of the run."""
+    work = []
+    all_examples = run.prepared.periods or (run.prepared.train,)
+    for period, steps, examples in zip(
+        list_periods(run.config), _split_steps(run.config, total), all_examples, strict=True
+    ):
+        epochs = plan.epochs_after(steps.stop) - plan.epochs_after(steps.start)
+        flops = epochs * _flops(cost, examples, collator.rate((steps.start + steps.stop) / 2 / total))
+        tokens = epochs * int(examples.lengths.sum())
+        text = f"from step {steps.start:,}: {describe_period(period)}; {epochs:.2f} epochs, {tokens:,.0f} tokens"
+        work.append(Work(flops=flops, tokens=tokens, text=text))
+    return work
+
+
 def _flops(cost: Cost, examples: Examples, rate: float) -> float:
     """Return the model FLOPs of training on all examples once."""
     tokens, squares = int(examples.lengths.sum()), int(examples.square_lengths.sum())
@@ -160,23 +194,19 @@ def _probe(
     config: Config,
     accelerator: Accelerator,
     head: Head,
-    plan: Plan,
+    plan: RunPlan,
     collator: Collator,
-    examples: Examples,
+    examples: TokenRows,
     cost: Cost,
     total: int,
     precision: str,
 ) -> Probe:
-    """Take steps from the whole run, and time them.
-
-    The first one is the step with the largest micro-batch among the first `_SEARCHED_STEPS`. Its time does not
-    count.
-    """
+    """Take steps from the whole run, from all periods in turn, and time them. The time of the first does not count."""
     new_optimizer = build_optimizer(head, config.optim, precision)
     average_weights(new_optimizer, config.optim.ema)
     model, optimizer = distribute(accelerator, head, new_optimizer)
-    first = max(range(min(total, _SEARCHED_STEPS)), key=lambda index: plan.largest_micro_batch_tokens(plan.step(index)))
-    steps = range(first, total, max(1, (total - first) // 100))
+    periods = _split_steps(config, total)
+    steps = _choose_steps(plan, periods)
     model.train()
     count, seconds, flops, mark = 0, 0.0, 0.0, 0.0
     try:
@@ -194,7 +224,9 @@ def _probe(
                 count, seconds = count + 1, seconds + now - mark
                 flops += cost.step(step, collator.rate(index / total))
             mark = now
-            enough = torch.tensor(count >= _FEWEST_STEPS and seconds >= _FEWEST_SECONDS, device=accelerator.device)
+            enough = torch.tensor(
+                count >= max(_FEWEST_STEPS, len(periods)) and seconds >= _FEWEST_SECONDS, device=accelerator.device
+            )
             if accelerator.gather(enough.view(1)).any():  # all processes stop after the same step
                 break
     except torch.OutOfMemoryError as error:
@@ -208,6 +240,26 @@ def _probe(
     moments = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     model, optimizer = accelerator.free_memory(model, optimizer)
     return Probe(steps=count, seconds=seconds, flops=flops, memory=memory, moments=moments)
+
+
+def _split_steps(config: Config, total: int) -> list[range]:
+    """Return the steps of each period of a run."""
+    starts = [period.start for period in list_periods(config)]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
+
+
+def _choose_steps(plan: RunPlan, periods: list[range]) -> list[int]:
+    """Return steps at equal distances from each period, in turn.
+
+    The first one is the step with the largest micro-batch among the first `_SEARCHED_STEPS` of each period.
+    """
+    searched = [index for steps in periods for index in steps[:_SEARCHED_STEPS]]
+    first = max(searched, key=plan.largest_micro_batch_tokens)
+    chosen = []
+    for steps in periods:
+        stride = max(1, len(steps) // 100)
+        chosen.append(range(first + stride if first in steps else steps.start, steps.stop, stride))
+    return [first, *(index for turn in zip_longest(*chosen) for index in turn if index is not None)]
 
 
 def _duration(seconds: float) -> str:

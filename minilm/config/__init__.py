@@ -1,7 +1,7 @@
 """The settings of a run, and their two written forms: flags on the command line, and `run.json`.
 
-`settings` and `objective_settings` hold every setting with its default and its help, which `field_help` reads.
-`command_line` reads flags, and `serialization` reads and writes JSON. If a user types a flag of another program,
+`settings`, `objective_settings` and `phases` hold every setting with its default and its help, which `field_help`
+reads. `command_line` reads flags, and `serialization` reads and writes JSON. If a user types a flag of another program,
 `foreign_flags` names minilm's. None of these modules imports torch. Import the classes from the package:
 `from minilm.config import Config`.
 """
@@ -17,6 +17,7 @@ from minilm.config.objective_settings import (
     SupervisedFineTuning,
     TokenClassification,
 )
+from minilm.config.phases import Phase
 from minilm.config.settings import Batch, Config, ConfigValue, Data, Model, Optim, Run, Tokens
 from minilm.utils.local_files import IN_MEMORY_EVAL_SOURCE, IN_MEMORY_SOURCE
 
@@ -34,6 +35,7 @@ __all__ = [
     "MultipleChoice",
     "ObjectiveSettings",
     "Optim",
+    "Phase",
     "QuestionAnswering",
     "Run",
     "SentenceEmbedding",

@@ -4,11 +4,12 @@ import ast
 import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from minilm.config import Config, ConfigValue, Data, Run
+from minilm.config import Config, ConfigValue, Data, Phase, Run
 from minilm.config.foreign_flags import refuse_foreign_flags
 from minilm.config.serialization import read_run_config
 from minilm.utils.launch_variables import claim_error_report
@@ -76,6 +77,7 @@ def parse_flags(default: Config, description: str = "", arguments: Sequence[str]
     refuse_foreign_flags(rest, default)
     document_is_default = not _has_flag(rest, "--data.document")
     default, rest = _take_fields(default, rest)
+    _check_phases(rest)
     description += (
         "\n\n--data.source sets the other --data flags (except --data.document and --data.eval-fraction) back to their "
         "defaults. "
@@ -88,13 +90,52 @@ def parse_flags(default: Config, description: str = "", arguments: Sequence[str]
     options = (tyro.conf.AvoidSubcommands,)
     try:
         with contextlib.redirect_stderr(messages):
-            config: Config = tyro.cli(Config, default=default, args=rest, config=options, description=description)
+            config: Config = tyro.cli(
+                Config,
+                default=default,
+                args=rest,
+                config=options,
+                description=description,
+                registry=build_type_registry(),
+            )
     except SystemExit:
         # One process prints the message for the whole job.
         if messages.getvalue() and claim_error_report():
             sys.stderr.write(messages.getvalue())
         raise
     return _reset_document(config) if document_is_default else config
+
+
+def _check_phases(words: Sequence[str]) -> None:
+    """Raise ValueError for a phase that cannot be read. tyro would not say why."""
+    words = _split_flag(words, "--run.phases")
+    if "--run.phases" in words:
+        following = words[words.index("--run.phases") + 1 :]
+        for word in itertools.takewhile(lambda word: not word.startswith("--"), following):
+            Phase.parse(word)
+
+
+def build_type_registry() -> Any:
+    """Return what tyro needs to read and write the values of types that it does not know."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def read_phase(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[Phase] | None:
+        if info.type is not Phase:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PHASE",
+            instance_from_str=lambda words: Phase.parse(words[0]),
+            is_instance=lambda value: isinstance(value, Phase),
+            str_from_instance=lambda phase: [str(phase)],
+        )
+
+    return registry
 
 
 def _reset_document(config: Config) -> Config:

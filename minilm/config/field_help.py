@@ -7,7 +7,7 @@ import inspect
 from itertools import pairwise
 from types import MappingProxyType
 
-from minilm.config import objective_settings, settings
+from minilm.config import objective_settings, phases, settings
 
 
 def read_field_help() -> dict[type, dict[str, str]]:
@@ -16,7 +16,7 @@ def read_field_help() -> dict[type, dict[str, str]]:
     A class also has the fields of its base class. Raise OSError if a source file is missing.
     """
     own = {}
-    for module in (objective_settings, settings):
+    for module in (objective_settings, phases, settings):
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.ClassDef):
                 own[vars(module)[node.name]] = {

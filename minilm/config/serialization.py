@@ -7,15 +7,19 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from minilm.config import Config, MaskedLM, ObjectiveSettings
+from minilm.config import Config, MaskedLM, ObjectiveSettings, Phase
 from minilm.config.objective_class import find_builtin_classes, find_class, name_class
 from minilm.utils.validation import check, suggest_name
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as JSON types. The class of the objective becomes a name. `from_dict` reads it."""
+    """Return the configuration as JSON types: the class of the objective as a name, and phases as on a command line.
+
+    `from_dict` reads it.
+    """
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     tree["objective"] |= name_class(type(config.objective))
+    tree["run"]["phases"] = [str(phase) for phase in config.run.phases]
     return tree
 
 
@@ -51,6 +55,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return all(_fits(name, parts[0]) and _fits(inner, parts[1]) for name, inner in value.items())
     if origin is list and isinstance(value, list):
         return all(_fits(inner, parts[0]) for inner in value)
+    if kind is Phase:
+        return isinstance(value, str)
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     return origin is Literal or (origin is None and isinstance(value, kind))
@@ -80,7 +86,9 @@ def from_dict(tree: dict[str, Any]) -> Config:
             check(
                 _fits(value, wanted), f"{name}.{setting} must be {getattr(wanted, '__name__', wanted)}, not {value!r}"
             )
-        built[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        if name == "run" and "phases" in values:
+            values["phases"] = map(Phase.parse, values["phases"])
+        built[name] = kind(**{k: tuple(v) if isinstance(v, list | map) else v for k, v in values.items()})
     return Config(**built)
 
 

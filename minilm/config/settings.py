@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minilm.config.objective_settings import MaskedLM, ObjectiveSettings
+from minilm.config.phases import Phase, list_periods
 from minilm.utils.validation import check, check_choices, check_repo_id
 
 ConfigValue = bool | int | float | str | list[str]
@@ -255,6 +256,10 @@ class Run:
     """Number of passes over the training documents."""
     max_steps: int | None = None
     """Number of steps, in place of epochs. The schedule ends there."""
+    phases: tuple[Phase, ...] = ()
+    """Settings that change during the run: max-length, examples, mask-rate or weights. Each phase is one argument, such
+    as "start=0.9 max-length=512 examples=8", from 90% of the steps on. Evaluations use batch.max_length itself. Needs
+    max_steps."""
     seed: int = 0
     """Seed of the initial weights, the order, the masks and dropout."""
     output_dir: str | None = None
@@ -348,3 +353,6 @@ class Config:
             "run.load_best ends with the weights of the best step, and optim.ema averages up to the last step: leave "
             "one of them out",
         )
+        # This raises an error for phases that do not fit the other settings.
+        if self.run.phases:
+            list_periods(self)

@@ -53,6 +53,8 @@ class Plan:
     row_tokens: if set, examples are first joined to rows of at most this many tokens, and a step takes whole rows.
     sizes: int64[E], the places that each example takes in a micro-batch. Default: its tokens.
     squares: int64[E], the work of attention on each example. Default: its tokens squared.
+    first_epoch: the epoch of the first step.
+    first_units: the examples or rows of this epoch, if it has begun before. Default: all of them.
 
     Raises ValueError if a step has fewer examples than there are processes.
     """
@@ -71,6 +73,8 @@ class Plan:
         row_tokens: int | None = None,
         sizes: Ids | None = None,
         squares: Ids | None = None,
+        first_epoch: int = 0,
+        first_units: Ids | None = None,
     ) -> None:
         if examples < processes:
             raise ValueError(
@@ -87,20 +91,22 @@ class Plan:
         self.group = group
         self.padded = padded
         self.multiple = multiple
+        self.first_epoch = first_epoch
         self._rows = None if row_tokens is None else fill_rows(lengths, row_tokens, seed)
         self._unit_tokens = lengths if self._rows is None else np.array([lengths[row].sum() for row in self._rows])
         self.steps_per_epoch = math.ceil(len(self._unit_tokens) / examples)
+        self._first_units = first_units
+        self._first_steps = self.steps_per_epoch if first_units is None else math.ceil(len(first_units) / examples)
         self.rows = None if self._rows is None else len(self._rows)
         """The number of rows that the examples fill. None without `row_tokens`."""
         self._cached_order: tuple[int, Ids, Ids] | None = None
         """The last epoch that was looked up, and what `_epoch_order` returns for it."""
 
     def step(self, index: int) -> Step:
-        """Return step `index` of the run, counted from 0 over all epochs. One step of each epoch may be smaller."""
-        epoch, at = divmod(index, self.steps_per_epoch)
+        """Return step `index`, counted from 0 over all epochs. One step of each epoch may be smaller."""
+        epoch, at = self._locate(index)
         order, steps = self._epoch_order(epoch)
-        at = int(steps[at])
-        ids = order[at * self.examples : (at + 1) * self.examples]
+        ids = self._take(order, steps[at])
         if self._rows is not None:
             ids = np.concatenate([self._rows[row] for row in ids])
         lengths = self.lengths[ids]
@@ -115,6 +121,20 @@ class Plan:
             padded_tokens=sum(self._padded_tokens(part) for parts in micro_batches for part in parts),
         )
 
+    def continue_after(self, steps: int, *, same_examples: bool) -> tuple[int, Ids | None]:
+        """Return the arguments `first_epoch` and `first_units` of a plan that follows the first `steps` steps.
+
+        same_examples: whether the plan has the same examples. It then begins with those of the epoch that are left.
+        Otherwise it begins with a new epoch.
+        """
+        epoch, at = self._locate(steps)
+        if at == 0:
+            return epoch, None
+        if not same_examples:
+            return epoch + 1, None
+        order, places = self._epoch_order(epoch)
+        return epoch, np.sort(np.concatenate([self._take(order, place) for place in places[at:]]))
+
     def describe_size(self, tokens: int) -> str:
         """Return a phrase with the number of examples and of `tokens`, and of rows if a step takes rows."""
         rows = "" if self.rows is None else f"{self.rows:,} rows of "
@@ -127,12 +147,22 @@ class Plan:
 
     def padding_share(self, steps: int = 20) -> float:
         """Return the share of the tokens that are padding, in the first `steps` steps of the first epoch."""
-        first = [self.step(index) for index in range(min(steps, self.steps_per_epoch))]
+        first = [self.step(index) for index in range(min(steps, self._first_steps))]
         return 1 - sum(step.tokens for step in first) / sum(step.padded_tokens for step in first)
 
-    def largest_micro_batch_tokens(self, step: Step) -> int:
-        """Return the number of tokens in the largest micro-batch of a step, with padding."""
-        return max(self._padded_tokens(ids) for parts in step.micro_batches for ids in parts)
+    def largest_micro_batch_tokens(self, index: int) -> int:
+        """Return the number of tokens in the largest micro-batch of step `index`, with padding."""
+        return max(self._padded_tokens(ids) for parts in self.step(index).micro_batches for ids in parts)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the epoch of step `index`, and the number of the step in this epoch."""
+        if index < self._first_steps:
+            return self.first_epoch, index
+        epoch, at = divmod(index - self._first_steps, self.steps_per_epoch)
+        return self.first_epoch + 1 + epoch, at
+
+    def _take(self, order: Ids, place: int) -> Ids:
+        return order[place * self.examples : (place + 1) * self.examples]
 
     def _padded_tokens(self, ids: Ids) -> int:
         """Return the number of tokens of a micro-batch, with padding. An empty one has a single padding token."""
@@ -145,11 +175,14 @@ class Plan:
         if self._cached_order is not None and self._cached_order[0] == epoch:
             return self._cached_order[1:]
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self._unit_tokens))
-        steps = np.arange(self.steps_per_epoch)
+        if epoch == self.first_epoch and self._first_units is not None:
+            order = rng.permutation(self._first_units)
+        else:
+            order = rng.permutation(len(self._unit_tokens))
+        steps = np.arange(math.ceil(len(order) / self.examples))
         if self.group == "epoch":
             order = order[np.argsort(self._unit_tokens[order], kind="stable")]
-            steps = rng.permutation(self.steps_per_epoch)
+            steps = rng.permutation(len(steps))
         self._cached_order = (epoch, order, steps)
         return order, steps
 

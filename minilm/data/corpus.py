@@ -158,6 +158,9 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples
+    periods: tuple[Examples, ...] = ()
+    """The training examples of each period of the run (`minilm.config.phases.list_periods`). Empty for those of
+    `train` in the whole run."""
     labels: Labels | None = None
     """The meaning of the labels, if there are any."""
     eval_parts: dict[str, int] = field(default_factory=dict)

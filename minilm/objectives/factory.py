@@ -1,18 +1,23 @@
 """The objective, the data and the model that a configuration asks for."""
 
+import hashlib
+import json
+from dataclasses import replace
 from importlib import import_module
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from minilm.config import Config, ObjectiveSettings
+from minilm.config import Config, ObjectiveSettings, Tokens
+from minilm.config.phases import describe_period, find_longest, list_periods
 from minilm.data.corpus import PreparedData
 from minilm.data.memory import MemoryDocuments
+from minilm.data.tokenizer import serialize_tokenizer
 from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.loading import check_model, load_model
 from minilm.models.lora import check_peft_installed
 from minilm.models.model_config import load_configuration
 from minilm.objectives.objective import Objective
-from minilm.utils.cache import explain_cache_errors
+from minilm.utils.cache import explain_cache_errors, open_entry
 
 # For each class of minilm's settings, the module and the class that implement it. A module is imported when it is used.
 _IMPLEMENTATIONS = {
@@ -62,6 +67,48 @@ def prepare_data(config: Config, memory: MemoryDocuments | None = None) -> Prepa
         return objective.prepare(config, memory)
 
 
+def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
+    """Return the same as `prepare_data`, with the training examples of each period of the run.
+
+    All periods have the tokenizer, the labels and the evaluation examples of the configuration itself. Raises
+    ValueError also for a period whose data have other labels.
+    """
+    prepared = prepare_data(config, memory)
+    if not config.run.phases:
+        return prepared
+    found = {_data_settings(config): prepared.train}
+    tokens: Tokens | None = None
+    for period in list_periods(config):
+        settings = _data_settings(period.config)
+        if settings in found:
+            continue
+        tokens = tokens or replace(config.tokens, name=_store_tokenizer(prepared), extend=0)
+        try:
+            other = prepare_data(replace(period.config, tokens=tokens), memory)
+        except ValueError as error:
+            raise ValueError(f"{describe_period(period)}, from step {period.start:,} on: {error}") from error
+        if other.fields != prepared.fields:
+            raise ValueError(
+                f"{describe_period(period)}, from step {period.start:,} on: the training documents have other labels "
+                "than those of the configuration itself; give weights with which all labels occur"
+            )
+        found[settings] = other.train
+    return replace(prepared, periods=tuple(found[_data_settings(period.config)] for period in list_periods(config)))
+
+
+def _data_settings(config: Config) -> tuple[object, ...]:
+    """Return the settings that decide the training examples, of those that may change during a run."""
+    return config.batch.max_length, config.data.weights
+
+
+def _store_tokenizer(prepared: PreparedData) -> str:
+    """Return a folder of the cache that holds the tokenizer."""
+    state = json.dumps(serialize_tokenizer(prepared.tokenizer), default=str)
+    key = hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+    with explain_cache_errors():
+        return str(open_entry(f"tokenizer-{key}", lambda folder: prepared.tokenizer.save_pretrained(folder)))
+
+
 def build_network(config: Config, prepared: PreparedData, *, trained: bool = True) -> PreTrainedModel:
     """Return the model of a run, loaded from a checkpoint or new.
 
@@ -73,7 +120,7 @@ def build_network(config: Config, prepared: PreparedData, *, trained: bool = Tru
     network = load_model(
         config.model,
         prepared.tokenizer,
-        max_length=config.batch.max_length,
+        max_length=find_longest(config),
         seed=config.run.seed,
         auto=objective.auto,
         fields=prepared.fields,

@@ -148,6 +148,11 @@ def _count_needed_examples(config: Config, train: Documents) -> tuple[int | None
     """
     if not isinstance(train, TextStream) or not train.remote or config.run.max_steps is None:
         return None, None
+    if config.run.phases:
+        raise ValueError(
+            "run.phases: a run reads only the beginning of a stream of the hub, which the phases would change; leave "
+            "data.streaming out"
+        )
     if len(config.data.sources) > 1:
         log.warning(
             "data.source names several sources, so each one is read to its end, however few documents run.max_steps "

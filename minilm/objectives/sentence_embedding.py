@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config, Data, SentenceEmbedding
+from minilm.config.phases import find_longest
 from minilm.data.corpus import PreparedData
 from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.data.example import Example, Remark
@@ -181,7 +182,7 @@ class SentenceEmbeddingObjective(Objective):
 
     def extra_files(self, network: PreTrainedModel, config: Config) -> Mapping[str, str]:
         return describe_embedding(
-            self.settings.pooling, network.config.get_text_config().hidden_size, config.batch.max_length
+            self.settings.pooling, network.config.get_text_config().hidden_size, find_longest(config)
         )
 
     def usage(self, address: str) -> str:

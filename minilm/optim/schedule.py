@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from minilm.config import Optim
+from minilm.config.step_counts import count_steps
 
 # For each shape of a decay, the share of the way that is left at `progress`, from 1 at 0 to 0 at 1.
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -15,17 +16,12 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 
 def count_warmup_steps(optim: Optim, total: int) -> int:
     """Return the number of warm-up steps in a run of `total` steps."""
-    return _count_steps(optim.warmup, total)
+    return count_steps(optim.warmup, total)
 
 
 def count_decay_steps(optim: Optim, total: int) -> int:
     """Return the number of steps in a run of `total` steps that `optim.decay` asks for."""
-    return _count_steps(optim.decay, total)
-
-
-def _count_steps(length: float, total: int) -> int:
-    """Return a length in steps that is given as a share of `total` if below 1, and as a number of steps otherwise."""
-    return int(length) if length >= 1 else round(length * total)
+    return count_steps(optim.decay, total)
 
 
 def find_schedule_problems(optim: Optim, total: int) -> list[str]:

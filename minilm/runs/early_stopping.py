@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from minilm.config import Run
-from minilm.data.batch_plan import Plan
+from minilm.data.phased_batches import RunPlan
 from minilm.runs.recorder import Recorder
 from minilm.utils.errors import TrainingStopped
 from minilm.utils.signals import STOP_SIGNALS, die_with_parent, get_last_signal, record_signal
@@ -93,7 +93,7 @@ def any_process(accelerator: Accelerator, wish: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([wish], device=accelerator.device)).any())
 
 
-def stop_on_bad_gradients(recorder: Recorder, plan: Plan, run: Run) -> TrainingStopped | None:
+def stop_on_bad_gradients(recorder: Recorder, plan: RunPlan, run: Run) -> TrainingStopped | None:
     """Return the exception that ends the run after `run.max_bad_steps` steps in a row without a finite gradient.
 
     Returns None if there were fewer. The message names the first of these steps and its examples.

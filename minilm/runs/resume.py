@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from minilm.config import Config, Run
+from minilm.config import Config, Phase, Run
+from minilm.config.phases import list_periods
 from minilm.config.serialization import default_settings, flatten_settings, to_dict
 from minilm.distributed.sharding import shard_like
 from minilm.models.lora import has_adapter, unmerge_adapter
@@ -21,7 +22,7 @@ from minilm.runs.checkpoint import ADAPTER, MANIFEST, WEIGHTS, Checkpoint, Progr
 from minilm.runs.checkpoint_saver import gather_full_state
 from minilm.runs.optimizer_state import load_optimizer_state
 from minilm.runs.run_facts import RESULTS
-from minilm.runs.run_inputs import compare_environments, compare_inputs
+from minilm.runs.run_inputs import compare_environments, compare_inputs, compare_periods
 from minilm.runs.step_changes import compared_settings, find_first_change
 from minilm.utils.errors import TrainingStopped
 
@@ -72,6 +73,9 @@ def resume(
         _raise_refusal(checkpoint, "", others)
     _check_length(checkpoint, config, steps_per_epoch)
     _check_steps(checkpoint, config, steps_per_epoch, own_rate)
+    begun = sum(period.start < checkpoint.progress.step for period in list_periods(config))
+    if others := compare_periods(checkpoint.inputs, inputs, begun):
+        _raise_refusal(checkpoint, "", others)
     _check_unfinished(checkpoint, config, steps_per_epoch, own_rate)
     _warn_if_precision_changed(checkpoint, config.run, precision)
     rounding = [line for line in changed if line.startswith(_ROUNDING)]
@@ -108,6 +112,8 @@ def _check_steps(
     before = config
     for group in {name.split(".")[0] for name in names}:
         fields = {name.split(".")[1]: old[name] for name in names if name.startswith(f"{group}.")}
+        if "phases" in fields:
+            fields["phases"] = tuple(map(Phase.parse, fields["phases"]))
         before = replace(before, **{group: replace(getattr(config, group), **fields)})
     steps = checkpoint.progress.step
     change = find_first_change(before, config, steps=steps, steps_per_epoch=steps_per_epoch, own_rate=own_rate)
@@ -116,8 +122,8 @@ def _check_steps(
     changes = "; ".join(f"{name} was {json.dumps(old[name])}, is {json.dumps(new[name])}" for name in names)
     earlier = f"resume from a checkpoint before step {change.step}, " if change.step > 1 else ""
     raise ValueError(
-        f"cannot resume from {checkpoint.folder}: step {change.step} had the {change.what} {change.before:.6g} and "
-        f"would have {change.now:.6g} ({changes}); set them back, {earlier}or leave run.resume out to start again"
+        f"cannot resume from {checkpoint.folder}: step {change.step} had the {change.what} {change.before} and "
+        f"would have {change.now} ({changes}); set them back, {earlier}or leave run.resume out to start again"
     )
 
 

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Config, Data
-from minilm.data.batch_plan import Plan
+from minilm.config.phases import describe_period, find_unused_phases, list_periods
 from minilm.data.corpus import Examples, PreparedData
+from minilm.data.phased_batches import RunPlan
 from minilm.data.sources import fingerprint_sources
 from minilm.data.special_ids import count_embedding_rows
 from minilm.distributed.hardware import describe
@@ -33,7 +34,7 @@ def library_versions() -> dict[str, str]:
 def collect_run_facts(
     accelerator: Accelerator,
     head: Head,
-    plan: Plan,
+    plan: RunPlan,
     prepared: PreparedData,
     total_steps: int,
     precision: Precision,
@@ -46,7 +47,7 @@ def collect_run_facts(
         "head": head.summary,
         "vocabulary": len(prepared.tokenizer),
         "train": {
-            **({} if plan.rows is None else {"rows": plan.rows}),
+            **({} if plan.parts[0].plan.rows is None else {"rows": plan.parts[0].plan.rows}),
             **prepared.train.identity(),
             "unknown": _unknown_share(prepared.train, prepared.tokenizer),
         },
@@ -105,8 +106,12 @@ def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     )
     log.info(f"output folder: {folder}")
     unit = "rows" if "rows" in facts["train"] else "examples"
-    log.info(f"{facts['steps']:,} steps of {config.batch.examples} {unit}, {facts['padding_share']:.1%} padding")
-    for problem in find_schedule_problems(config.optim, facts["steps"]):
+    periods = list_periods(config)
+    size = f"{periods[0].config.batch.examples} {unit}"
+    log.info(f"{facts['steps']:,} steps of {size}, {facts['padding_share']:.1%} padding")
+    for period in periods if config.run.phases else ():
+        log.info(f"from step {period.start:,}: {describe_period(period)}")
+    for problem in (*find_schedule_problems(config.optim, facts["steps"]), *find_unused_phases(config)):
         log.warning(problem)
 
 

@@ -20,6 +20,7 @@ _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 _CHUNK = 2**20  # elements of a parameter that are summed at a time
 _WEIGHTS = "weights before training"
 _TEACHER = "teacher"
+_PERIODS = "training examples of the phases"
 _FUNCTIONS = "functions of the user"
 
 
@@ -29,10 +30,10 @@ def collect_inputs(
     """Return what the result of a run depends on besides the settings, by name, as JSON types.
 
     This is the only such list. Facts in "versions" and "machine" are compared by name. If you add another input here,
-    also compare it in `compare_inputs`. A checkpoint holds all trained weights, so the weights before training matter
-    in two cases only. With LoRA, a resumed run takes the weights under the adapter from `model.name`, not from the
-    checkpoint. And a changed `model.name` must still name the same model. The generation configuration does not change
-    a step, but a run saves it with its model.
+    also compare it in `compare_inputs`, or in `compare_periods` if only later steps depend on it. A checkpoint holds
+    all trained weights, so the weights before training matter in two cases only. With LoRA, a resumed run takes the
+    weights under the adapter from `model.name`, not from the checkpoint. And a changed `model.name` must still name the
+    same model. The generation configuration does not change a step, but a run saves it with its model.
 
     own_functions: for each argument of `train` that is a function and decides a step, whether the user gave one.
     """
@@ -40,6 +41,7 @@ def collect_inputs(
     teacher = None if head.teacher is None else dict(head.teacher.head.named_parameters())
     inputs = {
         "training examples": prepared.train.identity(),
+        _PERIODS: [examples.identity() for examples in prepared.periods],
         "evaluation examples": {**prepared.eval.identity(), "parts": prepared.eval_parts},
         "tokenizer": _digest(serialize_tokenizer(prepared.tokenizer)),
         "model configuration": _fields(network.config.to_dict()),
@@ -118,6 +120,14 @@ def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
     elif origin and weights.get("trained", others["trained"]) != others["trained"]:
         changes.append("model.name is not the model that the run began with: its weights are different")
     return changes
+
+
+def compare_periods(before: dict[str, Any], now: dict[str, Any], count: int) -> list[str]:
+    """Return a line if the training examples of one of the run's first `count` periods have changed."""
+    old, new = before.get(_PERIODS, now[_PERIODS]), now[_PERIODS]
+    if old[:count] == new[:count]:
+        return []
+    return [f"the {_PERIODS} were {json.dumps(old[:count])}, are now {json.dumps(new[:count])}"]
 
 
 def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

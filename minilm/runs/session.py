@@ -16,10 +16,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from minilm.config import Config, ObjectiveSettings
+from minilm.config.phases import list_periods
 from minilm.config.serialization import flatten_settings, to_dict
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import PreparedData
 from minilm.data.memory import DocumentList, MemoryDocuments
+from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan
 from minilm.distributed.launch import (
     broadcast_from_main,
     finish,
@@ -33,7 +35,7 @@ from minilm.distributed.precision import Precision, device_peak
 from minilm.models.compatibility import check_compatibility
 from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
-from minilm.objectives.factory import build_objective, prepare_data
+from minilm.objectives.factory import build_objective, prepare_run
 from minilm.objectives.objective import Objective
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import Checkpoint, Progress
@@ -112,6 +114,8 @@ def begin(
         raise ValueError("this recipe writes no checkpoints, so it cannot resume: leave run.resume out")
     if not checkpoints and config.optim.ema is not None:
         raise ValueError("the loop of this recipe keeps no average of the weights: leave optim.ema out")
+    if not checkpoints and config.run.phases:
+        raise ValueError("the loop of this recipe has no phases: leave run.phases out")
     show_log_by_default()
     with lost_peer_as_error(), restore_on_error(), unlock_at_end():
         accelerator, precision = start(config.run)
@@ -130,7 +134,7 @@ def begin(
             precision=precision,
             folder=folder,
             checkpoint=checkpoint,
-            prepared=local_main_process_first(accelerator, lambda: prepare_data(config, memory)),
+            prepared=local_main_process_first(accelerator, lambda: prepare_run(config, memory)),
         )
         yield session
         finish(accelerator)
@@ -139,26 +143,57 @@ def begin(
             upload_run(config.run.push_to_hub, folder, session.uploads)
 
 
-def plan_batches(run: Session, head: Head) -> Plan:
+def plan_batches(run: Session, head: Head) -> RunPlan:
     """Return the plan of the steps, with padding where the head needs it."""
-    config, examples = run.config, run.prepared.train
-    return Plan(
-        examples.lengths,
-        sizes=None if head.padding_free else examples.padded_lengths,
-        squares=None if examples.rows is None else examples.square_lengths,
-        examples=config.batch.examples,
-        micro_tokens=micro_tokens_of(config),
-        processes=run.accelerator.num_processes,
-        seed=config.run.seed,
-        group=config.batch.group,
-        padded=not head.padding_free,
-        multiple=1 if run.accelerator.device.type == "cpu" else 8,  # padded lengths divisible by 8 are faster on GPUs
-        row_tokens=config.batch.max_length if config.batch.layout == "packed" else None,
-    )
+    prepared, joined = run.prepared, JoinedExamples(run.prepared)
+    parts, before = list[PlanPart](), prepared.train
+    for period, examples in zip(list_periods(run.config), prepared.periods or (prepared.train,), strict=True):
+        config, batch = period.config, period.config.batch
+        same_examples = examples is before
+        if parts and same_examples and batch.examples == parts[-1].plan.examples:
+            continue
+        first_epoch, first_units = 0, None
+        if parts:
+            done = period.start - parts[-1].start
+            first_epoch, first_units = parts[-1].plan.continue_after(done, same_examples=same_examples)
+        plan = Plan(
+            examples.lengths,
+            sizes=None if head.padding_free else examples.padded_lengths,
+            squares=None if examples.rows is None else examples.square_lengths,
+            examples=batch.examples,
+            micro_tokens=micro_tokens_of(config),
+            processes=run.accelerator.num_processes,
+            seed=config.run.seed,
+            group=batch.group,
+            padded=not head.padding_free,
+            multiple=1
+            if run.accelerator.device.type == "cpu"
+            else 8,  # padded lengths divisible by 8 are faster on GPUs
+            row_tokens=batch.max_length if batch.layout == "packed" else None,
+            first_epoch=first_epoch,
+            first_units=first_units,
+        )
+        parts.append(PlanPart(start=period.start, plan=plan, first_number=joined.first_number(examples)))
+        before = examples
+    return RunPlan(parts)
+
+
+def build_collator(run: Session, plan: RunPlan) -> RunCollator:
+    """Return the collator that makes the micro-batches of the plan."""
+    prepared, joined = run.prepared, JoinedExamples(run.prepared)
+    total = run.config.run.count_steps(plan.steps_per_epoch)
+    parts = []
+    for period, examples in zip(list_periods(run.config), prepared.periods or (prepared.train,), strict=True):
+        collator = build_objective(period.config.objective).collator(
+            prepared.tokenizer, examples, seed=run.config.run.seed, padded=plan.padded, multiple=plan.multiple
+        )
+        first_number = joined.first_number(examples)
+        parts.append(CollatorPart(start=period.start / total, collator=collator, first_number=first_number))
+    return RunCollator(parts)
 
 
 def start_recorder(
-    run: Session, head: Head, plan: Plan, total: int, progress: Progress
+    run: Session, head: Head, plan: RunPlan, total: int, progress: Progress
 ) -> tuple[Recorder, dict[str, Any]]:
     """Write and log the facts of the run, start its trackers, and return its recorder and the facts.
 
@@ -185,7 +220,7 @@ def start_recorder(
     return recorder, facts
 
 
-def start_recording(run: Session, head: Head) -> tuple[Plan, int, Recorder]:
+def start_recording(run: Session, head: Head) -> tuple[RunPlan, int, Recorder]:
     """Check the model, claim the output folder, and write and log the facts of the run.
 
     Returns the plan, the number of steps and the recorder.

@@ -169,6 +169,25 @@ ENTRIES: dict[str, Entry] = {
         flags="--model.name small", says="the tokenizer has ids up to 381 and the model's embedding 373 rows"
     ),
     "more tokens than positions": Entry(flags="--model.name bert --batch.max-length 65", says="64 positions"),
+    "more tokens than positions in a phase": Entry(
+        flags="--model.name bert --run.phases 'start=0.5 max-length=65'",
+        says="run.phases, from step 1 on: batch.max_length=65 is more than the model's 64 positions",
+    ),
+    "unknown setting of a phase": Entry(
+        flags="--run.phases 'start=0.5 lenght=48'", says="the unknown setting 'lenght': did you mean 'max-length'?"
+    ),
+    "phase without a start": Entry(flags="--run.phases max-length=48", says="has no start"),
+    "phase of another value": Entry(
+        flags="--run.phases 'start=0.5 max-length=4'", says="batch.max_length must be at least 8 tokens, not 4"
+    ),
+    "weights of a phase and sources differ in number": Entry(
+        flags="--run.phases 'start=0.5 weights=1,2'", says="data.weights takes one number for each source"
+    ),
+    "phases of a recipe with its own loop": Entry(
+        recipe="fork_electra.py",
+        flags="--run.phases 'start=0.5 examples=4'",
+        says="the loop of this recipe has no phases",
+    ),
     "every example too short": Entry(
         flags="--model.name bert", prepare=text("docs.txt", "a\n" * 9), says="hold no target"
     ),

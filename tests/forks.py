@@ -12,6 +12,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def wrong(entry: Entry, outcome: Outcome) -> str:
 
 def flags_of(entry: Entry) -> tuple[str, list[str]]:
     """The recipe and the command line of an entry: a run of two steps, right but for the entry's own flags."""
-    flags = entry.flags.split()
+    flags = shlex.split(entry.flags)
     right = ["--run.max-steps", "2", "--run.output-dir", "out", "--run.precision", "fp32", "--batch.max-length", "32"]
     if "--data.source" not in flags:
         right += ["--data.source", "docs.txt"]

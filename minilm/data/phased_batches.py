@@ -67,11 +67,11 @@ class RunPlan:
 
     def __init__(self, parts: Sequence[PlanPart]) -> None:
         self.parts = parts
+        # What a message or a file says about all steps holds for the first ones.
         first = parts[0].plan
         self.padded, self.multiple = first.padded, first.multiple
+        self.examples, self.unit, self.rows = first.examples, first.unit, first.rows
         self.steps_per_epoch = first.steps_per_epoch
-        """The steps of an epoch with the settings of the first step."""
-        self.examples, self.unit = first.examples, first.unit
         self._starts = [part.start for part in parts]
 
     def step(self, index: int) -> Step:

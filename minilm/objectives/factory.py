@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from minilm.config import Config, ObjectiveSettings, Tokens
-from minilm.config.phases import describe_period, find_longest, list_periods
+from minilm.config.phases import Period, find_longest, list_periods
 from minilm.data.corpus import PreparedData
 from minilm.data.memory import MemoryDocuments
 from minilm.data.tokenizer import serialize_tokenizer
@@ -71,29 +73,35 @@ def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> Prepar
     """Return the same as `prepare_data`, with the training examples of each period of the run.
 
     All periods have the tokenizer, the labels and the evaluation examples of the configuration itself. Raises
-    ValueError also for a period whose data have other labels.
+    ValueError also for a period that the model or the data do not fit.
     """
-    prepared = prepare_data(config, memory)
     if not config.run.phases:
-        return prepared
+        return prepare_data(config, memory)
+    periods, auto = list_periods(config), build_objective(config.objective).auto
+    for period in periods:
+        with _name_period(period):
+            check_model(config.model, max_length=period.config.batch.max_length, auto=auto)
+    prepared = prepare_data(config, memory)
+    tokens = replace(config.tokens, name=_store_tokenizer(prepared), extend=0)
     found = {_data_settings(config): prepared.train}
-    tokens: Tokens | None = None
-    for period in list_periods(config):
-        settings = _data_settings(period.config)
-        if settings in found:
+    for period in periods:
+        if _data_settings(period.config) in found:
             continue
-        tokens = tokens or replace(config.tokens, name=_store_tokenizer(prepared), extend=0)
-        try:
+        with _name_period(period):
             other = prepare_data(replace(period.config, tokens=tokens), memory)
-        except ValueError as error:
-            raise ValueError(f"{describe_period(period)}, from step {period.start:,} on: {error}") from error
-        if other.fields != prepared.fields:
-            raise ValueError(
-                f"{describe_period(period)}, from step {period.start:,} on: the training documents have other labels "
-                "than those of the configuration itself; give weights with which all labels occur"
-            )
-        found[settings] = other.train
-    return replace(prepared, periods=tuple(found[_data_settings(period.config)] for period in list_periods(config)))
+            if other.fields != prepared.fields:
+                raise ValueError("the training documents have other labels than before: give other weights")
+        found[_data_settings(period.config)] = other.train
+    return replace(prepared, periods=tuple(found[_data_settings(period.config)] for period in periods))
+
+
+@contextmanager
+def _name_period(period: Period) -> Iterator[None]:
+    """Say in each ValueError of the block to which steps it belongs."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"run.phases, from step {period.start:,} on: {error}") from error
 
 
 def _data_settings(config: Config) -> tuple[object, ...]:

@@ -47,7 +47,7 @@ def collect_run_facts(
         "head": head.summary,
         "vocabulary": len(prepared.tokenizer),
         "train": {
-            **({} if plan.parts[0].plan.rows is None else {"rows": plan.parts[0].plan.rows}),
+            **({} if plan.rows is None else {"rows": plan.rows}),
             **prepared.train.identity(),
             "unknown": _unknown_share(prepared.train, prepared.tokenizer),
         },

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minilm import CausalLM, Config, Data, MaskedLM, Optim
+from minilm import CausalLM, Config, Data, MaskedLM, Optim, Phase
 from minilm.commands import dry_run as dryrun
 from minilm.commands.dry_run import dry_run, plot_rate
 from minilm.commands.recipe import run_recipe
@@ -77,6 +77,23 @@ def test_the_plan_is_that_of_the_run(config, clock, capsys, tmp_path):
     # 36 steps of 30 seconds, but that those of the probe are not quite as large as all.
     assert number(r"training ([\d.]+) min", lines["time"]) == pytest.approx(18.0, rel=0.25)
     assert "by 3 steps" in lines["time"]
+
+
+def test_the_plan_of_a_run_with_phases_is_that_of_the_run(config, clock, capsys, tmp_path):
+    phases = (Phase(start=0.5, max_length=12, examples=4), Phase(start=15, mask_rate=0.1), Phase(start=99, examples=2))
+    config = replace(config, run=replace(config.run, max_steps=20, phases=phases))
+    capsys.readouterr()
+    dry_run(config, "test")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("phase")]
+    *periods, warning = lines
+    assert [number(r"from step (\d+):", line) for line in periods] == [0, 10, 15]
+    assert "batch.max_length 12, batch.examples 4, mask rate 0.1" in periods[2]
+    assert "WARNING: the phase 'start=99 examples=2' would begin after 99 steps" in warning
+    train(config)
+    steps, _ = read_log(tmp_path / "out")
+    tokens = sum(number(r"([\d,]+) tokens", line) for line in periods)
+    assert tokens == pytest.approx(steps[-1]["tokens"], rel=0.15)
+    assert sum(number(r"([\d.]+) epochs", line) for line in periods) == pytest.approx(steps[-1]["epoch"], abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from minilm.config import Config, ObjectiveSettings, Tokens
+from minilm.config import Config, ObjectiveSettings
 from minilm.config.phases import Period, find_longest, list_periods
 from minilm.data.corpus import PreparedData
 from minilm.data.memory import MemoryDocuments

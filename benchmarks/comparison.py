@@ -1,6 +1,7 @@
 """Compare contenders that take turns, each in its own process. minilm is one of them."""
 
 import logging
+import math
 import multiprocessing
 import os
 import time
@@ -111,6 +112,11 @@ class Contender:
     config: Config
     run: Callable[[Task], None]
     """Builds the contender in its process and takes its turns."""
+    biased: bool = False
+    """Whether the examples of a step have about the same length. Their gradient is then not an unbiased estimate of the
+    gradient of all examples."""
+    obstacle: str | None = None
+    """Why this contender cannot run here; None if it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +132,8 @@ class Rounds:
     """Steps at the beginning of a turn that do not count, for a GPU whose memory the contenders use in turn."""
     evaluated: int = 0
     """Number of turns from one evaluation to the next: 1 (or True) for one after each turn. 0: there is none."""
+    seconds: float = math.inf
+    """A contender whose turns took this long takes no more turns."""
 
     @property
     def steps(self) -> int:
@@ -136,7 +144,8 @@ class Rounds:
 def compare(contenders: Sequence[Contender], precision: Precision, rounds: Rounds) -> list[list[TurnResult]]:
     """Return the turns of each contender, one for each round that counts. The order changes from round to round.
 
-    At least one contender must be minilm.
+    With `rounds.seconds`, fast contenders take more turns than slow ones. minilm counts the FLOPs: they are 0 if no
+    contender is minilm.
     """
     # The processes are forked from one that has imported the libraries once.
     context = multiprocessing.get_context("forkserver")
@@ -180,17 +189,23 @@ def _in_turn(
     sides: Sequence[Connection], names: Sequence[str], works: Sequence[StepCost | None], rounds: Rounds
 ) -> list[list[TurnResult]]:
     """Let the contenders take their turns, and return the results of those that count."""
-    total, counted = rounds.warm_up + rounds.count, next(work for work in works if work)
+    total, counted = rounds.warm_up + rounds.count, next((work for work in works if work), None)
     taken: list[list[TurnResult]] = [[] for _ in sides]
+    passed = [0.0] * len(sides)
     with tqdm(total=total * len(sides), unit="turn", mininterval=0) as bar:
         for number in range(total):
             for turn in range(len(sides)):
                 at = (number + turn) % len(sides)
+                if passed[at] >= rounds.seconds:
+                    bar.update()
+                    continue
                 bar.set_description_str(f"{names[at]} ({number + 1} of {total})")
                 sides[at].send(True)
                 done = sides[at].recv()
+                passed[at] += done.seconds
                 if number >= rounds.warm_up:
-                    taken[at].append(replace(done, flops=(works[at] or counted).flops(done)))
+                    work = works[at] or counted
+                    taken[at].append(replace(done, flops=work.flops(done)) if work else done)
                 bar.set_postfix_str(f"{done.tokens / done.seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
     return taken

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from comparison import Task, TurnResult, is_evaluated
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    trainer_pt_utils,
 )
 
 from minilm.config import Config, Optim
@@ -35,6 +37,8 @@ from minilm.objectives.objective import Objective
 from minilm.objectives.token_classification import TokenClassificationObjective
 from minilm.optim.schedule import count_warmup_steps, learning_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of
+
+MUON = "muon"
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -108,6 +112,8 @@ class Turns(TrainerCallback):
     def __init__(self, task: Task, prepared: PreparedData) -> None:
         self.task, self.prepared, self.connection = task, prepared, task.connection
         self.count = 0
+        self.figures: dict[str, float] = {}
+        """Figures to add to those of the evaluation."""
         self._begin()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -117,6 +123,8 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """End the turn after its last step. The time of a turn includes the loading of its batches."""
+        self.losses.append(torch.stack(self.parts).sum())
+        self.parts.clear()
         if self.leading and len(self.losses) == self.task.lead_in:
             float(torch.stack(self.losses).mean())
             self._begin()
@@ -128,6 +136,7 @@ class Turns(TrainerCallback):
         ends = is_evaluated(self.count, self.task.evaluated)
         evaluation = self._evaluate(kwargs["model"]) if ends else {}
         self.count += 1
+        evaluation |= self.figures
         taken = TurnResult(
             seconds=seconds,
             tokens=int(lengths.sum()),
@@ -144,13 +153,13 @@ class Turns(TrainerCallback):
         self._wait()
 
     def record(self, lengths_R: Tensor, places: int, loss: Tensor) -> None:
-        """Record the tokens of each row of a step, its tokens with padding, and its loss.
+        """Record the tokens of each row of a micro-batch, its tokens with padding, and its part of the step's loss.
 
         The tensors stay on their device.
         """
         self.lengths.append(lengths_R)
         self.padded += places
-        self.losses.append(loss.detach())
+        self.parts.append(loss.detach())
 
     def _evaluate(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the figures of minilm's evaluation of a copy of the model, since its head changes the model."""
@@ -159,6 +168,7 @@ class Turns(TrainerCallback):
     def _begin(self) -> None:
         self.lengths: list[Tensor] = []
         self.losses: list[Tensor] = []
+        self.parts: list[Tensor] = []
         self.padded, self.mark, self.leading = 0, time.perf_counter(), False
 
     def _wait(self) -> None:
@@ -205,12 +215,36 @@ class TurnTrainer(MinilmRates, OrderedTrainer):
         super().__init__(in_order, callbacks=[turns], **settings)
         self.turns, self.optim = turns, optim
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return Trainer's own loss, and record it."""
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make Trainer's own pass over a micro-batch, and record the loss that Trainer reports for it."""
+        loss: Any = super().training_step(model, inputs, *args, **kwargs)
         mask_RxL = inputs["attention_mask"]
         self.turns.record(mask_RxL.sum(-1), mask_RxL.numel(), loss)
         return loss
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the matrices inside the layers, and fused AdamW for the rest, as one optimizer."""
+
+    def __init__(self, model: PreTrainedModel, optim: Optim) -> None:
+        matrices = [part.weight for part in model.base_model.modules() if isinstance(part, torch.nn.Linear)]
+        inside = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        # With `match_rms_adamw` (Moonlight, Liu et al. 2025), learning rates of AdamW suit Muon.
+        shared: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
+            torch.optim.AdamW(others, betas=optim.betas, eps=optim.eps, fused=True, **shared),
+        ]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others}]
+        super().__init__(groups, shared)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters, with the learning rate of this optimizer's groups."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups[0]["lr"] = group["lr"]
+            part.step()
 
 
 def evaluate(config: Config, model: PreTrainedModel, prepared: PreparedData) -> dict[str, float]:
@@ -245,20 +279,50 @@ def trainer_settings(config: Config, precision: str, steps: int) -> dict[str, An
     }
 
 
-def run_trainer(task: Task, grouping: str = "", *, compiled: bool = False, attention: str = "auto") -> None:
+def find_obstacle(grouping: str) -> str | None:
+    """Return why the installed transformers cannot run this sampling strategy, or None if it can.
+
+    Trainer takes an unknown strategy for `random`.
+    """
+    if grouping == "batch_rebalance" and not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
+        return f"transformers {transformers.__version__} does not have {grouping}"
+    return None
+
+
+def run_trainer(
+    task: Task,
+    grouping: str = "",
+    *,
+    accumulation: int = 1,
+    compiled: bool = False,
+    attention: str = "auto",
+    optimizer: str = "adamw_torch_fused",
+    optimizer_arguments: str | None = None,
+    kind: type[TurnTrainer] = TurnTrainer,
+) -> None:
     """Run Trainer.
 
-    grouping: Trainer's sampling strategy; by default it takes minilm's examples in their order. compiled: use
-        `torch_compile`. attention: the name of an attention of transformers, or `auto` for the default of transformers.
+    grouping: Trainer's sampling strategy; by default it takes minilm's examples in their order. accumulation: the
+        number of micro-batches of a step; more than one need a sampling strategy. compiled: use `torch_compile`.
+        attention: the name of an attention of transformers, or `auto` for the default of transformers. optimizer,
+        optimizer_arguments: Trainer's `optim` and `optim_args`; "muon" is MuonWithAdamW. kind: the Trainer.
 
     The time includes loading and padding. The one exception is a language model that takes minilm's examples in their
     order: their masks must be minilm's, so they are masked and padded in advance.
     """
     config = replace(task.config, model=replace(task.config.model, attention=attention))
     prepared = prepare_data(config)
-    data, collate, size = _rows(config, prepared, task.steps, in_order=not grouping)
+    data, collate, size = find_rows(config, prepared, task.steps, in_order=not grouping)
+    network = build_network(config, prepared)
+    if optimizer == MUON:
+        optimizers: Any = (MuonWithAdamW(network, config.optim), None)
+    else:
+        optimizers = (None, None)
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(config, config.run.precision, task.steps)
+        settings |= {"per_device_train_batch_size": size // accumulation}
+        if optimizer != MUON:
+            settings |= {"optim": optimizer, "optim_args": optimizer_arguments}
         arguments = TrainingArguments(
             output_dir=folder,
             logging_strategy="no",
@@ -266,21 +330,23 @@ def run_trainer(task: Task, grouping: str = "", *, compiled: bool = False, atten
             dataloader_pin_memory=torch.cuda.is_available(),
             dataloader_num_workers=config.batch.workers,
             train_sampling_strategy=grouping or "random",
+            gradient_accumulation_steps=accumulation,
             torch_compile=compiled,
-            **{**settings, "per_device_train_batch_size": size},
+            **settings,
         )
-        TurnTrainer(
+        kind(
             Turns(task, prepared),
             not grouping,
             config.optim,
-            model=build_network(config, prepared),
+            model=network,
+            optimizers=optimizers,
             args=arguments,
             train_dataset=data,
             data_collator=collate,
         ).train()
 
 
-def _rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
+def find_rows(config: Config, prepared: PreparedData, steps: int, *, in_order: bool) -> tuple[Dataset[Any], Any, int]:
     """Return Trainer's dataset, its collator and the items per batch. in_order: take the steps of minilm."""
     objective, examples, size = build_objective(config.objective), prepared.train, config.batch.examples
     plan = Plan(

@@ -43,8 +43,7 @@ import report
 import torch
 from comparison import Contender, Parts, Rounds, Task, TurnResult, build_parts, compare, serve_turns
 from hf_trainer import pad_labels
-from quality import PYDOCS
-from throughput import CAUSAL, MASKED, in_blocks
+from throughput import CAUSAL, MASKED, PYDOCS, in_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel

@@ -26,8 +26,8 @@ from typing import Any
 
 import report
 from comparison import Contender, Rounds, Task, TurnResult, build_parts, compare, take_turns
-from quality import PYDOCS, seconds_to
-from throughput import MASKED, with_examples
+from quality import seconds_to
+from throughput import MASKED, PYDOCS, with_examples
 
 from minilm.config import Config
 

@@ -18,7 +18,7 @@ from minilm.runs.run_facts import library_versions
 
 RESULTS = Path(__file__).parent / "results"
 OURS, OTHERS, IDEAL = "#c44e52", "#8c8c8c", "#4c72b0"  # colours
-COLUMNS = f"{'':<34} real tokens/s   of the first (middle half)   padding    MFU   memory"
+COLUMNS = f"{'':<42} real tokens/s   of the first (middle half)   padding    MFU   memory"
 COLUMNS_WITHOUT_MFU = COLUMNS.replace("    MFU", "")
 
 
@@ -81,7 +81,7 @@ def line(name: str, row: dict[str, Any]) -> str:
     """Return a row of the table under `COLUMNS`, or under `COLUMNS_WITHOUT_MFU` if the row has no MFU."""
     mfu = f"  {row['mfu']:5.0%}" if "mfu" in row else ""
     return (
-        f"{name:<34} {row['tokens_per_second']:13,.0f}   {spread(row):<26} {row['padding']:8.1%}{mfu}  "
+        f"{name:<42} {row['tokens_per_second']:13,.0f}   {spread(row):<26} {row['padding']:8.1%}{mfu}  "
         f"{row['peak_memory'] / 1e9:4.1f} GB"
     )
 

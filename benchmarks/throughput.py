@@ -5,17 +5,31 @@
 Each side runs in its own process with its usual settings, and only one side works at a time. Both compute in fp32, or
 in bf16 where this machine is faster in it. A step has 32 examples of at most 128 tokens, and there is no dropout:
 
-- masked-documents: masked LM, a RoBERTa with 6 layers, a width of 384 and a vocabulary of 16,384. Trainer runs with its
-  defaults (random batches, padded to the longest row), on examples that are already masked and padded. It also runs
-  with its best setting for such text, `group_by_length`, and its own collator. minilm runs with its defaults, on the
-  same documents and masks, and with `group=epoch`. In all workloads Trainer also runs with `eager` attention, which is
-  faster in bf16 on CPUs.
+- masked-documents: masked LM, a RoBERTa with 6 layers, a width of 384 and a vocabulary of 16,384.
 - masked-blocks: the same on full blocks, which need no padding.
+- modernbert-documents: a ModernBERT of that size.
+- main-job: recipes/mlm_pydocs.py, a small ModernBERT on 16 full blocks.
 - causal-documents, causal-blocks: causal LM, a GPT-2 with 6 layers, a width of 384 and a vocabulary of 50,257. minilm
   takes at most 2,048 tokens in a forward pass.
 - pair-classification: a BERT with 6 layers and a width of 384, on pairs of texts of about 55 tokens together, like
   those of MRPC. A pair is two pieces of docstrings, and the label says whether the second follows the first. Trainer
   pads with DataCollatorWithPadding.
+
+In each workload Trainer runs with its defaults, and with the settings that make it faster:
+
+- the defaults: random batches, padded to the longest row. For language models they take minilm's examples, already
+  masked and padded, so that the losses can be compared.
+- group_by_length: each step has examples of one length. The batches are biased, as those of minilm's `group=epoch` are.
+- batch_rebalance: random batches, which Trainer sorts by length and cuts into 4 micro-batches of about equal cost.
+- eager: transformers' plain attention, which is faster than its default in bf16 on CPUs. All but the first row have
+  both attentions.
+- sparse: `sparse_prediction`, the head of ModernBERT at the targets alone.
+
+The columns at the end have the mean of the loss that each side reports for its steps, and a check of the gradient of
+the first step in fp32, before clipping. "of exact" is its length as a multiple of the gradient of the mean loss over
+the step's targets. "error" is the rest, as a share of that gradient. For a language model, the batches of `group=epoch`
+are other ones, so that they are not checked. The last lines compare minilm with Trainer's defaults, with its fastest
+setting that is unbiased, and with its fastest one of all.
 
 `--quick` takes fewer rounds, one kind of attention for Trainer, and 16 examples per step (8 for causal LM; twice as
 many in bf16). In a round each side takes one step, or several where lengths differ from step to step. A ratio compares
@@ -25,17 +39,20 @@ the tokens per second of one round. Results go to benchmarks/results, as JSON an
 
 import argparse
 import json
+import runpy
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import report
-from comparison import Contender, Rounds, compare, run_minilm
-from hf_trainer import run_trainer
+from comparison import Contender, Rounds, TurnResult, compare, run_minilm
+from gradients import check_gradients
+from hf_trainer import find_obstacle, run_trainer
 
 from minilm.config import Batch, CausalLM, Classification, Config, Data, MaskedLM, Model, Optim, Tokens
 from minilm.data.pydocs import load_pydocs
@@ -59,6 +76,20 @@ MASKED = Config(
     batch=Batch(examples=32, max_length=128),
     optim=Optim(lr=1e-4, warmup=0, schedule="linear", weight_decay=0.01, max_grad_norm=1.0),
 )
+MODERNBERT = replace(
+    MASKED,
+    model=Model(
+        type="modernbert",
+        config={
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "intermediate_size": 768,
+            "max_position_embeddings": 128,
+        },
+    ),
+)
+PYDOCS: Config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"))["CONFIG"]
 CAUSAL = replace(
     MASKED,
     model=Model(
@@ -84,6 +115,8 @@ PAIRS = replace(
     model=replace(MASKED.model, type="bert"),
     objective=Classification(),
 )
+DEFAULTS = "HF Trainer"
+MICRO_BATCHES = 4  # of a step with batch_rebalance
 WORDS, SPREAD, LEAST = 21, 6, 8  # mean, standard deviation and least number of words in a text of a pair
 
 
@@ -99,7 +132,9 @@ class Workload:
     quick_examples: int = 16
     """Examples of a step of a quick run in fp32; in bf16 twice as many."""
     grouped: bool = True
-    """Whether Trainer also runs with `group_by_length`, since the lengths differ."""
+    """Whether Trainer also runs with `group_by_length` and `batch_rebalance`, since the lengths differ."""
+    sparse: bool = False
+    """Whether Trainer's other settings have ModernBERT's `sparse_prediction`."""
     epoch: bool = False
     """Whether minilm also runs with `group=epoch`."""
     eager: bool = True
@@ -121,18 +156,28 @@ class Workload:
 
     def contenders(self, config: Config, attentions: Sequence[str] = ("auto", "eager")) -> list[Contender]:
         """Return Trainer with its defaults, with other settings, and minilm, all with this configuration."""
-        found = [Contender(name="HF Trainer", config=config, run=run_trainer)]
-        grouping = "group_by_length" if self.grouped else ""
-        for attention in attentions:
-            if grouping or attention != "auto":
-                name = ", ".join(word for word in ("HF Trainer", grouping, attention) if word not in ("", "auto"))
-                run = partial(run_trainer, grouping=grouping, attention=attention)
-                found.append(Contender(name=name, config=config, run=run))
+        found = [Contender(name=DEFAULTS, config=config, run=run_trainer)]
+        for grouping in ("group_by_length", "batch_rebalance") if self.grouped else ("",):
+            for attention in attentions:
+                if grouping or self.sparse or attention != "auto":
+                    found.append(rival(config, grouping, attention, sparse=self.sparse))
         found.append(Contender(name="minilm", config=config, run=run_minilm))
         if self.epoch:
             config = replace(config, batch=replace(config.batch, group="epoch"))
-            found.append(Contender(name="minilm, group=epoch", config=config, run=run_minilm))
+            found.append(Contender(name="minilm, group=epoch", config=config, run=run_minilm, biased=True))
         return found
+
+
+def rival(config: Config, grouping: str, attention: str, *, sparse: bool = False) -> Contender:
+    """Return Trainer with some settings. sparse: with ModernBERT's `sparse_prediction`."""
+    words = [DEFAULTS, grouping, "" if attention == "auto" else attention, "sparse" * sparse]
+    if sparse:
+        fields = {**config.model.config, "sparse_prediction": True}
+        config = replace(config, model=replace(config.model, config=fields))
+    accumulation = MICRO_BATCHES if grouping == "batch_rebalance" else 1
+    run = partial(run_trainer, grouping=grouping, attention=attention, accumulation=accumulation)
+    name, biased = ", ".join(filter(None, words)), grouping == "group_by_length"
+    return Contender(name=name, config=config, run=run, biased=biased, obstacle=find_obstacle(grouping))
 
 
 def in_blocks(config: Config) -> Config:
@@ -147,6 +192,16 @@ WORKLOADS = {
     ),
     "masked-blocks": Workload(
         config=in_blocks(MASKED), rounds=Rounds(count=15), quick=Rounds(count=2, warm_up=1), grouped=False
+    ),
+    "modernbert-documents": Workload(
+        config=MODERNBERT, rounds=Rounds(count=7, block=4), quick=Rounds(count=3, warm_up=1, block=2), sparse=True
+    ),
+    "main-job": Workload(
+        config=PYDOCS,
+        rounds=Rounds(count=15, block=10),
+        quick=Rounds(count=3, warm_up=1, block=10),
+        grouped=False,
+        sparse=True,
     ),
     "causal-documents": Workload(
         config=CAUSAL, rounds=Rounds(count=9), quick=Rounds(count=2, warm_up=1), quick_examples=8, eager=False
@@ -196,21 +251,56 @@ def in_folder(config: Config, folder: Path) -> Config:
 
 
 def measure(name: str, contenders: list[Contender], rounds: Rounds, machine: report.Machine) -> list[dict[str, Any]]:
-    """Print the table of a comparison and return its rows. The first contender is the baseline: Trainer's defaults."""
+    """Print the table of a comparison and return its rows. The first contender is the baseline: Trainer's defaults.
+
+    A contender that cannot run has a line in the table, and no row.
+    """
+    unable = [side for side in contenders if side.obstacle]
+    contenders = [side for side in contenders if not side.obstacle]
     taken = compare(contenders, machine.precision, rounds)
     same = next(at for at, contender in enumerate(contenders) if contender.run is run_minilm)
     apart = report.compute_loss_difference(taken[0], taken[same])
+    checks = check_gradients(contenders) if machine.device.type == "cpu" else [None] * len(contenders)
     steps, examples = rounds.count * rounds.block, contenders[0].config.batch.examples
     print(f"\n{name}: {steps} steps of {examples}; losses of Trainer and minilm differ by at most {apart:.1e}")
-    print(report.COLUMNS)
-    rows = []
-    for contender, turns in zip(contenders, taken, strict=True):
-        figures = report.compute_figures(turns, taken[0], machine.peak)
-        print(report.line(contender.name, figures))
+    print(f"{report.COLUMNS}   loss   of exact    error")
+    rivals, rows = fastest_rivals(contenders, taken), []
+    for contender, turns, check in zip(contenders, taken, checks, strict=True):
+        figures: dict[str, Any] = report.compute_figures(turns, taken[0], machine.peak)
+        figures["loss"] = statistics.mean(loss for turn in turns for loss in turn.losses)
+        print(f"{report.line(contender.name, figures)} {figures['loss']:6.2f}   {check or ''}")
         label, ours = f"{contender.name} ({name})", contender.run is run_minilm
-        row = {"workload": name, "name": contender.name, "label": label, "ours": ours, "examples": examples}
+        row: dict[str, Any] = {
+            "workload": name,
+            "name": contender.name,
+            "label": label,
+            "ours": ours,
+            "examples": examples,
+        }
+        row |= {"biased": contender.biased, "gradient": check and asdict(check)}
+        if ours:
+            row["rivals"] = {
+                title: {"name": contenders[at].name, **report.compute_ratios(turns, taken[at])}
+                for title, at in rivals.items()
+            }
         rows.append({**row, **figures, "loss_difference": apart})
+    for side in unable:
+        print(f"{side.name:<42} cannot run: {side.obstacle}")
+    for row in rows:
+        for title, ratios in row.get("rivals", {}).items():
+            print(f"{row['name']} / {title} ({ratios['name']}): {report.spread(ratios)}")
     return rows
+
+
+def fastest_rivals(contenders: list[Contender], taken: list[list[TurnResult]]) -> dict[str, int]:
+    """Return the numbers of Trainer with its defaults, its fastest unbiased setting and its fastest biased setting."""
+    speeds = [sum(turn.tokens for turn in turns) / sum(turn.seconds for turn in turns) for turns in taken]
+    found = {"Trainer's defaults": 0}
+    for title, biased in (("Trainer's fastest unbiased setting", False), ("Trainer's fastest biased setting", True)):
+        rivals = [at for at, side in enumerate(contenders) if side.run is not run_minilm and side.biased == biased]
+        if rivals:
+            found[title] = max(rivals, key=speeds.__getitem__)
+    return found
 
 
 def drawing(rows: list[dict[str, Any]]) -> Callable[[Any], None]:

@@ -16,8 +16,10 @@ from unittest import mock
 import chats
 import classification
 import communication
+import comparison
 import embeddings
 import gpu
+import gradients
 import ladder
 import muon
 import pytest
@@ -40,7 +42,7 @@ import minilm.models.fast_modules
 import minilm.models.head
 import minilm.models.rotary
 import minilm.models.windowed_attention
-from minilm import Batch, Config, Data, Model, Run, Tokens
+from minilm import Batch, Config, Data, MaskedLM, Model, Run, Tokens
 from minilm.distributed.precision import Peak
 from minilm.objectives.factory import prepare_data
 from tests.launch import ROOT
@@ -49,7 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
 }
-SIZES["roberta"] = SIZES["bert"]
+SIZES["roberta"] = SIZES["modernbert"] = SIZES["bert"]
 CHAT_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {**SIZES["gpt2"], "n_positions": 128, "vocab_size": 410},
     "llama": {**SIZES["bert"], "max_position_embeddings": 128, "vocab_size": 410},
@@ -128,10 +130,58 @@ def test_throughput(name: str, tmp_path: Path) -> None:
 
 def test_a_quick_comparison_has_trainers_fastest_attention_alone() -> None:
     workload = throughput.WORKLOADS["masked-documents"]
-    for precision, best in (("bf16", "HF Trainer, group_by_length, eager"), ("fp32", "HF Trainer, group_by_length")):
+    for precision, attention in (("bf16", ", eager"), ("fp32", "")):
         names = {c.name for c in workload.contenders(workload.config, workload.attentions(precision, quick=True))}
-        assert names == {"HF Trainer", best, "minilm", "minilm, group=epoch"}
-    assert len(workload.contenders(workload.config, workload.attentions("bf16", quick=False))) == 5
+        fast = {f"HF Trainer, {grouping}{attention}" for grouping in ("group_by_length", "batch_rebalance")}
+        assert names == {"HF Trainer", *fast, "minilm", "minilm, group=epoch"}
+    assert len(workload.contenders(workload.config, workload.attentions("bf16", quick=False))) == 7
+
+
+def test_trainers_fastest_settings_are_known_as_biased_or_not() -> None:
+    workload = throughput.WORKLOADS["masked-documents"]
+    contenders = workload.contenders(workload.config, ("auto",))
+    assert [c.name for c in contenders if c.biased] == ["HF Trainer, group_by_length", "minilm, group=epoch"]
+    turn = TurnResult(seconds=1, tokens=1, padded_tokens=1, square_lengths=1, losses=(1.0,), memory=1)
+    taken = [[replace(turn, tokens=tokens)] for tokens in (100, 300, 200, 500, 400)]
+    rivals = throughput.fastest_rivals(contenders, taken)
+    assert [contenders[at].name for at in rivals.values()] == [
+        "HF Trainer",
+        "HF Trainer, batch_rebalance",
+        "HF Trainer, group_by_length",
+    ]
+
+
+def test_a_rival_that_cannot_run_has_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = throughput.WORKLOADS["masked-documents"]
+    assert not any(c.obstacle for c in workload.contenders(workload.config, ("auto",)))
+    monkeypatch.delattr("transformers.trainer_pt_utils.BatchRebalanceSampler")
+    unable = {c.name: c.obstacle for c in workload.contenders(workload.config, ("auto",)) if c.obstacle}
+    obstacle = f"transformers {version('transformers')} does not have batch_rebalance"
+    assert unable == {"HF Trainer, batch_rebalance": obstacle}
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("masked-documents", throughput.MICRO_BATCHES), ("modernbert-documents", 1)]
+)
+def test_gradients_are_compared_with_the_exact_one(name: str, scale: float, tmp_path: Path) -> None:
+    workload = throughput.WORKLOADS[name]
+    data, tokens = write_corpus(tmp_path, 300, vocabulary=400, median=15, sigma=0.6)
+    # Each micro-batch has targets.
+    config = replace(toy(workload.config), data=data, tokens=tokens, objective=MaskedLM(rate=0.5))
+    checks = {}
+    for contender in workload.contenders(config, ("eager",)):
+        if contender.biased and contender.run is run_minilm:
+            continue
+        _, turns = turns_of(gradients.checked(contender))
+        checks[contender.name] = gradients.read_check(turns)
+    # transformers' RoBERTa takes the mean over each micro-batch, and Trainer adds these means.
+    (rebalanced,) = [check for side, check in checks.items() if "batch_rebalance" in side]
+    assert rebalanced.scale == pytest.approx(scale, rel=0.5 if scale > 1 else 1e-4)
+    assert (rebalanced.error > 1e-2) == (scale > 1)
+    for side, check in checks.items():
+        if check is not rebalanced:
+            assert check.scale == pytest.approx(1, abs=1e-4), side
+            assert check.error < 1e-4, side
 
 
 def test_classification_takes_the_same_steps(tmp_path: Path) -> None:
@@ -244,24 +294,65 @@ def test_chats_take_the_same_steps_as_trl(kind: str, tmp_path: Path) -> None:
 
 
 def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, tokens = write_corpus(tmp_path, 80, vocabulary=400, median=15, sigma=0.6)
-    config = replace(toy(quality.JOBS["documents"].config), data=data, tokens=tokens)
-    config = quality.constant(config, warmup=3)
-    names = (quality.TRAINER, quality.MINILM, quality.EPOCH, quality.TRAINER_DEFAULTS)
-    found = {name: turns_of(quality.contender(name, config), block=2, evaluated=True)[1] for name in names}
+    data, tokens = write_corpus(tmp_path, 300, vocabulary=400, median=15, sigma=0.6)
+    job = quality.JOBS["documents"]
+    job = replace(job, config=quality.constant(replace(toy(job.config), data=data, tokens=tokens), warmup=3))
+    sides = quality.sides_of(job, "fp32")
+    sides_of_blocks = quality.sides_of(quality.JOBS["pydocs"], "bf16")
+    assert {*sides} - {*sides_of_blocks} == {"group_by_length", "epoch"}
+    assert sides_of_blocks["torch-muon"].config.model.config["sparse_prediction"]
+    assert "sparse_prediction" not in sides_of_blocks[quality.TRAINER].config.model.config
+    found = {}
+    for name, side in sides.items():
+        contender = side.at(quality.full_name(name, side), 1e-3)
+        found[contender.name] = turns_of(contender, block=2, evaluated=True)[1]
     losses = {name: [turn.eval_loss for turn in turns] for name, turns in found.items()}
     assert losses[quality.MINILM] == pytest.approx(losses[quality.TRAINER], rel=1e-5)
     assert all(value == value for side in losses.values() for value in side)  # no nan, no None
-    assert losses[quality.EPOCH] != losses[quality.MINILM] != losses[quality.TRAINER_DEFAULTS]
+    # No two others do the same.
+    assert len({tuple(side) for side in losses.values()}) >= len(losses) - 1
     turn = found[quality.MINILM][0]
     ours = [replace(turn, seconds=2.0, eval_loss=loss) for loss in (6.0, 5.0, 3.0)]
     assert [quality.seconds_to(loss, ours) for loss in (6.5, 5.5, 4.0, 2.0)] == [2.0, 3.0, 5.0, None]
     theirs = [replace(turn, seconds=5.0, eval_loss=loss) for loss in (5.5, 4.0, 3.5)]
-    job = quality.Job(config=config, others=(), rounds=Rounds(count=3, block=10), seconds=9)
-    rows = quality.rows_of("toy", job, {quality.TRAINER: theirs, quality.MINILM: ours})
-    assert rows[0]["share of minilm"] == 0.5
-    assert "5 s, 0.50 of it" in capsys.readouterr().out
-    assert replace(job, seconds=None, steps=30).end(theirs) == replace(job, seconds=99).end(theirs) == 2
+    taken = {quality.TRAINER: theirs, "HF Trainer, sgd": theirs[:1] * 3, quality.MINILM: ours}
+    rates = {side: {1e-3: 5.0, 3e-3: 4.0} for side in taken}
+    rows = quality.rows_of("toy", 10, 10.0, taken, rates)
+    assert [row["loss"] for row in rows] == [4.0, 5.5, 3.0]
+    assert [row["seconds_to_best"] for row in rows] == [10.0, None, 5.0]
+    assert [row["best_rival"] for row in rows] == [True, False, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.003 (0.001, 0.003)" in lines[-1]
+    assert "30  3.000     5 s, 0.50" in lines[-1]
+    assert job.rounds(7.0) == Rounds(count=7, warm_up=0, block=10, evaluated=1, seconds=7.0)
+
+
+def test_a_side_that_diverges_has_the_worst_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = quality.sides_of(quality.JOBS["pydocs"], "fp32")["sgd"]
+    turn = TurnResult(seconds=1, tokens=1, padded_tokens=1, square_lengths=1, losses=(1.0,), memory=1)
+    losses = iter([float("nan"), 3.0])
+    monkeypatch.setattr(quality, "compare", lambda sides, *_: [[replace(turn, eval_loss=next(losses))] for _ in sides])
+    assert quality.choose_rate("sgd", side, "fp32", Rounds(count=1)) == {0.1: float("inf"), 0.3: 3.0}
+    assert quality.choose_rate("sgd", replace(side, rates=(0.1,)), "fp32", Rounds(count=1)) == {0.1: float("inf")}
+
+
+def test_a_contender_stops_after_its_seconds() -> None:
+    class Side:
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.turns = seconds, 0
+
+        def send(self, message: bool) -> None:
+            self.turns += message
+
+        def recv(self) -> TurnResult:
+            return TurnResult(
+                seconds=self.seconds, tokens=1, padded_tokens=1, square_lengths=1, losses=(1.0,), memory=1
+            )
+
+    sides: Any = [Side(1.0), Side(4.0)]
+    taken = comparison._in_turn(sides, ["fast", "slow"], [None, None], Rounds(count=9, warm_up=0, seconds=5.0))
+    assert [len(turns) for turns in taken] == [5, 2]
+    assert [side.turns for side in sides] == [5, 2]
 
 
 def test_muon(tmp_path: Path) -> None:

@@ -172,9 +172,8 @@ class Work:
 def _measure_periods(run: Session, plan: RunPlan, collator: Collator, cost: Cost, total: int) -> list[Work]:
     """Return the work of each period of the run."""
     work = []
-    all_examples = run.prepared.periods or (run.prepared.train,)
     for period, steps, examples in zip(
-        list_periods(run.config), _split_steps(run.config, total), all_examples, strict=True
+        list_periods(run.config), _split_steps(run.config, total), run.prepared.train_by_period, strict=True
     ):
         epochs = plan.epochs_after(steps.stop) - plan.epochs_after(steps.start)
         flops = epochs * _flops(cost, examples, collator.rate((steps.start + steps.stop) / 2 / total))

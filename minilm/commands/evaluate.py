@@ -146,6 +146,8 @@ def _build_config(name: str, data: Data | None) -> Config:
         config = Config(objective=objective, batch=Batch(max_length=length))
     if isinstance(config.objective, Classification):
         config = replace(config, objective=replace(config.objective, problem=_find_problem(name)))
+    # An evaluation has the settings of the configuration itself.
+    config = replace(config, run=replace(config.run, phases=()))
     model = Model(name=name)
     if data is not None:
         if len(data.sources) > 1 or data.streaming:

@@ -11,6 +11,7 @@ from typing import Any
 
 from minilm.config import Config, ConfigValue, Data, Phase, Run
 from minilm.config.foreign_flags import refuse_foreign_flags
+from minilm.config.phases import drop_weights
 from minilm.config.serialization import read_run_config
 from minilm.utils.launch_variables import claim_error_report
 from minilm.utils.local_files import is_plain_text
@@ -71,9 +72,10 @@ def parse_flags(default: Config, description: str = "", arguments: Sequence[str]
         default = read_run_config(rest[at + 1])
         del rest[at : at + 2]
     if _has_flag(rest, "--data.source"):
-        # The columns and splits of the default source do not fit another source.
+        # The columns, splits and weights of the default source do not fit another source.
         kept = Data(document=default.data.document, eval_fraction=default.data.eval_fraction)
-        default = dataclasses.replace(default, data=kept)
+        phases = drop_weights(default.run.phases)
+        default = dataclasses.replace(default, data=kept, run=dataclasses.replace(default.run, phases=phases))
     refuse_foreign_flags(rest, default)
     document_is_default = not _has_flag(rest, "--data.document")
     default, rest = _take_fields(default, rest)

@@ -32,8 +32,12 @@ class Phase:
             0 <= self.start < 1 or self.start % 1 == 0 <= self.start,
             f"a phase's start must be a share below 1 or a whole number of steps, not {self.start}",
         )
-        changes = [f.name for f in dataclasses.fields(self) if f.name != "start" and getattr(self, f.name) != f.default]
-        check(bool(changes), f"the phase {str(self)!r} changes no setting: add one, such as max-length=512")
+        check(self._count_changes() > 0, f"the phase {str(self)!r} changes no setting: add one, such as max-length=512")
+
+    def _count_changes(self) -> int:
+        return sum(
+            getattr(self, field.name) != field.default for field in dataclasses.fields(self) if field.name != "start"
+        )
 
     @classmethod
     def parse(cls, text: str) -> "Phase":
@@ -142,6 +146,12 @@ def list_periods(config: "Config") -> list[Period]:
         if start == 0 or (start < total and now != periods[-1].config):
             periods.append(Period(start=start, config=now))
     return periods
+
+
+def drop_weights(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """Return the phases without their weights, and without those that change nothing else."""
+    kept = [phase for phase in phases if not (phase.weights and phase._count_changes() == 1)]
+    return tuple(dataclasses.replace(phase, weights=()) for phase in kept)
 
 
 def find_longest(config: "Config") -> int:

@@ -170,6 +170,11 @@ class PreparedData:
     added_tokens: int = 0
     """The number of tokens that the objective has added to the tokenizer, after those of `tokens.extend`."""
 
+    @property
+    def train_by_period(self) -> tuple[Examples, ...]:
+        """The training examples of each period of the run."""
+        return self.periods or (self.train,)
+
 
 def encode(
     documents: Documents,

@@ -9,6 +9,7 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
+from minilm.config.phases import list_periods
 from minilm.data.corpus import Examples, PreparedData, encode
 from minilm.data.document_texts import Documents
 from minilm.data.documents import load_documents
@@ -148,9 +149,9 @@ def _count_needed_examples(config: Config, train: Documents) -> tuple[int | None
     """
     if not isinstance(train, TextStream) or not train.remote or config.run.max_steps is None:
         return None, None
-    if config.run.phases:
+    if any(period.config.batch != config.batch or period.config.data != config.data for period in list_periods(config)):
         raise ValueError(
-            "run.phases: a run reads only the beginning of a stream of the hub, which the phases would change; leave "
+            "run.phases: a run reads only as much of a stream of the hub as the same settings need in all steps; leave "
             "data.streaming out"
         )
     if len(config.data.sources) > 1:

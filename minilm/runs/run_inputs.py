@@ -41,7 +41,7 @@ def collect_inputs(
     teacher = None if head.teacher is None else dict(head.teacher.head.named_parameters())
     inputs = {
         "training examples": prepared.train.identity(),
-        _PERIODS: [examples.identity() for examples in prepared.periods],
+        _PERIODS: [examples.identity() for examples in prepared.train_by_period],
         "evaluation examples": {**prepared.eval.identity(), "parts": prepared.eval_parts},
         "tokenizer": _digest(serialize_tokenizer(prepared.tokenizer)),
         "model configuration": _fields(network.config.to_dict()),

@@ -147,7 +147,7 @@ def plan_batches(run: Session, head: Head) -> RunPlan:
     """Return the plan of the steps, with padding where the head needs it."""
     prepared, joined = run.prepared, JoinedExamples(run.prepared)
     parts, before = list[PlanPart](), prepared.train
-    for period, examples in zip(list_periods(run.config), prepared.periods or (prepared.train,), strict=True):
+    for period, examples in zip(list_periods(run.config), prepared.train_by_period, strict=True):
         config, batch = period.config, period.config.batch
         same_examples = examples is before
         if parts and same_examples and batch.examples == parts[-1].plan.examples:
@@ -183,7 +183,7 @@ def build_collator(run: Session, plan: RunPlan) -> RunCollator:
     prepared, joined = run.prepared, JoinedExamples(run.prepared)
     total = run.config.run.count_steps(plan.steps_per_epoch)
     parts = []
-    for period, examples in zip(list_periods(run.config), prepared.periods or (prepared.train,), strict=True):
+    for period, examples in zip(list_periods(run.config), prepared.train_by_period, strict=True):
         collator = build_objective(period.config.objective).collator(
             prepared.tokenizer, examples, seed=run.config.run.seed, padded=plan.padded, multiple=plan.multiple
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minilm import Config
+from minilm import Config, Phase
 from minilm.train import train
 from tests.jobs import config_in, end_of, of_any_length
 from tests.launch import ROOT
@@ -33,8 +33,10 @@ def folder_of(config: Config) -> Path:
 
 
 def test_a_branch_has_the_settings_of_its_run_and_a_folder_beside_it(trunk: Config, tmp_path: Path) -> None:
+    phase = "start=6 max-length=16 examples=4"
     words = ("--at", "4", "--run.max-steps", "9", "--optim.schedule", "wsd", "--optim.decay", "3")
     command = [sys.executable, "-m", "minilm.commands.main", "branch", str(folder_of(trunk)), *words]
+    command += ["--run.phases", phase]
     # The order of sums depends on the number of threads.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -43,7 +45,7 @@ def test_a_branch_has_the_settings_of_its_run_and_a_folder_beside_it(trunk: Conf
     whole = replace(
         trunk,
         optim=replace(trunk.optim, schedule="wsd", decay=3),
-        run=replace(trunk.run, max_steps=9, output_dir=str(tmp_path / "whole")),
+        run=replace(trunk.run, max_steps=9, output_dir=str(tmp_path / "whole"), phases=(Phase.parse(phase),)),
     )
     train(whole)
     tail = Path(f"{folder_of(trunk)}-from-4")

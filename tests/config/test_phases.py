@@ -42,6 +42,14 @@ def test_phases_survive_json_and_the_command_line(tmp_path: Path) -> None:
     assert parse_flags(config, arguments=["--run.phases"]).run.phases == ()
 
 
+def test_another_source_has_no_weights_of_phases() -> None:
+    phases = (Phase(start=0.5, weights=(2.0, 1.0)), Phase(start=90, examples=4, weights=(1.0, 1.0)))
+    default = Config(data=Data(source=("a.txt", "b.txt")), run=Run(max_steps=100, phases=phases))
+    for sources in (["c.txt"], ["c.txt", "d.txt", "e.txt"]):
+        config = parse_flags(default, arguments=["--data.source", *sources])
+        assert config.run.phases == (Phase(start=90, examples=4),)
+
+
 def test_each_phase_keeps_what_it_does_not_name() -> None:
     phases = (
         Phase(start=0.25, max_length=512, examples=4),

@@ -17,11 +17,12 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from minilm.config import Batch, Config, Data, Run, Tokens
+from minilm.config import Batch, Config, Data, Phase, Run, Tokens
 from minilm.data.batch_plan import fill_rows
 from minilm.data.corpus import encode
 from minilm.data.documents import load_documents
 from minilm.data.streaming import TextStream, stream_documents
+from minilm.objectives.factory import prepare_run
 from minilm.objectives.masked_lm import MaskedLMObjective
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(25)]
@@ -170,6 +171,18 @@ def test_a_hub_stream_is_read_only_as_far_as_the_steps_need(hub: list[int], layo
     assert len(prepared.eval) >= 44
     assert max(hub) < most
     assert "abc" in stream_documents(config.data)[0].identity
+
+
+def test_phases_that_need_another_part_of_a_hub_stream_are_refused(hub: list[int]) -> None:
+    data = Data(source="some/rows", streaming=True, eval_fraction=0.1)
+    config = Config(data=data, tokens=Tokens(vocab_size=400), batch=Batch(examples=10, max_length=64))
+    masked, longer = (
+        replace(config, run=Run(max_steps=40, phases=(phase,)))
+        for phase in (Phase(start=0.5, mask_rate=0.4), Phase(start=0.5, examples=40))
+    )
+    assert len(prepare_run(masked).train) >= 400
+    with pytest.raises(ValueError, match=r"leave data\.streaming out$"):
+        prepare_run(longer)
 
 
 @pytest.mark.parametrize(("overflow", "max_length"), [("split", 64), ("truncate", 8)])

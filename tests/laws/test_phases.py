@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from minilm import CausalLM, Classification, Config, Data, MaskedLM, Model, Phase
+from minilm.commands.evaluate import evaluate
 from minilm.train import train
 from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
 from tests.launch import read_log
@@ -87,6 +89,16 @@ def test_a_run_resumed_before_at_or_after_a_change_ends_the_same_to_the_bit(
     folder = stopped_after(step, reference, tmp_path / "stopped")
     train(in_folder(config, folder, resume="latest"))
     assert end_of(folder) == end_of(reference)
+
+
+def test_a_run_with_phases_is_evaluated_again(reference: Path, config: Config, tmp_path: Path) -> None:
+    last = read_log(reference)[1][-1]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = evaluate(reference)
+    assert again["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+    source = config.data.sources[0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert evaluate(reference, Data(source=source))["eval_loss"] > 0
 
 
 def test_the_log_shows_each_phase(config: Config, reference: Path, tmp_path: Path) -> None:

@@ -159,6 +159,12 @@ def test_other_examples_begin_a_new_epoch_and_keep_their_numbers_for_good() -> N
     assert len(again) == 3 * 4 + 3 * 2
 
 
+def test_no_epoch_is_left_out_where_a_phase_begins_with_an_epoch() -> None:
+    steps = build(configuration(()))[0].steps_per_epoch
+    plan, _ = build(configuration((Phase(start=steps, max_length=8),)))
+    assert [plan.step(index).epoch for index in (steps - 1, steps)] == [0, 1]
+
+
 def test_a_mask_rate_leaves_the_order_alone() -> None:
     plain, _ = build(configuration(()))
     masked, _ = build(configuration((Phase(start=5, mask_rate=0.4),)))

@@ -8,12 +8,27 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from minilm import CausalLM, Classification, Config, Data, MaskedLM, Model, Phase
+from minilm import (
+    CausalLM,
+    Classification,
+    Config,
+    Data,
+    MaskedLM,
+    Model,
+    MultipleChoice,
+    Phase,
+    QuestionAnswering,
+    SentenceEmbedding,
+    SupervisedFineTuning,
+    TokenClassification,
+)
 from minilm.commands.evaluate import evaluate
+from minilm.config import ObjectiveSettings
 from minilm.train import train
-from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
+from tests.jobs import CONFIG, STEPS, WORDS, end_of, finish_all, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
+from tests.own_objectives import Tagging
 
 # Each phase of this run changes something else, and the epochs of the first settings have 27 steps.
 PHASES = (
@@ -204,6 +219,64 @@ def test_every_objective_has_phases(
     train(whole)
     folder = stopped_after(3, tmp_path / "whole", tmp_path / "resumed")
     train(in_folder(whole, folder, resume="latest"))
+    assert end_of(folder) == end_of(tmp_path / "whole")
+
+
+SENTENCES = [" ".join(WORDS.split()[number % 7 : number % 7 + 3 + number % 9]) for number in range(60)]
+GPT2 = Model(type="gpt2", config={"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64})
+# An objective, its model (None for the one of the other tests), its settings of the data, and its rows.
+ROWS: dict[str, tuple[ObjectiveSettings, Model | None, dict[str, Any], list[dict[str, Any]]]] = {
+    "sentence embedding": (
+        SentenceEmbedding(),
+        None,
+        {"column": "a", "pair_column": "b"},
+        [{"a": text, "b": text[::-1]} for text in SENTENCES],
+    ),
+    "tags": (
+        TokenClassification(),
+        None,
+        {},
+        [{"tokens": text.split(), "ner_tags": ["O"] * len(text.split())} for text in SENTENCES],
+    ),
+    "supervised fine-tuning": (
+        SupervisedFineTuning(format="completion", too_long="cut"),
+        GPT2,
+        {},
+        [{"prompt": text[:5], "completion": text[5:] + " end"} for text in SENTENCES],
+    ),
+    "question answering": (
+        QuestionAnswering(stride=2),
+        None,
+        {},
+        [
+            {"question": "which", "context": text, "answers": {"text": [text[:5]], "answer_start": [0]}}
+            for text in SENTENCES
+        ],
+    ),
+    "multiple choice": (
+        MultipleChoice(choices=("x", "y")),
+        None,
+        {"column": "first", "label_column": "z"},
+        [{"first": text, "x": text, "y": text[::-1], "z": 0} for text in SENTENCES],
+    ),
+    "an own objective": (
+        Tagging(),
+        None,
+        {},
+        [{"words": text.split(), "tags": ["other"] * len(text.split())} for text in SENTENCES],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_objectives_of_rows_have_phases(name: str, config: Config, tmp_path: Path) -> None:
+    objective, model, settings, rows = ROWS[name]
+    phases = (Phase(start=1, max_length=32), Phase(start=2, weights=(2.0,), examples=4))
+    run = replace(config.run, phases=phases, max_steps=3, output_dir=str(tmp_path / "whole"))
+    whole = replace(config, data=Data(**settings), model=model or config.model, objective=objective, run=run)
+    train(whole, documents=rows)
+    folder = stopped_after(2, tmp_path / "whole", tmp_path / "resumed")
+    train(in_folder(whole, folder, resume="latest"), documents=rows)
     assert end_of(folder) == end_of(tmp_path / "whole")
 
 

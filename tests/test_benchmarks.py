@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import operator
 import random
 import sys
@@ -20,8 +21,10 @@ import comparison
 import embeddings
 import gpu
 import gradients
+import hf_trainer
 import ladder
 import muon
+import nanogpt
 import pytest
 import quality
 import report
@@ -29,10 +32,12 @@ import scaling
 import tagging
 import throughput
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from comparison import Contender, Rounds, StepCost, Task, TurnResult, build_parts, run_minilm
 from synthetic import write_corpus
-from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForMaskedLM, BertConfig, BertModel, PreTrainedTokenizerBase, RobertaConfig
 from transformers.models.modernbert import modeling_modernbert
 
 import minilm.data.packing
@@ -42,7 +47,7 @@ import minilm.models.fast_modules
 import minilm.models.head
 import minilm.models.rotary
 import minilm.models.windowed_attention
-from minilm import Batch, Config, Data, MaskedLM, Model, Run, Tokens
+from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.distributed.precision import Peak
 from minilm.objectives.factory import prepare_data
 from tests.launch import ROOT
@@ -327,6 +332,29 @@ def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.rounds(7.0) == Rounds(count=7, warm_up=0, block=10, evaluated=1, seconds=7.0)
 
 
+def test_torchs_muon_in_trainer_takes_the_learning_rate_of_the_schedule() -> None:
+    network = AutoModelForMaskedLM.from_config(RobertaConfig(vocab_size=40, pad_token_id=1, **SIZES["bert"]))
+    optimizer = hf_trainer.MuonWithAdamW(network, Optim(lr=1e-2))
+    # accelerate loads a copy of the optimizer's state, and with it new groups.
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    schedule = LambdaLR(prepared, lambda step: float(step))
+    moved = []
+    for _ in range(2):
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        network(input_ids=torch.arange(4, 20)[None], labels=torch.arange(4, 20)[None]).loss.backward()
+        prepared.step()
+        schedule.step()
+        moved.append(
+            {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+        )
+    assert not moved[0]
+    assert {"roberta.encoder.layer.0.output.dense.weight", "roberta.embeddings.word_embeddings.weight"} <= moved[1]
+    matrices = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+    inside = [name for name, parameter in network.named_parameters() if id(parameter) in matrices]
+    assert len(inside) == 12
+    assert all("encoder.layer" in name for name in inside)
+
+
 def test_a_side_that_diverges_has_the_worst_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     side = quality.sides_of(quality.JOBS["pydocs"], "fp32")["sgd"]
     turn = TurnResult(seconds=1, tokens=1, padded_tokens=1, square_lengths=1, losses=(1.0,), memory=1)
@@ -353,6 +381,68 @@ def test_a_contender_stops_after_its_seconds() -> None:
     taken = comparison._in_turn(sides, ["fast", "slow"], [None, None], Rounds(count=9, warm_up=0, seconds=5.0))
     assert [len(turns) for turns in taken] == [5, 2]
     assert [side.turns for side in sides] == [5, 2]
+
+
+NANOGPT = {
+    "train.py": """
+import sys
+
+import torch
+
+from model import GPT, GPTConfig
+
+flags = dict(flag[2:].split("=") for flag in sys.argv[2:])
+assert flags["max_iters"] == flags["eval_interval"] == "7" and flags["n_embd"] == "128"
+settings = {"vocab_size": 4}
+checkpoint = {"model_args": settings, "model": GPT(GPTConfig(**settings)).state_dict()}
+torch.save(checkpoint, f"{flags['out_dir']}.pt")
+print("iter 0: loss 1.0, time 900.00ms\\niter 1: loss 1.0, time 100.00ms\\niter 2: loss 1.0, time 50.00ms")
+print("step 0: train loss 1.2, val loss 1.3\\nstep 7: train loss 1.0, val loss 1.1")
+import os
+os.makedirs(flags["out_dir"])
+os.rename(f"{flags['out_dir']}.pt", f"{flags['out_dir']}/ckpt.pt")
+""",
+    "model.py": """
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor([0.1, 0.2, 0.4, 0.3]).log())
+
+    def forward(self, ids, targets=None):
+        return self.bias.expand(*ids.shape, 4), None
+""",
+    "data/shakespeare_char/prepare.py": "open('val.bin', 'w').write(open('input.txt').read())",
+}
+
+
+def test_nanogpt(tmp_path: Path) -> None:
+    for name, code in NANOGPT.items():
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    text = tmp_path / "text.txt"
+    text.write_text("dcba" * 300)
+    nanogpt.prepare_nanogpt(tmp_path / "checkout", text, tmp_path / "copy")
+    assert not (tmp_path / "checkout" / "data" / "shakespeare_char" / "input.txt").exists()
+    blocks = nanogpt.held_out_blocks(text)
+    assert "".join(map("".join, blocks)) == "dcba" * 30
+    assert [len(block) for block in blocks] == [64, 56]
+    found = nanogpt.run_nanogpt(tmp_path / "copy", text, 1e-3, 7, [list("dcba"), list("ab")])
+    # The ids of a, b, c and d are 0 to 3. The first characters of blocks are not predicted.
+    expected = -math.log(0.4 * 0.2 * 0.1 * 0.2) / 4
+    assert found.pop("loss") == pytest.approx(expected)
+    assert found.pop("seconds") > 0
+    assert found == {"training_seconds": pytest.approx(0.7), "own_loss": 1.1}
 
 
 def test_muon(tmp_path: Path) -> None:

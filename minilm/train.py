@@ -214,9 +214,11 @@ def train(
                 better = False
                 if done == total or done % eval_every == 0:
                     recorder.flush()
-                    figures = evaluator(accelerator, model).figures()
+                    evaluation = evaluator(accelerator, model)
+                    figures = evaluation.figures()
                     better = best.update(figures, done)
-                    recorder.record_evaluation(epoch, figures, format_all_figures(run.objective, figures))
+                    text = format_all_figures(run.objective, figures)
+                    recorder.record_evaluation(epoch, figures, text, evaluation.per_example)
 
                 # The caller may look at the figures and the model, and end the run after this step.
                 wants_stop = False

@@ -148,6 +148,7 @@ def test_flags_and_recipes_that_are_named_exist() -> None:
     kinds: list[tuple[str, Any]] = [(group.name, type(getattr(Config(), group.name))) for group in fields(Config)]
     kinds += [("objective", kind) for kind in find_builtin_classes().values()]
     known = {f"{group}.{field.name.replace('_', '-')}" for group, kind in kinds for field in fields(kind)}
+    known |= {f"{group}.no-{field.name}" for group, kind in kinds for field in fields(kind) if field.type is bool}
     for page in (*PAGES, ROOT / "README.md"):
         text = page.read_text(encoding="utf-8")
         groups = "|".join(field.name for field in fields(Config))

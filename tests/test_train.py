@@ -258,7 +258,7 @@ def test_a_run_leaves_its_records(documents: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "all_results.json", "config.json", "log.jsonl"),
-        *("model.safetensors", "run.json", "tokenizer.json", "tokenizer_config.json", "checkpoint-4"),
+        *("model.safetensors", "run.json", "tokenizer.json", "tokenizer_config.json", "checkpoint-4", "ledger"),
     }
     assert json.loads((out / "all_results.json").read_text()) == results
     assert results.keys() == {

@@ -274,6 +274,8 @@ class Run:
     """Steps between checkpoints. A run that is told to stop (SIGTERM, ctrl-C) saves one too. 0: save none."""
     keep_last: int = 2
     """Number of newest checkpoints to keep. The best checkpoint by best_metric is kept in addition."""
+    ledger: bool = True
+    """Keep the loss of each example at each evaluation in the folder ledger, for minilm ledger and minilm compare."""
     best_metric: str = "eval_loss"
     """Evaluation figure that decides which checkpoint is the best, such as accuracy or f1."""
     load_best: bool = False

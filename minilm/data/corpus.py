@@ -67,6 +67,9 @@ class Examples:
     """bool[I], True where an id begins a word. None if `encode` was not asked for words."""
     text_bytes: NDArray[np.integer] | ArrayFile | None = None
     """Integers [I], the UTF-8 bytes of text that each id stands for. None if `encode` was not asked for them."""
+    document: NDArray[np.int64] | None = None
+    """int64[E], the number of the document of each example, from 0. None without `text_bytes`, or if
+    examples join documents."""
     special_tokens: dict[int, tuple[int, str]] = field(default_factory=dict)
     """The special tokens inside texts: for each id, the number of the first text with it, from 1, and how it begins."""
 
@@ -167,6 +170,8 @@ class PreparedData:
     """The number of evaluation examples of each part, in the order of `eval`."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration that the data decides, such as the names of its labels."""
+    eval_documents: str = ""
+    """A hash of the evaluation documents, and of their labels, which does not depend on the tokenizer."""
     added_tokens: int = 0
     """The number of tokens that the objective has added to the tokenizer, after those of `tokens.extend`."""
 
@@ -224,7 +229,8 @@ def encode(
             folder, documents, tokenizer, *around, words, text_bytes, name, enough_ids, counted
         ),
     )
-    start, stop = _cut_into_examples(np.load(folder / "offsets.npy"), room, layout, overflow)
+    offsets = np.load(folder / "offsets.npy")
+    start, stop = _cut_into_examples(offsets, room, layout, overflow)
     special_tokens = read_special_tokens(folder, tokenizer, name)
     if len(start) == 0:
         raise ValueError(
@@ -239,6 +245,7 @@ def encode(
         fingerprint=key,
         is_word_start=ArrayFile(folder / "begins.npy") if words else None,
         text_bytes=ArrayFile(folder / "bytes.npy") if text_bytes else None,
+        document=np.searchsorted(offsets, start, side="right") - 1 if text_bytes and layout != "blocks" else None,
         special_tokens=special_tokens,
     )
 

@@ -26,10 +26,13 @@ class AveragesEvaluator:
         return (*self.evaluator.names, *(PREFIX + name for name in self.evaluator.names))
 
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> FigureTable:
-        last = self.evaluator(accelerator, model).figures()
+        last = self.evaluator(accelerator, model)
         with averaged_weights(model, self.optimizer):
-            averages = self.evaluator(accelerator, model).figures()
-        return FigureTable(values=last | {PREFIX + name: value for name, value in averages.items()})
+            averages = self.evaluator(accelerator, model)
+        return FigureTable(
+            values=last.figures() | {PREFIX + name: value for name, value in averages.figures().items()},
+            per_example={**last.per_example, **{PREFIX + name: own for name, own in averages.per_example.items()}},
+        )
 
 
 def format_all_figures(objective: Objective, figures: dict[str, float]) -> str:

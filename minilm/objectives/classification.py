@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from minilm.config import Classification, Config
 from minilm.data.corpus import Examples, PreparedData
+from minilm.data.document_texts import find_text_columns, fingerprint_documents
 from minilm.data.documents import load_documents
 from minilm.data.labels import Labels, read_labels
 from minilm.data.memory import MemoryDocuments
@@ -28,7 +30,12 @@ from minilm.models.token_types import fit_token_types
 from minilm.objectives.classification_loss import ClassificationLoss, compute_classification_losses
 from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.example_evaluation import ExampleEvaluator
-from minilm.objectives.metrics import CLASSIFICATION_FIGURES, compute_classification_figures, find_problem
+from minilm.objectives.metrics import (
+    CLASSIFICATION_FIGURES,
+    compute_classification_figures,
+    compute_label_losses,
+    find_problem,
+)
 from minilm.objectives.objective import Evaluator, Objective
 from minilm.utils.shell import format_command
 
@@ -69,6 +76,7 @@ class ClassificationObjective(Objective):
             return replace(examples, fingerprint=_compute_fingerprint(examples, labels, values))
 
         if is_one_dataset(train, parts):
+            held_out = train
             train_examples = eval_examples = encode_examples(train, eval_labels, "documents")
         else:
             held_out = concatenate_datasets([part.remove_columns("label") for part in parts.values()])
@@ -81,6 +89,11 @@ class ClassificationObjective(Objective):
             labels=labels,
             eval_parts={name: len(part) for name, part in parts.items()},
             fields=labels.fields(),
+            eval_documents=fingerprint_documents(
+                held_out,
+                [labels.problem, labels.names, hashlib.sha256(eval_labels.tobytes()).hexdigest()],
+                columns=find_text_columns(held_out),
+            ),
         )
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> RowHead:
@@ -102,6 +115,14 @@ class ClassificationObjective(Objective):
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
         return compute_classification_figures(outputs.double().numpy(), targets.numpy())
+
+    def describe_examples(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        losses = torch.from_numpy(compute_label_losses(outputs.double().numpy(), targets.numpy()))
+        problem = find_problem(targets.numpy())
+        if problem == "regression":
+            return {"loss": losses}
+        right = outputs.argmax(1) == targets if problem == "single-label" else ((outputs > 0) == (targets > 0)).all(1)
+        return {"loss": losses, "correct": right}
 
     def compare_with_teacher(self, outputs: Tensor, expected: Tensor, targets: Tensor, temperature: float) -> Tensor:
         problem = find_problem(targets.cpu().numpy()[:0])

@@ -1,11 +1,12 @@
 """Exact evaluation: every evaluation example is evaluated once, and the processes share the work.
 
-Axes: T tokens and N targets of the micro-batch, V ids of the vocabulary, P processes.
+Axes: T tokens and N targets of the micro-batch, V ids of the vocabulary, E examples, P processes.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,31 +51,42 @@ class LanguageModelEvaluator:
         totals are equal to the bit for the same model on the same hardware with the same number of threads.
         """
         nats: list[Tensor] = []
-        utf8_bytes = 0
+        places: list[NDArray[np.int64]] = []
+        lengths_E = self.examples.lengths
+        loss_E = np.zeros(len(self.examples))
+        targets_E, bytes_E = np.zeros((2, len(self.examples)), np.int64)
         targets_V = np.zeros(len(self.unigram_nats_V), np.int64)
         with evaluation_mode(model):
             for ids, batch in iterate_local_batches(accelerator, self.examples, self.collator, self.micro_tokens):
-                utf8_bytes += self._count_target_bytes(ids, batch)
                 targets_V += np.bincount(batch.target_ids_N.numpy(), minlength=len(targets_V))
+                ends = np.cumsum(lengths_E[ids])
+                places.append(ids[np.searchsorted(ends, batch.target_index_N.numpy(), side="right")])
+                np.add.at(targets_E, places[-1], 1)
+                np.add.at(bytes_E, places[-1], self._find_target_bytes(ids, batch))
                 nats.append(target_losses(model, batch.to(accelerator.device)))
         # The sums are taken on the CPU, since not every device has float64. They travel between processes as int64.
-        sums = np.array([float(part.cpu().double().sum()) for part in nats])
+        nats = [part.cpu().double() for part in nats]
+        sums = np.array([float(part.sum()) for part in nats])
+        for place_N, part in zip(places, nats, strict=True):
+            np.add.at(loss_E, place_N, part.numpy())
         sums_of_all = _gather(accelerator, sums.view(np.int64)).view(np.float64)
-        counts = _gather(accelerator, np.append(targets_V, utf8_bytes)).sum(0)
-        targets_V = counts[:-1]
+        targets_V = _gather(accelerator, targets_V).sum(0)
+        loss_E, targets_E, bytes_E = join_shares(accelerator, loss_E, targets_E, bytes_E)
         return EvaluationTotals(
             nats=math.fsum(sums_of_all.flat),
             targets=int(targets_V.sum()),
-            utf8_bytes=int(counts[-1]),
+            utf8_bytes=int(bytes_E.sum()),
             unigram_nats=float((targets_V * self.unigram_nats_V).sum()),
+            per_example={"loss": loss_E, "targets": targets_E, "utf8_bytes": bytes_E},
         )
 
-    def _count_target_bytes(self, ids: NDArray[np.int64], batch: MicroBatch) -> int:
-        """Return the UTF-8 bytes of the text that the targets of the batch stand for."""
+    def _find_target_bytes(self, ids: NDArray[np.int64], batch: MicroBatch) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes of the text that each target of the batch stands for, int64[N]."""
         if not batch.target_count:
-            return 0
+            return np.zeros(0, np.int64)
         bytes_T = np.concatenate([self.examples.token_bytes(int(i)) for i in ids])
-        return int(bytes_T[batch.target_index_N.numpy() + self.collator.target_offset].sum())
+        bytes_N: NDArray[np.int64] = bytes_T[batch.target_index_N.numpy() + self.collator.target_offset]
+        return bytes_N
 
 
 def iterate_local_batches(
@@ -92,6 +104,16 @@ def iterate_local_batches(
     own = shares[accelerator.process_index]
     for ids in show_progress(own, desc="evaluating", leave=False, disable=not accelerator.is_main_process):
         yield ids, collator([examples[int(i)] for i in ids], ids, epoch=0)
+
+
+def join_shares(accelerator: Accelerator, *arrays_E: NDArray[Any]) -> list[NDArray[Any]]:
+    """Return the arrays of all processes joined; float64 or int64, with an element for each evaluation example.
+
+    One process has the element of an example and all others have zero, so that a sum of the bits is exact.
+    """
+    bits = torch.from_numpy(np.stack([array.view(np.int64) for array in arrays_E])).to(accelerator.device)
+    joined = accelerator.reduce(bits).cpu().numpy()
+    return [row.view(array.dtype) for row, array in zip(joined, arrays_E, strict=True)]
 
 
 def _gather(accelerator: Accelerator, array: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,19 +4,21 @@ Axes: U outputs of all evaluation examples, C numbers of an output, E examples, 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.example import NO_TARGET
 from minilm.data.micro_batch import target_losses
 from minilm.models.temporary_changes import evaluation_mode
-from minilm.objectives.evaluation import iterate_local_batches
+from minilm.objectives.evaluation import iterate_local_batches, join_shares
 from minilm.objectives.example_batches import ExampleCollator, arrange_outputs, count_targets
 from minilm.objectives.metrics import MAX_EXPONENT
 
@@ -32,6 +34,8 @@ class FigureTable:
     """The figures of an evaluation, computed already."""
 
     values: dict[str, float]
+    per_example: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """As `minilm.objectives.objective.EvaluationResult.per_example`."""
 
     def figures(self) -> dict[str, float]:
         """Return the figures by name."""
@@ -78,7 +82,20 @@ class ExampleEvaluator:
         for name, part in _find_parts(self.prepared).items():
             own = self._compute_figures(outputs_UxC, first_E1, part)
             figures |= {f"{figure}_{name}": value for figure, value in own.items()}
-        return FigureTable(values=figures)
+        return FigureTable(values=figures, per_example=self._describe_examples(outputs_UxC, first_E1))
+
+    def _describe_examples(self, outputs_UxC: Tensor, first_E1: Any) -> dict[str, NDArray[Any]]:
+        """Return `EvaluationResult.per_example`."""
+        examples = len(self.prepared.eval)
+        size = COUPLED_EXAMPLES if self.objective.couples_examples else max(1, examples)
+        groups = (slice(start, min(examples, start + size)) for start in range(0, examples, size))
+        parts = [self.objective.describe_examples(*self._arrange(outputs_UxC, first_E1, group)) for group in groups]
+        values = {name: torch.cat([part[name] for part in parts]).detach().numpy() for name in parts[0]}
+        if self.collator.outputs != "targets":
+            return {**values, "targets": np.ones(examples, np.int64)}
+        counts_E = np.diff(first_E1)
+        place_U = np.repeat(np.arange(examples), counts_E)
+        return {"loss": np.bincount(place_U, values["loss"], examples), "targets": counts_E}
 
     def _compute_figures(self, outputs_UxC: Tensor, first_E1: Any, part: slice) -> dict[str, float]:
         """Return the figures of some consecutive examples."""
@@ -142,15 +159,13 @@ class TargetLossEvaluator:
                 # The sums are taken on the CPU, since not every device has float64.
                 nats_N = target_losses(model, batch.to(accelerator.device)).cpu().double().numpy()
                 nats_E[ids] = np.bincount(np.repeat(np.arange(len(ids)), counts_E[ids]), nats_N, len(ids))
-        # One process has the sum of an example and all others have zero, so that a sum of the bits is exact.
-        bits_E = torch.from_numpy(nats_E.view(np.int64)).to(accelerator.device)
-        nats_E = accelerator.reduce(bits_E).cpu().numpy().view(np.float64)
+        (nats_E,) = join_shares(accelerator, nats_E)
         figures = dict[str, float]()
         parts = {f"_{name}": part for name, part in _find_parts(self.prepared).items()}
         for name, part in {"": slice(None), **parts}.items():
             loss = math.fsum(nats_E[part]) / int(counts_E[part].sum())
             figures |= {f"eval_loss{name}": loss, f"perplexity{name}": math.exp(min(loss, MAX_EXPONENT))}
-        return FigureTable(values=figures)
+        return FigureTable(values=figures, per_example={"loss": nats_E, "targets": counts_E})
 
 
 def _find_parts(prepared: PreparedData) -> dict[str, slice]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.config import Config
 from minilm.config.phases import list_periods
 from minilm.data.corpus import Examples, PreparedData, encode
-from minilm.data.document_texts import Documents
+from minilm.data.document_texts import Documents, fingerprint_documents
 from minilm.data.documents import load_documents
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import LanguageCollator
@@ -89,11 +89,14 @@ class LanguageModelObjective(Objective):
         words = self.needs_word_starts
         if train is held_out:
             examples = encode_examples(train, None, "documents", words=words, text_bytes=True)
-            return PreparedData(tokenizer=tokenizer, train=examples, eval=examples)
+            return PreparedData(
+                tokenizer=tokenizer, train=examples, eval=examples, eval_documents=fingerprint_documents(train)
+            )
         return PreparedData(
             tokenizer=tokenizer,
             train=encode_examples(train, train_count, "training documents", words=words),
             eval=encode_examples(held_out, eval_count, "evaluation documents", text_bytes=True),
+            eval_documents=fingerprint_documents(held_out),
         )
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:

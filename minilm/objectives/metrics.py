@@ -4,7 +4,8 @@ Axes: V ids of the vocabulary, E examples, C labels.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ class EvaluationTotals:
     """UTF-8 bytes of the text that the targets stand for (`minilm.data.text_bytes`)."""
     unigram_nats: float
     """Sum of -ln p over the same targets under the unigram model of the training tokens."""
+    per_example: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
+    """As `minilm.objectives.objective.EvaluationResult.per_example`."""
 
     def figures(self) -> dict[str, float]:
         """Return eval_loss (nats per target), perplexity, bits_per_byte, and bits_per_byte of the unigram model."""
@@ -79,7 +82,7 @@ def compute_classification_figures(logits_ExC: NDArray[np.float64], labels: NDAr
     from sklearn import metrics
 
     problem = find_problem(labels)
-    figures = {"eval_loss": float(_compute_losses(problem, logits_ExC, labels).mean())}
+    figures = {"eval_loss": float(compute_label_losses(logits_ExC, labels).mean())}
 
     def f1(predicted: NDArray[Any], average: str) -> float:
         return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
@@ -126,8 +129,9 @@ def compute_tag_figures(expected: list[list[str]], predicted: list[list[str]], *
     return {**dict(names_of_means), "accuracy": float(metrics.accuracy_score(*flat))}
 
 
-def _compute_losses(problem: str, logits_ExC: NDArray[np.float64], labels: NDArray[Any]) -> Any:
-    """Return the loss of each example, float64[E]."""
+def compute_label_losses(logits_ExC: NDArray[np.float64], labels: NDArray[Any]) -> Any:
+    """Return the loss of each example without class weights, float64[E]. labels: as in `find_problem`."""
+    problem = find_problem(labels)
     if problem == "regression":
         return (logits_ExC[:, 0] - labels) ** 2
     if problem == "multi-label":

@@ -83,6 +83,9 @@ class MultipleChoiceObjective(Objective):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
         return {"accuracy": (outputs[..., 0].argmax(1) == targets).double().mean()}
 
+    def describe_examples(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        return {"loss": self.loss(outputs, targets), "correct": outputs[..., 0].argmax(1) == targets}
+
     @property
     def card_text(self) -> str:
         return (

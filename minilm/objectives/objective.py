@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +65,15 @@ class EvaluationResult(Protocol):
 
     def figures(self) -> dict[str, float]:
         """Return the figures by name. The keys are `Evaluator.names`, and `eval_loss` is one of them."""
+
+    @property
+    def per_example(self) -> Mapping[str, NDArray[Any]]:
+        """Numbers of each evaluation example by name, in the order of the examples; the ledger of a run keeps them.
+
+        `loss` is the sum of the losses of the example's targets in nats, `targets` their number, and `utf8_bytes` the
+        bytes of text that they stand for, if they are text. `correct` says whether an answer is right. The mapping is
+        empty if the evaluation has no such numbers.
+        """
 
 
 class Evaluator(Protocol):
@@ -221,6 +231,7 @@ class Objective(ObjectiveSettings):
             train=train_examples,
             eval=eval_examples,
             eval_parts=dict(zip(parts, counts, strict=True)),
+            eval_documents="-".join(part.fingerprint for part in parts.values()),
             fields={name: value for name, value in fields.items() if not name.startswith("_")},
             added_tokens=count_embedding_rows(tokenizer) - own_rows,
         )
@@ -257,6 +268,14 @@ class Objective(ObjectiveSettings):
         notes: the `note` of each example. They come from a file one by one, so that they never fill the memory.
         """
         return self.metrics(outputs, targets)
+
+    def describe_examples(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """Return what the ledger of a run keeps of each target or example, by name.
+
+        The default is `loss`. An objective whose examples have one right answer adds `correct`, bool[E]. The arguments
+        are those of `metrics`, or of a part of the examples if the loss compares them.
+        """
+        return {"loss": self.loss(outputs, targets)}
 
     def compare_with_teacher(self, outputs: Tensor, expected: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """Return how far the model is from its teacher at each target or example, float32[N] or [E], in nats.

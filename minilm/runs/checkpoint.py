@@ -20,6 +20,7 @@ from typing import Any
 
 from minilm.config import Run
 from minilm.objectives.metrics import lower_is_better
+from minilm.runs.ledger import EXAMPLES, LEDGER, find_evaluations, step_of
 from minilm.utils.atomic_files import hash_file
 from minilm.utils.validation import check
 
@@ -157,8 +158,9 @@ def is_branch(checkpoint: Checkpoint, output_dir: str | Path | None) -> bool:
 def link_run(checkpoint: Checkpoint, folder: Path) -> None:
     """Fill `folder` as if its own run had written the checkpoint: link the checkpoint and the best one before it.
 
-    The log gets a copy of the lines up to the checkpoint. On another file system, the checkpoints are copied. Raises
-    ValueError, and leaves no file, if the other run has removed the checkpoint in the meantime.
+    It also links the evaluations in the ledger up to there, and copies the lines of the log. On another file system, it
+    copies all files. Raises ValueError, and leaves no file, if the other run has removed the checkpoint in the
+    meantime.
     """
     origin, progress = checkpoint.folder.parent, checkpoint.progress
     made = [folder / "log.jsonl"]
@@ -169,6 +171,11 @@ def link_run(checkpoint: Checkpoint, folder: Path) -> None:
                 made += [writing, folder / path.name]
                 shutil.copytree(path, writing, copy_function=_link_or_copy)
                 os.rename(writing, folder / path.name)
+        if evaluations := [path for path in find_evaluations(origin) if step_of(path) <= progress.step]:
+            made.append(folder / LEDGER)
+            made[-1].mkdir()
+            for path in (origin / LEDGER / EXAMPLES, *evaluations):
+                _link_or_copy(str(path), str(made[-1] / path.name))
         if (origin / "log.jsonl").is_file():
             with (origin / "log.jsonl").open("rb") as source:
                 (folder / "log.jsonl").write_bytes(source.read(progress.log_bytes))

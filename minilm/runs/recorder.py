@@ -4,17 +4,19 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minilm.data.batch_plan import Ids
 from minilm.distributed.hardware import peak_memory
 from minilm.runs.checkpoint import Progress
+from minilm.runs.ledger import Ledger
 from minilm.runs.loss_spikes import SpikeDetector
 from minilm.utils.progress import show_progress
 
@@ -30,12 +32,22 @@ class Recorder:
     enabled: True on the main process. The recorders of the other processes only count steps, tokens and time.
     track: a function such as `accelerator.log`, which receives the figures as `train/…`, `eval/…` and `final/…`.
     peak_flops: FLOP/s of all processes' devices together, for MFU.
+    ledger: keeps the losses of the evaluation examples, on the main process.
     """
 
     def __init__(
-        self, folder: Path, track: Track, *, total_steps: int, peak_flops: float, progress: Progress, enabled: bool
+        self,
+        folder: Path,
+        track: Track,
+        *,
+        total_steps: int,
+        peak_flops: float,
+        progress: Progress,
+        enabled: bool,
+        ledger: Ledger | None = None,
     ) -> None:
         self.folder, self.track, self.peak_flops, self.enabled = folder, track, peak_flops, enabled
+        self.ledger = ledger
         self.steps, self.tokens = progress.step, progress.tokens
         self.seconds, self.flops = progress.seconds, progress.flops
         # The number of steps without a finite gradient since the last step that had one. A step is counted when it is
@@ -95,14 +107,20 @@ class Recorder:
         }
         self._bar.update()
 
-    def record_evaluation(self, epoch: float, figures: dict[str, float], text: str) -> None:
+    def record_evaluation(
+        self, epoch: float, figures: dict[str, float], text: str, per_example: Mapping[str, NDArray[Any]]
+    ) -> None:
         """Record the figures of an evaluation after the last recorded step, and show `text`, which sums them up.
+
+        per_example: `EvaluationResult.per_example`, for the ledger.
 
         The time since the last call of `flush` does not count as training time.
         """
         if not self.enabled:
             return
         self._write("eval", {"step": self.steps, "epoch": round(epoch, 6), **figures})
+        if self.ledger is not None:
+            self.ledger.write(self.steps, per_example)
         self._bar.write(f"step {self.steps}, epoch {epoch:.2f}: {text}")
         self._last_time = time.perf_counter()
 

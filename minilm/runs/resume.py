@@ -37,7 +37,7 @@ _SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name", "obj
 _MAY_CHANGE = (
     *_UNREPORTED,
     *_SOURCES,
-    *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "max_bad_steps")),
+    *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "ledger", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention", "objective.defined_in"),

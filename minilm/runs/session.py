@@ -40,6 +40,7 @@ from minilm.objectives.objective import Objective
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.hub_upload import upload_run
+from minilm.runs.ledger import start_ledger
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.runs.recorder import Recorder
@@ -216,6 +217,7 @@ def start_recorder(
         peak_flops=peak.flops * accelerator.num_processes,
         progress=progress,
         enabled=main,
+        ledger=start_ledger(run.folder, config, run.prepared, progress.step) if main else None,
     )
     return recorder, facts
 

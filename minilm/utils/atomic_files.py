@@ -19,12 +19,12 @@ def hash_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file. At any time `path` holds either the old content or all of the new content."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8. At any time `path` holds either the old content or all of the new content."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}")
     try:
-        with temporary.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -195,7 +195,12 @@ def test_a_branch_brings_the_best_checkpoint_and_copies_where_it_cannot_link(
     checkpoint = read_checkpoint(trunks(STABLE) / f"checkpoint-{BRANCHING}")
     (tmp_path / "tail").mkdir()
     link_run(replace(checkpoint, progress=replace(checkpoint.progress, best_step=3)), tmp_path / "tail")
-    assert {path.name for path in (tmp_path / "tail").iterdir()} == {"checkpoint-3", "checkpoint-9", "log.jsonl"}
+    assert {path.name for path in (tmp_path / "tail").iterdir()} == {
+        *("checkpoint-3", "checkpoint-9", "ledger", "log.jsonl")
+    }
+    assert {path.name for path in (tmp_path / "tail" / "ledger").iterdir()} == {
+        *("examples.safetensors", "eval-7.safetensors")
+    }
     for step in (3, BRANCHING):
         assert read_checkpoint(tmp_path / "tail" / f"checkpoint-{step}").progress.step == step
 

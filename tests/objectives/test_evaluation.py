@@ -81,6 +81,7 @@ def one_by_one(evaluator: LanguageModelEvaluator, head: SparseHead) -> Evaluatio
     """The same totals from one example, and one target, at a time, through the full head."""
     nats = unigram = 0.0
     targets = utf8_bytes = 0
+    rows = []
     head.model.eval()
     for index in range(len(evaluator.examples)):
         batch = evaluator.collator([evaluator.examples[index]], np.array([index]), epoch=0)
@@ -91,7 +92,11 @@ def one_by_one(evaluator: LanguageModelEvaluator, head: SparseHead) -> Evaluatio
             targets += 1
             utf8_bytes += int(evaluator.examples.token_bytes(index)[position])
             unigram += float(evaluator.unigram_nats_V[target])
-    return EvaluationTotals(nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram)
+        rows.append((nats, targets, utf8_bytes))
+    per_example = dict(zip(("loss", "targets", "utf8_bytes"), np.diff([(0, 0, 0), *rows], axis=0).T, strict=True))
+    return EvaluationTotals(
+        nats=nats, targets=targets, utf8_bytes=utf8_bytes, unigram_nats=unigram, per_example=per_example
+    )
 
 
 def assert_same(ours: EvaluationTotals, theirs: EvaluationTotals, nats: float) -> None:
@@ -99,6 +104,9 @@ def assert_same(ours: EvaluationTotals, theirs: EvaluationTotals, nats: float) -
     assert (ours.targets, ours.utf8_bytes) == (theirs.targets, theirs.utf8_bytes)
     assert ours.unigram_nats == pytest.approx(theirs.unigram_nats, rel=1e-12)
     assert ours.nats == pytest.approx(theirs.nats, rel=nats)
+    assert ours.per_example["loss"] == pytest.approx(theirs.per_example["loss"], rel=10 * nats)
+    for name in ("targets", "utf8_bytes"):
+        assert ours.per_example[name].tolist() == theirs.per_example[name].tolist()
 
 
 @pytest.fixture
@@ -182,6 +190,8 @@ def test_processes_share_the_work_and_all_return_the_totals_of_one(tokenizer, ac
             assert all(rank["totals"] == ranks[0]["totals"] for rank in ranks)
             shared = EvaluationTotals(**ranks[0]["totals"])
             assert shared == alone  # to the bit
+            for own, values in alone.per_example.items():
+                assert shared.per_example[own] == values.tolist()
             assert sorted(index for rank in ranks for index in rank["seen"]) == list(range(EXAMPLES))
             figure(f"{processes} processes, {name}: the same to the bit")
 
@@ -195,7 +205,9 @@ def evaluate_in_this_process(folder: Path) -> int:
         evaluator.collator.seen.clear()  # of what construction looked at
         evaluation = evaluator(accelerator, accelerator.prepare(tiny_head(tokenizer).to(dtype)))
         name = f"{str(dtype)[6:]}-{accelerator.num_processes}-{accelerator.process_index}.json"
-        (folder / name).write_text(json.dumps({"totals": vars(evaluation), "seen": evaluator.collator.seen}))
+        lists = {own: values.tolist() for own, values in evaluation.per_example.items()}
+        totals = {**vars(evaluation), "per_example": lists}
+        (folder / name).write_text(json.dumps({"totals": totals, "seen": evaluator.collator.seen}))
     return 0
 
 

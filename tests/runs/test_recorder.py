@@ -96,7 +96,7 @@ def test_an_evaluation_is_logged_after_its_step_and_costs_no_training_time(tmp_p
     steps(recorder, clock, 1)
     recorder.flush()
     clock.now += 1000.0
-    recorder.record_evaluation(0.25, FIGURES, "loss 2.5")
+    recorder.record_evaluation(0.25, FIGURES, "loss 2.5", {})
     steps(recorder, clock, 1)
     recorder.close()
     assert lines(tmp_path)[1] == {"step": 1, "epoch": 0.25, **FIGURES}
@@ -165,7 +165,7 @@ def test_progress_holds_every_step_in_the_log_and_the_loss_of_an_evaluation_afte
     steps(recorder, clock, 3)
     assert recorder.current_progress().figure is None
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    recorder.record_evaluation(0.75, FIGURES, "loss 2.5")
+    recorder.record_evaluation(0.75, FIGURES, "loss 2.5", {})
     progress = recorder.current_progress(figure=3.0)
     assert (progress.figure, progress.log_bytes) == (3.0, (tmp_path / "log.jsonl").stat().st_size)
     recorder.close()
@@ -239,7 +239,7 @@ def test_a_spike_is_logged_with_its_examples_and_the_same_after_a_resume(stopped
 def test_a_disabled_recorder_writes_and_shows_nothing(tmp_path, clock, capfd):
     recorder = recorder_in(tmp_path, enabled=False)
     steps(recorder, clock, 2)
-    recorder.record_evaluation(0.5, FIGURES, "loss 2.5")
+    recorder.record_evaluation(0.5, FIGURES, "loss 2.5", {})
     recorder.close()
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")

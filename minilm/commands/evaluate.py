@@ -39,8 +39,10 @@ from minilm.models.inference_embedding import find_pooling
 from minilm.models.input_length import longest_input
 from minilm.models.model_config import load_configuration, read_model_labels
 from minilm.objectives.factory import build_network, build_objective, has_new_labels, prepare_data
+from minilm.objectives.objective import EvaluationResult
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import is_checkpoint
+from minilm.runs.ledger import ExampleTable, build_table
 from minilm.runs.verify_head import verify_head
 
 log = logging.getLogger("minilm")
@@ -68,21 +70,36 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
     repeats the evaluation of the run, and warns of each file that has changed since. Raise ValueError if `data` and
     run.json are both missing, and for labels that the model was not trained with.
     """
-    config = _build_config(str(name), data)
+    evaluation, _ = _evaluate(str(name), data)
+    figures = evaluation.figures()
+    if data is not None:
+        # This figure needs the tokens of the training documents.
+        figures.pop("unigram_bits_per_byte", None)
+    return figures
+
+
+def evaluate_examples(name: str | Path, data: Data | None = None) -> ExampleTable:
+    """Return what the evaluation of `evaluate` knows of each example. Raise ValueError as `evaluate` does."""
+    _, table = _evaluate(str(name), data)
+    return table
+
+
+def _evaluate(name: str, data: Data | None) -> tuple[EvaluationResult, ExampleTable]:
+    config = _build_config(name, data)
     objective = build_objective(config.objective)
     accelerator, _ = start(config.run)
     try:
         prepared = prepare_data(config)
         if data is None:
-            _warn_of_changes(_run_file(str(name)), config.data)
+            _warn_of_changes(_run_file(name), config.data)
         if prepared.labels is not None:
-            check_model_labels(prepared.labels, read_model_labels(str(name)))
+            check_model_labels(prepared.labels, read_model_labels(name))
             for line in prepared.labels.summary:
                 if line.startswith("WARNING"):
                     log.warning(line)
         elif has_new_labels(config, prepared):
             ours, theirs = (
-                [*names.values()] for names in (prepared.fields["id2label"], load_configuration(str(name)).id2label)
+                [*names.values()] for names in (prepared.fields["id2label"], load_configuration(name).id2label)
             )
             raise ValueError(
                 f"the data have the labels {quote_names(ours)}, but the model was trained for {quote_names(theirs)}: "
@@ -94,13 +111,10 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
         evaluator = objective.evaluator(
             prepared, micro_tokens_of(config), padded=not head.padding_free, multiple=multiple
         )
-        figures = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True)).figures()
+        evaluation = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True))
     finally:
         finish(accelerator)
-    if data is not None:
-        # This figure needs the tokens of the training documents.
-        figures.pop("unigram_bits_per_byte", None)
-    return figures
+    return evaluation, build_table(config, prepared, evaluation.per_example)
 
 
 def _run_file(name: str) -> Path:

@@ -12,12 +12,14 @@ from minilm.commands.subcommands import (
     run_answer,
     run_branch,
     run_classify,
+    run_compare,
     run_doctor,
     run_embed,
     run_evaluate,
     run_export,
     run_fill_mask,
     run_generate,
+    run_ledger,
     run_merge,
     run_report,
     run_tag,
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # argparse takes no text after an option if none is before it: minilm answer DIR --question "Who?" "Bob."
     if not getattr(options, "texts", True) and all(word == "-" or not word.startswith("-") for word in rest):
         options.texts, rest = rest, []
-    if rest and options.command not in ("branch", "evaluate", "train"):
+    if rest and options.command not in ("branch", "compare", "evaluate", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     exit_on_error(lambda: options.work(options), debug=options.debug)
@@ -54,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_answer(commands)
     _add_tag(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
+    _add_ledger(commands)
     _add_export(commands)
     _add_report(commands)
     _add_doctor(commands)
@@ -200,6 +204,37 @@ def _add_evaluate(commands: Any) -> None:
     )
     command.epilog = "--data.column, --data.pair-column, --data.label-column, … mean what they mean for a recipe."
     _add_model(command, "model of any of these kinds")
+
+
+def _add_compare(commands: Any) -> None:
+    command = _add_command(commands, "compare", run_compare, "whether one of two models is better, and by how much")
+    command.description = (
+        "Print the difference of two models on the same evaluation examples, B minus A, with half of its 95% interval "
+        "and its p-value: minilm compare out/a out/b. The figures are those of the ledgers of the runs. With "
+        "--data.source, both models are evaluated on other data."
+    )
+    command.epilog = "--data.column, --data.pair-column, --data.label-column, … mean what they mean for a recipe."
+    command.add_argument("first", metavar="A", help="folder of a run or a checkpoint, or a hub id")
+    command.add_argument("second", metavar="B", help="the same")
+    _add_json(command)
+
+
+def _add_ledger(commands: Any) -> None:
+    command = _add_command(commands, "ledger", run_ledger, "the evaluation examples with the highest losses")
+    command.description = (
+        "List the evaluation examples of a run with the highest losses in its last evaluation: minilm ledger out/a. "
+        "The column `high in` has the number of evaluations in which an example is among the highest tenth."
+    )
+    command.add_argument("run", metavar="RUN", help="output folder of a run, finished or not")
+    command.add_argument(
+        "--top", type=_positive, default=10, metavar="N", help="number of examples to list, highest first (default: 10)"
+    )
+    command.add_argument(
+        "--always-high",
+        action="store_true",
+        help="list only examples that are among the highest tenth in each evaluation",
+    )
+    _add_json(command)
 
 
 def _add_export(commands: Any) -> None:

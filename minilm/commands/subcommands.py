@@ -20,6 +20,8 @@ from minilm.utils.signals import interrupt_on_signals
 
 # Texts whose cosines fit a terminal.
 _MOST_COSINES = 20
+# The part of a text that a line of a table shows.
+_TEXT_CHARACTERS = 80
 
 
 def run_fill_mask(options: argparse.Namespace) -> None:
@@ -218,6 +220,43 @@ def run_evaluate(options: argparse.Namespace) -> None:
         width = max(map(len, figures))
         for name, value in figures.items():
             print(f"{name:<{width}}  {value:.6g}")
+
+
+def run_ledger(options: argparse.Namespace) -> None:
+    """Print the evaluation examples of a run with the highest losses, with their texts."""
+    with quick_imports():
+        from minilm.commands.ledger import find_hard_examples
+        from minilm.models.inference import escape_line_breaks
+        from minilm.utils.progress import quiet_transformers
+    show_log()
+    with quiet_transformers():
+        examples = find_hard_examples(options.run, options.top, always_high=options.always_high)
+    if not options.json:
+        print(f"{'loss':>8}  {'targets':>7}  {'high in':>9}  {'document':>8}  text")
+    for each in examples:
+        if options.json:
+            _print_json(asdict(each))
+            continue
+        high = f"{each.high} of {each.evaluations}"
+        text = escape_line_breaks(each.text or "-")[:_TEXT_CHARACTERS]
+        print(f"{each.loss:8.3f}  {each.targets:7}  {high:>9}  {each.document:8}  {text}")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Print the differences of two models on the same evaluation examples."""
+    from minilm.config.command_line import parse_data_flags
+
+    data = parse_data_flags(options.rest)
+    with quick_imports():
+        from minilm.commands.compare import compare_models
+        from minilm.utils.progress import quiet_transformers
+    with quiet_transformers():
+        differences = compare_models(options.first, options.second, data)
+    for difference in differences:
+        if options.json:
+            _print_json(asdict(difference))
+        else:
+            print(difference)
 
 
 def run_export(options: argparse.Namespace) -> None:

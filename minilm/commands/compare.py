@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from minilm.commands.evaluate import evaluate_examples
+from minilm.commands.seeds import SUMMARY
 from minilm.config import Data
 from minilm.runs.checkpoint import is_checkpoint
 from minilm.runs.ledger import ExampleTable, find_evaluations, read_evaluation, step_of
@@ -46,9 +48,9 @@ class Difference:
     p: float
     """The two-sided p-value of the hypothesis that the two models are equally good."""
     count: int
-    """The number of documents, or of examples if they join documents."""
+    """The number of documents, of examples if they join documents, or of seeds."""
     unit: str
-    """`documents` or `examples`."""
+    """`documents`, `examples` or `seeds`."""
 
     def __str__(self) -> str:
         half = (self.high - self.low) / 2
@@ -63,10 +65,30 @@ def compare_models(first: str | Path, second: str | Path, data: Data | None = No
     """Return the difference of each figure of two models, given by the folder of a run, a checkpoint, or a hub id.
 
     With `data`, both are evaluated on all its documents. Without, the ledger of a run has its last evaluation, or that
-    of the checkpoint; a model without one repeats the evaluation of its run. Raise ValueError if the two were not
-    evaluated on the same documents, or cannot be compared for another reason.
+    of the checkpoint; a model without one repeats the evaluation of its run. The folders of `--seeds` are compared by
+    the seeds that both have. Raise ValueError if the two were not evaluated on the same documents, or cannot be
+    compared for another reason.
     """
+    seeds = [_find_seeds(Path(name)) for name in (first, second)]
+    if all(seeds):
+        common = sorted(seeds[0] & seeds[1])
+        runs = [[load_table(str(Path(name, f"seed-{seed}")), data) for name in (first, second)] for seed in common]
+        return compare_seeds(runs)
+    for name, other, own in zip((first, second), (second, first), seeds, strict=True):
+        if own:
+            raise ValueError(f"{name} has runs of several seeds, and {other} has not: compare one of its runs")
     return compare_tables(*(load_table(str(name), data) for name in (first, second)))
+
+
+def _find_seeds(folder: Path) -> set[int]:
+    """Return the seeds of the finished runs in the output folder of `--seeds`; none for another folder."""
+    if not (folder / SUMMARY).is_file():
+        return set()
+    return {
+        int(seed)
+        for each in json.loads((folder / SUMMARY).read_text(encoding="utf-8")).values()
+        for seed in each["values"]
+    }
 
 
 def load_table(name: str, data: Data | None) -> ExampleTable:
@@ -109,6 +131,44 @@ def compare_tables(first: ExampleTable, second: ExampleTable) -> list[Difference
             difference = replace(difference, p=_compare_answers(*(table.arrays["correct"] for table in tables)))
         differences.append(difference)
     return differences
+
+
+def compare_seeds(runs: Sequence[Sequence[ExampleTable]]) -> list[Difference]:
+    """Return the mean difference of each figure over seeds, by the t-test of pairs.
+
+    runs: for each seed, the evaluations of the first and of the second model. Raise ValueError for fewer than two
+    seeds, and if the runs of a seed have no figure in common.
+    """
+    if len(runs) < 2:
+        raise ValueError(
+            f"an interval needs two seeds or more that both folders have; they share {len(runs)}: train more seeds"
+        )
+    differences = []
+    common = [find_common_figures(*pair) for pair in runs]
+    for figure in (figure for figure in common[0] if all(figure in each for each in common)):
+        first_S, second_S = np.array([[_compute_figure(table, figure) for table in pair] for pair in runs]).T
+        test = stats.ttest_rel(second_S, first_S)
+        interval = test.confidence_interval(0.95)
+        equal = np.array_equal(first_S, second_S)  # the t-test divides 0 by 0
+        differences.append(
+            Difference(
+                figure=figure,
+                first=float(first_S.mean()),
+                second=float(second_S.mean()),
+                difference=float((second_S - first_S).mean()),
+                low=0.0 if equal else float(interval.low),
+                high=0.0 if equal else float(interval.high),
+                p=1.0 if equal else float(test.pvalue),
+                count=len(runs),
+                unit="seeds",
+            )
+        )
+    return differences
+
+
+def _compute_figure(table: ExampleTable, figure: str) -> float:
+    numerator, denominator, scale = _FIGURES[figure]
+    return float(table.arrays[numerator].sum(dtype=np.float64) / table.arrays[denominator].sum() / scale)
 
 
 def find_common_figures(first: ExampleTable, second: ExampleTable) -> list[str]:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from minilm.commands import compare as compare_module
-from minilm.commands.compare import Difference, compare_models, compare_tables, load_table
+from minilm.commands.compare import Difference, compare_models, compare_seeds, compare_tables, load_table
 from minilm.commands.evaluate import evaluate
-from minilm.config import Data
-from minilm.runs.ledger import ExampleTable
+from minilm.config import Config, Data
+from minilm.runs.ledger import ExampleTable, Ledger
 from minilm.train import train
 from tests.jobs import config_in
 
+Command = Callable[..., tuple[object, list[str], list[str]]]
 IDENTITY = {"objective": "CausalLM", "examples": "x", "documents": "y"}
 
 
@@ -153,6 +155,38 @@ def test_a_single_document_and_joined_documents_are_refused() -> None:
         compare_tables(table(np.ones(9), document=None), table(np.ones(9), document=None, identity={"examples": "z"}))
 
 
+def write_run(folder: Path, loss: NDArray[Any]) -> None:
+    prepared: Any = SimpleNamespace(eval=SimpleNamespace(document=None, fingerprint="x"), eval_documents="y")
+    folder.mkdir(parents=True)
+    facts = {"targets": np.full(len(loss), 20), "utf8_bytes": np.full(len(loss), 80)}
+    Ledger(folder=folder, config=Config(), prepared=prepared).write(7, {"loss": loss, **facts})
+
+
+def test_seeds_are_compared_by_the_t_test_of_pairs(tmp_path: Path, run: Command) -> None:
+    figures = np.zeros((2, 3))
+    for side, (name, change) in enumerate((("a", 0.0), ("b", -0.02))):
+        for seed in range(3):
+            loss = draw_losses(seed, change)[1].astype(np.float32)
+            write_run(tmp_path / name / f"seed-{seed}", loss)
+            figures[side, seed] = loss.sum(dtype=np.float64) / 400 / 20
+        # The fourth seed of one folder, and the first of the other, have no pair.
+        seeds = {"eval_loss": {"values": {str(seed): 1.0 for seed in range(side, 3 + side)}}}
+        (tmp_path / name / "seeds.json").write_text(json.dumps(seeds))
+    status, lines, _ = run("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json")
+    bits, loss = (Difference(**json.loads(line)) for line in lines)
+    assert (status, loss.count, loss.unit, bits.figure) == (None, 2, "seeds", "bits_per_byte")
+    reference = stats.ttest_rel(figures[1, 1:], figures[0, 1:])
+    assert loss.p == pytest.approx(reference.pvalue)
+    assert loss.difference == pytest.approx((figures[1, 1:] - figures[0, 1:]).mean())
+    assert (loss.low + loss.high) / 2 == pytest.approx(loss.difference)
+    _, lines, _ = run("compare", str(tmp_path / "a"), str(tmp_path / "a"))
+    assert lines == [f"+0.000 ± 0.000 {name}, p = 1, 3 seeds" for name in ("bits per byte", "evaluation loss")]
+    status, _, error = run("compare", str(tmp_path / "a"), str(tmp_path / "b" / "seed-1"))
+    assert (status, "compare one of its runs" in error[-1]) == (2, True)
+    with pytest.raises(ValueError, match="they share 1: train more seeds"):
+        compare_seeds([[table(np.ones(4)), table(np.ones(4))]])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs with other learning rates, and the text that they read."""
@@ -162,9 +196,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = replace(config.run, eval_every=2, save_every=4, output_dir=str(place / name))
         train(replace(config, optim=replace(config.optim, lr=lr), run=run))
     return place
-
-
-Command = Callable[..., tuple[object, list[str], list[str]]]
 
 
 def test_two_runs_are_compared_by_their_ledgers(runs: Path, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from minilm.commands.evaluate import evaluate_examples
 from minilm.commands.seeds import SUMMARY
 from minilm.config import Data
 from minilm.runs.checkpoint import is_checkpoint
-from minilm.runs.ledger import ExampleTable, find_evaluations, read_evaluation, step_of
+from minilm.runs.ledger import FACTS, ExampleTable, find_evaluations, read_evaluation, step_of
 from minilm.runs.run_facts import RESULTS
 
 # The number of resamples, which is smaller if it times the number of documents is more than `_RESAMPLED_DOCUMENTS`. A
@@ -183,10 +183,8 @@ def find_common_figures(first: ExampleTable, second: ExampleTable) -> list[str]:
         )
     known = first.arrays.keys() & second.arrays.keys()
     same_tokens = first.identity["examples"] == second.identity["examples"]
-    facts = ("targets", "utf8_bytes", "document")
-    if same_tokens and all(
-        np.array_equal(*(table.arrays.get(name, ()) for table in (first, second))) for name in facts
-    ):
+    ours, theirs = ([table.arrays.get(name, np.zeros(0)) for name in FACTS] for table in (first, second))
+    if same_tokens and all(map(np.array_equal, ours, theirs)):
         return [figure for figure, (*names, _) in _FIGURES.items() if known.issuperset(names)]
     if "correct" in known:
         # Each document is one example, whatever the tokenizer.
@@ -205,8 +203,7 @@ def find_common_figures(first: ExampleTable, second: ExampleTable) -> list[str]:
 def _sum_by_document(table: ExampleTable, name: str) -> NDArray[np.float64]:
     """Return the sums of an array over the examples of each document."""
     document = table.arrays.get("document", np.arange(len(table)))
-    sums: NDArray[np.float64] = np.bincount(document, table.arrays[name])
-    return sums
+    return np.bincount(document, table.arrays[name]).astype(np.float64)
 
 
 def _compare_ratios(figure: str, *sums: NDArray[np.float64], scale: float, unit: str) -> Difference:

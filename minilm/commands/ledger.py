@@ -81,4 +81,4 @@ def _read_texts(folder: Path, table: ExampleTable, examples: Sequence[int]) -> l
     except (OSError, ValueError) as error:
         log.warning(f"the texts of the evaluation documents are not shown: {error}")
         return [None] * len(examples)
-    return [prepared.tokenizer.decode(prepared.eval[i], skip_special_tokens=True) for i in examples]
+    return [str(prepared.tokenizer.decode(prepared.eval[i], skip_special_tokens=True)) for i in examples]

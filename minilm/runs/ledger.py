@@ -33,8 +33,9 @@ LEDGER = "ledger"
 EXAMPLES = "examples.safetensors"
 # The size of a ledger. Where the evaluations of a run need more, the newest ones stay, and at least one.
 _LEDGER_BYTES = 2**28
-# The arrays that are the same at each evaluation, those that are not, and their dtypes.
-_FACTS = {"targets": np.int32, "utf8_bytes": np.int32, "document": np.int32}
+FACTS = {"targets": np.int32, "utf8_bytes": np.int32, "document": np.int32}
+"""The dtypes of the arrays that are the same at each evaluation."""
+# The dtypes of those that are not.
 _VALUES = {"loss": np.float32, "correct": np.bool_, "ema_loss": np.float32, "ema_correct": np.bool_}
 
 
@@ -62,7 +63,7 @@ def build_table(config: Config, prepared: "PreparedData", per_example: Mapping[s
     """Return the table of an evaluation. per_example: `EvaluationResult.per_example`, with a loss."""
     document = {} if prepared.eval.document is None else {"document": prepared.eval.document}
     known = {**per_example, **document}
-    kinds: dict[str, Any] = {**_FACTS, **_VALUES}
+    kinds: dict[str, Any] = {**FACTS, **_VALUES}
     arrays = {name: known[name].astype(kind) for name, kind in kinds.items() if name in known}
     return ExampleTable(arrays=arrays, identity=identify_examples(config, prepared))
 
@@ -91,7 +92,7 @@ class Ledger:
             return
         table = build_table(self.config, self.prepared, per_example)
         (self.folder / LEDGER).mkdir(exist_ok=True)
-        facts = {name: array for name, array in table.arrays.items() if name in _FACTS}
+        facts = {name: array for name, array in table.arrays.items() if name in FACTS}
         values = {name: array for name, array in table.arrays.items() if name in _VALUES}
         # One key, since safetensors writes several in an order of its own, and a run repeats to the byte.
         metadata = {"identity": json.dumps(dict(table.identity))}

@@ -117,7 +117,7 @@ def compare_tables(first: ExampleTable, second: ExampleTable) -> list[Difference
     figures = find_common_figures(*tables)
     if not all(np.isfinite(table.arrays["loss"]).all() for table in tables):
         raise ValueError("a loss is not a finite number, so that the models have no difference")
-    unit = "documents" if "document" in first.arrays or "utf8_bytes" not in first.arrays else "examples"
+    unit = "documents" if {"document", "correct"} & first.arrays.keys() else "examples"
     differences = []
     for figure in figures:
         numerator, denominator, scale = _FIGURES[figure]
@@ -191,13 +191,13 @@ def find_common_figures(first: ExampleTable, second: ExampleTable) -> list[str]:
         return ["eval_loss", "accuracy"]
     if {"document", "utf8_bytes"} <= known and first.identity["objective"] == "CausalLM":
         return ["bits_per_byte"]
-    what = "examples join documents" if first.identity["objective"] == "CausalLM" else "targets are different tokens"
-    raise ValueError(
-        f"the models cut or mask the documents in different ways, so that their {what} "
-        "(objective.eval_rate, batch.max_length, batch.layout or tokens.overflow differ)"
-        if same_tokens
-        else f"the models have different tokenizers, and their {what}: compare models with one tokenizer"
-    )
+    reason = {
+        "MaskedLM": "they have different tokenizers, so that their masks hide different text",
+        "CausalLM": "they have different tokenizers, and their examples join documents (batch.layout blocks)",
+    }.get(first.identity["objective"], "their tokenizers or settings are different")
+    if same_tokens:
+        reason = "objective.eval_rate, batch.max_length, batch.layout or tokens.overflow of their runs differ"
+    raise ValueError(f"the models were not evaluated on the same examples of the documents: {reason}")
 
 
 def _sum_by_document(table: ExampleTable, name: str) -> NDArray[np.float64]:

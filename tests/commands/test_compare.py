@@ -134,9 +134,9 @@ def test_other_tokenizers_are_compared_by_the_bytes_of_documents() -> None:
             "the evaluation documents of the models, or their labels, are not the same",
         ),
         ({"identity": {"objective": "CausalLM"}}, "different objectives, MaskedLM and CausalLM"),
-        ({"identity": {"examples": "z"}}, "different tokenizers, and their targets are different tokens"),
-        ({"targets": np.full(400, 21)}, "cut or mask the documents in different ways"),
-        ({"utf8_bytes": np.full(400, 81)}, "cut or mask the documents in different ways"),
+        ({"identity": {"examples": "z"}}, "different tokenizers, so that their masks hide different text"),
+        ({"targets": np.full(400, 21)}, "not evaluated on the same examples of the documents: objective.eval_rate"),
+        ({"utf8_bytes": np.full(400, 81)}, "not evaluated on the same examples of the documents: objective.eval_rate"),
         ({"loss": np.full(400, np.nan)}, "not a finite number"),
     ],
 )
@@ -151,6 +151,9 @@ def test_what_cannot_be_compared_is_refused(change: dict[str, Any], message: str
 def test_a_single_document_and_joined_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="a single one of its documents"):
         compare_tables(table(np.ones(2)), table(np.ones(2)))
+    other = {"objective": "QuestionAnswering"}
+    with pytest.raises(ValueError, match="the same examples of the documents: their tokenizers or settings"):
+        compare_tables(table(np.ones(9), identity=other), table(np.ones(9), identity={**other, "examples": "z"}))
     with pytest.raises(ValueError, match="different tokenizers, and their examples join documents"):
         compare_tables(table(np.ones(9), document=None), table(np.ones(9), document=None, identity={"examples": "z"}))
 

@@ -225,7 +225,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def run_ledger(options: argparse.Namespace) -> None:
     """Print the evaluation examples of a run with the highest losses, with their texts."""
     with quick_imports():
-        from minilm.commands.ledger import find_hard_examples
+        from minilm.commands.hard_examples import find_hard_examples
         from minilm.models.inference import escape_line_breaks
         from minilm.utils.progress import quiet_transformers
     show_log()

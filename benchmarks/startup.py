@@ -27,7 +27,7 @@ SIDES = ("HF Trainer", "minilm")
 
 def by_minilm(folder: Path) -> None:
     """Run the recipe, and end the process after the first step."""
-    from minilm.commands.recipe import quick_imports
+    from minilm.commands.fast_imports import quick_imports
 
     # The recipe imports the module in the same way, and then finds it imported.
     with quick_imports():

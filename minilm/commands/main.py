@@ -1,12 +1,14 @@
 """The `minilm` command: its subcommands and their arguments."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
 from minilm.commands.completion import SHELLS, PrintCompletion
-from minilm.commands.recipe import exit_on_error
+from minilm.commands.recipe import exit_on_error, quick_exit
 from minilm.commands.subcommands import (
     list_recipes,
     run_answer,
@@ -27,7 +29,12 @@ from minilm.commands.subcommands import (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run a command line, by default that of this process, which ends then."""
+    with quick_exit() if arguments is None else nullcontext():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no text after an option if none is before it: minilm answer DIR --question "Who?" "Bob."

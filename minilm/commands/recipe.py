@@ -1,7 +1,6 @@
 """`run_recipe`, the command line of every recipe, and `exit_on_error`, which reports errors in one line."""
 
 import atexit
-import gc
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minilm.commands.completion import COMPLETION_FLAG, build_recipe_completion
+from minilm.commands.fast_imports import quick_imports
 from minilm.config import Config
 from minilm.config.command_line import parse_flags, parse_seeds
 from minilm.utils.errors import TrainingStopped
@@ -69,25 +69,6 @@ def run_recipe(
         exit_on_error(work, debug="--debug" in sys.argv)
 
 
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Switch garbage collection off in the block, so that large libraries are imported in four fifths of the time.
-
-    Imports leave nothing to collect. All objects that exist at the end of the block stay out of garbage collection
-    until the process ends.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        # Otherwise libraries report the frozen objects as leaks when the process ends.
-        atexit.register(gc.unfreeze)
-        if collects:
-            gc.enable()
-
-
 def exit_on_error(work: Callable[[], None], *, debug: bool = False) -> None:
     """Run `work`. If an exception ends it, exit with a status; one process of the job prints one line to stderr.
 
@@ -127,6 +108,29 @@ def _describe(error: BaseException) -> tuple[int, str | None]:
         if isinstance(error, kind):
             return status, f"error: {error}"
     return 1, None
+
+
+@contextmanager
+def quick_exit() -> Iterator[None]:
+    """Let the process end without destructors once it ends after the block: those of large libraries take a second.
+
+    Functions that libraries register in the block for the end of the process do run.
+    """
+    status = 1
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    # Python calls such functions in reverse order, so that this one is the last.
+    atexit.register(end)
+    try:
+        yield
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
 
 
 def _leave(status: int) -> NoReturn:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -67,6 +66,8 @@ def use_cache_if_offline(name: str, kind: str) -> bool:
         if answered or isinstance(error, ValueError):
             # The load itself will fail, and its error says what is wrong.
             return False
+        import datasets  # takes a while, and most commands do without it
+
         # The libraries read HF_HUB_OFFLINE only when they are imported. These are the values that it sets.
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return True
@@ -78,6 +79,8 @@ def describe_loading_error(error: BaseException, kind: str = "model") -> str:
 
     error: what the libraries raised. kind: `model` or `dataset`.
     """
+    import datasets
+
     causes = [*iterate_causes(error)]
     message = " ".join(str(error).split())
 

@@ -1,5 +1,6 @@
 """`--dry-run`: the plan of a run, with its time and memory measured in a few steps. It writes no output folder."""
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import count_warmup_steps, find_schedule_problems, learning_rate
 from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
+
+log = logging.getLogger("minilm")
 
 # The probe ends when it has timed at least this many steps and this many seconds.
 _FEWEST_STEPS, _FEWEST_SECONDS = 3, 3.0
@@ -95,6 +98,7 @@ def _planned(run: Session) -> list[tuple[str, str]]:
     total = config.run.count_steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
+    log.info("running steps to measure the memory and the time")
     probe = _probe(config, accelerator, head, plan, collator, examples, cost, total, run.precision.name)
     state = weights + sum(p.numel() * p.element_size() for p in trained) + probe.moments
 

@@ -5,7 +5,7 @@ import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -35,25 +35,28 @@ def quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def inference_imports() -> Iterator[None]:
+def inference_imports(*, distributed: bool = False) -> Iterator[None]:
     """Do what `quick_imports` does, and first import transformers without the parts that inference does not use.
 
     These are packages for other tasks, torch's compiler, and torch.distributed. They take half of the time. For
     transformers, the packages and torch.distributed are missing until the process ends, so this function is for a
     command, which is a process of its own. The compiler is imported if something uses it. Nothing changes if the
     process has imported transformers' models before.
+
+    distributed: whether the command uses torch.distributed.
     """
     with quick_imports():
         if "transformers.modeling_utils" not in sys.modules:
-            _import_transformers()
+            _import_transformers(distributed=distributed)
         yield
 
 
-def _import_transformers() -> None:
+def _import_transformers(*, distributed: bool) -> None:
     import torch
 
     _defer_compiler()
-    torch.distributed.is_available = lambda: False
+    if not distributed:
+        torch.distributed.is_available = lambda: False
     # Python takes None as a package that is not installed.
     hidden: dict[str, Any] = {name: None for name in _UNUSED_PACKAGES if name not in sys.modules}
     sys.modules.update(hidden)
@@ -64,15 +67,16 @@ def _import_transformers() -> None:
             del sys.modules[name]
 
 
-class _DeferredModule(ModuleType):
-    """A module whose code runs when an attribute is read that it does not have yet."""
+class _DeferredPackage(ModuleType):
+    """A package whose code runs when something reads an attribute that it lacks, or imports one of its modules."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
+        spec: Any = self.__spec__
         self.__class__ = ModuleType  # type: ignore[assignment]
-        assert self.__spec__ is not None and self.__spec__.loader is not None
-        self.__spec__.loader.exec_module(self)
+        self.__path__ = spec.submodule_search_locations
+        spec.loader.exec_module(self)
         return getattr(self, name)
 
 
@@ -85,11 +89,15 @@ def _defer_compiler() -> None:
 
     if "torch._dynamo" in sys.modules or (spec := importlib.util.find_spec("torch._dynamo")) is None:
         return
-    module = importlib.util.module_from_spec(spec)
-    module.__class__ = _DeferredModule
+    package = importlib.util.module_from_spec(spec)
     for name in _DECORATORS:
-        setattr(module, name, _return_function)
-    sys.modules["torch._dynamo"] = torch._dynamo = module  # type: ignore[assignment]
+        setattr(package, name, _return_function)
+    sys.modules["torch._dynamo"] = torch._dynamo = package
+    with suppress(ModuleNotFoundError):
+        # transformers takes a class of this module for its masks.
+        importlib.import_module("torch._dynamo._trace_wrapped_higher_order_op")
+    package.__class__ = _DeferredPackage
+    del package.__path__
 
 
 def _return_function(function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:

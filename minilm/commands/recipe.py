@@ -1,6 +1,7 @@
 """`run_recipe`, the command line of every recipe, and `exit_on_error`, which reports errors in one line."""
 
 import atexit
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ from minilm.utils.validation import check
 
 if TYPE_CHECKING:
     from minilm.runs.train_result import TrainResult
+
+log = logging.getLogger("minilm")
 
 
 def run_recipe(
@@ -50,13 +53,17 @@ def run_recipe(
         )
         resolved = parse_flags(config, description, rest)
         show_log()
+        # The imports take seconds. The flags were checked before, and the log says what takes the time.
+        log.info("importing torch")
+        with quick_imports():
+            import torch  # noqa: F401
+        log.info("importing transformers")
         name = Path(sys.argv[0]).stem
         if "--dry-run" in sys.argv:
             with quick_imports():
                 from minilm.commands.dry_run import dry_run
             dry_run(resolved, name, own_loop=train_function is not None)
             return
-        # The import of torch takes seconds, so the flags are checked first.
         with quick_imports():
             from minilm.commands.seeds import train_seeds
             from minilm.train import train

@@ -209,7 +209,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from minilm.config.command_line import parse_data_flags
 
     data = parse_data_flags(options.rest)
-    with quick_imports():
+    with inference_imports(distributed=True):
         from minilm.commands.evaluate import evaluate
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():

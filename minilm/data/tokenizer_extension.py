@@ -1,6 +1,7 @@
 """Add words of documents to the vocabulary of an existing tokenizer."""
 
 import json
+import logging
 from collections import Counter
 
 from tokenizers import Tokenizer
@@ -8,6 +9,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.data.document_texts import Documents, iterate_texts
 from minilm.data.special_ids import count_embedding_rows
+
+log = logging.getLogger("minilm")
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, size: int) -> PreTrainedTokenizerFast:
@@ -32,6 +35,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
             "tokens.extend needs a Unigram tokenizer without gaps between its ids, and this one has gaps. Leave "
             "tokens.extend out."
         )
+    log.info("finding words that the tokenizer splits")
     words = _find_split_words(backend, documents)
     if len(words) < size:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Train a tokenizer on documents: byte-level BPE, WordPiece, Unigram or single characters."""
 
 import io
+import logging
 import math
 import re
 import sys
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from minilm.data.document_texts import Documents, count_texts, iterate_texts
 from minilm.utils.output_streams import silence_stdout
 from minilm.utils.progress import show_progress
+
+log = logging.getLogger("minilm")
 
 _SPECIAL = {
     "pad_token": "[PAD]",
@@ -49,6 +52,7 @@ def train_tokenizer(
     causal: if true, the tokenizer adds no special token to a text, and `<|endoftext|>` ends a document. Otherwise it
         puts `[CLS]` and `[SEP]` around a text, and `[SEP]` between the two texts of a pair and at its end.
     """
+    log.info("training a tokenizer")
     roles = _CAUSAL_SPECIAL if causal else _SPECIAL
     # In BPE and Unigram, a token of a word includes the space before the word. So the mask takes that space too, as
     # RoBERTa's does.

@@ -103,7 +103,16 @@ def repeat_to_the_bit(wanted: bool) -> None:
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    set_deterministic(wanted)
+
+
+def set_deterministic(wanted: bool, *, warn_only: bool = False) -> None:
+    """Do what `torch.use_deterministic_algorithms` does, which imports torch's compiler, if that changes anything."""
+    if (wanted, warn_only) != (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    ):
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
 def describe(device: torch.device) -> dict[str, object]:

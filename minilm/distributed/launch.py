@@ -23,7 +23,13 @@ from accelerate.utils import (
 )
 
 from minilm.config import Run
-from minilm.distributed.hardware import fair_threads, keep_few_kernels, keep_freed_memory, repeat_to_the_bit
+from minilm.distributed.hardware import (
+    fair_threads,
+    keep_few_kernels,
+    keep_freed_memory,
+    repeat_to_the_bit,
+    set_deterministic,
+)
 from minilm.distributed.launch_checks import check_devices, check_launch
 from minilm.distributed.precision import Precision, choose_precision
 from minilm.distributed.sharding import enable_on_cpus, read_sharding, reduce_in_bf16
@@ -139,7 +145,7 @@ def _remember_process() -> None:
             now.clear()
             now.update(before)
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_deterministic(deterministic, warn_only=warn_only)
 
     _undo.append(undo)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,7 +21,9 @@ from minilm.data.packing import SHORT_ROW_TOKENS, Packing, RowGroup
 from minilm.models.dropout import fast_dropout
 from minilm.models.windowed_attention import chunk_bias, chunk_size, gather_chunk_contexts, split_into_chunks
 
-if torch.version.cuda is not None:  # the import takes a fifth of a second
+if torch.version.cuda is not None:  # these imports take more than half a second
+    from torch.nn.attention.varlen import varlen_attn
+
     from minilm.models import short_row_attention as short_rows
 
 ATTENTION = "minilm_packed"  # the name under which transformers knows `packed_attention`

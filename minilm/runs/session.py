@@ -6,6 +6,7 @@ job. `start_recording` and `save_networks` are for loops without evaluation and 
 itself.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlock_at_end
 from minilm.utils.log import show_log_by_default
+
+log = logging.getLogger("minilm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ def begin(
             check_settings(checkpoint, config)
             if main:
                 check_best_checkpoint(checkpoint, config.run)
+        log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)}")
         session = Session(
             config=config,
             accelerator=accelerator,

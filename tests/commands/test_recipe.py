@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from minilm.commands.main import main
 from minilm.commands.fast_imports import quick_imports
+from minilm.commands.main import main
 from minilm.commands.recipe import exit_on_error
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.models.inference import fill_mask, generate, load_causal_lm, load_masked_lm

@@ -1,10 +1,15 @@
-"""Measure the time from the command to the end of the first step, for the main job by minilm and by HF Trainer.
+"""Measure what a user waits for: the first line and the first step of the main job, and the answers of commands.
 
     python benchmarks/startup.py
 
-Each start is a process of its own, from the start of Python and all imports to the update of the first step. Both sides
-find their caches warm. minilm finds its tokenizer and its tokens. Trainer finds a tokenizer, and, as in transformers'
-example run_mlm.py, the tokens and blocks that `datasets` keeps for a text file. The two sides take turns.
+- The time to the first line of a run, and the longest time in which it prints nothing. The caches are warm from the
+  second run on.
+- The time of three commands, and of scripts with transformers' `pipeline` for the same model and text.
+- The time to the end of the first step, by minilm and by HF Trainer. Both sides find their caches warm. minilm finds
+  its tokenizer and its tokens. Trainer finds a tokenizer, and, as in transformers' example run_mlm.py, the tokens and
+  blocks that `datasets` keeps for a text file.
+
+Each measurement starts a process of its own. The sides take turns.
 """
 
 import argparse
@@ -16,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"
 STARTS = 5
 SIDES = ("HF Trainer", "minilm")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 
 
 def by_minilm(folder: Path) -> None:
@@ -124,6 +130,89 @@ def time_start(side: str, folder: Path) -> float:
     return seconds
 
 
+def time_output(command: list[str]) -> tuple[float, float, float]:
+    """Run a command. Return the seconds to its first output, the longest time without output, and all its seconds."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    assert process.stdout is not None
+    moments, output = [begin], b""
+    while part := process.stdout.read(2**16):
+        moments.append(time.perf_counter())
+        output += part
+    if process.wait() != 0:
+        raise SystemExit(f"{command} failed: {output.decode(errors='replace')[-2000:]}")
+    moments.append(time.perf_counter())
+    return moments[1] - begin, max(b - a for a, b in pairwise(moments)), moments[-1] - begin
+
+
+def show_seconds(name: str, seconds: list[float]) -> None:
+    """Print the median, and the least and most."""
+    print(f"{name:<36} {statistics.median(seconds):5.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
+
+
+def compare_first_steps(folder: Path) -> None:
+    """Print the seconds from the command to the end of the first step, for both sides."""
+    write_job(folder)
+    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    for number in range(STARTS + 1):
+        for side in SIDES if number % 2 else reversed(SIDES):
+            seconds = time_start(side, folder)
+            if number:  # the first round fills the caches
+                taken[side].append(seconds)
+    print(f"seconds to the end of the first step, median of {STARTS} (least to most)")
+    for side, seconds_of in taken.items():
+        show_seconds(side, seconds_of)
+    ratios = sorted(b / a for a, b in zip(*taken.values(), strict=True))
+    print(f"minilm's is {statistics.median(ratios):.2f} of Trainer's ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def measure_silence(folder: Path) -> None:
+    """Print the time to the first line of a run of one step, and the longest time in which the run prints nothing."""
+    recipe = [str(RECIPE), "--run.max-steps", "1", "--run.samples", "--run.output-dir"]
+    launches = {
+        "python recipes/mlm_pydocs.py": [sys.executable],
+        "accelerate launch recipes/mlm_pydocs.py": [*ACCELERATE, "launch"],
+    }
+    for name, launch in launches.items():
+        runs = [time_output([*launch, *recipe, str(folder / f"{launch[-1]}-{n}")]) for n in range(STARTS)]
+        print(f"{name}, seconds")
+        for what, seconds in zip(
+            ("to the first line", "longest silence", "to the end"), zip(*runs, strict=True), strict=True
+        ):
+            show_seconds(f"  {what}", list(seconds))
+
+
+def measure_commands(folder: Path) -> None:
+    """Print the seconds of three commands, from the start of the process to its end, and of pipelines' scripts."""
+    mlm, clm = str(folder / "mlm"), str(folder / "clm")
+    for recipe, output in ((RECIPE, mlm), (RECIPE.with_name("clm_shakespeare.py"), clm)):
+        flags = ["--data.source", "pydocs", "--run.max-steps", "5", "--run.samples", "--run.output-dir", output]
+        time_output([sys.executable, str(recipe), *flags])
+    text, prompt = "Return a [MASK] of all the keys.", "Return the"
+    minilm = [sys.executable, "-c", "from minilm.commands.main import main; main()"]
+    pipe = "from transformers import pipeline; print(pipeline({!r}, {!r})({!r}{}))"
+    commands = {
+        "minilm fill-mask": [*minilm, "fill-mask", mlm, text],
+        "transformers' pipeline fill-mask": [sys.executable, "-c", pipe.format("fill-mask", mlm, text, "")],
+        "minilm generate, 20 tokens": [*minilm, "generate", clm, prompt, "--max-new-tokens", "20"],
+        "transformers' pipeline, 20 tokens": [
+            *(sys.executable, "-c", pipe.format("text-generation", clm, prompt, ", max_new_tokens=20"))
+        ],
+        "minilm evaluate": [*minilm, "evaluate", mlm],
+        "minilm --help": [*minilm, "--help"],
+        "python recipes/mlm_pydocs.py --help": [sys.executable, str(RECIPE), "--help"],
+    }
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for number in range(STARTS + 1):
+        for name, command in commands.items():
+            seconds = time_output(command)[2]
+            if number:
+                taken[name].append(seconds)
+    print(f"seconds from the start of a process to its end, median of {STARTS} (least to most)")
+    for name, seconds_of in taken.items():
+        show_seconds(name, seconds_of)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -134,19 +223,8 @@ def main() -> None:
         (by_minilm if options.side == "minilm" else by_trainer)(options.folder)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_job(folder)
-        taken: dict[str, list[float]] = {side: [] for side in SIDES}
-        for number in range(STARTS + 1):
-            for side in SIDES if number % 2 else reversed(SIDES):
-                seconds = time_start(side, folder)
-                if number:  # the first round fills the caches
-                    taken[side].append(seconds)
-    print(f"seconds to the end of the first step, median of {STARTS} (least to most)")
-    for side, seconds_of in taken.items():
-        print(f"{side:<11} {statistics.median(seconds_of):5.1f} ({min(seconds_of):.1f} to {max(seconds_of):.1f})")
-    ratios = sorted(b / a for a, b in zip(*taken.values(), strict=True))
-    print(f"minilm's is {statistics.median(ratios):.2f} of Trainer's ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        for measure in (measure_silence, measure_commands, compare_first_steps):
+            measure(Path(name))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ are the main modules, in the order in which a run uses them:
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from minilm.config import (
@@ -53,6 +54,7 @@ from minilm.config import (
     Tokens,
 )
 from minilm.config.field_help import attach_field_help
+from minilm.utils.openmp import limit_spinning
 
 if TYPE_CHECKING:
     from minilm.data.example import Example as Example
@@ -93,3 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 attach_field_help()
+limit_spinning(os.environ)

@@ -266,7 +266,7 @@ def train(
 def build_head(run: Session) -> tuple[Head, Session]:
     """Return the head with its model on this process's device, and the run with `batch.micro_tokens` resolved."""
     config, accelerator, prepared, objective = run.config, run.accelerator, run.prepared, run.objective
-    log.info("building the model, and comparing its shortcuts with transformers")
+    log.info("building the model, and comparing its shortcuts with transformers …")
     with on_all_ranks():
         network = build_network(config, prepared)
         objective.check(network, prepared.tokenizer, config.run.samples)

@@ -1,6 +1,5 @@
 """`minilm doctor`: the hardware and versions of this machine, what a run would choose, and what to fix first."""
 
-import math
 import os
 import shutil
 import sys
@@ -13,13 +12,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch.multiprocessing.spawn import spawn
 
-from minilm.distributed.hardware import describe, usable_processors
+from minilm.distributed.hardware import ProcessorLoad, advise_threads, describe, usable_processors
 from minilm.distributed.precision import choose_precision, device_peak
 from minilm.utils.cache import CacheError, get_cache_folder
 
@@ -112,12 +110,8 @@ def _threads() -> Finding:
     threads, usable = torch.get_num_threads(), usable_processors()
     found = f"{threads} for one process, {usable} processors to use"
     busy = _busy_processors()
-    if busy > 0.5:
-        left = max(1, usable - math.ceil(busy - 0.5))
-        found += (
-            f"; other programs take {busy:.1f} of them now, and a run's threads wait for these: end the programs, or "
-            f"start a recipe with OMP_NUM_THREADS={left} python in place of accelerate launch"
-        )
+    if advice := advise_threads(busy, threads, usable):
+        found += f"; {advice}"
     fix = ""
     if threads < usable and busy <= 0.5 and os.environ.get("OMP_NUM_THREADS"):
         fix = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} slows down a process without a launcher: unset it"
@@ -128,10 +122,9 @@ def _threads() -> Finding:
 
 def _busy_processors(seconds: float = 0.5) -> float:
     """Return how many of the processors that this process may use are busy, measured for `seconds`."""
-    shares = psutil.cpu_percent(seconds, percpu=True)
-    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
-    busy: float = sum(share for number, share in enumerate(shares) if number in ours) / 100
-    return busy
+    load = ProcessorLoad()
+    time.sleep(seconds)
+    return load.others()
 
 
 def _versions() -> Finding:

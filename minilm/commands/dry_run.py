@@ -98,7 +98,7 @@ def _planned(run: Session) -> list[tuple[str, str]]:
     total = config.run.count_steps(plan.steps_per_epoch)
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
-    log.info("running steps to measure the memory and the time")
+    log.info("running steps to measure the memory and the time …")
     probe = _probe(config, accelerator, head, plan, collator, examples, cost, total, run.precision.name)
     state = weights + sum(p.numel() * p.element_size() for p in trained) + probe.moments
 

@@ -54,10 +54,10 @@ def run_recipe(
         resolved = parse_flags(config, description, rest)
         show_log()
         # The imports take seconds. The flags were checked before, and the log says what takes the time.
-        log.info("importing torch")
+        log.info("importing torch …")
         with quick_imports():
             import torch  # noqa: F401
-        log.info("importing transformers")
+        log.info("importing transformers …")
         name = Path(sys.argv[0]).stem
         if "--dry-run" in sys.argv:
             with quick_imports():

@@ -40,7 +40,7 @@ def load_pydocs(eval_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     key = hashlib.sha256(json.dumps([_VERSION, sys.version, eval_fraction, stamp]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
-        log.info(f"collecting the documentation of {len(files):,} Python files")
+        log.info(f"collecting the documentation of {len(files):,} Python files …")
         documents = [(module, text) for path in files for module, text in _extract_documents(root, path)]
         train, held_out = _split_by_module(_drop_near_duplicates(documents), eval_fraction)
         content = json.dumps({"train": train, "eval": held_out}, ensure_ascii=False)

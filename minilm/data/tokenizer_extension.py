@@ -35,7 +35,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, documents: Documents, s
             "tokens.extend needs a Unigram tokenizer without gaps between its ids, and this one has gaps. Leave "
             "tokens.extend out."
         )
-    log.info("finding words that the tokenizer splits")
+    log.info("finding words that the tokenizer splits …")
     words = _find_split_words(backend, documents)
     if len(words) < size:
         raise ValueError(

@@ -52,7 +52,7 @@ def train_tokenizer(
     causal: if true, the tokenizer adds no special token to a text, and `<|endoftext|>` ends a document. Otherwise it
         puts `[CLS]` and `[SEP]` around a text, and `[SEP]` between the two texts of a pair and at its end.
     """
-    log.info("training a tokenizer")
+    log.info("training a tokenizer …")
     roles = _CAUSAL_SPECIAL if causal else _SPECIAL
     # In BPE and Unigram, a token of a word includes the space before the word. So the mask takes that space too, as
     # RoBERTa's does.

@@ -49,7 +49,7 @@ def resolve_micro_tokens(
         raise ValueError("batch.micro_tokens=auto does not work with sharding: give a number of tokens")
     if checkpoint is not None:
         return _set_micro_tokens(config, checkpoint.config["batch"]["micro_tokens"])
-    log.info("timing micro-batches of several sizes")
+    log.info("timing micro-batches of several sizes …")
     times = _try_sizes(accelerator, head, lambda size: first_step(_set_micro_tokens(config, size)))
     all_times: list[dict[int, float]] = gather_object([times])
     common = [size for size in times if all(size in one for one in all_times)]

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from minilm.config import Config, ObjectiveSettings
@@ -23,6 +24,7 @@ from minilm.data.batch_plan import Plan
 from minilm.data.corpus import PreparedData
 from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan
+from minilm.distributed.hardware import ProcessorLoad, advise_threads, usable_processors
 from minilm.distributed.launch import (
     broadcast_from_main,
     finish,
@@ -70,6 +72,8 @@ class Session:
     """The checkpoint to resume from."""
     prepared: PreparedData
     """The tokenizer and the examples."""
+    load: ProcessorLoad = field(default_factory=ProcessorLoad)
+    """The load by other programs since the data are prepared."""
     uploads: list[str] = field(default_factory=list)
     """The files of the output folder to push to the hub at the end, where `run.push_to_hub` asks for it."""
 
@@ -132,7 +136,7 @@ def begin(
             check_settings(checkpoint, config)
             if main:
                 check_best_checkpoint(checkpoint, config.run)
-        log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)}")
+        log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
         session = Session(
             config=config,
             accelerator=accelerator,
@@ -213,6 +217,10 @@ def start_recorder(
         settings = to_dict(config)
         write_run_json(run.folder, settings, config.data, facts)
         log_run_facts(run.folder, config, facts)
+        if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+            advice = advise_threads(run.load.others(), torch.get_num_threads(), usable_processors())
+            if advice is not None:
+                log.warning(advice)
         start_trackers(accelerator, config.run.trackers, flatten_settings(settings), run.folder, progress.step)
     recorder = Recorder(
         run.folder,

@@ -87,14 +87,13 @@ def test_threads(threads, usable, variable, fix, monkeypatch):
 
 def test_busy_processors_are_reported_with_the_threads_to_use(monkeypatch):
     monkeypatch.setattr(doctor, "usable_processors", lambda: 4)
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 3, 5}, raising=False)
-    monkeypatch.setattr(doctor.psutil, "cpu_percent", lambda seconds, percpu: [90.0, 5.0, 100.0, 75.0, 100.0, 0.0])
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as it says itself
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found, fix = doctor._threads().found, doctor._threads().fix
-    assert fix == ""
-    assert "other programs take 1.7 of them now" in found
-    assert "OMP_NUM_THREADS=2 python" in found
+    monkeypatch.setattr(doctor, "_busy_processors", lambda: 1.7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # as it says itself
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    finding = doctor._threads()
+    assert finding.fix == ""
+    assert "other programs take 1.7 of the 4 processors" in finding.found
+    assert "OMP_NUM_THREADS=2 python" in finding.found
 
 
 def test_versions_that_minilm_does_not_run_on(monkeypatch):

@@ -91,7 +91,7 @@ from minilm import Config, Data
 from minilm.commands.recipe import run_recipe
 run_recipe(Config(data=Data(source="pydocs")))
 """
-    assert python(program).stderr.splitlines() == ["importing torch", "found no torch"]
+    assert python(program).stderr.splitlines() == ["importing torch …", "found no torch"]
 
 
 QUICK_EXIT = """

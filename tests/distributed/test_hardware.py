@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from minilm.data.packing import pack
 from minilm.distributed import hardware
 from minilm.distributed import precision as precision_module
 from minilm.distributed.flops import Cost, count_flops
-from minilm.distributed.hardware import describe, fair_threads
+from minilm.distributed.hardware import ProcessorLoad, advise_threads, describe, fair_threads
 from minilm.distributed.launch_checks import check_devices, check_launch
 from minilm.distributed.precision import choose_precision, device_peak, gemm_rate
 from minilm.models.sparse_head import SparseHead
+from minilm.utils.openmp import limit_spinning
 from tests.jobs import launched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -62,6 +64,23 @@ def test_a_chosen_precision_is_kept_and_auto_measures_the_cpu(
     precision = choose_precision(setting, CPU)
     assert precision.name == name
     assert re.search(reason, precision.reason)
+
+
+@pytest.mark.parametrize("undisturbed", [0, 3, 7])
+def test_one_undisturbed_measurement_of_each_precision_is_enough(undisturbed, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    calls = {torch.bfloat16: 0, torch.float32: 0}
+
+    def rate(dtype, *_):
+        calls[dtype] += 1
+        # Another program slows down fp32 at other times than bf16.
+        quick = calls[dtype] - 1 == (undisturbed if dtype is torch.bfloat16 else 7 - undisturbed)
+        return (4.0 if dtype is torch.bfloat16 else 1.0) * (1.0 if quick else 0.01)
+
+    monkeypatch.setattr(precision_module, "gemm_rate", rate)
+    precision = choose_precision("auto", CPU)
+    assert precision.name == "bf16"
+    assert "at 4 times" in precision.reason
 
 
 @pytest.mark.parametrize(
@@ -256,6 +275,79 @@ def test_right_launches_pass(processes, environment):
 def test_a_process_gets_its_share_of_the_cores_where_a_launcher_took_them(environment, threads, monkeypatch):
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert fair_threads(environment) == threads
+
+
+@pytest.mark.parametrize(
+    ("seconds", "others"),
+    [(10.0, 1.2), (0.1, 0.0)],  # too short a time gives no figure
+)
+def test_the_load_counts_other_programs_on_the_processors_of_this_process(seconds, others, monkeypatch):
+    now = [0.0]
+
+    def times(percpu):
+        # Processors 0 and 2 are for this process, and 3 s of 0 and all of 2 are taken. Of that it takes 1 s.
+        shares = ((0.1, 0.1, 0.1), (1.0, 0.0, 0.0), (0.9, 0.0, 0.1))
+        return [SimpleNamespace(user=now[0] * a, nice=now[0] * b, system=now[0] * c) for a, b, c in shares]
+
+    monkeypatch.setattr(hardware.psutil, "cpu_times", times)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
+    monkeypatch.setattr(hardware.os, "times", lambda: (now[0] * 0.08, now[0] * 0.02, 0.0, 0.0, now[0]))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    load = ProcessorLoad()
+    now[0] = seconds
+    assert load.others() == pytest.approx(others)
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "usable", "left"),
+    [
+        (0.4, 2, 2, None),
+        (1.0, 2, 2, 1),
+        (1.0, 1, 2, None),  # the run leaves a processor
+        (5.0, 2, 2, 1),
+        (1.7, 4, 4, 2),
+        (1.2, 4, 8, None),
+        (1.2, 8, 8, 7),
+    ],
+)
+def test_fewer_threads_are_advised_where_other_programs_leave_fewer_processors(busy, threads, usable, left):
+    advice = advise_threads(busy, threads, usable)
+    assert (advice is None) == (left is None)
+    assert left is None or f"OMP_NUM_THREADS={left} python" in advice
+
+
+@pytest.mark.parametrize(
+    ("environment", "after"),
+    [
+        ({}, True),
+        ({"GOMP_SPINCOUNT": "7"}, False),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        ({"OMP_NUM_THREADS": "2"}, True),
+    ],
+)
+def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(environment, after, monkeypatch):
+    now = dict(environment)
+    monkeypatch.delitem(sys.modules, "torch")
+    limit_spinning(now)
+    assert now == environment | ({"GOMP_SPINCOUNT": now.get("GOMP_SPINCOUNT")} if after else {})
+    assert not after or int(now["GOMP_SPINCOUNT"]) > 0
+
+
+@pytest.mark.parametrize("program", ["import minilm, torch", "import torch, minilm"])
+def test_the_library_that_torch_loads_sees_the_setting(program):
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    program += "; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    if (seen := re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) is None:
+        pytest.skip("torch does not load GNU OpenMP here")
+    ours = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        limit_spinning(ours)
+    expected = ours["GOMP_SPINCOUNT"]
+    assert done.stdout.strip() == (expected if program.startswith("import minilm") else "None")
+    assert (seen[1] == expected) == program.startswith("import minilm")
 
 
 @pytest.mark.parametrize("readable", [True, False])

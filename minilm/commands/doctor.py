@@ -17,9 +17,10 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch.multiprocessing.spawn import spawn
 
-from minilm.distributed.hardware import ProcessorLoad, advise_threads, describe, usable_processors
+from minilm.distributed.hardware import advise_threads, describe, usable_processors
 from minilm.distributed.precision import choose_precision, device_peak
 from minilm.utils.cache import CacheError, get_cache_folder
+from minilm.utils.processor_load import ProcessorLoad
 
 # Seconds within which two processes must connect. An idle machine needs a few.
 _TIMEOUT_SECONDS = 120.0

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from minilm.config.command_line import parse_flags, parse_seeds
 from minilm.utils.errors import TrainingStopped
 from minilm.utils.launch_variables import claim_error_report, is_distributed
 from minilm.utils.log import show_log
+from minilm.utils.openmp import stop_spinning_if_busy
 from minilm.utils.output_streams import discard_unread_output, survive_closed_output
+from minilm.utils.processor_load import ProcessorLoad
 from minilm.utils.signals import interrupt_on_signals
 from minilm.utils.validation import check
 
@@ -55,6 +58,9 @@ def run_recipe(
         show_log()
         # The imports take seconds. The flags were checked before, and the log says what takes the time.
         log.info("importing torch …")
+        load = ProcessorLoad()
+        time.sleep(ProcessorLoad.LEAST_SECONDS)
+        stop_spinning_if_busy(os.environ, load.others())
         with quick_imports():
             import torch  # noqa: F401
         log.info("importing transformers …")

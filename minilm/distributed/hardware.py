@@ -6,12 +6,10 @@ import mmap
 import os
 import platform
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from minilm.utils.launch_variables import count_local_processes, is_distributed
@@ -167,30 +165,6 @@ def fair_threads(environment: Mapping[str, str]) -> int | None:
     if not launched or environment.get("OMP_NUM_THREADS") != "1":
         return None
     return max(1, usable_processors() // count_local_processes(environment))
-
-
-class ProcessorLoad:
-    """The processors that other programs take, of those on which this process may run, since this object was made."""
-
-    # A shorter time gives no figure: Linux counts in hundredths of a second.
-    _LEAST_SECONDS = 0.2
-
-    def __init__(self) -> None:
-        self._begin = self._read()
-
-    def others(self) -> float:
-        """Return the mean number of processors. Processes that this one started count as others until they end."""
-        seconds, busy, own = (now - before for now, before in zip(self._read(), self._begin, strict=True))
-        return max(0.0, busy - own) / seconds if seconds >= self._LEAST_SECONDS else 0.0
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """Return the time, and the processor time of all programs and of this one, in seconds."""
-        processors = psutil.cpu_times(percpu=True)
-        ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(processors))
-        kinds = ("user", "nice", "system")
-        busy = sum(getattr(times, kind, 0.0) for n, times in enumerate(processors) if n in ours for kind in kinds)
-        return time.perf_counter(), busy, sum(os.times()[:4])
 
 
 def advise_threads(busy: float, threads: int, usable: int) -> str | None:

@@ -24,7 +24,7 @@ from minilm.data.batch_plan import Plan
 from minilm.data.corpus import PreparedData
 from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan
-from minilm.distributed.hardware import ProcessorLoad, advise_threads, usable_processors
+from minilm.distributed.hardware import advise_threads, usable_processors
 from minilm.distributed.launch import (
     broadcast_from_main,
     finish,
@@ -54,6 +54,7 @@ from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlock_at_end
 from minilm.utils.log import show_log_by_default
+from minilm.utils.processor_load import ProcessorLoad
 
 log = logging.getLogger("minilm")
 

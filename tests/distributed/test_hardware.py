@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,11 +23,13 @@ from minilm.data.packing import pack
 from minilm.distributed import hardware
 from minilm.distributed import precision as precision_module
 from minilm.distributed.flops import Cost, count_flops
-from minilm.distributed.hardware import ProcessorLoad, advise_threads, describe, fair_threads
+from minilm.distributed.hardware import advise_threads, describe, fair_threads
 from minilm.distributed.launch_checks import check_devices, check_launch
 from minilm.distributed.precision import choose_precision, device_peak, gemm_rate
 from minilm.models.sparse_head import SparseHead
-from minilm.utils.openmp import limit_spinning
+from minilm.utils import processor_load
+from minilm.utils.openmp import limit_spinning, stop_spinning_if_busy
+from minilm.utils.processor_load import ProcessorLoad
 from tests.jobs import launched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -279,7 +282,7 @@ def test_a_process_gets_its_share_of_the_cores_where_a_launcher_took_them(enviro
 
 @pytest.mark.parametrize(
     ("seconds", "others"),
-    [(10.0, 1.2), (0.1, 0.0)],  # too short a time gives no figure
+    [(10.0, 1.2), (0.05, 0.0)],  # too short a time gives no figure
 )
 def test_the_load_counts_other_programs_on_the_processors_of_this_process(seconds, others, monkeypatch):
     now = [0.0]
@@ -289,10 +292,10 @@ def test_the_load_counts_other_programs_on_the_processors_of_this_process(second
         shares = ((0.1, 0.1, 0.1), (1.0, 0.0, 0.0), (0.9, 0.0, 0.1))
         return [SimpleNamespace(user=now[0] * a, nice=now[0] * b, system=now[0] * c) for a, b, c in shares]
 
-    monkeypatch.setattr(hardware.psutil, "cpu_times", times)
+    monkeypatch.setattr(psutil, "cpu_times", times)
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
-    monkeypatch.setattr(hardware.os, "times", lambda: (now[0] * 0.08, now[0] * 0.02, 0.0, 0.0, now[0]))
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(processor_load.os, "times", lambda: (now[0] * 0.08, now[0] * 0.02, 0.0, 0.0, now[0]))
+    monkeypatch.setattr(processor_load.time, "perf_counter", lambda: now[0])
     load = ProcessorLoad()
     now[0] = seconds
     assert load.others() == pytest.approx(others)
@@ -331,6 +334,25 @@ def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(environmen
     limit_spinning(now)
     assert now == environment | ({"GOMP_SPINCOUNT": now.get("GOMP_SPINCOUNT")} if after else {})
     assert not after or int(now["GOMP_SPINCOUNT"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "others", "stops"),
+    [
+        ({}, 1.0, True),
+        ({}, 0.3, False),
+        (launched(0, 2), 1.0, False),  # the other processes of the job
+        ({"GOMP_SPINCOUNT": "7"}, 1.0, False),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 1.0, False),
+    ],
+)
+def test_threads_sleep_at_once_where_other_programs_run(environment, others, stops, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    now = dict(environment)
+    limit_spinning(now)
+    before = dict(now)
+    stop_spinning_if_busy(now, others)
+    assert now == (before | {"GOMP_SPINCOUNT": "0"} if stops else before)
 
 
 @pytest.mark.parametrize("program", ["import minilm, torch", "import torch, minilm"])

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minilm.commands.fast_imports import inference_imports, quick_imports
+from minilm.commands.fast_imports import quick_imports
 from minilm.commands.text_input import format_row_number, read_file_rows, read_texts, row_field
 from minilm.utils.log import show_log
 from minilm.utils.output_streams import survive_closed_output
@@ -26,7 +26,7 @@ _TEXT_CHARACTERS = 80
 
 def run_fill_mask(options: argparse.Namespace) -> None:
     """Print the likeliest tokens for each mask of each text."""
-    with inference_imports():
+    with quick_imports():
         from minilm.models.inference import check_masks, fill_mask, load_masked_lm
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():
@@ -61,7 +61,7 @@ def _print_fills(options: argparse.Namespace, masks: Any, text: str, number: int
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print a continuation of each text, or with --chat an answer to it."""
-    with inference_imports():
+    with quick_imports():
         from minilm.models.inference import check_prompts, generate, load_causal_lm
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():
@@ -85,7 +85,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_classify(options: argparse.Namespace) -> None:
     """Print the likeliest labels of each text or pair, or the number that a regression predicts."""
-    with inference_imports():
+    with quick_imports():
         from minilm.models.inference import classify, load_classifier
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():
@@ -139,7 +139,7 @@ def _print_labels(
 
 def run_embed(options: argparse.Namespace) -> None:
     """Print the cosine of each text with each other one, or the embedding of each text."""
-    with inference_imports():
+    with quick_imports():
         from minilm.models.inference import escape_line_breaks
         from minilm.models.inference_embedding import embed, load_embedding_model
         from minilm.utils.progress import quiet_transformers
@@ -159,7 +159,7 @@ def run_embed(options: argparse.Namespace) -> None:
 
 def run_answer(options: argparse.Namespace) -> None:
     """Print the best answers to a question in each context."""
-    with inference_imports():
+    with quick_imports():
         from minilm.models.inference import escape_line_breaks
         from minilm.models.inference_answers import find_answers, load_question_answerer
         from minilm.utils.progress import quiet_transformers
@@ -184,7 +184,7 @@ def run_answer(options: argparse.Namespace) -> None:
 
 def run_tag(options: argparse.Namespace) -> None:
     """Print the tagged spans of each text."""
-    with inference_imports():
+    with quick_imports():
         from minilm.models.inference import escape_line_breaks
         from minilm.models.inference_tags import load_token_classifier, tag_texts
         from minilm.utils.progress import quiet_transformers
@@ -209,7 +209,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from minilm.config.command_line import parse_data_flags
 
     data = parse_data_flags(options.rest)
-    with inference_imports(distributed=True):
+    with quick_imports():
         from minilm.commands.evaluate import evaluate
         from minilm.utils.progress import quiet_transformers
     with quiet_transformers():

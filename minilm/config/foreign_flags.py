@@ -84,6 +84,8 @@ FOREIGN_FLAGS = {
     "auto_find_batch_size": "--batch.micro-tokens auto",
     "gradient_accumulation_steps": "not needed: a step of --batch.examples is cut into passes of --batch.micro-tokens",
     "gradient_accumulation_iters": "not needed: a step of --batch.examples is cut into passes of --batch.micro-tokens",
+    "rampup_batch_size": "--run.phases",
+    "phase": "--run.phases",
     "max_seq_length": _LENGTH,
     "max_seq_len": _LENGTH,
     "seq_length": _LENGTH,

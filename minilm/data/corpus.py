@@ -180,6 +180,11 @@ class PreparedData:
         """The training examples of each period of the run."""
         return self.periods or (self.train,)
 
+    @property
+    def all_train(self) -> list[Examples]:
+        """The training examples of the configuration itself and of all periods, each once."""
+        return [*{id(examples): examples for examples in (self.train, *self.periods)}.values()]
+
 
 def encode(
     documents: Documents,

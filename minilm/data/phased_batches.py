@@ -35,7 +35,7 @@ class JoinedExamples:
     """The training examples of all periods under one numbering. Periods with the same examples share their numbers."""
 
     def __init__(self, prepared: PreparedData) -> None:
-        self._parts = [*{id(examples): examples for examples in (prepared.train, *prepared.train_by_period)}.values()]
+        self._parts = prepared.all_train
         self._starts = np.cumsum([0, *map(len, self._parts)]).tolist()
 
     def first_number(self, examples: Examples) -> int:

@@ -30,10 +30,11 @@ def check_compatibility(head: Head, prepared: PreparedData) -> None:
     _compare_special_ids(head.model, prepared.tokenizer)
     if prepared.labels is None and prepared.train.type_ids is None:
         _warn_about_types(head.model, prepared.tokenizer)
-    parts = {"training texts": prepared.train, "evaluation texts": prepared.eval}
+    parts = [("training texts", examples) for examples in prepared.all_train]
+    parts += [("evaluation texts", prepared.eval)]
     if prepared.train is prepared.eval:
-        parts = {"texts": prepared.eval}
-    for part, examples in parts.items():
+        parts = [("texts", examples) for examples in prepared.all_train]
+    for part, examples in parts:
         _check_types(head.model, examples)
         for id in getattr(head.model, "read_before_padding", ()) if len(examples) else ():
             _check_last_tokens(head.model, prepared.tokenizer, part, examples, id)

@@ -60,7 +60,7 @@ class MaskedLMObjective(LanguageModelObjective):
         )
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
-        for examples in (prepared.train, prepared.eval):
+        for examples in (*prepared.all_train, prepared.eval):
             self._check_fully_masked_rows(network, prepared.tokenizer, examples)
         return super().head(network, prepared)
 

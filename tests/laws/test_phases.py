@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from minilm import (
@@ -24,6 +27,10 @@ from minilm import (
 )
 from minilm.commands.evaluate import evaluate
 from minilm.config import ObjectiveSettings
+from minilm.distributed.flops import count_flops
+from minilm.objectives.factory import build_network, build_objective, prepare_run
+from minilm.runs.checkpoint import read_checkpoint
+from minilm.runs.session import plan_batches
 from minilm.train import train
 from tests.jobs import CONFIG, STEPS, WORDS, end_of, finish_all, write_text
 from tests.launch import read_log
@@ -104,6 +111,24 @@ def test_a_run_resumed_before_at_or_after_a_change_ends_the_same_to_the_bit(
     folder = stopped_after(step, reference, tmp_path / "stopped")
     train(in_folder(config, folder, resume="latest"))
     assert end_of(folder) == end_of(reference)
+
+
+def test_workers_do_not_change_a_phase(config: Config, reference: Path, tmp_path: Path) -> None:
+    train(in_folder(replace(config, batch=replace(config.batch, workers=1)), tmp_path / "out"))
+    assert end_of(tmp_path / "out") == end_of(reference)
+
+
+def test_tokens_and_flops_are_those_of_the_steps_of_each_phase(config: Config, reference: Path) -> None:
+    prepared = prepare_run(config)
+    head = build_objective(config.objective).head(build_network(config, prepared), prepared)
+    job: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    session: Any = SimpleNamespace(config=config, prepared=prepared, accelerator=job)
+    plan, cost = plan_batches(session, head), count_flops(head, config.batch.max_length)
+    steps = [plan.step(index) for index in range(STEPS)]
+    assert [line["tokens"] for line in read_log(reference)[0]] == np.cumsum([step.tokens for step in steps]).tolist()
+    rates = [0.3 if index < CHANGES[2] else 0.5 for index in range(STEPS)]
+    flops = sum(cost.step(step, rate) for step, rate in zip(steps, rates, strict=True))
+    assert read_checkpoint(reference / f"checkpoint-{STEPS}").progress.flops == pytest.approx(flops, rel=1e-9)
 
 
 def test_a_run_with_phases_is_evaluated_again(reference: Path, config: Config, tmp_path: Path) -> None:

@@ -73,8 +73,9 @@ JOBS = {
 COSTS = {
     "mlm_pydocs.py": (PYDOCS, Rounds(count=9, warm_up=1, block=20)),
     "6 layers, width 384": (MASKED, Rounds(count=9, warm_up=1, block=2)),
-    "6 layers, width 384, large step": (with_examples(MASKED, 256), Rounds(count=5, warm_up=1)),
+    "6 layers, width 384, large step": (with_examples(MASKED, 512), Rounds(count=5, warm_up=1)),
     "BERT-base": (base_size(MASKED), Rounds(count=5, warm_up=1)),
+    "BERT-base, large step": (with_examples(base_size(MASKED), 1024), Rounds(count=3, warm_up=0)),
 }
 
 

@@ -6,7 +6,7 @@ Each side runs in its own process and takes turns of some steps. Both sides have
 examples, order and masks. Only the optimizer of the matrices inside the layers differs.
 
 - pydocs: recipes/mlm_pydocs.py, all of its steps.
-- shakespeare: recipes/clm_shakespeare.py, all of its steps, at the recipe's learning rate and at a higher one. It needs
+- shakespeare: recipes/clm_shakespeare.py, all of its steps, at the recipe's learning rate and at a lower one. It needs
   https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt.
 - cost: the time of a step, for the model of mlm_pydocs.py, for the RoBERTa of throughput.py (6 layers, width 384) and
   for a model of the size of BERT-base. The table has the number of examples of a step, and of their tokens.
@@ -44,7 +44,7 @@ class Job:
 
     config: Config
     rates: tuple[float, ...]
-    """The recipe's rate comes first."""
+    """AdamW's best rate comes first."""
     block: int = 100
     """Steps of a turn."""
 
@@ -55,7 +55,7 @@ class Job:
         return Rounds(count=self.config.run.max_steps // self.block, warm_up=0, block=self.block, evaluated=1)
 
     def contenders(self) -> list[Contender]:
-        """Return both optimizers at each rate. The first one is AdamW at the recipe's rate."""
+        """Return both optimizers at each rate. The first one is AdamW at its best rate."""
         return [contender(self.config, name, rate) for rate in self.rates for name in NAMES]
 
 
@@ -67,7 +67,7 @@ def base_size(config: Config) -> Config:
 
 JOBS = {
     "pydocs": Job(config=PYDOCS, rates=(PYDOCS.optim.lr,)),
-    "shakespeare": Job(config=SHAKESPEARE, rates=(SHAKESPEARE.optim.lr, 1e-2)),
+    "shakespeare": Job(config=SHAKESPEARE, rates=(3e-3, SHAKESPEARE.optim.lr)),
 }
 # For the cost of a step, the configurations and their rounds.
 COSTS = {

@@ -40,6 +40,7 @@ from transformers import AutoModelForCausalLM
 
 from minilm.config import Config
 from minilm.objectives.factory import prepare_data
+from minilm.utils.progress import quiet_transformers
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "clm_shakespeare.py"
 STEPS = 2000
@@ -48,7 +49,7 @@ README_FLAGS = [
     *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12"),
     *("--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0"),
 ]
-NANOGPT_RATES, MINILM_RATES = (1e-3, 3e-3), {"adamw": (3e-3,), "muon": (3e-3, 1e-2)}
+NANOGPT_RATES, MINILM_RATES = (1e-3, 3e-3), {"adamw": (3e-3,), "muon": (1e-2,)}
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 OFFSET = "offset points"
 AT_A_TIME = 128  # blocks of an evaluation's forward pass
@@ -121,7 +122,8 @@ def run_minilm(
     run([sys.executable, str(RECIPE), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
     seconds = time.perf_counter() - begin
     figures = json.loads((out / "all_results.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ids = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     loss = held_out_loss(lambda ids_RxL: model(ids_RxL).logits, ids, blocks)
     found = {"seconds": seconds, "training_seconds": figures["train_seconds"], "loss": loss}

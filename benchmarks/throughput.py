@@ -8,7 +8,7 @@ in bf16 where this machine is faster in it. A step has 32 examples of at most 12
 - masked-documents: masked LM, a RoBERTa with 6 layers, a width of 384 and a vocabulary of 16,384.
 - masked-blocks: the same on full blocks, which need no padding.
 - modernbert-documents: a ModernBERT of that size.
-- main-job: recipes/mlm_pydocs.py, a small ModernBERT on 16 full blocks.
+- main-job: recipes/mlm_pydocs.py, a small ModernBERT on 16 full blocks, with AdamW in place of Muon.
 - causal-documents, causal-blocks: causal LM, a GPT-2 with 6 layers, a width of 384 and a vocabulary of 50,257. minilm
   takes at most 2,048 tokens in a forward pass.
 - pair-classification: a BERT with 6 layers and a width of 384, on pairs of texts of about 55 tokens together, like
@@ -89,7 +89,9 @@ MODERNBERT = replace(
         },
     ),
 )
-PYDOCS: Config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"))["CONFIG"]
+_RECIPE: Config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"))["CONFIG"]
+# The sides make the same updates, so both have AdamW.
+PYDOCS = replace(_RECIPE, optim=replace(_RECIPE.optim, name="adamw"))
 CAUSAL = replace(
     MASKED,
     model=Model(

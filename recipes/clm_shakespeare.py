@@ -4,7 +4,7 @@
     accelerate launch recipes/clm_shakespeare.py
 
 Any other file of plain text works too (`--data.source FILE`). The last tenth of the text is held out. On tiny
-Shakespeare the held-out loss ends below 1.78, after 2,000 steps of 768 characters. nanoGPT's README has 1.88 for the
+Shakespeare the held-out loss ends below 1.60, after 2,000 steps of 768 characters. nanoGPT's README has 1.88 for the
 same size and steps.
 """
 
@@ -28,7 +28,7 @@ CONFIG = Config(
     ),
     objective=CausalLM(),
     batch=Batch(examples=12, max_length=64, layout="blocks"),
-    optim=Optim(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, warmup=100, schedule="cosine"),
+    optim=Optim(name="muon", muon_momentum=0.9, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, warmup=100),
     run=Run(max_steps=2000, eval_every=500, samples=("ROMEO:",)),
 )
 

@@ -2,9 +2,9 @@
 
     accelerate launch recipes/mlm_pydocs.py
 
-In November 2026 it took 5 minutes from launch to end on two cores of an AMD EPYC (AVX2, fp32). At the masked tokens of
-modules that training did not see, it reached 1.35 bits per byte. A model that knows only the frequencies of the tokens
-has 3.04.
+In November 2026 it took 2 minutes from launch to end on two cores of an AMD EPYC (AVX512_BF16, bf16). At the masked
+tokens of modules that training did not see, it reached 1.17 bits per byte, and 1.18 and 1.17 with two other seeds. A
+model that knows only the frequencies of the tokens has 3.04.
 """
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens
@@ -25,9 +25,9 @@ CONFIG = Config(
             "max_position_embeddings": 512,
         },
     ),
-    objective=MaskedLM(rate=0.3, eval_rate=0.15),
+    objective=MaskedLM(rate=0.4, eval_rate=0.15),
     batch=Batch(examples=16, max_length=128, layout="blocks"),
-    optim=Optim(lr=5e-3, betas=(0.9, 0.98), warmup=115, weight_decay=0.01),
+    optim=Optim(name="muon", lr=5e-3, betas=(0.9, 0.98), warmup=115, weight_decay=0.1),
     run=Run(
         max_steps=2300,
         eval_every=500,

@@ -22,6 +22,7 @@ WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors"
 LISTED = ["config.json", WEIGHTS, MOMENTS, "tokenizer.json", "tokenizer_config.json", STATE]
 INPUTS = {
     "training examples": {"examples": 3, "tokens": 15, "fingerprint": "abc"},
+    "training examples of the phases": [],
     "evaluation examples": {"examples": 1, "tokens": 5, "fingerprint": "def", "parts": {}},
     "tokenizer": "ghi",
     "model configuration": {"hidden_act": "gelu"},

@@ -3,10 +3,11 @@
 import atexit
 import gc
 import io
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 # Before any import of the Hugging Face libraries: no test reaches the network or the user's caches.
@@ -75,6 +76,15 @@ def unigram(documents: Dataset) -> PreTrainedTokenizerBase:
 
 
 Run = Callable[..., tuple[object, list[str], list[str]]]
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """Give minilm's logger its handlers back: a command gives it one that writes to the captured stderr of the test."""
+    logger = logging.getLogger("minilm")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate, logger.level = before
 
 
 @pytest.fixture

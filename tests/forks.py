@@ -88,6 +88,8 @@ def flags_of(entry: Entry) -> tuple[str, list[str]]:
     """The recipe and the command line of an entry: a run of two steps, right but for the entry's own flags."""
     flags = shlex.split(entry.flags)
     right = ["--run.max-steps", "2", "--run.output-dir", "out", "--run.precision", "fp32", "--batch.max-length", "32"]
+    if "--optim.name" not in flags:
+        right += ["--optim.name", "adamw"]  # Muon logs a line more
     if "--data.source" not in flags:
         right += ["--data.source", "docs.txt"]
     if entry.recipe:

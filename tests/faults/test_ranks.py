@@ -34,11 +34,11 @@ def test_when_a_process_is_gone_the_other_ends_and_the_reason_is_printed_once(
 SLOW = """
 import os, time
 import minilm.runs.session
-original = minilm.runs.session.prepare_data
-def prepare_data(config, memory):
+original = minilm.runs.session.prepare_run
+def prepare_run(config, memory):
     time.sleep(4 if os.environ["RANK"] == "0" else 0)
     return original(config, memory)
-minilm.runs.session.prepare_data = prepare_data
+minilm.runs.session.prepare_run = prepare_run
 """
 
 

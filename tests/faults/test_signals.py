@@ -86,10 +86,10 @@ BEFORE_THE_FIRST_STEP = {
 import time
 from pathlib import Path
 import minilm.runs.session
-def prepare_data(config, memory):
+def prepare_run(config, memory):
     Path(config.run.output_dir).with_name("begun").touch()
     time.sleep(100)
-minilm.runs.session.prepare_data = prepare_data
+minilm.runs.session.prepare_run = prepare_run
 """,
     "before the processes have met": """
 import os, time

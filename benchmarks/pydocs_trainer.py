@@ -1,12 +1,12 @@
 """Train the main job by HF Trainer for as long as minilm took, with the same model, weights, examples and evaluation.
 
-    accelerate launch recipes/mlm_pydocs.py
+    accelerate launch recipes/mlm_pydocs.py --optim.name adamw
     python benchmarks/pydocs_trainer.py out/mlm_pydocs
 
 Trainer gets the run's learning rate, schedule, warm-up, betas, weight decay, clipping, batch size and masking rate, its
-own collator (dynamic masks, padding to the longest) and fused AdamW. It makes as many steps as fit into the
-seconds that minilm trained for. A first measurement of 40 steps, after 10 steps of warm-up, gives that number. minilm's
-exact evaluation measures both.
+own collator (dynamic masks, padding to the longest) and fused AdamW, also if the run had Muon. It makes as many steps
+as fit into the seconds that minilm trained for. A first measurement of 40 steps, after 10 steps of warm-up, gives that
+number. minilm's exact evaluation measures both.
 """
 
 import argparse

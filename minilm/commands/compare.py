@@ -115,8 +115,6 @@ def compare_tables(first: ExampleTable, second: ExampleTable) -> list[Difference
     """Return the difference of each figure that two evaluations have in common. Raise ValueError if there is none."""
     tables = first, second
     figures = find_common_figures(*tables)
-    if not all(np.isfinite(table.arrays["loss"]).all() for table in tables):
-        raise ValueError("a loss is not a finite number, so that the models have no difference")
     unit = "documents" if {"document", "correct"} & first.arrays.keys() else "examples"
     differences = []
     for figure in figures:
@@ -124,7 +122,7 @@ def compare_tables(first: ExampleTable, second: ExampleTable) -> list[Difference
         sums = [_sum_by_document(table, name) for table in tables for name in (numerator, denominator)]
         count = max(map(len, sums))
         sums = [np.pad(each, (0, count - len(each))) for each in sums]
-        # A document without a target decides nothing.
+        # A document without a target does not change a figure.
         has_target = (sums[1] > 0) | (sums[3] > 0)
         difference = _compare_ratios(figure, *(each[has_target] for each in sums), scale=scale, unit=unit)
         if figure == "accuracy":
@@ -176,11 +174,16 @@ def find_common_figures(first: ExampleTable, second: ExampleTable) -> list[str]:
     if first.identity["objective"] != second.identity["objective"]:
         objectives = " and ".join(table.identity["objective"] for table in (first, second))
         raise ValueError(f"the models have different objectives, {objectives}, whose losses cannot be compared")
+    if first.identity["loss"] != second.identity["loss"]:
+        settings = " and ".join(table.identity["loss"] for table in (first, second))
+        raise ValueError(f"the losses of the models have different settings and cannot be compared: {settings}")
     if first.identity["documents"] != second.identity["documents"]:
         raise ValueError(
             "the evaluation documents of the models, or their labels, are not the same (data.eval_fraction holds out "
             "other documents for another run.seed): give --data.source, so that both are evaluated on its documents"
         )
+    if not all(np.isfinite(table.arrays["loss"]).all() for table in (first, second)):
+        raise ValueError("a loss is not a finite number, so that the models have no difference")
     known = first.arrays.keys() & second.arrays.keys()
     same_tokens = first.identity["examples"] == second.identity["examples"]
     ours, theirs = ([table.arrays.get(name, np.zeros(0)) for name in FACTS] for table in (first, second))
@@ -189,11 +192,13 @@ def find_common_figures(first: ExampleTable, second: ExampleTable) -> list[str]:
     if "correct" in known:
         # Each document is one example, whatever the tokenizer.
         return ["eval_loss", "accuracy"]
-    if {"document", "utf8_bytes"} <= known and first.identity["objective"] == "CausalLM":
+    whole = all(table.identity["overflow"] == "split" for table in (first, second))
+    if {"document", "utf8_bytes"} <= known and first.identity["objective"] == "CausalLM" and whole:
         return ["bits_per_byte"]
     reason = {
         "MaskedLM": "they have different tokenizers, so that their masks hide different text",
-        "CausalLM": "they have different tokenizers, and their examples join documents (batch.layout blocks)",
+        "CausalLM": "they have different tokenizers, and their examples are not whole documents (batch.layout "
+        "blocks or tokens.overflow truncate)",
     }.get(first.identity["objective"], "their tokenizers or settings are different")
     if same_tokens:
         reason = "objective.eval_rate, batch.max_length, batch.layout or tokens.overflow of their runs differ"

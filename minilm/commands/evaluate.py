@@ -79,12 +79,17 @@ def evaluate(name: str | Path, data: Data | None = None) -> dict[str, float]:
 
 
 def evaluate_examples(name: str | Path, data: Data | None = None) -> ExampleTable:
-    """Return what the evaluation of `evaluate` knows of each example. Raise ValueError as `evaluate` does."""
+    """Return what the evaluation of `evaluate` knows of each example.
+
+    Raise ValueError as `evaluate` does, and if the examples have no losses of their own.
+    """
     _, table = _evaluate(str(name), data)
+    if table is None:
+        raise ValueError(f"{name}: its evaluation examples have one loss together, and none of their own")
     return table
 
 
-def _evaluate(name: str, data: Data | None) -> tuple[EvaluationResult, ExampleTable]:
+def _evaluate(name: str, data: Data | None) -> tuple[EvaluationResult, ExampleTable | None]:
     config = _build_config(name, data)
     objective = build_objective(config.objective)
     accelerator, _ = start(config.run)
@@ -114,7 +119,8 @@ def _evaluate(name: str, data: Data | None) -> tuple[EvaluationResult, ExampleTa
         evaluation = evaluator(accelerator, accelerator.prepare_model(head, evaluation_mode=True))
     finally:
         finish(accelerator)
-    return evaluation, build_table(config, prepared, evaluation.per_example)
+    has_losses = "loss" in evaluation.per_example
+    return evaluation, build_table(config, prepared, evaluation.per_example) if has_losses else None
 
 
 def _run_file(name: str) -> Path:

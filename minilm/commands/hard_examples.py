@@ -47,7 +47,7 @@ def find_hard_examples(run: str | Path, count: int, *, always_high: bool = False
     tables = [read_evaluation(path) for path in find_evaluations(folder)]
     if not tables:
         raise ValueError(
-            f"{folder} has no ledger: it is no run of this version, it had no evaluation yet, or run.ledger was off"
+            f"{folder} has no ledger: it is not a run of this version, it had no evaluation yet, or run.ledger was off"
         )
     last = tables[-1]
     size = max(1, round(_HIGHEST_SHARE * len(last)))

@@ -208,7 +208,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """Print the figures of a model on documents of the user, or on those of its run."""
     from minilm.config.command_line import parse_data_flags
 
-    data = parse_data_flags(options.rest)
+    data = parse_data_flags(options.rest, "minilm evaluate DIR")
     with quick_imports():
         from minilm.commands.evaluate import evaluate
         from minilm.utils.progress import quiet_transformers
@@ -246,7 +246,7 @@ def run_compare(options: argparse.Namespace) -> None:
     """Print the differences of two models on the same evaluation examples."""
     from minilm.config.command_line import parse_data_flags
 
-    data = parse_data_flags(options.rest)
+    data = parse_data_flags(options.rest, "minilm compare A B")
     with quick_imports():
         from minilm.commands.compare import compare_models
         from minilm.utils.progress import quiet_transformers

@@ -186,8 +186,8 @@ def _parse_literal(word: str) -> Any:
     return word
 
 
-def parse_data_flags(arguments: Sequence[str]) -> Data | None:
-    """Return the settings of the `--data.…` flags of `minilm evaluate`, or None if there are none.
+def parse_data_flags(arguments: Sequence[str], program: str) -> Data | None:
+    """Return the settings of the `--data.…` flags of a command, or None if there are none.
 
     Raise ValueError if `--data.source` is missing among them.
     """
@@ -199,7 +199,7 @@ def parse_data_flags(arguments: Sequence[str]) -> Data | None:
 
     if not arguments:
         return None
-    data = tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog="minilm evaluate DIR").data
+    data = tyro.cli(_Flags, args=arguments, default=_Flags(Data()), prog=program).data
     if not _has_flag(arguments, "--data.source"):
-        raise ValueError("give --data.source too, or no --data flag at all to repeat the evaluation of the run")
+        raise ValueError("give --data.source too, or no --data flag at all for the evaluation of the run")
     return data

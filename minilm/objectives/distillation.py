@@ -31,7 +31,7 @@ def add_teacher(head: Head, config: Config, objective: Objective, prepared: Prep
     network = load_model(
         Model(name=settings.teacher),
         prepared.tokenizer,
-        max_length=prepared.train.longest_row,
+        max_length=max(examples.longest_row for examples in prepared.all_train),
         seed=config.run.seed,
         auto=objective.auto,
     )

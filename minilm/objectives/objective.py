@@ -272,8 +272,9 @@ class Objective(ObjectiveSettings):
     def describe_examples(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """Return what the ledger of a run keeps of each target or example, by name.
 
-        The default is `loss`. An objective whose examples have one right answer adds `correct`, bool[E]. The arguments
-        are those of `metrics`, or of a part of the examples if the loss compares them.
+        The default is `loss`. An objective whose examples have one right answer adds `correct`, bool[E]. The result is
+        empty if all examples have one loss together. The arguments are those of `metrics`, or of a part of the examples
+        if the loss compares them.
         """
         return {"loss": self.loss(outputs, targets)}
 

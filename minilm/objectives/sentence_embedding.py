@@ -165,6 +165,11 @@ class SentenceEmbeddingObjective(Objective):
             losses_E = (losses_E + F.cross_entropy(scores_ExM[:, : len(ids_E)].T, own_E, reduction="none")) / 2
         return losses_E
 
+    def describe_examples(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        # With CoSENT, no example has a loss of its own.
+        joint = targets.is_floating_point() and self.settings.score_loss == "cosent"
+        return {} if joint else super().describe_examples(outputs, targets)
+
     def evaluator(self, prepared: PreparedData, micro_tokens: int, *, padded: bool, multiple: int) -> Evaluator:
         evaluator = super().evaluator(prepared, micro_tokens, padded=padded, multiple=multiple)
         assert isinstance(evaluator, ExampleEvaluator)

@@ -11,6 +11,7 @@ The folder `ledger` of a run's output folder holds safetensors files. E is the n
 The sum of `loss` divided by the sum of `targets` is the evaluation loss of the step.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minilm.config import Config
+from minilm.config import Config, ObjectiveSettings
 from minilm.utils.atomic_files import remove_path, write_atomically
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ EXAMPLES = "examples.safetensors"
 _LEDGER_BYTES = 2**28
 FACTS = {"targets": np.int32, "utf8_bytes": np.int32, "document": np.int32}
 """The dtypes of the arrays that are the same at each evaluation."""
-# The dtypes of those that are not.
+# Settings of minilm's objectives that change the loss of an evaluation.
+_LOSS_SETTINGS = {"temperature", "symmetric", "score_loss", "max_score"}
+# The dtypes of the arrays that are not.
 _VALUES = {"loss": np.float32, "correct": np.bool_, "ema_loss": np.float32, "ema_correct": np.bool_}
 
 
@@ -46,8 +49,9 @@ class ExampleTable:
     arrays: Mapping[str, NDArray[Any]]
     """Arrays of E elements by their names in the ledger, those of `examples.safetensors` among them."""
     identity: Mapping[str, str]
-    """What the examples are: `objective`, its class; `examples`, a hash of the documents as the tokenizer encoded them;
-    `documents`, a hash of the documents and their labels alone."""
+    """What the examples are: `objective`, its class; `loss`, the settings that its losses depend on, as JSON;
+    `examples`, a hash of the documents as the tokenizer encoded them; `documents`, a hash of the documents and their
+    labels alone; `overflow`, the setting `tokens.overflow`."""
 
     def __len__(self) -> int:
         return len(self.arrays["loss"])
@@ -72,9 +76,21 @@ def identify_examples(config: Config, prepared: "PreparedData") -> dict[str, str
     """Return `ExampleTable.identity`."""
     return {
         "objective": type(config.objective).__name__,
+        "loss": json.dumps(_find_loss_settings(config.objective), sort_keys=True, default=str),
         "examples": prepared.eval.fingerprint,
         "documents": prepared.eval_documents,
+        "overflow": config.tokens.overflow,
     }
+
+
+def _find_loss_settings(settings: ObjectiveSettings) -> dict[str, Any]:
+    """Return the settings that may change the loss of an evaluation: for an objective of the user, all of its own."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    if type(settings).__module__ == ObjectiveSettings.__module__:
+        names &= _LOSS_SETTINGS
+    else:
+        names -= {field.name for field in dataclasses.fields(ObjectiveSettings)}
+    return {name: getattr(settings, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +120,13 @@ class Ledger:
 
 
 def start_ledger(folder: Path, config: Config, prepared: "PreparedData", step: int) -> Ledger | None:
-    """Return the ledger of a run at `step`, if `run.ledger` asks for one. Remove what an earlier run wrote after it."""
+    """Return the ledger of a run at `step`, if `run.ledger` asks for one.
+
+    Remove what an earlier run wrote after it, and all evaluations without `run.ledger`, since the last one counts as
+    that of the run.
+    """
     for path in find_evaluations(folder):
-        if step_of(path) > step:
+        if step_of(path) > step or not config.run.ledger:
             path.unlink()
     # A killed process leaves a file that it has not finished.
     for path in (folder / LEDGER).glob(".e*.safetensors-*"):

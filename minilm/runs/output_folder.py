@@ -21,6 +21,7 @@ from minilm.runs.checkpoint import (
     remove_checkpoints,
 )
 from minilm.runs.hub_upload import check_hub_access, create_hub_repo
+from minilm.runs.ledger import LEDGER
 from minilm.utils.folder_lock import LOCK, lock_folder
 
 AVERAGES = "ema"
@@ -82,7 +83,7 @@ def claim_output_dir(
     weights. Raises ValueError, and leaves the folder as it is,
 
     - if the disk has no room for a checkpoint and the model;
-    - if a path that minilm did not write has the name of a checkpoint of one of the `steps`;
+    - if a path that minilm did not write has the name of a checkpoint of one of the `steps`, or of the ledger;
     - if the hub refuses the repository;
     - if another run has taken the folder in the meantime.
     """
@@ -97,6 +98,12 @@ def claim_output_dir(
                 "delete files there, or choose another run.output_dir"
             )
         obstacles = find_name_conflicts(folder, steps) if run.save_every else []
+        ledger = folder / LEDGER
+        if ledger.is_symlink() or (ledger.exists() and not ledger.is_dir()):
+            raise ValueError(
+                f"run.output_dir {folder} holds {LEDGER}, which is not a folder of minilm: move it away, or choose "
+                "another run.output_dir"
+            )
         if obstacles:
             raise ValueError(
                 f"run.output_dir {folder} holds {obstacles[0].name}, which minilm did not write and which has the name "

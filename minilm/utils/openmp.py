@@ -11,9 +11,9 @@ from collections.abc import MutableMapping
 from minilm.utils.launch_variables import is_distributed
 
 _VARIABLE = "GOMP_SPINCOUNT"
-# On an idle machine, a run is at most 3% slower than with OpenMP's default.
+# On an idle machine, a run is about as fast as with OpenMP's default.
 _SPINS = "5000"
-# At once asleep: for a machine on which other programs run.
+# A thread that waits sleeps at once. This suits a machine on which other programs run.
 _NO_SPINS = "0"
 # Processors that other programs take on a busy machine.
 _BUSY_PROCESSORS = 0.5

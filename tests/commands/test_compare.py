@@ -24,7 +24,7 @@ from minilm.train import train
 from tests.jobs import config_in
 
 Command = Callable[..., tuple[object, list[str], list[str]]]
-IDENTITY = {"objective": "CausalLM", "examples": "x", "documents": "y"}
+IDENTITY = {"objective": "CausalLM", "loss": "{}", "examples": "x", "documents": "y", "overflow": "split"}
 
 
 def table(
@@ -134,6 +134,7 @@ def test_other_tokenizers_are_compared_by_the_bytes_of_documents() -> None:
             "the evaluation documents of the models, or their labels, are not the same",
         ),
         ({"identity": {"objective": "CausalLM"}}, "different objectives, MaskedLM and CausalLM"),
+        ({"identity": {"loss": '{"temperature": 0.1}'}}, "the losses of the models have different settings"),
         ({"identity": {"examples": "z"}}, "different tokenizers, so that their masks hide different text"),
         ({"targets": np.full(400, 21)}, "not evaluated on the same examples of the documents: objective.eval_rate"),
         ({"utf8_bytes": np.full(400, 81)}, "not evaluated on the same examples of the documents: objective.eval_rate"),
@@ -154,8 +155,17 @@ def test_a_single_document_and_joined_documents_are_refused() -> None:
     other = {"objective": "QuestionAnswering"}
     with pytest.raises(ValueError, match="the same examples of the documents: their tokenizers or settings"):
         compare_tables(table(np.ones(9), identity=other), table(np.ones(9), identity={**other, "examples": "z"}))
-    with pytest.raises(ValueError, match="different tokenizers, and their examples join documents"):
+    with pytest.raises(ValueError, match="different tokenizers, and their examples are not whole"):
         compare_tables(table(np.ones(9), document=None), table(np.ones(9), document=None, identity={"examples": "z"}))
+    cut = {"overflow": "truncate"}
+    with pytest.raises(ValueError, match="different tokenizers, and their examples are not whole"):
+        compare_tables(table(np.ones(9), identity=cut), table(np.ones(9), identity={**cut, "examples": "z"}))
+
+
+def test_a_seed_without_a_finite_loss_is_refused() -> None:
+    broken = table(np.full(4, np.nan))
+    with pytest.raises(ValueError, match="not a finite number"):
+        compare_seeds([(table(np.ones(4)), table(np.ones(4))), (table(np.ones(4)), broken)])
 
 
 def write_run(folder: Path, loss: NDArray[Any]) -> None:

@@ -9,12 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from minilm import Batch, CausalLM, Classification, Config, Data, Model, Optim, Run
+from minilm import (
+    Batch,
+    CausalLM,
+    Classification,
+    Config,
+    Data,
+    MaskedLM,
+    Model,
+    Optim,
+    Run,
+    SentenceEmbedding,
+)
+from minilm.objectives.factory import build_objective
 from minilm.runs import ledger as ledger_module
-from minilm.runs.ledger import Ledger, find_evaluations, read_evaluation, start_ledger, step_of
+from minilm.runs.ledger import Ledger, find_evaluations, identify_examples, read_evaluation, start_ledger, step_of
 from minilm.train import train
 from tests.jobs import config_in
 from tests.launch import read_log
@@ -38,7 +51,9 @@ def test_safetensors_alone_reads_losses_that_add_up_to_the_figures(tmp_path: Pat
         ("targets", "utf8_bytes", "document"), np.int32
     )
     with safe_open(tmp_path / "out" / "ledger" / "examples.safetensors", "np") as file:
-        assert json.loads(file.metadata()["identity"]).keys() == {"objective", "examples", "documents"}
+        assert json.loads(file.metadata()["identity"]).keys() == {
+            *("objective", "loss", "examples", "documents", "overflow")
+        }
     _, evaluations = read_log(tmp_path / "out")
     assert [line["step"] for line in evaluations] == [2, 4, 6]
     for line in evaluations:
@@ -63,6 +78,47 @@ def test_a_resumed_run_has_the_ledger_of_a_whole_one_and_an_overwritten_one_keep
     assert bytes_of(tmp_path / "out") == whole
     train(replace(config, run=replace(config.run, max_steps=2, overwrite=True, ledger=False)))
     assert bytes_of(tmp_path / "out").keys() == {"examples.safetensors"}
+
+
+def test_a_resumed_run_without_a_ledger_keeps_none_of_before(tmp_path: Path) -> None:
+    config = in_folder(tmp_path, keep_last=9)
+    train(config)
+    (tmp_path / "out" / "all_results.json").unlink()
+    train(replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-4"), ledger=False)))
+    assert find_evaluations(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_ledger_that_is_not_minilms_is_refused_and_left_alone(kind: str, tmp_path: Path) -> None:
+    config = in_folder(tmp_path, overwrite=True)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "eval-2.safetensors").write_text("mine")
+    (tmp_path / "out").mkdir()
+    if kind == "file":
+        (tmp_path / "out" / "ledger").write_text("mine")
+    else:
+        (tmp_path / "out" / "ledger").symlink_to(tmp_path / "others")
+    with pytest.raises(ValueError, match="holds ledger, which is not a folder of minilm"):
+        train(config)
+    assert (tmp_path / "others" / "eval-2.safetensors").read_text() == "mine"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger"}
+
+
+def test_the_settings_of_a_loss_are_part_of_its_identity(tmp_path: Path) -> None:
+    prepared: Any = SimpleNamespace(eval=SimpleNamespace(fingerprint="x"), eval_documents="y")
+
+    def identity(objective: Any) -> Any:
+        return identify_examples(Config(objective=objective), prepared)
+
+    assert identity(SentenceEmbedding(temperature=0.1)) != identity(SentenceEmbedding())
+    assert identity(SentenceEmbedding(pooling="first")) == identity(SentenceEmbedding())
+    assert identity(MaskedLM(rate=0.3, label_smoothing=0.1)) == identity(MaskedLM())
+
+
+def test_a_loss_of_all_examples_together_is_not_kept() -> None:
+    objective = build_objective(SentenceEmbedding())
+    assert objective.describe_examples(torch.ones(4, 2, 8), torch.ones(4)) == {}
+    assert objective.describe_examples(torch.ones(4, 2, 8), torch.arange(8).view(4, 2)).keys() == {"loss"}
 
 
 def test_a_long_document_has_several_examples(tmp_path: Path) -> None:
@@ -98,10 +154,18 @@ def test_the_oldest_evaluations_make_room(tmp_path: Path, monkeypatch: pytest.Mo
     assert [step_of(path) for path in find_evaluations(tmp_path)] == [10, 100, 1000]
     table = read_evaluation(find_evaluations(tmp_path)[-1])
     assert table.mean_loss.tolist() == [1000, 1001, 1002, 1003, 1004]
-    assert table.identity == {"objective": "MaskedLM", "examples": "a", "documents": "b"}
+    assert table.identity == {
+        "objective": "MaskedLM",
+        "loss": "{}",
+        "examples": "a",
+        "documents": "b",
+        "overflow": "split",
+    }
     ledger.write(1001, {})
     (tmp_path / "ledger" / "eval-1000.safetensors").write_bytes(b"?")
     with pytest.raises(ValueError, match=r"eval-1000\.safetensors cannot be read"):
         read_evaluation(find_evaluations(tmp_path)[-1])
-    assert start_ledger(tmp_path, Config(run=Run(ledger=False)), prepared, 100) is None
+    assert isinstance(start_ledger(tmp_path, Config(), prepared, 100), Ledger)
     assert [step_of(path) for path in find_evaluations(tmp_path)] == [10, 100]
+    assert start_ledger(tmp_path, Config(run=Run(ledger=False)), prepared, 100) is None
+    assert find_evaluations(tmp_path) == []

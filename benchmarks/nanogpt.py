@@ -182,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     for path in (options.checkout / "train.py", options.text):
         if not path.is_file():
-            parser.error(f"there is no file {path}")
+            parser.error(f"{path} does not exist, or is not a file")
     machine = report.describe_machine()
     rows = measure(options.checkout, options.text.resolve(), options.steps)
     quick = options.steps < STEPS

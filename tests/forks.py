@@ -71,7 +71,7 @@ class Outcome:
 
 def wrong(entry: Entry, outcome: Outcome) -> str:
     """What is not as it should be; nothing when all is well."""
-    # A bar that was taken back is no line, nor is what the run is doing (…), nor the box that tyro draws around one.
+    # Three kinds of lines do not count: erased progress bars, lines on what the run is doing (…), and tyro's boxes.
     lines = [line for line in outcome.error if line.strip() and not re.search(r"%\||doc/s\]|^[╭│╰]| …$", line)]
     boxed = any(line.startswith("│") for line in outcome.error)
     found = {

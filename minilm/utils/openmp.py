@@ -17,6 +17,8 @@ _SPINS = "5000"
 _NO_SPINS = "0"
 # Processors that other programs take on a busy machine.
 _BUSY_PROCESSORS = 0.5
+# Whether the last call of `limit_spinning` chose the time. The user may give the same number.
+_chosen = False
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
@@ -24,7 +26,9 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
 
     Call this before torch is imported, which reads the variable. Afterwards it does nothing.
     """
-    if "torch" not in sys.modules and not {_VARIABLE, "OMP_WAIT_POLICY"} & environment.keys():
+    global _chosen
+    _chosen = "torch" not in sys.modules and not {_VARIABLE, "OMP_WAIT_POLICY"} & environment.keys()
+    if _chosen:
         environment[_VARIABLE] = _SPINS
 
 
@@ -34,6 +38,6 @@ def stop_spinning_if_busy(environment: MutableMapping[str, str], others: float) 
     others: the processors that other programs take. The processes of a job would take each other for other programs, so
     nothing changes for them.
     """
-    ours = "torch" not in sys.modules and environment.get(_VARIABLE) == _SPINS
+    ours = _chosen and "torch" not in sys.modules and environment.get(_VARIABLE) == _SPINS
     if ours and others > _BUSY_PROCESSORS and not is_distributed(environment):
         environment[_VARIABLE] = _NO_SPINS

@@ -343,6 +343,7 @@ def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(environmen
         ({}, 0.3, False),
         (launched(0, 2), 1.0, False),  # the other processes of the job
         ({"GOMP_SPINCOUNT": "7"}, 1.0, False),
+        ({"GOMP_SPINCOUNT": "5000"}, 1.0, False),  # the user's, though minilm would choose it too
         ({"OMP_WAIT_POLICY": "ACTIVE"}, 1.0, False),
     ],
 )

@@ -105,7 +105,6 @@ class Recorder:
             "seconds": round(self.seconds, 4),
             "memory_gb": round(peak_memory(loss.device) / 1e9, 3),
         }
-        self._bar.update()
 
     def record_evaluation(
         self, epoch: float, figures: dict[str, float], text: str, per_example: Mapping[str, NDArray[Any]]
@@ -175,11 +174,13 @@ class Recorder:
 
     def close(self) -> None:
         """Write the last recorded step, and close the log and the progress bar."""
-        self._bar.close()
-        if self._log is not None:
-            self._write_pending()
-            self._log.close()
-            self._log = None
+        try:
+            if self._log is not None:
+                self._write_pending()
+                self._log.close()
+                self._log = None
+        finally:
+            self._bar.close()
 
     def _write_pending(self) -> None:
         """Write the last recorded step to the log, with a line for a loss spike, and update the progress bar."""
@@ -202,6 +203,7 @@ class Recorder:
             self._bar.set_postfix_str(
                 f"loss {loss:.3f}, {self._rate:,.0f} tokens/s, MFU {self._mfu:.0%}", refresh=False
             )
+            self._bar.update()
 
     def _write(self, part: str, line: dict[str, Any]) -> None:
         if self._log is not None:

@@ -25,6 +25,7 @@ from minilm.commands.subcommands import (
     run_merge,
     run_report,
     run_tag,
+    run_verify,
 )
 
 
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_doctor(commands)
     _add_branch(commands)
+    _add_verify(commands)
     _add_merge(commands)
     train = _add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
@@ -275,6 +277,24 @@ def _add_branch(commands: Any) -> None:
     command.add_argument("folder", metavar="RUN", help="output folder of a run, finished or not")
     command.add_argument(
         "--at", type=_positive, required=True, metavar="STEP", help="step of the checkpoint to start from"
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    command = _add_command(commands, "verify", run_verify, "make steps of a run again, and compare every bit")
+    command.description = (
+        "Make the steps of a run between two of its checkpoints again, in a temporary folder, and compare the weights, "
+        "the optimizer state and the losses with the run's: minilm verify out/a --windows 3. If all are equal, the "
+        "model card says so."
+    )
+    command.epilog = "The exit status is 1 if something differs."
+    command.add_argument("folder", metavar="RUN", help="output folder of a run, finished or not")
+    command.add_argument(
+        "--windows",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="number of stretches between two checkpoints, chosen at random (default: 3)",
     )
 
 

@@ -297,6 +297,19 @@ def run_branch(options: argparse.Namespace) -> None:
         train(config)
 
 
+def run_verify(options: argparse.Namespace) -> None:
+    """Print one line for each stretch of a run that was repeated. Exit with status 1 if one is not equal."""
+    with quick_imports():
+        from minilm.commands.verify import verify_run
+    show_log()
+    with interrupt_on_signals(), survive_closed_output():
+        results = verify_run(Path(options.folder), options.windows)
+    for result in results:
+        print(result)
+    if any(result.differences for result in results):
+        sys.exit(1)
+
+
 def run_merge(options: argparse.Namespace) -> None:
     """Write the mean of several models to a new folder."""
     with quick_imports():

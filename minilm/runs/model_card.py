@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ A {kind} trained with minilm on `{source}`
 """
 
 
+# The table of the settings, above which the paragraph about a verification stands.
+_SETTINGS_TABLE = "| setting | value |"
+_BLANK = "\n\n"
+_VERIFIED = "Verified: "
+_VERIFICATION = re.compile(rf"^{_VERIFIED}.*\n\n", re.MULTILINE)
 # The hub's names for the figures of an evaluation.
 _METRICS = {
     "perplexity": "perplexity",
@@ -98,6 +104,24 @@ def write_card(
         **{key: facts[key] for key in ("model", "parameters", "processes", "precision")},
     )
     write_atomically(folder / "README.md", card)
+
+
+def write_verification(folder: Path, text: str | None) -> None:
+    """Write a paragraph about the verification of the run into its model card, in place of an earlier one.
+
+    text: the paragraph, or None to remove it. A run that is not finished has no card yet, and nothing is written.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    before = path.read_text(encoding="utf-8")
+    card = _VERIFICATION.sub("", before)
+    if text is not None:
+        above, table, below = card.rpartition(_SETTINGS_TABLE)
+        # The user may have removed the table.
+        card = f"{above or below.rstrip() + _BLANK}{_VERIFIED}{text}{_BLANK}{table}{below if table else ''}"
+    if card != before:
+        write_atomically(path, card)
 
 
 def _energy(results: dict[str, float]) -> str:

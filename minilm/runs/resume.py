@@ -28,6 +28,8 @@ from minilm.utils.errors import TrainingStopped
 
 log = logging.getLogger("minilm")
 
+SET_BACK = "set them back, or leave run.resume out to start again"
+"""What an error advises where the settings or the inputs of a run have changed."""
 # Settings that change in nearly every resume, so that no line reports them.
 _UNREPORTED = ("run.output_dir", "run.overwrite", "run.resume")
 # Settings that name inputs. The names may change, but not the content, which minilm.runs.run_inputs compares.
@@ -157,7 +159,7 @@ def _check_unfinished(
 
 def _warn_if_precision_changed(checkpoint: Checkpoint, run: Run, precision: str) -> None:
     """Warn where `run.precision` is auto and has chosen another precision than before."""
-    before = _precision_of(checkpoint)
+    before = read_precision(checkpoint.folder.parent)
     if run.precision == "auto" and before not in (None, precision):
         log.warning(
             f"run.precision auto is {precision} now and was {before}: the run will not repeat to the bit; "
@@ -173,7 +175,7 @@ def check_settings(checkpoint: Checkpoint | None, config: Config) -> list[str]:
     defaults = default_settings(type(config.objective))
     before, now = flatten_settings(defaults) | flatten_settings(checkpoint.config), flatten_settings(to_dict(config))
     if before.get("run.precision") == "auto" != config.run.precision:
-        before["run.precision"] = _precision_of(checkpoint) or "auto"
+        before["run.precision"] = read_precision(checkpoint.folder.parent) or "auto"
     changes = {
         name: f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
@@ -205,20 +207,17 @@ def check_best_checkpoint(checkpoint: Checkpoint | None, run: Run) -> None:
         ) from error
 
 
-def _precision_of(checkpoint: Checkpoint) -> str | None:
+def read_precision(folder: Path) -> Any:
     """Return the precision in run.json, which the last start of the run wrote, or None where it holds none."""
     precision = None
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        precision = json.loads((checkpoint.folder.parent / "run.json").read_text(encoding="utf-8"))["precision"]
+        precision = json.loads((folder / "run.json").read_text(encoding="utf-8"))["precision"]
     return precision if precision in ("fp32", "bf16", "fp16") else None
 
 
 def _raise_refusal(checkpoint: Checkpoint, why: str, changes: list[str]) -> NoReturn:
     """Raise ValueError with the changes that prevent the resume."""
-    raise ValueError(
-        f"cannot resume from {checkpoint.folder}{why}: {'; '.join(changes)}; "
-        "set them back, or leave run.resume out to start again"
-    )
+    raise ValueError(f"cannot resume from {checkpoint.folder}{why}: {'; '.join(changes)}; {SET_BACK}")
 
 
 def load_best_weights(folder: Path, step: int, network: PreTrainedModel) -> None:

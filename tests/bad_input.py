@@ -173,6 +173,10 @@ ENTRIES: dict[str, Entry] = {
         flags="--model.name bert --run.phases 'start=0.5 max-length=65'",
         says="run.phases, from step 1 on: batch.max_length=65 is more than the model's 64 positions",
     ),
+    "more tokens than positions before a phase": Entry(
+        flags="--model.name bert --batch.max-length 65 --run.phases 'start=0.5 max-length=48'",
+        says="error: batch.max_length=65 is more than the model's 64 positions",
+    ),
     "unknown setting of a phase": Entry(
         flags="--run.phases 'start=0.5 lenght=48'", says="the unknown setting 'lenght': did you mean 'max-length'?"
     ),

@@ -79,7 +79,7 @@ def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> Prepar
         return prepare_data(config, memory)
     periods, auto = list_periods(config), build_objective(config.objective).auto
     for period in periods:
-        with _name_period(period):
+        with _name_period(period, config):
             check_model(config.model, max_length=period.config.batch.max_length, auto=auto)
     prepared = prepare_data(config, memory)
     tokens = replace(config.tokens, name=_store_tokenizer(prepared), extend=0)
@@ -87,7 +87,7 @@ def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> Prepar
     for period in periods:
         if _data_settings(period.config) in found:
             continue
-        with _name_period(period):
+        with _name_period(period, config):
             other = prepare_data(replace(period.config, tokens=tokens), memory)
             if other.fields != prepared.fields:
                 raise ValueError("the training documents have other labels than before: give other weights")
@@ -96,11 +96,13 @@ def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> Prepar
 
 
 @contextmanager
-def _name_period(period: Period) -> Iterator[None]:
-    """Say in each ValueError of the block to which steps it belongs."""
+def _name_period(period: Period, config: Config) -> Iterator[None]:
+    """Say in each ValueError of the block to which steps it belongs, if a phase has changed the settings of `config`."""
     try:
         yield
     except ValueError as error:
+        if _data_settings(period.config) == _data_settings(config):
+            raise
         raise ValueError(f"run.phases, from step {period.start:,} on: {error}") from error
 
 

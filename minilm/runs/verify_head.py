@@ -52,9 +52,10 @@ def verify_head(config: Config, head: Head, prepared: PreparedData, *, trained: 
     """Compare losses and gradients of a few rows with the plain model's, and turn off the shortcuts that change them.
 
     The result depends on the current weights. It is the same on all processes. If the head is not `trained`, the rows
-    are evaluation examples, and gradients are not compared.
+    are evaluation examples, and gradients are not compared. If phases change the training examples, the rows come from
+    those with the longest row.
     """
-    examples = prepared.train if trained else prepared.eval
+    examples = max(prepared.all_train, key=lambda part: part.longest_row) if trained else prepared.eval
 
     def build_collator(padded: bool) -> Collator:
         seed = config.run.seed if trained else None

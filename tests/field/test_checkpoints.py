@@ -26,6 +26,7 @@ import minilm.runs.verify_head
 from minilm.commands.evaluate import evaluate
 from minilm.config import Batch, CausalLM, Config, Data, MaskedLM, Model, Optim, Run, Tokens
 from minilm.config.command_line import parse_flags
+from minilm.config.phases import Phase
 from minilm.data.corpus import PreparedData
 from minilm.models.attention import ATTENTION, packed_attention
 from minilm.models.builtin_loss import check_builtin_loss
@@ -300,6 +301,18 @@ def test_a_shortcut_that_is_wrong_on_the_runs_own_rows_is_named_and_left_out(
     train(replace(stopped, run=replace(stopped.run, resume="latest")))
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == whole
     assert caplog.text.count("shortcut padding_free") == 3
+
+
+def test_the_rows_of_a_longer_phase_are_looked_at_before_the_first_step(
+    tmp_path: Path, wrong_attention: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_of(tmp_path, "longer")
+    longer = (Phase(start=2, max_length=256),)
+    short = replace(config, batch=replace(config.batch, max_length=64), run=replace(config.run, phases=longer))
+    train(short)
+    assert caplog.text.count("shortcut padding_free") == 1
+    train(replace(short, run=replace(short.run, phases=(), output_dir=str(tmp_path / "short"))))
+    assert caplog.text.count("shortcut padding_free") == 1
 
 
 def test_an_evaluation_and_a_fork_look_at_their_rows_too(

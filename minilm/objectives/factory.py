@@ -97,7 +97,7 @@ def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> Prepar
 
 @contextmanager
 def _name_period(period: Period, config: Config) -> Iterator[None]:
-    """Say in each ValueError of the block to which steps it belongs, if a phase has changed the settings of `config`."""
+    """Say in each ValueError of the block to which steps it belongs, if a phase changed what `config` says."""
     try:
         yield
     except ValueError as error:

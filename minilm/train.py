@@ -257,6 +257,7 @@ def train(
                     averages = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
             if accelerator.is_main_process:
                 conclude(run, facts, results, network, weights, averages)
+        run.history.end(early)
         model, optim = accelerator.free_memory(model, optim)
     if early is not None:
         raise early

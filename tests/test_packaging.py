@@ -36,6 +36,21 @@ def test_every_folder_of_minilm_is_a_package_that_setup_cfg_finds() -> None:
     assert SETUP["options.packages.find"]["include"] == "minilm*"
 
 
+def test_the_wheel_has_every_file_of_minilm_that_is_not_python() -> None:
+    patterns = {
+        package: [pattern.strip() for pattern in names.split(",")]
+        for package, names in SETUP["options.package_data"].items()
+    }
+    packed = {
+        path
+        for package, names in patterns.items()
+        for name in names
+        for path in (ROOT / package.replace(".", "/")).glob(name)
+    }
+    files = {path for path in (ROOT / "minilm").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert packed == {path for path in files if path.suffix != ".py"}
+
+
 def test_the_workflow_calls_ci_run_on_every_python_of_setup_cfg() -> None:
     (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]

@@ -257,7 +257,7 @@ def test_a_run_leaves_its_records(documents: Dataset, tmp_path: Path) -> None:
     results = train(config(documents, tmp_path, eval_every=3)).figures
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        *("README.md", "all_results.json", "config.json", "log.jsonl"),
+        *("README.md", "all_results.json", "config.json", "history.jsonl", "log.jsonl"),
         *("model.safetensors", "run.json", "tokenizer.json", "tokenizer_config.json", "checkpoint-4", "ledger"),
     }
     assert json.loads((out / "all_results.json").read_text()) == results

@@ -1,13 +1,12 @@
-"""Charts: the curves of several runs as SVG or as one PNG picture (with matplotlib), and plots of plain characters."""
+"""Charts: the curves of several runs as data for the page or as one PNG picture, and plots of plain characters."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minilm.objectives.metrics import lower_is_better
 from minilm.runs.run_log import Curve, LoggedRun
 
 # Colours of the runs' lines on a light and on a dark page, with enough contrast for text.
@@ -17,126 +16,176 @@ DARK_COLOURS = ("#56b4e9", "#ff9550", "#2ec4a0", "#e39ac6", "#a995f0", "#e0c040"
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 # Titles of figures by their names in the log. A figure without a title is shown under its name.
-_TITLES = {
-    "loss": "Training loss (nats per target)",
+TITLES = {
+    "loss": "Loss (nats per target)",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "tokens_per_second": "Real tokens per second",
-    "mfu": "MFU (fraction of the peak)",
+    "mfu": "MFU (share of the peak)",
     "memory_gb": "Most memory so far (GB)",
     "eval_loss": "Evaluation loss",
     "perplexity": "Perplexity",
     "bits_per_byte": "Bits per byte",
+    "accuracy": "Accuracy",
 }
 _NOISY = {"loss", "grad_norm", "tokens_per_second", "mfu"}
 # This figure is constant in a run and is among the results.
-_LEFT_OUT = {"unigram_bits_per_byte"}
+CONSTANTS = {"unigram_bits_per_byte"}
 _FROM_ZERO = {"lr", "tokens_per_second", "mfu", "memory_gb"}
+# Figures that are shares of 1, which a reader expects in percent.
+SHARES = {"mfu", "accuracy"}
 # An axis is logarithmic where the largest value is more than this many times the smallest.
 _WIDE_RANGE = 30
-# Maximum number of points of a curve. A chart has fewer pixels across.
+# Maximum number of points of a curve on the page. A chart has hardly more pixels across.
 _MOST_POINTS = 600
-_WIDTH, _HEIGHT = 380, 210
-# Edges of the area of the curves, in the units of the SVG.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 360, 10, 186
 
 
 @dataclass(frozen=True, kw_only=True)
+class Line:
+    """The curve of one run in a chart."""
+
+    run: int
+    """The number of the run."""
+    part: str
+    """`training` or `evaluation`."""
+    curve: Curve
+    best: tuple[int, float] | None = None
+    """The step and the value of the best evaluation."""
+
+
+@dataclass(kw_only=True)
 class Panel:
-    """The chart of one figure, with a curve for each run that has it."""
+    """The chart of one figure."""
 
+    key: str
+    """The name of the figure in the log."""
     title: str
-    curves: dict[int, Curve]
-    """Curves by the number of the run."""
-    noisy: bool
-    """Whether the bold line is a running mean over a fiftieth of the curve. Otherwise it is the curve itself."""
-    dots: bool
-    """Whether each value has a dot, since there are few."""
-    steps: tuple[float, float]
-    """Ends of the horizontal axis."""
-    values: tuple[float, float]
-    """Ends of the vertical axis."""
-    log: bool
-    """Whether the vertical axis is logarithmic."""
+    lines: list[Line] = field(default_factory=list)
 
-    def main_line(self, number: int) -> Curve:
-        """Return the bold line of a run: its curve, or the running mean of a noisy one."""
-        curve = self.curves[number]
-        window = len(curve.steps) // 50 if self.noisy else 0
-        return Curve(steps=curve.steps, values=_running_means(curve.values, window)) if window > 1 else curve
+    @property
+    def values(self) -> list[float]:
+        """All values that are finite."""
+        return [value for line in self.lines for value in line.curve.finite()]
+
+    @property
+    def log(self) -> bool:
+        """Whether the values are so different that the vertical axis should be logarithmic."""
+        low, high = min(self.values, default=1.0), max(self.values, default=1.0)
+        return self.key not in _FROM_ZERO and low > 0 and high / low > _WIDE_RANGE
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the curves are worth smoothing."""
+        return self.key in _NOISY and max(len(line.curve.steps) for line in self.lines) >= 100
 
 
 def build_panels(runs: Sequence[LoggedRun]) -> list[Panel]:
-    """Return a panel for each figure of the steps and then of the evaluations, in the order of the logs."""
-    steps = [
-        step for run in runs for curves in (run.curves, run.evaluations) for c in curves.values() for step in c.steps
-    ]
-    ends = (float(min(0, *steps)), float(max(1, *steps)))
-    built = []
-    for part in ("curves", "evaluations"):
-        for key in dict.fromkeys(key for run in runs for key in getattr(run, part) if key not in _LEFT_OUT):
-            curves = {i: getattr(run, part)[key] for i, run in enumerate(runs) if key in getattr(run, part)}
-            longest = max(len(curve.steps) for curve in curves.values())
-            noisy = key in _NOISY and longest >= 100
-            values = [value for curve in curves.values() for value in curve.finite()]
-            low, high, log = _axis_range(values, from_zero=key in _FROM_ZERO)
-            title = _TITLES.get(key, key)
-            dots = part == "evaluations" or longest <= 2
-            built.append(
-                Panel(title=title, curves=curves, noisy=noisy, dots=dots, steps=ends, values=(low, high), log=log)
-            )
-    return built
+    """Return a panel for each figure of the steps and then of the evaluations, in the order of the logs.
+
+    The losses of training and evaluation share a panel.
+    """
+    panels: dict[str, Panel] = {}
+    for part in ("training", "evaluation"):
+        for number, run in enumerate(runs):
+            curves = run.curves if part == "training" else run.evaluations
+            for name, curve in curves.items():
+                key = "loss" if name == "eval_loss" and any("loss" in each.curves for each in runs) else name
+                if key not in CONSTANTS:
+                    panel = panels.setdefault(key, Panel(key=key, title=TITLES.get(key, key)))
+                    best = find_best(name, curve) if part == "evaluation" else None
+                    panel.lines.append(Line(run=number, part=part, curve=curve, best=best))
+    return list(panels.values())
 
 
-def _axis_range(values: list[float], *, from_zero: bool) -> tuple[float, float, bool]:
-    """Return the ends of an axis for these values, and whether it is logarithmic."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if not from_zero and low > 0 and high / low > _WIDE_RANGE:
-        return low / 1.1, high * 1.1, True
-    low = min(0.0, low) if from_zero else low
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return low if from_zero else low - room, high + room, False
+def find_best(name: str, curve: Curve) -> tuple[int, float] | None:
+    """Return the step and the value of the best evaluation by the figure of this name, the first if several are."""
+    points = [point for point in zip(curve.steps, curve.values, strict=True) if not math.isnan(point[1])]
+    sign = 1 if lower_is_better(name) else -1
+    return min(points, key=lambda point: sign * point[1]) if points else None
 
 
-def _running_means(values: list[float], window: int) -> list[float]:
-    """Return at each position the mean of the last `window` values that are not NaN; NaN if all of them are."""
-    means, total, count = [], 0.0, 0
-    for at, value in enumerate(values):
-        if not math.isnan(value):
-            total, count = total + value, count + 1
-        if at >= window and not math.isnan(old := values[at - window]):
-            total, count = total - old, count - 1
-        means.append(total / count if count else math.nan)
-    return means
+def describe_panel(panel: Panel, names: Sequence[str]) -> str:
+    """Return a sentence about the curves of a panel, for a reader who does not see them."""
+    parts = []
+    for line in panel.lines:
+        finite = line.curve.finite()
+        values = f"{finite[0]:.4g} to {finite[-1]:.4g}" if finite else "no finite value"
+        best = f", best {line.best[1]:.4g} at step {line.best[0]:,}" if line.best else ""
+        part = f", {line.part}" if len({each.part for each in panel.lines}) > 1 else ""
+        parts.append(f"{names[line.run]}{part}: {values}{best}")
+    return f"{panel.title}. {'; '.join(parts)}."
 
 
-def _thin(curve: Curve) -> list[tuple[int, float]]:
-    """Return the points of a curve. If it has too many, keep the lowest, highest and missing ones of each stretch."""
-    points = list(zip(curve.steps, curve.values, strict=True))
-    if len(points) <= _MOST_POINTS:
-        return points
-    size, kept = math.ceil(2 * len(points) / _MOST_POINTS), []
-    for at in range(0, len(points), size):
-        part = points[at : at + size]
-        finite = [point for point in part if not math.isnan(point[1])]
-        ends = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else set()
-        gap = {next(point for point in part if math.isnan(point[1]))} if len(finite) < len(part) else set()
-        kept += sorted(ends | gap)
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+def chart_data(runs: Sequence[LoggedRun], panels: Sequence[Panel], groups: Sequence[tuple[str, list[int]]]) -> Any:
+    """Return what `report.js` draws, as JSON types.
+
+    groups: the name and the numbers of the runs that differ in their seed alone.
+    """
+    return {
+        "runs": [
+            {
+                "name": run.name,
+                "colour": colour_variable(number),
+                "dashes": _DASHES[number // len(COLOURS) % len(_DASHES)],
+                "axis": _axis(run),
+                "resumed": run.resumed,
+            }
+            for number, run in enumerate(runs)
+        ],
+        "groups": [{"name": name, "runs": members} for name, members in groups],
+        "panels": [
+            {
+                "key": panel.key,
+                "log": panel.log,
+                "noisy": panel.noisy,
+                "percent": panel.key in SHARES,
+                "from_zero": panel.key in _FROM_ZERO,
+                "lower": lower_is_better("eval_loss" if panel.key == "loss" else panel.key),
+                "parts": len({line.part for line in panel.lines}),
+                "curves": [_curve_data(line) for line in panel.lines],
+            }
+            for panel in panels
+        ],
+    }
 
 
-def choose_ticks(low: float, high: float, *, log: bool, most: int = 6) -> list[float]:
-    """Return round numbers from low to high, at most about `most` of them."""
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        few = (1, 2, 5) if len(decades) <= 4 else (1,)
-        numbers = [factor * 10.0**decade for decade in decades for factor in few]
-        inside = [number for number in numbers if low <= number <= high]
-        return inside[:: math.ceil(len(inside) / (2 * most))]
-    raw = (high - low) / most
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= raw * 0.999)
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _axis(run: LoggedRun) -> dict[str, list[float]]:
+    """Return steps with the tokens and the seconds of training up to each, at most about `_MOST_POINTS` of them."""
+    counts = run.counts
+    stride = math.ceil(len(counts) / _MOST_POINTS) or 1
+    kept = [(0, 0.0, 0.0), *counts[::stride]]
+    if counts and kept[-1] != counts[-1]:
+        kept.append(counts[-1])
+    return {
+        "step": [step for step, _, _ in kept],
+        "tokens": [tokens for _, tokens, _ in kept],
+        "seconds": [round(seconds, 2) for _, _, seconds in kept],
+    }
+
+
+def _curve_data(line: Line) -> dict[str, Any]:
+    """Return a curve as points. A point of a long curve is the mean of several steps, with their lowest and highest."""
+    curve = line.curve
+    size = math.ceil(len(curve.steps) / _MOST_POINTS)
+    parts = [slice(at, at + size) for at in range(0, len(curve.steps), size)]
+    values = [[value for value in curve.values[part] if not math.isnan(value)] for part in parts]
+    bad = [step for step, value in zip(curve.steps, curve.values, strict=True) if math.isnan(value)]
+    data: dict[str, Any] = {
+        "run": line.run,
+        "part": line.part,
+        "steps": [curve.steps[part][-1] for part in parts],
+        "values": [_short(sum(part) / len(part)) if part else None for part in values],
+        "bad": bad[:: math.ceil(len(bad) / _MOST_POINTS) or 1],
+        "best": line.best and {"step": line.best[0], "value": _short(line.best[1])},
+    }
+    if size > 1:
+        data["low"] = [_short(min(part)) if part else None for part in values]
+        data["high"] = [_short(max(part)) if part else None for part in values]
+    return data
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def format_number(value: float) -> str:
@@ -152,72 +201,14 @@ def colour_variable(number: int) -> str:
     return f"var(--run{number % len(COLOURS)})"
 
 
-def line_style(number: int) -> str:
-    """Return the colour and dashes of a run's lines as SVG attributes."""
+def draw_swatch(number: int) -> str:
+    """Return a short line in a run's colour and dashes, as an SVG element."""
     dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
-    return f'style="stroke:{colour_variable(number)}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
-
-
-def draw_svg(panel: Panel, names: Sequence[str]) -> str:
-    """Return the panel as an SVG element.
-
-    Its attribute data-curves has the values to show under the pointer, as JSON.
-    """
-    (first, last), (low, high) = panel.steps, panel.values
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        scale = math.log if panel.log else float
-        height = (scale(value) - scale(low)) / (scale(high) - scale(low))
-        return _LEFT + (_RIGHT - _LEFT) * (step - first) / (last - first), _BOTTOM - (_BOTTOM - _TOP) * height
-
-    parts = [f'<path class="axis" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>']
-    for tick in choose_ticks(low, high, log=panel.log):
-        _, y = place(first, tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_number(tick)}</text>')
-    for tick in filter(float.is_integer, choose_ticks(first, last, log=False, most=5)):
-        x, _ = place(tick, high)
-        parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 17}" text-anchor="middle">{format_number(tick)}</text>')
-    data_curves, summaries = [], []
-    for number, curve in panel.curves.items():
-        bold = panel.main_line(number)
-        lines = [*([("thin", curve)] if panel.noisy else []), ("bold", bold)]
-        for kind, line in lines:
-            parts.append(f'<path class="{kind}" {line_style(number)} d="{_draw_path(_thin(line), place)}"/>')
-        if panel.dots:
-            spots = [place(*point) for point in _thin(curve) if not math.isnan(point[1])]
-            parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{colour_variable(number)}"/>' for x, y in spots
-            ]
-        bad = [place(step, high)[0] for step, value in _thin(curve) if math.isnan(value)]
-        parts += [f'<path class="bad" d="M{x:.1f} {_BOTTOM - 9}v9"/>' for x in bad]
-        points = [(step, None if math.isnan(v) else float(f"{v:.5g}")) for step, v in _thin(bold)]
-        data_curves.append({"run": number, "steps": [p[0] for p in points], "values": [p[1] for p in points]})
-        finite = curve.finite()
-        summaries.append(
-            f"{names[number]}: " + (f"{finite[0]:.4g} to {finite[-1]:.4g}" if finite else "no finite value")
-        )
-    data = json.dumps(
-        {"from": first, "to": last, "left": _LEFT, "right": _RIGHT, "curves": data_curves}, separators=(",", ":")
-    )
-    label = escape(f"{panel.title}; {'; '.join(summaries)}")
+    style = f'style="--own:{colour_variable(number)}"'
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}" data-curves="{escape(data)}">'
-        f'{"".join(parts)}<path class="cursor" d="M0 {_TOP}V{_BOTTOM}" visibility="hidden"/></svg>'
+        f'<svg class="swatch" data-run="{number}" viewBox="0 0 24 10" aria-hidden="true" {style}>'
+        f'<path d="M0 5H24" stroke-dasharray="{dashes}"/></svg>'
     )
-
-
-def _draw_path(points: list[tuple[int, float]], place: Callable[[float, float], tuple[float, float]]) -> str:
-    """Return the commands of an SVG path through the points. The path is broken where a value is missing."""
-    commands, drawing = [], False
-    for step, value in points:
-        if math.isnan(value):
-            drawing = False
-            continue
-        x, y = place(step, value)
-        commands.append(f"{'L' if drawing else 'M'}{x:.1f} {y:.1f}" + ("" if drawing else "h0"))
-        drawing = True
-    return "".join(commands)
 
 
 def draw_text(points: Sequence[tuple[int, float]], high: float, *, rows: int = 6) -> list[str]:
@@ -251,15 +242,32 @@ def write_png(path: Path, panels: Sequence[Panel], names: Sequence[str]) -> None
         {"color": COLOURS[n % 6], "linestyle": ("-", "--", ":", "-.")[n // 6 % 4]} for n in range(len(names))
     ]
     for axes, panel in zip(grid, panels, strict=False):
-        for number, curve in panel.curves.items():
-            if panel.noisy:
-                axes.plot(curve.steps, curve.values, color=styles[number]["color"], alpha=0.3, linewidth=0.6)
-            bold, marker = panel.main_line(number), "o" if panel.dots else None
-            axes.plot(bold.steps, bold.values, marker=marker, markersize=3, **styles[number])
-        axes.set(title=panel.title, xlim=panel.steps, ylim=panel.values, yscale="log" if panel.log else "linear")
+        for line in panel.lines:
+            curve, style = line.curve, styles[line.run]
+            window = len(curve.steps) // 50 if panel.noisy and line.part == "training" else 0
+            if window > 1:
+                axes.plot(curve.steps, curve.values, color=style["color"], alpha=0.3, linewidth=0.6)
+            bold = running_means(curve.values, window) if window > 1 else curve.values
+            marker = "o" if line.part == "evaluation" or len(curve.steps) < 3 else None
+            axes.plot(curve.steps, bold, marker=marker, markersize=3, **style)
+        axes.set(title=panel.title, yscale="log" if panel.log else "linear")
+        if panel.key in _FROM_ZERO:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     for axes in list(grid)[len(panels) :]:
         axes.set_visible(False)
     legend = [Line2D([], [], **style) for style in styles]
     figure.legend(legend, [name.replace("$", r"\$") for name in names], loc="outside lower center", ncols=3)
     figure.savefig(path, format="png", dpi=120)
+
+
+def running_means(values: list[float], window: int) -> list[float]:
+    """Return at each position the mean of the last `window` values that are not NaN; NaN if all of them are."""
+    means, total, count = [], 0.0, 0
+    for at, value in enumerate(values):
+        if not math.isnan(value):
+            total, count = total + value, count + 1
+        if at >= window and not math.isnan(old := values[at - window]):
+            total, count = total - old, count - 1
+        means.append(total / count if count else math.nan)
+    return means

@@ -320,9 +320,16 @@ def _add_report(commands: Any) -> None:
     command.description = (
         "Write one HTML page about one or several runs, for a browser without network: minilm report out/a out/b"
     )
-    command.add_argument("folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not")
+    command.add_argument(
+        "folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not, or a folder of such folders"
+    )
     command.add_argument("--output", default="report.html", metavar="FILE", help="file to write (default: report.html)")
     command.add_argument("--png", action="store_true", help="also write the curves as a picture (needs matplotlib)")
+    command.add_argument(
+        "--live",
+        action="store_true",
+        help="write the page again every 5 seconds, and let it reload, until the runs end",
+    )
 
 
 def _add_doctor(commands: Any) -> None:

@@ -17,6 +17,7 @@ from minilm.commands.completion import COMPLETION_FLAG, build_recipe_completion
 from minilm.commands.fast_imports import quick_imports
 from minilm.config import Config
 from minilm.config.command_line import parse_flags, parse_seeds
+from minilm.runs.run_history import runs_of_recipe
 from minilm.utils.errors import TrainingStopped
 from minilm.utils.launch_variables import claim_error_report, is_distributed
 from minilm.utils.log import show_log
@@ -73,10 +74,11 @@ def run_recipe(
         with quick_imports():
             from minilm.commands.seeds import train_seeds
             from minilm.train import train
-        if seeds:
-            train_seeds(resolved, name, seeds, train_function or train)
-        else:
-            (train_function or train)(resolved, name)
+        with runs_of_recipe(config):
+            if seeds:
+                train_seeds(resolved, name, seeds, train_function or train)
+            else:
+                (train_function or train)(resolved, name)
 
     with survive_closed_output():
         exit_on_error(work, debug="--debug" in sys.argv)

@@ -1,233 +1,326 @@
-"""`minilm report`: one HTML page about one or several runs. The page needs no network."""
+"""`minilm report`: one HTML page about one or several runs. The page needs no network.
 
-from collections.abc import Iterable, Sequence
+`report.css` and `report.js` beside this file are its style and its script.
+"""
+
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from minilm.commands.charts import COLOURS, DARK_COLOURS, Panel, build_panels, draw_svg, line_style, write_png
-from minilm.config import Config
-from minilm.config.serialization import from_dict, to_dict
-from minilm.runs.run_log import LoggedRun, format_value, read_runs
+from minilm.commands import report_sections as sections
+from minilm.commands.charts import (
+    COLOURS,
+    DARK_COLOURS,
+    Panel,
+    build_panels,
+    chart_data,
+    describe_panel,
+    draw_swatch,
+    write_png,
+)
+from minilm.commands.report_sections import Rows
+from minilm.runs.run_log import LoggedRun, Status, read_runs
 from minilm.utils.atomic_files import write_atomically
 
 _MARK = '<meta name="generator" content="minilm report">'
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1b1f24; --faint: #5c6570; --rule: #d5d9df;
-  --bad: #c0232c; LIGHT }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171b; --card: #1d2127; --text: #e4e7eb; --faint: #9aa4b0; --rule: #39404a; --bad: #ff7a7a;
-    DARK } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 16px; background: var(--back); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 28px 0 8px; }
-p { margin: 4px 0; } .faint, figcaption output { color: var(--faint); font-size: 13px; }
-.legend { position: sticky; top: 0; z-index: 1; background: var(--back); padding: 8px 0; display: flex;
-  flex-wrap: wrap; gap: 4px 18px; }
-.key { white-space: nowrap; max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
-.key svg { width: 26px; height: 10px; margin-right: 6px; }
-.key path { stroke-width: 3; }
-.charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-figure { margin: 0; padding: 10px 10px 4px; background: var(--card); border-radius: 8px; }
-figcaption b { display: block; font-size: 14px; }
-figcaption output { display: block; min-height: 1.45em; font-variant-numeric: tabular-nums; }
-figure svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
-figure text { fill: var(--faint); font-size: 11.5px; }
-figure path { fill: none; } .axis { stroke: var(--faint); } .grid { stroke: var(--rule); stroke-width: .6; }
-.bold { stroke-width: 1.8; stroke-linecap: round; stroke-linejoin: round; } .thin { stroke-width: .7; opacity: .4; }
-.bad { stroke: var(--bad); stroke-width: 2; } .cursor { stroke: var(--text); stroke-width: 1; opacity: .6; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; min-width: min(100%, 520px);
-  overflow-wrap: break-word; }
-th, td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--rule);
-  min-width: 90px; max-width: 420px; }
-thead th { white-space: nowrap; } tbody th { font-weight: 400; color: var(--faint); }
-@media (max-width: 600px) { tbody th { overflow-wrap: anywhere; min-width: 130px; max-width: 130px; } }
-td { font-variant-numeric: tabular-nums; white-space: pre-line; }
-.note { color: var(--bad); } summary { cursor: pointer; margin-top: 12px; }
-"""
-
-for _word, _colours in (("LIGHT", COLOURS), ("DARK", DARK_COLOURS)):
-    _STYLE = _STYLE.replace(_word, " ".join(f"--run{at}: {colour};" for at, colour in enumerate(_colours)))
-
-# All charts show the values of their runs at the step under the pointer or finger.
-_SCRIPT = """
-const names = [...document.querySelectorAll(".key")].map(key => key.textContent);
-const colours = [...document.querySelectorAll(".key path")].map(path => path.style.stroke);
-const number = value => value === null ? "not finite" : value && Math.abs(value) < 1e-3 ? value.toExponential(2)
-  : value.toLocaleString("en", { maximumSignificantDigits: 5 });
-const charts = [...document.querySelectorAll("figure")].map(figure => {
-  const svg = figure.querySelector("svg");
-  return { svg, data: JSON.parse(svg.dataset.curves), output: figure.querySelector("output"),
-           cursor: svg.querySelector(".cursor") };
-});
-function nearest(steps, step) {
-  let low = 0, high = steps.length - 1;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (steps[middle] <= step) low = middle; else high = middle;
-  }
-  return step - steps[low] <= steps[high] - step ? low : high;
-}
-function show(step) {
-  for (const { data, output, cursor } of charts) {
-    output.replaceChildren(step === null ? "last: " : `step ${Math.round(step).toLocaleString("en")}: `);
-    for (const curve of data.curves) {
-      const at = step === null ? curve.steps.length - 1 : nearest(curve.steps, step);
-      const value = document.createElement("span");
-      value.textContent = `${names.length > 1 ? "● " : ""}${number(curve.values[at])} `;
-      value.title = names[curve.run];
-      if (names.length > 1) value.style.color = colours[curve.run];
-      output.append(value);
-    }
-    const x = data.left + (data.right - data.left) * ((step ?? 0) - data.from) / (data.to - data.from);
-    cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
-    cursor.setAttribute("transform", `translate(${x} 0)`);
-  }
-}
-for (const { svg, data } of charts) {
-  svg.addEventListener("pointermove", event => {
-    const box = svg.getBoundingClientRect(), width = svg.viewBox.baseVal.width;
-    const share = ((event.clientX - box.left) / box.width * width - data.left) / (data.right - data.left);
-    show(data.from + Math.min(1, Math.max(0, share)) * (data.to - data.from));
-  });
-  svg.addEventListener("pointerleave", () => show(null));
-}
-show(null);
-"""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# The time between two versions of a live page, which reloads itself.
+LIVE_SECONDS = 5.0
+# The commands of so many runs are shown at once. Those of more runs need a click.
+_FEW_RUNS = 3
 
 
 def write_report(folders: Sequence[str], output: str = "report.html", *, png: bool = False) -> list[Path]:
     """Write a page about the runs in these folders, and return the paths of the files.
 
-    png: also write the curves as a picture beside the page. Raise ValueError for a folder without a log, and for an
-    output that cannot be written or that is a file other than a report.
+    folders: output folders of runs, or folders that hold such folders. png: also write the curves as a picture beside
+    the page. Raise ValueError for a folder without a run, and for an output that cannot be written or that is a file
+    other than a report.
     """
-    path = Path(output)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {output}: the report is an HTML page: give a name that ends in .html")
     runs = read_runs(folders)
-    panels, names = build_panels(runs), [run.name for run in runs]
+    path = _check_output(output)
     written = [path]
-    try:
-        if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-            raise ValueError(f"--output {output} exists and is not a report: choose another name")
+    page = build_page(runs)
+    with _explain_unwritable(output):
         if png:
             written.append(path.with_suffix(".png"))
-            write_png(written[1], panels, names)
-        write_atomically(path, build_page(runs, panels))
-    except OSError as error:
-        raise ValueError(f"--output {output} cannot be written: {error.strerror or error}") from error
+            write_png(written[1], build_panels(runs), [run.name for run in runs])
+        write_atomically(path, page)
     return written
 
 
-def build_page(runs: Sequence[LoggedRun], panels: Sequence[Panel]) -> str:
+def write_live_report(folders: Sequence[str], output: str = "report.html") -> Iterator[tuple[Path, list[LoggedRun]]]:
+    """Write the page every few seconds until no run goes on, and yield its path and the runs after each time.
+
+    The page reloads itself. The last version does not. Raise ValueError as `write_report` does.
+    """
+    path = _check_output(output)
+    while True:
+        runs = read_runs(folders)
+        live = any(run.running for run in runs)
+        page = build_page(runs, live=live)
+        with _explain_unwritable(output):
+            write_atomically(path, page)
+        yield path, runs
+        if not live:
+            return
+        time.sleep(LIVE_SECONDS)
+
+
+def _check_output(output: str) -> Path:
+    path = Path(output)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {output}: the report is an HTML page: give a name that ends in .html")
+    with _explain_unwritable(output):
+        if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+            raise ValueError(f"--output {output} exists and is not a report: choose another name")
+    return path
+
+
+@contextmanager
+def _explain_unwritable(output: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written: {error.strerror or error}") from error
+
+
+def build_page(runs: Sequence[LoggedRun], *, live: bool = False) -> str:
     """Return the page. It escapes all text from the runs, and its content security policy forbids loading anything."""
     names = [run.name for run in runs]
-    title = escape(" and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more runs")
-    samples = (
-        f'<svg viewBox="0 0 26 10"><path {line_style(number)} d="M0 5H26"/></svg>' for number in range(len(names))
-    )
-    keys = "".join(
-        f'<span class="key">{sample}{escape(name)}</span>' for sample, name in zip(samples, names, strict=True)
-    )
-    noisy = any(panel.noisy for panel in panels)
-    mean = " A bold line is the mean over the last fiftieth of a run's steps." if noisy else ""
-    bad = (
-        " Red marks: no finite value."
-        if any(len(c.finite()) < len(c.values) for p in panels for c in p.curves.values())
-        else ""
-    )
-    charts = "".join(
-        f"<figure><figcaption><b>{escape(panel.title)}{' (log scale)' if panel.log else ''}</b><output></output>"
-        f"</figcaption>{draw_svg(panel, names)}</figure>"
-        for panel in panels
-    )
+    title = escape(" and ".join(names) if len(names) < 3 else f"{len(names)} runs")
+    panels, groups = build_panels(runs), sections.group_seeds(runs)
+    data = {**chart_data(runs, panels, groups), "live": LIVE_SECONDS if live else 0}
+    setting_title, setting_columns, settings = sections.setting_rows(runs)
+    changed = {
+        (name, at)
+        for name, cells in settings.items()
+        for at, cell in enumerate(cells)
+        if setting_columns and at and cell != cells[0]
+    }
     notes = [f'<p class="note">{escape(run.name)}: {escape(note)}</p>' for run in runs for note in run.notes]
-    tables = [
-        _build_table("Results", names, _result_rows(runs)),
-        _build_table(
-            "Settings that differ" if len(runs) > 1 else "Settings other than the defaults", names, _setting_rows(runs)
+    body = [
+        _build_summary(runs[0], title) if len(runs) == 1 else _build_overview(runs, title),
+        *notes,
+        _section("Results", _table(("", *names), sections.result_rows(runs), sections.best_cells(runs))),
+        _section(
+            "Means over seeds, with standard deviations",
+            _table(("", *(name for name, _ in groups)), sections.seed_rows(runs, groups)),
         ),
-        _build_table("Runs", names, _fact_rows(runs)),
-        _build_table("Samples", names, _align([run.samples for run in runs])),
-        _fold("All settings", _build_table("", names, _align([run.settings() for run in runs]))),
+        _section("Differences between the runs", _build_comparison(runs, groups)),
+        _section("Curves", _build_charts(runs, panels, groups, live=live)),
+        _section(setting_title, _table(("", *setting_columns, *names), settings, changed)),
+        _section("The ledger", "".join(map(_build_ledger, runs))),
+        _section("Samples", _table(("", *names), sections.align([run.samples for run in runs]))),
+        _section("Facts", _table(("", *names), sections.fact_rows(runs))),
+        _fold("all-settings", "All settings", _table(("", *names), sections.align([run.settings() for run in runs]))),
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    # "<" could end the script element that holds the data.
+    content = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    now = sections.format_time(datetime.now(UTC))
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>\n'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n"
-        f'<p class="faint">Horizontal: steps.{mean}{bad}</p><div class="legend">{keys}</div>\n'
-        f'{"".join(notes)}<div class="charts">{charts}</div>\n{"".join(tables)}\n'
-        f"<script>{_SCRIPT}</script></body></html>\n"
+        f"<style>{_build_style()}</style></head>\n<body><main>{''.join(body)}</main>\n"
+        f'<footer class="faint">Written by minilm report, {now}.</footer>\n'
+        f'<script id="data" type="application/json">{content}</script>\n'
+        f"<script>{_read('report.js')}</script></body></html>\n"
     )
 
 
-Rows = dict[str, list[str]]
+def _read(name: str) -> str:
+    """Return the content of a file beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _build_table(title: str, names: Sequence[str], rows: Rows) -> str:
-    """Return a table with a column for each run, or an empty string without rows."""
+def _build_style() -> str:
+    light, dark = (
+        " ".join(f"--run{number}: {colour};" for number, colour in enumerate(colours))
+        for colours in (COLOURS, DARK_COLOURS)
+    )
+    return f"{_read('report.css')}:root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+
+
+def _section(title: str, content: str) -> str:
+    """Return a section with a heading; nothing if it has no content."""
+    return content and f"<section><h2>{escape(title)}</h2>{content}</section>\n"
+
+
+def _fold(name: str, title: str, content: str) -> str:
+    """Return content that a click on its title shows; nothing if there is none."""
+    return content and f'<details id="{name}"><summary>{escape(title)}</summary>{content}</details>\n'
+
+
+def _table(heads: Sequence[str], rows: Rows | Sequence[Sequence[str]], bold: Collection[tuple[str, int]] = ()) -> str:
+    """Return a table, or an empty string without rows.
+
+    rows: the cells of each row by its name, or with its name in front. bold: the names of rows with the numbers of
+    cells to mark in them.
+    """
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))
-    body = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
-        for name, values in rows.items()
+    lines = [[name, *cells] for name, cells in rows.items()] if isinstance(rows, dict) else rows
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    body = ""
+    for name, *cells in lines:
+        marked = [f"<b>{escape(cell)}</b>" if (name, at) in bold else escape(cell) for at, cell in enumerate(cells)]
+        body += f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in marked)}</tr>'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _pill(status: Status) -> str:
+    return f'<span class="status {status.kind}">{escape(status.kind)}</span>'
+
+
+def _build_summary(run: LoggedRun, title: str) -> str:
+    """Return the top of a page about one run: how it stands, its main figures, and where they come from."""
+    last, best, planned = sections.read_last(run), sections.find_best_figure(run), run.facts.get("steps")
+    tiles = []
+    if best is not None:
+        name, step, value = best
+        tiles.append(
+            (f"Best {_lower(sections.name_figure(name))}", sections.format_figure(name, value), f"at step {step:,}")
+        )
+    tiles.append(("Duration", sections.format_duration_of(run), ""))
+    of = f"of {planned:,}" if isinstance(planned, int) else ""
+    tiles.append(("Steps", f"{run.last_step:,}", ", ".join(filter(None, (of, sections.format_steps_per_second(run))))))
+    for key, smaller in (("tokens_per_second", "mfu"), ("memory_gb", "")):
+        if key in last:
+            rest = f"{sections.format_figure(smaller, last[smaller])} MFU" if smaller in last else ""
+            tiles.append((sections.name_figure(key), sections.format_figure(key, last[key]), rest))
+    shown = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(rest)}</small>' * bool(rest)}</dd></div>"
+        for name, value, rest in tiles
     )
-    heading = f"<h2>{escape(title)}</h2>" if title else ""
-    return f'{heading}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    facts = {
+        "Status": f"{escape(run.status.kind)} {escape(run.status.text)}",
+        "Started": escape(sections.format_time(run.started)),
+        "Command": f"<code>{escape(run.command)}</code>" if run.command else "not recorded",
+        "Hardware": escape(sections.describe_hardware(run)) or "not recorded",
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
+    return (
+        f'<header><h1>{title}</h1>{_pill(run.status)}</header>\n<dl class="tiles">{shown}</dl>'
+        f'<dl class="facts">{listed}</dl>\n'
+    )
 
 
-def _fold(title: str, content: str) -> str:
-    """Return content that a click on its title shows; nothing if there is none."""
-    return content and f"<details><summary>{escape(title)}</summary>{content}</details>"
+def _lower(title: str) -> str:
+    return title[:1].lower() + title[1:]
 
 
-def _align(columns: Iterable[dict[str, Any]]) -> Rows:
-    """Return a row for each key of any column, as text."""
-    columns = list(columns)
-    keys = dict.fromkeys(key for column in columns for key in column)
-    return {key: [format_value(column.get(key)) for column in columns] for key in keys}
+def _build_overview(runs: Sequence[LoggedRun], title: str) -> str:
+    """Return the top of a page about several runs: a row for each, then their hardware and commands."""
+    heads = ("Run", "Status", "Best evaluation", "Steps", "Duration", "Speed", "Started")
+    body = ""
+    for number, run in enumerate(runs):
+        best, last = sections.find_best_figure(run), sections.read_last(run)
+        figure = "–"
+        if best is not None:
+            name, step, value = best
+            named = _lower(sections.name_figure(name))
+            figure = f"<b>{escape(sections.format_figure(name, value))}</b> {escape(named)}, step {step:,}"
+        cells = (
+            f'{_pill(run.status)} <span class="faint">{escape(run.status.text)}</span>',
+            figure,
+            f"{run.last_step:,}",
+            escape(sections.format_duration_of(run)),
+            escape(sections.format_figure("tokens_per_second", last.get("tokens_per_second"))),
+            escape(sections.format_time(run.started)),
+        )
+        name = f"{draw_swatch(number)} {escape(run.name)}"
+        body += f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    hardware = dict.fromkeys(sections.describe_hardware(run) or "not recorded" for run in runs)
+    commands = "".join(
+        f"<dt>{escape(run.name)}</dt><dd><code>{escape(run.command)}</code></dd>" for run in runs if run.command
+    )
+    is_open = " open" * (len(runs) <= _FEW_RUNS)
+    return (
+        f'<header><h1>{title}</h1></header><div class="scroll"><table class="overview"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div>\n<p><span class="faint">Hardware</span> {escape("; ".join(hardware))}</p>'
+        + f'<details id="commands"{is_open}><summary>Commands</summary><dl class="facts">{commands}</dl></details>\n'
+        * bool(commands)
+    )
 
 
-def _result_rows(runs: Sequence[LoggedRun]) -> Rows:
-    """Return the rows of all_results.json, or of the last evaluation and step for a run without that file."""
-    columns = []
-    for run in runs:
-        last = {key: curve.values[-1] for key, curve in run.evaluations.items()}
-        columns.append(run.results or {**last, "steps": run.last_step})
-    return _align(columns)
+def _build_comparison(runs: Sequence[LoggedRun], groups: Sequence[tuple[str, list[int]]]) -> str:
+    rows = sections.compare_runs(runs, groups)
+    table = _table(("", "Figure", "Difference, with its 95% interval", "p", "Compared"), rows)
+    note = "Last evaluations in the ledgers, paired by document (by seed for several seeds), as minilm compare does."
+    return table and f'<p class="faint">{note}</p>{table}'
 
 
-def _setting_rows(runs: Sequence[LoggedRun]) -> Rows:
-    """Return the settings that differ between the runs, or those of a single run that are not the defaults."""
-    columns = [run.settings() for run in runs]
+def _build_charts(
+    runs: Sequence[LoggedRun], panels: Sequence[Panel], groups: Sequence[tuple[str, list[int]]], *, live: bool
+) -> str:
+    if not panels:
+        return "<p>There is no record of a step yet.</p>" + _build_controls(runs, groups, live=live)
+    names = [run.name for run in runs]
+    figures = ""
+    for number, panel in enumerate(panels):
+        figures += (
+            f'<figure data-panel="{number}"><figcaption><b class="title">{escape(panel.title)}</b>'
+            f'<output aria-live="off"></output></figcaption>'
+            f'<svg role="img" aria-label="{escape(describe_panel(panel, names))}"></svg>'
+            f'<div class="below"><details id="data-{number}"><summary>Data</summary><div class="scroll"></div>'
+            f'</details><button type="button" id="csv-{number}" title="Save the points of this chart as CSV">CSV'
+            "</button></div></figure>"
+        )
+    notes = "A ring marks the best evaluation, and a flag the step after which a run was resumed."
+    if any(len(line.curve.steps) > len(line.curve.finite()) for panel in panels for line in panel.lines):
+        notes += " Red marks: no finite value."
+    return (
+        f'{_build_controls(runs, groups, live=live)}<div class="charts">{figures}</div>'
+        f'<p class="faint">{notes} A point of a long curve is the mean of several steps, whose range is shaded; '
+        "log.jsonl has each step.</p><noscript><p>The charts need JavaScript. The tables do not.</p></noscript>"
+    )
+
+
+def _build_controls(runs: Sequence[LoggedRun], groups: Sequence[tuple[str, list[int]]], *, live: bool) -> str:
+    """Return the form with the controls of all charts. `report.js` reads it."""
+    items = ""
     if len(runs) > 1:
-        return {key: values for key, values in _align(columns).items() if len(set(values)) > 1}
-    config = runs[0].facts.get("config")
-    objective = config.get("objective") if isinstance(config, dict) else None
-    try:
-        default = from_dict({"objective": {"name": objective["name"]}})  # type: ignore[index]
-    except (ValueError, TypeError, KeyError):
-        default = Config()
-    plain = LoggedRun(folder=Path(), name="", facts={"config": to_dict(default)}).settings()
-    return {key: [value] for key, value in columns[0].items() if plain.get(key, "–") != value}
-
-
-def _fact_rows(runs: Sequence[LoggedRun]) -> Rows:
-    """Return the facts that each run recorded about its data, model, hardware and versions."""
-    columns = []
-    for run in runs:
-        rest = {key: value for key, value in run.facts.items() if key not in ("config", "sources")}
-        flat: dict[str, Any] = {}
-        for key, value in rest.items():
-            inner = (
-                {f"{key}, {name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+        for number, run in enumerate(runs):
+            name = escape(run.name)
+            items += (
+                f'<li><input type="checkbox" name="show" value="{number}" id="show-{number}" checked '
+                f'aria-label="Show {name}"><button type="button" data-run="{number}" id="run-{number}" '
+                f'aria-pressed="false" title="Highlight this run">{draw_swatch(number)}{name}</button></li>'
             )
-            flat |= {name.replace("_", " "): part for name, part in inner.items()}
-        columns.append({"folder": str(run.folder), **flat})
-    return _align(columns)
+    seeds = '<label><input type="checkbox" name="seeds" id="seeds" checked>Seeds as mean and range</label>' * bool(
+        groups
+    )
+    reload = (
+        f'<label><input type="checkbox" name="live" id="live" checked>Reload every {LIVE_SECONDS:.0f} s</label>' * live
+    )
+    return (
+        f'<form id="controls" aria-label="Settings of the charts">'
+        f"{f'<ul class=runs>{items}</ul>' * bool(items)}"
+        '<label>Horizontal <select name="x" id="x"><option value="step">steps</option>'
+        '<option value="tokens">tokens</option><option value="seconds">training time</option></select></label>'
+        '<label>Vertical <select name="y" id="y"><option value="auto">automatic</option>'
+        '<option value="linear">linear</option><option value="log">logarithmic</option></select></label>'
+        '<label>Smoothing <input type="range" name="smoothing" id="smoothing" min="0" max="0.99" step="0.01" '
+        'value="0.6"><output for="smoothing"></output></label>'
+        '<label>Read at <input type="range" name="position" id="position" min="0" max="1000" value="1000"></label>'
+        f'{seeds}{reload}<input type="hidden" name="highlight"></form>'
+    )
+
+
+def _build_ledger(run: LoggedRun) -> str:
+    evaluations, hardest = sections.ledger_rows(run)
+    if not evaluations:
+        return ""
+    heads = ("", "easy (10%)", "median", "hard (90%)", "lower than at first")
+    return (
+        f'<h3>{escape(run.name)}</h3><p class="faint">Mean loss of the targets of an evaluation example, in nats. '
+        f"<code>minilm ledger {escape(str(run.folder))}</code> shows the texts of the hardest ones.</p>"
+        f'<div class="pair">{_table(heads, evaluations)}'
+        f"{_table(('hardest', 'loss at first', 'loss at last', 'targets'), hardest)}</div>"
+    )

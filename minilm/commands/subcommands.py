@@ -318,9 +318,19 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    """Write the report about one or several runs."""
-    from minilm.commands.report import write_report
+    """Write the report about one or several runs, with --live until they have ended."""
+    from minilm.commands.report import write_live_report, write_report
 
+    if options.live:
+        with interrupt_on_signals():
+            for number, (path, runs) in enumerate(write_live_report(options.folders, options.output)):
+                running = ", ".join(run.name for run in runs if run.running)
+                if number == 0 and running:
+                    print(
+                        f"written: {path}; writing it again while these runs go on: {running} (ctrl-C ends)", flush=True
+                    )
+        print(f"written: {path}; no run goes on")
+        return
     for path in write_report(options.folders, options.output, png=options.png):
         print(f"written: {path}")
 

@@ -49,6 +49,7 @@ from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.runs.recorder import Recorder
 from minilm.runs.resume import check_best_checkpoint, check_settings
 from minilm.runs.run_facts import collect_run_facts, log_run_facts, write_results, write_run_json
+from minilm.runs.run_history import RunHistory
 from minilm.runs.trackers import start_trackers
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
@@ -77,6 +78,8 @@ class Session:
     """The load by other programs since the data are prepared."""
     uploads: list[str] = field(default_factory=list)
     """The files of the output folder to push to the hub at the end, where `run.push_to_hub` asks for it."""
+    history: RunHistory = field(default_factory=RunHistory)
+    """Writes the start and the end of the run to its output folder."""
 
     @cached_property
     def objective(self) -> Objective:
@@ -146,7 +149,12 @@ def begin(
             checkpoint=checkpoint,
             prepared=local_main_process_first(accelerator, lambda: prepare_run(config, memory)),
         )
-        yield session
+        try:
+            yield session
+        except BaseException as error:
+            session.history.end(error)
+            raise
+        session.history.end()
         finish(accelerator)
         # The other processes have left, so that none waits for the upload.
         if main and session.uploads and config.run.push_to_hub is not None:
@@ -217,6 +225,7 @@ def start_recorder(
     if main:
         settings = to_dict(config)
         write_run_json(run.folder, settings, config.data, facts)
+        run.history.start(run.folder, progress.step, settings)
         log_run_facts(run.folder, config, facts)
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             advice = advise_threads(run.load.others(), torch.get_num_threads(), usable_processors())

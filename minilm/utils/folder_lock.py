@@ -65,6 +65,23 @@ def lock_folder(folder: Path) -> None:
     _held[folder.resolve()] = descriptor
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process holds the lock of the folder. False also means that the file system has no locks."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _read_holder(descriptor: int) -> str:
     """Return the process that wrote the lock's file, in parentheses; empty if the file does not name one."""
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from minilm.config import Config, ObjectiveSettings
 from minilm.config.phases import list_periods
 from minilm.data.batch_plan import Step
+from minilm.data.excluded_documents import find_first_use
 from minilm.data.memory import DocumentList
 from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
 from minilm.data.phased_batches import JoinedExamples, RunPlan, StepPlan, TokenRows
@@ -168,7 +169,15 @@ def train(
         # checks have passed, so the run may write to its output folder.
         with on_all_ranks():
             progress = resume(
-                run.checkpoint, config, inputs, plan.steps_per_epoch, network, optim, precision, own_rate=learning_rate
+                run.checkpoint,
+                config,
+                inputs,
+                plan.steps_per_epoch,
+                network,
+                optim,
+                precision,
+                own_rate=learning_rate,
+                first_use=partial(find_first_use, plan, prepared),
             )
             best = BestEvaluation(config.run, evaluator.names, progress)
             if accelerator.is_main_process:

@@ -23,6 +23,7 @@ from minilm.commands.subcommands import (
     run_generate,
     run_ledger,
     run_merge,
+    run_replay,
     run_report,
     run_tag,
     run_verify,
@@ -41,7 +42,7 @@ def _run(arguments: Sequence[str]) -> None:
     # argparse takes no text after an option if none is before it: minilm answer DIR --question "Who?" "Bob."
     if not getattr(options, "texts", True) and all(word == "-" or not word.startswith("-") for word in rest):
         options.texts, rest = rest, []
-    if rest and options.command not in ("branch", "compare", "evaluate", "train"):
+    if rest and options.command not in ("branch", "compare", "evaluate", "replay", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     exit_on_error(lambda: options.work(options), debug=options.debug)
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_branch(commands)
     _add_verify(commands)
+    _add_replay(commands)
     _add_merge(commands)
     train = _add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
@@ -295,6 +297,26 @@ def _add_verify(commands: Any) -> None:
         default=3,
         metavar="N",
         help="number of stretches between two checkpoints, chosen at random (default: 3)",
+    )
+
+
+def _add_replay(commands: Any) -> None:
+    command = _add_command(commands, "replay", run_replay, "what some training documents contributed to a run")
+    command.description = (
+        "Run again without the loss of some training documents, and compare the evaluation with the run's: minilm "
+        "replay out/a --without 3,17,40-45. All else stays as it was. The replay begins at the last checkpoint before "
+        "the documents were first read, and is written to RUN-without, or to --run.output-dir."
+    )
+    command.epilog = (
+        "--run.resume latest resumes a replay that was stopped. On several processes: accelerate launch --multi_gpu "
+        "--num_processes 8 -m minilm.commands.main replay …"
+    )
+    command.add_argument("folder", metavar="RUN", help="output folder of a finished run")
+    command.add_argument(
+        "--without",
+        required=True,
+        metavar="DOCUMENTS",
+        help="numbers of training documents, from 0, such as 3,17,40-45; or a file of numbers or texts, one a line",
     )
 
 

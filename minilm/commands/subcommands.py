@@ -310,6 +310,19 @@ def run_verify(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def run_replay(options: argparse.Namespace) -> None:
+    """Print what some training documents contributed to the figures of a run."""
+    show_log()
+    with quick_imports():
+        from minilm.commands.replay import replay_run
+    with interrupt_on_signals(), survive_closed_output():
+        differences, still_seen = replay_run(Path(options.folder), options.without, options.rest)
+    for each in differences:
+        print(f"{each.figure}: {each.first:.6g} with the documents, {each.second:.6g} without: {each}")
+    if differences:
+        print(still_seen)
+
+
 def run_merge(options: argparse.Namespace) -> None:
     """Write the mean of several models to a new folder."""
     with quick_imports():

@@ -11,6 +11,7 @@ from typing import Literal
 
 from minilm.config.objective_settings import MaskedLM, ObjectiveSettings
 from minilm.config.phases import Phase, list_periods
+from minilm.utils.number_ranges import parse_ranges
 from minilm.utils.validation import check, check_choices, check_repo_id
 
 ConfigValue = bool | int | float | str | list[str]
@@ -56,6 +57,9 @@ class Data:
     eval_fraction: float = 0.05
     """Share of the documents to hold out for evaluation, chosen at random by run.seed. For pydocs it is a share of the
     bytes, in whole modules. If data.document is file, minilm holds out the end of each file."""
+    exclude_loss: str | None = None
+    """Training documents whose tokens are read but are not targets, by their numbers from 0, such as 3,17,40-45. The
+    loss is the mean over the other targets. minilm replay sets it. Default: none."""
     streaming: bool = False
     """Encode the documents while they are read, and store only their tokens. Every (1 / eval_fraction)-th document is
     then held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
@@ -84,6 +88,11 @@ class Data:
         for weight in self.weights:
             check(0 < weight < float("inf"), f"data.weights must be positive, not {weight}")
         check(self.label_separator != "", "data.label_separator is empty: give the text between labels")
+        if self.exclude_loss is not None:
+            try:
+                parse_ranges(self.exclude_loss)
+            except ValueError as error:
+                raise ValueError(f"data.exclude_loss: {error}") from None
         check(0 < self.eval_fraction < 1, f"data.eval_fraction must lie between 0 and 1, not {self.eval_fraction}")
 
     @property
@@ -354,6 +363,10 @@ class Config:
             not self.run.load_best or self.optim.ema is None,
             "run.load_best ends with the weights of the best step, and optim.ema averages up to the last step: leave "
             "one of them out",
+        )
+        check(
+            self.data.exclude_loss is None or not any(phase.weights for phase in self.run.phases),
+            "data.exclude_loss: a phase changes data.weights, and so the numbers of the documents: leave one out",
         )
         # This raises an error for phases that do not fit the other settings.
         if self.run.phases:

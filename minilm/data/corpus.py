@@ -70,6 +70,8 @@ class Examples:
     document: NDArray[np.int64] | None = None
     """int64[E], the number of the document of each example, from 0. None without `text_bytes`, or if
     examples join documents."""
+    document_bounds: NDArray[np.int64] | None = None
+    """int64[D + 1], where each document begins in `ids`, and the end of the last one. None if it is not known."""
     special_tokens: dict[int, tuple[int, str]] = field(default_factory=dict)
     """The special tokens inside texts: for each id, the number of the first text with it, from 1, and how it begins."""
 
@@ -251,6 +253,7 @@ def encode(
         is_word_start=ArrayFile(folder / "begins.npy") if words else None,
         text_bytes=ArrayFile(folder / "bytes.npy") if text_bytes else None,
         document=np.searchsorted(offsets, start, side="right") - 1 if text_bytes and layout != "blocks" else None,
+        document_bounds=offsets,
         special_tokens=special_tokens,
     )
 

@@ -89,6 +89,33 @@ def encode_rows(
     return examples, facts["counts"]
 
 
+def find_document_bounds(
+    table: RowTable, make_examples: Callable[[list[Row]], Iterable[Example | Remark]], examples: Examples
+) -> NDArray[np.int64]:
+    """Return `Examples.document_bounds` of the examples that `encode_rows` made of a table. A document is a row.
+
+    It makes the examples of each row by itself, and keeps the result in the cache. Raise ValueError if these are not
+    the same examples, since the examples of a row then depend on other rows.
+    """
+
+    def write(folder: Path) -> None:
+        sizes = [0]
+        for row in (row for batch in table.iter_batches() for row in batch):
+            made = (example for example in make_examples([row]) if isinstance(example, Example))
+            sizes.append(sum(len(ids) for example in made for ids in example.all_rows))
+        np.save(folder / "bounds.npy", np.cumsum(sizes, dtype=np.int64))
+
+    folder = open_entry(f"bounds-{table.fingerprint}-{examples.fingerprint}", write)
+    bounds: NDArray[np.int64] = np.load(folder / "bounds.npy")
+    ends = np.append(examples.start, examples.stop[-1])
+    if bounds[-1] != ends[-1] or not np.isin(bounds, ends).all():
+        raise ValueError(
+            "data.exclude_loss: the objective makes other examples of a row alone than of several rows, so that the "
+            "examples of a document cannot be told: leave it out"
+        )
+    return bounds
+
+
 class _Writer:
     """Writes examples to files, and checks each of them.
 

@@ -38,10 +38,15 @@ class MicroBatch:
     """float32, the model's outputs with their gradient graph, if an earlier pass has computed them: N, or the rows of N
     examples, by any size."""
 
+    counted_N: Tensor | None = None
+    """bool, which targets count in the loss. None if all do."""
+    uncounted: int = 0
+    """The number of targets that do not count."""
+
     @property
     def target_count(self) -> int:
-        """The number of targets. It comes from a shape, so that reading it never waits for a device."""
-        return self.target_ids_N.shape[0]
+        """The number of targets that count. It comes from a shape, so that reading it never waits for a device."""
+        return self.target_ids_N.shape[0] - self.uncounted
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on `device`. A copy from pinned memory does not block."""
@@ -64,6 +69,8 @@ class MicroBatch:
             example_ids_N=map_optional(self.example_ids_N),
             coupling_NxD=map_optional(self.coupling_NxD),
             outputs=map_optional(self.outputs),
+            counted_N=map_optional(self.counted_N),
+            uncounted=self.uncounted,
         )
 
 
@@ -117,8 +124,9 @@ def target_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Return the sum of the losses of the batch's targets in nats, a float32 scalar."""
-    return target_losses(model, batch).sum()
+    """Return the sum of the losses of the batch's targets that count in nats, a float32 scalar."""
+    nats_N = target_losses(model, batch)
+    return (nats_N if batch.counted_N is None else torch.where(batch.counted_N, nats_N, 0.0)).sum()
 
 
 CollateFunction = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]

@@ -82,6 +82,11 @@ class RunPlan:
             return step
         return replace(step, micro_batches=[[ids + part.first_number for ids in ids_] for ids_ in step.micro_batches])
 
+    def examples_of(self, index: int) -> NDArray[np.int64]:
+        """Return the examples of step `index`, which is faster than `step`."""
+        part = self._part_of(index)
+        return part.plan.examples_of(index - part.start) + part.first_number
+
     def largest_micro_batch_tokens(self, index: int) -> int:
         """Return the number of tokens in the largest micro-batch of step `index`, with padding."""
         part = self._part_of(index)

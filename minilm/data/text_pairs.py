@@ -67,6 +67,7 @@ def encode_pairs(
         type_ids=ArrayFile(folder / "types.npy") if typed else None,
         labels=labels,
         fingerprint=key,
+        document_bounds=offsets,
         special_tokens=read_special_tokens(folder, tokenizer, name),
     )
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from minilm.config import Classification, Config
 from minilm.data.corpus import Examples, PreparedData
-from minilm.data.document_texts import find_text_columns, fingerprint_documents
+from minilm.data.document_texts import find_text_columns, fingerprint_documents, iterate_batches
 from minilm.data.documents import load_documents
 from minilm.data.labels import Labels, read_labels
 from minilm.data.memory import MemoryDocuments
@@ -95,6 +96,10 @@ class ClassificationObjective(Objective):
                 columns=find_text_columns(held_out),
             ),
         )
+
+    def training_texts(self, config: Config) -> Iterator[str]:
+        train, _ = load_documents(config.data, config.run.seed, labels=True)
+        return chain.from_iterable(iterate_batches(train))
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> RowHead:
         assert prepared.labels is not None

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 from minilm.config import Config, ObjectiveSettings
 from minilm.config.phases import Period, find_longest, list_periods
 from minilm.data.corpus import PreparedData
+from minilm.data.excluded_documents import check_excluded_documents
 from minilm.data.memory import MemoryDocuments
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.models.builtin_loss import check_builtin_loss
@@ -66,7 +67,9 @@ def prepare_data(config: Config, memory: MemoryDocuments | None = None) -> Prepa
     check_peft_installed(config.model)
     check_model(config.model, max_length=config.batch.max_length, auto=objective.auto)
     with explain_cache_errors():
-        return objective.prepare(config, memory)
+        prepared = objective.prepare(config, memory)
+    check_excluded_documents(config, prepared)
+    return prepared
 
 
 def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> PreparedData:

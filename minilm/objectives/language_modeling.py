@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 from datasets import concatenate_datasets
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.config import Config
 from minilm.config.phases import list_periods
 from minilm.data.corpus import Examples, PreparedData, encode
-from minilm.data.document_texts import Documents, fingerprint_documents
+from minilm.data.document_texts import Documents, fingerprint_documents, iterate_batches
 from minilm.data.documents import load_documents
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import LanguageCollator
@@ -98,6 +100,10 @@ class LanguageModelObjective(Objective):
             eval=encode_examples(held_out, eval_count, "evaluation documents", text_bytes=True),
             eval_documents=fingerprint_documents(held_out),
         )
+
+    def training_texts(self, config: Config) -> Iterator[str]:
+        train, _ = _load_documents(config, None)
+        return chain.from_iterable(iterate_batches(train))
 
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
         head = SparseHead(network, label_smoothing=self.settings.label_smoothing, z_loss=self.settings.z_loss)

@@ -8,7 +8,7 @@ Axes: N targets, R rows, L padded length, E examples, K rows of an example, C ou
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -25,7 +25,7 @@ from minilm.data.columns import Column
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_row_tables
 from minilm.data.example import NO_TARGET, Example, Remark
-from minilm.data.example_encoding import encode_rows, hash_own_code
+from minilm.data.example_encoding import encode_rows, find_document_bounds, hash_own_code
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import Collator
 from minilm.data.packing import Packing
@@ -187,11 +187,7 @@ class Objective(ObjectiveSettings):
         """
         if config.batch.layout == "blocks":
             raise ValueError("batch.layout blocks joins documents, which only language models can read: leave it out")
-        columns = [
-            Column(role=role, name=name, kind="text" if role in _TEXT_ROLES else "json")
-            for role, name in self.columns(config.data).items()
-        ]
-        train, parts = load_row_tables(config.data, config.run.seed, columns, memory)
+        train, parts = load_row_tables(config.data, config.run.seed, self._build_columns(config.data), memory)
         # This refuses ids of classes that mean something else in the source of the evaluation.
         train.join([*parts.values()])
         fields = self.fields(train, config)
@@ -205,14 +201,19 @@ class Objective(ObjectiveSettings):
         key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
         shift = _shift_targets if self.outputs == "next_tokens" else _keep
 
+        unused = copy.deepcopy(tokenizer)
+        unused.model_max_length = config.batch.max_length
+        # A tokenizer remembers how it truncated, which must not change the key of later examples.
+        reading = copy.deepcopy(unused)
+
+        def make_examples(rows: list[Row]) -> Iterable[Example | Remark]:
+            return map(shift, self.examples(rows, reading, fields))
+
         def encode(tables: Sequence[RowTable], name: str, *, evaluated: bool = True) -> tuple[Examples, list[int]]:
-            # A tokenizer remembers how it truncated, which must not change the key of later examples.
-            reading = copy.deepcopy(tokenizer)
-            reading.model_max_length = config.batch.max_length
             return encode_rows(
                 tables,
-                lambda rows: map(shift, self.examples(rows, reading, fields)),
-                reading,
+                make_examples,
+                unused,
                 max_length=config.batch.max_length,
                 key=key,
                 name=name,
@@ -225,6 +226,9 @@ class Objective(ObjectiveSettings):
             train_examples = eval_examples = examples
         else:
             train_examples, _ = encode([train], "training documents", evaluated=False)
+            if config.data.exclude_loss is not None:
+                bounds = find_document_bounds(train, make_examples, train_examples)
+                train_examples = replace(train_examples, document_bounds=bounds)
             eval_examples, counts = encode([*parts.values()], "evaluation documents")
         return PreparedData(
             tokenizer=tokenizer,
@@ -235,6 +239,22 @@ class Objective(ObjectiveSettings):
             fields={name: value for name, value in fields.items() if not name.startswith("_")},
             added_tokens=count_embedding_rows(tokenizer) - own_rows,
         )
+
+    def _build_columns(self, data: Data) -> list[Column]:
+        return [
+            Column(role=role, name=name, kind="text" if role in _TEXT_ROLES else "json")
+            for role, name in self.columns(data).items()
+        ]
+
+    def training_texts(self, config: Config) -> Iterator[str]:
+        """Yield the text of each training document, in the order of `Examples.document_bounds`.
+
+        A row without a text in the column `data.column` counts as an empty text.
+        """
+        train, _ = load_row_tables(config.data, config.run.seed, self._build_columns(config.data))
+        for row in (row for batch in train.iter_batches() for row in batch):
+            text = row.get("text")
+            yield text if isinstance(text, str) else ""
 
     def _load_tokenizer(self, config: Config, rows: RowTable) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the run. If it must be trained or extended, it learns from `texts` of the rows."""

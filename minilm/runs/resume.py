@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from minilm.runs.run_facts import RESULTS
 from minilm.runs.run_inputs import compare_environments, compare_inputs, compare_periods
 from minilm.runs.step_changes import compared_settings, find_first_change
 from minilm.utils.errors import TrainingStopped
+from minilm.utils.number_ranges import format_ranges, parse_ranges
 
 log = logging.getLogger("minilm")
 
@@ -41,7 +43,7 @@ _MAY_CHANGE = (
     *_SOURCES,
     *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "ledger", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
-    *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
+    *("data.exclude_loss", "run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention", "objective.defined_in"),
 )
 # Those of them that change the order of a step's sums, or the random numbers of dropout.
@@ -58,11 +60,13 @@ def resume(
     precision: str,
     *,
     own_rate: Callable[[int, int], float] | None = None,
+    first_use: Callable[[Sequence[range], range], tuple[int, int] | None] | None = None,
 ) -> Progress:
     """Load the checkpoint into the model and the optimizer, and return its progress: `Progress()` without one.
 
     inputs: the result of `minilm.runs.run_inputs.collect_inputs`. precision: the precision in which this job computes.
     own_rate: the user's function that gives the learning rate of a step in place of `optim`.
+    first_use: `minilm.data.excluded_documents.find_first_use` of this run's plan and data, for `data.exclude_loss`.
 
     Raises ValueError where the checkpoint belongs to another run, or where this run would have made another step before
     the checkpoint; TrainingStopped where its run is finished.
@@ -75,6 +79,7 @@ def resume(
         _raise_refusal(checkpoint, "", others)
     _check_length(checkpoint, config, steps_per_epoch)
     _check_steps(checkpoint, config, steps_per_epoch, own_rate)
+    _check_excluded_documents(checkpoint, config, first_use)
     begun = sum(period.start < checkpoint.progress.step for period in list_periods(config))
     if others := compare_periods(checkpoint.inputs, inputs, begun):
         _raise_refusal(checkpoint, "", others)
@@ -127,6 +132,26 @@ def _check_steps(
         f"cannot resume from {checkpoint.folder}: step {change.step} had the {change.what} {change.before} and "
         f"would have {change.now} ({changes}); set them back, {earlier}or leave run.resume out to start again"
     )
+
+
+def _check_excluded_documents(
+    checkpoint: Checkpoint,
+    config: Config,
+    first_use: Callable[[Sequence[range], range], tuple[int, int] | None] | None,
+) -> None:
+    """Raise ValueError that names the first step before the checkpoint that `data.exclude_loss` would change."""
+    before, now = checkpoint.config["data"].get("exclude_loss"), config.data.exclude_loss
+    documents = [{*chain.from_iterable(parse_ranges(text) if text else ())} for text in (before, now)]
+    if not (changed := documents[0] ^ documents[1]) or first_use is None:
+        return
+    use = first_use(parse_ranges(format_ranges(changed)), range(checkpoint.progress.step))
+    if use is not None:
+        step, document = use
+        raise ValueError(
+            f"cannot resume from {checkpoint.folder}: step {step + 1} reads the training document {document}, and "
+            f"data.exclude_loss was {json.dumps(before)}, is {json.dumps(now)}; set it back, resume from a checkpoint "
+            "before this step, or leave run.resume out to start again"
+        )
 
 
 def _check_unfinished(

@@ -22,7 +22,9 @@ from minilm.config.phases import list_periods
 from minilm.config.serialization import flatten_settings, to_dict
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import PreparedData
+from minilm.data.excluded_documents import ExcludingCollator
 from minilm.data.memory import DocumentList, MemoryDocuments
+from minilm.data.micro_batch import Collator
 from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan
 from minilm.distributed.hardware import advise_threads, usable_processors
 from minilm.distributed.launch import (
@@ -55,6 +57,7 @@ from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.folder_lock import unlock_at_end
 from minilm.utils.log import show_log_by_default
+from minilm.utils.number_ranges import parse_ranges
 from minilm.utils.processor_load import ProcessorLoad
 
 log = logging.getLogger("minilm")
@@ -126,6 +129,8 @@ def begin(
         raise ValueError("this recipe writes no checkpoints, so it cannot resume: leave run.resume out")
     if not checkpoints and config.optim.ema is not None:
         raise ValueError("the loop of this recipe keeps no average of the weights: leave optim.ema out")
+    if not checkpoints and config.data.exclude_loss is not None:
+        raise ValueError("the loop of this recipe counts all targets: leave data.exclude_loss out")
     if not checkpoints and config.run.phases:
         raise ValueError("the loop of this recipe has no phases: leave run.phases out")
     show_log_by_default()
@@ -162,11 +167,32 @@ def begin(
 
 
 def plan_batches(run: Session, head: Head) -> RunPlan:
-    """Return the plan of the steps, with padding where the head needs it."""
-    prepared, joined = run.prepared, JoinedExamples(run.prepared)
+    """Return the plan of the steps, with padding where the head needs it.
+
+    Raise ValueError for `data.exclude_loss` where the loss compares examples, so that no target has a part of its own.
+    """
+    if run.config.data.exclude_loss is not None and head.coupled_rows:
+        raise ValueError(
+            "data.exclude_loss: the loss compares the examples of a step, so that the part of a document in it cannot "
+            "be told; leave it out"
+        )
+    on_cpu = run.accelerator.device.type == "cpu"
+    return plan_steps(
+        run.config,
+        run.prepared,
+        processes=run.accelerator.num_processes,
+        padded=not head.padding_free,
+        # Padded lengths divisible by 8 are faster on GPUs.
+        multiple=1 if on_cpu else 8,
+    )
+
+
+def plan_steps(config: Config, prepared: PreparedData, *, processes: int, padded: bool, multiple: int) -> RunPlan:
+    """Return the plan of the steps. Which examples a step reads depends on `config` and `prepared` alone."""
+    joined = JoinedExamples(prepared)
     parts, before = list[PlanPart](), prepared.train
-    for period, examples in zip(list_periods(run.config), prepared.train_by_period, strict=True):
-        config, batch = period.config, period.config.batch
+    for period, examples in zip(list_periods(config), prepared.train_by_period, strict=True):
+        batch = period.config.batch
         same_examples = examples is before
         if parts and same_examples and batch.examples == parts[-1].plan.examples:
             continue
@@ -176,17 +202,15 @@ def plan_batches(run: Session, head: Head) -> RunPlan:
             first_epoch, first_units = parts[-1].plan.continue_after(done, same_examples=same_examples)
         plan = Plan(
             examples.lengths,
-            sizes=None if head.padding_free else examples.padded_lengths,
+            sizes=examples.padded_lengths if padded else None,
             squares=None if examples.rows is None else examples.square_lengths,
             examples=batch.examples,
-            micro_tokens=micro_tokens_of(config),
-            processes=run.accelerator.num_processes,
+            micro_tokens=micro_tokens_of(period.config),
+            processes=processes,
             seed=config.run.seed,
             group=batch.group,
-            padded=not head.padding_free,
-            multiple=1
-            if run.accelerator.device.type == "cpu"
-            else 8,  # padded lengths divisible by 8 are faster on GPUs
+            padded=padded,
+            multiple=multiple,
             row_tokens=batch.max_length if batch.layout == "packed" else None,
             first_epoch=first_epoch,
             first_units=first_units,
@@ -202,9 +226,11 @@ def build_collator(run: Session, plan: RunPlan) -> RunCollator:
     total = run.config.run.count_steps(plan.steps_per_epoch)
     parts = []
     for period, examples in zip(list_periods(run.config), prepared.train_by_period, strict=True):
-        collator = build_objective(period.config.objective).collator(
+        collator: Collator = build_objective(period.config.objective).collator(
             prepared.tokenizer, examples, seed=run.config.run.seed, padded=plan.padded, multiple=plan.multiple
         )
+        if run.config.data.exclude_loss is not None:
+            collator = ExcludingCollator(collator, examples, parse_ranges(run.config.data.exclude_loss))
         first_number = joined.first_number(examples)
         parts.append(CollatorPart(start=period.start / total, collator=collator, first_number=first_number))
     return RunCollator(parts)

@@ -25,7 +25,7 @@ from minilm.config.phases import list_periods
 from minilm.data.batch_plan import Step
 from minilm.data.excluded_documents import find_first_use
 from minilm.data.memory import DocumentList
-from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, loss_sum
+from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, counted_losses
 from minilm.data.phased_batches import JoinedExamples, RunPlan, StepPlan, TokenRows
 from minilm.distributed.flops import count_flops
 from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
@@ -53,6 +53,7 @@ from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
 from minilm.runs.session import Session, apply_arguments, begin, build_collator, plan_batches, start_recorder
+from minilm.runs.train_ledger import start_train_ledger
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
 from minilm.utils.progress import quiet_transformers
@@ -69,6 +70,8 @@ class StepResult:
     """Mean loss of the step's targets over all processes, nats. It has label smoothing and the z-loss in it."""
     grad_norm: Tensor
     """Euclidean norm of the gradient before clipping."""
+    target_losses: Sequence[Tensor]
+    """Losses of the targets of each micro-batch of this process, nats."""
 
 
 def train_step(
@@ -92,22 +95,25 @@ def train_step(
     targets = accelerator.reduce(torch.full((), own_targets, device=device))
     scale = accelerator.num_processes / targets.clamp(min=1)
     loss = torch.zeros((), device=device)
+    target_losses = list[Tensor]()
     # One autocast around all micro-batches casts each weight once.
     with accelerator.autocast():
         for number, batch in enumerate(micro_batches, start=1):
             # Gradients are exchanged once, in the backward of the last micro-batch.
             last = number == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(model):
-                nats = loss_sum(model, batch.to(device))
+                nats_N = counted_losses(model, batch.to(device))
+                nats = nats_N.sum()
                 with torch.autocast(device.type, enabled=False):
                     accelerator.backward(nats * scale)
             loss += nats.detach()
+            target_losses.append(nats_N.detach())
     loss = accelerator.reduce(loss) / targets.clamp(min=1)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
     grad_norm = apply_update(accelerator, model, optimizer, max_grad_norm or math.inf)
     optimizer.zero_grad()
-    return StepResult(loss=loss, grad_norm=grad_norm)
+    return StepResult(loss=loss, grad_norm=grad_norm, target_losses=target_losses)
 
 
 def train(
@@ -184,6 +190,7 @@ def train(
                 keeps = config.optim.ema is not None
                 claim_output_dir(run.folder, config.run, network, total, run.checkpoint, averages=keeps)
         recorder, facts = start_recorder(run, head, plan, total, progress)
+        ledger = start_train_ledger(run.folder, config, accelerator, prepared, plan, progress.step)
         saver = CheckpointSaver(
             run.folder, network, optim, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
         )
@@ -218,6 +225,9 @@ def train(
                     flops=cost.step(global_batch, collator.rate(step / total)),
                 )
 
+                if ledger is not None:
+                    ledger.record(global_batch, micro_batches, result.target_losses)
+
                 # Evaluate on the held-out examples. The figures after the last step are kept for the result.
                 figures = None
                 better = False
@@ -240,7 +250,10 @@ def train(
                 # step: they have the same gradient norms, and they agree on the step after which a signal ends the run.
                 early = stop_on_bad_gradients(recorder, plan, config.run) or request.agree_on_stop(done)
                 last = done == total or best.out_of_patience or wants_stop or early is not None
-                if saver.due(done, last=last, better=better):
+                due = saver.due(done, last=last, better=better)
+                if ledger is not None and (due or last):
+                    ledger.flush()
+                if due:
                     saver.save(recorder.current_progress(**best.state_after(done)))
                 if last:
                     break

@@ -14,7 +14,7 @@ from minilm.runs.ledger import ExampleTable, find_evaluations, identify_examples
 log = logging.getLogger("minilm")
 
 # An example is among the highest of an evaluation if its mean loss is among this share of all of them.
-_HIGHEST_SHARE = 0.1
+HIGHEST_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def find_hard_examples(run: str | Path, count: int, *, always_high: bool = False
             f"{folder} has no ledger: it is not a run of this version, it had no evaluation yet, or run.ledger was off"
         )
     last = tables[-1]
-    size = max(1, round(_HIGHEST_SHARE * len(last)))
+    size = max(1, round(HIGHEST_SHARE * len(last)))
     high_E = np.zeros(len(last), np.int64)
     for table in tables:
         high_E[np.argsort(-table.mean_loss, kind="stable")[:size]] += 1

@@ -243,7 +243,17 @@ def _add_ledger(commands: Any) -> None:
     command.add_argument(
         "--always-high",
         action="store_true",
-        help="list only examples that are among the highest tenth in each evaluation",
+        help="list only examples that are among the highest tenth in each evaluation, or in each epoch",
+    )
+    command.add_argument(
+        "--train",
+        action="store_true",
+        help="list training examples by their last loss; needs --run.train-ledger",
+    )
+    command.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="with --train: list near-duplicates of earlier examples, among the tenth with the lowest losses",
     )
     _add_json(command)
 

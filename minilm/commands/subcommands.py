@@ -223,7 +223,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_ledger(options: argparse.Namespace) -> None:
-    """Print the evaluation examples of a run with the highest losses, with their texts."""
+    """Print the evaluation or training examples of a run with the highest losses, with their texts."""
+    if options.train:
+        _print_train_examples(options)
+        return
+    if options.duplicates:
+        raise ValueError("--duplicates lists training examples: add --train")
     with quick_imports():
         from minilm.commands.hard_examples import find_hard_examples
         from minilm.models.inference import escape_line_breaks
@@ -240,6 +245,35 @@ def run_ledger(options: argparse.Namespace) -> None:
         high = f"{each.high} of {each.evaluations}"
         text = escape_line_breaks(each.text or "-")[:_TEXT_CHARACTERS]
         print(f"{each.loss:8.3f}  {each.targets:7}  {high:>9}  {each.document:8}  {text}")
+
+
+def _print_train_examples(options: argparse.Namespace) -> None:
+    """Print the training examples with the highest losses, or near-duplicates, and the share that is still learnt."""
+    with quick_imports():
+        from minilm.commands.train_examples import find_duplicates, find_hardest, measure_learning, read_losses
+        from minilm.models.inference import escape_line_breaks
+        from minilm.utils.progress import quiet_transformers
+    show_log()
+    with quiet_transformers():
+        losses = read_losses(options.run)
+        if options.duplicates:
+            examples = find_duplicates(losses, options.top)
+        else:
+            examples = find_hardest(losses, options.top, always_high=options.always_high)
+    learning = measure_learning(losses)
+    if options.json:
+        for each in examples:
+            _print_json(asdict(each))
+        _print_json({"still_learning": learning})
+        return
+    print(f"{'loss':>8}  {'high in':>9}  {'example':>8}  {'copy of':>8}  text")
+    for each in examples:
+        high = f"{each.high} of {each.epochs}"
+        copied = "-" if each.duplicate_of is None else each.duplicate_of
+        text = escape_line_breaks(each.text)[:_TEXT_CHARACTERS]
+        print(f"{each.loss:8.3f}  {high:>9}  {each.example:8}  {copied:>8}  {text}")
+    if learning is not None:
+        print(f"{learning:.0%} of the examples have a loss that fell between the last two epochs by more than noise")
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -167,6 +167,7 @@ def _build_config(folder: Path, window: StepWindow, place: Path) -> Config:
         resume=str(folder / f"checkpoint-{window.start}") if window.start else None,
         precision=read_precision(folder) or config.run.precision,
         ledger=False,
+        train_ledger=False,
         load_best=False,
         patience=None,
         trackers=(),

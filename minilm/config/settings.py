@@ -285,6 +285,8 @@ class Run:
     """Number of newest checkpoints to keep. The best checkpoint by best_metric is kept in addition."""
     ledger: bool = True
     """Keep the loss of each example at each evaluation in the folder ledger, for minilm ledger and minilm compare."""
+    train_ledger: bool = False
+    """Keep the loss of each training example in each epoch there too, eight bytes each, for minilm ledger --train."""
     best_metric: str = "eval_loss"
     """Evaluation figure that decides which checkpoint is the best, such as accuracy or f1."""
     load_best: bool = False

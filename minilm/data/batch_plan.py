@@ -118,6 +118,10 @@ class Plan:
             padded_tokens=sum(self._padded_tokens(part) for parts in micro_batches for part in parts),
         )
 
+    def epoch_of(self, index: int) -> int:
+        """Return the epoch of step `index`."""
+        return self._locate(index)[0]
+
     def examples_of(self, index: int) -> Ids:
         """Return the examples of step `index`, which is faster than `step`."""
         epoch, at = self._locate(index)

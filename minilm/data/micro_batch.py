@@ -123,10 +123,15 @@ def target_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
     return nats_N
 
 
+def counted_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Return the same as `target_losses`, with 0 for targets that do not count."""
+    nats_N = target_losses(model, batch)
+    return nats_N if batch.counted_N is None else torch.where(batch.counted_N, nats_N, 0.0)
+
+
 def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Return the sum of the losses of the batch's targets that count in nats, a float32 scalar."""
-    nats_N = target_losses(model, batch)
-    return (nats_N if batch.counted_N is None else torch.where(batch.counted_N, nats_N, 0.0)).sum()
+    return counted_losses(model, batch).sum()
 
 
 CollateFunction = Callable[[Sequence[NDArray[np.int64]], NDArray[np.int64], int, float], MicroBatch]

@@ -82,6 +82,11 @@ class RunPlan:
             return step
         return replace(step, micro_batches=[[ids + part.first_number for ids in ids_] for ids_ in step.micro_batches])
 
+    def epoch_of(self, index: int) -> int:
+        """Return the epoch of step `index`, from 0."""
+        part = self._part_of(index)
+        return part.plan.epoch_of(index - part.start)
+
     def examples_of(self, index: int) -> NDArray[np.int64]:
         """Return the examples of step `index`, which is faster than `step`."""
         part = self._part_of(index)

@@ -20,7 +20,7 @@ from typing import Any
 
 from minilm.config import Run
 from minilm.objectives.metrics import lower_is_better
-from minilm.runs.ledger import EXAMPLES, LEDGER, find_evaluations, step_of
+from minilm.runs.ledger import EXAMPLES, LEDGER, find_evaluations, find_numbered, step_of
 from minilm.utils.atomic_files import hash_file
 from minilm.utils.validation import check
 
@@ -171,10 +171,13 @@ def link_run(checkpoint: Checkpoint, folder: Path) -> None:
                 made += [writing, folder / path.name]
                 shutil.copytree(path, writing, copy_function=_link_or_copy)
                 os.rename(writing, folder / path.name)
-        if evaluations := [path for path in find_evaluations(origin) if step_of(path) <= progress.step]:
+        evaluations = [path for path in find_evaluations(origin) if step_of(path) <= progress.step]
+        # The run removes what it must not take over of these.
+        epochs = find_numbered(origin, "train")
+        if evaluations or epochs:
             made.append(folder / LEDGER)
             made[-1].mkdir()
-            for path in (origin / LEDGER / EXAMPLES, *evaluations):
+            for path in (*[origin / LEDGER / EXAMPLES] * bool(evaluations), *evaluations, *epochs):
                 _link_or_copy(str(path), str(made[-1] / path.name))
         if (origin / "log.jsonl").is_file():
             with (origin / "log.jsonl").open("rb") as source:

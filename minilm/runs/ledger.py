@@ -33,7 +33,7 @@ LEDGER = "ledger"
 """The subfolder of the output folder for the ledger."""
 EXAMPLES = "examples.safetensors"
 # The size of a ledger. Where the evaluations of a run need more, the newest ones stay, and at least one.
-_LEDGER_BYTES = 2**28
+LEDGER_BYTES = 2**28
 FACTS = {"targets": np.int32, "utf8_bytes": np.int32, "document": np.int32}
 """The dtypes of the arrays that are the same at each evaluation."""
 # Settings of minilm's objectives that change the loss of an evaluation.
@@ -115,7 +115,7 @@ class Ledger:
         write_atomically(self.folder / LEDGER / EXAMPLES, save(facts, metadata))
         write_atomically(_evaluation_file(self.folder, step), save(values))
         size = sum(array.nbytes for array in values.values())
-        for old in find_evaluations(self.folder)[: -max(1, _LEDGER_BYTES // max(1, size))]:
+        for old in find_evaluations(self.folder)[: -max(1, LEDGER_BYTES // max(1, size))]:
             old.unlink()
 
 
@@ -129,15 +129,21 @@ def start_ledger(folder: Path, config: Config, prepared: "PreparedData", step: i
         if step_of(path) > step or not config.run.ledger:
             path.unlink()
     # A killed process leaves a file that it has not finished.
-    for path in (folder / LEDGER).glob(".e*.safetensors-*"):
+    for path in (folder / LEDGER).glob(".*.safetensors-*"):
         remove_path(path)
     return Ledger(folder=folder, config=config, prepared=prepared) if config.run.ledger else None
 
 
 def find_evaluations(folder: Path) -> list[Path]:
     """Return the files of the evaluations in the ledger of an output folder, in the order of their steps."""
-    steps = [path.stem.removeprefix("eval-") for path in (folder / LEDGER).glob("eval-*.safetensors")]
-    return [_evaluation_file(folder, step) for step in sorted(int(step) for step in steps if step.isdecimal())]
+    return find_numbered(folder, "eval")
+
+
+def find_numbered(folder: Path, kind: str) -> list[Path]:
+    """Return the files `KIND-<number>.safetensors` in the ledger of an output folder, in the order of their numbers."""
+    names = [path.stem.removeprefix(f"{kind}-") for path in (folder / LEDGER).glob(f"{kind}-*.safetensors")]
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    return [folder / LEDGER / f"{kind}-{number}.safetensors" for number in numbers]
 
 
 def step_of(path: Path) -> int:
@@ -147,8 +153,8 @@ def step_of(path: Path) -> int:
 
 def read_evaluation(path: Path) -> ExampleTable:
     """Return the table of a file of `find_evaluations`. Raise ValueError if the ledger cannot be read."""
-    facts, metadata = _read_arrays(path.with_name(EXAMPLES))
-    values, _ = _read_arrays(path)
+    facts, metadata = read_arrays(path.with_name(EXAMPLES))
+    values, _ = read_arrays(path)
     arrays = facts | values
     if (
         not {"loss", "targets"} <= arrays.keys()
@@ -159,7 +165,8 @@ def read_evaluation(path: Path) -> ExampleTable:
     return ExampleTable(arrays=arrays, identity=json.loads(metadata["identity"]))
 
 
-def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Return the arrays and the metadata of a file of a ledger. Raise ValueError if it cannot be read."""
     try:
         with safe_open(path, "np") as file:
             names = file.keys()

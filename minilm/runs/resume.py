@@ -41,7 +41,7 @@ _SOURCES = ("data.source", "data.eval_source", "tokens.name", "model.name", "obj
 _MAY_CHANGE = (
     *_UNREPORTED,
     *_SOURCES,
-    *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "ledger", "max_bad_steps")),
+    *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "ledger", "train_ledger", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
     *("data.exclude_loss", "run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention", "objective.defined_in"),

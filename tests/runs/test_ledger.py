@@ -148,7 +148,7 @@ def test_the_oldest_evaluations_make_room(tmp_path: Path, monkeypatch: pytest.Mo
     prepared: Any = SimpleNamespace(eval=examples, eval_documents="b")
     ledger = start_ledger(tmp_path, Config(), prepared, 0)
     assert isinstance(ledger, Ledger)
-    monkeypatch.setattr(ledger_module, "_LEDGER_BYTES", 3 * 5 * 4)
+    monkeypatch.setattr(ledger_module, "LEDGER_BYTES", 3 * 5 * 4)
     for step in (9, 10, 100, 1000):
         ledger.write(step, {"loss": np.arange(5.0) + step, "targets": np.ones(5, np.int64)})
     assert [step_of(path) for path in find_evaluations(tmp_path)] == [10, 100, 1000]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from comparison import Task, TurnResult, is_evaluated
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -162,8 +163,13 @@ class Turns(TrainerCallback):
         self.parts.append(loss.detach())
 
     def _evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the figures of minilm's evaluation of a copy of the model, since its head changes the model."""
-        return evaluate(self.task.config, copy.deepcopy(model), self.prepared)
+        """Return the figures of minilm's evaluation of a copy of the model, since its head changes the model.
+
+        The copy computes in fp32 outside autocast. Trainer's own forward rounds to bf16, so that minilm's trials of
+        shortcuts could not tell a wrong result from a rounded one.
+        """
+        plain = extract_model_from_parallel(copy.deepcopy(model), keep_fp32_wrapper=False)
+        return evaluate(self.task.config, plain, self.prepared)
 
     def _begin(self) -> None:
         self.lengths: list[Tensor] = []

@@ -332,6 +332,18 @@ def test_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.rounds(7.0) == Rounds(count=7, warm_up=0, block=10, evaluated=1, seconds=7.0)
 
 
+def test_trainers_model_is_evaluated_without_the_rounding_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForMaskedLM.from_config(RobertaConfig(**SIZES["roberta"], vocab_size=50)).eval()
+    ids_1xL = torch.arange(5, 25)[None]
+    expected_1xLxV = model(ids_1xL).logits
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert not torch.equal(wrapped(ids_1xL).logits, expected_1xLxV)
+    monkeypatch.setattr(hf_trainer, "evaluate", lambda config, copied, prepared: {"logits": copied(ids_1xL).logits})
+    turns = hf_trainer.Turns(mock.Mock(), mock.Mock())
+    assert torch.equal(turns._evaluate(wrapped)["logits"], expected_1xLxV)
+    assert not torch.equal(wrapped(ids_1xL).logits, expected_1xLxV)
+
+
 def test_torchs_muon_in_trainer_takes_the_learning_rate_of_the_schedule() -> None:
     network = AutoModelForMaskedLM.from_config(RobertaConfig(vocab_size=40, pad_token_id=1, **SIZES["bert"]))
     optimizer = hf_trainer.MuonWithAdamW(network, Optim(lr=1e-2))

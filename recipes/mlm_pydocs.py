@@ -3,8 +3,8 @@
     accelerate launch recipes/mlm_pydocs.py
 
 In November 2026 it took 3 min 20 s from launch to end on two cores of an Intel Xeon (AMX, bf16). At the masked tokens
-of modules that training did not see, it reached 1.15 bits per byte, and 1.14 and 1.15 with two other seeds. A model that
-knows only the frequencies of the tokens has 3.04.
+of modules that training did not see, it reached 1.15 bits per byte, and 1.14 and 1.15 with two other seeds. A model
+that knows only the frequencies of the tokens has 3.04.
 """
 
 from minilm import Batch, Config, Data, MaskedLM, Model, Optim, Run, Tokens

@@ -61,8 +61,8 @@ class Data:
     """Training documents whose tokens are read but are not targets, by their numbers from 0, such as 3,17,40-45. The
     loss is the mean over the other targets. minilm replay sets it. Default: none."""
     streaming: bool = False
-    """Encode the documents while they are read, and store only their tokens. Every (1 / eval_fraction)-th document is
-    then held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
+    """Encode the documents while they are read, and store only their tokens. A hash of its text then decides whether a
+    document is held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)

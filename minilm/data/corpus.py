@@ -4,30 +4,25 @@ A corpus holds the ids of all documents, one after the other, in one flat file. 
 decide how it is cut into examples. If they change, nothing is encoded again.
 """
 
-import itertools
 from array import array
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.data.document_texts import Documents, count_documents, fingerprint_documents, iterate_batches
-from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.data.labels import Labels
-from minilm.data.special_ids import count_embedding_rows, find_prefix_and_suffix
-from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
-from minilm.data.text_bytes import count_text_bytes, measure_token_names
-from minilm.data.word_boundaries import find_word_starts
+from minilm.data.special_ids import find_prefix_and_suffix
+from minilm.data.special_token_counter import read_special_tokens
+from minilm.data.text_encoder import TextEncoder, surround
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 
-_T = TypeVar("_T", bound=np.generic)
 # The number of documents that are cut into examples at a time. Intermediate arrays need several times the memory of the
 # result.
 _CHUNK_DOCUMENTS = 2**20
@@ -108,13 +103,13 @@ class Examples:
         assert self.is_word_start is not None
         starts = self.is_word_start[self.start[index] : self.stop[index]].copy()
         starts[:1] = True
-        return _surround(starts, self.prefix, self.suffix, True)
+        return surround(starts, self.prefix, self.suffix, True)
 
     def token_bytes(self, index: int) -> NDArray[np.int64]:
         """Return the UTF-8 bytes of text that each token of an example stands for, int64[L]; 0 for special tokens."""
         assert self.text_bytes is not None
         sizes = self.text_bytes[self.start[index] : self.stop[index]].astype(np.int64)
-        return _surround(sizes, self.prefix, self.suffix, 0)
+        return surround(sizes, self.prefix, self.suffix, 0)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -218,43 +213,94 @@ def encode(
     once. A warning names the special tokens inside texts. Raises ValueError if no document has a token, or if the
     tokenizer cannot encode a text.
     """
-    prefix, suffix = find_prefix_and_suffix(tokenizer)
-    before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
-    if causal:
-        before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
-        prefix, suffix = prefix[:0], suffix[:0]
-    room = max_length - len(prefix) - len(suffix)
-    around = before.tolist(), after.tolist()
-    counted = room if enough_ids and layout != "blocks" and overflow == "truncate" else None
+    form = ExampleForm.of(tokenizer, max_length=max_length, layout=layout, overflow=overflow, causal=causal)
+    counted = form.room if enough_ids and layout != "blocks" and overflow == "truncate" else None
     # The serialized backend does not include this setting.
     splits = tokenizer.split_special_tokens
-    key = fingerprint_documents(documents, tokenizer.backend_tokenizer.to_str(), splits, *around, enough_ids, counted)
+    key = fingerprint_documents(
+        documents, tokenizer.backend_tokenizer.to_str(), splits, *form.around, enough_ids, counted
+    )
     kind = "-".join(["corpus", *["words"] * words, *["bytes"] * text_bytes, key])
     folder = open_entry(
         kind,
         lambda folder: _write_corpus(
-            folder, documents, tokenizer, *around, words, text_bytes, name, enough_ids, counted
+            folder,
+            documents,
+            TextEncoder(tokenizer, *form.around, words=words, text_bytes=text_bytes, name=name),
+            enough_ids,
+            counted,
         ),
     )
-    offsets = np.load(folder / "offsets.npy")
-    start, stop = _cut_into_examples(offsets, room, layout, overflow)
     special_tokens = read_special_tokens(folder, tokenizer, name)
-    if len(start) == 0:
+    examples = open_examples(
+        folder, form, words=words, text_bytes=text_bytes, fingerprint=key, special_tokens=special_tokens
+    )
+    if len(examples) == 0:
         raise ValueError(
             f"the {name} hold no token to predict, since all are empty once encoded. Give other documents."
         )
+    return examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleForm:
+    """How documents become examples: the special tokens around them, and where they are cut."""
+
+    prefix: NDArray[np.int64]
+    """The special tokens at the beginning of each example."""
+    suffix: NDArray[np.int64]
+    """The special tokens at the end of each example."""
+    around: tuple[list[int], list[int]]
+    """The special tokens before and after each document."""
+    room: int
+    """The most ids of an example, without `prefix` and `suffix`."""
+    layout: str
+    overflow: str
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, *, max_length: int, layout: str, overflow: str, causal: bool
+    ) -> "ExampleForm":
+        """Return the form of examples with these settings, which are the arguments of `encode`."""
+        prefix, suffix = find_prefix_and_suffix(tokenizer)
+        before, after = prefix[:0], suffix[:1] if layout == "blocks" else suffix[:0]
+        if causal:
+            before, after = prefix, suffix if len(suffix) else np.array([tokenizer.eos_token_id], np.int64)
+            prefix, suffix = prefix[:0], suffix[:0]
+        return cls(
+            prefix=prefix,
+            suffix=suffix,
+            around=(before.tolist(), after.tolist()),
+            room=max_length - len(prefix) - len(suffix),
+            layout=layout,
+            overflow=overflow,
+        )
+
+
+def open_examples(
+    folder: Path,
+    form: ExampleForm,
+    *,
+    words: bool = False,
+    text_bytes: bool = False,
+    fingerprint: str,
+    special_tokens: dict[int, tuple[int, str]] | None = None,
+) -> Examples:
+    """Return the examples of a corpus in `folder`, which may be none. The other arguments are those of `Examples`."""
+    offsets = np.load(folder / "offsets.npy")
+    start, stop = _cut_into_examples(offsets, form.room, form.layout, form.overflow)
     return Examples(
         ids=ArrayFile(folder / "ids.npy"),
         start=start,
         stop=stop,
-        prefix=prefix,
-        suffix=suffix,
-        fingerprint=key,
+        prefix=form.prefix,
+        suffix=form.suffix,
+        fingerprint=fingerprint,
         is_word_start=ArrayFile(folder / "begins.npy") if words else None,
         text_bytes=ArrayFile(folder / "bytes.npy") if text_bytes else None,
-        document=np.searchsorted(offsets, start, side="right") - 1 if text_bytes and layout != "blocks" else None,
+        document=np.searchsorted(offsets, start, side="right") - 1 if text_bytes and form.layout != "blocks" else None,
         document_bounds=offsets,
-        special_tokens=special_tokens,
+        special_tokens=special_tokens or {},
     )
 
 
@@ -290,74 +336,39 @@ def _split_evenly(offsets: NDArray[np.int64], room: int) -> tuple[NDArray[np.int
 
 
 def _write_corpus(
-    folder: Path,
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    before: list[int],
-    after: list[int],
-    words: bool,
-    text_bytes: bool,
-    name: str,
-    enough_ids: int | None,
-    counted: int | None,
+    folder: Path, documents: Documents, encoder: TextEncoder, enough_ids: int | None, counted: int | None
 ) -> None:
     """Encode the documents and write the files of a corpus into `folder`.
 
-    - `ids.npy`: all ids, in the smallest unsigned type that holds the vocabulary. `before` and `after` surround each
-      document.
+    - `ids.npy`: all ids, in `encoder.dtype`. The encoder surrounds each document with special tokens.
     - `offsets.npy`: int64, where each document begins, and the end of the last one.
     - `special.json`: the special tokens inside texts.
-    - `begins.npy`: bool, True for an id that begins a word; empty without `words`.
-    - `bytes.npy`: uint32, the bytes of text that each id stands for; empty without `text_bytes`.
+    - `begins.npy`: bool, True for an id that begins a word; empty without `encoder.words`.
+    - `bytes.npy`: uint32, the bytes of text that each id stands for; empty without `encoder.text_bytes`.
 
     Reading ends as soon as there are `enough_ids`. If `counted` is given, at most that many ids of a document count.
     """
-    kind = np.uint16 if count_embedding_rows(tokenizer) <= 2**16 else np.uint32
-    backend = tokenizer.backend_tokenizer
-    if text_bytes:
-        # RoBERTa's post-processor moves the ends of tokens that hold spaces.
-        backend = Tokenizer.from_str(backend.to_str())
-        backend.post_processor = None
-        weight_V = measure_token_names(tokenizer)
-    # A saved tokenizer may truncate and pad by itself.
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    # The faster method does not return offsets.
-    encode_batch = backend.encode_batch if words or text_bytes else backend.encode_batch_fast
-    sizes, total, special = array("q", [0]), 0, SpecialTokenCounter(tokenizer)
+    sizes, total = array("q", [0]), 0
     with (
-        create_array_file(folder / "ids.npy", np.dtype(kind)) as ids_file,
+        create_array_file(folder / "ids.npy", encoder.dtype) as ids_file,
         create_array_file(folder / "begins.npy", np.dtype(bool)) as starts_file,
         create_array_file(folder / "bytes.npy", np.dtype(np.uint32)) as bytes_file,
-        show_progress(total=count_documents(documents), desc=f"encoding {name}", unit="doc", leave=False) as bar,
+        show_progress(
+            total=count_documents(documents), desc=f"encoding {encoder.name}", unit="doc", leave=False
+        ) as bar,
     ):
         for texts in iterate_batches(documents):
-            with locate_encoding_errors(tokenizer, texts, name, first=len(sizes)):
-                encodings = encode_batch(texts, add_special_tokens=False)
-            rows = [[*before, *encoding.ids, *after] for encoding in encodings]
-            sizes.extend(map(len, rows))
-            ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
-            ids_file.write(ids.astype(kind).data)
-            special.count(texts, rows, ids, surrounding=[*before, *after])
-            for text, encoding in zip(texts, encodings, strict=True):
-                if words:
-                    starts = find_word_starts(text, [start for start, _ in encoding.offsets])
-                    starts_file.write(_surround(starts, before, after, True).data)
-                if text_bytes:
-                    sizes_L = count_text_bytes(text, encoding.offsets, weight_V[encoding.ids]).astype(np.uint32)
-                    bytes_file.write(_surround(sizes_L, before, after, 0).data)
+            encoded = encoder.encode(texts)
+            sizes.extend(encoded.sizes.tolist())
+            ids_file.write(encoded.ids.data)
+            if encoded.is_word_start is not None:
+                starts_file.write(encoded.is_word_start.data)
+            if encoded.text_bytes is not None:
+                bytes_file.write(encoded.text_bytes.data)
             bar.update(len(texts))
             if enough_ids:
-                total += sum(min(len(row), counted or len(row)) for row in rows)
+                total += int(np.minimum(encoded.sizes, counted or encoded.sizes).sum())
                 if total >= enough_ids:
                     break
     np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
-    special.write(folder)
-
-
-def _surround(values: NDArray[_T], before: Sized, after: Sized, value: Any) -> NDArray[_T]:
-    """Return the values of a text's tokens, with `value` for each token before and after the text."""
-    row = np.full(len(before) + len(values) + len(after), value, values.dtype)
-    row[len(before) : len(before) + len(values)] = values
-    return row
+    encoder.special.write(folder)

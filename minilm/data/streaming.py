@@ -10,6 +10,7 @@ from typing import Any
 from minilm.config import Data
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.glue import apply_glue_task
+from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.sources import (
     build_columns,
     check_data_settings,
@@ -21,6 +22,9 @@ from minilm.data.sources import (
 )
 from minilm.data.splits import assemble_splits
 from minilm.utils.local_files import get_full_ending
+
+# The number of texts that are hashed at a time. A stream of the hub is read only so far beyond what a run needs.
+_HASHED_TEXTS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,7 @@ class TextStream:
 def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
     """Return (training documents, evaluation documents by name), as `load_documents` without labels.
 
-    If a fraction of the documents is held out, it is every (1 / fraction)-th document. Document i, from 0, is held out
-    if floor((i + 1) * fraction) is greater than floor(i * fraction).
+    If a fraction of the documents is held out, a hash of each text decides whether it is (`minilm.data.held_out`).
     """
     data = apply_glue_task(data)
     check_data_settings(data, build_columns(data))
@@ -69,10 +72,10 @@ class _StreamReader:
         return _stream_split(self.data, source, split)
 
     def hold_out(self, source: str) -> tuple[TextStream, TextStream]:
-        """Hold out documents at equal distances."""
+        """Hold out the documents whose hash says so."""
         documents, fraction = self.read(source, self.data.split), self.data.eval_fraction
         empty = f"{source}: data.eval_fraction={fraction} holds out no document; raise it or give data.eval_source"
-        return _take_share(documents, fraction, inside=False), _take_share(documents, fraction, if_empty=empty)
+        return _hold_out(documents, fraction, inside=False), _hold_out(documents, fraction, if_empty=empty)
 
     def repeat(self, documents: TextStream, source: str, weight: float) -> TextStream:
         """Repeat all documents. For the fraction of `weight`, add a share of them, at equal distances."""
@@ -80,7 +83,7 @@ class _StreamReader:
         empty = "" if whole else f"{source}: data.weights {weight} selects no document; give a larger weight"
         parts = [documents] * int(whole)
         if share:
-            parts.append(_take_share(documents, share, if_empty=empty))
+            parts.append(_take_share(documents, share, empty))
         return join_streams(parts)
 
     def join(self, parts: list[TextStream]) -> TextStream:
@@ -108,22 +111,38 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
     return TextStream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
 
 
-def _take_share(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:
-    """Return every (1 / `fraction`)-th document, or all other documents if not `inside`.
+def _hold_out(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:
+    """Return the documents that are held out, or all other documents if not `inside`.
 
     if_empty: the message of the ValueError that an empty result raises. With "", an empty result is allowed.
     """
 
     def texts() -> Iterator[str]:
-        empty = True
-        for index, text in enumerate(stream.texts()):
-            if (math.floor((index + 1) * fraction) > math.floor(index * fraction)) == inside:
+        empty, all_texts = True, stream.texts()
+        while batch := [*itertools.islice(all_texts, _HASHED_TEXTS)]:
+            held_out = is_held_out(hash_texts(batch), fraction)
+            for text in itertools.compress(batch, held_out if inside else ~held_out):
                 empty = False
                 yield text
         if empty and if_empty:
             raise ValueError(if_empty)
 
-    return TextStream(texts=texts, identity=f"{stream.identity} {inside} {fraction}", remote=stream.remote)
+    return TextStream(texts=texts, identity=f"{stream.identity} {inside} hash {fraction}", remote=stream.remote)
+
+
+def _take_share(stream: TextStream, share: float, if_empty: str) -> TextStream:
+    """Return every (1 / `share`)-th document. If there is none, reading it raises ValueError(if_empty)."""
+
+    def texts() -> Iterator[str]:
+        empty = True
+        for index, text in enumerate(stream.texts()):
+            if math.floor((index + 1) * share) > math.floor(index * share):
+                empty = False
+                yield text
+        if empty and if_empty:
+            raise ValueError(if_empty)
+
+    return TextStream(texts=texts, identity=f"{stream.identity} True {share}", remote=stream.remote)
 
 
 def join_streams(streams: list[TextStream]) -> TextStream:

@@ -21,6 +21,7 @@ from minilm.config import Batch, Config, Data, Phase, Run, Tokens
 from minilm.data.batch_plan import fill_rows
 from minilm.data.corpus import encode
 from minilm.data.documents import load_documents
+from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.streaming import TextStream, stream_documents
 from minilm.objectives.factory import prepare_run
 from minilm.objectives.masked_lm import MaskedLMObjective
@@ -85,14 +86,24 @@ def test_a_saved_dataset_is_streamed_by_rows_and_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.95])
-def test_the_fraction_held_out_is_exact_and_spread_over_the_stream(tmp_path: Path, fraction: float) -> None:
-    lines = [f"line {number}" for number in range(100)]
-    source = _write(tmp_path, "a.txt", "\n".join(lines).encode())
-    train, held_out = stream_documents(Data(source=source, streaming=True, eval_fraction=fraction))
-    inside, outside = _texts(held_out[""]), _texts(train)
+def test_the_share_held_out_is_near_the_fraction_and_stays_when_the_source_grows(
+    tmp_path: Path, fraction: float
+) -> None:
+    lines = [f"line {number}" for number in range(4000)]
+
+    def hold_out(lines: list[str]) -> tuple[list[str], list[str]]:
+        source = _write(tmp_path, "a.txt", "\n".join(lines).encode())
+        train, held_out = stream_documents(Data(source=source, streaming=True, eval_fraction=fraction))
+        return _texts(train), _texts(held_out[""])
+
+    outside, inside = hold_out(lines)
     assert sorted(inside + outside) == sorted(lines)
-    for part in (50, 100):
-        assert abs(len({*lines[:part]} & {*inside}) - part * fraction) < 1
+    # Five standard deviations of the binomial distribution.
+    assert abs(len(inside) - 4000 * fraction) < 5 * (4000 * fraction * (1 - fraction)) ** 0.5
+    more_outside, more_inside = hold_out(["a new line", *reversed(lines), "line 7"])
+    assert {*inside} <= {*more_inside}
+    assert {*outside} <= {*more_outside}
+    assert not {*more_inside} & {*more_outside}
 
 
 def test_weights_repeat_the_sources_of_a_stream(tmp_path: Path) -> None:
@@ -158,7 +169,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
-@pytest.mark.parametrize(("layout", "most"), [("documents", 1500), ("blocks", 20000)])
+@pytest.mark.parametrize(("layout", "most"), [("documents", 1500), ("blocks", 22000)])
 def test_a_hub_stream_is_read_only_as_far_as_the_steps_need(hub: list[int], layout: str, most: int) -> None:
     config = Config(
         data=Data(source="some/rows", streaming=True, eval_fraction=0.1),
@@ -215,7 +226,11 @@ def test_several_hub_streams_are_read_to_the_end(
     )
     prepared = MaskedLMObjective(config.objective).prepare(config)
     assert "b" in prepared.tokenizer.get_vocab()
-    assert [len(prepared.train), len(prepared.eval)] == [270 + 135, 30 + 30]
+    held = [
+        int(is_held_out(hash_texts([f"{path} {number}" for number in range(300)]), 0.1).sum())
+        for path in ("some/a", "some/b")
+    ]
+    assert [len(prepared.train), len(prepared.eval)] == [300 - held[0] + (300 - held[1]) // 2, sum(held)]
     assert [message for message in caplog.messages if message.startswith("data.source names several sources")]
 
 

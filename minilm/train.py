@@ -26,7 +26,7 @@ from minilm.data.batch_plan import Step
 from minilm.data.excluded_documents import find_first_use
 from minilm.data.memory import DocumentList
 from minilm.data.micro_batch import CollateFunction, Collator, MicroBatch, counted_losses
-from minilm.data.phased_batches import JoinedExamples, RunPlan, StepPlan, TokenRows
+from minilm.data.phased_batches import RunPlan, StepPlan, TokenRows
 from minilm.distributed.flops import count_flops
 from minilm.distributed.launch import lost_peer_as_error, on_all_ranks
 from minilm.distributed.sharding import distribute
@@ -52,7 +52,15 @@ from minilm.runs.recorder import write_samples
 from minilm.runs.resume import load_best_weights, resume
 from minilm.runs.run_facts import write_results
 from minilm.runs.run_inputs import collect_inputs
-from minilm.runs.session import Session, apply_arguments, begin, build_collator, plan_batches, start_recorder
+from minilm.runs.session import (
+    Session,
+    apply_arguments,
+    begin,
+    build_collator,
+    plan_batches,
+    start_recorder,
+    train_rows,
+)
 from minilm.runs.train_ledger import start_train_ledger
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
@@ -156,7 +164,7 @@ def train(
         config = run.config
         network = head.model
         plan, collator, evaluator = build_plan(run, head)
-        examples = JoinedExamples(prepared)
+        examples = train_rows(run, plan)
         total = config.run.count_steps(plan.steps_per_epoch)
         cost = count_flops(head, config.batch.max_length)
         own_functions = {"learning_rate": learning_rate is not None, "optimizer": optimizer is not None}
@@ -303,10 +311,12 @@ def build_head(run: Session) -> tuple[Head, Session]:
 
 def first_step(run: Session, head: Head, config: Config) -> list[MicroBatch]:
     """Return this process's micro-batches of a step with these settings: the first with the longest examples."""
-    plan, collator, _ = build_plan(replace(run, config=config), head)
+    # Any documents do, so that a resumed run does not read the beginning of a stream again.
+    run = replace(run, config=config, prepared=run.prepared.without_stream)
+    plan, collator, _ = build_plan(run, head)
     longest = max(list_periods(config), key=lambda period: period.config.batch.max_length)
     steps = range(longest.start, config.run.count_steps(plan.steps_per_epoch))
-    item: Item = next(iter(load_steps(plan, JoinedExamples(run.prepared), collator, run.accelerator, steps, 0)))
+    item: Item = next(iter(load_steps(plan, train_rows(run, plan), collator, run.accelerator, steps, 0)))
     return item[1]
 
 

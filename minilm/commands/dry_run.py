@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice, zip_longest
 
 import torch
@@ -62,12 +62,18 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
     with begin(config, name) as run:
+        stream = run.prepared.stream
+        # The first documents of a stream stand for all of them.
+        run = replace(run, prepared=run.prepared.without_stream)
         batch, prepared = config.batch, run.prepared
         rows = batch.max_length if batch.layout == "packed" else None
         plan = Plan(
             prepared.train.lengths, examples=batch.examples, micro_tokens=1, row_tokens=rows, seed=config.run.seed
         )
         lines = [("output", f"{run.folder} (a dry run writes nothing to it)"), ("data", _data(prepared, plan))]
+        if stream is not None:
+            text = f"windows of {stream.tokens:,} tokens; all figures here are those of its first documents"
+            lines.append(("stream", text))
         if prepared.labels is not None:
             lines += [("labels", line.removeprefix("labels").lstrip(": ")) for line in prepared.labels.summary]
         if own_loop:

@@ -63,6 +63,10 @@ class Data:
     streaming: bool = False
     """Encode the documents while they are read, and store only their tokens. A hash of its text then decides whether a
     document is held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
+    window_tokens: int = 32_000_000
+    """With streaming, the tokens of a window. Of more text than that, a run trains on one window while it encodes the
+    next, and keeps at most three in its cache. The order is random within a window and over files. The weights are then
+    shares of each window."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)
@@ -79,6 +83,7 @@ class Data:
             not self.streaming or self.document != "file",
             "data.streaming: a document cannot be a whole file; pass another data.document",
         )
+        check(self.window_tokens >= 1, f"data.window_tokens must be at least 1, not {self.window_tokens}")
         all_named = len(self.sources) > 0 and all(self.sources)
         check(all_named, "data.source is empty: give a file, a folder, a hub dataset id, or pydocs")
         check(

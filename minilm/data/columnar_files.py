@@ -20,27 +20,33 @@ from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind
 BATCH_ROWS = 1000
 
 
-def read_columnar(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield the number of each row, from 0, and its cells of `columns`. Other columns are not read.
+def read_columnar(path: str, columns: Sequence[Column], start: int = 0) -> Iterator[tuple[int, list[Any]]]:
+    """Yield the number of each row, counted from 0, and its cells of `columns`. Other columns are not read.
+
+    start: the first row to yield. Groups of rows before it are not read.
 
     Raise ValueError that names the file, the row group if one is damaged, and the row of a text that is not UTF-8.
     """
     with _damage_as_error(path), _open(path) as table:
         outer = find_outer_columns(columns, table.schema, path)
-        batches = table.batches(list(dict.fromkeys(outer)))
-        yield from read_cells(batches, columns, outer, lambda row: f"{path}, row {row}")
+        batches = table.batches(list(dict.fromkeys(outer)), start)
+        yield from read_cells(batches, columns, outer, lambda row: f"{path}, row {row}", start)
 
 
 def read_cells(
-    batches: Iterable[Any], columns: Sequence[Column], outer: Sequence[str], locate: Callable[[int], str]
+    batches: Iterable[Any],
+    columns: Sequence[Column],
+    outer: Sequence[str],
+    locate: Callable[[int], str],
+    start: int = 0,
 ) -> Iterator[tuple[int, list[Any]]]:
     """Yield the number of each row and its cells of `columns`.
 
     batches: record batches of Arrow.
     outer: for each of `columns`, the name of the column of the batches that is or contains it.
     locate: returns the beginning of an error message about the row of a number.
+    start: the number of the first row.
     """
-    start = 0
     for batch in batches:
         lists = [_to_python(batch.column(batch.schema.get_field_index(name)), locate, start) for name in outer]
         for row, cells in enumerate(zip(*lists, strict=True), start=start):
@@ -164,8 +170,16 @@ class _Parquet:
         self.file = parquet.ParquetFile(file)
         self.schema = self.file.schema_arrow
 
-    def batches(self, names: list[str]) -> Iterator[Any]:
-        yield from self.file.iter_batches(batch_size=BATCH_ROWS, columns=names)
+    def batches(self, names: list[str], start: int = 0) -> Iterator[Any]:
+        """Yield the rows from row `start` on."""
+        metadata, group = self.file.metadata, 0
+        while group < self.file.num_row_groups and start >= metadata.row_group(group).num_rows:
+            start, group = start - metadata.row_group(group).num_rows, group + 1
+        groups = [*range(group, self.file.num_row_groups)]
+        if groups:
+            yield from _skip_rows(
+                self.file.iter_batches(batch_size=BATCH_ROWS, columns=names, row_groups=groups), start
+            )
 
 
 class _Arrow:
@@ -180,7 +194,8 @@ class _Arrow:
             self.schema = pyarrow.ipc.open_file(file).schema
             self.stream = False
 
-    def batches(self, names: list[str]) -> Iterator[Any]:
+    def batches(self, names: list[str], start: int = 0) -> Iterator[Any]:
+        """Yield the rows from row `start` on."""
         fields = [self.schema.get_field_index(name) for name in names]
         options = pyarrow.ipc.IpcReadOptions(included_fields=fields)
         self.file.seek(0)
@@ -189,9 +204,17 @@ class _Arrow:
         else:
             reader = pyarrow.ipc.open_file(self.file, options=options)
             parts = (reader.get_batch(number) for number in range(reader.num_record_batches))
-        for part in parts:
-            for start in range(0, len(part), BATCH_ROWS):
-                yield part.slice(start, BATCH_ROWS)
+        for part in _skip_rows(parts, start):
+            for first in range(0, len(part), BATCH_ROWS):
+                yield part.slice(first, BATCH_ROWS)
+
+
+def _skip_rows(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """Yield the record batches without their first `count` rows."""
+    for batch in batches:
+        if count < len(batch):
+            yield batch.slice(count)
+        count = max(0, count - len(batch))
 
 
 @contextmanager

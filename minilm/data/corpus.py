@@ -6,9 +6,9 @@ decide how it is cut into examples. If they change, nothing is encoded again.
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from minilm.data.special_token_counter import read_special_tokens
 from minilm.data.text_encoder import TextEncoder, surround
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
+
+if TYPE_CHECKING:
+    from minilm.data.stream_windows import StreamWindows
 
 # The number of documents that are cut into examples at a time. Intermediate arrays need several times the memory of the
 # result.
@@ -171,6 +174,14 @@ class PreparedData:
     """A hash of the evaluation documents, and of their labels, which does not depend on the tokenizer."""
     added_tokens: int = 0
     """The number of tokens that the objective has added to the tokenizer, after those of `tokens.extend`."""
+    stream: "StreamWindows | None" = None
+    """The training documents, if they are read while the run trains. `train` then holds the first of them, which stand
+    for all of them before the first step."""
+
+    @property
+    def without_stream(self) -> "PreparedData":
+        """The same data with the examples of `train` alone."""
+        return replace(self, stream=None)
 
     @property
     def train_by_period(self) -> tuple[Examples, ...]:

@@ -3,11 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from minilm.data.columns import Column, DictWithRepeatedKeys, check_keys
-from minilm.data.text_decoding import check_byte_order_mark, open_text
+from minilm.data.text_decoding import LinePlaces, check_byte_order_mark, open_text
 
 # Number of characters to read at a time.
 _CHUNK = 2**20
@@ -18,14 +18,18 @@ _UNFINISHED = 16
 _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
-def read_json(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, list[Any]]]:
+def read_json(
+    path: str, columns: Sequence[Column], places: LinePlaces | None = None
+) -> Iterator[tuple[int, list[Any]]]:
     """Yield the line at which each row begins, from 1, and its cells of `columns`. Other keys of a row are ignored.
+
+    places: the line to begin with, for a file with an object per line (`has_value_per_line`).
 
     Raise ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
     `columns`, or inside a column of JSON values, that occurs twice with different values, and for a missing column.
     """
     parser = _Parser(columns)
-    for line, row in _read_rows(path, parser):
+    for line, row in _read_rows(path, parser, places):
         where = f"{path}, line {line}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {_KINDS.get(type(row), 'a number')} where an object with the text is expected")
@@ -129,9 +133,22 @@ def _list_possible_keys(name: str) -> Iterator[str]:
             yield ".".join(parts[start:stop])
 
 
-def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
+def has_value_per_line(path: str) -> bool:
+    """Return whether the rows of a file are read line by line."""
+    with open_text(path) as file:
+        parser = _Parser(())
+        if _Window(path, file, parser).skip_spaces() == "[":
+            return False
+        file.seek(0)
+        return _has_value_per_line(file, parser)
+
+
+def _read_rows(path: str, parser: _Parser, places: LinePlaces | None = None) -> Iterator[tuple[int, Any]]:
     """Yield the line at which each row begins, and its value."""
     with open_text(path) as file:
+        if places is not None:
+            yield from _read_lines(path, places.iterate(file, "utf-8"), parser)
+            return
         window = _Window(path, file, parser)
         if window.skip_spaces() == "[":
             yield from _read_array(window)
@@ -140,7 +157,7 @@ def _read_rows(path: str, parser: _Parser) -> Iterator[tuple[int, Any]]:
         whole_lines = _has_value_per_line(file, parser)
         file.seek(0)
         if whole_lines:
-            yield from _read_lines(path, file, parser)
+            yield from _read_lines(path, enumerate(file, start=1), parser)
             return
         window = _Window(path, file, parser)
         while window.skip_spaces():
@@ -160,9 +177,9 @@ def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
     return True
 
 
-def _read_lines(path: str, file: TextIO, parser: _Parser) -> Iterator[tuple[int, Any]]:
+def _read_lines(path: str, lines: Iterable[tuple[int, str]], parser: _Parser) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each line, except blank lines."""
-    for number, line in enumerate(file, start=1):
+    for number, line in lines:
         try:
             yield number, parser.parse_line(line)
         except RecursionError as error:

@@ -33,7 +33,7 @@ ValueError if one of its texts is blank. A row without a column of texts is alwa
 
 # The columns of stored rows that say where a row comes from: the number of its file, and its line or row there. No
 # role has these names, because they are not identifiers.
-_FILE, _PLACE = "file number", "line or row"
+_FILE, PLACE = "file number", "line or row"
 
 
 def read_batches(
@@ -53,7 +53,7 @@ def read_batches(
     dtypes = {column.role: scan_column(table, column).dtype for column in columns if column.kind == "label"}
     texts = [column.role for column in columns if column.kind == "text"]
     for batch in _read_parts(table, columns, _find_parts(table, columns, split)):
-        result: dict[str, list[Any]] = {_FILE: [batch.file] * len(batch.places), _PLACE: list(batch.places)}
+        result: dict[str, list[Any]] = {_FILE: [batch.file] * len(batch.places), PLACE: list(batch.places)}
         for column, cells in zip(columns, batch.cells, strict=True):
             result[column.role] = _check_cells(column, cells, batch, blank, dtypes)
         if blank == "drop" and texts:
@@ -168,7 +168,7 @@ class RowTable:
     def from_texts(cls, columns: Sequence[Column], texts: Sequence[str], source: str) -> "RowTable":
         """Return the rows of texts that are in memory, and not in the cache. In errors, they are numbered from 0."""
         cells = {column.role: texts for column in columns}
-        rows = Dataset.from_dict({_FILE: [0] * len(texts), _PLACE: range(len(texts)), **cells})
+        rows = Dataset.from_dict({_FILE: [0] * len(texts), PLACE: range(len(texts)), **cells})
         return cls(tuple(columns), (_StoredRows(source, rows, lambda _, place: f"{source}, text {place}", {}),))
 
     def __len__(self) -> int:
@@ -178,7 +178,7 @@ class RowTable:
         """Yield the rows in their order, in lists of at most `size` rows."""
         for part in self.parts:
             for batch in part.rows.with_format("arrow").iter(size):
-                where = map(part.locate, batch[_FILE].to_pylist(), batch[_PLACE].to_pylist())
+                where = map(part.locate, batch[_FILE].to_pylist(), batch[PLACE].to_pylist())
                 lists = [self._decode_cells(column, batch[column.role].to_pylist()) for column in self.columns]
                 roles = [column.role for column in self.columns]
                 yield [
@@ -214,7 +214,7 @@ class RowTable:
     @cached_property
     def dataset(self) -> Dataset:
         """The rows as a dataset whose columns are the roles. A cell of the kind `json` is JSON text there."""
-        return datasets.concatenate_datasets([part.rows.remove_columns([_FILE, _PLACE]) for part in self.parts])
+        return datasets.concatenate_datasets([part.rows.remove_columns([_FILE, PLACE]) for part in self.parts])
 
     def select(self, indices: Sequence[int]) -> "RowTable":
         """Return the rows of these numbers, in this order. Only for rows of one source."""
@@ -268,7 +268,7 @@ def cache_rows(table: Table, columns: Sequence[Column], *, source: str, split: s
 
 def _write_rows(path: Path, table: Table, columns: Sequence[Column], split: str, blank: BlankPolicy) -> None:
     """Write the rows of `read_batches` to a file in the stream format of Arrow."""
-    features: dict[str, Any] = {_FILE: Value("int32"), _PLACE: Value("int64")}
+    features: dict[str, Any] = {_FILE: Value("int32"), PLACE: Value("int64")}
     features |= {column.role: Value("string") for column in columns}
     for column in columns:
         if column.kind == "label":

@@ -51,6 +51,19 @@ class TextStream:
             remote=self.remote,
         )
 
+    def take_characters(self, count: int) -> "TextStream":
+        """Return a stream of the first texts, up to the one with which they have `count` characters."""
+
+        def texts() -> Iterator[str]:
+            left = count
+            for text in self.texts():
+                yield text
+                left -= len(text)
+                if left <= 0:
+                    return
+
+        return TextStream(texts=texts, identity=f"{self.identity} first {count} characters", remote=self.remote)
+
 
 def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
     """Return (training documents, evaluation documents by name), as `load_documents` without labels.

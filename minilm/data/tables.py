@@ -12,13 +12,18 @@ from minilm.config import Data
 from minilm.data import columnar_files, conll_files, delimited_files, json_files, squad_files, text_files
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
-from minilm.data.text_decoding import detect_encoding
+from minilm.data.text_decoding import LinePlaces, detect_encoding
 from minilm.utils.local_files import get_file_kind, get_full_ending
 
 # A batch ends when it has this many characters or `columnar_files.BATCH_ROWS` rows. A single row can be longer.
 _BATCH_CHARACTERS = 2**20
 _COLUMNAR = ("parquet", "arrow")
 
+# The encoding of more text than this is not found out before it is read in a stream.
+_DETECTED_BYTES = 2**30
+
+Place: TypeAlias = tuple[int, int]
+"""Where a row begins in a file: its line or its number, and its first byte if the file is text, else 0."""
 NumberedRows: TypeAlias = Iterator[tuple[int, list[Any]]]
 """For each row its place, which is a line number or a row number, and its cells."""
 
@@ -79,6 +84,34 @@ class FileTable:
             yield from group_into_batches(self._read_rows(file, columns), partial(self.locate, number), number)
             if fingerprint_file(file) != fingerprint:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
+
+    def iter_rest(
+        self, number: int, columns: Sequence[Column], place: Place
+    ) -> tuple[Iterator[RowBatch], LinePlaces | None]:
+        """Return the rows of file `number` from a place on, and what tells the byte of a line if the file has lines.
+
+        Only in text, and in JSON with an object per line, does reading begin at `place`. In columnar files it begins
+        with the group of rows that holds it. Other files are read from their beginning.
+        """
+        file, (first, byte) = self.files[number], place
+        places = LinePlaces(max(1, first), byte)
+        if self.kind in _COLUMNAR:
+            rows, is_by_line = columnar_files.read_columnar(file, columns, first), False
+        elif self.kind == "text":
+            check_is_text(columns, file)
+            texts = text_files.read_text(file, self._stream_encoding, self.data.document, places)
+            rows, is_by_line = ((line, cells * len(columns)) for line, cells in texts), True
+        elif self.kind == "json" and file not in self._squad_files and json_files.has_value_per_line(file):
+            rows, is_by_line = json_files.read_json(file, columns, places), True
+        else:
+            rows, is_by_line = itertools.dropwhile(lambda row: row[0] < first, self._read_rows(file, columns)), False
+        return group_into_batches(rows, partial(self.locate, number), number), places if is_by_line else None
+
+    @cached_property
+    def _stream_encoding(self) -> str:
+        """The encoding of text that is read while a run trains. Only small files can be read twice to find it out."""
+        size = sum(fingerprint["bytes"] for fingerprint in self.fingerprints)
+        return self._encoding if size <= _DETECTED_BYTES else "utf-8"
 
     def locate(self, file: int, place: int) -> str:
         name = self.files[file]
@@ -149,11 +182,16 @@ class DatasetTable:
     def locate(self, file: int, place: int) -> str:
         return f"{self.source}, row {place}"
 
-    def _read_mapped(self, columns: Sequence[Column]) -> NumberedRows:
+    def iter_rest(self, number: int, columns: Sequence[Column], place: Place) -> tuple[Iterator[RowBatch], None]:
+        """Return the rows of a mapped dataset from a place on. `number` is 0."""
+        return group_into_batches(self._read_mapped(columns, place[0]), partial(self.locate, 0)), None
+
+    def _read_mapped(self, columns: Sequence[Column], start: int = 0) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
-        rows = self.rows.select_columns(list(dict.fromkeys(outer))).with_format("arrow")
+        rows = self.rows.select(range(start, len(self.rows))) if start else self.rows
+        rows = rows.select_columns(list(dict.fromkeys(outer))).with_format("arrow")
         parts = (batch for table in rows.iter(batch_size=columnar_files.BATCH_ROWS) for batch in table.to_batches())
-        return columnar_files.read_cells(parts, columns, outer, partial(self.locate, 0))
+        return columnar_files.read_cells(parts, columns, outer, partial(self.locate, 0), start)
 
     def _read_stream(self, columns: Sequence[Column]) -> NumberedRows:
         numbers = itertools.count()

@@ -57,6 +57,36 @@ def find_line_end(path: str) -> str:
     return "\r"
 
 
+class LinePlaces:
+    """Where to begin in a file, and where the lines that have been read begin.
+
+    line, byte: the line to begin with, from 1, and where it begins, as `pop` returned them.
+    """
+
+    def __init__(self, line: int = 1, byte: int = 0) -> None:
+        self.line, self.byte = line, byte
+        self._bytes = dict[int, int]()
+
+    def iterate(self, file: TextIO, encoding: str) -> Iterator[tuple[int, str]]:
+        """Yield the number of each line of a file that `open_text` has opened, and the line."""
+        at = self.byte
+        if at:
+            file.seek(at)
+        elif encoding == "utf-8":
+            at = len(codecs.BOM_UTF8) * (file.buffer.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+            file.seek(0)
+        for number, line in enumerate(file, start=self.line):
+            self._bytes[number] = at
+            at += len(line) if line.isascii() else len(line.encode(encoding))
+            yield number, line
+
+    def pop(self, lines: Sequence[int]) -> list[tuple[int, int]]:
+        """Return each of these lines with the byte at which it begins, and forget all lines that were read so far."""
+        places = [(line, self._bytes[line]) for line in lines]
+        self._bytes.clear()
+        return places
+
+
 def strip_line_end(line: str, newline: str) -> str:
     """Return a line without its end: `newline`, or CR LF if `newline` is LF."""
     line = line.removesuffix(newline)

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 
-from minilm.data.text_decoding import check_byte_order_mark, find_line_end, open_text, strip_line_end
+from minilm.data.text_decoding import LinePlaces, check_byte_order_mark, find_line_end, open_text, strip_line_end
 
 
-def read_text(path: str, encoding: str, document: str) -> Iterator[tuple[int, list[str]]]:
+def read_text(
+    path: str, encoding: str, document: str, places: LinePlaces | None = None
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the line at which each document begins, from 1, and the document as a list of one text.
 
     document: `line`, `paragraph` or `file`. Lines without a visible character separate paragraphs.
+    places: the line to begin with, which is the first of a document. Default: the first line of the file.
     """
     newline = find_line_end(path)
     first, lines = 1, list[str]()
     with open_text(path, encoding, newline) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(file, start=1) if places is None else places.iterate(file, encoding):
             check_byte_order_mark(path, number, line)
             text = strip_line_end(line, newline)
             if document == "line":

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -12,13 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
 from minilm.config.phases import list_periods
-from minilm.data.corpus import Examples, PreparedData, encode
+from minilm.data.corpus import ExampleForm, Examples, PreparedData, encode
 from minilm.data.document_texts import Documents, fingerprint_documents, iterate_batches
 from minilm.data.documents import load_documents
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import LanguageCollator
+from minilm.data.shards import Pool, open_pools
 from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
+from minilm.data.stream_windows import StreamWindows
 from minilm.data.streaming import TextStream, join_streams, stream_documents
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
@@ -28,6 +30,10 @@ from minilm.objectives.metrics import compute_unigram_nats
 from minilm.objectives.objective import Objective
 
 log = logging.getLogger("minilm")
+
+# A tokenizer is trained on this many characters of a stream for each token of a window. A stream that fits into one
+# window hardly ever has more.
+_TOKENIZER_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,10 @@ class LanguageModelObjective(Objective):
         if config.data.pair_column is not None:
             raise ValueError("data.pair_column: a language model reads one text; leave it out")
         train, held_out = _load_documents(config, memory)
+        if isinstance(train, TextStream) and isinstance(held_out, TextStream) and train is not held_out:
+            pools = open_pools(config.data, weighted=False)
+            if pools is not None:
+                return self._prepare_stream(config, train, held_out, pools)
         train_count, eval_count = _count_needed_examples(config, train)
         tokenizer = load_tokenizer(
             config.tokens, config.model.name, _take_first(train, train_count), causal=self.causal
@@ -105,6 +115,63 @@ class LanguageModelObjective(Objective):
         train, _ = _load_documents(config, None)
         return chain.from_iterable(iterate_batches(train))
 
+    def _prepare_stream(
+        self, config: Config, train: TextStream, held_out: TextStream, pools: Sequence[Pool]
+    ) -> PreparedData:
+        """Return the data of a stream of local documents: all of them if they fill one window, else in windows.
+
+        pools: the training documents without weights.
+        """
+        data, batch = config.data, config.batch
+        # This raises the error for a source without documents.
+        next(train.texts(), None)
+        tokenizer = load_tokenizer(
+            config.tokens,
+            config.model.name,
+            train.take_characters(_TOKENIZER_CHARACTERS * data.window_tokens),
+            causal=self.causal,
+        )
+        shape: dict[str, Any] = {
+            "max_length": batch.max_length,
+            "layout": batch.layout,
+            "overflow": config.tokens.overflow,
+            "causal": self.causal,
+        }
+        is_share = data.eval_source is None and data.eval_split is None
+        windows = StreamWindows(
+            pools=tuple(pools),
+            identity=train.identity,
+            tokenizer=tokenizer,
+            form=ExampleForm.of(tokenizer, **shape),
+            words=self.needs_word_starts,
+            tokens=data.window_tokens,
+            seed=config.run.seed,
+            held_out=data.eval_fraction if is_share else 0.0,
+            examples=batch.examples,
+            row_tokens=batch.max_length if batch.layout == "packed" else None,
+        )
+        is_small, enough = windows.is_one_window, None
+        if is_small and not data.weights:
+            examples = windows.open(0, warn=True)
+        elif is_small:
+            examples = encode(train, tokenizer, **shape, words=self.needs_word_starts, name="training documents")
+        else:
+            _check_stream_settings(config)
+            if data.weights:
+                weighted = open_pools(data, weighted=True)
+                assert weighted is not None
+                windows = replace(windows, pools=weighted, _starts=[])
+            examples = windows.sample()
+            # All held-out documents of a stream may take longer to evaluate than the run.
+            enough = math.ceil(data.eval_fraction * data.window_tokens) if is_share else None
+        return PreparedData(
+            tokenizer=tokenizer,
+            train=examples,
+            eval=encode(held_out, tokenizer, **shape, text_bytes=True, name="evaluation documents", enough_ids=enough),
+            eval_documents=fingerprint_documents(held_out, enough),
+            stream=None if is_small else windows,
+        )
+
     def head(self, network: PreTrainedModel, prepared: PreparedData) -> SparseHead:
         head = SparseHead(network, label_smoothing=self.settings.label_smoothing, z_loss=self.settings.z_loss)
         check_compatibility(head, prepared)
@@ -135,6 +202,30 @@ class LanguageModelObjective(Objective):
             f"The evaluation predicts {self.eval_targets} of documents that training did not see.\n"
             "`bits_per_byte` is the loss at those tokens per UTF-8 byte of the text that they stand for, with spaces\n"
             "before them; the unigram model has the frequencies of the training tokens."
+        )
+
+
+def _check_stream_settings(config: Config) -> None:
+    """Raise ValueError for settings that a stream of several windows cannot have."""
+    tokens = f"{config.data.window_tokens:,}"
+    if config.run.max_steps is None:
+        raise ValueError(
+            f"data.streaming: the documents have more than the {tokens} tokens of a window, so the steps of an epoch "
+            "are not known: set run.max_steps, or raise data.window_tokens"
+        )
+    for setting, value in (
+        ("data.exclude_loss", config.data.exclude_loss),
+        ("run.train_ledger", config.run.train_ledger),
+    ):
+        if value:
+            raise ValueError(
+                f"{setting}: the documents have more than the {tokens} tokens of a window, so they have no numbers: "
+                "leave it out, or raise data.window_tokens"
+            )
+    if any(period.config.batch != config.batch or period.config.data != config.data for period in list_periods(config)):
+        raise ValueError(
+            f"run.phases: the documents have more than the {tokens} tokens of a window, and only the mask rate can "
+            "change then: leave data.streaming out, or raise data.window_tokens"
         )
 
 

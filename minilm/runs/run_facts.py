@@ -49,6 +49,7 @@ def collect_run_facts(
         "train": {
             **({} if plan.rows is None else {"rows": plan.rows}),
             **prepared.train.identity(),
+            **({} if prepared.stream is None else {"window_tokens": prepared.stream.tokens}),
             "unknown": _unknown_share(prepared.train, prepared.tokenizer),
         },
         "eval": {**prepared.eval.identity(), "unknown": _unknown_share(prepared.eval, prepared.tokenizer)},
@@ -92,7 +93,11 @@ def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     for part in ("train", "eval"):
         unknown = f", {facts[part]['unknown']:.2%} of them unknown to the tokenizer" if facts[part]["unknown"] else ""
         rows = f"{facts[part]['rows']:,} rows of " if "rows" in facts[part] else ""
-        log.info(f"{part}: {rows}{facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}")
+        window = facts[part].get("window_tokens")
+        stream = f"a stream in windows of {window:,} tokens; the first of it: " if window else ""
+        log.info(
+            f"{part}: {stream}{rows}{facts[part]['examples']:,} examples, {facts[part]['tokens']:,} tokens{unknown}"
+        )
     for line in facts["labels"]:
         log.log(logging.WARNING if line.startswith("WARNING") else logging.INFO, line)
     log.info(

@@ -7,25 +7,30 @@ itself.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Config, ObjectiveSettings
 from minilm.config.phases import list_periods
 from minilm.config.serialization import flatten_settings, to_dict
 from minilm.data.batch_plan import Plan
-from minilm.data.corpus import PreparedData
+from minilm.data.corpus import Examples, PreparedData
 from minilm.data.excluded_documents import ExcludingCollator
 from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.data.micro_batch import Collator
-from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan
+from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan, TokenRows
+from minilm.data.stream_batches import StreamCollator, StreamPlan, StreamRows, WindowReader
+from minilm.data.stream_windows import StreamWindows
 from minilm.distributed.hardware import advise_threads, usable_processors
 from minilm.distributed.launch import (
     broadcast_from_main,
@@ -176,15 +181,15 @@ def plan_batches(run: Session, head: Head) -> RunPlan:
             "data.exclude_loss: the loss compares the examples of a step, so that the part of a document in it cannot "
             "be told; leave it out"
         )
-    on_cpu = run.accelerator.device.type == "cpu"
-    return plan_steps(
-        run.config,
-        run.prepared,
-        processes=run.accelerator.num_processes,
-        padded=not head.padding_free,
+    layout: dict[str, Any] = {
+        "processes": run.accelerator.num_processes,
+        "padded": not head.padding_free,
         # Padded lengths divisible by 8 are faster on GPUs.
-        multiple=1 if on_cpu else 8,
-    )
+        "multiple": 1 if run.accelerator.device.type == "cpu" else 8,
+    }
+    if run.prepared.stream is not None:
+        return _plan_stream(run, run.prepared.stream, partial(_make_plan, run.config, **layout))
+    return plan_steps(run.config, run.prepared, **layout)
 
 
 def plan_steps(config: Config, prepared: PreparedData, *, processes: int, padded: bool, multiple: int) -> RunPlan:
@@ -192,46 +197,101 @@ def plan_steps(config: Config, prepared: PreparedData, *, processes: int, padded
     joined = JoinedExamples(prepared)
     parts, before = list[PlanPart](), prepared.train
     for period, examples in zip(list_periods(config), prepared.train_by_period, strict=True):
-        batch = period.config.batch
         same_examples = examples is before
-        if parts and same_examples and batch.examples == parts[-1].plan.examples:
+        if parts and same_examples and period.config.batch.examples == parts[-1].plan.examples:
             continue
         first_epoch, first_units = 0, None
         if parts:
             done = period.start - parts[-1].start
             first_epoch, first_units = parts[-1].plan.continue_after(done, same_examples=same_examples)
-        plan = Plan(
-            examples.lengths,
-            sizes=examples.padded_lengths if padded else None,
-            squares=None if examples.rows is None else examples.square_lengths,
-            examples=batch.examples,
-            micro_tokens=micro_tokens_of(period.config),
+        plan = _make_plan(
+            period.config,
+            examples,
+            first_epoch,
+            first_units,
             processes=processes,
-            seed=config.run.seed,
-            group=batch.group,
             padded=padded,
             multiple=multiple,
-            row_tokens=batch.max_length if batch.layout == "packed" else None,
-            first_epoch=first_epoch,
-            first_units=first_units,
         )
         parts.append(PlanPart(start=period.start, plan=plan, first_number=joined.first_number(examples)))
         before = examples
     return RunPlan(parts)
 
 
-def build_collator(run: Session, plan: RunPlan) -> RunCollator:
+def _plan_stream(run: Session, windows: StreamWindows, make_plan: Callable[[Examples, int], Plan]) -> StreamPlan:
+    """Return the plan of the steps of a stream. Its phases change no setting of a plan."""
+    steps = run.config.run.max_steps
+    assert steps is not None
+    return StreamPlan(make_plan(run.prepared.train, 0), WindowReader(windows, make_plan, steps), steps)
+
+
+def _make_plan(
+    config: Config,
+    examples: Examples,
+    first_epoch: int,
+    first_units: NDArray[np.int64] | None = None,
+    *,
+    processes: int,
+    padded: bool,
+    multiple: int,
+) -> Plan:
+    """Return the plan of examples, from an epoch on, of which `first_units` are left."""
+    batch = config.batch
+    return Plan(
+        examples.lengths,
+        sizes=examples.padded_lengths if padded else None,
+        squares=None if examples.rows is None else examples.square_lengths,
+        examples=batch.examples,
+        micro_tokens=micro_tokens_of(config),
+        processes=processes,
+        seed=config.run.seed,
+        group=batch.group,
+        padded=padded,
+        multiple=multiple,
+        row_tokens=batch.max_length if batch.layout == "packed" else None,
+        first_epoch=first_epoch,
+        first_units=first_units,
+    )
+
+
+def train_rows(run: Session, plan: RunPlan) -> TokenRows:
+    """Return the training examples by the numbers that the plan gives them."""
+    return StreamRows(plan.reader) if isinstance(plan, StreamPlan) else JoinedExamples(run.prepared)
+
+
+def build_collator(run: Session, plan: RunPlan) -> Collator:
     """Return the collator that makes the micro-batches of the plan."""
     prepared, joined = run.prepared, JoinedExamples(run.prepared)
+    starts = [joined.first_number(examples) for examples in prepared.train_by_period]
     total = run.config.run.count_steps(plan.steps_per_epoch)
+    make = partial(_make_collator, run.config, prepared.tokenizer, total, plan.padded, plan.multiple)
+    collator = make(prepared.train_by_period, starts)
+    if isinstance(plan, StreamPlan):
+        return StreamCollator(plan.reader, collator, partial(_collate_window, make, len(starts)))
+    return collator
+
+
+def _collate_window(make: Callable[..., RunCollator], periods: int, examples: Examples) -> RunCollator:
+    return make([examples] * periods, [0] * periods)
+
+
+def _make_collator(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    total: int,
+    padded: bool,
+    multiple: int,
+    by_period: Sequence[Examples],
+    first_numbers: Sequence[int],
+) -> RunCollator:
+    """Return the collator of the examples of each period, whose numbers begin at `first_numbers`."""
     parts = []
-    for period, examples in zip(list_periods(run.config), prepared.train_by_period, strict=True):
+    for period, examples, first_number in zip(list_periods(config), by_period, first_numbers, strict=True):
         collator: Collator = build_objective(period.config.objective).collator(
-            prepared.tokenizer, examples, seed=run.config.run.seed, padded=plan.padded, multiple=plan.multiple
+            tokenizer, examples, seed=config.run.seed, padded=padded, multiple=multiple
         )
-        if run.config.data.exclude_loss is not None:
-            collator = ExcludingCollator(collator, examples, parse_ranges(run.config.data.exclude_loss))
-        first_number = joined.first_number(examples)
+        if config.data.exclude_loss is not None:
+            collator = ExcludingCollator(collator, examples, parse_ranges(config.data.exclude_loss))
         parts.append(CollatorPart(start=period.start / total, collator=collator, first_number=first_number))
     return RunCollator(parts)
 
@@ -275,6 +335,11 @@ def start_recording(run: Session, head: Head) -> tuple[RunPlan, int, Recorder]:
 
     Returns the plan, the number of steps and the recorder.
     """
+    if run.prepared.stream is not None:
+        raise ValueError(
+            "the loop of this recipe reads no stream of several windows: raise data.window_tokens, or leave "
+            "data.streaming out"
+        )
     check_compatibility(head, run.prepared)
     if isinstance(head, SparseHead):
         verify_head(run.config, head, run.prepared)

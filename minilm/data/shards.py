@@ -1,0 +1,162 @@
+"""Shards: the parts of sources that a stream reads in a random order, and from any place on.
+
+A shard is a file, or a whole saved dataset. A place in it says where a document begins (`minilm.data.tables.Place`).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minilm.config import Data
+from minilm.data.columns import Column
+from minilm.data.held_out import hash_texts
+from minilm.data.rows import PLACE, read_batches
+from minilm.data.sources import build_columns, open_table, quiet_datasets
+from minilm.data.tables import DatasetTable, FileTable, Place, RowBatch
+from minilm.data.text_encoder import EncodedTexts, TextEncoder
+from minilm.utils.local_files import find_local_files, is_local_path
+
+START: Place = (0, 0)
+"""The beginning of a shard."""
+
+
+class DocumentBatch(Protocol):
+    """Consecutive documents of a shard."""
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """Where each document begins."""
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Return the hash of each text (`minilm.data.held_out.hash_texts`)."""
+
+    def select(self, chosen: NDArray[np.bool_]) -> "DocumentBatch":
+        """Return the documents for which `chosen` is True."""
+
+    def encode(self, encoder: TextEncoder) -> EncodedTexts:
+        """Return the ids of the documents."""
+
+
+class Shard(Protocol):
+    """Documents in a fixed order. Documents without a visible character are left out."""
+
+    def read(self, start: Place) -> Iterator[DocumentBatch]:
+        """Yield the documents from a place on, in batches that are not empty."""
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Documents as texts (a `DocumentBatch`)."""
+
+    places: Sequence[Place]
+    texts: Sequence[str]
+
+    def hashes(self) -> NDArray[np.uint64]:
+        return hash_texts(self.texts)
+
+    def select(self, chosen: NDArray[np.bool_]) -> "TextBatch":
+        kept = np.flatnonzero(chosen).tolist()
+        return TextBatch([self.places[i] for i in kept], [self.texts[i] for i in kept])
+
+    def encode(self, encoder: TextEncoder) -> EncodedTexts:
+        return encoder.encode(self.texts)
+
+
+@dataclass(frozen=True)
+class TextShard:
+    """The texts of one file, or of a saved dataset (a `Shard`)."""
+
+    table: FileTable | DatasetTable
+    number: int
+    """The number of the file in the table; 0 for a saved dataset."""
+    column: Column
+    stamp: tuple[int, int] | None
+    """The size and the time of change of the file when the run began; None for a saved dataset."""
+
+    def read(self, start: Place) -> Iterator[TextBatch]:
+        self._check_unchanged()
+        with quiet_datasets():
+            rows, lines = self.table.iter_rest(self.number, [self.column], start)
+            for batch in read_batches(_Rest(self.table, rows), [self.column]):
+                numbers = batch[PLACE]
+                places = [(number, 0) for number in numbers] if lines is None else lines.pop(numbers)
+                if places:
+                    yield TextBatch(places, batch["text"])
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if the file is not the one with which the run began."""
+        if isinstance(self.table, FileTable):
+            path = self.table.files[self.number]
+            if _stamp(path) != self.stamp:
+                raise ValueError(f"{path}: the file changed during the run; put the old file back and resume")
+
+
+class _Rest:
+    """The rows of a shard from a place on (a `minilm.data.tables.Table` that can be read once)."""
+
+    typed = True
+
+    def __init__(self, table: FileTable | DatasetTable, rows: Iterator[RowBatch]) -> None:
+        self._table, self._rows, self.identity = table, rows, table.identity
+
+    def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
+        return self._rows
+
+    def locate(self, file: int, place: int) -> str:
+        return self._table.locate(file, place)
+
+    def read_column_names(self, columns: Sequence[Column]) -> list[str]:
+        return self._table.read_column_names(columns)
+
+    def read_class_names(self, column: Column) -> tuple[str, ...]:
+        return ()
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Return the size and the time of change of a file, or None if it is gone."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_size, facts.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The shards of a stream that are read together."""
+
+    shards: Sequence[Shard]
+    share: float
+    """The share of each window's tokens that comes from the pool."""
+
+
+def open_pools(data: Data, *, weighted: bool) -> tuple[Pool, ...] | None:
+    """Return the pools of the training documents, or None for documents that can only be read in their order.
+
+    weighted: whether each source is a pool with the share that `data.weights` gives it. Otherwise there is one pool.
+    """
+    shards = [open_shards(data, source) for source in data.sources]
+    if not all(shards):
+        return None
+    if not weighted:
+        return (Pool([shard for part in shards for shard in part], 1.0),)
+    total = sum(data.weights)
+    return tuple(Pool(part, weight / total) for part, weight in zip(shards, data.weights, strict=True))
+
+
+def open_shards(data: Data, source: str) -> Sequence[Shard]:
+    """Return the shards of `data.split` of a source; empty for a hub dataset and for a part of files."""
+    files = find_local_files(source)
+    if (not is_local_path(source) and not files) or (files and data.split != "train"):
+        return ()
+    table, _ = open_table(data, source, data.split)
+    (column,) = build_columns(data)[:1]
+    if isinstance(table, FileTable):
+        return [TextShard(table, number, column, _stamp(file)) for number, file in enumerate(table.files)]
+    assert isinstance(table, DatasetTable)
+    return [TextShard(table, 0, column, None)]

@@ -1,0 +1,392 @@
+"""Windows: the parts into which a stream of documents is cut, so that a run can train on one while it reads the next.
+
+A window holds consecutive documents of the stream, at least `StreamWindows.tokens` tokens of them unless the stream
+ends before. Each pass over the stream takes its shards in another order, which depends only on the seed. A window is a
+pure function of the stream, the seed and its number. Where each window begins is known once the one before it has been
+encoded; the cache keeps an index of these places, so that a resumed run opens its window at once.
+
+The files of a window are an entry of the cache, in the form of a corpus (`minilm.data.corpus`). A window is encoded by
+the process that needs it first, or ahead of time by a process of its own (`minilm.data.window_encoder`). One process at
+a time holds the lock of the stream and encodes. The others wait for it, and encode the window themselves if it was
+killed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from minilm.data.array_file import create_array_file
+from minilm.data.batch_plan import Plan
+from minilm.data.corpus import ExampleForm, Examples, open_examples
+from minilm.data.held_out import is_held_out
+from minilm.data.shards import START, DocumentBatch, Pool
+from minilm.data.special_token_counter import read_special_tokens
+from minilm.data.tables import Place
+from minilm.data.text_encoder import EncodedTexts, TextEncoder
+from minilm.data.tokenizer import serialize_tokenizer
+from minilm.utils.atomic_files import remove_path, write_atomically
+from minilm.utils.cache import get_cache_folder, open_entry
+
+# The version of the windows in the cache. Increase it when a change to the code changes a window of the same stream.
+_VERSION = 1
+# The windows that stay in the cache: the one before the current one, since loader workers may still read it, the
+# current one, and the next one.
+_KEPT_WINDOWS = 3
+# The tokens of the sample that stands for the stream where a run checks its documents before the first step.
+_SAMPLE_TOKENS = 2**20
+# The third number of the seeds of the orders of shards. It keeps them apart from the seeds of the orders of examples.
+_SHARD_ORDER = 2**33
+
+
+@dataclass(frozen=True)
+class PoolPlace:
+    """A place in a pool."""
+
+    passes: int = 0
+    """The number of passes over all shards before."""
+    shard: int = 0
+    """The position of the shard in the order of this pass."""
+    place: Place = START
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowStart:
+    """Where a window begins."""
+
+    number: int
+    """The number of the window, from 0."""
+    step: int
+    """The step of the run that is the window's first."""
+    pools: tuple[PoolPlace, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        places = [[pool.passes, pool.shard, *pool.place] for pool in self.pools]
+        return {"number": self.number, "step": self.step, "pools": places}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "WindowStart":
+        pools = [PoolPlace(passes, shard, (row, byte)) for passes, shard, row, byte in fields["pools"]]
+        return cls(number=fields["number"], step=fields["step"], pools=tuple(pools))
+
+
+class EncodingCancelledError(Exception):
+    """The run for which a window was encoded ahead of time is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamWindows:
+    """A stream of documents in windows. It can be pickled."""
+
+    pools: tuple[Pool, ...]
+    identity: str
+    """Differs between streams with different documents, and between orders of their shards."""
+    tokenizer: PreTrainedTokenizerBase
+    form: ExampleForm
+    words: bool
+    """Whether the examples know where words begin."""
+    tokens: int
+    """The tokens of a window, of which each pool has its share."""
+    seed: int
+    """Decides the order of the shards."""
+    held_out: float
+    """The share of the documents that is held out for evaluation, and so is not in a window."""
+    examples: int
+    """The number of examples in a step, or of rows."""
+    row_tokens: int | None
+    """As in `minilm.data.batch_plan.Plan`."""
+    _starts: list[WindowStart] = field(default_factory=list, compare=False, repr=False)
+    """The part of the index that this process has read."""
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of everything that decides the windows."""
+        form = [self.form.around, self.form.room, self.form.layout, self.form.overflow]
+        settings = [self.tokens, self.seed, self.held_out, self.examples, self.row_tokens, self.words]
+        shares = [pool.share for pool in self.pools]
+        content = [_VERSION, self.identity, serialize_tokenizer(self.tokenizer), form, settings, shares]
+        text = json.dumps(content, default=str).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+    def sample(self) -> Examples:
+        """Return the first examples of the stream in the order of its sources. Checks take them for all examples."""
+        folder = open_entry(f"sample-{self.key}", lambda folder: self._write(folder, None, _SAMPLE_TOKENS, _never))
+        return self._open_examples(folder, f"{self.key}-sample", warn=True)
+
+    @property
+    def is_one_window(self) -> bool:
+        """Whether the first window holds the whole stream, in the order of its sources."""
+        end = PoolPlace(1, 0, START)
+        return len(self.pools) == 1 and self.start_of(1).pools == (end,)
+
+    def start_of(self, number: int) -> WindowStart:
+        """Return where a window begins. This encodes the windows before it that the index does not know."""
+        while number >= len(self._starts):
+            self._starts[:] = self._read_index()
+            if number >= len(self._starts):
+                self._open_entry(self._starts[-1])
+        return self._starts[number]
+
+    def find(self, step: int) -> WindowStart:
+        """Return the start of the window that holds a step."""
+        while True:
+            at = bisect_right([start.step for start in self._starts], step) - 1
+            if 0 <= at < len(self._starts) - 1:
+                return self._starts[at]
+            # The start of the next window says whether the step is in this one.
+            self.start_of(max(1, len(self._starts)))
+
+    def open(self, number: int, *, warn: bool = False) -> Examples:
+        """Return the examples of a window, and encode it first if it is not in the cache.
+
+        warn: whether to warn of special tokens inside texts.
+        """
+        while True:
+            folder = self._open_entry(self.start_of(number))
+            # Another process may remove an old window at this moment.
+            with suppress(FileNotFoundError):
+                return self._open_examples(folder, f"{self.key}-{number}", warn=warn)
+
+    def encode_ahead(self, number: int) -> None:
+        """Start a process that encodes a window, unless it is in the cache or the stream's lock is held."""
+        if self._entry(number).exists():
+            return
+        with self._lock(wait=False) as locked:
+            if not locked:
+                return
+        path = os.pathsep.join(filter(None, sys.path))
+        encoder = subprocess.Popen(
+            [sys.executable, "-m", "minilm.data.window_encoder"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"},
+            # A signal to the run's group must not reach it. It ends when this process is gone.
+            start_new_session=True,
+        )
+        _encoders[:] = [other for other in _encoders if other.poll() is None] + [encoder]
+        assert encoder.stdin is not None
+        with suppress(BrokenPipeError), encoder.stdin:
+            pickle.dump((self, number, os.getpid()), encoder.stdin)
+
+    def encode(self, number: int, cancelled: Callable[[], bool]) -> None:
+        """Encode a window, unless another process does.
+
+        cancelled: called after each batch of documents. EncodingCancelledError is raised when it returns True.
+        """
+        start = self.start_of(number)
+        with self._lock(wait=False) as locked:
+            if locked:
+                self._open_locked(start, cancelled)
+
+    def _entry(self, number: int) -> Path:
+        return get_cache_folder() / f"window-{self.key}-{number}"
+
+    def _open_entry(self, start: WindowStart) -> Path:
+        """Return the folder of a window in the cache, whose end the index then knows."""
+        if self._entry(start.number).exists() and len(self._read_index()) > start.number + 1:
+            # A process that removes an old window holds the lock. So the entry may be gone in the meantime.
+            with suppress(FileNotFoundError):
+                return self._open_unlocked(start)
+        with self._lock():
+            return self._open_locked(start, _never)
+
+    def _open_unlocked(self, start: WindowStart) -> Path:
+        def build(folder: Path) -> None:
+            raise FileNotFoundError(folder)
+
+        return open_entry(self._entry(start.number).name, build)
+
+    def _open_locked(self, start: WindowStart, cancelled: Callable[[], bool]) -> Path:
+        self._remove_before(start.number + 1 - _KEPT_WINDOWS)
+        folder = open_entry(
+            self._entry(start.number).name, lambda folder: self._write(folder, start, self.tokens, cancelled)
+        )
+        self._extend_index(WindowStart.from_json(json.loads((folder / "end.json").read_text("utf-8"))))
+        return folder
+
+    def _remove_before(self, number: int) -> None:
+        for path in get_cache_folder().glob(f"window-{self.key}-*"):
+            if int(path.name.rpartition("-")[2]) < number:
+                remove_path(path)
+        # A killed process leaves a folder that it has not finished. None is being written while the lock is held.
+        for path in get_cache_folder().glob(f".window-{self.key}-*"):
+            remove_path(path)
+
+    @contextmanager
+    def _lock(self, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of the stream in the block. Without `wait`, yield False if another process holds it.
+
+        On a file system without locks, several processes may encode the same window, of which the first one stays.
+        """
+        descriptor = os.open(
+            get_cache_folder() / f"windows-{self.key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
+        )
+        try:
+            locked = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                locked = False
+            except OSError:
+                pass
+            yield locked
+        finally:
+            os.close(descriptor)
+
+    # The index: a line for the start of each window, with a hash of this and all earlier lines.
+
+    @property
+    def _index(self) -> Path:
+        return get_cache_folder() / f"windows-{self.key}.jsonl"
+
+    def _read_index(self) -> list[WindowStart]:
+        """Return the starts in the index, up to the first line that is damaged."""
+        starts, digest = [WindowStart(number=0, step=0, pools=(PoolPlace(),) * len(self.pools))], self.key
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            for line in self._index.read_text("utf-8").splitlines():
+                fields = json.loads(line)
+                given, start = fields.pop("hash"), WindowStart.from_json(fields)
+                digest = _chain(digest, start)
+                if given != digest or start.number != len(starts):
+                    break
+                starts.append(start)
+        return starts
+
+    def _extend_index(self, end: WindowStart) -> None:
+        """Add the start of the window after the last one in the index. The stream's lock is held."""
+        starts = self._read_index()
+        if end.number != len(starts):
+            return
+        digest, lines = self.key, list[str]()
+        for start in [*starts[1:], end]:
+            digest = _chain(digest, start)
+            lines.append(json.dumps({**start.to_json(), "hash": digest}) + "\n")
+        write_atomically(self._index, "".join(lines))
+
+    # The files of a window.
+
+    def _open_examples(self, folder: Path, fingerprint: str, *, warn: bool) -> Examples:
+        special = read_special_tokens(folder, self.tokenizer, "training documents") if warn else None
+        return open_examples(folder, self.form, words=self.words, fingerprint=fingerprint, special_tokens=special)
+
+    def _write(self, folder: Path, start: WindowStart | None, tokens: int, cancelled: Callable[[], bool]) -> None:
+        """Encode the documents from `start` on, and write the files of a corpus, and `end.json`.
+
+        start: None for the first documents in the order of the sources.
+
+        The documents are in the order of the sources, whatever the order in which their shards were read. So a window
+        that holds the whole stream is the corpus of the stream.
+        """
+        encoder = TextEncoder(self.tokenizer, *self.form.around, words=self.words, name="training documents")
+        parts, ends = list[tuple[tuple[int, int, int], EncodedTexts]](), list[PoolPlace]()
+        first = start or WindowStart(number=0, step=0, pools=(PoolPlace(),) * len(self.pools))
+        for number, (pool, place) in enumerate(zip(self.pools, first.pools, strict=True)):
+            enough = max(1, round(pool.share * tokens))
+            taken = 0
+            while taken < enough:
+                order = self._order(pool, place.passes) if start else np.arange(len(pool.shards))
+                for batch, at, following in _with_following(self._iterate(pool, order, place)):
+                    if cancelled():
+                        raise EncodingCancelledError
+                    encoded = batch.encode(encoder)
+                    count = 1 + int(np.searchsorted(np.cumsum(encoded.sizes), enough - taken))
+                    if count < len(batch.places):
+                        encoded, following = encoded.first(count), PoolPlace(0, at, batch.places[count])
+                    parts.append(((number, place.passes, int(order[at])), encoded))
+                    taken += int(encoded.sizes.sum())
+                    if taken >= enough:
+                        break
+                else:
+                    following = None
+                had, place = place, PoolPlace(place.passes + 1)
+                if following is not None:
+                    place = replace(following, passes=had.passes)
+                # The pass of a single pool ends its window. A pool without tokens would be read for ever.
+                if following is None and (len(self.pools) == 1 or (taken == 0 and had == PoolPlace(had.passes))):
+                    break
+            ends.append(place)
+        parts.sort(key=lambda part: part[0])
+        _write_arrays(folder, [encoded for _, encoded in parts], encoder)
+        number, step = (first.number + 1, first.step + self._count_steps(folder)) if start else (0, 0)
+        end = WindowStart(number=number, step=step, pools=tuple(ends))
+        (folder / "end.json").write_text(json.dumps(end.to_json()), encoding="utf-8")
+
+    def _order(self, pool: Pool, passes: int) -> NDArray[np.int64]:
+        """Return the order of the shards in a pass."""
+        return np.random.default_rng((self.seed, passes, _SHARD_ORDER)).permutation(len(pool.shards))
+
+    def _iterate(self, pool: Pool, order: NDArray[np.int64], start: PoolPlace) -> Iterator[tuple[DocumentBatch, int]]:
+        """Yield the training documents of a pass from a place on, and the position of their shard in its order."""
+        for at in range(start.shard, len(order)):
+            for batch in pool.shards[order[at]].read(start.place if at == start.shard else START):
+                if self.held_out:
+                    batch = batch.select(~is_held_out(batch.hashes(), self.held_out))
+                if len(batch.places):
+                    yield batch, at
+
+    def _count_steps(self, folder: Path) -> int:
+        examples = self._open_examples(folder, "", warn=False)
+        if not len(examples):
+            raise ValueError(
+                f"the training documents hold no token to predict in a window of {self.tokens:,} tokens, since all are "
+                "empty once encoded. Give other documents."
+            )
+        plan = Plan(
+            examples.lengths, examples=self.examples, micro_tokens=1, seed=self.seed, row_tokens=self.row_tokens
+        )
+        return plan.steps_per_epoch
+
+
+_encoders = list["subprocess.Popen[bytes]"]()  # the encoders that this process has started
+
+
+def _never() -> bool:
+    return False
+
+
+def _chain(digest: str, start: WindowStart) -> str:
+    """Return the hash of a line of the index. `digest` is that of the line before."""
+    return hashlib.blake2b((digest + json.dumps(start.to_json())).encode(), digest_size=12).hexdigest()
+
+
+def _with_following(
+    batches: Iterator[tuple[DocumentBatch, int]],
+) -> Iterator[tuple[DocumentBatch, int, PoolPlace | None]]:
+    """Yield each batch with the position of its shard, and with the place after it; None after the last batch."""
+    before: tuple[DocumentBatch, int] | None = None
+    for batch, at in batches:
+        if before is not None:
+            yield *before, PoolPlace(0, at, batch.places[0])
+        before = batch, at
+    if before is not None:
+        yield *before, None
+
+
+def _write_arrays(folder: Path, parts: Sequence[EncodedTexts], encoder: TextEncoder) -> None:
+    """Write the files of a corpus, as `minilm.data.corpus` describes them."""
+    sizes = np.concatenate([np.zeros(1, np.int64), *(part.sizes for part in parts)])
+    np.save(folder / "offsets.npy", np.cumsum(sizes))
+    with (
+        create_array_file(folder / "ids.npy", encoder.dtype) as ids_file,
+        create_array_file(folder / "begins.npy", np.dtype(bool)) as starts_file,
+    ):
+        for part in parts:
+            ids_file.write(part.ids.data)
+            if part.is_word_start is not None:
+                starts_file.write(part.is_word_start.data)
+    encoder.special.write(folder)

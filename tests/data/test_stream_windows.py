@@ -1,0 +1,257 @@
+"""Windows: each holds the documents that its number says, whatever the format, the process and the order of calls."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from minilm.config import Data
+from minilm.data.corpus import ExampleForm, encode
+from minilm.data.held_out import hash_texts, is_held_out
+from minilm.data.shards import TextShard, open_pools
+from minilm.data.stream_windows import EncodingCancelledError, StreamWindows, _encoders
+from minilm.data.streaming import stream_documents
+from minilm.utils.cache import get_cache_folder
+
+# Three files of different sizes, with blank lines and letters of several bytes.
+FILES = [
+    [f"File {file}, document {i}, naïve and “quoted”." + " More words." * (i * file % 5) for i in range(size)]
+    for file, size in enumerate((40, 7, 90))
+]
+_seeds = count(1000)
+
+
+def _jsonl(texts: Sequence[str]) -> bytes:
+    return "".join(json.dumps({"n": 1, "text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def _parquet(texts: Sequence[str]) -> bytes:
+    file = io.BytesIO()
+    Dataset.from_dict({"text": [*texts]}).to_parquet(file, batch_size=16)
+    return file.getvalue()
+
+
+FORMATS = {
+    "txt": lambda texts: ("\n" + "\r\n".join(texts)).encode("utf-8-sig"),
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "json": lambda texts: json.dumps([{"text": text} for text in texts], indent=1).encode(),
+    "csv": lambda texts: ("n,text\n" + "".join(f'1,"{text}"\n' for text in texts)).encode(),
+}
+
+
+def _write(folder: Path, ending: str) -> tuple[str, ...]:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{number}.{ending}" for number in range(len(FILES))]
+    for path, texts in zip(paths, FILES, strict=True):
+        path.write_bytes(FORMATS[ending](texts))
+    return tuple(map(str, paths))
+
+
+def _open(data: Data, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> StreamWindows:
+    """Return windows of which no earlier test has put one into the cache."""
+    data = replace(data, streaming=True, eval_fraction=0.2)
+    pools = open_pools(data, weighted=bool(data.weights))
+    assert pools is not None
+    form = ExampleForm.of(tokenizer, max_length=24, layout="documents", overflow="split", causal=False)
+    defaults: dict[str, Any] = {"form": form, "words": True, "tokens": 300, "seed": next(_seeds), "held_out": 0.2}
+    return StreamWindows(
+        pools=pools,
+        identity=stream_documents(data)[0].identity,
+        tokenizer=tokenizer,
+        examples=4,
+        row_tokens=None,
+        **defaults | settings,
+    )
+
+
+def _texts(windows: StreamWindows, number: int) -> list[str]:
+    """Return the documents of a window, decoded."""
+    examples = windows.open(number)
+    offsets = np.load(windows._entry(number) / "offsets.npy")
+    return [windows.tokenizer.decode(examples.ids[a:b].tolist()) for a, b in pairwise(offsets)]
+
+
+def _training_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """Return the documents of each file that are not held out, as `_texts` gives them."""
+    kept = [[text for text, held in zip(t, is_held_out(hash_texts(t), 0.2), strict=True) if not held] for t in FILES]
+    return [[tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in texts] for texts in kept]
+
+
+@pytest.fixture
+def windows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> StreamWindows:
+    return _open(Data(source=_write(tmp_path, "txt")), tokenizer)
+
+
+def test_the_windows_of_a_pass_hold_each_training_document_once(windows: StreamWindows) -> None:
+    found, files = list[list[str]](), _training_texts(windows.tokenizer)
+    while windows.start_of(len(found)).pools[0].passes == 0:
+        found.append(_texts(windows, len(found)))
+    texts = [text for window in found for text in window]
+    assert len(found) > 3
+    assert sorted(texts) == sorted(text for file in files for text in file)
+    for number in range(len(found) - 1):
+        assert len(windows.open(number).ids) >= 300
+    # The documents of a file keep their order.
+    assert [text for text in texts if text in files[2]] == files[2]
+    again = list[str]()
+    number = len(found)
+    while windows.start_of(number).pools[0].passes == 1:
+        again += _texts(windows, number)
+        number += 1
+    assert sorted(again) == sorted(texts)
+
+
+def test_the_order_of_the_files_depends_on_the_seed_and_the_pass(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = _write(tmp_path, "txt")
+    seeds = [_open(Data(source=source), tokenizer) for _ in range(6)]
+    orders = [[tuple(one._order(one.pools[0], number)) for number in range(6)] for one in seeds]
+    assert all(len({*order}) > 1 for order in orders)
+    assert len({order[0] for order in orders}) > 1
+
+
+@pytest.mark.parametrize("layout", ["documents", "blocks"])
+def test_a_stream_of_one_window_is_the_corpus_of_today(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, layout: str
+) -> None:
+    data = Data(source=_write(tmp_path, "txt"), streaming=True, eval_fraction=0.2)
+    shape: dict[str, Any] = {"max_length": 24, "layout": layout, "overflow": "split", "causal": layout == "blocks"}
+    windows = _open(data, tokenizer, tokens=10**6, form=ExampleForm.of(tokenizer, **shape))
+    assert windows.is_one_window
+    ours, corpus = windows.open(0), encode(stream_documents(data)[0], tokenizer, **shape, words=True)
+    for name in ("ids", "start", "stop", "is_word_start"):
+        assert np.array_equal(getattr(ours, name)[:], getattr(corpus, name)[:]), name
+
+
+def test_more_documents_than_a_window_are_not_one_window(windows: StreamWindows) -> None:
+    assert not windows.is_one_window
+
+
+@pytest.mark.parametrize("ending", [*FORMATS, "saved"])
+def test_the_windows_do_not_depend_on_the_format(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, ending: str
+) -> None:
+    if ending == "saved":
+        # A saved dataset is one shard.
+        Dataset.from_dict({"text": FILES[2]}).save_to_disk(tmp_path / "saved")
+        sources = str(tmp_path / "saved"), _write(tmp_path / "txt", "txt")[2]
+    else:
+        sources = _write(tmp_path / "a", ending), _write(tmp_path / "txt", "txt")
+    ours, theirs = (_open(Data(source=source), tokenizer, seed=5) for source in sources)
+    for number in range(7):
+        assert _texts(ours, number) == _texts(theirs, number)
+        assert ours.start_of(number + 1).step == theirs.start_of(number + 1).step
+
+
+def test_a_window_is_read_from_its_beginning_without_the_windows_before(
+    windows: StreamWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = [_texts(windows, number) for number in range(6)]
+    starts = [windows.start_of(number).pools[0] for number in range(7)]
+    for path in get_cache_folder().glob(f"window-{windows.key}-*"):
+        shutil.rmtree(path)
+    read, places = TextShard.read, list[tuple[object, tuple[int, int]]]()
+
+    def watch(self: TextShard, start: tuple[int, int]) -> Iterator[Any]:
+        places.append((self, start))
+        return read(self, start)
+
+    monkeypatch.setattr(TextShard, "read", watch)
+    resumed = replace(windows, _starts=[])
+    assert resumed.find(windows.start_of(5).step).number == 5
+    assert resumed.find(windows.start_of(5).step - 1).number == 4
+    assert _texts(resumed, 5) == right[5]
+    shards = windows.pools[0].shards
+    assert places[0] == (shards[windows._order(windows.pools[0], starts[5].passes)[starts[5].shard]], starts[5].place)
+    assert starts[5].place[1] > 0
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
+def test_an_index_that_is_lost_or_damaged_is_made_again(windows: StreamWindows, damage: str) -> None:
+    right = [windows.start_of(number) for number in range(6)]
+    index = windows._index
+    lines = index.read_text().splitlines(keepends=True)
+    if damage == "lost":
+        index.unlink()
+    elif damage == "cut":
+        index.write_text("".join(lines[:2]) + lines[2][:20])
+    else:
+        index.write_text("".join([lines[0], lines[1].replace('"step": ', '"step": 1'), *lines[2:]]))
+    again = replace(windows, _starts=[])
+    assert [again.start_of(number) for number in range(6)] == right
+
+
+def test_the_cache_never_holds_more_than_three_windows(windows: StreamWindows) -> None:
+    for number in range(7):
+        windows.open(number)
+        assert len([*get_cache_folder().glob(f"*window-{windows.key}-*")]) <= 3
+    # An earlier window is encoded again, for a process that still needs it.
+    assert len(windows.open(1)) > 0
+
+
+def test_a_window_can_be_encoded_by_another_process(windows: StreamWindows) -> None:
+    windows.start_of(1)
+    windows.encode_ahead(1)
+    assert _encoders[-1].wait(120) == 0
+    assert windows._entry(1).exists()
+    ahead = _texts(windows, 1)
+    shutil.rmtree(windows._entry(1))
+    assert _texts(windows, 1) == ahead
+
+
+def test_an_encoder_stops_when_the_run_is_gone_and_the_next_process_encodes(windows: StreamWindows) -> None:
+    windows.start_of(1)
+    with pytest.raises(EncodingCancelledError):
+        windows.encode(1, lambda: True)
+    assert not windows._entry(1).exists()
+    assert len(windows.open(1)) > 0
+
+
+def test_each_window_has_the_share_of_each_source_and_a_source_that_ends_is_taken_anew(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = _write(tmp_path, "txt")
+    windows = _open(Data(source=(source[1], source[2]), weights=(1, 3)), tokenizer, tokens=1000)
+    small = _training_texts(tokenizer)[1]
+    for number in range(4):
+        texts = _texts(windows, number)
+        tokens = [
+            sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts if (text in small) == inside)
+            for inside in (True, False)
+        ]
+        # A window takes whole documents.
+        assert 250 <= tokens[0] < 250 + 60
+        assert 750 <= tokens[1] < 750 + 60
+    assert windows.start_of(4).pools[0].passes > 4
+
+
+def test_a_file_that_changes_during_the_run_is_refused(windows: StreamWindows) -> None:
+    windows.start_of(1)
+    for shard in windows.pools[0].shards:
+        assert isinstance(shard, TextShard)
+        with open(shard.table.files[shard.number], "ab") as file:  # type: ignore[union-attr]
+            file.write(b"\nmore")
+    with pytest.raises(ValueError, match=r"\d\.txt: the file changed during the run; put the old file back"):
+        windows.open(1)
+
+
+def test_an_error_names_the_line_also_behind_the_beginning_of_a_window(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    good = [f"line {number} with some words in it" for number in range(200)]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(_jsonl(good) + b'{"text": 3}\n')
+    windows = _open(Data(source=str(path)), tokenizer)
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 201: column 'text' holds int"):
+        windows.start_of(100)

@@ -1,0 +1,95 @@
+"""Laws 1 and 2 for streams of several windows: the same steps for any number of processes and workers, and resumed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minilm import Config, Data, Phase
+from minilm.data.stream_windows import StreamWindows
+from minilm.objectives.factory import prepare_run
+from minilm.train import train
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, start, write_text
+from tests.launch import read_log
+from tests.laws.resume_everywhere import stopped_after
+
+# Windows of a few steps, so that the run crosses six of them and begins the text anew.
+WINDOW_TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("text")
+    sources = (write_text(folder / "a.txt"), write_text(folder / "b.txt"))
+    data = Data(source=sources, eval_fraction=0.1, streaming=True, window_tokens=WINDOW_TOKENS)
+    return replace(CONFIG, data=data)
+
+
+def in_folder(config: Config, folder: Path, **run: Any) -> Config:
+    return replace(config, run=replace(config.run, output_dir=str(folder), **run))
+
+
+@pytest.fixture(scope="module")
+def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("out") / "reference"
+    train(in_folder(config, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edges(config: Config) -> list[int]:
+    """The first steps of the windows."""
+    windows = prepare_run(config).stream
+    assert isinstance(windows, StreamWindows)
+    starts = [windows.start_of(number).step for number in range(8)]
+    return [start for start in starts if start < STEPS]
+
+
+def test_a_run_resumed_inside_a_window_or_at_its_edge_ends_the_same_to_the_bit(
+    config: Config, reference: Path, edges: list[int], tmp_path: Path
+) -> None:
+    assert len(edges) >= 4
+    for step in (edges[1], edges[2] - 1, edges[3] + 1):
+        folder = stopped_after(step, reference, tmp_path / f"stopped-{step}")
+        train(in_folder(config, folder, resume="latest"))
+        assert end_of(folder) == end_of(reference), step
+
+
+def test_loader_workers_change_no_bit(config: Config, reference: Path, tmp_path: Path) -> None:
+    train(in_folder(replace(config, batch=replace(config.batch, workers=2)), tmp_path / "workers"))
+    assert end_of(tmp_path / "workers") == end_of(reference)
+
+
+def test_two_processes_make_the_same_steps(config: Config, tmp_path: Path) -> None:
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plain = replace(config, model=replace(config.model, config={**config.model.config, **rates}))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    finish_all([(in_folder(plain, folder), number) for number, folder in enumerate(folders, 1)], tmp_path)
+    for ours, theirs in zip(*(read_log(folder)[0] for folder in folders), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+
+
+def test_a_killed_run_is_resumed_to_the_bit(config: Config, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    job = start("fork", in_folder(config, folder), tmp_path, processes=1)
+    job.wait_for_steps(folder, 8)
+    job.kill()
+    job.status()
+    train(in_folder(config, folder, resume="latest"))
+    assert end_of(folder) == end_of(reference)
+
+
+def test_settings_that_need_the_size_of_the_stream_are_refused(config: Config) -> None:
+    endless = replace(config, run=replace(config.run, max_steps=None))
+    with pytest.raises(
+        ValueError, match=r"^data\.streaming: .* more than the 300 tokens of a window.*set run\.max_steps"
+    ):
+        prepare_run(endless)
+    phases = (Phase(start=0.5, examples=4),)
+    with pytest.raises(ValueError, match=r"^run\.phases: .*only the mask rate can change"):
+        prepare_run(replace(config, run=replace(config.run, phases=phases)))
+    masked = (Phase(start=0.5, mask_rate=0.4),)
+    assert prepare_run(replace(config, run=replace(config.run, phases=masked))).stream is not None

@@ -14,7 +14,7 @@ from minilm.data.stream_windows import EncodingCancelledError, StreamWindows
 _NICENESS = 10
 
 
-def main() -> None:
+def encode_from_input() -> None:
     """Encode the window that the standard input names."""
     windows, number, parent = pickle.load(sys.stdin.buffer)
     assert isinstance(windows, StreamWindows)
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    encode_from_input()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from minilm.commands.completion import SHELLS, PrintCompletion
@@ -26,6 +27,7 @@ from minilm.commands.subcommands import (
     run_replay,
     run_report,
     run_tag,
+    run_tokenize,
     run_verify,
 )
 
@@ -74,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_replay(commands)
     _add_merge(commands)
+    _add_tokenize(commands)
     train = _add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
     return parser
@@ -344,6 +347,32 @@ def _add_merge(commands: Any) -> None:
         nargs="+",
         metavar="W",
         help="share of each model in the mean, in any unit (default: equal shares)",
+    )
+
+
+def _add_tokenize(commands: Any) -> None:
+    command = _add_command(commands, "tokenize", run_tokenize, "write the tokens of text, to train on them later")
+    command.description = (
+        "Write the tokens of text to a folder: minilm tokenize TEXT.parquet --tokenizer gpt2 --output DIR. The recipe "
+        "then takes --data.source DIR. The same command again continues where it stopped."
+    )
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, glob or saved dataset")
+    command.add_argument("--tokenizer", required=True, metavar="MODEL", help="hub id or folder of a tokenizer")
+    command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder for the tokens")
+    command.add_argument("--column", default="text", metavar="NAME", help="column of the text (default: text)")
+    command.add_argument(
+        "--document", choices=("line", "paragraph"), default="line", help="what a document of a .txt file is"
+    )
+    command.add_argument(
+        "--eval-fraction",
+        type=_probability,
+        default=0.05,
+        metavar="P",
+        help="largest data.eval_fraction of later runs, whose texts are stored too (default: 0.05)",
+    )
+    command.add_argument("--words", action="store_true", help="store where words begin, to mask words or spans")
+    command.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help="number of processes, at most one for each file"
     )
 
 

@@ -364,6 +364,22 @@ def run_merge(options: argparse.Namespace) -> None:
     print(f"written: {merge_models(options.models, options.output, options.weights)}")
 
 
+def run_tokenize(options: argparse.Namespace) -> None:
+    """Write the tokens of texts to a folder."""
+    with quick_imports():
+        from minilm.config import Data
+        from minilm.data.tokenize_source import tokenize
+    show_log()
+    data = Data(
+        source=tuple(options.sources),
+        column=options.column,
+        document=options.document,
+        eval_fraction=options.eval_fraction,
+    )
+    tokens = tokenize(data, options.tokenizer, options.output, words=options.words, processes=options.processes)
+    print(f"written: {options.output}, {tokens:,} tokens")
+
+
 def run_report(options: argparse.Namespace) -> None:
     """Write the report about one or several runs, with --live until they have ended."""
     from minilm.commands.report import write_live_report, write_report

@@ -18,6 +18,7 @@ from minilm.data.rows import PLACE, read_batches
 from minilm.data.sources import build_columns, open_table, quiet_datasets
 from minilm.data.tables import DatasetTable, FileTable, Place, RowBatch
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
+from minilm.data.token_shards import TokenFolder, is_tokenized
 from minilm.utils.local_files import find_local_files, is_local_path
 
 START: Place = (0, 0)
@@ -151,6 +152,8 @@ def open_pools(data: Data, *, weighted: bool) -> tuple[Pool, ...] | None:
 
 def open_shards(data: Data, source: str) -> Sequence[Shard]:
     """Return the shards of `data.split` of a source; empty for a hub dataset and for a part of files."""
+    if is_tokenized(source):
+        return TokenFolder.open(source).shards
     files = find_local_files(source)
     if (not is_local_path(source) and not files) or (files and data.split != "train"):
         return ()

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minilm.config import Data
@@ -21,6 +21,7 @@ from minilm.data.sources import (
     stream_rows,
 )
 from minilm.data.splits import assemble_splits
+from minilm.data.token_shards import TokenFolder, is_tokenized
 from minilm.utils.local_files import get_full_ending
 
 # The number of texts that are hashed at a time. A stream of the hub is read only so far beyond what a run needs.
@@ -87,6 +88,11 @@ class _StreamReader:
     def hold_out(self, source: str) -> tuple[TextStream, TextStream]:
         """Hold out the documents whose hash says so."""
         documents, fraction = self.read(source, self.data.split), self.data.eval_fraction
+        if is_tokenized(source):
+            folder = TokenFolder.open(source)
+            identity = f"{documents.identity} hash {fraction}"
+            held_out = TextStream(texts=lambda: folder.iterate_held_out(fraction), identity=identity, remote=False)
+            return replace(documents, identity=identity), held_out
         empty = f"{source}: data.eval_fraction={fraction} holds out no document; raise it or give data.eval_source"
         return _hold_out(documents, fraction, inside=False), _hold_out(documents, fraction, if_empty=empty)
 
@@ -105,6 +111,8 @@ class _StreamReader:
 
 def _stream_split(data: Data, source: str, split: str) -> TextStream:
     """Return a stream of the documents of a split. Documents without a visible character are dropped."""
+    if is_tokenized(source):
+        return _stream_tokens(source, split)
     files = list_files(source)
     commit = None if files else fetch_revision(source)
     # Names and times of files are left out, because a copy of a file has the same texts.
@@ -122,6 +130,19 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
                 raise no_documents_error(source, split, build_columns(data)[:1])
 
     return TextStream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
+
+
+def _stream_tokens(source: str, split: str) -> TextStream:
+    """Return the stream of a folder of tokenised shards, whose texts cannot be read."""
+    if split != "train":
+        raise ValueError(f"data source {source}: tokenised shards have no split {split!r}; leave data.split out")
+
+    def texts() -> Iterator[str]:
+        raise ValueError(
+            f"data source {source}: tokenised shards have no texts, which this run needs: give the text itself"
+        )
+
+    return TextStream(texts=texts, identity=TokenFolder.open(source).identity, remote=False)
 
 
 def _hold_out(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:

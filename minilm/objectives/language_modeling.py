@@ -22,6 +22,7 @@ from minilm.data.special_ids import count_embedding_rows
 from minilm.data.splits import is_one_dataset
 from minilm.data.stream_windows import StreamWindows
 from minilm.data.streaming import TextStream, join_streams, stream_documents
+from minilm.data.token_shards import TokenFolder, is_tokenized
 from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.sparse_head import SparseHead
@@ -69,6 +70,9 @@ class LanguageModelObjective(Objective):
     def prepare(self, config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
         if config.data.pair_column is not None:
             raise ValueError("data.pair_column: a language model reads one text; leave it out")
+        folders = [TokenFolder.open(source) for source in config.data.sources if is_tokenized(source)]
+        if folders:
+            config = _use_tokens(config, folders[0])
         train, held_out = _load_documents(config, memory)
         if isinstance(train, TextStream) and isinstance(held_out, TextStream) and train is not held_out:
             pools = open_pools(config.data, weighted=False)
@@ -123,14 +127,18 @@ class LanguageModelObjective(Objective):
         pools: the training documents without weights.
         """
         data, batch = config.data, config.batch
-        # This raises the error for a source without documents.
-        next(train.texts(), None)
+        folders = [TokenFolder.open(source) for source in data.sources if is_tokenized(source)]
+        if not folders:
+            # This raises the error for a source without documents.
+            next(train.texts(), None)
         tokenizer = load_tokenizer(
             config.tokens,
             config.model.name,
             train.take_characters(_TOKENIZER_CHARACTERS * data.window_tokens),
             causal=self.causal,
         )
+        for folder in folders:
+            folder.check_run(tokenizer, words=self.needs_word_starts)
         shape: dict[str, Any] = {
             "max_length": batch.max_length,
             "layout": batch.layout,
@@ -150,7 +158,8 @@ class LanguageModelObjective(Objective):
             examples=batch.examples,
             row_tokens=batch.max_length if batch.layout == "packed" else None,
         )
-        is_small, enough = windows.is_one_window, None
+        # Weights repeat texts, which tokenised shards do not have. In windows, they are shares.
+        is_small, enough = windows.is_one_window and not (folders and data.weights), None
         if is_small and not data.weights:
             examples = windows.open(0, warn=True)
         elif is_small:
@@ -227,6 +236,14 @@ def _check_stream_settings(config: Config) -> None:
             f"run.phases: the documents have more than the {tokens} tokens of a window, and only the mask rate can "
             "change then: leave data.streaming out, or raise data.window_tokens"
         )
+
+
+def _use_tokens(config: Config, folder: TokenFolder) -> Config:
+    """Return the configuration of a run on tokenised shards: a stream with their tokenizer."""
+    tokens = config.tokens
+    if tokens.name is None:
+        tokens = replace(tokens, name=folder.tokenizer)
+    return replace(config, data=replace(config.data, streaming=True), tokens=tokens)
 
 
 def _load_documents(config: Config, memory: MemoryDocuments | None) -> tuple[Documents, Documents]:

@@ -62,7 +62,7 @@ def dry_run(config: Config, name: str, *, own_loop: bool = False) -> None:
     if config.run.resume is not None:
         raise ValueError("--dry-run plans a run from its start: leave run.resume out")
     with begin(config, name) as run:
-        stream = run.prepared.stream
+        config, stream = run.config, run.prepared.stream
         # The first documents of a stream stand for all of them.
         run = replace(run, prepared=run.prepared.without_stream)
         batch, prepared = config.batch, run.prepared

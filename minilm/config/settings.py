@@ -63,6 +63,10 @@ class Data:
     streaming: bool = False
     """Encode the documents while they are read, and store only their tokens. A hash of its text then decides whether a
     document is held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
+    max_tokens: int | None = None
+    """Tokens to train on, in place of epochs or in addition to run.max_steps: the run ends after the step by which it
+    has about so many, special tokens included. minilm sets run.max_steps by the mean of a step. In a stream of several
+    windows, that is the mean of the first million tokens."""
     window_tokens: int = 32_000_000
     """With streaming, the tokens of a window. Of more text than that, a run trains on one window while it encodes the
     next, and keeps at most three in its cache. The order is random within a window and over files. The weights are then
@@ -82,6 +86,10 @@ class Data:
         check(
             not self.streaming or self.document != "file",
             "data.streaming: a document cannot be a whole file; pass another data.document",
+        )
+        check(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"data.max_tokens must be at least 1, not {self.max_tokens}",
         )
         check(self.window_tokens >= 1, f"data.window_tokens must be at least 1, not {self.window_tokens}")
         all_named = len(self.sources) > 0 and all(self.sources)

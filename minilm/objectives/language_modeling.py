@@ -217,10 +217,10 @@ class LanguageModelObjective(Objective):
 def _check_stream_settings(config: Config) -> None:
     """Raise ValueError for settings that a stream of several windows cannot have."""
     tokens = f"{config.data.window_tokens:,}"
-    if config.run.max_steps is None:
+    if config.run.max_steps is None and config.data.max_tokens is None:
         raise ValueError(
             f"data.streaming: the documents have more than the {tokens} tokens of a window, so the steps of an epoch "
-            "are not known: set run.max_steps, or raise data.window_tokens"
+            "are not known: set run.max_steps or data.max_tokens, or raise data.window_tokens"
         )
     for setting, value in (
         ("data.exclude_loss", config.data.exclude_loss),

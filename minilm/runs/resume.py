@@ -43,7 +43,9 @@ _MAY_CHANGE = (
     *_SOURCES,
     *(f"run.{name}" for name in ("eval_every", "save_every", "keep_last", "ledger", "train_ledger", "max_bad_steps")),
     *("run.load_best", "run.patience", "run.trackers", "run.push_to_hub", "run.license"),
-    *("data.exclude_loss", "run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
+    # max_tokens decides run.max_steps, which is compared.
+    *("data.max_tokens", "data.exclude_loss"),
+    *("run.timeout", "run.samples", "run.deterministic", "batch.micro_tokens", "batch.workers"),
     *("model.gradient_checkpointing", "model.attention", "objective.defined_in"),
 )
 # Those of them that change the order of a step's sums, or the random numbers of dropout.

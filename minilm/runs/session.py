@@ -7,6 +7,7 @@ itself.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -151,13 +152,14 @@ def begin(
             if main:
                 check_best_checkpoint(checkpoint, config.run)
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
+        prepared = local_main_process_first(accelerator, lambda: prepare_run(config, memory))
         session = Session(
-            config=config,
+            config=_limit_tokens(config, prepared.train),
             accelerator=accelerator,
             precision=precision,
             folder=folder,
             checkpoint=checkpoint,
-            prepared=local_main_process_first(accelerator, lambda: prepare_run(config, memory)),
+            prepared=prepared,
         )
         try:
             yield session
@@ -169,6 +171,21 @@ def begin(
         # The other processes have left, so that none waits for the upload.
         if main and session.uploads and config.run.push_to_hub is not None:
             upload_run(config.run.push_to_hub, folder, session.uploads)
+
+
+def _limit_tokens(config: Config, examples: Examples) -> Config:
+    """Return the configuration with the `run.max_steps` that `data.max_tokens` asks for.
+
+    examples: the training examples, or the first of them.
+    """
+    batch, tokens = config.batch, config.data.max_tokens
+    if tokens is None:
+        return config
+    rows = batch.max_length if batch.layout == "packed" else None
+    plan = Plan(examples.lengths, examples=batch.examples, micro_tokens=1, seed=config.run.seed, row_tokens=rows)
+    # Before the first step, so that the schedule and the phases know the number of steps.
+    steps = math.ceil(tokens * plan.steps_per_epoch / int(examples.lengths.sum()))
+    return replace(config, run=replace(config.run, max_steps=min(steps, config.run.max_steps or steps)))
 
 
 def plan_batches(run: Session, head: Head) -> RunPlan:

@@ -85,7 +85,8 @@ def test_a_killed_run_is_resumed_to_the_bit(config: Config, reference: Path, tmp
 def test_settings_that_need_the_size_of_the_stream_are_refused(config: Config) -> None:
     endless = replace(config, run=replace(config.run, max_steps=None))
     with pytest.raises(
-        ValueError, match=r"^data\.streaming: .* more than the 300 tokens of a window.*set run\.max_steps"
+        ValueError,
+        match=r"^data\.streaming: .* more than the 300 tokens of a window.*set run\.max_steps or data\.max_tokens",
     ):
         prepare_run(endless)
     phases = (Phase(start=0.5, examples=4),)
@@ -93,3 +94,19 @@ def test_settings_that_need_the_size_of_the_stream_are_refused(config: Config) -
         prepare_run(replace(config, run=replace(config.run, phases=phases)))
     masked = (Phase(start=0.5, mask_rate=0.4),)
     assert prepare_run(replace(config, run=replace(config.run, phases=masked))).stream is not None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_ends_by_its_number_of_tokens(config: Config, tmp_path: Path, streaming: bool) -> None:
+    one = replace(
+        config,
+        data=replace(config.data, streaming=streaming, max_tokens=800, window_tokens=400),
+        run=replace(config.run, max_steps=None, eval_every=None, save_every=0),
+    )
+    result = train(in_folder(one, tmp_path / "out"))
+    lines = read_log(tmp_path / "out")[0]
+    tokens = [line["tokens"] for line in lines]
+    # The sum over the steps differs from the mean by the lengths of a few examples.
+    assert 650 <= tokens[-1] <= 950
+    assert result.figures["steps"] == len(lines)
+    assert lines[-1]["lr"] < lines[0]["lr"] / 4

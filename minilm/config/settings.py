@@ -64,13 +64,11 @@ class Data:
     """Encode the documents while they are read, and store only their tokens. A hash of its text then decides whether a
     document is held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
     max_tokens: int | None = None
-    """Tokens to train on, in place of epochs or in addition to run.max_steps: the run ends after the step by which it
-    has about so many, special tokens included. minilm sets run.max_steps by the mean of a step. In a stream of several
-    windows, that is the mean of the first million tokens."""
+    """Tokens to train on, in place of epochs or in addition to run.max_steps. minilm sets run.max_steps by the mean of
+    a step, in a stream of several windows by that of the first million tokens."""
     window_tokens: int = 32_000_000
-    """With streaming, the tokens of a window. Of more text than that, a run trains on one window while it encodes the
-    next, and keeps at most three in its cache. The order is random within a window and over files. The weights are then
-    shares of each window."""
+    """With streaming, the tokens of a window. A run trains on one window while it encodes the next. More text than a
+    window needs run.max_steps or max_tokens, and the order is then random within a window and over files."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)

@@ -152,7 +152,7 @@ class TokenBatch:
             ids=self.encoded.ids[chosen_I],
             is_word_start=None if starts is None else starts[chosen_I],
         )
-        return TokenBatch([self.places[i] for i in np.flatnonzero(chosen)], self.hashes_D[chosen], encoded)
+        return TokenBatch([self.places[i] for i in np.flatnonzero(chosen).tolist()], self.hashes_D[chosen], encoded)
 
     def encode(self, encoder: TextEncoder) -> EncodedTexts:
         before, after, sizes = encoder.before, encoder.after, self.encoded.sizes

@@ -175,7 +175,7 @@ class _Piece:
         hashes = batch.hashes()
         self.parts.append(encoded)
         self.hashes.append(hashes)
-        self.held_out += [batch.texts[at] for at in np.flatnonzero(is_held_out(hashes, eval_fraction))]
+        self.held_out += [batch.texts[at] for at in np.flatnonzero(is_held_out(hashes, eval_fraction)).tolist()]
         self.tokens += len(encoded.ids)
 
     def write(self, job: TokenizeJob, name: str, encoder: TextEncoder, following: list[int] | None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Data:
     max_tokens: int | None = None
     """Tokens to train on, in place of epochs or in addition to run.max_steps. minilm sets run.max_steps by the mean of
     a step, in a stream of several windows by that of the first million tokens."""
-    window_tokens: int = 32_000_000
+    window_tokens: int = 16_000_000
     """With streaming, the tokens of a window. A run trains on one window while it encodes the next. More text than a
     window needs run.max_steps or max_tokens, and the order is then random within a window and over files."""
 

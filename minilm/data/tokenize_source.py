@@ -35,7 +35,7 @@ log = logging.getLogger("minilm")
 _SETTINGS = "settings.json"
 _FACTS = "piece.json"
 # While a file is encoded, the memory holds the ids of one piece.
-PIECE_TOKENS = 32_000_000
+PIECE_TOKENS = 16_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,11 +35,18 @@ class WindowReader:
 
     make_plan: returns the plan of a window's examples, for an epoch of a number. A window counts as an epoch, so that
         its order and its masks differ from those of all other windows.
+    check: called with the number and the examples of each window before its first step.
     steps: the steps of the run. No window is encoded ahead that begins after them.
     """
 
-    def __init__(self, windows: StreamWindows, make_plan: Callable[[Examples, int], Plan], steps: int) -> None:
-        self._windows, self._make_plan, self._steps = windows, make_plan, steps
+    def __init__(
+        self,
+        windows: StreamWindows,
+        make_plan: Callable[[Examples, int], Plan],
+        check: Callable[[int, Examples], None],
+        steps: int,
+    ) -> None:
+        self._windows, self._make_plan, self._check, self._steps = windows, make_plan, check, steps
         self._open = dict[int, _OpenWindow]()
 
     def at_step(self, step: int) -> tuple[int, _OpenWindow]:
@@ -55,6 +62,7 @@ class WindowReader:
         """Return the window of a number."""
         if number not in self._open:
             examples = self._windows.open(number)
+            self._check(number, examples)
             window = _OpenWindow(
                 start=self._windows.start_of(number).step, examples=examples, plan=self._make_plan(examples, number)
             )

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -110,10 +110,31 @@ def _check_misread_ids(head: Head, tokenizer: PreTrainedTokenizerBase, part: str
             f"(eos_token_id {id}), and the tokenizer does not add this token: use the tokenizer that the model was "
             "trained with (--tokens.name)"
         )
-    if (others := np.flatnonzero(count_E != usual)).size:
-        first = _describe_first(tokenizer, examples, id, int(others[0]))
+    _check_count(tokenizer, name, part, examples, id, count_E != usual)
+
+
+def check_window(
+    tokenizer: PreTrainedTokenizerBase, name: str, misread_ids: Sequence[int], number: int, examples: Examples
+) -> None:
+    """Raise ValueError if a text of a stream's window contains one of the ids that the model misreads inside a text.
+
+    name: the class of the model. number: that of the window, from 0.
+    """
+    for id in misread_ids:
+        holds_E = np.concatenate([*_count_id(examples, id)]) > 0
+        _check_count(tokenizer, name, f"texts of window {number + 1:,} of the stream", examples, id, holds_E)
+
+
+def _check_count(
+    tokenizer: PreTrainedTokenizerBase, name: str, part: str, examples: Examples, id: int, wrong_E: NDArray[np.bool_]
+) -> None:
+    """Raise ValueError for the examples that contain the id and should not."""
+    wrong = np.flatnonzero(wrong_E)
+    if wrong.size:
+        token = tokenizer.convert_ids_to_tokens(id) if id < count_embedding_rows(tokenizer) else ""
+        first = _describe_first(tokenizer, examples, id, int(wrong[0]))
         raise ValueError(
-            f"{len(others):,} of the {part} hold the special token {token} (id {id}), by which {name} finds "
+            f"{len(wrong):,} of the {part} hold the special token {token} (id {id}), by which {name} finds "
             f"the end of a row; the first of them{first}: take it out of the text"
         )
 

@@ -43,7 +43,7 @@ from minilm.distributed.launch import (
     start,
 )
 from minilm.distributed.precision import Precision, device_peak
-from minilm.models.compatibility import check_compatibility
+from minilm.models.compatibility import check_compatibility, check_window
 from minilm.models.head import Head
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.factory import build_objective, prepare_run
@@ -205,7 +205,8 @@ def plan_batches(run: Session, head: Head) -> RunPlan:
         "multiple": 1 if run.accelerator.device.type == "cpu" else 8,
     }
     if run.prepared.stream is not None:
-        return _plan_stream(run, run.prepared.stream, partial(_make_plan, run.config, **layout))
+        check = partial(check_window, run.prepared.tokenizer, type(head.model).__name__, head.misread_ids)
+        return _plan_stream(run, run.prepared.stream, partial(_make_plan, run.config, **layout), check)
     return plan_steps(run.config, run.prepared, **layout)
 
 
@@ -235,11 +236,16 @@ def plan_steps(config: Config, prepared: PreparedData, *, processes: int, padded
     return RunPlan(parts)
 
 
-def _plan_stream(run: Session, windows: StreamWindows, make_plan: Callable[[Examples, int], Plan]) -> StreamPlan:
+def _plan_stream(
+    run: Session,
+    windows: StreamWindows,
+    make_plan: Callable[[Examples, int], Plan],
+    check: Callable[[int, Examples], None],
+) -> StreamPlan:
     """Return the plan of the steps of a stream. Its phases change no setting of a plan."""
     steps = run.config.run.max_steps
     assert steps is not None
-    return StreamPlan(make_plan(run.prepared.train, 0), WindowReader(windows, make_plan, steps), steps)
+    return StreamPlan(make_plan(run.prepared.train, 0), WindowReader(windows, make_plan, check, steps), steps)
 
 
 def _make_plan(

@@ -4,10 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import minilm.data.stream_windows
 from minilm import Config, Data, Phase
 from minilm.data.stream_windows import StreamWindows
+from minilm.models.sparse_head import SparseHead
 from minilm.objectives.factory import prepare_run
 from minilm.train import train
 from tests.jobs import CONFIG, STEPS, end_of, finish_all, start, write_text
@@ -110,3 +113,25 @@ def test_a_run_ends_by_its_number_of_tokens(config: Config, tmp_path: Path, stre
     assert 650 <= tokens[-1] <= 950
     assert result.figures["steps"] == len(lines)
     assert lines[-1]["lr"] < lines[0]["lr"] / 4
+
+
+def test_a_text_of_a_later_window_that_the_model_would_misread_ends_the_run_before_that_window(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minilm.data.stream_windows, "_SAMPLE_TOKENS", 100)
+    sources = [write_text(tmp_path / name) for name in ("a.txt", "b.txt")]
+    with Path(sources[1]).open("a") as file:
+        file.write("a page with a [SEP] inside\n" * 3)
+    config = replace(config, data=replace(config.data, source=tuple(sources)))
+    prepared = prepare_run(config)
+    windows, separator = prepared.stream, prepared.tokenizer.sep_token_id
+    assert isinstance(windows, StreamWindows)
+    examples = [*prepared.all_train, prepared.eval]
+    assert not any((np.asarray(part.ids[:]) == separator).any() for part in examples)
+    number = next(n for n in range(8) if (np.asarray(windows.open(n).ids[:]) == separator).any())
+    assert number > 0
+    monkeypatch.setattr(SparseHead, "_find_misread_ids", lambda self: (separator,))
+    message = rf"of the texts of window {number + 1} of the stream hold the special token \[SEP\]"
+    with pytest.raises(ValueError, match=message):
+        train(in_folder(config, tmp_path / "out"))
+    assert len(read_log(tmp_path / "out")[0]) == windows.start_of(number).step

@@ -1,17 +1,27 @@
-"""Measure the memory of a run over a large text file, streamed and mapped, and check that both have the same tokens.
+"""Measure a run that trains while it reads: the time to its first step, its speed, its memory and disk, and a resume.
 
-    python benchmarks/streaming.py --gigabytes 2
+    python benchmarks/streaming.py --gigabytes 0.2 2 10
 
-The file holds Python's documentation many times over, with a paragraph on each line, in a new random order each time.
-Each side is a process of its own with an empty cache. It encodes the file, plans an epoch, and loads the first 1,000
-steps. The peak memory is that of getrusage at the end, with Python and its libraries. All files go to the folder for
-temporary files (TMPDIR), which needs four times the size of the text.
+The text is Python's documentation many times over, in files of at most 500 MB. Each line is a paragraph, in a new
+random order each time. A run trains the model of recipes/mlm_pydocs.py on it for `--seconds` after its first step, in a
+process of its own and with an empty cache. It then continues from its checkpoint in another process.
+
+- memory: the first 20 MB of the text without `data.streaming`, for the speed of training from memory.
+- text, parquet: the text with `data.streaming`. tokens: the shards that `minilm tokenize` makes of it beforehand.
+
+"first step" is the time from the launch of the process to the end of its first step, and "resumed" the same after the
+checkpoint. The speed is that of the median step. "RAM" is the largest sum of the memory of the run's processes, and
+"disk" the largest size of its cache, both looked at once a second. All files go to the folder for temporary files
+(TMPDIR), which needs three times the size of the text.
 """
 
 import argparse
-import hashlib
-import multiprocessing
+import json
 import os
+import runpy
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -19,115 +29,170 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-STEPS = 1000
+KINDS = ("memory", "text", "parquet", "tokens")
+FILE_BYTES = 500_000_000
+MEMORY_BYTES = 20_000_000
+STEPS = 1_000_000  # more than a run makes
+
+
+def write_text(folder: Path, size: int) -> None:
+    """Write at least `size` bytes of whole lines, as text and as Parquet, and a text to evaluate on."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from minilm.data.pydocs import load_pydocs
+
+    lines = [" ".join(part.split()) for text in load_pydocs()[0] for part in text.split("\n\n") if part.strip()]
+    rng, left, number = np.random.default_rng(0), size, 0
+    for name in ("memory", "text", "parquet"):
+        (folder / name).mkdir()
+    while left > 0:
+        path = folder / "text" / f"{number:03}.txt"
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        with (
+            path.open("w", encoding="utf-8") as file,
+            parquet.ParquetWriter(folder / "parquet" / f"{number:03}.parquet", schema) as table,
+        ):
+            while file.tell() < min(left, FILE_BYTES):
+                part = [lines[i] for i in rng.permutation(len(lines))]
+                file.writelines(f"{line}\n" for line in part)
+                table.write_table(pyarrow.table({"text": part}, schema))
+        left, number = left - path.stat().st_size, number + 1
+    with (folder / "text" / "000.txt").open(encoding="utf-8") as file:
+        part = file.readlines(MEMORY_BYTES)
+    (folder / "memory" / "text.txt").write_text("".join(part), encoding="utf-8")
+    (folder / "held_out.txt").write_text("\n".join(lines[:500]), encoding="utf-8")
+
+
+def train_tokenizer(folder: Path) -> None:
+    """Write the tokenizer of the recipe."""
+    from minilm.config import Data
+    from minilm.data.documents import load_documents
+    from minilm.data.tokenizer_training import train_tokenizer
+
+    documents, _ = load_documents(replace(Data(), source="pydocs"), seed=0)
+    train_tokenizer(documents, "bpe", 2048).save_pretrained(folder / "tokenizer")
+
+
+def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str, float]:
+    """Train for some seconds after the first step, or from the run's checkpoint on, and return the figures."""
+    from minilm.config import Data, Run, Tokens
+    from minilm.train import train
+
+    config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"))["CONFIG"]
+    output = folder / f"out-{kind}"
+    data = Data(
+        source=str(folder / kind), eval_source=str(folder / "held_out.txt"), streaming=kind in ("text", "parquet")
+    )
+    resume = "latest" if output.exists() else None
+    run = Run(output_dir=str(output), max_steps=STEPS, eval_every=STEPS, save_every=STEPS, resume=resume, ledger=False)
+    config = replace(config, data=data, tokens=Tokens(name=str(folder / "tokenizer")), run=run)
+    times: list[float] = []
+
+    def after_step(step: int, figures: dict[str, Any], model: Any) -> bool:
+        float(figures["loss"])
+        times.append(time.time())
+        return times[-1] - times[0] >= seconds
+
+    train(config, after_step=after_step)
+    step_tokens = config.batch.examples * config.batch.max_length
+    gaps = np.diff(times)
+    speed = step_tokens / statistics.median(gaps) if len(gaps) else 0.0
+    return {"first": times[0] - launched, "speed": speed, "tokens": len(times) * step_tokens}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PathResult:
-    """The result of reading the file in one way."""
+class Outcome:
+    """The figures of a process and its largest use of memory and disk, in bytes."""
 
-    examples: int
-    tokens: int
-    digest: str
-    seconds: float
-    first: float
-    """Seconds from the end of the encoding until the first step was loaded."""
-    libraries: float
-    """MB of memory before the run began."""
-    peak: float
-    """Peak MB of memory."""
+    figures: dict[str, float]
+    memory: int
+    disk: int
 
 
-def write_text(path: Path, size: int) -> None:
-    """Write at least `size` bytes of whole lines to `path`."""
-    from minilm.data.pydocs import load_pydocs
+def launch(folder: Path, kind: str, seconds: float) -> Outcome:
+    """Run `train` in a process with a cache of its own, and watch it."""
+    cache = folder / f"cache-{kind}"
+    words = ["--worker", kind, "--folder", str(folder), "--seconds", str(seconds), "--launched", str(time.time())]
+    environment = {**os.environ, "HF_HOME": str(cache)}
+    memory = disk = 0
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, *words], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        while process.poll() is None:
+            memory, disk = max(memory, measure_memory(process.pid)), max(disk, measure_folder(cache))
+            time.sleep(1)
+    assert process.stdout is not None
+    if process.returncode:
+        sys.exit((folder / "log.txt").read_text())
+    return Outcome(figures=json.loads(process.stdout.read().splitlines()[-1]), memory=memory, disk=disk)
 
-    lines = [" ".join(part.split()) + "\n" for text in load_pydocs()[0] for part in text.split("\n\n") if part.strip()]
-    rng = np.random.default_rng(0)
-    with path.open("w", encoding="utf-8") as file:
-        while file.tell() < size:
-            file.writelines(lines[i] for i in rng.permutation(len(lines)))
+
+def measure_memory(pid: int) -> int:
+    """Return the resident memory of a process and those that it started, in bytes."""
+    try:
+        main = psutil.Process(pid)
+        return sum(process.memory_info().rss for process in [main, *main.children(recursive=True)])
+    except psutil.NoSuchProcess:
+        return 0
 
 
-def read(folder: str, streaming: bool) -> PathResult:
-    """Encode the text in `folder` and load the first steps."""
-    cache = os.environ["HF_HOME"] = os.path.join(folder, "streamed" if streaming else "mapped")
-    os.environ["HF_DATASETS_CACHE"] = os.path.join(cache, "datasets")
+def measure_folder(folder: Path) -> int:
+    """Return the bytes of all files in a folder. Files may go in the meantime."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
 
-    import torch
-    from accelerate import Accelerator
 
-    from minilm.config import Batch, Config, Data, MaskedLM, Tokens
-    from minilm.data.batch_plan import Plan
-    from minilm.distributed.hardware import peak_memory
-    from minilm.objectives.masked_lm import MaskedLMObjective
-    from minilm.runs.auto_micro_tokens import micro_tokens_of
-    from minilm.train import load_steps
-
-    data = Data(source=f"{folder}/text.txt", eval_source=f"{folder}/held_out.txt", streaming=streaming)
-    config = Config(data=data, tokens=Tokens(name=f"{folder}/tokenizer"), batch=Batch(examples=256, max_length=128))
-    device = torch.device("cpu")
-    libraries, begin = peak_memory(device) / 1e6, time.perf_counter()
-    objective = MaskedLMObjective(MaskedLM())
-    prepared = objective.prepare(config)
-    encoded = time.perf_counter()
-    plan = Plan(prepared.train.lengths, examples=256, micro_tokens=micro_tokens_of(config))
-    collator = objective.collator(prepared.tokenizer, prepared.train, seed=0, padded=False, multiple=1)
-    first = 0.0
-    for _ in load_steps(plan, prepared.train, collator, Accelerator(cpu=True), range(STEPS), workers=0):
-        first = first or time.perf_counter() - encoded
-    peak, seconds = peak_memory(device) / 1e6, time.perf_counter() - begin
-    digest = hashlib.sha256()
-    arrays: tuple[Any, ...] = (prepared.train.start, prepared.train.stop, prepared.train.ids)
-    for array in arrays:
-        for at in range(0, len(array), 2**22):
-            digest.update(array[at : at + 2**22].tobytes())
-    return PathResult(
-        examples=len(prepared.train),
-        tokens=int(prepared.train.lengths.sum()),
-        digest=digest.hexdigest(),
-        seconds=seconds,
-        first=first,
-        libraries=libraries,
-        peak=peak,
-    )
+def measure(size: float, kinds: list[str], seconds: float) -> None:
+    """Print the table for a text of `size` GB."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder, int(size * 1e9))
+        train_tokenizer(folder)
+        if "tokens" in kinds:
+            words = ["tokenize", str(folder / "text"), "--output", str(folder / "tokens")]
+            words += ["--tokenizer", str(folder / "tokenizer"), "--processes", str(os.cpu_count())]
+            subprocess.run([sys.executable, "-m", "minilm.commands.main", *words], check=True, capture_output=True)
+        print(
+            f"\n{size:g} GB\n{'':<8}  first step   resumed      tokens/s    of memory's      RAM      disk", flush=True
+        )
+        base = 0.0
+        for kind in ["memory", *kinds]:
+            first = launch(folder, kind, seconds)
+            again = launch(folder, kind, 0.0)
+            speed = first.figures["speed"]
+            base = base or speed
+            print(
+                f"{kind:<8} {first.figures['first']:9.1f} s {again.figures['first']:7.1f} s {speed:13,.0f} "
+                f"{speed / base:14.2f} {first.memory / 1e9:7.2f} GB {first.disk / 1e9:6.2f} GB",
+                flush=True,
+            )
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the text file (default: 2)")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.2], help="sizes of the text (default: 0.2)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=[*KINDS[1:]], help="default: all")
+    parser.add_argument("--seconds", type=float, default=60, help="of each run after its first step (default: 60)")
+    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        size = int(options.gigabytes * 1e9)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            pool.apply(prepare_files, (folder, size))
-        found = {}
-        for name, streaming in (("streamed", True), ("mapped", False)):
-            with context.Pool(1) as pool:
-                one = found[name] = pool.apply(read, (folder, streaming))
-            print(
-                f"{name:<8}  {one.tokens:,} tokens in {one.examples:,} examples; peak {one.peak:,.0f} MB, of which "
-                f"{one.libraries:,.0f} MB before the run; {one.seconds:,.0f} s, {one.tokens / one.seconds:,.0f} "
-                f"tokens/s; first step {one.first:.1f} s after the encoding",
-                flush=True,
-            )
-        same = found["streamed"].digest == found["mapped"].digest
-        print(f"the same tokens in the same examples: {'yes' if same else 'NO'}")
-
-
-def prepare_files(folder: str, size: int) -> None:
-    """Write the text, a text to evaluate on, and a tokenizer into `folder`."""
-    from minilm.config import Data
-    from minilm.data.documents import load_documents
-    from minilm.data.tokenizer_training import train_tokenizer
-
-    write_text(Path(folder, "text.txt"), size)
-    write_text(Path(folder, "held_out.txt"), 1)
-    documents, _ = load_documents(replace(Data(), source="pydocs"), seed=0)
-    train_tokenizer(documents, "bpe", 16384).save_pretrained(f"{folder}/tokenizer")
+    if options.worker:
+        figures = train(options.folder, options.worker, options.seconds, options.launched)
+        print(json.dumps(figures))
+        return
+    for size in options.gigabytes:
+        measure(size, options.kinds, options.seconds)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,16 @@ def read_delimited_header(path: str, columns: Sequence[Column], encoding: str, d
     return _name_columns(_find_dialect(path, columns, encoding, delimiter).read_header())
 
 
+def read_tab_separated(path: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line at which each row of a file begins, and its fields, separated by tabs.
+
+    No row is taken for a header, and rows may have different numbers of fields. Quotes are text, unless the file is
+    quoted by the rule of `read_delimited`.
+    """
+    dialect = _find_quoting(_Dialect(path, encoding, find_line_end(path), "\t"))
+    yield from replace(dialect, quoted=dialect.quoted and not dialect.problem).read_rows()
+
+
 def _find_dialect(path: str, columns: Sequence[Column], encoding: str, delimiter: str | None) -> _Dialect:
     """Decide the delimiter and the quoting of a file."""
     newline = find_line_end(path)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch.multiprocessing.spawn import spawn
 
-from minilm.distributed.hardware import advise_threads, describe, usable_processors
+from minilm.distributed.hardware import advise_threads, describe, measure_memory, usable_processors
 from minilm.distributed.precision import choose_precision, device_peak
 from minilm.utils.cache import CacheError, get_cache_folder
 from minilm.utils.processor_load import ProcessorLoad
@@ -85,26 +85,12 @@ def _memory(device: torch.device) -> Finding:
         free, total = torch.cuda.mem_get_info()
         where = "of the GPU"
     else:
-        try:
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-            sizes = {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
-            free, total, where = sizes["MemAvailable"], sizes["MemTotal"], "of the machine"
-        except (OSError, KeyError, ValueError):
+        memory = measure_memory()
+        if memory is None:
             return Finding(what="memory", found="unknown: /proc/meminfo cannot be read")
-        limit = _read_number("/sys/fs/cgroup/memory.max")
-        if limit is not None and limit < total:
-            left = limit - (_read_number("/sys/fs/cgroup/memory.current") or 0)
-            free, total, where = min(free, left), limit, "allowed here"
+        free, total, where = memory.free, memory.total, "allowed here" if memory.limited else "of the machine"
     fix = "end other programs, or lower --batch.micro-tokens" if free < _LOW_BYTES else ""
     return Finding(what="memory", found=f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB {where}", fix=fix)
-
-
-def _read_number(path: str) -> int | None:
-    """Return the number in a file; None if there is none. In memory.max, the word `max` means no limit."""
-    try:
-        return int(Path(path).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
 
 
 def _threads() -> Finding:

@@ -26,6 +26,7 @@ from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import count_warmup_steps, find_schedule_problems, learning_rate
 from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
+from minilm.utils.durations import format_duration
 
 log = logging.getLogger("minilm")
 
@@ -93,31 +94,82 @@ def _data(prepared: PreparedData, plan: Plan) -> str:
     )
 
 
-def _planned(run: Session) -> list[tuple[str, str]]:
-    """Return lines on model, steps, FLOPs, memory and time. A probe measures memory and time."""
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would do, need and take, by a probe of a few steps."""
+
+    head: Head
+    config: Config
+    """The settings, with a number in place of `batch.micro_tokens=auto`."""
+    cost: Cost
+    plan: RunPlan
+    steps: int
+    probe: Probe
+    work: "list[Work]"
+    """The work of each period."""
+    evaluations: int
+    evaluation_flops: float
+    """Model FLOPs of an evaluation."""
+
+    @property
+    def rate(self) -> float:
+        """Seconds of a FLOP."""
+        return self.probe.seconds / self.probe.flops
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of all steps."""
+        return sum(each.flops for each in self.work) * self.rate
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps and evaluations, without the start and without saving."""
+        return self.training_seconds + self.evaluations * self.evaluation_flops * self.rate
+
+
+def estimate(run: Session) -> Estimate:
+    """Build the model, and run a few steps to measure the memory and the time of the whole run."""
     accelerator, prepared = run.accelerator, run.prepared
     head, run = build_head(run)
     config = run.config
     cost = count_flops(head, config.batch.max_length)
     plan, collator, _ = build_plan(run, head)
-    examples = JoinedExamples(prepared)
     total = config.run.count_steps(plan.steps_per_epoch)
+    log.info("running steps to measure the memory and the time …")
+    examples = JoinedExamples(prepared)
+    probe = _probe(config, accelerator, head, plan, collator, examples, cost, total, run.precision.name)
+    return Estimate(
+        head=head,
+        config=config,
+        cost=cost,
+        plan=plan,
+        steps=total,
+        probe=probe,
+        work=_measure_periods(run, plan, collator, cost, total),
+        evaluations=math.ceil(total / (config.run.eval_every or plan.steps_per_epoch)),
+        # The forward pass alone is a third of a step.
+        evaluation_flops=_flops(cost, prepared.eval, collator.rate(0.0)) / 3,
+    )
+
+
+def _planned(run: Session) -> list[tuple[str, str]]:
+    """Return lines on model, steps, FLOPs, memory and time."""
+    accelerator, planned = run.accelerator, estimate(run)
+    head, config, plan, probe, work, total = (
+        planned.head,
+        planned.config,
+        planned.plan,
+        planned.probe,
+        planned.work,
+        planned.steps,
+    )
     trained = [p for p in head.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
-    log.info("running steps to measure the memory and the time …")
-    probe = _probe(config, accelerator, head, plan, collator, examples, cost, total, run.precision.name)
     state = weights + sum(p.numel() * p.element_size() for p in trained) + probe.moments
-
-    work = _measure_periods(run, plan, collator, cost, total)
-    flops, tokens, rate = (
-        sum(each.flops for each in work),
-        sum(each.tokens for each in work),
-        probe.seconds / probe.flops,
-    )
-    evaluations = math.ceil(total / (config.run.eval_every or plan.steps_per_epoch))
-    evaluation = _flops(cost, prepared.eval, collator.rate(0.0)) / 3 * rate  # forward alone
+    flops, tokens = sum(each.flops for each in work), sum(each.tokens for each in work)
     peak = device_peak(accelerator.device, run.precision.name).flops * accelerator.num_processes
     hardware = describe(accelerator.device)
+    training, evaluation = planned.training_seconds, planned.evaluation_flops * planned.rate
     return [
         (
             "model",
@@ -145,9 +197,9 @@ def _planned(run: Session) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"{_duration(flops * rate + evaluations * evaluation)}: training {_duration(flops * rate)} "
-            f"({tokens / (flops * rate):,.0f} tokens/s, MFU {1 / rate / peak:.0%}, by {probe.steps} steps), "
-            f"evaluations {evaluations} x {_duration(evaluation)}; start and saving not counted",
+            f"{format_duration(planned.seconds)}: training {format_duration(training)} "
+            f"({tokens / training:,.0f} tokens/s, MFU {1 / planned.rate / peak:.0%}, by {probe.steps} steps), "
+            f"evaluations {planned.evaluations} x {format_duration(evaluation)}; start and saving not counted",
         ),
     ]
 
@@ -269,10 +321,3 @@ def _choose_steps(plan: RunPlan, periods: list[range]) -> list[int]:
         stride = max(1, len(steps) // 100)
         chosen.append(range(first + stride if first in steps else steps.start, steps.stop, stride))
     return [first, *(index for turn in zip_longest(*chosen) for index in turn if index is not None)]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,40 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The main memory, in bytes."""
+
+    free: int
+    total: int
+    limited: bool
+    """Whether a container limits it."""
+
+
+def measure_memory() -> Memory | None:
+    """Return the memory of the machine within the limit of this container, or None on a system that hides it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+        free, total = sizes["MemAvailable"], sizes["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        return None
+    # This file holds the word `max` if there is no limit.
+    limit = _read_number("/sys/fs/cgroup/memory.max")
+    if limit is None or limit >= total:
+        return Memory(free=free, total=total, limited=False)
+    left = limit - (_read_number("/sys/fs/cgroup/memory.current") or 0)
+    return Memory(free=min(free, left), total=limit, limited=True)
+
+
+def _read_number(path: str) -> int | None:
+    """Return the number in a file, or None if there is none."""
+    try:
+        return int(Path(path).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def repeat_to_the_bit(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from minilm.commands import doctor
 from minilm.commands.doctor import Finding
+from minilm.distributed import hardware
 
 CPU = torch.device("cpu")
 
@@ -104,7 +105,7 @@ def test_versions_that_minilm_does_not_run_on(monkeypatch):
 
 def test_the_memory_of_a_container_counts_and_a_full_disk_is_reported(monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": 3 * 10**9, "/sys/fs/cgroup/memory.current": 2 * 10**9}
-    monkeypatch.setattr(doctor, "_read_number", limits.get)
+    monkeypatch.setattr(hardware, "_read_number", limits.get)
     finding = doctor._memory(CPU)
     assert finding.found == "1.0 GB free of 3.0 GB allowed here"
     assert "--batch.micro-tokens" in finding.fix

@@ -26,10 +26,12 @@ from minilm.commands.subcommands import (
     run_merge,
     run_replay,
     run_report,
+    run_suite,
     run_tag,
     run_tokenize,
     run_verify,
 )
+from minilm.data.glue import TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +46,7 @@ def _run(arguments: Sequence[str]) -> None:
     # argparse takes no text after an option if none is before it: minilm answer DIR --question "Who?" "Bob."
     if not getattr(options, "texts", True) and all(word == "-" or not word.startswith("-") for word in rest):
         options.texts, rest = rest, []
-    if rest and options.command not in ("branch", "compare", "evaluate", "replay", "train"):
+    if rest and options.command not in ("branch", "compare", "evaluate", "replay", "suite", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     exit_on_error(lambda: options.work(options), debug=options.debug)
@@ -77,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     _add_merge(commands)
     _add_tokenize(commands)
+    _add_suite(commands)
     train = _add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
     return parser
@@ -376,6 +379,66 @@ def _add_tokenize(commands: Any) -> None:
     )
 
 
+def _add_suite(commands: Any) -> None:
+    command = _add_command(commands, "suite", run_suite, "fine-tune a model on GLUE or SuperGLUE, and print the table")
+    command.description = (
+        "Fine-tune a model on each task with each learning rate and seed, side by side, and print a table: minilm "
+        "suite bert-base-uncased --data glue_data. The table has the figures of each benchmark, at the rate whose "
+        "median over the seeds is the highest on the validation set: their median over the seeds, with the lowest and "
+        "the highest value, and the average without WNLI. The output folder also gets it as table.md, table.tex and "
+        "suite.json. The same command continues a suite that was stopped or killed, and does nothing if all is done."
+    )
+    command.epilog = (
+        "Other flags are those of recipes/classify.py, for all runs: --run.epochs 10 --batch.max-length 256. The "
+        f"tasks are {', '.join(TASKS)}."
+    )
+    command.add_argument("model", metavar="DIR", help="folder or hub id of a checkpoint to fine-tune")
+    command.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["glue"],
+        metavar="TASK",
+        help="tasks, or glue or superglue for all tasks of a benchmark (default: glue)",
+    )
+    command.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders with the original downloads, such as CoLA/train.tsv and BoolQ/train.jsonl (default: the hub's "
+        "nyu-mll/glue and aps/super_glue)",
+    )
+    command.add_argument(
+        "--rates",
+        type=_positive_number,
+        nargs="+",
+        default=[2e-5, 3e-5, 5e-5],
+        metavar="LR",
+        help="learning rates to try on each task (default: 2e-5 3e-5 5e-5)",
+    )
+    command.add_argument(
+        "--seeds", type=_whole, nargs="+", default=[0, 1, 2], metavar="S", help="seeds of each rate (default: 0 1 2)"
+    )
+    command.add_argument(
+        "--output", metavar="FOLDER", help="folder to write to or to continue (default: out/suite-DIR)"
+    )
+    command.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="runs side by side, which share the processors (default: as many as the processors and the memory allow, "
+        "or one for each GPU)",
+    )
+    command.add_argument(
+        "--keep-models",
+        action="store_true",
+        help="keep the model of each run (default: keep its figures, log and ledger; its run.json repeats it)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="list the runs with their steps and estimated times, and write nothing"
+    )
+
+
 def _add_report(commands: Any) -> None:
     command = _add_command(commands, "report", run_report, "curves, settings and results of runs as one page")
     command.description = (
@@ -438,6 +501,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _positive_number(text: str) -> float:
+    number = _not_negative(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
 
 
 def _not_negative(text: str) -> float:

@@ -380,6 +380,29 @@ def run_tokenize(options: argparse.Namespace) -> None:
     print(f"written: {options.output}, {tokens:,} tokens")
 
 
+def run_suite(options: argparse.Namespace) -> None:
+    """Fine-tune a model on tasks of GLUE and SuperGLUE, and print the table; or describe the runs."""
+    from minilm.commands import suite
+
+    show_log()
+    planned = suite.plan_suite(
+        options.model,
+        tasks=options.tasks,
+        folders=options.data,
+        rates=options.rates,
+        seeds=options.seeds,
+        output=options.output,
+        jobs=options.jobs,
+        keep_models=options.keep_models,
+        flags=options.rest,
+    )
+    with interrupt_on_signals(), survive_closed_output():
+        if options.dry_run:
+            print(suite.describe_suite(planned))
+        else:
+            suite.run_suite(planned)
+
+
 def run_report(options: argparse.Namespace) -> None:
     """Write the report about one or several runs, with --live until they have ended."""
     from minilm.commands.report import write_live_report, write_report

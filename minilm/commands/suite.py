@@ -82,7 +82,7 @@ def run_suite(suite: Suite) -> None:
     use, before any run starts; TrainingStopped after a signal, and at the end if a run failed. A later call continues.
     """
     _check_runs(suite)
-    unfinished = [run for run in suite.runs if run.read_figures() is None]
+    unfinished = [run for run in suite.runs if not run.is_done()]
     failures = dict[str, str]()
     if unfinished:
         suite.output.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def _measure_model(name: str) -> float:
 def describe_suite(suite: Suite) -> str:
     """Return the runs of the suite with their steps, states and estimated times. Nothing is written to its folder."""
     _check_runs(suite)
-    unfinished = [run for run in suite.runs if run.read_figures() is None]
+    unfinished = [run for run in suite.runs if not run.is_done()]
     tasks: dict[str, PreparedTask] = {}
     jobs = 1
     if unfinished:

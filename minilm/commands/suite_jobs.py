@@ -110,6 +110,10 @@ def train_run(job: Training) -> str | None:
     not the weights.
     """
     run, settings = job.run, job.run.config.run
+    if run.read_figures() is not None:
+        # The suite was killed before it removed the checkpoints.
+        clean_folder(run, keep_models=job.keep_models)
+        return None
     if run.find_step():
         settings = replace(settings, resume="latest")
     elif (run.folder / "log.jsonl").is_file():
@@ -131,9 +135,13 @@ def train_run(job: Training) -> str | None:
 
 
 def clean_folder(run: SuiteRun, *, keep_models: bool) -> None:
-    """Remove the checkpoints of a finished run, and its weights unless they shall stay."""
-    remove_checkpoints(run.folder)
+    """Remove the weights of a finished run unless they shall stay, and then its checkpoints.
+
+    As long as there is a checkpoint, the next call of the suite comes back to the folder.
+    """
     if not keep_models:
         for path in run.folder.rglob("*.safetensors"):
-            if LEDGER not in path.relative_to(run.folder).parts:
+            first = path.relative_to(run.folder).parts[0]
+            if first != LEDGER and not first.startswith("checkpoint-"):
                 path.unlink()
+    remove_checkpoints(run.folder)

@@ -76,6 +76,10 @@ class SuiteRun:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: cannot be read; remove the folder to repeat the run") from error
 
+    def is_done(self) -> bool:
+        """Return whether the run is finished and its checkpoints are removed."""
+        return self.read_figures() is not None and self.find_step() == 0
+
     def find_step(self) -> int:
         """Return the step of the newest checkpoint, 0 if there is none."""
         numbers = [

@@ -36,6 +36,7 @@ FLAGS = (
     *("--batch.examples", "4", "--batch.max-length", "32"),
 )
 LIMIT_SECONDS = 240
+LEFT_BY_KILL = ("model.safetensors", "checkpoint-20/manifest.json", "checkpoint-20/model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +279,14 @@ def test_a_failed_run_is_left_out_and_tried_again_by_the_next_call(
         "steps in a row",
     )
     assert "| 50.0 / 25.0 |" in output[2]
-    # The same command tries the failed run again, and no other.
+    # The same command tries the failed run again, and no other. It removes what a kill left of a finished run.
+    left = [tmp_path / "out" / "stsb" / "lr-0.001" / "seed-7" / name for name in LEFT_BY_KILL]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
     assert run(*words)[0] is None
     assert rates == [1e-3, 1e-2, 1e-2]
+    assert not [path for path in left if path.exists()]
 
 
 def figures_in(folder: Path, name: str, figures: dict[float, list[dict[str, float]]]) -> list[SuiteRun]:

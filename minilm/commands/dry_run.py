@@ -26,7 +26,7 @@ from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import count_warmup_steps, find_schedule_problems, learning_rate
 from minilm.runs.session import Session, begin
 from minilm.train import build_head, build_plan, load_steps, seed_dropout, train_step
-from minilm.utils.durations import format_duration
+from minilm.utils.quantities import format_duration
 
 log = logging.getLogger("minilm")
 

@@ -400,7 +400,7 @@ def run_suite(options: argparse.Namespace) -> None:
         if options.dry_run:
             print(suite.describe_suite(planned))
         else:
-            suite.run_suite(planned)
+            suite.train_suite(planned)
 
 
 def run_report(options: argparse.Namespace) -> None:

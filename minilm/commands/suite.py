@@ -15,10 +15,10 @@ from minilm.commands.job_pool import JobPool
 from minilm.commands.suite_runs import SuiteRun, check_files, list_runs, parse_tasks
 from minilm.commands.suite_table import format_latex, format_markdown, summarise
 from minilm.utils.atomic_files import write_atomically
-from minilm.utils.durations import format_duration
 from minilm.utils.errors import TrainingStopped
 from minilm.utils.folder_lock import lock_folder, unlock_at_end
 from minilm.utils.launch_variables import is_distributed
+from minilm.utils.quantities import format_duration
 from minilm.utils.validation import check
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def plan_suite(
 
 
 @unlock_at_end()
-def run_suite(suite: Suite) -> None:
+def train_suite(suite: Suite) -> None:
     """Run what is not finished, write `table.md`, `table.tex` and `suite.json`, and print the table as Markdown.
 
     If all runs are finished, no file changes. Raise ValueError for data, settings or a folder that the suite cannot

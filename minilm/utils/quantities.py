@@ -1,4 +1,4 @@
-"""Quantities as people write them: 2 min 5 s, 1.2 GB, 36%, 26 steps/s. The report and the progress lines use them."""
+"""Quantities as people write them: 2 min 5 s, 1.2 GB, 36%, 26 steps/s. Reports, plans and progress lines use them."""
 
 import math
 

@@ -14,6 +14,7 @@ from minilm.config.command_line import parse_flags
 from minilm.config.serialization import flatten_settings, read_run_config, to_dict
 from minilm.data.corpus import PreparedData
 from minilm.data.excluded_documents import find_first_use
+from minilm.data.text_decoding import open_text, strip_line_end
 from minilm.objectives.factory import build_objective, prepare_run
 from minilm.runs.checkpoint import find_complete_checkpoints
 from minilm.runs.resume import read_precision
@@ -113,12 +114,14 @@ def read_documents(config: Config, documents: str) -> set[int]:
     They are a list such as 3,17,40-45, or the path of a file with such a list or an exact text in each line. A text
     stands for all documents with this text. Raise ValueError that names the line of a text that no document has.
     """
-    if not Path(documents).is_file():
+    # Path.is_file raises OSError for a list that is longer than a name of a file may be.
+    if not os.path.isfile(documents):
         try:
             return {*chain.from_iterable(parse_ranges(documents))}
         except ValueError as error:
             raise ValueError(f"--without: {error}, and no file has this name") from None
-    lines = Path(documents).read_text(encoding="utf-8").splitlines()
+    with open_text(documents) as file:
+        lines = [strip_line_end(line, "\n") for line in file]
     wanted = {line: number for number, line in enumerate(lines, start=1) if line.strip()}
     if not wanted:
         raise ValueError(f"--without: {documents} is empty: give a number or a text in each line")

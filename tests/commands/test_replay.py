@@ -1,5 +1,6 @@
 """`minilm replay` and `data.exclude_loss`: the run whose loss never had these documents, to the bit."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -261,6 +262,27 @@ def test_documents_are_numbers_or_a_file_of_numbers_or_of_texts(tmp_path: Path) 
         ValueError, match="--without: '3-' is not a list of numbers and ranges such as 3,17,40-45, and no"
     ):
         read_documents(config, "3-")
+
+
+def test_a_list_of_numbers_may_be_longer_than_a_name_of_a_file(tmp_path: Path) -> None:
+    numbers = {*range(0, 2000, 2)}
+    assert read_documents(config_in(tmp_path, steps=3), format_ranges(numbers)) == numbers
+
+
+def test_a_text_with_another_line_separator_is_one_text(tmp_path: Path) -> None:
+    rows = [{"text": f"fox{mark}dog {n}"} for n, mark in enumerate(["\u2028", "\x0c", "\x85", " "] * 20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = replace(config_in(tmp_path, steps=3), data=Data(source=str(tmp_path / "rows.jsonl"), eval_fraction=0.2))
+    texts = [*build_objective(config.objective).training_texts(config)]
+    (tmp_path / "texts").write_text("\n".join(texts[:8]), encoding="utf-8")
+    assert read_documents(config, str(tmp_path / "texts")) == {*range(8)}
+
+
+def test_a_file_in_another_encoding_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "texts"
+    path.write_bytes("3\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{path}, line 2: not UTF-8; convert the file$"):
+        read_documents(config_in(tmp_path, steps=3), str(path))
 
 
 @pytest.mark.parametrize("text", ["", "x", "5-3", "1,,2", "-1", "1-2-3", "²"])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -109,10 +109,13 @@ def verify_run(folder: Path, count: int) -> list[WindowResult]:
         problems = _start_job(folder, windows, Path(place), machine)
         results = [_compare(folder, window, Path(place), problems.get(str(window))) for window in windows]
     equal = not any(result.differences for result in results)
-    if equal:
-        write_verification(folder, _describe(results, read_checkpoint(folder / f"checkpoint-{windows[-1].stop}")))
-    elif not any(result.environment for result in results):
-        write_verification(folder, None)
+    text = _describe(results, read_checkpoint(folder / f"checkpoint-{windows[-1].stop}")) if equal else None
+    if equal or not any(result.environment for result in results):
+        # The results are worth more than the card, which may be on a disk that is full or read-only.
+        try:
+            write_verification(folder, text)
+        except OSError as error:
+            log.warning(f"the result is not in {folder / 'README.md'}, which cannot be written: {error.strerror}")
     return results
 
 
@@ -272,7 +275,11 @@ def _compare(folder: Path, window: StepWindow, place: Path, problem: str | None)
 
 def _read_log(folder: Path, window: StepWindow) -> dict[tuple[int, str], dict[str, Any]]:
     """Return the lines of log.jsonl about the steps and the evaluations of a window, without times and memory."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = []
+    for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        # A killed process leaves half a line.
+        with suppress(ValueError):
+            lines.append(json.loads(text))
     return {
         (line["step"], "step" if "loss" in line else "evaluation after step"): {
             name: value for name, value in line.items() if name not in _TIMED

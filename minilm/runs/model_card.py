@@ -55,7 +55,7 @@ A {kind} trained with minilm on `{source}`
 _SETTINGS_TABLE = "| setting | value |"
 _BLANK = "\n\n"
 _VERIFIED = "Verified: "
-_VERIFICATION = re.compile(rf"^{_VERIFIED}.*\n\n", re.MULTILINE)
+_VERIFICATION = re.compile(rf"^{_VERIFIED}`minilm verify` .*\n\n", re.MULTILINE)
 # The hub's names for the figures of an evaluation.
 _METRICS = {
     "perplexity": "perplexity",

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from minilm import Batch, Config, Data, Optim, Run, Tokens
 from minilm.commands.verify import StepWindow, choose_windows
+from minilm.runs.model_card import write_verification
 from minilm.train import train
 from tests.checkpoints import facts
 from tests.jobs import config_in, finish_all
@@ -70,7 +71,7 @@ def test_each_window_is_equal_and_the_card_says_so_once(finished: Path, tmp_path
 def test_a_changed_row_is_told_also_where_no_step_uses_it(finished: Path, tmp_path: Path, run: Any) -> None:
     folder = copy(finished, tmp_path)
     (folder / "README.md").write_text(
-        (folder / "README.md").read_text().replace("| setting", "Verified: x\n\n| setting")
+        (folder / "README.md").read_text().replace("| setting", "Verified: `minilm verify` x\n\n| setting")
     )
     lines = (tmp_path / "text.txt").read_text().splitlines()
     (tmp_path / "text.txt").write_text("\n".join([*lines[:-1], lines[-1] + " fox"]))
@@ -135,6 +136,41 @@ def test_another_library_is_named_with_the_largest_difference_of_the_losses(
     assert status == 1
     assert output[2].startswith("steps 5 to 6: not equal: loss of the step 6 was ")
     assert "; the losses differ by at most 0.25 nats, and the machine has changed: torch was 2.0.0, is " in output[2]
+
+
+def test_half_a_line_that_a_kill_left_in_the_log_is_no_difference(finished: Path, tmp_path: Path, run: Any) -> None:
+    folder = copy(finished, tmp_path)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    status, output, error = run("verify", str(folder), "--windows", "1")
+    assert status is None, error
+    assert output[0].endswith(": equal to the bit: weights, optimizer state and 2 losses")
+
+
+def test_a_card_that_cannot_be_written_takes_no_result_away(
+    finished: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(finished, tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("minilm.commands.verify.write_verification", refuse)
+    status, output, error = run("verify", str(folder), "--windows", "1")
+    assert status is None, error
+    assert output[0].endswith(": equal to the bit: weights, optimizer state and 2 losses")
+    assert error[-1] == f"the result is not in {folder / 'README.md'}, which cannot be written: Read-only file system"
+
+
+def test_the_paragraph_replaces_only_an_earlier_one_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("Verified: by two readers.\n\n| setting | value |\n")
+    write_verification(tmp_path, "`minilm verify` made the steps 1 to 2 again.")
+    write_verification(tmp_path, "`minilm verify` made the steps 3 to 4 again.")
+    text = (
+        "Verified: by two readers.\n\nVerified: `minilm verify` made the steps 3 to 4 again.\n\n| setting | value |\n"
+    )
+    assert path.read_text() == text
 
 
 def test_windows_lie_between_neighbouring_checkpoints(finished: Path, tmp_path: Path, run: Any) -> None:

@@ -6,6 +6,7 @@ epoch has not read. The examples of all periods of the run have one numbering (`
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from minilm.data.phased_batches import RunPlan
 from minilm.runs.ledger import LEDGER, LEDGER_BYTES, find_numbered, read_arrays
 from minilm.utils.atomic_files import write_atomically
 
+log = logging.getLogger("minilm")
+
 UNREAD = -1
 """The number of targets of an example that an epoch has not read."""
 
@@ -35,6 +38,8 @@ class _PendingStep:
 
     example_N: NDArray[np.int64]
     losses_N: Tensor
+    counted_N: NDArray[np.bool_]
+    """Which of the targets count in the loss of the step."""
 
 
 class TrainLedger:
@@ -70,7 +75,11 @@ class TrainLedger:
 
     def _continue(self, path: Path, plan: RunPlan, steps: int) -> None:
         """Take over what the epoch has before the step, of a file that a later step may have written."""
-        stored, _ = read_arrays(path)
+        try:
+            stored, _ = read_arrays(path)
+        except ValueError as error:
+            log.warning(f"{error}; so this epoch of the ledger begins after step {steps:,}")
+            return
         first = steps
         while first and plan.epoch_of(first - 1) == self._epoch:
             first -= 1
@@ -92,7 +101,13 @@ class TrainLedger:
         copies = torch.cat([*losses]).to("cpu", non_blocking=self._copied is not None)
         if self._copied is not None:
             self._copied.record()
-        self._pending = _PendingStep(example_N=np.concatenate(examples), losses_N=copies)
+        counted = [
+            np.ones(len(batch.target_ids_N), bool) if batch.counted_N is None else batch.counted_N.numpy()
+            for batch in micro_batches
+        ]
+        self._pending = _PendingStep(
+            example_N=np.concatenate(examples), losses_N=copies, counted_N=np.concatenate(counted)
+        )
         # An example may have no target.
         ids = np.concatenate(parts)
         self._targets_E[ids] = 0
@@ -111,8 +126,9 @@ class TrainLedger:
         if self._copied is not None:
             self._copied.synchronize()
         pending, self._pending = self._pending, None
-        ids_U, at_N = np.unique(pending.example_N, return_inverse=True)
-        sums_U = np.bincount(at_N, pending.losses_N.double().numpy(), minlength=len(ids_U))
+        losses_N = pending.losses_N.double().numpy()[pending.counted_N]
+        ids_U, at_N = np.unique(pending.example_N[pending.counted_N], return_inverse=True)
+        sums_U = np.bincount(at_N, losses_N, minlength=len(ids_U))
         self._loss_E[ids_U] = sums_U
         self._targets_E[ids_U] = np.bincount(at_N, minlength=len(ids_U))
 

@@ -11,11 +11,12 @@ from safetensors.numpy import load_file
 
 from minilm import Batch, Config, Data, MaskedLM, Optim, SentenceEmbedding, Tokens
 from minilm.commands.train_examples import find_duplicates, find_hardest, measure_learning, read_losses
+from minilm.objectives.factory import prepare_data
 from minilm.train import train
 from tests.jobs import CONFIG, config_in, finish_all
 from tests.launch import read_log
 from tests.laws.test_same_update_objectives import MODELS
-from tests.own_objectives import COLUMNS, write_rows
+from tests.own_objectives import BUILT_IN, COLUMNS, write_rows
 
 
 def in_folder(place: Path, name: str, layout: Any = "documents", micro_tokens: int = 40) -> Config:
@@ -101,6 +102,39 @@ def test_losses_that_compare_examples_are_those_of_each_example(tmp_path: Path) 
     steps, _ = read_log(tmp_path / "out")
     assert sorted(set(table["targets"].tolist())) == [-1, 1]
     assert table["loss"].sum() == pytest.approx(sum(10 * line["loss"] for line in steps), rel=1e-5)
+
+
+def test_an_example_that_does_not_count_has_no_target(tmp_path: Path) -> None:
+    config = Config(
+        data=Data(source=write_rows(tmp_path / "rows.jsonl", 60), eval_fraction=0.2, exclude_loss="0-9"),
+        tokens=Tokens(vocab_size=300),
+        model=MODELS["packed"],
+        objective=BUILT_IN["answers"],
+        batch=Batch(examples=10, max_length=48, micro_tokens=80),
+        run=replace(
+            CONFIG.run, max_steps=6, eval_every=6, save_every=0, train_ledger=True, output_dir=str(tmp_path / "out")
+        ),
+    )
+    train(config)
+    bounds = prepare_data(config).train.document_bounds
+    starts = prepare_data(config).train.start
+    assert bounds is not None
+    table = read(tmp_path / "out")[0]
+    assert set(table["targets"][starts < bounds[10]].tolist()) == {0}
+    assert set(table["targets"][starts >= bounds[10]].tolist()) == {1}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a ledger"])
+def test_a_damaged_file_does_not_keep_a_run_from_going_on(content: bytes, tmp_path: Path) -> None:
+    config = in_folder(tmp_path, "out")
+    train(config)
+    (tmp_path / "out" / "all_results.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-22")
+    (path,) = [path for path in (tmp_path / "out" / "ledger").glob("train-*") if path.name == "train-1.safetensors"]
+    path.write_bytes(content)
+    train(replace(config, run=replace(config.run, resume="latest")))
+    table = read(tmp_path / "out")[-1]
+    assert (table["targets"] >= 0).any()
 
 
 def test_a_run_without_it_keeps_nothing(tmp_path: Path) -> None:

@@ -73,8 +73,10 @@ class RunHistory:
     def _add(self, event: dict[str, Any]) -> None:
         assert self._folder is not None
         path = self._folder / HISTORY
-        earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-        write_atomically(path, earlier + json.dumps(event) + "\n")
+        earlier = path.read_bytes() if path.is_file() else b""
+        # A damaged last line must not take the new one with it.
+        end = b"\n" if earlier and not earlier.endswith(b"\n") else b""
+        write_atomically(path, earlier + end + json.dumps(event).encode() + b"\n")
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -190,3 +190,12 @@ def test_the_settings_of_a_recipe_are_forgotten_after_it(folder: Path) -> None:
     assert "changed" in read_history(folder)[0]
     begin(folder)
     assert "changed" not in read_history(folder)[0]
+
+
+@pytest.mark.parametrize("damage", [b'{"event": "end", "ti', b"\xff\xfe\x00"])
+def test_a_damaged_line_costs_no_other_line(damage: bytes, folder: Path) -> None:
+    begin(folder).end()
+    with (folder / HISTORY).open("ab") as file:
+        file.write(damage)
+    begin(folder, step=3).end()
+    assert [event["event"] for event in read_history(folder)] == ["start", "end", "start", "end"]

@@ -4,6 +4,7 @@ A shard is a file, or a whole saved dataset. A place in it says where a document
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,10 +84,11 @@ class TextShard:
         with quiet_datasets():
             rows, lines = self.table.iter_rest(self.number, [self.column], start)
             for batch in read_batches(_Rest(self.table, rows), [self.column]):
-                numbers = batch[PLACE]
-                places = [(number, 0) for number in numbers] if lines is None else lines.pop(numbers)
-                if places:
-                    yield TextBatch(places, batch["text"])
+                places = lines.pop(batch[PLACE])
+                # Other documents may begin before `start` in its line.
+                first = bisect_left(places, start)
+                if first < len(places):
+                    yield TextBatch(places[first:], batch["text"][first:])
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:

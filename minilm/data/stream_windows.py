@@ -43,7 +43,7 @@ from minilm.utils.atomic_files import remove_path, write_atomically
 from minilm.utils.cache import get_cache_folder, open_entry
 
 # The version of the windows in the cache. Increase it when a change to the code changes a window of the same stream.
-_VERSION = 1
+_VERSION = 2
 # The windows that stay in the cache: the one before the current one, since loader workers may still read it, the
 # current one, and the next one.
 _KEPT_WINDOWS = 3

@@ -23,7 +23,8 @@ _COLUMNAR = ("parquet", "arrow")
 _DETECTED_BYTES = 2**30
 
 Place: TypeAlias = tuple[int, int]
-"""Where a row begins in a file: its line or its number, and its first byte if the file is text, else 0."""
+"""Where a row begins in a file: its line or its number, and its first byte if reading can begin at a line. Otherwise
+the second number is that of the rows before it that begin in the same line."""
 NumberedRows: TypeAlias = Iterator[tuple[int, list[Any]]]
 """For each row its place, which is a line number or a row number, and its cells."""
 
@@ -64,6 +65,21 @@ class Table(Protocol):
         """Return the names of the classes in a column of labels; empty if the table stores no names."""
 
 
+class RowPlaces:
+    """Where the rows begin that are read from a file in which several can begin in one line."""
+
+    def __init__(self) -> None:
+        self._last: Place = (-1, 0)
+
+    def pop(self, lines: Sequence[int]) -> list[Place]:
+        """Return the places of the next rows, which begin in these lines."""
+        places = list[Place]()
+        for line in lines:
+            self._last = (line, self._last[1] + 1 if line == self._last[0] else 0)
+            places.append(self._last)
+        return places
+
+
 class FileTable:
     """The rows of files of one kind, one file after the other."""
 
@@ -87,11 +103,12 @@ class FileTable:
 
     def iter_rest(
         self, number: int, columns: Sequence[Column], place: Place
-    ) -> tuple[Iterator[RowBatch], LinePlaces | None]:
-        """Return the rows of file `number` from a place on, and what tells the byte of a line if the file has lines.
+    ) -> tuple[Iterator[RowBatch], LinePlaces | RowPlaces]:
+        """Return the rows of file `number` from the line of a place on, and what tells the places of their lines.
 
         Only in text, and in JSON with an object per line, does reading begin at `place`. In columnar files it begins
-        with the group of rows that holds it. Other files are read from their beginning.
+        with the group of rows that holds it. Other files are read from their beginning, and the rows before `place` in
+        its line are returned too.
         """
         file, (first, byte) = self.files[number], place
         places = LinePlaces(max(1, first), byte)
@@ -105,7 +122,7 @@ class FileTable:
             rows, is_by_line = json_files.read_json(file, columns, places), True
         else:
             rows, is_by_line = itertools.dropwhile(lambda row: row[0] < first, self._read_rows(file, columns)), False
-        return group_into_batches(rows, partial(self.locate, number), number), places if is_by_line else None
+        return group_into_batches(rows, partial(self.locate, number), number), places if is_by_line else RowPlaces()
 
     @cached_property
     def _stream_encoding(self) -> str:
@@ -182,9 +199,9 @@ class DatasetTable:
     def locate(self, file: int, place: int) -> str:
         return f"{self.source}, row {place}"
 
-    def iter_rest(self, number: int, columns: Sequence[Column], place: Place) -> tuple[Iterator[RowBatch], None]:
+    def iter_rest(self, number: int, columns: Sequence[Column], place: Place) -> tuple[Iterator[RowBatch], RowPlaces]:
         """Return the rows of a mapped dataset from a place on. `number` is 0."""
-        return group_into_batches(self._read_mapped(columns, place[0]), partial(self.locate, 0)), None
+        return group_into_batches(self._read_mapped(columns, place[0]), partial(self.locate, 0)), RowPlaces()
 
     def _read_mapped(self, columns: Sequence[Column], start: int = 0) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)

@@ -45,6 +45,7 @@ FORMATS = {
     "jsonl": _jsonl,
     "parquet": _parquet,
     "json": lambda texts: json.dumps([{"text": text} for text in texts], indent=1).encode(),
+    "line.json": lambda texts: json.dumps([{"text": text} for text in ("", *texts)]).encode(),
     "csv": lambda texts: ("n,text\n" + "".join(f'1,"{text}"\n' for text in texts)).encode(),
 }
 

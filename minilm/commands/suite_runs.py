@@ -9,7 +9,7 @@ from typing import Any
 
 from minilm.config import Batch, Classification, Config, Data, Model, MultipleChoice, Optim, Run
 from minilm.config.command_line import parse_flags
-from minilm.config.serialization import flatten_settings, to_dict
+from minilm.config.serialization import default_settings, flatten_settings, to_dict
 from minilm.data.glue import HUB_IDS, TASKS, Task, TaskFiles, find_task_files
 from minilm.utils.atomic_files import hash_file, write_atomically
 from minilm.utils.validation import check, suggest_name
@@ -96,6 +96,8 @@ class SuiteRun:
             before = flatten_settings(json.loads(path.read_text(encoding="utf-8"))["config"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read; remove the folder to repeat the run") from error
+        # A run of an older version lacks newer settings. It behaved as their defaults do.
+        before = flatten_settings(default_settings(type(self.config.objective))) | before
         now = flatten_settings(to_dict(self.config))
         # The output folder, which may be moved, holds the data.
         ignored = (*_MAY_CHANGE, "data.source") if self.files is not None else _MAY_CHANGE

@@ -20,7 +20,7 @@ from minilm.commands import suite, suite_jobs
 from minilm.commands.job_pool import JobPool
 from minilm.commands.suite_runs import SuiteRun, list_runs, parse_tasks
 from minilm.commands.suite_table import format_latex, format_markdown, summarise
-from minilm.config.serialization import read_run_config
+from minilm.config.serialization import read_run_config, to_dict
 from minilm.data.glue import TASKS
 from minilm.train import train
 from minilm.utils.errors import TrainingStopped
@@ -225,6 +225,18 @@ def test_other_settings_and_changed_files_are_refused(
     finally:
         path.write_bytes(before)
     assert (status, f"{path} has changed since {finished.output} was begun" in line) == (2, True)
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_no_other_setting(tmp_path: Path) -> None:
+    (own,) = list_runs("model", parse_tasks(["cola"]), [], [1e-5], [0], tmp_path, [])
+    settings = to_dict(own.config)
+    del settings["optim"]["muon_scale"]
+    own.folder.mkdir(parents=True)
+    (own.folder / "run.json").write_text(json.dumps({"config": settings}))
+    own.check_settings()
+    other = replace(own, config=replace(own.config, optim=replace(own.config.optim, muon_scale=0.3)))
+    with pytest.raises(ValueError, match=r"optim\.muon_scale was 0\.2, is 0\.3"):
+        other.check_settings()
 
 
 def test_a_missing_file_of_a_task_is_refused(place: Path, tmp_path: Path, run: Runner) -> None:

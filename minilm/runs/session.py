@@ -154,7 +154,7 @@ def begin(
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
         prepared = local_main_process_first(accelerator, lambda: prepare_run(config, memory))
         session = Session(
-            config=_limit_tokens(config, prepared.train),
+            config=_limit_tokens(config, prepared),
             accelerator=accelerator,
             precision=precision,
             folder=folder,
@@ -173,18 +173,20 @@ def begin(
             upload_run(config.run.push_to_hub, folder, session.uploads)
 
 
-def _limit_tokens(config: Config, examples: Examples) -> Config:
-    """Return the configuration with the `run.max_steps` that `data.max_tokens` asks for.
-
-    examples: the training examples, or the first of them.
-    """
-    batch, tokens = config.batch, config.data.max_tokens
+def _limit_tokens(config: Config, prepared: PreparedData) -> Config:
+    """Return the configuration with the `run.max_steps` that `data.max_tokens` asks for."""
+    batch, tokens, examples = config.batch, config.data.max_tokens, prepared.train
     if tokens is None:
         return config
     rows = batch.max_length if batch.layout == "packed" else None
     plan = Plan(examples.lengths, examples=batch.examples, micro_tokens=1, seed=config.run.seed, row_tokens=rows)
     # Before the first step, so that the schedule and the phases know the number of steps.
-    steps = math.ceil(tokens * plan.steps_per_epoch / int(examples.lengths.sum()))
+    total = int(examples.lengths.sum())
+    # A step may have more tokens than the first documents of a stream. The steps of a window are counted, as if all of
+    # it were like them.
+    window = total if prepared.stream is None else prepared.stream.tokens
+    window_steps = math.ceil((plan.rows or len(examples)) * window / (total * batch.examples))
+    steps = math.ceil(tokens * window_steps / window)
     return replace(config, run=replace(config.run, max_steps=min(steps, config.run.max_steps or steps)))
 
 

@@ -12,6 +12,7 @@ from minilm import Config, Data, Phase
 from minilm.data.stream_windows import StreamWindows
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.factory import prepare_run
+from minilm.runs.session import _limit_tokens
 from minilm.train import train
 from tests.jobs import CONFIG, STEPS, end_of, finish_all, start, write_text
 from tests.launch import read_log
@@ -135,3 +136,17 @@ def test_a_text_of_a_later_window_that_the_model_would_misread_ends_the_run_befo
     with pytest.raises(ValueError, match=message):
         train(in_folder(config, tmp_path / "out"))
     assert len(read_log(tmp_path / "out")[0]) == windows.start_of(number).step
+
+
+def test_steps_larger_than_the_sample_of_the_stream_count_whole(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minilm.data.stream_windows, "_SAMPLE_TOKENS", 20)
+    data = replace(config.data, max_tokens=1640, window_tokens=820)
+    one = replace(config, data=data, run=replace(config.run, max_steps=None))
+    prepared = prepare_run(one)
+    assert prepared.stream is not None
+    assert prepared.train.lengths.sum() < 50
+    steps = _limit_tokens(one, prepared).run.max_steps
+    assert steps is not None
+    assert abs(steps - prepared.stream.start_of(2).step) <= 4

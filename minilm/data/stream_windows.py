@@ -40,7 +40,7 @@ from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.utils.atomic_files import remove_path, write_atomically
-from minilm.utils.cache import get_cache_folder, open_entry
+from minilm.utils.cache import find_entry, get_cache_folder, open_entry
 
 # The version of the windows in the cache. Increase it when a change to the code changes a window of the same stream.
 _VERSION = 2
@@ -198,18 +198,11 @@ class StreamWindows:
 
     def _open_entry(self, start: WindowStart) -> Path:
         """Return the folder of a window in the cache, whose end the index then knows."""
-        if self._entry(start.number).exists() and len(self._read_index()) > start.number + 1:
-            # A process that removes an old window holds the lock. So the entry may be gone in the meantime.
-            with suppress(FileNotFoundError):
-                return self._open_unlocked(start)
+        folder = find_entry(self._entry(start.number).name)
+        if folder is not None and len(self._read_index()) > start.number + 1:
+            return folder
         with self._lock():
             return self._open_locked(start, _never)
-
-    def _open_unlocked(self, start: WindowStart) -> Path:
-        def build(folder: Path) -> None:
-            raise FileNotFoundError(folder)
-
-        return open_entry(self._entry(start.number).name, build)
 
     def _open_locked(self, start: WindowStart, cancelled: Callable[[], bool]) -> Path:
         self._remove_before(start.number + 1 - _KEPT_WINDOWS)

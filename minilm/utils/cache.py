@@ -80,6 +80,12 @@ def open_entry(name: str, build: Callable[[Path], object]) -> Path:
     return folder
 
 
+def find_entry(name: str) -> Path | None:
+    """Return the folder of a cache entry, or None if it does not exist or is damaged."""
+    folder = get_cache_folder() / name
+    return folder if _find_damage(folder) is None else None
+
+
 def _write_manifest(folder: Path, name: str) -> None:
     """Write the names, sizes and checksums of the files of an entry."""
     files = {path.relative_to(folder).as_posix(): _measure_file(path) for path in folder.rglob("*") if path.is_file()}

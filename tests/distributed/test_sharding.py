@@ -30,16 +30,16 @@ import os
 import minilm.train
 
 last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1 == int(os.environ.get("RANK", "0"))
-step, seed_dropout, loss_sum = [0], minilm.train.seed_dropout, minilm.train.loss_sum
+step, seed_dropout, counted_losses = [0], minilm.train.seed_dropout, minilm.train.counted_losses
 
 def note(seed, number, rank):
     step[0] = number
     seed_dropout(seed, number, rank)
 
 def spoil(model, batch):
-    return loss_sum(model, batch) * (float("nan") if step[0] == 4 and last_rank else 1)
+    return counted_losses(model, batch) * (float("nan") if step[0] == 4 and last_rank else 1)
 
-minilm.train.seed_dropout, minilm.train.loss_sum = note, spoil
+minilm.train.seed_dropout, minilm.train.counted_losses = note, spoil
 """
 SHARDED = f"""{SPOILT}
 from minilm.runs.checkpoint_saver import CheckpointSaver

@@ -67,8 +67,8 @@ def test_a_wrong_loss_is_seen(head: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.equal
     # Trainer counts padding as places of an answer, and divides the loss of several micro-batches by too little.
     assert (result.trainer == "right") == (head == "causal")
-    right = minilm.train.loss_sum
-    monkeypatch.setattr(minilm.train, "loss_sum", lambda *given: right(*given) * 1.0001)
+    right = minilm.train.counted_losses
+    monkeypatch.setattr(minilm.train, "counted_losses", lambda *given: right(*given) * 1.0001)
     result = measure(head, kind)
     assert result.measured
     assert not result.equal

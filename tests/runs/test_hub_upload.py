@@ -203,7 +203,8 @@ def test_an_upload_that_fails_is_one_warning_with_the_command_to_repeat_it(
     upload_run(REPO, out, sorted(MODEL))
     (line,) = [line for line in caplog.messages if "push_to_hub" in line]
     assert line.startswith(f"run.push_to_hub {REPO}: {says}")
-    command = f"hf upload {REPO} {out} . --exclude 'checkpoint-*/*' --exclude 'ledger/*' --exclude notes.txt"
+    excluded = "--exclude 'checkpoint-*/*' --exclude history.jsonl --exclude 'ledger/*' --exclude notes.txt"
+    command = f"hf upload {REPO} {out} . {excluded}"
     assert line.endswith(f"; the run is complete in {out}. To upload it: {command}")
     assert "\n" not in line
     assert CANARY not in caplog.text + "".join(capfd.readouterr())

@@ -16,6 +16,20 @@ from minilm.config import Model
 from minilm.data.corpus import Examples
 from minilm.models.loading import load_model
 
+
+class ScaledLosses:
+    """The losses of some targets times a factor. As with those of a fused head, only the sum has a gradient."""
+
+    def __init__(self, losses_N: Tensor, factor: float) -> None:
+        self._losses_N, self._factor = losses_N, factor
+
+    def sum(self) -> Tensor:
+        return self._losses_N.sum() * self._factor
+
+    def detach(self) -> Tensor:
+        return self._losses_N.detach() * self._factor
+
+
 NO_EXAMPLES = Examples(
     **dict.fromkeys(("ids", "start", "stop", "prefix", "suffix"), np.zeros(0, np.int64)),
 )

@@ -14,6 +14,7 @@ killed.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -41,6 +42,8 @@ from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.tokenizer import serialize_tokenizer
 from minilm.utils.atomic_files import remove_path, write_atomically
 from minilm.utils.cache import find_entry, get_cache_folder, open_entry
+
+log = logging.getLogger("minilm")
 
 # The version of the windows in the cache. Increase it when a change to the code changes a window of the same stream.
 _VERSION = 2
@@ -206,6 +209,8 @@ class StreamWindows:
 
     def _open_locked(self, start: WindowStart, cancelled: Callable[[], bool]) -> Path:
         self._remove_before(start.number + 1 - _KEPT_WINDOWS)
+        if self._entry(start.number).exists() and len(self._read_index()) <= start.number + 1:
+            log.warning(f"the cache is damaged and is built anew: {self._index} does not know where a window ends")
         folder = open_entry(
             self._entry(start.number).name, lambda folder: self._write(folder, start, self.tokens, cancelled)
         )
@@ -269,6 +274,8 @@ class StreamWindows:
         for start in [*starts[1:], end]:
             digest = _chain(digest, start)
             lines.append(json.dumps({**start.to_json(), "hash": digest}) + "\n")
+        if self._index.is_dir():
+            remove_path(self._index)
         write_atomically(self._index, "".join(lines))
 
     # The files of a window.

@@ -9,6 +9,7 @@ import torch
 import minilm.train
 from tests import matrix
 from tests.matrix import Result, measure, measure_in_process
+from tests.reference import ScaledLosses
 
 # The shortcuts of the head: sparse, padding_free, and whether it needs rows of equal length.
 TAKES = {
@@ -68,7 +69,7 @@ def test_a_wrong_loss_is_seen(head: str, monkeypatch: pytest.MonkeyPatch) -> Non
     # Trainer counts padding as places of an answer, and divides the loss of several micro-batches by too little.
     assert (result.trainer == "right") == (head == "causal")
     right = minilm.train.counted_losses
-    monkeypatch.setattr(minilm.train, "counted_losses", lambda *given: right(*given) * 1.0001)
+    monkeypatch.setattr(minilm.train, "counted_losses", lambda *given: ScaledLosses(right(*given), 1.0001))
     result = measure(head, kind)
     assert result.measured
     assert not result.equal

@@ -1,5 +1,6 @@
 """Early stopping: a signal ends a run after its step, with a checkpoint. Non-finite gradients change nothing."""
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from minilm.train import train
 from minilm.utils.errors import TrainingStopped
 from tests.jobs import CONFIG, write_text
 from tests.launch import read_log
+from tests.reference import ScaledLosses
 
 
 @pytest.fixture
@@ -110,17 +112,14 @@ def test_a_run_without_finite_gradients_is_given_up_and_names_its_steps_examples
     config: Config, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]
 ) -> None:
     seen: list[int] = []
-    original = minilm.train.train_step
+    original, right = minilm.train.train_step, minilm.train.counted_losses
 
     def failing(*args: object, **kwargs: object) -> object:
         seen.append(1)
         if len(seen) <= 6:
             return original(*args, **kwargs)
-        monkeypatch.setattr(minilm.train, "counted_losses", lambda model, batch: model(*inputs(batch)) * float("nan"))
+        monkeypatch.setattr(minilm.train, "counted_losses", lambda *given: ScaledLosses(right(*given), math.nan))
         return original(*args, **kwargs)
-
-    def inputs(batch: minilm.train.MicroBatch) -> tuple[object, ...]:
-        return batch.input_ids_T, batch.packing, batch.target_index_N, batch.target_ids_N
 
     monkeypatch.setattr(minilm.train, "train_step", failing)
     run = replace(config.run, max_bad_steps=3)

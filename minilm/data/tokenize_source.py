@@ -102,15 +102,25 @@ def tokenize(
 
 
 def _claim_folder(folder: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Create the folder with its settings and tokenizer. Raise ValueError if it holds something else."""
+    """Create the folder with its settings and tokenizer. Raise ValueError if it holds something else.
+
+    The settings come first, so that a command that was killed, or one that runs at the same time, finds its own folder.
+    """
     path = folder / _SETTINGS
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder}: it is not empty: choose another folder, or remove what it holds")
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(folder / TOKENIZER)
         write_atomically(path, json.dumps(settings, indent=1) + "\n")
-        return
+    _check_settings(folder, settings)
+    if not (folder / TOKENIZER).exists():
+        with replace_folder(folder / TOKENIZER) as temporary:
+            tokenizer.save_pretrained(temporary)
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the folder was begun with other settings."""
+    path = folder / _SETTINGS
     try:
         different = [name for name, value in settings.items() if json.loads(path.read_bytes()).get(name) != value]
     except (OSError, ValueError, AttributeError) as error:

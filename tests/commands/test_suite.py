@@ -130,6 +130,8 @@ def finished(place: Path) -> Finished:
 def test_ctrl_c_lets_the_runs_save_and_says_how_to_go_on(finished: Finished) -> None:
     output, status, log = finished.interrupted
     assert (output, status) == ("", 128 + signal.SIGINT)
+    # Python may warn of a semaphore that an interrupted process has left.
+    log = [line for line in log if "resource_tracker" not in line]
     assert log[-2:] == ["the runs save their checkpoints; the same command continues the suite", "interrupted"]
     assert finished.saved
     assert "checkpoint-300" not in finished.saved

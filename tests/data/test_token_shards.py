@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.commands.main import main
 from minilm.config import Data, Tokens
@@ -185,3 +185,22 @@ def test_a_folder_of_something_else_is_not_written_to(source: tuple[str, str], f
     with pytest.raises(ValueError, match=r"it is not empty: choose another folder"):
         tokenize(Data(source=source), saved, Path(saved))
     assert json.loads((folder / MANIFEST).read_bytes()) == before
+
+
+def test_a_command_that_was_killed_while_it_began_finds_its_folder_again(
+    tmp_path: Path, source: tuple[str, str], folder: Path, saved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    again = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(Data(source=source), saved, again, words=True, piece_tokens=PIECE_TOKENS)
+    assert again.exists()
+    tokenize(Data(source=source), saved, again, words=True, piece_tokens=PIECE_TOKENS)
+    assert (again / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    assert (again / "tokenizer" / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer" / "tokenizer.json"
+    ).read_bytes()

@@ -105,7 +105,7 @@ def find_best(name: str, curve: Curve) -> tuple[int, float] | None:
 
 
 def describe_panel(panel: Panel, names: Sequence[str]) -> str:
-    """Return a sentence about the curves of a panel, for a reader who does not see them."""
+    """Return a sentence that describes the curves of a panel to a screen reader."""
     parts = []
     for line in panel.lines:
         finite = line.curve.finite()

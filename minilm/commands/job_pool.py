@@ -130,7 +130,7 @@ def _call(function: Callable[[Any], Any], argument: Any) -> tuple[str, Any]:
     try:
         return "result", function(argument)
     except TrainingStopped as stopped:
-        # Its constructor takes two arguments, so that pickle cannot build it again.
+        # Python cannot send this error to another process, since its constructor takes two arguments.
         return "stopped", (str(stopped), stopped.status)
     except (ValueError, OSError) as error:
         return "error", (ValueError if isinstance(error, ValueError) else OSError)(str(error))

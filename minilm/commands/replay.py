@@ -40,7 +40,7 @@ class Replay:
     start: int
     """The step of the checkpoint from which it begins; 0 for the beginning of the run."""
     still_seen: str
-    """A sentence about what has seen the documents nevertheless."""
+    """A sentence that names what still depends on the excluded documents."""
 
 
 def replay_run(folder: Path, documents: str, arguments: Sequence[str]) -> tuple[list[Difference], str]:

@@ -162,7 +162,7 @@ def _read_tsv(task: Task, path: Path, encoding: str, notes: list[str]) -> Iterat
 
 
 def _check_row(columns: list[Column], cells: list[Any], where: str) -> Row:
-    """Return the cells by the names of the hub's columns. Raise ValueError for one that is no text or no label."""
+    """Return the cells by the names of the hub's columns. Raise ValueError for a cell that is not a text or a label."""
     for column, cell in zip(columns, cells, strict=True):
         if column.kind == "text":
             check_text(cell, column, where, blank=False)

@@ -142,12 +142,17 @@ def test_a_run_that_never_began_writes_no_end(folder: Path) -> None:
 
 
 def test_a_history_that_cannot_be_written_hides_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    tried: list[object] = []
+
+    def refuse(*arguments: object) -> None:
+        tried.append(arguments)
         raise OSError("no space left")
 
     history = begin(folder)
     monkeypatch.setattr("minilm.runs.run_history.write_atomically", refuse)
     history.end(ValueError("the error itself"))
+    assert len(tried) == 1
+    assert [event["event"] for event in read_history(folder)] == ["start"]
 
 
 def test_a_link_in_place_of_the_history_is_not_followed(folder: Path) -> None:

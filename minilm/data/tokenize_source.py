@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,12 +138,24 @@ def _run_processes(job: TokenizeJob, processes: int) -> None:
     if processes <= 1:
         _tokenize_files(job)
         return
-    # Each process encodes on its share of the processors.
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=_limit_threads, initargs=(threads,)
+    ) as pool:
+        for result in [pool.submit(_tokenize_files, job) for _ in range(processes)]:
+            try:
+                result.result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"{job.folder}: a process was killed, perhaps for its memory: run the same command again, with "
+                    "fewer --processes"
+                ) from error
+
+
+def _limit_threads(threads: int) -> None:
+    """Let this process encode on its share of the processors."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for result in [pool.apply_async(_tokenize_files, (job,)) for _ in range(processes)]:
-            result.get()
 
 
 def _tokenize_files(job: TokenizeJob) -> None:

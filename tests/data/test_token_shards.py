@@ -1,11 +1,12 @@
 """Tokenised shards: the documents, windows and steps of the text; resumed after any piece; and damage is found."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -130,6 +131,22 @@ def test_several_processes_write_the_same(
         main([*words, processes, "--output", str(tmp_path / processes)])
     assert f"written: {tmp_path / '2'}, " in capsys.readouterr().out
     assert (tmp_path / "1" / MANIFEST).read_bytes() == (tmp_path / "2" / MANIFEST).read_bytes()
+
+
+class _KilledProcess:
+    """A job that ends the process that receives it, as the kernel does where memory is short."""
+
+    folder = Path("tokens")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_killed_process_ends_the_command() -> None:
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match="tokens: a process was killed"):
+        tokenize_source._run_processes(cast(Any, _KilledProcess()), 2)
+    assert dict(os.environ) == before
 
 
 def _cut(folder: Path) -> None:

@@ -6,6 +6,22 @@ import sys
 from typing import Any
 
 
+def add_texts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "texts",
+        metavar="TEXT",
+        nargs="*",
+        help="a text; none or - reads standard input, where each line is a text, even a blank one, numbered from 0",
+    )
+    command.add_argument(
+        "--file",
+        metavar="FILE",
+        help="read the texts from a file, where each row (.txt: line) is a text, even a blank one, numbered from 0",
+    )
+    command.add_argument("--column", metavar="NAME", help="column of --file (default: text)")
+    command.add_argument("--delimiter", metavar="CHARACTER", help="character between the fields of a .csv file")
+
+
 def read_texts(options: argparse.Namespace) -> list[str]:
     """Return the texts of the command line, of standard input or of --file, blank ones too.
 

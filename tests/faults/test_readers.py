@@ -71,7 +71,7 @@ def test_the_shell_reads_the_line_that_tries_a_model_as_it_is_meant(
     words = ast.literal_eval(read.stdout)
     seen = []
     monkeypatch.setattr(
-        "minilm.commands.main.run_fill_mask", lambda options: seen.append((options.model, options.texts))
+        "minilm.commands.model_commands.run_fill_mask", lambda options: seen.append((options.model, options.texts))
     )
     main(words)
     assert [(str(Path(model)), texts) for model, texts in seen] == [(name, [text])]

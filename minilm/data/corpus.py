@@ -20,6 +20,7 @@ from minilm.data.labels import Labels
 from minilm.data.special_ids import find_prefix_and_suffix
 from minilm.data.special_token_counter import read_special_tokens
 from minilm.data.text_encoder import TextEncoder, surround
+from minilm.data.tokenizer_state import serialize_backend
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 
@@ -228,9 +229,7 @@ def encode(
     counted = form.room if enough_ids and layout != "blocks" and overflow == "truncate" else None
     # The serialized backend does not include this setting.
     splits = tokenizer.split_special_tokens
-    key = fingerprint_documents(
-        documents, tokenizer.backend_tokenizer.to_str(), splits, *form.around, enough_ids, counted
-    )
+    key = fingerprint_documents(documents, serialize_backend(tokenizer), splits, *form.around, enough_ids, counted)
     kind = "-".join(["corpus", *["words"] * words, *["bytes"] * text_bytes, key])
     folder = open_entry(
         kind,

@@ -22,7 +22,7 @@ from minilm.data.example import Example, Remark
 from minilm.data.notes import open_notes
 from minilm.data.rows import Row, RowTable
 from minilm.data.special_ids import count_embedding_rows
-from minilm.data.tokenizer import serialize_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 

@@ -39,7 +39,7 @@ from minilm.data.shards import START, DocumentBatch, Pool
 from minilm.data.special_token_counter import read_special_tokens
 from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
-from minilm.data.tokenizer import serialize_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.utils.atomic_files import remove_path, write_atomically
 from minilm.utils.cache import find_entry, get_cache_folder, open_entry
 

@@ -16,7 +16,7 @@ from minilm.data.corpus import Examples
 from minilm.data.document_texts import DOCUMENTS_PER_BATCH, find_text_columns, fingerprint_documents
 from minilm.data.encoding_errors import locate_encoding_errors
 from minilm.data.special_token_counter import SpecialTokenCounter, read_special_tokens
-from minilm.data.tokenizer import serialize_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.utils.cache import open_entry
 from minilm.utils.progress import show_progress
 
@@ -44,12 +44,8 @@ def encode_pairs(
     The ids are cached by content. Raises ValueError if the tokenizer cannot encode a text.
     """
     columns = find_text_columns(documents)
-    # The backend remembers how it truncated and padded last, which must not change the key.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
     key = fingerprint_documents(documents, serialize_tokenizer(tokenizer), columns, max_length, columns=columns)
     folder = open_entry(f"pairs-{key}", lambda folder: _write(folder, documents, columns, tokenizer, max_length, name))
-    tokenizer.backend_tokenizer.no_truncation()
     offsets = np.load(folder / "offsets.npy")
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if cut := facts["cut"]:

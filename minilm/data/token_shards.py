@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.array_file import ArrayFile
 from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
+from minilm.data.tokenizer_state import serialize_backend
 from minilm.utils.atomic_files import hash_file
 
 MANIFEST = "manifest.json"
@@ -112,11 +112,7 @@ class TokenFolder:
 
 def describe_backend(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of what decides the ids of a text without special tokens around it."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    # Encoding sets these two off.
-    backend.no_truncation()
-    backend.no_padding()
-    state = json.dumps([backend.to_str(), tokenizer.split_special_tokens])
+    state = json.dumps([serialize_backend(tokenizer), tokenizer.split_special_tokens])
     return hashlib.sha256(state.encode("utf-8", "surrogatepass")).hexdigest()
 
 

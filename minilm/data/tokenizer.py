@@ -1,28 +1,16 @@
 """Load the tokenizer of a run. Train one on the documents if there is none, or extend one by words of the documents."""
 
 from collections.abc import Callable
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minilm.config import Tokens
 from minilm.data.document_texts import Documents, find_text_columns, fingerprint_documents
 from minilm.data.tokenizer_extension import extend_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 from minilm.utils.cache import open_entry
 from minilm.utils.hub import explain_loading_errors
-
-# The settings outside the backend that decide ids or token types, or that a tokenizer from the cache must keep.
-_SETTINGS = (
-    "chat_template",
-    "clean_up_tokenization_spaces",
-    "model_input_names",
-    "model_max_length",
-    "padding_side",
-    "special_tokens_map",
-    "split_special_tokens",
-    "truncation_side",
-)
 
 
 def load_tokenizer(
@@ -68,11 +56,6 @@ def load_tokenizer(
         documents,
         *(serialize_tokenizer(tokenizer), tokens.extend),
     )
-
-
-def serialize_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Return everything that distinguishes a tokenizer from others, as JSON types. It is the same in each process."""
-    return [tokenizer.backend_tokenizer.to_str(), *(getattr(tokenizer, name) for name in _SETTINGS)]
 
 
 def _open_cached(

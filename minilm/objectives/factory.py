@@ -14,7 +14,7 @@ from minilm.config.phases import Period, find_longest, list_periods
 from minilm.data.corpus import PreparedData
 from minilm.data.excluded_documents import check_excluded_documents
 from minilm.data.memory import MemoryDocuments
-from minilm.data.tokenizer import serialize_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.loading import check_model, load_model
 from minilm.models.lora import check_peft_installed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minilm.data.corpus import PreparedData
-from minilm.data.tokenizer import serialize_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.distributed.hardware import describe
 from minilm.models.head import Head
 from minilm.runs.run_facts import library_versions

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.config import Tokens
-from minilm.data.tokenizer import load_tokenizer, serialize_tokenizer
+from minilm.data.tokenizer import load_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
 
 
@@ -63,7 +64,7 @@ def test_a_tokenizer_has_one_state_in_each_process(wordpiece: PreTrainedTokenize
     wordpiece.save_pretrained(tmp_path)
     program = (
         "import json, sys; from transformers import AutoTokenizer; "
-        "from minilm.data.tokenizer import serialize_tokenizer; "
+        "from minilm.data.tokenizer_state import serialize_tokenizer; "
         "print(json.dumps(serialize_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]))))"
     )
     words = [sys.executable, "-c", program, str(tmp_path)]
@@ -97,3 +98,22 @@ def test_a_tokenizer_without_padding_pads_with_the_token_that_ends_texts(documen
     gpt.save_pretrained(tmp_path)
     assert load_tokenizer(Tokens(name=str(tmp_path)), None, documents).pad_token == "z"
     assert load_tokenizer(Tokens(name=str(tmp_path)), None, documents, causal=True).pad_token is None
+
+
+def test_calls_with_truncation_and_padding_do_not_change_what_identifies_a_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    backend = own.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    state = serialize_tokenizer(own)
+    own(["A short one.", "The quick brown fox jumps."], truncation=True, max_length=5, stride=2, padding="longest")
+    truncation, padding = backend.truncation, backend.padding
+    assert (truncation["max_length"], truncation["stride"], padding["length"]) == (5, 2, None)
+    assert serialize_tokenizer(own) == state
+    assert (backend.truncation, backend.padding) == (truncation, padding)
+    # Another vocabulary is another tokenizer.
+    own.add_tokens("quick brown")
+    assert serialize_tokenizer(own) != state

@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from minilm import Batch, CausalLM, Classification, Config, Data, Tokens
 from minilm.data.corpus import Examples
-from minilm.data.tokenizer import serialize_tokenizer
+from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.objectives.factory import prepare_data
 from minilm.utils.cache import get_cache_folder
 from tests.jobs import CONFIG, write_text

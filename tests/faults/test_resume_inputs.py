@@ -78,7 +78,12 @@ def write_all(place: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("gpt2", tokenizer))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.sep_token_id, max_new_tokens=9)
     model.save_pretrained(place / "gpt")
+    # Tokenizers on the hub may truncate and pad by themselves.
     tokenizer.save_pretrained(place / "bert")
+    truncating = AutoTokenizer.from_pretrained(place / "bert")
+    truncating.backend_tokenizer.enable_truncation(16)
+    truncating.backend_tokenizer.enable_padding()
+    truncating.save_pretrained(place / "bert")
     causal = AutoTokenizer.from_pretrained(place / "bert")
     causal.eos_token = causal.sep_token
     causal.save_pretrained(place / "gpt")

@@ -110,7 +110,10 @@ def test_a_masked_lm_becomes_a_model_for_any_task_and_is_saved_as_one(
     plain, report = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     ids_RxL = shaped(auto, torch.arange(5, 37).view(2, 16))
-    assert torch.equal(outputs_of(plain.eval(), ids_RxL), outputs_of(network, ids_RxL))
+    for name, x in plain.state_dict().items():
+        assert torch.equal(x, network.state_dict()[name])
+    # The last bits of a product may depend on where its factors lie in memory.
+    torch.testing.assert_close(outputs_of(plain.eval(), ids_RxL), outputs_of(network, ids_RxL), rtol=0, atol=1e-6)
 
 
 @EVERY_TASK

@@ -1,19 +1,14 @@
 """Write the tokens of text into a folder of shards, which `minilm.data.token_shards` describes.
 
-Any number of processes may write into one folder, also from several hosts that share it. Each process takes a source
-file that no other has locked, and continues it after the last piece that is complete.
+Any number of processes may write into one folder (`minilm.data.shard_pieces`).
 """
 
-import fcntl
 import json
-import logging
 import multiprocessing
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from minilm.config import Data, Tokens
 from minilm.data.array_file import create_array_file
 from minilm.data.held_out import is_held_out
-from minilm.data.shards import START, Shard, TextBatch, open_shards
+from minilm.data.shard_pieces import PieceJob
+from minilm.data.shards import Shard, TextBatch, open_shards
 from minilm.data.streaming import stream_documents
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import FORMAT, MANIFEST, TOKENIZER, describe_backend, is_tokenized
 from minilm.data.tokenizer import load_tokenizer
-from minilm.utils.atomic_files import hash_file, remove_path, replace_folder, write_atomically
-
-log = logging.getLogger("minilm")
+from minilm.utils.atomic_files import hash_file, replace_folder, write_atomically
 
 _SETTINGS = "settings.json"
-_FACTS = "piece.json"
 # While a file is encoded, the memory holds the ids of one piece.
 PIECE_TOKENS = 16_000_000
 
@@ -50,6 +43,18 @@ class TokenizeJob:
     words: bool
     eval_fraction: float
     piece_tokens: int
+
+    @property
+    def pieces(self) -> PieceJob:
+        """The pieces of tokens."""
+        return PieceJob(
+            folder=self.folder,
+            shards=self.shards,
+            kind="tokens",
+            unit="tokens",
+            piece_size=self.piece_tokens,
+            begin=lambda number, pieces: _TokenPieces(self),
+        )
 
 
 def tokenize(
@@ -92,7 +97,7 @@ def tokenize(
         piece_tokens=piece_tokens,
     )
     _run_processes(job, min(processes, len(shards)))
-    files = [_read_pieces(folder, number) for number in range(len(shards))]
+    files = [job.pieces.read(number) for number in range(len(shards))]
     if unfinished := sum(not file or file[-1]["next"] is not None for file in files):
         raise ValueError(
             f"{folder}: other processes still write {unfinished} of {len(files)} files; when they have ended, run "
@@ -160,93 +165,46 @@ def _limit_threads(threads: int) -> None:
 
 def _tokenize_files(job: TokenizeJob) -> None:
     """Tokenise each source file that no other process has finished or locked."""
-    for number, shard in enumerate(job.shards):
-        with _lock(job.folder / f".file-{number:05}.lock") as locked:
-            pieces = _read_pieces(job.folder, number) if locked else []
-            if locked and not (pieces and pieces[-1]["next"] is None):
-                for leftover in job.folder.glob(f".tokens-{number:05}-*"):
-                    remove_path(leftover)
-                _tokenize_file(job, number, shard, pieces)
+    job.pieces.run()
 
 
-def _tokenize_file(job: TokenizeJob, number: int, shard: Shard, pieces: list[dict[str, Any]]) -> None:
-    """Write the pieces of a source file that follow `pieces`."""
-    encoder = TextEncoder(job.tokenizer, words=job.words, name="documents")
-    start = (pieces[-1]["next"][0], pieces[-1]["next"][1]) if pieces else START
-    piece, begun = _Piece(), time.perf_counter()
-    tokens = 0
-    for batch in shard.read(start):
-        assert isinstance(batch, TextBatch)
-        if piece.tokens >= job.piece_tokens:
-            pieces.append(piece.write(job, f"tokens-{number:05}-{len(pieces):05}", encoder, list(batch.places[0])))
-            tokens += piece.tokens
-            rate = tokens / (time.perf_counter() - begun)
-            log.info(f"file {number + 1} of {len(job.shards)}: {tokens:,} tokens, {rate:,.0f} tokens/s")
-            piece = _Piece()
-        piece.add(batch, batch.encode(encoder), job.eval_fraction)
-    piece.write(job, f"tokens-{number:05}-{len(pieces):05}", encoder, None)
+class _TokenPieces:
+    """Encodes the documents of a source file, and writes them in pieces (a `minilm.data.shard_pieces.PieceBuilder`)."""
 
+    def __init__(self, job: TokenizeJob) -> None:
+        self._job = job
+        self._encoder = TextEncoder(job.tokenizer, words=job.words, name="documents")
+        self._begin_piece()
 
-class _Piece:
-    """The part of a source file that is in memory."""
+    def _begin_piece(self) -> None:
+        self._parts, self._hashes, self._held_out = list[EncodedTexts](), list[NDArray[np.uint64]](), list[str]()
+        self.size = 0
 
-    def __init__(self) -> None:
-        self.parts, self.hashes, self.held_out = list[EncodedTexts](), list[NDArray[np.uint64]](), list[str]()
-        self.tokens = 0
+    def add(self, batch: TextBatch) -> None:
+        encoded, hashes = batch.encode(self._encoder), batch.hashes()
+        self._parts.append(encoded)
+        self._hashes.append(hashes)
+        held_out = is_held_out(hashes, self._job.eval_fraction)
+        self._held_out += [batch.texts[at] for at in np.flatnonzero(held_out).tolist()]
+        self.size += len(encoded.ids)
 
-    def add(self, batch: TextBatch, encoded: EncodedTexts, eval_fraction: float) -> None:
-        """Add documents and their ids."""
-        hashes = batch.hashes()
-        self.parts.append(encoded)
-        self.hashes.append(hashes)
-        self.held_out += [batch.texts[at] for at in np.flatnonzero(is_held_out(hashes, eval_fraction)).tolist()]
-        self.tokens += len(encoded.ids)
-
-    def write(self, job: TokenizeJob, name: str, encoder: TextEncoder, following: list[int] | None) -> dict[str, Any]:
-        """Write the piece, and return its facts. following: the place of the next piece, or None after the last."""
-        sizes = np.concatenate([np.zeros(1, np.int64), *(part.sizes for part in self.parts)])
-        with replace_folder(job.folder / name) as folder:
-            np.save(folder / "offsets.npy", np.cumsum(sizes))
-            np.save(folder / "hashes.npy", np.concatenate([np.zeros(0, np.uint64), *self.hashes]))
-            with create_array_file(folder / "ids.npy", encoder.dtype) as file:
-                for part in self.parts:
-                    file.write(part.ids.data)
-            if job.words:
-                with create_array_file(folder / "begins.npy", np.dtype(bool)) as file:
-                    for part in self.parts:
-                        assert part.is_word_start is not None
-                        file.write(part.is_word_start.data)
-            lines = "".join(json.dumps(text) + "\n" for text in self.held_out)
-            (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
-            facts = {
-                "name": name,
-                "documents": len(sizes) - 1,
-                "tokens": int(sizes.sum()),
-                "next": following,
-                "sha256": {path.name: hash_file(path)["sha256"] for path in sorted(folder.iterdir())},
-            }
-            (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        return facts
-
-
-def _read_pieces(folder: Path, number: int) -> list[dict[str, Any]]:
-    """Return the facts of the complete pieces of a source file, in their order."""
-    pieces = list[dict[str, Any]]()
-    while (path := folder / f"tokens-{number:05}-{len(pieces):05}" / _FACTS).exists():
-        pieces.append(json.loads(path.read_bytes()))
-    return pieces
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock in the block, and yield True; or yield False if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        locked = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
+    def write(self, folder: Path) -> dict[str, Any]:
+        sizes = np.concatenate([np.zeros(1, np.int64), *(part.sizes for part in self._parts)])
+        np.save(folder / "offsets.npy", np.cumsum(sizes))
+        np.save(folder / "hashes.npy", np.concatenate([np.zeros(0, np.uint64), *self._hashes]))
+        with create_array_file(folder / "ids.npy", self._encoder.dtype) as file:
+            for part in self._parts:
+                file.write(part.ids.data)
+        if self._job.words:
+            with create_array_file(folder / "begins.npy", np.dtype(bool)) as file:
+                for part in self._parts:
+                    assert part.is_word_start is not None
+                    file.write(part.is_word_start.data)
+        lines = "".join(json.dumps(text) + "\n" for text in self._held_out)
+        (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
+        self._begin_piece()
+        return {
+            "documents": len(sizes) - 1,
+            "tokens": int(sizes.sum()),
+            "sha256": {path.name: hash_file(path)["sha256"] for path in sorted(folder.iterdir())},
+        }

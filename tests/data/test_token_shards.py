@@ -102,18 +102,18 @@ def test_a_run_makes_the_steps_of_the_text_to_the_bit(
 def test_an_interrupted_command_continues_and_writes_the_same(
     source: tuple[str, str], folder: Path, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, calls = tokenize_source._Piece.write, list[str]()
+    write, calls = tokenize_source._TokenPieces.write, list[str]()
 
-    def interrupt(piece: Any, job: Any, name: str, *rest: Any) -> Any:
-        calls.append(name)
+    def interrupt(pieces: Any, folder: Path) -> Any:
+        calls.append(folder.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return write(piece, job, name, *rest)
+        return write(pieces, folder)
 
     def again() -> None:
         tokenize(Data(source=source), saved, tmp_path / "again", words=True, piece_tokens=PIECE_TOKENS)
 
-    monkeypatch.setattr(tokenize_source._Piece, "write", interrupt)
+    monkeypatch.setattr(tokenize_source._TokenPieces, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         again()
     assert not is_tokenized(str(tmp_path / "again"))

@@ -9,7 +9,7 @@ import ast
 import json
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,30 @@ def add_tokenize(commands: Any) -> None:
         metavar="N",
         help="number of processes, at most one for each file",
     )
+    _add_filters(command)
+
+
+def _add_filters(command: Any) -> None:
+    """Add the flags of the filters of documents, which are the fields of `minilm.data.document_filters.Filters`."""
+    filters = command.add_argument_group("filters", "Documents to leave out. The output has their numbers.")
+    filters.add_argument(
+        "--min-characters", type=parse_whole, default=0, metavar="N", help="leave out documents with fewer characters"
+    )
+    filters.add_argument(
+        "--max-characters", type=parse_positive, metavar="N", help="leave out documents with more characters"
+    )
+    filters.add_argument(
+        "--deduplicate",
+        choices=("exact",),
+        help="leave out copies of documents before them, in all sources. exact: documents with the same text",
+    )
 
 
 def run_tokenize(options: argparse.Namespace) -> None:
     """Write the tokens of texts to a folder."""
     with quick_imports():
         from minilm.config import Data
+        from minilm.data.document_filters import Filters
         from minilm.data.tokenize_source import tokenize
     show_log()
     data = Data(
@@ -96,7 +114,10 @@ def run_tokenize(options: argparse.Namespace) -> None:
         document=options.document,
         eval_fraction=options.eval_fraction,
     )
-    tokens = tokenize(data, options.tokenizer, options.output, words=options.words, processes=options.processes)
+    filters = Filters(**{field.name: getattr(options, field.name) for field in fields(Filters)})
+    tokens = tokenize(
+        data, options.tokenizer, options.output, words=options.words, processes=options.processes, filters=filters
+    )
     print(f"written: {options.output}, {tokens:,} tokens")
 
 

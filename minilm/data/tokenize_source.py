@@ -4,12 +4,13 @@ Any number of processes may write into one folder (`minilm.data.shard_pieces`).
 """
 
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Data, Tokens
 from minilm.data.array_file import create_array_file
+from minilm.data.document_filters import KEPT, FilterJob, Filters, format_removed
 from minilm.data.held_out import is_held_out
 from minilm.data.shard_pieces import PieceJob
 from minilm.data.shards import Shard, TextBatch, open_shards
@@ -27,6 +29,8 @@ from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import FORMAT, MANIFEST, TOKENIZER, describe_backend, is_tokenized
 from minilm.data.tokenizer import load_tokenizer
 from minilm.utils.atomic_files import hash_file, replace_folder, write_atomically
+
+log = logging.getLogger("minilm")
 
 _SETTINGS = "settings.json"
 # While a file is encoded, the memory holds the ids of one piece.
@@ -43,6 +47,14 @@ class TokenizeJob:
     words: bool
     eval_fraction: float
     piece_tokens: int
+    filters: Filters
+
+    @property
+    def filter_job(self) -> FilterJob | None:
+        """The filters; None if all documents stay."""
+        if not self.filters.verdicts:
+            return None
+        return FilterJob(folder=self.folder, shards=self.shards, filters=self.filters)
 
     @property
     def pieces(self) -> PieceJob:
@@ -53,7 +65,7 @@ class TokenizeJob:
             kind="tokens",
             unit="tokens",
             piece_size=self.piece_tokens,
-            begin=lambda number, pieces: _TokenPieces(self),
+            begin=lambda number, pieces: _TokenPieces(self, number, pieces),
         )
 
 
@@ -65,14 +77,18 @@ def tokenize(
     words: bool = False,
     processes: int = 1,
     piece_tokens: int = PIECE_TOKENS,
+    filters: Filters | None = None,
 ) -> int:
     """Write the tokens of `data.sources` into `folder`, and return their number.
+
+    filters: which documents to leave out. The log and the manifest have their numbers.
 
     If the folder has a part of them, only the others are encoded. The texts of `data.eval_fraction` of the documents
     are written too, for evaluations.
 
     Raises ValueError for sources that cannot be read, and for a folder that holds something else.
     """
+    filters = filters or Filters()
     if any(map(is_tokenized, data.sources)):
         raise ValueError("minilm tokenize reads text, and a source is tokenised already: train on that folder")
     stream, _ = stream_documents(replace(data, streaming=True))
@@ -84,6 +100,8 @@ def tokenize(
         "words": words,
         "piece_tokens": piece_tokens,
     }
+    if filters.verdicts:
+        settings["filters"] = asdict(filters)
     shards = [shard for source in data.sources for shard in open_shards(data, source)]
     if not shards:
         raise ValueError(f"data source {data.sources[0]}: minilm tokenize reads local files and saved datasets alone")
@@ -95,6 +113,7 @@ def tokenize(
         words=words,
         eval_fraction=data.eval_fraction,
         piece_tokens=piece_tokens,
+        filters=filters,
     )
     _run_processes(job, min(processes, len(shards)))
     files = [job.pieces.read(number) for number in range(len(shards))]
@@ -104,6 +123,10 @@ def tokenize(
             "the same command again"
         )
     content = {"format": FORMAT, "settings": settings, "files": files}
+    if filter_job := job.filter_job:
+        content["filtered"] = filter_job.count()
+        log.info(format_removed(content["filtered"]))
+        filter_job.remove_survey()
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
     return sum(piece["tokens"] for file in files for piece in file)
 
@@ -164,23 +187,34 @@ def _limit_threads(threads: int) -> None:
 
 
 def _tokenize_files(job: TokenizeJob) -> None:
-    """Tokenise each source file that no other process has finished or locked."""
+    """Tokenise each source file that no other process has finished or locked. Filter the documents of all before."""
+    if filter_job := job.filter_job:
+        filter_job.run()
     job.pieces.run()
 
 
 class _TokenPieces:
     """Encodes the documents of a source file, and writes them in pieces (a `minilm.data.shard_pieces.PieceBuilder`)."""
 
-    def __init__(self, job: TokenizeJob) -> None:
+    def __init__(self, job: TokenizeJob, number: int, pieces: Sequence[dict[str, Any]]) -> None:
         self._job = job
+        # What the filters decided on the documents of the file, and the number of those that have been read.
+        self._verdicts = job.filter_job.read(number) if job.filter_job else None
+        self._read = sum(piece["documents"] + piece["removed"] for piece in pieces)
         self._encoder = TextEncoder(job.tokenizer, words=job.words, name="documents")
         self._begin_piece()
 
     def _begin_piece(self) -> None:
         self._parts, self._hashes, self._held_out = list[EncodedTexts](), list[NDArray[np.uint64]](), list[str]()
-        self.size = 0
+        self.size = self._removed = 0
 
     def add(self, batch: TextBatch) -> None:
+        if self._verdicts is not None:
+            kept = self._verdicts[self._read : self._read + len(batch.texts)] == KEPT
+            assert len(kept) == len(batch.texts)
+            self._read += len(kept)
+            self._removed += int((~kept).sum())
+            batch = batch.select(kept)
         encoded, hashes = batch.encode(self._encoder), batch.hashes()
         self._parts.append(encoded)
         self._hashes.append(hashes)
@@ -202,9 +236,11 @@ class _TokenPieces:
                     file.write(part.is_word_start.data)
         lines = "".join(json.dumps(text) + "\n" for text in self._held_out)
         (folder / "held_out.jsonl").write_text(lines, encoding="utf-8")
+        removed = self._removed
         self._begin_piece()
         return {
             "documents": len(sizes) - 1,
+            "removed": removed,
             "tokens": int(sizes.sum()),
             "sha256": {path.name: hash_file(path)["sha256"] for path in sorted(folder.iterdir())},
         }

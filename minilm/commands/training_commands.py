@@ -96,8 +96,26 @@ def _add_filters(command: Any) -> None:
     )
     filters.add_argument(
         "--deduplicate",
-        choices=("exact",),
-        help="leave out copies of documents before them, in all sources. exact: documents with the same text",
+        choices=("exact", "near"),
+        help="leave out copies of documents before them, in all sources. exact: documents with the same text. near: "
+        "also documents with nearly the same words, by MinHash (needs datasketch)",
+    )
+    filters.add_argument(
+        "--threshold",
+        type=parse_probability,
+        metavar="S",
+        help="with near, the Jaccard similarity of n-grams from which on documents are near-copies (default: 0.75, as "
+        "FineWeb)",
+    )
+    filters.add_argument(
+        "--ngram-size", type=parse_positive, metavar="N", help="with near, the words of an n-gram (default: 5)"
+    )
+    filters.add_argument(
+        "--num-perm",
+        type=parse_positive,
+        metavar="N",
+        help="with near, the MinHash values of a document. More separate the pairs better and take more time (default: "
+        "112)",
     )
 
 
@@ -114,7 +132,12 @@ def run_tokenize(options: argparse.Namespace) -> None:
         document=options.document,
         eval_fraction=options.eval_fraction,
     )
-    filters = Filters(**{field.name: getattr(options, field.name) for field in fields(Filters)})
+    given = {field.name: getattr(options, field.name) for field in fields(Filters)}
+    given = {name: value for name, value in given.items() if value is not None}
+    near = [name for name in ("threshold", "ngram_size", "num_perm") if name in given]
+    if near and options.deduplicate != "near":
+        raise ValueError(f"--{near[0].replace('_', '-')} needs --deduplicate near: add it, or leave the flag out")
+    filters = Filters(**given)
     tokens = tokenize(
         data, options.tokenizer, options.output, words=options.words, processes=options.processes, filters=filters
     )

@@ -1,28 +1,31 @@
 """Filters of `minilm tokenize`: they remove documents by their length, and copies of documents before them.
 
-Whether a document is a copy depends on all documents, so each filter looks at the whole source before the first token
+Whether a document is a copy depends on all documents, so the filters look at the whole source before the first token
 is written. A survey writes for each source file the lengths and hashes of its documents. Then one process writes for
 each file which documents stay. The first of several copies stays, in the order of the sources. A decision depends
 only on the documents before, so it does not change when documents are added at the end.
 """
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minilm.data.near_duplicates import BandHasher, choose_bands, find_near_copies
 from minilm.data.shard_pieces import PieceJob, lock_file
 from minilm.data.shards import Shard, TextBatch
 from minilm.utils.atomic_files import remove_path, write_atomically
 from minilm.utils.validation import check
 
 # The verdicts, and the words for the documents that have them.
-KEPT, _EXACT, _TOO_SHORT, _TOO_LONG = range(4)
-_WORDS = {_EXACT: "exact copies", _TOO_SHORT: "too short", _TOO_LONG: "too long"}
+KEPT, _EXACT, _NEAR, _TOO_SHORT, _TOO_LONG = range(5)
+_WORDS = {_EXACT: "exact copies", _NEAR: "near-copies", _TOO_SHORT: "too short", _TOO_LONG: "too long"}
 # The documents of a piece of the survey. It limits the memory, and the work that is lost in an interruption.
 _PIECE_DOCUMENTS = 2**18
 
@@ -35,8 +38,15 @@ class Filters:
     """Remove documents with fewer characters."""
     max_characters: int | None = None
     """Remove documents with more characters. None: there is no limit."""
-    deduplicate: Literal["exact"] | None = None
-    """Remove copies of documents before them. exact: documents with the same text, by a hash of 64 bits."""
+    deduplicate: Literal["exact", "near"] | None = None
+    """Remove copies of documents before them. exact: documents with the same text, by a hash of 64 bits. near: also
+    near-copies (`minilm.data.near_duplicates`), which needs datasketch."""
+    threshold: float = 0.75
+    """The Jaccard similarity from which on documents are near-copies."""
+    ngram_size: int = 5
+    """The words of an n-gram, for near-copies."""
+    num_perm: int = 112
+    """The largest number of MinHash values of a document, for near-copies."""
 
     def __post_init__(self) -> None:
         check(
@@ -44,12 +54,31 @@ class Filters:
             f"--max-characters {self.max_characters} is less than --min-characters {self.min_characters}, so that no "
             "document stays",
         )
+        check(0 < self.threshold < 1, f"--threshold must lie between 0 and 1, not {self.threshold}")
+        if self.deduplicate == "near":
+            installed = importlib.util.find_spec("datasketch") is not None
+            check(installed, "--deduplicate near needs datasketch, which is not installed: pip install 'datasketch>=2'")
+
+    @cached_property
+    def hasher(self) -> BandHasher | None:
+        """What hashes the bands of documents; None if near-copies stay."""
+        if self.deduplicate != "near":
+            return None
+        bands, rows = choose_bands(self.threshold, self.num_perm)
+        return BandHasher(bands=bands, rows=rows, ngram_size=self.ngram_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides the verdicts, as JSON types."""
+        lengths = {"min_characters": self.min_characters, "max_characters": self.max_characters}
+        settings = {**lengths, "deduplicate": self.deduplicate}
+        return {**settings, **self.hasher.describe()} if self.hasher else settings
 
     @property
     def verdicts(self) -> list[int]:
         """The verdicts that these filters can give, without `KEPT`."""
         given = {
             _EXACT: self.deduplicate is not None,
+            _NEAR: self.deduplicate == "near",
             _TOO_SHORT: self.min_characters > 0,
             _TOO_LONG: self.max_characters is not None,
         }
@@ -130,6 +159,13 @@ class FilterJob:
             left_L = np.flatnonzero(verdicts_N == KEPT)
             hashes_N = np.concatenate([np.load(folder / "hashes.npy") for folder in folders])
             verdicts_N[left_L[find_exact_copies(hashes_N[left_L])]] = _EXACT
+        if self.filters.hasher:
+            left_L = np.flatnonzero(verdicts_N == KEPT)
+            files = [np.load(folder / "bands.npy", mmap_mode="r") for folder in folders]
+            bands = (
+                np.concatenate([file[band] for file in files])[left_L] for band in range(self.filters.hasher.bands)
+            )
+            verdicts_N[left_L[find_near_copies(bands)]] = _NEAR
         if len(verdicts_N) and not (verdicts_N == KEPT).any():
             raise ValueError(
                 f"{self.folder}: the filters remove all {len(verdicts_N):,} documents; change --min-characters or "
@@ -168,15 +204,21 @@ class _Survey:
 
     def _begin_piece(self) -> None:
         self._lengths, self._hashes = [np.zeros(0, np.uint8)], [np.zeros(0, np.uint64)]
+        self._bands = list[NDArray[np.uint64]]()
         self.size = 0
 
     def add(self, batch: TextBatch) -> None:
         self._lengths.append(self._filters.judge_lengths(batch.texts))
         self._hashes.append(batch.hashes())
+        if self._filters.hasher:
+            self._bands.append(self._filters.hasher.hash(batch.texts))
         self.size += len(batch.texts)
 
     def write(self, folder: Path) -> dict[str, Any]:
         np.save(folder / "lengths.npy", np.concatenate(self._lengths))
         np.save(folder / "hashes.npy", np.concatenate(self._hashes))
+        if self._filters.hasher:
+            empty_Bx0 = self._filters.hasher.hash([])
+            np.save(folder / "bands.npy", np.concatenate([empty_Bx0, *self._bands], axis=1))
         self._begin_piece()
         return {}

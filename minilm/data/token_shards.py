@@ -2,13 +2,15 @@
 
 The folder holds
 
-- `manifest.json`: the settings, the pieces of each source file with their documents and tokens, and the SHA-256 of
-  each file of a piece. It is written last.
+- `manifest.json`: the settings, the pieces of each source file with their documents and tokens, the SHA-256 of each
+  file of a piece, and in `filtered` how many documents the filters have removed. It is written last.
 - `tokenizer`: the tokenizer.
 - `tokens-<file>-<piece>`: a piece of a source file. `ids.npy` has the ids of all its documents without special tokens
   around them, `offsets.npy` (int64) where each document begins and the end of the last one, `hashes.npy` (uint64) the
   hashes of the texts (`minilm.data.held_out`), `begins.npy` (bool) the ids that begin words, and `held_out.jsonl` the
   texts of the documents that may be held out for evaluation.
+- `filter-<file>.npy` (uint8), if there are filters: for each document of a source file 0 if it stayed, 1 for an exact
+  copy, 2 for a near-copy, 3 if it is too short, and 4 if it is too long.
 
 A source file is a shard, as it is when a stream reads its text. So a run makes the same steps as from the text.
 """

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,8 @@ def tokenize(
         "eval_fraction": data.eval_fraction,
         "words": words,
         "piece_tokens": piece_tokens,
+        "filters": filters.describe() if filters.verdicts else None,
     }
-    if filters.verdicts:
-        settings["filters"] = asdict(filters)
     shards = [shard for source in data.sources for shard in open_shards(data, source)]
     if not shards:
         raise ValueError(f"data source {data.sources[0]}: minilm tokenize reads local files and saved datasets alone")
@@ -122,7 +121,7 @@ def tokenize(
             f"{folder}: other processes still write {unfinished} of {len(files)} files; when they have ended, run "
             "the same command again"
         )
-    content = {"format": FORMAT, "settings": settings, "files": files}
+    content: dict[str, Any] = {"format": FORMAT, "settings": settings, "files": files}
     if filter_job := job.filter_job:
         content["filtered"] = filter_job.count()
         log.info(format_removed(content["filtered"]))

@@ -1,6 +1,7 @@
 """Fingerprints of files: files of up to 1 GiB with the same content have the same fingerprint."""
 
 import hashlib
+import json
 import os
 import time
 from functools import lru_cache
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from minilm.utils.atomic_files import hash_file
+from minilm.utils.cache import open_entry
 
 # A file of more bytes is not hashed as a whole, because that would take seconds at each start.
 _HASHED_BYTES = 2**30
 # Number and size of the blocks that are hashed instead.
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
+# The fingerprint of such a file is kept in the cache, so that another process, or the next run, need not hash it again.
+_CACHED_BYTES = 2**26
 # A file that changed so recently can change again without a new time of change, so its hash is not remembered.
 _CLOCK_SECONDS = 2.0
 
@@ -28,11 +32,25 @@ def fingerprint_file(path: str) -> dict[str, Any]:
     # Every write sets the change time of the inode (ctime), and no program can set it back.
     identity = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     is_old_enough = time.time() - stat.st_ctime > _CLOCK_SECONDS
-    return dict(_hash_file(*identity) if is_old_enough else _hash_file.__wrapped__(*identity))
+    return dict(_recall_hash(*identity) if is_old_enough else _hash_file(path, stat.st_size, stat.st_mtime_ns))
 
 
 @lru_cache(maxsize=4096)
-def _hash_file(path: str, device: int, inode: int, size: int, modified_ns: int, changed_ns: int) -> dict[str, Any]:
+def _recall_hash(path: str, device: int, inode: int, size: int, modified_ns: int, changed_ns: int) -> dict[str, Any]:
+    if size < _CACHED_BYTES:
+        return _hash_file(path, size, modified_ns)
+    identity = [os.path.abspath(path), device, inode, size, modified_ns, changed_ns]
+    key = hashlib.blake2b(json.dumps(identity).encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+    def write(folder: Path) -> None:
+        (folder / "fingerprint.json").write_text(json.dumps(_hash_file(path, size, modified_ns)), encoding="utf-8")
+
+    folder = open_entry(f"fingerprint-{key}", write)
+    fingerprint: dict[str, Any] = json.loads((folder / "fingerprint.json").read_text("utf-8"))
+    return fingerprint
+
+
+def _hash_file(path: str, size: int, modified_ns: int) -> dict[str, Any]:
     if size <= _HASHED_BYTES:
         return hash_file(Path(path))
     digest = hashlib.sha256()

@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from minilm.config import Batch, Classification, Config, Data, MaskedLM, Model, Run, Tokens
 from minilm.config.command_line import parse_flags
+from minilm.data import fingerprints
 from minilm.data.documents import load_all_documents, load_documents
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.sources import build_columns, fingerprint_sources, load_rows, stream_rows
@@ -880,6 +881,28 @@ def test_the_fingerprint_of_a_large_file_is_its_size_time_and_samples(
         fingerprints.append(json.dumps(fingerprint_file(str(path))))
     assert fingerprints[0] == fingerprints[4]
     assert len({*fingerprints}) == 4
+
+
+def test_another_process_does_not_hash_a_large_file_again_unless_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprints, "_CACHED_BYTES", 100)
+    monkeypatch.setattr(fingerprints, "_CLOCK_SECONDS", -1.0)
+    hash_file, hashed = fingerprints.hash_file, list[str]()
+    monkeypatch.setattr(fingerprints, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    for size in (99, 100):
+        (tmp_path / f"{size}").write_bytes(b"a" * size)
+    found = list[dict[str, Any]]()
+    for _ in range(3):
+        # A new process remembers nothing.
+        fingerprints._recall_hash.cache_clear()
+        found.append(fingerprint_file(str(tmp_path / "100")))
+        fingerprint_file(str(tmp_path / "99"))
+    assert found == [hash_file(tmp_path / "100")] * 3
+    assert sorted(hashed) == ["100", "99", "99", "99"]
+    os.utime(tmp_path / "100", ns=(1, 1))
+    (tmp_path / "100").write_bytes(b"b" * 100)
+    assert fingerprint_file(str(tmp_path / "100")) == hash_file(tmp_path / "100") != found[0]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

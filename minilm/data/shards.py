@@ -7,7 +7,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,10 @@ class DocumentBatch(Protocol):
 
 class Shard(Protocol):
     """Documents in a fixed order. Documents without a visible character are left out."""
+
+    @property
+    def stamp(self) -> Any:
+        """Tells whether the documents have changed since the shard was opened. JSON types."""
 
     def read(self, start: Place) -> Iterator[DocumentBatch]:
         """Yield the documents from a place on, in batches that are not empty."""

@@ -15,6 +15,7 @@ from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator, MicroBatch
 from minilm.data.phased_batches import PlanPart, RunPlan
 from minilm.data.stream_windows import StreamWindows
+from minilm.data.window_encoder import encode_ahead
 
 # The number of bits for an example's place in its window.
 _PLACE_BITS = 32
@@ -69,7 +70,7 @@ class WindowReader:
             # Loader workers may be a few steps ahead of each other, so the window before stays open.
             self._open = {other: kept for other, kept in self._open.items() if other == number - 1} | {number: window}
             if self._windows.start_of(number + 1).step < self._steps:
-                self._windows.encode_ahead(number + 1)
+                encode_ahead(self._windows, number + 1)
         return self._open[number]
 
 

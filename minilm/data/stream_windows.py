@@ -6,9 +6,9 @@ pure function of the stream, the seed and its number. Where each window begins i
 encoded; the cache keeps an index of these places, so that a resumed run opens its window at once.
 
 The files of a window are an entry of the cache, in the form of a corpus (`minilm.data.corpus`). A window is encoded by
-the process that needs it first, or ahead of time by a process of its own (`minilm.data.window_encoder`). One process at
-a time holds the lock of the stream and encodes. The others wait for it, and encode the window themselves if it was
-killed.
+the process that needs it first, or ahead of time by a process of its own (`minilm.data.window_encoder`). Of all
+processes that share a cache, one holds the lock of the stream and encodes. The others wait for it, and encode the
+window themselves if it was killed.
 """
 
 import fcntl
@@ -16,9 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
-import subprocess
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from minilm.config import Data
 from minilm.data.array_file import create_array_file
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import ExampleForm, Examples, open_examples
@@ -39,7 +37,7 @@ from minilm.data.shards import START, DocumentBatch, Pool
 from minilm.data.special_token_counter import read_special_tokens
 from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
-from minilm.data.tokenizer_state import serialize_tokenizer
+from minilm.data.token_shards import describe_backend
 from minilm.utils.atomic_files import remove_path, write_atomically
 from minilm.utils.cache import find_entry, get_cache_folder, open_entry
 
@@ -93,9 +91,12 @@ class EncodingCancelledError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamWindows:
-    """A stream of documents in windows. It can be pickled."""
+    """A stream of documents in windows."""
 
+    data: Data
+    """Names the documents, which are the training documents of `minilm.data.streaming.stream_documents`."""
     pools: tuple[Pool, ...]
+    """The documents, as `minilm.data.shards.open_pools` returns them."""
     identity: str
     """Differs between streams with different documents, and between orders of their shards."""
     tokenizer: PreTrainedTokenizerBase
@@ -121,8 +122,8 @@ class StreamWindows:
         form = [self.form.around, self.form.room, self.form.layout, self.form.overflow]
         settings = [self.tokens, self.seed, self.held_out, self.examples, self.row_tokens, self.words]
         shares = [pool.share for pool in self.pools]
-        content = [_VERSION, self.identity, serialize_tokenizer(self.tokenizer), form, settings, shares]
-        text = json.dumps(content, default=str).encode("utf-8", "surrogatepass")
+        content = [_VERSION, self.identity, describe_backend(self.tokenizer), form, settings, shares]
+        text = json.dumps(content).encode("utf-8", "surrogatepass")
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
     def sample(self) -> Examples:
@@ -164,37 +165,24 @@ class StreamWindows:
             with suppress(FileNotFoundError):
                 return self._open_examples(folder, f"{self.key}-{number}", warn=warn)
 
-    def encode_ahead(self, number: int) -> None:
-        """Start a process that encodes a window, unless it is in the cache or the stream's lock is held."""
-        if self._entry(number).exists():
-            return
-        with self._lock(wait=False) as locked:
-            if not locked:
-                return
-        path = os.pathsep.join(filter(None, sys.path))
-        encoder = subprocess.Popen(
-            [sys.executable, "-m", "minilm.data.window_encoder"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"},
-            # A signal to the run's group must not reach it. It ends when this process is gone.
-            start_new_session=True,
-        )
-        _encoders[:] = [other for other in _encoders if other.poll() is None] + [encoder]
-        assert encoder.stdin is not None
-        with suppress(BrokenPipeError), encoder.stdin:
-            pickle.dump((self, number, os.getpid()), encoder.stdin)
+    @contextmanager
+    def locked_to_encode(self, number: int) -> Iterator[int | None]:
+        """Hold the lock of the stream in the block, if a window is to be encoded and no other process encodes.
 
-    def encode(self, number: int, cancelled: Callable[[], bool]) -> None:
-        """Encode a window, unless another process does.
+        Yield the descriptor of the lock, or None. A process that inherits the descriptor holds the lock to its end.
+        """
+        with self._lock(wait=False) as descriptor:
+            yield None if self._entry(number).exists() else descriptor
+
+    def encode_locked(self, number: int, cancelled: Callable[[], bool]) -> None:
+        """Encode a window whose beginning is in the index. The stream's lock is held.
 
         cancelled: called after each batch of documents. EncodingCancelledError is raised when it returns True.
         """
-        start = self.start_of(number)
-        with self._lock(wait=False) as locked:
-            if locked:
-                self._open_locked(start, cancelled)
+        starts = self._read_index()
+        # The run makes a lost index anew when it needs the window.
+        if number < len(starts):
+            self._open_locked(starts[number], cancelled)
 
     def _entry(self, number: int) -> Path:
         return get_cache_folder() / f"window-{self.key}-{number}"
@@ -226,20 +214,20 @@ class StreamWindows:
             remove_path(path)
 
     @contextmanager
-    def _lock(self, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock of the stream in the block. Without `wait`, yield False if another process holds it.
+    def _lock(self, *, wait: bool = True) -> Iterator[int | None]:
+        """Hold the lock of the stream in the block, and yield its descriptor.
 
-        On a file system without locks, several processes may encode the same window, of which the first one stays.
+        Without `wait`, yield None if another process holds the lock. On a file system without locks, several processes
+        may encode the same window, of which the first one stays.
         """
-        descriptor = os.open(
-            get_cache_folder() / f"windows-{self.key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
-        )
+        path = get_cache_folder() / f"windows-{self.key}.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            locked = True
+            locked: int | None = descriptor
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                locked = False
+                locked = None
             except OSError:
                 pass
             yield locked
@@ -350,9 +338,6 @@ class StreamWindows:
             examples.lengths, examples=self.examples, micro_tokens=1, seed=self.seed, row_tokens=self.row_tokens
         )
         return plan.steps_per_epoch
-
-
-_encoders = list["subprocess.Popen[bytes]"]()  # the encoders that this process has started
 
 
 def _never() -> bool:

@@ -183,6 +183,11 @@ class TokenShard:
     pieces: Sequence[dict[str, Any]]
     """What the manifest says of each piece."""
 
+    @property
+    def stamp(self) -> list[dict[str, str]]:
+        """The SHA-256 of each file of each piece."""
+        return [piece["sha256"] for piece in self.pieces]
+
     def read(self, start: Place) -> Iterator[TokenBatch]:
         firsts = np.cumsum([0, *(piece["documents"] for piece in self.pieces)]).tolist()
         for number in range(max(0, bisect_right(firsts, start[0]) - 1), len(self.pieces)):

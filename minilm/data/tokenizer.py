@@ -1,5 +1,7 @@
 """Load the tokenizer of a run. Train one on the documents if there is none, or extend one by words of the documents."""
 
+import hashlib
+import json
 from collections.abc import Callable
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -9,7 +11,7 @@ from minilm.data.document_texts import Documents, find_text_columns, fingerprint
 from minilm.data.tokenizer_extension import extend_tokenizer
 from minilm.data.tokenizer_state import serialize_tokenizer
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.utils.cache import open_entry
+from minilm.utils.cache import explain_cache_errors, open_entry
 from minilm.utils.hub import explain_loading_errors
 
 
@@ -56,6 +58,14 @@ def load_tokenizer(
         documents,
         *(serialize_tokenizer(tokenizer), tokens.extend),
     )
+
+
+def store_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a folder of the cache that holds the tokenizer."""
+    state = json.dumps(serialize_tokenizer(tokenizer), default=str)
+    key = hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+    with explain_cache_errors():
+        return str(open_entry(f"tokenizer-{key}", lambda folder: tokenizer.save_pretrained(folder)))
 
 
 def _open_cached(

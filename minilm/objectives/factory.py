@@ -1,7 +1,5 @@
 """The objective, the data and the model that a configuration asks for."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,13 +12,13 @@ from minilm.config.phases import Period, find_longest, list_periods
 from minilm.data.corpus import PreparedData
 from minilm.data.excluded_documents import check_excluded_documents
 from minilm.data.memory import MemoryDocuments
-from minilm.data.tokenizer_state import serialize_tokenizer
+from minilm.data.tokenizer import store_tokenizer
 from minilm.models.builtin_loss import check_builtin_loss
 from minilm.models.loading import check_model, load_model
 from minilm.models.lora import check_peft_installed
 from minilm.models.model_config import load_configuration
 from minilm.objectives.objective import Objective
-from minilm.utils.cache import explain_cache_errors, open_entry
+from minilm.utils.cache import explain_cache_errors
 
 # For each class of minilm's settings, the module and the class that implement it. A module is imported when it is used.
 _IMPLEMENTATIONS = {
@@ -85,7 +83,7 @@ def prepare_run(config: Config, memory: MemoryDocuments | None = None) -> Prepar
         with _name_period(period, config):
             check_model(config.model, max_length=period.config.batch.max_length, auto=auto)
     prepared = prepare_data(config, memory)
-    tokens = replace(config.tokens, name=_store_tokenizer(prepared), extend=0)
+    tokens = replace(config.tokens, name=store_tokenizer(prepared.tokenizer), extend=0)
     found = {_data_settings(config): prepared.train}
     for period in periods:
         if _data_settings(period.config) in found:
@@ -112,14 +110,6 @@ def _name_period(period: Period, config: Config) -> Iterator[None]:
 def _data_settings(config: Config) -> tuple[object, ...]:
     """Return the settings that decide the training examples, of those that may change during a run."""
     return config.batch.max_length, config.data.weights
-
-
-def _store_tokenizer(prepared: PreparedData) -> str:
-    """Return a folder of the cache that holds the tokenizer."""
-    state = json.dumps(serialize_tokenizer(prepared.tokenizer), default=str)
-    key = hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-    with explain_cache_errors():
-        return str(open_entry(f"tokenizer-{key}", lambda folder: prepared.tokenizer.save_pretrained(folder)))
 
 
 def build_network(config: Config, prepared: PreparedData, *, trained: bool = True) -> PreTrainedModel:

@@ -147,6 +147,7 @@ class LanguageModelObjective(Objective):
         }
         is_share = data.eval_source is None and data.eval_split is None
         windows = StreamWindows(
+            data=data,
             pools=tuple(pools),
             identity=train.identity,
             tokenizer=tokenizer,

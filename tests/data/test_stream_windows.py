@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -12,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.config import Data
 from minilm.data.corpus import ExampleForm, encode
 from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.shards import TextShard, open_pools
-from minilm.data.stream_windows import EncodingCancelledError, StreamWindows, _encoders
+from minilm.data.stream_windows import EncodingCancelledError, StreamWindows
 from minilm.data.streaming import stream_documents
+from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
 from minilm.utils.cache import get_cache_folder
 
 # Three files of different sizes, with blank lines and letters of several bytes.
@@ -66,6 +72,7 @@ def _open(data: Data, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> St
     form = ExampleForm.of(tokenizer, max_length=24, layout="documents", overflow="split", causal=False)
     defaults: dict[str, Any] = {"form": form, "words": True, "tokens": 300, "seed": next(_seeds), "held_out": 0.2}
     return StreamWindows(
+        data=data,
         pools=pools,
         identity=stream_documents(data)[0].identity,
         tokenizer=tokenizer,
@@ -201,9 +208,28 @@ def test_the_cache_never_holds_more_than_three_windows(windows: StreamWindows) -
     assert len(windows.open(1)) > 0
 
 
-def test_a_window_can_be_encoded_by_another_process(windows: StreamWindows) -> None:
+def _weighted(folder: Path, tokenizer: PreTrainedTokenizerBase) -> StreamWindows:
+    source = _write(folder / "weighted", "jsonl")
+    return _open(Data(source=(source[1], source[2]), weights=(1, 3)), tokenizer, seed=next(_seeds))
+
+
+def _blocks(folder: Path, tokenizer: PreTrainedTokenizerBase) -> StreamWindows:
+    """Return windows of blocks. The tokenizer truncates by itself, until it encodes."""
+    truncating = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), sep_token="[SEP]", cls_token="[CLS]"
+    )
+    truncating.backend_tokenizer.enable_truncation(8)
+    form = ExampleForm.of(truncating, max_length=24, layout="blocks", overflow="split", causal=False)
+    return _open(Data(source=_write(folder, "parquet")), truncating, form=form, words=False)
+
+
+@pytest.mark.parametrize("make", [_weighted, _blocks])
+def test_a_window_can_be_encoded_by_another_process(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[..., StreamWindows]
+) -> None:
+    windows = make(tmp_path, tokenizer)
     windows.start_of(1)
-    windows.encode_ahead(1)
+    encode_ahead(windows, 1)
     assert _encoders[-1].wait(120) == 0
     assert windows._entry(1).exists()
     ahead = _texts(windows, 1)
@@ -211,12 +237,75 @@ def test_a_window_can_be_encoded_by_another_process(windows: StreamWindows) -> N
     assert _texts(windows, 1) == ahead
 
 
+def test_one_process_of_a_host_encodes_ahead_and_the_others_wait_for_it(windows: StreamWindows) -> None:
+    windows.start_of(1)
+    encode_ahead(windows, 1)
+    encoder = _encoders[-1]
+    encoder.send_signal(signal.SIGSTOP)
+    try:
+        # Other processes of the run, in which the window is needed, or needed next.
+        other = replace(windows, _starts=[])
+        encode_ahead(other, 1)
+        assert _encoders[-1] is encoder
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(other.open, 1)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            assert not windows._entry(1).exists()
+            # A killed encoder releases the lock.
+            encoder.kill()
+            assert len(waiting.result(timeout=60)) > 0
+    finally:
+        encoder.kill()
+
+
+def test_the_run_does_not_wait_for_a_process_that_encodes_ahead(
+    windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = replace(windows, identity="long" * 10**5)
+    windows.start_of(1)
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 20\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(encode_ahead, windows, 1).result(timeout=10)
+    assert _encoders[-1].poll() is None
+    _encoders[-1].kill()
+
+
+@pytest.mark.parametrize("change", ["a file", "a setting"])
+def test_a_process_that_finds_another_stream_encodes_nothing(windows: StreamWindows, change: str) -> None:
+    windows.start_of(1)
+    description = describe_windows(windows)
+    assert open_windows(description).key == windows.key
+    if change == "a file":
+        assert isinstance(windows.data.source, tuple)
+        os.utime(windows.data.source[0], (1, 1))
+    else:
+        description["words"] = not description["words"]
+    with pytest.raises(ValueError, match="have changed"):
+        open_windows(description)
+
+
 def test_an_encoder_stops_when_the_run_is_gone_and_the_next_process_encodes(windows: StreamWindows) -> None:
     windows.start_of(1)
-    with pytest.raises(EncodingCancelledError):
-        windows.encode(1, lambda: True)
+    with windows.locked_to_encode(1) as lock:
+        assert lock is not None
+        with pytest.raises(EncodingCancelledError):
+            windows.encode_locked(1, lambda: True)
     assert not windows._entry(1).exists()
     assert len(windows.open(1)) > 0
+
+
+def test_an_encoder_that_finds_no_index_encodes_no_earlier_window(windows: StreamWindows) -> None:
+    windows.open(1)
+    windows._index.unlink()
+    for number in (0, 1):
+        shutil.rmtree(windows._entry(number))
+    with windows.locked_to_encode(2):
+        windows.encode_locked(2, lambda: False)
+    assert not [*get_cache_folder().glob(f"window-{windows.key}-*")]
 
 
 def test_each_window_has_the_share_of_each_source_and_a_source_that_ends_is_taken_anew(

@@ -60,6 +60,7 @@ def _windows(data: Data, tokenizer: PreTrainedTokenizerBase, *, causal: bool) ->
     pools = open_pools(data, weighted=False)
     assert pools is not None
     return StreamWindows(
+        data=data,
         pools=pools,
         identity=stream_documents(data)[0].identity,
         tokenizer=tokenizer,

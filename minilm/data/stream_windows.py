@@ -172,7 +172,7 @@ class StreamWindows:
         Yield the descriptor of the lock, or None. A process that inherits the descriptor holds the lock to its end.
         """
         with self._lock(wait=False) as descriptor:
-            yield None if self._entry(number).exists() else descriptor
+            yield None if self.is_encoded(number) else descriptor
 
     def encode_locked(self, number: int, cancelled: Callable[[], bool]) -> None:
         """Encode a window whose beginning is in the index. The stream's lock is held.
@@ -183,6 +183,10 @@ class StreamWindows:
         # The run makes a lost index anew when it needs the window.
         if number < len(starts):
             self._open_locked(starts[number], cancelled)
+
+    def is_encoded(self, number: int) -> bool:
+        """Return whether a window is in the cache."""
+        return self._entry(number).exists()
 
     def _entry(self, number: int) -> Path:
         return get_cache_folder() / f"window-{self.key}-{number}"

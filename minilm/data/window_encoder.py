@@ -29,9 +29,16 @@ log = logging.getLogger("minilm")
 
 # The training process comes first.
 _NICENESS = 10
+# A process takes seconds to start. In that time, the run encodes a window of fewer tokens itself.
+_LEAST_TOKENS = 2**20
 _SETTINGS = ("identity", "words", "tokens", "seed", "held_out", "examples", "row_tokens")
 # The encoders that this process has started.
 _encoders = list["subprocess.Popen[bytes]"]()
+
+
+def has_encoder(windows: StreamWindows) -> bool:
+    """Return whether the windows are encoded ahead of time. Small ones are left to the process that needs them."""
+    return windows.tokens >= _LEAST_TOKENS
 
 
 def encode_ahead(windows: StreamWindows, number: int) -> None:
@@ -39,6 +46,8 @@ def encode_ahead(windows: StreamWindows, number: int) -> None:
 
     The window before must have been opened.
     """
+    if not has_encoder(windows):
+        return
     _encoders[:] = [encoder for encoder in _encoders if encoder.poll() is None]
     with windows.locked_to_encode(number) as lock:
         if lock is None:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import minilm.data.window_encoder
 from minilm.config import Data
 from minilm.data.corpus import ExampleForm, encode
 from minilm.data.held_out import hash_texts, is_held_out
@@ -93,6 +94,12 @@ def _training_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
     """Return the documents of each file that are not held out, as `_texts` gives them."""
     kept = [[text for text, held in zip(t, is_held_out(hash_texts(t), 0.2), strict=True) if not held] for t in FILES]
     return [[tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in texts] for texts in kept]
+
+
+@pytest.fixture
+def _small_windows_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small windows encoded ahead of time too."""
+    monkeypatch.setattr(minilm.data.window_encoder, "_LEAST_TOKENS", 0)
 
 
 @pytest.fixture
@@ -224,19 +231,28 @@ def _blocks(folder: Path, tokenizer: PreTrainedTokenizerBase) -> StreamWindows:
 
 
 @pytest.mark.parametrize("make", [_weighted, _blocks])
-def test_a_window_can_be_encoded_by_another_process(
+def test_a_stream_is_opened_anew_from_its_description(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[..., StreamWindows]
 ) -> None:
     windows = make(tmp_path, tokenizer)
+    right = _texts(windows, 1)
+    shutil.rmtree(windows._entry(1))
+    again = open_windows(json.loads(json.dumps(describe_windows(windows))))
+    with again.locked_to_encode(1):
+        again.encode_locked(1, lambda: False)
+    assert windows.is_encoded(1)
+    assert _texts(windows, 1) == right
+
+
+@pytest.mark.usefixtures("_small_windows_ahead")
+def test_a_window_can_be_encoded_by_another_process(windows: StreamWindows) -> None:
     windows.start_of(1)
     encode_ahead(windows, 1)
     assert _encoders[-1].wait(120) == 0
-    assert windows._entry(1).exists()
-    ahead = _texts(windows, 1)
-    shutil.rmtree(windows._entry(1))
-    assert _texts(windows, 1) == ahead
+    assert windows.is_encoded(1)
 
 
+@pytest.mark.usefixtures("_small_windows_ahead")
 def test_one_process_of_a_host_encodes_ahead_and_the_others_wait_for_it(windows: StreamWindows) -> None:
     windows.start_of(1)
     encode_ahead(windows, 1)
@@ -251,7 +267,7 @@ def test_one_process_of_a_host_encodes_ahead_and_the_others_wait_for_it(windows:
             waiting = pool.submit(other.open, 1)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
-            assert not windows._entry(1).exists()
+            assert not windows.is_encoded(1)
             # A killed encoder releases the lock.
             encoder.kill()
             assert len(waiting.result(timeout=60)) > 0
@@ -259,6 +275,7 @@ def test_one_process_of_a_host_encodes_ahead_and_the_others_wait_for_it(windows:
         encoder.kill()
 
 
+@pytest.mark.usefixtures("_small_windows_ahead")
 def test_the_run_does_not_wait_for_a_process_that_encodes_ahead(
     windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,13 +305,19 @@ def test_a_process_that_finds_another_stream_encodes_nothing(windows: StreamWind
         open_windows(description)
 
 
+def test_no_process_is_started_for_a_small_window(windows: StreamWindows, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows.start_of(1)
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **settings: pytest.fail("a process was started"))
+    encode_ahead(windows, 1)
+
+
 def test_an_encoder_stops_when_the_run_is_gone_and_the_next_process_encodes(windows: StreamWindows) -> None:
     windows.start_of(1)
     with windows.locked_to_encode(1) as lock:
         assert lock is not None
         with pytest.raises(EncodingCancelledError):
             windows.encode_locked(1, lambda: True)
-    assert not windows._entry(1).exists()
+    assert not windows.is_encoded(1)
     assert len(windows.open(1)) > 0
 
 

@@ -39,7 +39,7 @@ from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import describe_backend
 from minilm.utils.atomic_files import remove_path, write_atomically
-from minilm.utils.cache import find_entry, get_cache_folder, open_entry
+from minilm.utils.cache import explain_cache_errors, find_entry, get_cache_folder, open_entry
 
 log = logging.getLogger("minilm")
 
@@ -128,7 +128,8 @@ class StreamWindows:
 
     def sample(self) -> Examples:
         """Return the first examples of the stream in the order of its sources. Checks take them for all examples."""
-        folder = open_entry(f"sample-{self.key}", lambda folder: self._write(folder, None, _SAMPLE_TOKENS, _never))
+        name = f"sample-{self.key}-{_SAMPLE_TOKENS}"
+        folder = open_entry(name, lambda folder: self._write(folder, None, _SAMPLE_TOKENS, _never))
         return self._open_examples(folder, f"{self.key}-sample", warn=True)
 
     @property
@@ -225,7 +226,8 @@ class StreamWindows:
         may encode the same window, of which the first one stays.
         """
         path = get_cache_folder() / f"windows-{self.key}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with explain_cache_errors(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             locked: int | None = descriptor
             try:
@@ -268,7 +270,8 @@ class StreamWindows:
             lines.append(json.dumps({**start.to_json(), "hash": digest}) + "\n")
         if self._index.is_dir():
             remove_path(self._index)
-        write_atomically(self._index, "".join(lines))
+        with explain_cache_errors(self._index.parent):
+            write_atomically(self._index, "".join(lines))
 
     # The files of a window.
 
@@ -305,11 +308,14 @@ class StreamWindows:
                         break
                 else:
                     following = None
-                had, place = place, PoolPlace(place.passes + 1)
                 if following is not None:
-                    place = replace(following, passes=had.passes)
-                # The pass of a single pool ends its window. A pool without tokens would be read for ever.
-                if following is None and (len(self.pools) == 1 or (taken == 0 and had == PoolPlace(had.passes))):
+                    place = replace(following, passes=place.passes)
+                    continue
+                begin, place = place, PoolPlace(place.passes + 1)
+                is_whole_pass = begin == PoolPlace(begin.passes)
+                # The pass of a single pool ends its window, unless the documents that were left of it have no token. A
+                # pool without tokens would be read for ever.
+                if (len(self.pools) == 1 and taken) or (is_whole_pass and not taken):
                     break
             ends.append(place)
         parts.sort(key=lambda part: part[0])

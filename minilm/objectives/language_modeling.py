@@ -160,7 +160,7 @@ class LanguageModelObjective(Objective):
             row_tokens=batch.max_length if batch.layout == "packed" else None,
         )
         # Weights repeat texts, which tokenised shards do not have. In windows, they are shares.
-        is_small, enough = windows.is_one_window and not (folders and data.weights), None
+        is_small, enough = not (folders and data.weights) and windows.is_one_window, None
         if is_small and not data.weights:
             examples = windows.open(0, warn=True)
         elif is_small:

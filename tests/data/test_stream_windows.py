@@ -1,5 +1,6 @@
 """Windows: each holds the documents that its number says, whatever the format, the process and the order of calls."""
 
+import errno
 import io
 import json
 import os
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import minilm.data.stream_windows
 import minilm.data.window_encoder
 from minilm.config import Data
 from minilm.data.corpus import ExampleForm, encode
@@ -27,7 +29,7 @@ from minilm.data.shards import TextShard, open_pools
 from minilm.data.stream_windows import EncodingCancelledError, StreamWindows
 from minilm.data.streaming import stream_documents
 from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
-from minilm.utils.cache import get_cache_folder
+from minilm.utils.cache import CacheError, get_cache_folder
 
 # Three files of different sizes, with blank lines and letters of several bytes.
 FILES = [
@@ -347,6 +349,58 @@ def test_each_window_has_the_share_of_each_source_and_a_source_that_ends_is_take
         assert 250 <= tokens[0] < 250 + 60
         assert 750 <= tokens[1] < 750 + 60
     assert windows.start_of(4).pools[0].passes > 4
+
+
+def test_documents_without_tokens_at_the_end_of_a_pass_belong_to_the_next_window(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Replace("¤", "")
+    special = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("cls", "sep", "pad", "mask")}
+    emptying = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    path = tmp_path / "a.txt"
+    texts = [f"document {number}" for number in range(5)]
+    path.write_text("\n".join(["¤", *texts, "¤", "¤¤"]))
+    # Each document with a token is a window.
+    windows = _open(Data(source=str(path)), emptying, tokens=1, held_out=0.0)
+    found = [[text for text in _texts(windows, number) if text] for number in range(10)]
+    assert found == [[text] for text in texts] * 2
+    assert [windows.start_of(number).pools[0].passes for number in (4, 5, 6)] == [0, 0, 1]
+
+
+def test_a_stream_without_any_token_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Replace("¤", "")
+    (tmp_path / "a.txt").write_text("¤\n¤")
+    windows = _open(Data(source=str(tmp_path / "a.txt")), PreTrainedTokenizerFast(tokenizer_object=backend))
+    with pytest.raises(ValueError, match="the training documents hold no token to predict"):
+        windows.start_of(1)
+
+
+@pytest.mark.parametrize("name", ["lock", "jsonl"])
+def test_an_error_of_the_cache_says_what_to_do(
+    windows: StreamWindows, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open if name == "lock" else Path.open
+
+    def fill_disk(path: Any, *args: Any, **settings: Any) -> Any:
+        if f".{name}" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return opened(path, *args, **settings)
+
+    monkeypatch.setattr(*((os, "open") if name == "lock" else (Path, "open")), fill_disk)
+    with pytest.raises(CacheError, match=r"the disk is full while the cache .*: free some space, or set HF_HOME"):
+        windows.open(0)
+
+
+def test_samples_of_other_sizes_are_other_entries(windows: StreamWindows, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = list[int]()
+    for tokens in (100, 400, 100):
+        monkeypatch.setattr(minilm.data.stream_windows, "_SAMPLE_TOKENS", tokens)
+        sizes.append(len(windows.sample().ids))
+    assert sizes[0] == sizes[2]
+    assert sizes[0] < 150
+    assert sizes[1] >= 400
 
 
 def test_a_file_that_changes_during_the_run_is_refused(windows: StreamWindows) -> None:

@@ -23,6 +23,7 @@ from minilm.data.token_shards import MANIFEST, is_tokenized
 from minilm.data.tokenize_source import tokenize
 from minilm.objectives.factory import prepare_run
 from minilm.train import train
+from minilm.utils.cache import get_cache_folder
 from tests.jobs import CONFIG, end_of, write_text
 
 PIECE_TOKENS = 700
@@ -186,6 +187,16 @@ def test_a_run_that_cannot_use_the_shards_is_refused(
     config = replace(CONFIG, data=Data(source=str(folder), **data), tokens=Tokens(**tokens))
     with pytest.raises(ValueError, match=says):
         prepare_run(config)
+
+
+def test_weighted_shards_need_no_window_before_the_first_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    shutil.copytree(folder, tmp_path / "other")
+    data = Data(source=(str(folder), str(tmp_path / "other")), weights=(1, 2), window_tokens=300)
+    assert prepare_run(replace(CONFIG, data=data)).stream is not None
+    assert not [*get_cache_folder().glob("window*")]
 
 
 def test_words_are_refused_where_the_shards_do_not_have_them(

@@ -4,6 +4,9 @@ Each window has a plan of its own, as if it were an epoch, and a collator of its
 window ends. The number of an example is that of its window and its place in the window, in one integer.
 """
 
+import logging
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +18,10 @@ from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator, MicroBatch
 from minilm.data.phased_batches import PlanPart, RunPlan
 from minilm.data.stream_windows import StreamWindows
-from minilm.data.window_encoder import encode_ahead
+from minilm.data.window_encoder import encode_ahead, has_encoder
+from minilm.utils.launch_variables import is_local_main_process
+
+log = logging.getLogger("minilm")
 
 # The number of bits for an example's place in its window.
 _PLACE_BITS = 32
@@ -52,8 +58,21 @@ class WindowReader:
 
     def at_step(self, step: int) -> tuple[int, _OpenWindow]:
         """Return the number of the window that holds a step, and the window."""
+        self._name_host_that_waits(step)
         number = self._windows.find(step).number
         return number, self.window(number)
+
+    def _name_host_that_waits(self, step: int) -> None:
+        """Log that all hosts wait for this one, if it has not yet encoded the window of a step in time."""
+        if not self._open or not has_encoder(self._windows) or not is_local_main_process(os.environ):
+            return
+        following = max(self._open) + 1
+        if step >= self._windows.start_of(following).step and not self._windows.is_encoded(following):
+            # An error, since processes other than the main one show only these.
+            log.error(
+                f"host {socket.gethostname()}: training waits for window {following + 1} of the stream, which this "
+                "host has not encoded yet"
+            )
 
     def passes_before(self, step: int) -> int:
         """Return the number of complete passes over the stream before the window of the step before."""

@@ -8,6 +8,7 @@ itself.
 
 import logging
 import math
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -153,6 +154,7 @@ def begin(
                 check_best_checkpoint(checkpoint, config.run)
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
         prepared = local_main_process_first(accelerator, lambda: prepare_run(config, memory))
+        _check_hosts(prepared)
         session = Session(
             config=_limit_tokens(config, prepared),
             accelerator=accelerator,
@@ -171,6 +173,20 @@ def begin(
         # The other processes have left, so that none waits for the upload.
         if main and session.uploads and config.run.push_to_hub is not None:
             upload_run(config.run.push_to_hub, folder, session.uploads)
+
+
+def _check_hosts(prepared: PreparedData) -> None:
+    """Raise ValueError if this process reads another stream than the main process, as on a host with other files."""
+    if prepared.stream is None:
+        return
+    own = prepared.stream.key
+    main = broadcast_from_main(lambda: own)
+    with on_all_ranks():
+        if own != main:
+            raise ValueError(
+                f"host {socket.gethostname()}: its documents or its tokenizer are not those of the main process: give "
+                "each host the same files, and keep the times of change of files above 1 GiB (cp --preserve=timestamps)"
+            )
 
 
 def _limit_tokens(config: Config, prepared: PreparedData) -> Config:

@@ -30,6 +30,11 @@ def is_main_process(environment: Mapping[str, str]) -> bool:
     return place is None or place[0] == 0
 
 
+def is_local_main_process(environment: Mapping[str, str]) -> bool:
+    """Return whether this process is the first of its job on this host, or the only one."""
+    return read_rank_and_size(environment) is None or _parse_number(environment.get("LOCAL_RANK")) == 0
+
+
 def is_distributed(environment: Mapping[str, str]) -> bool:
     """Return whether this process belongs to a job of several processes."""
     place = read_rank_and_size(environment)

@@ -1,10 +1,13 @@
 """Two hosts, which are network namespaces, train together; then the link between them is cut. Needs root.
 
+Each host reads a stream in windows from files of its own, with a cache of its own.
+
 python -m tests.faults.link
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,12 +82,13 @@ def ip(*words: str) -> None:
 
 
 def start_both(hosts: Hosts, config: Config, place: Path) -> list[Job]:
-    """One process of the run on each host."""
+    """One process of the run on each host, in the working directory `host-<rank>` and with a cache of its own."""
     jobs = []
     for rank, (name, interface) in enumerate(zip(hosts.names, hosts.interfaces, strict=True)):
-        (own := place / f"host-{rank}").mkdir(exist_ok=True)
+        own = place / f"host-{rank}"
         rendezvous = ("--nnodes", "2", "--node-rank", str(rank), "--master-addr", "10.77.0.1", "--master-port", "29400")
-        prefix = ("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={interface}", sys.executable, "-m")
+        own_folders = ("env", "-C", str(own), f"HF_HOME={own / 'hf'}", f"GLOO_SOCKET_IFNAME={interface}")
+        prefix = ("ip", "netns", "exec", name, *own_folders, sys.executable, "-m")
         launcher = (*prefix, "torch.distributed.run", *rendezvous, "--nproc-per-node", "1")
         jobs.append(start("torchrun", config, own, command=launcher))
     return jobs
@@ -97,13 +101,18 @@ def losses(folder: Path, steps: int) -> list[float]:
 def cut_the_link(place: Path) -> Found:
     """Train across the hosts, cut, resume; what was found."""
     config = config_in(place, steps=100_000)
+    for rank in range(2):
+        (place / f"host-{rank}").mkdir()
+        shutil.copy(place / "text.txt", place / f"host-{rank}")
+    data = replace(config.data, source="text.txt", streaming=True, window_tokens=300)
     run = replace(config.run, timeout=TIMEOUT, eval_every=100_000)
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = replace(config.model, config={**config.model.config, **without_dropout})
     optim = replace(config.optim, schedule="constant", warmup=0)
-    config = replace(config, run=run, model=model, optim=optim, objective=MaskedLM(rate=0.3))
+    config = replace(config, data=data, run=run, model=model, optim=optim, objective=MaskedLM(rate=0.3))
+    on_one_host = f"import os; os.chdir({str(place / 'host-0')!r})"
     alone = replace(config, run=replace(run, output_dir=str(place / "alone"), max_steps=COMPARED))
-    job = start("fork", alone, place, processes=1)
+    job = start("fork", alone, place, processes=1, planted=on_one_host)
     assert job.status() == 0, job.stderr.read_text()
     folder = place / "out"
     config = replace(config, run=replace(run, output_dir=str(folder)))
@@ -128,7 +137,7 @@ def cut_the_link(place: Path) -> Found:
     apart = max(abs(a - b) / abs(b) for a, b in zip(together, single, strict=True))
     reached = max(int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/manifest.json"))
     again = replace(config, run=replace(config.run, resume="latest", max_steps=reached + 10))
-    job = start("fork", again, place, processes=2)
+    job = start("fork", again, place, processes=2, planted=on_one_host)
     assert job.status() == 0, job.stderr.read_text()
     errors = [job.stderr.read_text() for job in jobs]
     return Found(

@@ -1,5 +1,7 @@
 """Laws 1 and 2 for streams of several windows: the same steps for any number of processes and workers, and resumed."""
 
+import logging
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+import minilm.data.stream_batches
 import minilm.data.stream_windows
+import minilm.data.window_encoder
 from minilm import Config, Data, Phase
+from minilm.data.batch_plan import Plan
+from minilm.data.stream_batches import WindowReader
 from minilm.data.stream_windows import StreamWindows
 from minilm.models.sparse_head import SparseHead
 from minilm.objectives.factory import prepare_run
 from minilm.runs.session import _limit_tokens
 from minilm.train import train
-from tests.jobs import CONFIG, STEPS, end_of, finish_all, start, write_text
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, launched, start, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 
@@ -74,6 +80,50 @@ def test_two_processes_make_the_same_steps(config: Config, tmp_path: Path) -> No
     for ours, theirs in zip(*(read_log(folder)[0] for folder in folders), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+
+
+def test_a_host_with_other_files_is_named_before_the_first_step(config: Config, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"host-{rank}").mkdir()
+        text = Path(write_text(tmp_path / f"host-{rank}" / "text.txt"))
+    with text.open("a") as file:
+        file.write("one more\n")
+    host = f"""
+import os
+rank = os.environ["RANK"]
+os.chdir({str(tmp_path / "host-")!r} + rank)
+os.environ.update(HF_HOME=os.getcwd(), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+"""
+    config = replace(config, data=replace(config.data, source="text.txt"))
+    job = start("fork", in_folder(config, tmp_path / "out"), tmp_path, processes=2, planted=host)
+    assert job.status() != 0
+    says = f"host {socket.gethostname()}: its documents or its tokenizer are not those of the main process"
+    assert says in job.stderr.read_text()
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_a_host_that_training_waits_for_is_named_once(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, local_rank: str
+) -> None:
+    for name, value in (launched(1) | {"LOCAL_RANK": local_rank}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(minilm.data.window_encoder, "_LEAST_TOKENS", 0)
+    # The next window is never encoded in time.
+    monkeypatch.setattr(minilm.data.stream_batches, "encode_ahead", lambda windows, number: None)
+    windows = prepare_run(replace(config, run=replace(config.run, seed=77))).stream
+    assert windows is not None
+    reader = WindowReader(
+        windows,
+        lambda examples, number: Plan(examples.lengths, examples=8, micro_tokens=40),
+        lambda number, examples: None,
+        STEPS,
+    )
+    with caplog.at_level(logging.ERROR, "minilm"):
+        for step in range(windows.start_of(1).step, windows.start_of(2).step + 1):
+            reader.at_step(step)
+    waits = f"host {socket.gethostname()}: training waits for window 3 of the stream"
+    assert [record.message.startswith(waits) for record in caplog.records] == [True] * (local_rank == "0")
 
 
 def test_a_killed_run_is_resumed_to_the_bit(config: Config, reference: Path, tmp_path: Path) -> None:

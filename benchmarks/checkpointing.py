@@ -68,7 +68,7 @@ def build_saver(parts: Parts) -> CheckpointSaver:
     print(f"{hardware['device']}, {hardware['threads_per_process']} threads, {get_precision(parts)}; ", end="")
     print(f"{size / 1e6:,.0f} MB a checkpoint, one every {EVERY} steps")
     folder, tokenizer = Path(str(config.run.output_dir)), parts.prepared.tokenizer
-    return CheckpointSaver(folder, network, parts.optimizer, tokenizer, config, {}, enabled=True)
+    return CheckpointSaver(folder, network, parts.optimizer, tokenizer, config, {}, main=True)
 
 
 def run_block(steps: Iterator[tuple[int, TurnResult]], saver: CheckpointSaver | None) -> Block:

@@ -42,7 +42,7 @@ from minilm.optim.optimizer import apply_update, build_optimizer
 from minilm.optim.schedule import learning_rate as scheduled_rate
 from minilm.runs.auto_micro_tokens import micro_tokens_of, resolve_micro_tokens
 from minilm.runs.best_checkpoint import BestEvaluation
-from minilm.runs.checkpoint_saver import CheckpointSaver, gather_full_state
+from minilm.runs.checkpoint_saver import CheckpointSaver
 from minilm.runs.early_stopping import StopRequest, any_process, stop_on_bad_gradients
 from minilm.runs.energy import measure_energy
 from minilm.runs.model_card import write_card
@@ -61,6 +61,7 @@ from minilm.runs.session import (
     start_recorder,
     train_rows,
 )
+from minilm.runs.state_tensors import gather_full_state
 from minilm.runs.train_ledger import start_train_ledger
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
@@ -200,7 +201,7 @@ def train(
         recorder, facts = start_recorder(run, head, plan, total, progress)
         ledger = start_train_ledger(run.folder, config, accelerator, prepared, plan, progress.step)
         saver = CheckpointSaver(
-            run.folder, network, optim, prepared.tokenizer, config, inputs, enabled=accelerator.is_main_process
+            run.folder, network, optim, prepared.tokenizer, config, inputs, main=accelerator.is_main_process
         )
 
         # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.

@@ -54,11 +54,11 @@ def trained(model: PreTrainedModel, labels: torch.Tensor = IDS_BxL) -> torch.opt
 
 
 def saver_in(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, *, enabled: bool = True, keep_last: int = 2, save_every: int = 1
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, main: bool = True, keep_last: int = 2, save_every: int = 1
 ) -> CheckpointSaver:
     model = network(tokenizer)
     config = Config(run=Run(save_every=save_every, keep_last=keep_last))
-    return CheckpointSaver(folder, model, trained(model), tokenizer, config, INPUTS, enabled=enabled)
+    return CheckpointSaver(folder, model, trained(model), tokenizer, config, INPUTS, main=main)
 
 
 def save(saver: CheckpointSaver, step: int, figure: float | None = None) -> None:

@@ -74,8 +74,7 @@ def end_of(folder: Path) -> dict[str, object]:
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return {
         "model": (folder / "model.safetensors").read_bytes(),
-        "weights": (last / "model.safetensors").read_bytes(),
-        "moments": (last / "optimizer.safetensors").read_bytes(),
+        "state": {path.name: path.read_bytes() for path in last.glob("*.safetensors")},
         "log": [{key: value for key, value in line.items() if key not in timed} for line in lines],
     }
 

@@ -35,6 +35,7 @@ from minilm.runs.checkpoint import (
     find_complete_checkpoints,
     read_checkpoint,
 )
+from minilm.runs.checkpoint_parts import find_parts
 from minilm.runs.model_card import write_verification
 from minilm.runs.resume import SET_BACK, read_precision
 from minilm.runs.run_inputs import compare_environments, compare_inputs, compare_periods
@@ -256,7 +257,12 @@ def _compare(folder: Path, window: StepWindow, place: Path, problem: str | None)
     differences = compare_inputs(before.inputs, now.inputs, origin=True, base=True)
     differences += compare_periods(before.inputs, now.inputs, len(now.inputs["training examples of the phases"]))
     hashes = [json.loads((checkpoint.folder / MANIFEST).read_text(encoding="utf-8")) for checkpoint in (before, now)]
-    differences += [text for file, text in _FILES.items() if hashes[0].get(file) != hashes[1].get(file)]
+    for file, text in _FILES.items():
+        ours, theirs = ([files[part] for part in find_parts(files, file)] for files in hashes)
+        if ours != theirs:
+            differences.append(
+                text if len(ours) == len(theirs) else f"{file} is in {len(theirs)} parts, not {len(ours)}"
+            )
     if (before.scaler, before.optimizer) != (now.scaler, now.optimizer):
         differences.append("the loss scaling or the settings of the optimizer differ")
     logs = [_read_log(path, window) for path in (folder, place / str(window.stop))]

@@ -9,6 +9,7 @@ Axes: R rank, I inputs of a layer, O its outputs.
 import fnmatch
 import importlib.util
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,11 @@ def _update_names(network: nn.Module) -> list[str]:
     return [f"{name}.lora_{part}.default.weight" for name in _adapted_layers(network) for part in "AB"]
 
 
+def find_adapted_layer(name: str) -> str:
+    """Return the layer of a weight that belongs to an adapted layer (W, A or B), and any other name unchanged."""
+    return re.split(r"\.(?:base_layer|lora_[AB])\.", name)[0]
+
+
 def _name_in_file(name: str) -> str:
     """Return the name that a parameter of the network has in an adapter's file."""
     return _PREFIX + name.replace(".default.weight", ".weight")
@@ -154,12 +160,14 @@ def _name_in_file(name: str) -> str:
 def merge_adapter(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of a model without an adapter, with W + alpha / rank B A for each W with an update.
 
-    weights: a state dict of the network. Neither the network nor `weights` changes. If the network has no adapter, the
-    result equals `weights`.
+    weights: a state dict of the network, or a part of one that holds a layer's W, A and B together. Neither the network
+    nor `weights` changes. If the network has no adapter, the result equals `weights`.
     """
     updates = set(_update_names(network))
     plain = {name.replace(".base_layer.", "."): x for name, x in weights.items() if name not in updates}
     for name, layer in _adapted_layers(network).items():
+        if f"{name}.weight" not in plain:
+            continue
         down_RxI, up_OxR = (weights[f"{name}.lora_{part}.default.weight"] for part in "AB")
         update_OxI = layer.scaling["default"] * (up_OxR @ down_RxI)
         plain[f"{name}.weight"] = plain[f"{name}.weight"] + (update_OxI.T if layer.fan_in_fan_out else update_OxI)

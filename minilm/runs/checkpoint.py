@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `checkpoint-<step>` in the output folder. It holds the model and its tokenizer as Hugging Face
 saves them (it loads with `from_pretrained`), the state of the optimizer and of the loss scaling, the progress, the
-configuration and the inputs of the run, and a manifest of sizes and SHA-256 sums. The run has no other state: order,
-masks, learning rate and dropout follow from the configuration and the step.
+configuration and the inputs of the run, and a manifest of sizes and SHA-256 sums. The weights and the state of the
+optimizer of a large model are files in several parts (`minilm.runs.checkpoint_parts`). The run has no other state:
+order, masks, learning rate and dropout follow from the configuration and the step.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any
 
 from minilm.config import Run
 from minilm.objectives.metrics import lower_is_better
+from minilm.runs.checkpoint_parts import check_parts
 from minilm.runs.ledger import EXAMPLES, LEDGER, find_evaluations, find_numbered, step_of
 from minilm.utils.atomic_files import hash_file
 from minilm.utils.validation import check
@@ -28,6 +30,7 @@ WEIGHTS = "model.safetensors"
 ADAPTER = "adapter.safetensors"  # LoRA's matrices, which are merged into those weights
 OPTIMIZER = "optimizer.safetensors"
 STATE = "training.json"  # the other fields of `Checkpoint`
+INDEX = "model.safetensors.index.json"  # the part that holds each weight, where the checkpoint has parts
 MANIFEST = "manifest.json"  # the size and the SHA-256 sum of each file
 
 
@@ -106,7 +109,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         check(folder.is_dir(), "there is no such folder; give the path of a checkpoint, or latest")
         manifest = _read_json(folder / MANIFEST)
         for name in (WEIGHTS, OPTIMIZER, STATE):
-            check(name in manifest, f"{name} is not in its {MANIFEST}")
+            check_parts(manifest, name)
+        check(WEIGHTS in manifest or INDEX in manifest, f"{INDEX} is not in its {MANIFEST}")
         for name, facts in manifest.items():
             path = folder / name
             check(
@@ -215,7 +219,7 @@ def find_name_conflicts(folder: Path, steps: int) -> list[Path]:
 
 def find_leftovers(folder: Path) -> list[Path]:
     """Return the folders that a killed run left: checkpoints half written or half removed, and models half saved."""
-    named = re.compile(r"\.checkpoint-\d+\.(writing|replaced|discarded)|\.export-\w+")
+    named = re.compile(r"\.checkpoint-\d+(\.part-\d+)?\.(writing|replaced|discarded)|\.(export|probe)-\w+")
     return [path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_dir()]
 
 

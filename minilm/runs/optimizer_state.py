@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minilm.distributed.sharding import shard_like
 from minilm.optim.optimizer import unwrap_optimizer
 from minilm.runs.checkpoint import OPTIMIZER, Checkpoint
+from minilm.runs.state_tensors import load_tensors
 
 # Settings of torch's optimizers that add to the state of each parameter.
 _STATE_SETTINGS = ("momentum", "amsgrad", "centered")
@@ -61,7 +61,7 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimize
     Raises ValueError if the state does not fit the optimizer or the model.
     """
     try:
-        stored = load_file(checkpoint.folder / OPTIMIZER)
+        stored = load_tensors(checkpoint.folder, OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint.folder}: {OPTIMIZER} cannot be read: {error}") from error
     _check_optimizer(checkpoint, optimizer, stored)

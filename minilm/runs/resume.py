@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from minilm.config import Config, Phase, Run
@@ -20,10 +19,10 @@ from minilm.config.serialization import default_settings, flatten_settings, to_d
 from minilm.distributed.sharding import shard_like
 from minilm.models.lora import has_adapter, unmerge_adapter
 from minilm.runs.checkpoint import ADAPTER, MANIFEST, WEIGHTS, Checkpoint, Progress, is_branch, read_checkpoint
-from minilm.runs.checkpoint_saver import gather_full_state
 from minilm.runs.optimizer_state import load_optimizer_state
 from minilm.runs.run_facts import RESULTS
 from minilm.runs.run_inputs import compare_environments, compare_inputs, compare_periods
+from minilm.runs.state_tensors import gather_full_state, load_tensors
 from minilm.runs.step_changes import compared_settings, find_first_change
 from minilm.utils.errors import TrainingStopped
 from minilm.utils.number_ranges import format_ranges, parse_ranges
@@ -280,11 +279,10 @@ def _load_weights(checkpoint: Checkpoint, network: PreTrainedModel) -> None:
     """Load the weights bit for bit; each process loads its shard. Raise ValueError where they do not fit."""
     current = network.state_dict(keep_vars=True)
     try:
-        weights = load_file(checkpoint.folder / WEIGHTS)
+        weights = load_tensors(checkpoint.folder, WEIGHTS)
         if has_adapter(network):
-            weights = unmerge_adapter(
-                network, weights, load_file(checkpoint.folder / ADAPTER), gather_full_state(current, keep=True)
-            )
+            adapter = load_tensors(checkpoint.folder, ADAPTER)
+            weights = unmerge_adapter(network, weights, adapter, gather_full_state(current, keep=True))
         parts = {name: shard_like(tensor, current.get(name, tensor)) for name, tensor in weights.items()}
         missing, unexpected = network.load_state_dict(parts, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:

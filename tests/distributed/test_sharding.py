@@ -17,6 +17,7 @@ from minilm.distributed.launch import join_job, start
 from minilm.distributed.sharding import read_sharding
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.resume import check_settings
+from minilm.runs.state_tensors import load_tensors
 from tests.jobs import CONFIG, end_of, finish_all, write_text
 from tests.jobs import start as start_job
 from tests.launch import read_log
@@ -30,7 +31,7 @@ import os
 import minilm.train
 from tests.reference import ScaledLosses
 
-last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1 == int(os.environ.get("RANK", "0"))
+spoils = int(os.environ.get("RANK", "0")) == min(1, int(os.environ.get("WORLD_SIZE", "1")) - 1)
 step, seed_dropout, counted_losses = [0], minilm.train.seed_dropout, minilm.train.counted_losses
 
 def note(seed, number, rank):
@@ -38,7 +39,7 @@ def note(seed, number, rank):
     seed_dropout(seed, number, rank)
 
 def spoil(model, batch):
-    return ScaledLosses(counted_losses(model, batch), float("nan") if step[0] == 4 and last_rank else 1.0)
+    return ScaledLosses(counted_losses(model, batch), float("nan") if step[0] == 4 and spoils else 1.0)
 
 minilm.train.seed_dropout, minilm.train.counted_losses = note, spoil
 """
@@ -61,6 +62,14 @@ KINDS = {
         "FSDP2: of 9,917 parameters, the main process holds 4,967",
     ),
 }
+
+
+# Each process writes a part of the checkpoint, whatever its size.
+IN_PARTS = """
+import minilm.runs.checkpoint_parts
+
+minilm.runs.checkpoint_parts.PART_BYTES = 1
+"""
 
 
 def forked(kind: str) -> str:
@@ -154,6 +163,33 @@ def test_a_checkpoint_can_be_resumed_sharded_or_not(kind, config, sharded, plain
     figure(f"from 1 to 2, {kind}: {apart(spread, plain):.0e}")
     figure(f"from 2, {kind}, to 1: {apart(joined, plain):.0e}")
     assert max(apart(spread, plain), apart(joined, plain)) <= 1e-5
+    assert end_of(again) == end_of(sharded)
+
+
+@pytest.mark.scorecard(3)
+def test_a_checkpoint_in_parts_can_be_resumed_on_any_number_of_processes(
+    kind, config, sharded, plain, tmp_path, figure
+) -> None:
+    whole = tmp_path / "parts"
+    finish_all([(into(whole, config), 2)], tmp_path, f"{forked(kind)}\n{IN_PARTS}")
+    assert (whole / "model.safetensors").read_bytes() == (sharded / "model.safetensors").read_bytes()
+    for step in (STEPS // 2, STEPS):
+        ours, theirs = (folder / f"checkpoint-{step}" for folder in (whole, sharded))
+        assert len(list(ours.glob("model-*-of-00002.safetensors"))) == 2
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            tensors = load_tensors(theirs, name)
+            assert tensors.keys() == load_tensors(ours, name).keys()
+            assert all(torch.equal(tensor, tensors[key]) for key, tensor in load_tensors(ours, name).items())
+    again, spread, joined = (
+        stopped_after(STEPS // 2, whole, tmp_path / name) for name in ("again", "spread", "joined")
+    )
+    finish_all(
+        [(into(folder, config, "latest"), size) for folder, size in ((again, 2), (spread, 4))], tmp_path, forked(kind)
+    )
+    finish_all([(into(joined, config, "latest"), 1)], tmp_path, SPOILT)
+    figure(f"from 2 parts, {kind}, to 4: {apart(spread, plain):.0e}; to 1: {apart(joined, plain):.0e}")
+    assert max(apart(spread, plain), apart(joined, plain)) <= 1e-5
+    # The last checkpoint of this run has one part again.
     assert end_of(again) == end_of(sharded)
 
 

@@ -26,7 +26,7 @@ def saved(tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
         for _ in range(steps):
             network(input_ids=torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
             optimizer.step()
-        saver = CheckpointSaver(tmp_path, network, optimizer, tokenizer, CONFIG, {}, enabled=True)
+        saver = CheckpointSaver(tmp_path, network, optimizer, tokenizer, CONFIG, {}, main=True)
         saver.save(Progress(step=steps))
         saver.wait()
         return tmp_path / f"checkpoint-{steps}", network

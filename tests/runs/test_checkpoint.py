@@ -349,7 +349,7 @@ def test_a_model_whose_original_format_has_other_names_resumes(head, kind, token
     auto, config = build_objective(HEADS[head].settings).auto, tiny_config(kind, tokenizer)
     before, after = auto.from_config(config).eval(), auto.from_config(config).eval()
     optimizer = trained(before, IDS_BxL if head != "classification" else torch.tensor([0, 1]))
-    save(CheckpointSaver(tmp_path, before, optimizer, tokenizer, Config(), INPUTS, enabled=True), 1)
+    save(CheckpointSaver(tmp_path, before, optimizer, tokenizer, Config(), INPUTS, main=True), 1)
     checkpoint = read_checkpoint(tmp_path / "checkpoint-1")
     resumed = torch.optim.AdamW(after.parameters(), fused=True)
     restore_state(checkpoint, after, resumed)

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from minilm.config import Config, Run
-from minilm.runs import checkpoint_saver
+from minilm.runs import checkpoint_files
 from minilm.runs.checkpoint import Progress, find_checkpoint, read_checkpoint
 from minilm.runs.resume import restore_state
-from tests.checkpoints import STATE, contents, names, network, save, saver_in, trained
+from tests.checkpoints import LISTED, STATE, contents, names, network, save, saver_in, trained
 
 
 @pytest.mark.scorecard(16)
@@ -75,7 +75,12 @@ def test_a_checkpoint_is_removed_only_when_its_successor_is_in_place(tokenizer, 
 
 def test_what_a_killed_run_left_is_in_nobodys_way(tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer, keep_last=1)
-    for name in (".checkpoint-1.writing", ".checkpoint-1.replaced", ".checkpoint-1.discarded"):
+    for name in (
+        ".checkpoint-1.writing",
+        ".checkpoint-1.part-2.writing",
+        ".checkpoint-1.replaced",
+        ".checkpoint-1.discarded",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.json").write_text("half")
     for step in (1, 2):
@@ -102,7 +107,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     [
         (os, "fsync"),
         (os, "rename"),
-        (checkpoint_saver, "save_file"),
+        (checkpoint_files, "save_file"),
         (Path, "write_text"),
         (BertForMaskedLM, "save_pretrained"),
     ],
@@ -132,7 +137,7 @@ def test_a_failed_write_names_its_checkpoint_and_leaves_all_older_ones(owner, na
 def test_a_failed_write_is_raised_by_the_next_save_which_then_writes_nothing(tokenizer, tmp_path, monkeypatch):
     saver = saver_in(tmp_path, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_saver, "save_file", fail)
+        patch.setattr(checkpoint_files, "save_file", fail)
         saver.save(Progress(step=1))
         saver._thread.join()
     with pytest.raises(OSError, match="checkpoint-1 could not be written"):
@@ -142,7 +147,7 @@ def test_a_failed_write_is_raised_by_the_next_save_which_then_writes_nothing(tok
 
 
 @pytest.mark.scorecard(13)
-@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("which", range(1, 2 * len(LISTED) + 1))
 def test_a_step_saved_again_keeps_its_first_checkpoint_when_a_rename_fails(which, tokenizer, tmp_path, monkeypatch):
     saver = saver_in(tmp_path, tokenizer)
     save(saver, 1, figure=3.0)
@@ -172,7 +177,8 @@ def test_every_file_is_on_disk_before_the_folder_gets_its_name_and_that_name_aft
         fsync(descriptor)
 
     def record_rename(source: Path, target: Path) -> None:
-        events.append("rename")
+        if Path(target) == tmp_path / "checkpoint-1":
+            events.append("rename")
         rename(source, target)
 
     saver = saver_in(tmp_path, tokenizer)
@@ -200,7 +206,7 @@ def test_what_changes_after_save_returned_does_not_reach_the_checkpoint(tokenize
     moments = [slots["exp_avg"].clone() for slots in saver.optimizer.state.values()]
     saver.save(Progress(step=1))
     assert started.wait(timeout=20)
-    assert names(tmp_path) == [".checkpoint-1.writing"]
+    assert names(tmp_path) == [".checkpoint-1.part-1.writing"]
     with torch.no_grad():
         for parameter, slots in saver.optimizer.state.items():
             parameter.zero_()
@@ -218,7 +224,7 @@ def test_what_changes_after_save_returned_does_not_reach_the_checkpoint(tokenize
 
 def test_one_checkpoint_is_written_at_a_time(tokenizer, tmp_path, monkeypatch):
     running, most, lock = [0], [0], threading.Lock()
-    save_file = checkpoint_saver.save_file
+    save_file = checkpoint_files.save_file
 
     def count(*args: Any) -> None:
         with lock:
@@ -229,7 +235,7 @@ def test_one_checkpoint_is_written_at_a_time(tokenizer, tmp_path, monkeypatch):
         with lock:
             running[0] -= 1
 
-    monkeypatch.setattr(checkpoint_saver, "save_file", count)
+    monkeypatch.setattr(checkpoint_files, "save_file", count)
     saver = saver_in(tmp_path, tokenizer)
     for step in (1, 2):
         saver.save(Progress(step=step))
@@ -238,7 +244,7 @@ def test_one_checkpoint_is_written_at_a_time(tokenizer, tmp_path, monkeypatch):
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("main", [True, False])
 @pytest.mark.parametrize(
     ("save_every", "step", "last", "due"),
     [
@@ -252,16 +258,14 @@ def test_one_checkpoint_is_written_at_a_time(tokenizer, tmp_path, monkeypatch):
     ],
 )
 def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_end_on_every_process(
-    enabled, save_every, step, last, due, tokenizer, tmp_path
+    main, save_every, step, last, due, tokenizer, tmp_path
 ):
-    assert (
-        saver_in(tmp_path, tokenizer, enabled=enabled, save_every=save_every).due(step, last=last, better=False) is due
-    )
+    assert saver_in(tmp_path, tokenizer, main=main, save_every=save_every).due(step, last=last, better=False) is due
 
 
-@pytest.mark.parametrize(("enabled", "save_every"), [(False, 1), (True, 0)])
-def test_a_saver_that_is_not_enabled_writes_nothing(enabled, save_every, tokenizer, tmp_path):
-    saver = saver_in(tmp_path, tokenizer, enabled=enabled, save_every=save_every)
+@pytest.mark.parametrize(("main", "save_every"), [(False, 1), (True, 0)])
+def test_a_saver_without_a_part_or_without_saves_writes_nothing(main, save_every, tokenizer, tmp_path):
+    saver = saver_in(tmp_path, tokenizer, main=main, save_every=save_every)
     save(saver, 1)
     assert names(tmp_path) == []
 

@@ -27,7 +27,13 @@ from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.utils.folder_lock import LOCK, unlock_at_end
 
 IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
-LEFTOVERS = (".checkpoint-11.writing", ".checkpoint-1.discarded", ".checkpoint-10.replaced")
+LEFTOVERS = (
+    ".checkpoint-11.writing",
+    ".checkpoint-11.part-2.writing",
+    ".probe-ab1_",
+    ".checkpoint-1.discarded",
+    ".checkpoint-10.replaced",
+)
 
 
 def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> BertForMaskedLM:
@@ -71,7 +77,7 @@ def earlier(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("earlier")
     model = network(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters())
-    saver = CheckpointSaver(folder, model, optimizer, tokenizer, Config(run=Run(save_every=1)), {}, enabled=True)
+    saver = CheckpointSaver(folder, model, optimizer, tokenizer, Config(run=Run(save_every=1)), {}, main=True)
     for step in (2, 10):
         saver.save(Progress(step=step, tokens=100 * step))
     saver.wait()

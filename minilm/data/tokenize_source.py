@@ -199,7 +199,7 @@ class _TokenPieces:
         self._job = job
         # What the filters decided on the documents of the file, and the number of those that have been read.
         self._verdicts = job.filter_job.read(number) if job.filter_job else None
-        self._read = sum(piece["documents"] + piece["removed"] for piece in pieces)
+        self._read = sum(piece["documents"] + piece.get("removed", 0) for piece in pieces)
         self._encoder = TextEncoder(job.tokenizer, words=job.words, name="documents")
         self._begin_piece()
 

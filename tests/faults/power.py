@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers.modeling_utils
 
-from minilm.runs import checkpoint_saver
+from minilm.runs import checkpoint_files
 from minilm.runs.checkpoint import find_checkpoint, read_checkpoint
 from minilm.runs.checkpoint_saver import CheckpointSaver
 from tests.checkpoints import contents, save, saver_in
@@ -32,7 +32,7 @@ from tests.conftest import SENTENCES
 CALLS = (
     *((io, "open"), (builtins, "open"), (Path, "write_text")),
     *((os, name) for name in ("open", "fsync", "rename", "mkdir", "unlink", "rmdir")),
-    *((checkpoint_saver, "save_file"), (transformers.modeling_utils, "safe_save_file")),
+    *((checkpoint_files, "save_file"), (transformers.modeling_utils, "safe_save_file")),
 )
 LOSSES = {"nothing": 1.0, "half": 0.5, "all": 0.0}  # share of a file that is left where it was not synced
 

@@ -7,6 +7,7 @@ from typing import Any
 
 
 def add_texts(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that `read_texts` and `read_file_rows` read."""
     command.add_argument(
         "texts",
         metavar="TEXT",

@@ -5,6 +5,7 @@ a wrong argument ends the command at once.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -24,10 +25,18 @@ from minilm.commands.text_input import add_texts, format_row_number, read_file_r
 _MOST_COSINES = 20
 
 
-def add_fill_mask(commands: Any) -> None:
-    command = add_command(commands, "fill-mask", run_fill_mask, "the likeliest words for a mask")
-    add_model(command, "masked LM")
+def _add_text_command(
+    commands: Any, name: str, work: Callable[[argparse.Namespace], None], summary: str, kind: str
+) -> argparse.ArgumentParser:
+    """Add a command that gives texts to a model of this kind, and return its parser."""
+    command: argparse.ArgumentParser = add_command(commands, name, work, summary)
+    add_model(command, kind)
     add_texts(command)
+    return command
+
+
+def add_fill_mask(commands: Any) -> None:
+    command = _add_text_command(commands, "fill-mask", run_fill_mask, "the likeliest words for a mask", "masked LM")
     command.description = 'Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."'
     command.add_argument(
         "--top-k", type=parse_positive, default=5, metavar="K", help="number of candidates for each mask (default: 5)"
@@ -70,9 +79,7 @@ def _print_fills(options: argparse.Namespace, masks: Any, text: str, number: int
 
 
 def add_generate(commands: Any) -> None:
-    command = add_command(commands, "generate", run_generate, "continue a text")
-    add_model(command, "causal LM")
-    add_texts(command)
+    command = _add_text_command(commands, "generate", run_generate, "continue a text", "causal LM")
     command.description = 'Continue each text with a causal LM: minilm generate DIR "Once upon a time" --top-p 0.95'
     command.add_argument(
         "--chat",
@@ -141,9 +148,9 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def add_classify(commands: Any) -> None:
-    command = add_command(commands, "classify", run_classify, "the class of a text or a pair")
-    add_model(command, "sequence classifier")
-    add_texts(command)
+    command = _add_text_command(
+        commands, "classify", run_classify, "the class of a text or a pair", "sequence classifier"
+    )
     command.description = (
         'Print the class of each text: minilm classify DIR "Great fun!"; --pair TEXT adds a second text.'
     )
@@ -213,9 +220,9 @@ def _print_labels(
 
 
 def add_embed(commands: Any) -> None:
-    command = add_command(commands, "embed", run_embed, "how near texts are, or their embeddings")
-    add_model(command, "sentence embedding model")
-    add_texts(command)
+    command = _add_text_command(
+        commands, "embed", run_embed, "how near texts are, or their embeddings", "sentence embedding model"
+    )
     command.description = (
         'Print the cosine of each text with each other one: minilm embed DIR "A dog barks." "A cat purrs."; --json '
         "prints the embedding of each text."
@@ -248,9 +255,9 @@ def run_embed(options: argparse.Namespace) -> None:
 
 
 def add_answer(commands: Any) -> None:
-    command = add_command(commands, "answer", run_answer, "the answer to a question in a text")
-    add_model(command, "model for question answering")
-    add_texts(command)
+    command = _add_text_command(
+        commands, "answer", run_answer, "the answer to a question in a text", "model for question answering"
+    )
     command.description = (
         'Find the answer to a question in each text: minilm answer DIR --question "Who barks?" "The dog barks."'
     )
@@ -298,9 +305,9 @@ def run_answer(options: argparse.Namespace) -> None:
 
 
 def add_tag(commands: Any) -> None:
-    command = add_command(commands, "tag", run_tag, "the tagged spans of a text, such as its names")
-    add_model(command, "token classifier")
-    add_texts(command)
+    command = _add_text_command(
+        commands, "tag", run_tag, "the tagged spans of a text, such as its names", "token classifier"
+    )
     command.description = 'Find the spans of words in each text whose tag is not O: minilm tag DIR "Ada lives in Rome."'
     command.add_argument(
         "--strategy",

@@ -181,7 +181,7 @@ def add_export(commands: Any) -> None:
         required=True,
         help='safetensors as the run wrote it, or ONNX (pip install "minilm[onnx]")',
     )
-    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, new or empty")
+    _add_output_folder(command)
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -235,7 +235,7 @@ def add_merge(commands: Any) -> None:
         "merge out/a/checkpoint-1000 out/a/checkpoint-2000 --output out/merged"
     )
     command.add_argument("models", metavar="DIR", nargs="+", help="folder of a run or of a checkpoint")
-    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, new or empty")
+    _add_output_folder(command)
     command.add_argument(
         "--weights",
         type=parse_not_negative,
@@ -250,3 +250,7 @@ def run_merge(options: argparse.Namespace) -> None:
     with quick_imports():
         from minilm.commands.merge import merge_models
     print(f"written: {merge_models(options.models, options.output, options.weights)}")
+
+
+def _add_output_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, new or empty")

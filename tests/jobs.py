@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 from accelerate.state import AcceleratorState
@@ -59,6 +60,17 @@ def config_in(place: Path, steps: int, save_every: int = 50) -> Config:
     """Return the configuration of a run of so many steps on a text in `place`."""
     run = replace(CONFIG.run, max_steps=steps, save_every=save_every, eval_every=70, keep_last=2)
     return replace(CONFIG, data=Data(source=write_text(place / "text.txt"), eval_fraction=0.1), run=run)
+
+
+def in_folder(config: Config, folder: Path, **run: Any) -> Config:
+    """Return the configuration with this output folder, and with these settings of `run`."""
+    return replace(config, run=replace(config.run, output_dir=str(folder), **run))
+
+
+def without_dropout(config: Config) -> Config:
+    """Return the configuration of a model without dropout."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return replace(config, model=replace(config.model, config={**config.model.config, **rates}))
 
 
 def of_any_length(config: Config) -> Config:

@@ -277,15 +277,7 @@ def attempt(result: Result) -> None:
             step = "not loaded"
             objective.auto.from_pretrained(folder)
             step = "refused"
-            network = load_model(
-                Model(name=folder),
-                tokenizer,
-                max_length=LONGEST,
-                seed=0,
-                auto=objective.auto,
-                fields=prepared.fields,
-            )
-            objective.check(network, tokenizer, ())
+            network = load_checked(folder, tokenizer, objective, prepared)
             plain, head = deepcopy(network).train(), objective.head(network, prepared)
             freeze_unused(head)
             count_flops(head, LONGEST)
@@ -319,6 +311,17 @@ def compare(result: Result, head: Head, plain: PreTrainedModel, prepared: Prepar
     result.reason = getattr(head, "reason", "")
     result.loss, result.gradient = compare_update(head, objective, prepared, expected, gradients)
     result.measured = True
+
+
+def load_checked(
+    folder: str, tokenizer: PreTrainedTokenizerBase, objective: Objective, prepared: PreparedData
+) -> PreTrainedModel:
+    """Load a model and check it, as a run does."""
+    network = load_model(
+        Model(name=folder), tokenizer, max_length=LONGEST, seed=0, auto=objective.auto, fields=prepared.fields
+    )
+    objective.check(network, tokenizer, ())
+    return network
 
 
 def collate(objective: Objective, prepared: PreparedData, ids: Sequence[int], *, padded: bool) -> MicroBatch:
@@ -357,15 +360,7 @@ def try_special_ids(result: Result, situation: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             objective.auto.from_config(config).save_pretrained(folder)
             step = "refused"
-            network = load_model(
-                Model(name=folder),
-                tokenizer,
-                max_length=LONGEST,
-                seed=0,
-                auto=objective.auto,
-                fields=prepared.fields,
-            )
-        objective.check(network, tokenizer, ())
+            network = load_checked(folder, tokenizer, objective, prepared)
         plain, head = deepcopy(network).train(), objective.head(network, prepared).train()
         freeze_unused(head)
         step = "fails"

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,35 @@ from transformers import (
 )
 
 import minilm
-from minilm import Data, Example, MultipleChoice, QuestionAnswering, SentenceEmbedding, TokenClassification
+from minilm import (
+    Batch,
+    Config,
+    Data,
+    Example,
+    Model,
+    MultipleChoice,
+    Optim,
+    QuestionAnswering,
+    SentenceEmbedding,
+    TokenClassification,
+    Tokens,
+)
 from minilm.config import ObjectiveSettings
 
+SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# MPNet's own attention code needs padding.
+MODELS = {
+    "packed": Model(type="bert", config={**SIZE, **NO_DROPOUT}),
+    "padded": Model(type="mpnet", config={**SIZE, **NO_DROPOUT}),
+}
 TAGS = ("animal", "colour", "other")
 WORDS = {"fox": 0, "dog": 0, "cat": 0, "red": 1, "green": 1, "blue": 1, "the": 2, "runs": 2, "and": 2, "sleeps": 2}
 
@@ -126,6 +153,7 @@ BUILT_IN: dict[str, ObjectiveSettings] = {
     "choices": MultipleChoice(choices=("choices",)),
     "names": TokenClassification(),
 }
+OBJECTIVES = {**OWN, **BUILT_IN}
 # The columns that they read.
 COLUMNS: dict[str, dict[str, Any]] = {
     "triplets": {"pair_column": "other", "negative_column": "third"},
@@ -133,6 +161,19 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "cosines": {"pair_column": "other", "score_column": "similarity"},
     "names": {"column": "words", "label_column": "spans"},
 }
+
+
+def build_config(name: str, source: str, **groups: Any) -> Config:
+    """Return the configuration of a run with one of `OBJECTIVES` on rows of `write_rows`, with these groups changed."""
+    config = Config(
+        data=Data(source=source, eval_fraction=0.2, **COLUMNS.get(name, {})),
+        tokens=Tokens(vocab_size=300),
+        model=MODELS["packed"],
+        objective=OBJECTIVES[name],
+        batch=Batch(examples=10, max_length=48, micro_tokens=80),
+        optim=Optim(lr=1e-3),
+    )
+    return replace(config, **groups)
 
 
 def mark_spans(kinds: list[str]) -> list[str]:

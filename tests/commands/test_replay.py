@@ -24,8 +24,7 @@ from minilm.train import train, train_step
 from minilm.utils.number_ranges import format_ranges, parse_ranges
 from tests.jobs import CONFIG, config_in, end_of, finish_all
 from tests.launch import read_log
-from tests.laws.test_same_update_objectives import MODELS
-from tests.own_objectives import BUILT_IN, COLUMNS, write_rows
+from tests.own_objectives import BUILT_IN, COLUMNS, MODELS, write_rows
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "blocks": {"batch": Batch(examples=4, max_length=24, micro_tokens=60, layout="blocks")},

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from minilm import Batch, Config, Data, Optim, Run, Tokens
+from minilm import Config, Run
 from minilm.commands.verify import StepWindow, choose_windows
 from minilm.runs.model_card import write_verification
 from minilm.train import train
 from tests.checkpoints import facts
 from tests.jobs import config_in, finish_all
-from tests.laws.test_same_update_objectives import MODELS
-from tests.own_objectives import BUILT_IN, COLUMNS, write_rows
+from tests.own_objectives import build_config, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -201,15 +200,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]
 
     def config(name: str, processes: int) -> Config:
         run = Run(max_steps=6, eval_every=3, save_every=2, keep_last=9, precision="fp32")
-        return Config(
-            data=Data(source=source, eval_fraction=0.2, **COLUMNS.get(name, {})),
-            tokens=Tokens(vocab_size=300),
-            model=MODELS["packed"],
-            objective=BUILT_IN[name],
-            batch=Batch(examples=10, max_length=48, micro_tokens=80),
-            optim=Optim(lr=1e-3),
-            run=replace(run, output_dir=str(place / f"{name}-{processes}")),
-        )
+        return build_config(name, source, run=replace(run, output_dir=str(place / f"{name}-{processes}")))
 
     finish_all([(config(name, processes), processes) for name, processes in RUNS], place)
     return lambda *each: Path(config(*each).run.output_dir or "")

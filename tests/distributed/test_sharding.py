@@ -18,7 +18,7 @@ from minilm.distributed.sharding import read_sharding
 from minilm.runs.checkpoint import Checkpoint, Progress
 from minilm.runs.resume import check_settings
 from minilm.runs.state_tensors import load_tensors
-from tests.jobs import CONFIG, end_of, finish_all, write_text
+from tests.jobs import CONFIG, end_of, finish_all, in_folder, without_dropout, write_text
 from tests.jobs import start as start_job
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
@@ -80,26 +80,20 @@ def forked(kind: str) -> str:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return replace(
-        CONFIG,
+        without_dropout(CONFIG),
         data=Data(source=text, eval_fraction=0.1),
         tokens=Tokens(vocab_size=301),  # which two processes do not divide
-        model=replace(CONFIG.model, config={**CONFIG.model.config, **rates}),
         optim=replace(CONFIG.optim, ema=0.9),
         run=replace(CONFIG.run, max_steps=STEPS, save_every=STEPS // 2, eval_every=STEPS // 2),
     )
-
-
-def into(folder: Path, config: Config, resume: str | None = None) -> Config:
-    return replace(config, run=replace(config.run, output_dir=str(folder), resume=resume))
 
 
 @pytest.fixture(scope="module")
 def plain(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     place = tmp_path_factory.mktemp("plain")
-    finish_all([(into(place / "out", config), 1)], place, SPOILT)
+    finish_all([(in_folder(config, place / "out"), 1)], place, SPOILT)
     return place / "out"
 
 
@@ -116,7 +110,7 @@ def sharded(config: Config, kind: str, tmp_path_factory: pytest.TempPathFactory)
     place = tmp_path_factory.mktemp("sharded")
     flags, _, planted, message = KINDS[kind]
     command = [sys.executable, "-m", *ACCELERATE.split(), *flags.split()]
-    job = start_job("accelerate", into(place / "out", config), place, planted=planted, command=command)
+    job = start_job("accelerate", in_folder(config, place / "out"), place, planted=planted, command=command)
     try:
         assert job.gone(240), job.stderr.read_text()
         assert job.status() == 0, job.stderr.read_text()
@@ -158,8 +152,8 @@ def test_a_checkpoint_can_be_resumed_sharded_or_not(kind, config, sharded, plain
         stopped_after(STEPS // 2, reference, tmp_path / name)
         for name, reference in (("again", sharded), ("spread", plain), ("joined", sharded))
     )
-    finish_all([(into(folder, config, "latest"), 2) for folder in (again, spread)], tmp_path, forked(kind))
-    finish_all([(into(joined, config, "latest"), 1)], tmp_path, SPOILT)
+    finish_all([(in_folder(config, folder, resume="latest"), 2) for folder in (again, spread)], tmp_path, forked(kind))
+    finish_all([(in_folder(config, joined, resume="latest"), 1)], tmp_path, SPOILT)
     figure(f"from 1 to 2, {kind}: {apart(spread, plain):.0e}")
     figure(f"from 2, {kind}, to 1: {apart(joined, plain):.0e}")
     assert max(apart(spread, plain), apart(joined, plain)) <= 1e-5
@@ -171,7 +165,7 @@ def test_a_checkpoint_in_parts_can_be_resumed_on_any_number_of_processes(
     kind, config, sharded, plain, tmp_path, figure
 ) -> None:
     whole = tmp_path / "parts"
-    finish_all([(into(whole, config), 2)], tmp_path, f"{forked(kind)}\n{IN_PARTS}")
+    finish_all([(in_folder(config, whole), 2)], tmp_path, f"{forked(kind)}\n{IN_PARTS}")
     assert (whole / "model.safetensors").read_bytes() == (sharded / "model.safetensors").read_bytes()
     for step in (STEPS // 2, STEPS):
         ours, theirs = (folder / f"checkpoint-{step}" for folder in (whole, sharded))
@@ -184,9 +178,11 @@ def test_a_checkpoint_in_parts_can_be_resumed_on_any_number_of_processes(
         stopped_after(STEPS // 2, whole, tmp_path / name) for name in ("again", "spread", "joined")
     )
     finish_all(
-        [(into(folder, config, "latest"), size) for folder, size in ((again, 2), (spread, 4))], tmp_path, forked(kind)
+        [(in_folder(config, folder, resume="latest"), size) for folder, size in ((again, 2), (spread, 4))],
+        tmp_path,
+        forked(kind),
     )
-    finish_all([(into(joined, config, "latest"), 1)], tmp_path, SPOILT)
+    finish_all([(in_folder(config, joined, resume="latest"), 1)], tmp_path, SPOILT)
     figure(f"from 2 parts, {kind}, to 4: {apart(spread, plain):.0e}; to 1: {apart(joined, plain):.0e}")
     assert max(apart(spread, plain), apart(joined, plain)) <= 1e-5
     # The last checkpoint of this run has one part again.
@@ -271,7 +267,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_but_for_rounding(config, tmp
         ("bf16", rounded(config), ROUND),
         ("fsdp2", rounded(config), sharded),
     ):
-        finish_all([(into(tmp_path / name, kind), 2)], tmp_path, planted)
+        finish_all([(in_folder(kind, tmp_path / name), 2)], tmp_path, planted)
     expected = [line["loss"] for line in read_log(tmp_path / "fp32")[0]]
     for name in ("bf16", "fsdp2"):
         found = [line["loss"] for line in read_log(tmp_path / name)[0]]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from minilm import Config, MaskedLM
-from tests.jobs import Job, config_in, start
+from tests.jobs import Job, config_in, start, without_dropout
 from tests.launch import read_log
 
 TIMEOUT = 5  # run.timeout, seconds
@@ -100,16 +100,14 @@ def losses(folder: Path, steps: int) -> list[float]:
 
 def cut_the_link(place: Path) -> Found:
     """Train across the hosts, cut, resume; what was found."""
-    config = config_in(place, steps=100_000)
+    config = without_dropout(config_in(place, steps=100_000))
     for rank in range(2):
         (place / f"host-{rank}").mkdir()
         shutil.copy(place / "text.txt", place / f"host-{rank}")
     data = replace(config.data, source="text.txt", streaming=True, window_tokens=300)
     run = replace(config.run, timeout=TIMEOUT, eval_every=100_000)
-    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = replace(config.model, config={**config.model.config, **without_dropout})
     optim = replace(config.optim, schedule="constant", warmup=0)
-    config = replace(config, data=data, run=run, model=model, optim=optim, objective=MaskedLM(rate=0.3))
+    config = replace(config, data=data, run=run, optim=optim, objective=MaskedLM(rate=0.3))
     on_one_host = f"import os; os.chdir({str(place / 'host-0')!r})"
     alone = replace(config, run=replace(run, output_dir=str(place / "alone"), max_steps=COMPARED))
     job = start("fork", alone, place, processes=1, planted=on_one_host)

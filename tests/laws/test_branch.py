@@ -17,6 +17,7 @@ from minilm.runs.checkpoint import link_run, read_checkpoint
 from minilm.runs.resume import _check_unfinished
 from minilm.runs.step_changes import find_first_change
 from minilm.train import train
+from tests.checkpoints import contents
 from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
 from tests.launch import read_log
 
@@ -67,10 +68,6 @@ def trunks(text: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dic
         return done[key]
 
     return make
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", TAILS)

@@ -32,7 +32,7 @@ from minilm.objectives.factory import build_network, build_objective, prepare_ru
 from minilm.runs.checkpoint import read_checkpoint
 from minilm.runs.session import plan_batches
 from minilm.train import train
-from tests.jobs import CONFIG, STEPS, WORDS, end_of, finish_all, write_text
+from tests.jobs import CONFIG, STEPS, WORDS, end_of, finish_all, in_folder, without_dropout, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 from tests.own_objectives import Tagging
@@ -61,10 +61,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
-def in_folder(config: Config, folder: Path, **run: Any) -> Config:
-    return replace(config, run=replace(config.run, output_dir=str(folder), **run))
-
-
 @pytest.fixture(scope="module")
 def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never stopped."""
@@ -75,9 +71,7 @@ def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plain(config: Config, micro_tokens: int = 40, **batch: Any) -> Config:
     """Return the configuration without dropout, with micro-batches of another size."""
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = replace(config.model, config={**config.model.config, **rates})
-    return replace(config, model=model, batch=replace(config.batch, micro_tokens=micro_tokens, **batch))
+    return replace(without_dropout(config), batch=replace(config.batch, micro_tokens=micro_tokens, **batch))
 
 
 def expect_the_same_updates(folders: Sequence[Path]) -> None:

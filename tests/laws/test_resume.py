@@ -11,7 +11,7 @@ import pytest
 from minilm import Config, Data
 from minilm.train import train
 from minilm.utils.errors import TrainingStopped
-from tests.jobs import CONFIG, STEPS, end_of, finish_all, of_any_length, write_text
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, of_any_length, without_dropout, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import resume_everywhere, stopped_after
 
@@ -52,11 +52,6 @@ def test_resumed_after_any_step_a_run_ends_the_same_to_the_bit(
         else f" (steps 1, {1 + every}, …; all 20: python -m tests.laws.resume_everywhere --processes 2)"
     )
     figure(f"{tried}/{tried} bitwise equal on {processes} process(es){some}")
-
-
-def without_dropout(config: Config) -> Config:
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return changed(config, model={"config": {**config.model.config, **rates}})
 
 
 def expect_the_same_losses(resumed: Path, reference: Path) -> float:

@@ -7,27 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from minilm import Batch, Config, Data, Model, Optim, Run, Tokens
+from minilm import Config, Run
 from minilm.train import train
 from tests.jobs import end_of, finish_all
 from tests.launch import read_log
-from tests.own_objectives import BUILT_IN, COLUMNS, OWN, write_rows
+from tests.own_objectives import MODELS, OBJECTIVES, build_config, write_rows
 
-SIZE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,
-}
-# MPNet's own attention code needs padding.
-MODELS = {"packed": Model(type="bert", config=SIZE), "padded": Model(type="mpnet", config=SIZE)}
-OBJECTIVES = {**OWN, **BUILT_IN}
 LAYOUTS = {(1, 80): "1 process, many micro-batches", (2, 80): "2 processes", (3, 4096): "3 processes"}
 STEPS = 12
+RUN = Run(max_steps=STEPS, eval_every=6, save_every=5, keep_last=9, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +25,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int, i
     source = write_rows(place / "rows.jsonl")
 
     def config(name: str, model: str, processes: int, micro_tokens: int) -> Config:
-        return Config(
-            data=Data(source=source, eval_fraction=0.2, **COLUMNS.get(name, {})),
-            tokens=Tokens(vocab_size=300),
-            model=MODELS[model],
-            objective=OBJECTIVES[name],
-            batch=Batch(examples=10, max_length=48, micro_tokens=micro_tokens),
-            optim=Optim(lr=1e-3),
-            run=Run(
-                max_steps=STEPS,
-                eval_every=6,
-                save_every=5,
-                keep_last=9,
-                precision="fp32",
-                output_dir=str(place / f"{name}-{model}-{processes}-{micro_tokens}"),
-            ),
-        )
+        folder = place / f"{name}-{model}-{processes}-{micro_tokens}"
+        config = build_config(name, source, model=MODELS[model], run=replace(RUN, output_dir=str(folder)))
+        return replace(config, batch=replace(config.batch, micro_tokens=micro_tokens))
 
     everything = [(name, model, *layout) for name in OBJECTIVES for model in MODELS for layout in ((1, 4096), *LAYOUTS)]
     finish_all([(config(*each), each[2]) for each in everything], place)
@@ -95,16 +70,6 @@ def test_a_resumed_run_of_an_objective_is_equal_to_the_bit(
     reference = runs(name, "packed", 1, 80)
     shutil.copytree(reference, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-1*", "all_results.json"))
     source = str(reference.parent / "rows.jsonl")
-    config = Config(
-        data=Data(source=source, eval_fraction=0.2, **COLUMNS.get(name, {})),
-        tokens=Tokens(vocab_size=300),
-        model=MODELS["packed"],
-        objective=OBJECTIVES[name],
-        batch=Batch(examples=10, max_length=48, micro_tokens=80),
-        optim=Optim(lr=1e-3),
-        run=Run(
-            max_steps=STEPS, eval_every=6, save_every=5, keep_last=9, precision="fp32", output_dir=str(tmp_path / "out")
-        ),
-    )
-    train(replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-5"))))
+    run = replace(RUN, output_dir=str(tmp_path / "out"), resume=str(tmp_path / "out" / "checkpoint-5"))
+    train(build_config(name, source, run=run))
     assert end_of(tmp_path / "out") == end_of(reference)

@@ -4,7 +4,6 @@ import logging
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from minilm.models.sparse_head import SparseHead
 from minilm.objectives.factory import prepare_run
 from minilm.runs.session import _limit_tokens
 from minilm.train import train
-from tests.jobs import CONFIG, STEPS, end_of, finish_all, launched, start, write_text
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, in_folder, launched, start, without_dropout, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 
@@ -34,10 +33,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     sources = (write_text(folder / "a.txt"), write_text(folder / "b.txt"))
     data = Data(source=sources, eval_fraction=0.1, streaming=True, window_tokens=WINDOW_TOKENS)
     return replace(CONFIG, data=data)
-
-
-def in_folder(config: Config, folder: Path, **run: Any) -> Config:
-    return replace(config, run=replace(config.run, output_dir=str(folder), **run))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +68,10 @@ def test_loader_workers_change_no_bit(config: Config, reference: Path, tmp_path:
 
 
 def test_two_processes_make_the_same_steps(config: Config, tmp_path: Path) -> None:
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    plain = replace(config, model=replace(config.model, config={**config.model.config, **rates}))
     folders = [tmp_path / "one", tmp_path / "two"]
-    finish_all([(in_folder(plain, folder), number) for number, folder in enumerate(folders, 1)], tmp_path)
+    finish_all(
+        [(in_folder(without_dropout(config), folder), number) for number, folder in enumerate(folders, 1)], tmp_path
+    )
     for ours, theirs in zip(*(read_log(folder)[0] for folder in folders), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)

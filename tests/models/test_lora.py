@@ -40,7 +40,7 @@ from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.masking import MaskedLMCollator
 from minilm.runs.model_export import save_model
 from minilm.train import train
-from tests.jobs import CONFIG, end_of, finish_all, write_text
+from tests.jobs import CONFIG, end_of, finish_all, in_folder, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 from tests.objectives.test_classification import examples_for
@@ -260,20 +260,16 @@ def config_for(job: str, place: Path, bases: Path) -> Config:
     )
 
 
-def into(folder: Path, config: Config, **run: object) -> Config:
-    return replace(config, run=replace(config.run, output_dir=str(folder), **run))
-
-
 @pytest.fixture(scope="module")
 def runs(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of 6 steps with a checkpoint after 3, which are then resumed. One of them also runs on two processes."""
     place = tmp_path_factory.mktemp("runs")
     configs = {job: config_for(job, _made(place / f"data-{job}"), bases) for job in ("masked", "causal", "classes")}
-    wholes = [(into(place / job, config), 1) for job, config in configs.items()]
-    finish_all([(into(place / "two", configs["causal"]), 2), *wholes], _made(place / "first"))
+    wholes = [(in_folder(config, place / job), 1) for job, config in configs.items()]
+    finish_all([(in_folder(configs["causal"], place / "two"), 2), *wholes], _made(place / "first"))
     again = {job: stopped_after(3, place / job, place / f"{job}-again") for job in ("masked", "classes")}
-    finish_all([(into(again[job], configs[job], resume="latest"), 1) for job in again], _made(place / "second"))
-    sharded = into(stopped_after(3, place / "causal", place / "sharded"), configs["causal"], resume="latest")
+    finish_all([(in_folder(configs[job], again[job], resume="latest"), 1) for job in again], _made(place / "second"))
+    sharded = in_folder(configs["causal"], stopped_after(3, place / "causal", place / "sharded"), resume="latest")
     planted = "import os\nos.environ |= {'ACCELERATE_USE_FSDP': 'true', 'FSDP_VERSION': '2'}"
     finish_all([(sharded, 2)], _made(place / "third"), planted)
     return place
@@ -328,7 +324,7 @@ def test_the_best_weights_are_loaded_in_the_end(bases, tmp_path) -> None:
     config = config_for("classes", tmp_path, bases)
     optim = replace(config.optim, lr=1.0, warmup=0)  # far too high
     run = {"load_best": True, "eval_every": 1, "save_every": 6}
-    results = train(into(tmp_path / "out", replace(config, optim=optim), **run)).figures
+    results = train(in_folder(replace(config, optim=optim), tmp_path / "out", **run)).figures
     best = min(read_log(tmp_path / "out")[1], key=lambda line: line["eval_loss"])
     assert results["eval_loss"] == best["eval_loss"]
     assert best["step"] < 6
@@ -360,7 +356,7 @@ def test_other_settings_or_another_base_are_refused(change, message, runs, bases
         other.save_pretrained(base)
     try:
         with pytest.raises(ValueError, match=message) as caught:
-            train(into(folder, replace(config, model=replace(config.model, **change)), resume="latest"))
+            train(in_folder(replace(config, model=replace(config.model, **change)), folder, resume="latest"))
     finally:
         if not change:
             (base / "model.safetensors").write_bytes(weights)

@@ -19,18 +19,7 @@ from minilm.objectives.factory import build_network, build_objective, prepare_da
 from minilm.runs.early_stopping import TrainingStopped
 from minilm.train import train
 from tests.launch import read_log
-from tests.own_objectives import Contrastive, Tagging, write_rows
-
-SIZE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,
-}
+from tests.own_objectives import NO_DROPOUT, SIZE, Contrastive, Tagging, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +30,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     common = Config(
         data=Data(source=source, eval_fraction=0.2),
         tokens=Tokens(vocab_size=300),
-        model=Model(type="bert", config=SIZE),
+        model=Model(type="bert", config={**SIZE, **NO_DROPOUT}),
         batch=Batch(examples=10, max_length=48),
         optim=Optim(lr=3e-3),
         run=Run(max_steps=6, precision="fp32"),

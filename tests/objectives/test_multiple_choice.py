@@ -1,7 +1,6 @@
 """Multiple choice: transformers' own loss, columns of every kind, and rows that are refused by their place."""
 
 import csv
-import json
 import logging
 import random
 from dataclasses import replace
@@ -15,13 +14,16 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch.nn import functional as F
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
-from minilm import Batch, Config, Data, Model, MultipleChoice, Optim, Run, Tokens
+from minilm import Config, Data, MultipleChoice
 from minilm.commands.evaluate import evaluate
-from minilm.data.micro_batch import target_losses
-from minilm.objectives.distillation import add_teacher
 from minilm.objectives.factory import build_network, build_objective, prepare_data
 from minilm.train import train
-from tests.objectives.test_question_answering import MODELS, save_tokenizer
+from tests.objectives.test_question_answering import (
+    MODELS,
+    build_config,
+    compute_losses_with_teacher,
+    write_jsonl,
+)
 
 WORDS = ("harbour", "tower", "old", "new", "stone", "wood", "near", "code", "with", "3-4", "What")
 
@@ -52,21 +54,8 @@ def make_questions(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def make_config(source: str, folder: Path, model: str = "bert", **objective: Any) -> Config:
-    return Config(
-        data=Data(source=source, eval_fraction=0.2),
-        tokens=Tokens(name=save_tokenizer(folder / "tokenizer")),
-        model=Model(type=model, config=MODELS[model]),
-        objective=MultipleChoice(**objective),
-        batch=Batch(examples=8, max_length=48, micro_tokens=300),
-        optim=Optim(lr=3e-3),
-        run=Run(max_steps=4, precision="fp32", save_every=0, output_dir=str(folder / "out")),
-    )
+    return build_config(MultipleChoice(**objective), source, folder, model)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -140,18 +129,9 @@ def test_the_loss_with_a_teacher_compares_the_choices_of_each_question(tmp_path:
     config = replace(config, data=replace(config.data, eval_split="train"))
     # The questions have more tokens than the model has positions, but no choice does.
     config = replace(config, model=replace(config.model, config={**MODELS["bert"], "max_position_embeddings": 48}))
-    teacher = str(train(config).folder)
-    settings = replace(config.objective, teacher=teacher, teacher_weight=0.3, teacher_temperature=2.0)
-    config = replace(config, objective=settings, run=replace(config.run, seed=1))
-    prepared, objective = prepare_data(config), build_objective(config.objective)
+    prepared, head, losses, models = compute_losses_with_teacher(config, 24)
     assert prepared.train.lengths.max() > 48
-    head = objective.head(build_network(config, prepared), prepared).train()
-    add_teacher(head, config, objective, prepared)
-    ids = np.arange(24)
-    collator = objective.collator(prepared.tokenizer, prepared.train, seed=0, padded=not head.padding_free, multiple=1)
-    losses = target_losses(head, collator([prepared.train[int(i)] for i in ids], ids, epoch=0))
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    models = build_network(config, prepared).eval(), AutoModelForMultipleChoice.from_pretrained(teacher)
     for row, loss in zip(rows, losses, strict=True):
         first = [row["question"]] * len(row["choices"])
         encoded = prepared.tokenizer(first, row["choices"], return_tensors="pt", padding=True)

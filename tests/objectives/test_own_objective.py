@@ -34,16 +34,7 @@ from minilm.objectives.coupling import couple_examples
 from minilm.objectives.factory import build_objective, prepare_data
 from minilm.train import train
 from tests.launch import ROOT
-from tests.own_objectives import OWN, TAGS, Contrastive, Tagging, write_rows
-
-SIZE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
+from tests.own_objectives import NO_DROPOUT, OWN, SIZE, TAGS, Contrastive, Tagging, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +83,7 @@ def test_the_gradient_of_a_coupled_step_is_that_of_one_large_batch(cuts: int, co
     objective = Contrastive()
     prepared = prepare_data(changed(config, objective, tmp_path))
     torch.manual_seed(0)
-    size = {**SIZE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    size = {**SIZE, **NO_DROPOUT}
     model = BertModel(BertConfig(**size, vocab_size=300)).train()
     head = heads_of(objective, model, prepared)
     collator = objective.collator(prepared.tokenizer, prepared.train, seed=0, padded=not head.padding_free, multiple=1)
@@ -145,7 +136,7 @@ def test_a_coupled_step_draws_the_same_dropout_in_both_passes(config: Config, tm
 
 def test_the_evaluation_of_coupled_examples_does_not_depend_on_the_cut(config: Config, tmp_path: Path) -> None:
     figures = []
-    size = {**SIZE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    size = {**SIZE, **NO_DROPOUT}
     config = replace(config, model=replace(config.model, config=size))
     for micro_tokens in (60, 4096):
         batch = replace(config.batch, micro_tokens=micro_tokens)
@@ -242,7 +233,7 @@ from dataclasses import dataclass
 
 from minilm import Batch, Config, Data, Model, Run, Tokens
 from minilm.commands.recipe import run_recipe
-from tests.own_objectives import Tagging
+from tests.own_objectives import NO_DROPOUT, SIZE, Tagging
 
 
 @dataclass(frozen=True, kw_only=True)

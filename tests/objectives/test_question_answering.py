@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
 from minilm import Batch, Config, Data, Model, Optim, QuestionAnswering, Run, Tokens
 from minilm.commands.evaluate import evaluate
+from minilm.config import ObjectiveSettings
+from minilm.data.corpus import PreparedData
 from minilm.data.micro_batch import target_losses
 from minilm.data.tokenizer_training import train_tokenizer
+from minilm.models.head import Head
 from minilm.models.inference_answers import find_answers, find_best_spans
 from minilm.objectives.answer_scores import score_answer
 from minilm.objectives.distillation import add_teacher
@@ -109,16 +113,46 @@ def save_tokenizer(folder: Path, kind: str = "bpe") -> str:
     return str(folder)
 
 
-def make_config(source: str, folder: Path, model: str = "bert", **objective: Any) -> Config:
+def build_config(
+    objective: ObjectiveSettings, source: str, folder: Path, model: str = "bert", max_length: int = 48
+) -> Config:
+    """Return the configuration of a run of four steps with one of `MODELS`."""
     return Config(
         data=Data(source=source, eval_fraction=0.2),
         tokens=Tokens(name=save_tokenizer(folder / "tokenizer")),
         model=Model(type=model, config=MODELS[model]),
-        objective=QuestionAnswering(stride=10, **objective),
-        batch=Batch(examples=8, max_length=48, micro_tokens=300),
+        objective=objective,
+        batch=Batch(examples=8, max_length=max_length, micro_tokens=300),
         optim=Optim(lr=3e-3),
         run=Run(max_steps=4, precision="fp32", save_every=0, output_dir=str(folder / "out")),
     )
+
+
+def compute_losses_with_teacher(config: Config, count: int) -> tuple[PreparedData, Head, Tensor, list[PreTrainedModel]]:
+    """Train a teacher, and return the losses of the first examples for another model that learns from it.
+
+    The result is the data, the head whose losses these are, the losses, and its network and the teacher by themselves.
+    """
+    teacher = str(train(config).folder)
+    settings: Any = replace(
+        config.objective,  # type: ignore[arg-type]
+        teacher=teacher,
+        teacher_weight=0.3,
+        teacher_temperature=2.0,
+    )
+    config = replace(config, objective=settings, run=replace(config.run, seed=1))
+    prepared, objective = prepare_data(config), build_objective(config.objective)
+    head = objective.head(build_network(config, prepared), prepared).train()
+    add_teacher(head, config, objective, prepared)
+    examples, ids = prepared.train, np.arange(count)
+    collator = objective.collator(prepared.tokenizer, examples, seed=0, padded=not head.padding_free, multiple=1)
+    losses = target_losses(head, collator([examples[int(i)] for i in ids], ids, epoch=0))
+    networks = [build_network(config, prepared).eval(), objective.auto.from_pretrained(teacher)]
+    return prepared, head, losses, networks
+
+
+def make_config(source: str, folder: Path, model: str = "bert", **objective: Any) -> Config:
+    return build_config(QuestionAnswering(stride=10, **objective), source, folder, model)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -205,18 +239,10 @@ def test_a_run_on_files_of_squad_learns_and_has_the_figures_of_plain_transformer
 
 def test_the_loss_with_a_teacher_compares_the_places_of_each_window(tmp_path: Path) -> None:
     config = make_config(write_jsonl(tmp_path / "rows.jsonl", make_rows(30, 0)), tmp_path)
-    teacher = str(train(config).folder)
-    objective_settings = replace(config.objective, teacher=teacher, teacher_weight=0.3, teacher_temperature=2.0)
-    config = replace(config, objective=objective_settings, run=replace(config.run, seed=1))
-    prepared, objective = prepare_data(config), build_objective(config.objective)
-    head = objective.head(build_network(config, prepared), prepared).train()
-    add_teacher(head, config, objective, prepared)
-    examples, ids = prepared.train, np.arange(12)
-    collator = objective.collator(prepared.tokenizer, examples, seed=0, padded=not head.padding_free, multiple=1)
-    losses = target_losses(head, collator([examples[int(i)] for i in ids], ids, epoch=0))
+    prepared, head, losses, (plain, expert) = compute_losses_with_teacher(config, 12)
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    plain, expert = build_network(config, prepared).eval(), AutoModelForQuestionAnswering.from_pretrained(teacher)
-    for i in map(int, ids):
+    examples = prepared.train
+    for i in range(12):
         types = torch.from_numpy(examples.token_type_ids(i))[None]
         assert examples.labels is not None
         start, end = torch.tensor(examples.labels[i])[:, None]

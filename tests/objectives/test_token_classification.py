@@ -16,14 +16,18 @@ from sklearn import metrics
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from minilm import Batch, Config, Data, Model, Optim, Run, TokenClassification, Tokens
+from minilm import Config, Data, Model, TokenClassification, Tokens
 from minilm.commands.evaluate import evaluate
 from minilm.data.micro_batch import target_losses
 from minilm.data.tokenizer_training import train_tokenizer
-from minilm.objectives.distillation import add_teacher
 from minilm.objectives.factory import build_network, build_objective, prepare_data
 from minilm.train import train
-from tests.objectives.test_question_answering import MODELS, save_tokenizer
+from tests.objectives.test_question_answering import (
+    MODELS,
+    build_config,
+    compute_losses_with_teacher,
+    write_jsonl,
+)
 
 FIGURES = ("precision", "recall", "f1", "accuracy")
 PLACES, COLOURS = ("harbour", "tower", "stone"), ("old", "new")
@@ -46,21 +50,8 @@ def make_rows(count: int, seed: int, *, longest: int = 30) -> list[dict[str, Any
     return rows
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def make_config(source: str, folder: Path, model: str = "bert", **objective: Any) -> Config:
-    return Config(
-        data=Data(source=source, eval_fraction=0.2),
-        tokens=Tokens(name=save_tokenizer(folder / "tokenizer")),
-        model=Model(type=model, config=MODELS[model]),
-        objective=TokenClassification(**objective),
-        batch=Batch(examples=8, max_length=32, micro_tokens=300),
-        optim=Optim(lr=3e-3),
-        run=Run(max_steps=4, precision="fp32", save_every=0, output_dir=str(folder / "out")),
-    )
+    return build_config(TokenClassification(**objective), source, folder, model, max_length=32)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -230,23 +221,13 @@ def test_the_card_shows_samples_and_the_pipeline(tmp_path: Path) -> None:
 
 def test_the_loss_with_a_teacher(tmp_path: Path) -> None:
     config = make_config(write_jsonl(tmp_path / "rows.jsonl", make_rows(30, 0)), tmp_path)
-    teacher = str(train(config).folder)
-    settings = replace(config.objective, teacher=teacher, teacher_weight=0.3, teacher_temperature=2.0)
-    config = replace(config, objective=settings, run=replace(config.run, seed=1))
-    prepared, objective = prepare_data(config), build_objective(config.objective)
-    head = objective.head(build_network(config, prepared), prepared).train()
-    add_teacher(head, config, objective, prepared)
-    examples, ids = prepared.train, np.arange(12)
-    collator = objective.collator(prepared.tokenizer, examples, seed=0, padded=not head.padding_free, multiple=1)
-    losses = target_losses(head, collator([examples[int(i)] for i in ids], ids, epoch=0))
-    plain, expert = build_network(config, prepared).eval(), AutoModelForTokenClassification.from_pretrained(teacher)
+    prepared, _, losses, models = compute_losses_with_teacher(config, 12)
+    examples = prepared.train
     expected: list[float] = []
-    for i in map(int, ids):
+    for i in range(12):
         targets = torch.from_numpy(examples.targets_of_tokens(i))
         with torch.inference_mode():
-            ours, theirs = (
-                model(torch.from_numpy(examples[i])[None]).logits[0][targets != -100] for model in (plain, expert)
-            )
+            ours, theirs = (model(torch.from_numpy(examples[i])[None]).logits[0][targets != -100] for model in models)
         hard = F.cross_entropy(ours, targets[targets != -100], reduction="none")
         soft = F.kl_div((ours / 2).log_softmax(1), (theirs / 2).softmax(1), reduction="none").sum(1)
         expected += (0.7 * hard + 0.3 * 4 * soft).tolist()

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 from minilm import Config, Data
 from minilm.optim.averages import SLOT, average_weights, averaged_weights
 from minilm.train import train
-from tests.jobs import CONFIG, STEPS, end_of, finish_all, write_text
+from tests.jobs import CONFIG, STEPS, end_of, finish_all, in_folder, without_dropout, write_text
 from tests.laws.resume_everywhere import stopped_after
 
 DECAY = 0.8
@@ -25,14 +25,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return replace(CONFIG, data=Data(source=text, eval_fraction=0.1), optim=replace(CONFIG.optim, ema=DECAY))
 
 
-def into(folder: Path, config: Config, **run: Any) -> Config:
-    return replace(config, run=replace(config.run, output_dir=str(folder), **run))
-
-
 @pytest.fixture(scope="module")
 def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("out") / "reference"
-    return folder, train(into(folder, config)).figures
+    return folder, train(in_folder(config, folder)).figures
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -88,7 +84,7 @@ def test_a_run_saves_and_evaluates_the_averages_beside_the_last_weights(
     config: Config, reference: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:
     folder, figures = reference
-    plain = train(into(tmp_path / "plain", replace(config, optim=replace(config.optim, ema=None)))).figures
+    plain = train(in_folder(replace(config, optim=replace(config.optim, ema=None)), tmp_path / "plain")).figures
     assert {name: value for name, value in figures.items() if name in ("eval_loss", "perplexity")} == {
         name: plain[name] for name in ("eval_loss", "perplexity")
     }
@@ -117,16 +113,17 @@ def test_a_resumed_run_has_the_same_averages_to_the_bit(
     folder = stopped_after(9, reference[0], tmp_path / "stopped")
     for path in (folder / "ema").iterdir():
         path.unlink()
-    train(into(folder, config, resume="latest"))
+    train(in_folder(config, folder, resume="latest"))
     assert everything(folder) == everything(reference[0])
     with pytest.raises(ValueError, match=r"optim\.ema was 0\.8, is null"):
-        train(into(folder, replace(config, optim=replace(config.optim, ema=None)), resume="latest", max_steps=STEPS))
+        train(
+            in_folder(replace(config, optim=replace(config.optim, ema=None)), folder, resume="latest", max_steps=STEPS)
+        )
 
 
 def test_two_processes_have_the_averages_of_one(config: Config, tmp_path: Path) -> None:
-    without_dropout = {**config.model.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = replace(config, model=replace(config.model, config=without_dropout))
-    finish_all([(into(tmp_path / str(count), config), count) for count in (1, 2)], tmp_path)
+    config = without_dropout(config)
+    finish_all([(in_folder(config, tmp_path / str(count)), count) for count in (1, 2)], tmp_path)
     one, two = (load_file(tmp_path / str(count) / "ema" / "model.safetensors") for count in (1, 2))
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, rtol=1e-4, atol=1e-6)

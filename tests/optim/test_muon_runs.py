@@ -8,7 +8,7 @@ import pytest
 
 from minilm import Config, Data, Optim
 from minilm.train import train
-from tests.jobs import CONFIG, end_of, finish_all, write_text
+from tests.jobs import CONFIG, end_of, finish_all, in_folder, without_dropout, write_text
 from tests.launch import read_log
 from tests.laws.resume_everywhere import stopped_after
 
@@ -46,25 +46,19 @@ Muon.step = step
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return replace(
-        CONFIG,
+        without_dropout(CONFIG),
         data=Data(source=text, eval_fraction=0.1),
-        model=replace(CONFIG.model, config={**CONFIG.model.config, **rates}),
         optim=Optim(name="muon", lr=3e-3, weight_decay=0.1, max_grad_norm=0.5),
         run=replace(CONFIG.run, max_steps=STEPS, keep_last=STEPS),
     )
-
-
-def into(folder: Path, config: Config, resume: str | None = None) -> Config:
-    return replace(config, run=replace(config.run, output_dir=str(folder), resume=resume))
 
 
 @pytest.fixture(scope="module")
 def one(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("one") / "out"
-    train(into(folder, config))
+    train(in_folder(config, folder))
     return folder
 
 
@@ -80,12 +74,12 @@ def difference(ours: Path, theirs: Path) -> float:
 def test_two_processes_share_the_matrices_and_make_the_steps_of_one(
     planted: str, config: Config, one: Path, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    finish_all([(into(tmp_path / "out", config), 2)], tmp_path, planted)
+    finish_all([(in_folder(config, tmp_path / "out"), 2)], tmp_path, planted)
     apart = difference(tmp_path / "out", one)
     figure(f"Muon on 1 and 2 processes: {apart:.0e}")
     assert apart <= 1e-5
     stopped = stopped_after(2, tmp_path / "out", tmp_path / "stopped")
-    finish_all([(into(stopped, config, "latest"), 2)], tmp_path, planted)
+    finish_all([(in_folder(config, stopped, resume="latest"), 2)], tmp_path, planted)
     assert end_of(stopped) == end_of(tmp_path / "out")
 
 
@@ -93,11 +87,11 @@ def test_two_processes_share_the_matrices_and_make_the_steps_of_one(
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_resumed_run_is_the_same_to_the_bit(step: int, config: Config, one: Path, tmp_path: Path) -> None:
     stopped = stopped_after(step, one, tmp_path / "stopped")
-    train(into(stopped, config, "latest"))
+    train(in_folder(config, stopped, resume="latest"))
     assert end_of(stopped) == end_of(one)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(config: Config, one: Path, tmp_path: Path) -> None:
     stopped = stopped_after(4, one, tmp_path / "stopped")
     with pytest.raises(ValueError, match=r'optim\.name was "muon", is "adamw"'):
-        train(into(stopped, replace(config, optim=replace(config.optim, name="adamw")), "latest"))
+        train(in_folder(replace(config, optim=replace(config.optim, name="adamw")), stopped, resume="latest"))

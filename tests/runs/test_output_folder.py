@@ -14,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     pipeline,
 )
@@ -25,8 +24,8 @@ from minilm.runs.checkpoint_saver import CheckpointSaver
 from minilm.runs.model_export import save_model
 from minilm.runs.output_folder import choose_output_dir, claim_output_dir
 from minilm.utils.folder_lock import LOCK, unlock_at_end
+from tests.checkpoints import logits
 
-IDS_BxL = torch.tensor([[2, 9, 30, 11, 4, 3], [2, 40, 4, 12, 50, 3]])
 LEFTOVERS = (
     ".checkpoint-11.writing",
     ".checkpoint-11.part-2.writing",
@@ -40,11 +39,6 @@ def network(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> BertForMaskedL
     torch.manual_seed(seed)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size)).eval()
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS_BxL).logits
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,25 +9,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minilm import Batch, Config, Data, MaskedLM, Optim, SentenceEmbedding, Tokens
+from minilm import Config, MaskedLM, SentenceEmbedding
 from minilm.commands.train_examples import find_duplicates, find_hardest, measure_learning, read_losses
 from minilm.objectives.factory import prepare_data
 from minilm.train import train
-from tests.jobs import CONFIG, config_in, finish_all
+from tests.jobs import CONFIG, config_in, finish_all, in_folder, without_dropout
 from tests.launch import read_log
-from tests.laws.test_same_update_objectives import MODELS
-from tests.own_objectives import BUILT_IN, COLUMNS, write_rows
+from tests.own_objectives import build_config, write_rows
 
 
-def in_folder(place: Path, name: str, layout: Any = "documents", micro_tokens: int = 40) -> Config:
+def build(place: Path, name: str, layout: Any = "documents", micro_tokens: int = 40) -> Config:
     """Return a run of 22 steps, where an epoch has 18 steps or fewer, without dropout."""
-    config = config_in(place, 22)
-    model = replace(
-        config.model, config={**config.model.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    )
+    config = without_dropout(config_in(place, 22))
     run = replace(config.run, eval_every=22, save_every=5, keep_last=9, train_ledger=True, output_dir=str(place / name))
     batch = replace(config.batch, layout=layout, micro_tokens=micro_tokens)
-    return replace(config, model=model, batch=batch, objective=MaskedLM(rate=0.3), run=run)
+    return replace(config, batch=batch, objective=MaskedLM(rate=0.3), run=run)
 
 
 def ledger_of(folder: Path) -> dict[str, bytes]:
@@ -40,7 +36,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", ["documents", "packed", "blocks"])
 def test_the_losses_of_an_epoch_add_up_to_those_of_its_steps(layout: str, tmp_path: Path) -> None:
-    config = in_folder(tmp_path, "out", layout)
+    config = build(tmp_path, "out", layout)
     train(config)
     tables = read(tmp_path / "out")
     assert len(tables) > 1
@@ -55,8 +51,7 @@ def test_the_losses_of_an_epoch_add_up_to_those_of_its_steps(layout: str, tmp_pa
 
 def test_neither_micro_batches_nor_processes_change_a_loss(tmp_path: Path) -> None:
     configs = [
-        (in_folder(tmp_path, name, micro_tokens=size), n)
-        for name, size, n in (("a", 40, 1), ("b", 4096, 1), ("c", 40, 2))
+        (build(tmp_path, name, micro_tokens=size), n) for name, size, n in (("a", 40, 1), ("b", 4096, 1), ("c", 40, 2))
     ]
     finish_all(configs, tmp_path)
     expected, *others = (read(tmp_path / name) for name in "abc")
@@ -68,7 +63,7 @@ def test_neither_micro_batches_nor_processes_change_a_loss(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("step", [5, 20])
 def test_a_resumed_run_has_the_files_of_a_whole_one(step: int, tmp_path: Path) -> None:
-    config = in_folder(tmp_path, "out")
+    config = build(tmp_path, "out")
     train(config)
     whole = ledger_of(tmp_path / "out")
     # The files are those of the end of the run, as after a kill.
@@ -86,17 +81,9 @@ def test_a_resumed_run_has_the_files_of_a_whole_one(step: int, tmp_path: Path) -
 
 
 def test_losses_that_compare_examples_are_those_of_each_example(tmp_path: Path) -> None:
-    config = Config(
-        data=Data(source=write_rows(tmp_path / "rows.jsonl", 60), eval_fraction=0.2, **COLUMNS["triplets"]),
-        tokens=Tokens(vocab_size=300),
-        model=MODELS["packed"],
-        objective=SentenceEmbedding(),
-        batch=Batch(examples=10, max_length=48, micro_tokens=80),
-        optim=Optim(lr=1e-3),
-        run=replace(
-            CONFIG.run, max_steps=4, eval_every=4, save_every=0, train_ledger=True, output_dir=str(tmp_path / "out")
-        ),
-    )
+    run = replace(CONFIG.run, max_steps=4, eval_every=4, save_every=0, train_ledger=True)
+    config = build_config("triplets", write_rows(tmp_path / "rows.jsonl", 60), objective=SentenceEmbedding(), run=run)
+    config = in_folder(config, tmp_path / "out")
     train(config)
     (table,) = read(tmp_path / "out")
     steps, _ = read_log(tmp_path / "out")
@@ -105,16 +92,9 @@ def test_losses_that_compare_examples_are_those_of_each_example(tmp_path: Path) 
 
 
 def test_an_example_that_does_not_count_has_no_target(tmp_path: Path) -> None:
-    config = Config(
-        data=Data(source=write_rows(tmp_path / "rows.jsonl", 60), eval_fraction=0.2, exclude_loss="0-9"),
-        tokens=Tokens(vocab_size=300),
-        model=MODELS["packed"],
-        objective=BUILT_IN["answers"],
-        batch=Batch(examples=10, max_length=48, micro_tokens=80),
-        run=replace(
-            CONFIG.run, max_steps=6, eval_every=6, save_every=0, train_ledger=True, output_dir=str(tmp_path / "out")
-        ),
-    )
+    run = replace(CONFIG.run, max_steps=6, eval_every=6, save_every=0, train_ledger=True)
+    config = build_config("answers", write_rows(tmp_path / "rows.jsonl", 60), run=run)
+    config = in_folder(replace(config, data=replace(config.data, exclude_loss="0-9")), tmp_path / "out")
     train(config)
     bounds = prepare_data(config).train.document_bounds
     starts = prepare_data(config).train.start
@@ -126,7 +106,7 @@ def test_an_example_that_does_not_count_has_no_target(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a ledger"])
 def test_a_damaged_file_does_not_keep_a_run_from_going_on(content: bytes, tmp_path: Path) -> None:
-    config = in_folder(tmp_path, "out")
+    config = build(tmp_path, "out")
     train(config)
     (tmp_path / "out" / "all_results.json").unlink()
     shutil.rmtree(tmp_path / "out" / "checkpoint-22")
@@ -138,7 +118,7 @@ def test_a_damaged_file_does_not_keep_a_run_from_going_on(content: bytes, tmp_pa
 
 
 def test_a_run_without_it_keeps_nothing(tmp_path: Path) -> None:
-    config = in_folder(tmp_path, "out")
+    config = build(tmp_path, "out")
     short = replace(config.run, max_steps=2)
     train(replace(config, run=short))
     assert ledger_of(tmp_path / "out").keys() == {"train-0.safetensors"}
@@ -147,7 +127,7 @@ def test_a_run_without_it_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_the_command_lists_hard_examples_copies_and_what_is_still_learnt(tmp_path: Path, run: Any) -> None:
-    config = in_folder(tmp_path, "out")
+    config = build(tmp_path, "out")
     lines = (tmp_path / "text.txt").read_text().splitlines()
     (tmp_path / "text.txt").write_text("\n".join([*lines, *[lines[12]] * 30]))
     train(replace(config, run=replace(config.run, max_steps=40, eval_every=40)))

@@ -31,8 +31,8 @@ from minilm.distributed.launch import start
 from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.factory import build_network, build_objective, prepare_data
-from minilm.objectives.objective import Evaluator
 from minilm.optim.optimizer import build_optimizer
 from minilm.optim.schedule import learning_rate
 from minilm.runs.auto_micro_tokens import resolve_micro_tokens

@@ -35,8 +35,8 @@ from minilm.models.head import Head, freeze_unused
 from minilm.objectives.averages_evaluation import AveragesEvaluator, format_all_figures
 from minilm.objectives.coupling import couple_examples
 from minilm.objectives.distillation import add_teacher
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.factory import build_network
-from minilm.objectives.objective import Evaluator
 from minilm.optim.averages import average_weights, averaged_weights
 from minilm.optim.optimizer import apply_update, build_optimizer
 from minilm.optim.schedule import learning_rate as scheduled_rate

@@ -38,8 +38,8 @@ from minilm.distributed.launch import finish, start
 from minilm.models.inference_embedding import find_pooling
 from minilm.models.input_length import longest_input
 from minilm.models.model_config import load_configuration, read_model_labels
+from minilm.objectives.evaluator import EvaluationResult
 from minilm.objectives.factory import build_network, build_objective, has_new_labels, prepare_data
-from minilm.objectives.objective import EvaluationResult
 from minilm.runs.auto_micro_tokens import micro_tokens_of
 from minilm.runs.checkpoint import is_checkpoint
 from minilm.runs.ledger import ExampleTable, build_table

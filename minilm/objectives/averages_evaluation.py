@@ -6,8 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.example_evaluation import FigureTable
-from minilm.objectives.objective import Evaluator, Objective
+from minilm.objectives.objective import Objective
 from minilm.optim.averages import averaged_weights
 
 PREFIX = "ema_"

@@ -29,6 +29,7 @@ from minilm.models.model_config import read_model_labels
 from minilm.models.row_head import RowHead
 from minilm.models.token_types import fit_token_types
 from minilm.objectives.classification_loss import ClassificationLoss, compute_classification_losses
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.example_batches import ExampleCollator
 from minilm.objectives.example_evaluation import ExampleEvaluator
 from minilm.objectives.metrics import (
@@ -37,7 +38,7 @@ from minilm.objectives.metrics import (
     compute_label_losses,
     find_problem,
 )
-from minilm.objectives.objective import Evaluator, Objective
+from minilm.objectives.objective import Objective
 from minilm.utils.shell import format_command
 
 

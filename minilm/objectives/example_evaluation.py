@@ -35,7 +35,7 @@ class FigureTable:
 
     values: dict[str, float]
     per_example: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """As `minilm.objectives.objective.EvaluationResult.per_example`."""
+    """As `minilm.objectives.evaluator.EvaluationResult.per_example`."""
 
     def figures(self) -> dict[str, float]:
         """Return the figures by name."""

@@ -35,7 +35,7 @@ class EvaluationTotals:
     unigram_nats: float
     """Sum of -ln p over the same targets under the unigram model of the training tokens."""
     per_example: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
-    """As `minilm.objectives.objective.EvaluationResult.per_example`."""
+    """As `minilm.objectives.evaluator.EvaluationResult.per_example`."""
 
     def figures(self) -> dict[str, float]:
         """Return eval_loss (nats per target), perplexity, bits_per_byte, and bits_per_byte of the unigram model."""

@@ -1,47 +1,38 @@
-"""The base class of training objectives, and the interfaces of their evaluation.
+"""The base class of training objectives.
 
 `minilm.objectives.factory` builds an objective from a configuration. docs/fork.md shows objectives of one's own.
 
 Axes: N targets, R rows, L padded length, E examples, K rows of an example, C outputs, H hidden size.
 """
 
-import copy
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import Accelerator
-from datasets import Dataset
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config, Data, ObjectiveSettings
-from minilm.data.columns import Column
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.documents import load_row_tables
-from minilm.data.example import NO_TARGET, Example, Remark
-from minilm.data.example_encoding import encode_rows, find_document_bounds, hash_own_code
+from minilm.data.example import Example, Remark
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import Collator
 from minilm.data.packing import Packing
 from minilm.data.rows import Row, RowTable
-from minilm.data.special_ids import count_embedding_rows
-from minilm.data.splits import is_one_dataset
-from minilm.data.tokenizer import load_tokenizer
 from minilm.models.compatibility import check_compatibility
 from minilm.models.embedding_head import EmbeddingHead
 from minilm.models.forward_checks import check_causal
 from minilm.models.head import Head
 from minilm.models.row_head import RowHead
 from minilm.models.sparse_head import SparseHead
-from minilm.models.token_types import fit_token_types
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.example_batches import ExampleCollator, arrange_outputs
 from minilm.objectives.example_evaluation import ExampleEvaluator, TargetLossEvaluator
+from minilm.objectives.example_preparation import build_role_columns, find_texts, prepare_examples
 
 # The task of each auto class, on the hub and in `transformers.pipeline`.
 _PIPELINES = {
@@ -52,46 +43,10 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
-# The keys of `Objective.columns` whose cells must be texts. A cell under another key may hold what JSON can hold.
-_TEXT_ROLES = ("text", "pair", "negative")
 # A logit whose exp is 0 for any temperature above 1e-8.
 _LOWEST_LOGIT = -1e30
 Outputs = Literal["targets", "next_tokens", "rows", "tokens", "mean", "first", "last"]
 """What the model gives the loss; see `Objective.outputs`."""
-
-
-class EvaluationResult(Protocol):
-    """The result of one evaluation over all processes."""
-
-    def figures(self) -> dict[str, float]:
-        """Return the figures by name. The keys are `Evaluator.names`, and `eval_loss` is one of them."""
-
-    @property
-    def per_example(self) -> Mapping[str, NDArray[Any]]:
-        """Numbers of each evaluation example by name, in the order of the examples; the ledger of a run keeps them.
-
-        `loss` is the sum of the losses of the example's targets in nats, `targets` their number, and `utf8_bytes` the
-        bytes of text that they stand for, if they are text. `correct` says whether an answer is right. The mapping is
-        empty if the evaluation has no such numbers.
-        """
-
-
-class Evaluator(Protocol):
-    """The evaluation of a model on the evaluation examples."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the figures, in their order. The loop reads them before the first step."""
-
-    def __call__(self, accelerator: Accelerator, model: nn.Module) -> EvaluationResult:
-        """Evaluate every example once.
-
-        The loop calls this on all processes at the same step. The processes share the examples, and all of them must
-        return the same figures. The model must be in evaluation mode during the call and in its previous mode after
-        it.
-
-        model: the head (`Objective.head`) after `accelerator.prepare`.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +108,7 @@ class Objective(ObjectiveSettings):
 
         The default is every text in the row.
         """
-        return _find_texts(dict(row))
+        return find_texts(dict(row))
 
     def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Change the tokenizer of the run before it encodes, such as by `tokenizer.add_tokens`.
@@ -185,84 +140,17 @@ class Objective(ObjectiveSettings):
 
         memory: documents from Python, to read in place of `data.source`.
         """
-        if config.batch.layout == "blocks":
-            raise ValueError("batch.layout blocks joins documents, which only language models can read: leave it out")
-        train, parts = load_row_tables(config.data, config.run.seed, self._build_columns(config.data), memory)
-        # This refuses ids of classes that mean something else in the source of the evaluation.
-        train.join([*parts.values()])
-        fields = self.fields(train, config)
-        tokenizer = self._load_tokenizer(config, train)
-        own_rows = count_embedding_rows(tokenizer)
-        self.adapt_tokenizer(tokenizer)
-        if self.pairs is not None:
-            fit_token_types(tokenizer, config.model, self.auto, pair=self.pairs)
-        settings = dataclasses.asdict(self)
-        own = type(self)
-        key = [own.__module__, own.__qualname__, self.version, hash_own_code(own), settings, fields]
-        shift = _shift_targets if self.outputs == "next_tokens" else _keep
-
-        unused = copy.deepcopy(tokenizer)
-        unused.model_max_length = config.batch.max_length
-        # A tokenizer remembers how it truncated, which must not change the key of later examples.
-        reading = copy.deepcopy(unused)
-
-        def make_examples(rows: list[Row]) -> Iterable[Example | Remark]:
-            return map(shift, self.examples(rows, reading, fields))
-
-        def encode(tables: Sequence[RowTable], name: str, *, evaluated: bool = True) -> tuple[Examples, list[int]]:
-            return encode_rows(
-                tables,
-                make_examples,
-                unused,
-                max_length=config.batch.max_length,
-                key=key,
-                name=name,
-                equal_rows=self.equal_rows,
-                keep_notes=evaluated,
-            )
-
-        if is_one_dataset(train, parts):
-            examples, counts = encode([train], "documents")
-            train_examples = eval_examples = examples
-        else:
-            train_examples, _ = encode([train], "training documents", evaluated=False)
-            if config.data.exclude_loss is not None:
-                bounds = find_document_bounds(train, make_examples, train_examples)
-                train_examples = replace(train_examples, document_bounds=bounds)
-            eval_examples, counts = encode([*parts.values()], "evaluation documents")
-        return PreparedData(
-            tokenizer=tokenizer,
-            train=train_examples,
-            eval=eval_examples,
-            eval_parts=dict(zip(parts, counts, strict=True)),
-            eval_documents="-".join(part.fingerprint for part in parts.values()),
-            fields={name: value for name, value in fields.items() if not name.startswith("_")},
-            added_tokens=count_embedding_rows(tokenizer) - own_rows,
-        )
-
-    def _build_columns(self, data: Data) -> list[Column]:
-        return [
-            Column(role=role, name=name, kind="text" if role in _TEXT_ROLES else "json")
-            for role, name in self.columns(data).items()
-        ]
+        return prepare_examples(self, config, memory)
 
     def training_texts(self, config: Config) -> Iterator[str]:
         """Yield the text of each training document, in the order of `Examples.document_bounds`.
 
         A row without a text in the column `data.column` counts as an empty text.
         """
-        train, _ = load_row_tables(config.data, config.run.seed, self._build_columns(config.data))
+        train, _ = load_row_tables(config.data, config.run.seed, build_role_columns(self, config.data))
         for row in (row for batch in train.iter_batches() for row in batch):
             text = row.get("text")
             yield text if isinstance(text, str) else ""
-
-    def _load_tokenizer(self, config: Config, rows: RowTable) -> PreTrainedTokenizerBase:
-        """Return the tokenizer of the run. If it must be trained or extended, it learns from `texts` of the rows."""
-        texts: list[str] = []
-        if (config.tokens.name or config.model.name) is None or config.tokens.extend:
-            texts = [text for batch in rows.iter_batches() for row in batch for text in self.texts(row)]
-        documents = Dataset.from_dict({"text": texts})
-        return load_tokenizer(config.tokens, config.model.name, documents, causal=self.outputs == "next_tokens")
 
     # The loss.
 
@@ -443,25 +331,3 @@ class Objective(ObjectiveSettings):
     def command(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return a shell command that tries the model in `folder`. The last line of a run's log shows it."""
         return f"minilm evaluate {folder}"
-
-
-def _shift_targets(example: Example | Remark) -> Example | Remark:
-    """Return the example with the target of each token at the token before it, where the model predicts it."""
-    if isinstance(example, Remark):
-        return example
-    if example.targets is None:
-        raise ValueError('an Example has no `targets`, which outputs = "next_tokens" needs: give one for each id')
-    return dataclasses.replace(example, targets=[*example.targets[1:], NO_TARGET])
-
-
-def _keep(example: Example | Remark) -> Example | Remark:
-    return example
-
-
-def _find_texts(value: Any) -> Iterator[str]:
-    """Yield each string inside a value of JSON types."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _find_texts(inner)

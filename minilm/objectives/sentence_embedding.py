@@ -26,8 +26,9 @@ from minilm.data.memory import MemoryDocuments
 from minilm.data.rows import Row
 from minilm.models.head import Head
 from minilm.models.sentence_files import describe_embedding
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.example_evaluation import ExampleEvaluator
-from minilm.objectives.objective import Evaluator, Objective
+from minilm.objectives.objective import Objective
 from minilm.utils.shell import format_command
 
 _TEXTS = ("text", "pair", "negative")

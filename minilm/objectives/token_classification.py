@@ -20,8 +20,9 @@ from minilm.data.word_rows import encode_words
 from minilm.data.word_tags import find_scheme, read_tags, read_words, sort_tags
 from minilm.models.inference_tags import tag_texts
 from minilm.models.model_config import read_model_labels
+from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.metrics import compute_tag_figures
-from minilm.objectives.objective import Evaluator, Objective
+from minilm.objectives.objective import Objective
 from minilm.utils.shell import format_command
 from minilm.utils.validation import suggest_name
 

@@ -33,10 +33,10 @@ from minilm.distributed.sharding import distribute
 from minilm.models.compilation import compile_layers
 from minilm.models.head import Head, freeze_unused
 from minilm.objectives.averages_evaluation import AveragesEvaluator, format_all_figures
-from minilm.objectives.coupling import couple_examples
 from minilm.objectives.distillation import add_teacher
 from minilm.objectives.evaluator import Evaluator
 from minilm.objectives.factory import build_network
+from minilm.objectives.gradient_cache import couple_examples
 from minilm.optim.averages import average_weights, averaged_weights
 from minilm.optim.optimizer import apply_update, build_optimizer
 from minilm.optim.schedule import learning_rate as scheduled_rate

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.data.corpus import Examples
 from minilm.data.example import Example, Remark
-from minilm.data.notes import open_notes
+from minilm.data.example_notes import open_notes
 from minilm.data.rows import Row, RowTable
 from minilm.data.special_ids import count_embedding_rows
 from minilm.data.tokenizer_state import serialize_tokenizer

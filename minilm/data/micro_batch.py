@@ -33,7 +33,7 @@ class MicroBatch:
     """int64, the example of each target, for an objective whose loss compares the examples of a step."""
     coupling_NxD: Tensor | None = None
     """float32, the loss of each example and its gradient at the model's outputs, if all examples of the step decide
-    them (`minilm.objectives.coupling`)."""
+    them (`minilm.objectives.gradient_cache`)."""
     outputs: Tensor | None = None
     """float32, the model's outputs with their gradient graph, if an earlier pass has computed them: N, or the rows of N
     examples, by any size."""

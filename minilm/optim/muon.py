@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minilm.optim.matrices import MatrixLayout
+from minilm.optim.weight_matrices import MatrixLayout
 
 # The polynomial aX + b(XX')X + c(XX')²X, which moves the singular values of X towards 1 (Jordan et al. 2024).
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minilm.config import Optim
-from minilm.optim.matrices import MatrixLayout, find_matrices
+from minilm.optim.forward_probe import find_networks
 from minilm.optim.muon import Muon
-from minilm.optim.networks import find_networks
 from minilm.optim.parameter_depth import parameter_depths
+from minilm.optim.weight_matrices import MatrixLayout, find_matrices
 
 log = logging.getLogger("minilm")
 
@@ -23,11 +23,11 @@ log = logging.getLogger("minilm")
 def build_optimizer(model: nn.Module, optim: Optim, precision: str = "fp32") -> torch.optim.Optimizer:
     """Return fused AdamW with two groups of parameters, one with weight decay and one without; or Muon.
 
-    With a layer decay there are two groups for each depth. The entry `scale` of a group is its share of the learning
-    rate; `train_step` multiplies the rate of the step by it. With Muon, the matrices inside the layers are in groups of
-    their own (`minilm.optim.matrices`). precision: that of the run. Muon's iteration uses bf16 if it is `bf16`, else
-    fp32. Raises ValueError for a layer decay if the depths of the parameters cannot be found, and for Muon if the model
-    trains no matrix inside a layer.
+    With a layer decay there are two groups for each depth. The entry `scale` of a group is its share of the
+    learning rate; `train_step` multiplies the rate of the step by it. With Muon, the matrices inside the layers are
+    in groups of their own (`minilm.optim.weight_matrices`). precision: that of the run. Muon's iteration uses bf16
+    if it is `bf16`, else fp32. Raises ValueError for a layer decay if the depths of the parameters cannot be found,
+    and for Muon if the model trains no matrix inside a layer.
     """
     scales = {} if optim.layer_decay == 1 else compute_layer_scales(model, optim.layer_decay)
     no_decay = find_no_decay_parameters(model)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from minilm.models.layers import find_module_lists
-from minilm.optim.networks import run_short_row
+from minilm.optim.forward_probe import run_short_row
 
 # A block: the path of its list's parent, the length of that list, and the block's number in it. XLM has a list of
 # attentions and a list of feed-forward parts. Modules with the same number belong to one block.

@@ -30,8 +30,8 @@ from minilm import Batch, Config, Data, Example, Model, Objective, Optim, Run, T
 from minilm.config.objective_class import find_class
 from minilm.config.serialization import from_dict, read_run_config, to_dict
 from minilm.data.micro_batch import target_losses
-from minilm.objectives.coupling import couple_examples
 from minilm.objectives.factory import build_objective, prepare_data
+from minilm.objectives.gradient_cache import couple_examples
 from minilm.train import train
 from tests.launch import ROOT
 from tests.own_objectives import NO_DROPOUT, OWN, SIZE, TAGS, Contrastive, Tagging, write_rows

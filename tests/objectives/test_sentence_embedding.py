@@ -25,8 +25,8 @@ from minilm.data.micro_batch import loss_sum, target_losses
 from minilm.distributed.precision import Precision
 from minilm.models.head import Head
 from minilm.models.inference_embedding import embed, load_embedding_model
-from minilm.objectives.coupling import couple_examples
 from minilm.objectives.factory import build_objective, prepare_data
+from minilm.objectives.gradient_cache import couple_examples
 from minilm.objectives.sentence_embedding import SentenceEmbeddingObjective
 from minilm.runs.session import Session
 from minilm.train import train, train_step

@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 import minilm.optim.muon
 from minilm.config import Optim
-from minilm.optim.matrices import MatrixLayout
 from minilm.optim.muon import Muon, orthogonalize
 from minilm.optim.optimizer import apply_update, build_optimizer, is_fused
+from minilm.optim.weight_matrices import MatrixLayout
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

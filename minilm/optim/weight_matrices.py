@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm.models.layers import find_module_lists
-from minilm.optim.feature_flow import FeatureFlow
-from minilm.optim.networks import find_networks, run_short_row
+from minilm.optim.forward_probe import find_networks, run_short_row
+from minilm.optim.weight_usage import WeightUsageTracer
 
 # A message names this many kinds of parameters.
 _MOST_NAMES = 6
@@ -42,7 +42,7 @@ class MatrixLayout:
 def find_matrices(model: nn.Module, exclude: Collection[nn.Parameter]) -> tuple[dict[nn.Parameter, MatrixLayout], str]:
     """Return the layouts of the trained weight matrices inside the layers, and a message on those that stay unknown.
 
-    A short forward shows the layouts (`minilm.optim.feature_flow`). A parameter counts if the forward uses it only in
+    A short forward shows the layouts (`minilm.optim.weight_usage`). A parameter counts if the forward uses it only in
     matrix products, always with all its inputs, and if its outputs are used in regular parts. Vectors do not count.
 
     exclude: parameters that are not weights, such as biases that happen to have two dimensions.
@@ -55,7 +55,7 @@ def find_matrices(model: nn.Module, exclude: Collection[nn.Parameter]) -> tuple[
         names = _find_candidates(network, exclude)
         if not names:
             continue
-        flow = FeatureFlow(names)
+        flow = WeightUsageTracer(names)
         try:
             with flow:
                 output = run_short_row(network.base_model)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Losses that compare the examples of a step: two passes over the micro-batches (Gao et al. 2021, section 3).
+"""GradCache (Gao et al. 2021, section 3): losses that compare the examples of a step, by two passes.
 
 The first pass computes the outputs of all examples. They are gathered over the processes, and the loss of the whole
 step gives its gradient at each output. In the second pass, which is the usual one, each micro-batch carries its own

@@ -46,7 +46,7 @@ _SHAPES = {
 }
 
 
-class Usage:
+class WeightUsage:
     """What is known about the use of a weight of shape (…, O, I) or (…, I, O)."""
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -133,7 +133,7 @@ class Usage:
         return groups, tuple(counts[:parts].tolist())
 
 
-class FeatureFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class WeightUsageTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that follows the outputs of weights through a forward, and records them in `usages`.
 
     Each tensor made from outputs of a weight has an index beside it: an integer tensor of its shape with the number of
@@ -145,14 +145,14 @@ class FeatureFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.usages = {weight: Usage(weight) for weight in weights}
+        self.usages = {weight: WeightUsage(weight) for weight in weights}
         # Weights and views of them, each with the row and the column of the weight for each element.
-        self._weights: dict[Tensor, tuple[Usage, Tensor, Tensor]] = {}
+        self._weights: dict[Tensor, tuple[WeightUsage, Tensor, Tensor]] = {}
         for weight, usage in self.usages.items():
             rows, columns = (torch.arange(size) for size in weight.shape[-2:])
             self._weights[weight] = (usage, rows[:, None].expand(weight.shape), columns.expand(weight.shape))
         # Tensors made from outputs, each with an index for each weight that it comes from.
-        self._features: dict[Tensor, dict[Usage, Tensor]] = {}
+        self._features: dict[Tensor, dict[WeightUsage, Tensor]] = {}
 
     def finish(self, output: object) -> None:
         """Count what the forward returns as used."""
@@ -266,7 +266,7 @@ class FeatureFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             self._carry(result, usage, first)
 
-    def _reduce(self, usage: Usage, index: Tensor, operation: Any, args: Any, result: Tensor) -> None:
+    def _reduce(self, usage: WeightUsage, index: Tensor, operation: Any, args: Any, result: Tensor) -> None:
         """Follow an operation that combines elements along some dimensions."""
         if operation in _NORMS:
             dims = list(range(-len(args[1]), 0))
@@ -280,7 +280,7 @@ class FeatureFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         usage.pair(index, first.expand(index.shape))
         self._carry(result, usage, index if result.shape == index.shape else first.reshape(result.shape))
 
-    def _carry(self, tensor: Tensor, usage: Usage, index: Tensor) -> None:
+    def _carry(self, tensor: Tensor, usage: WeightUsage, index: Tensor) -> None:
         """Note that the elements of `tensor` come from these outputs."""
         if not usage.problem and not usage.complete:
             self._features.setdefault(tensor, {})[usage] = index.expand(tensor.shape)

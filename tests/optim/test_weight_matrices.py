@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from minilm import Model
 from minilm.models.lora import add_lora
-from minilm.optim.feature_flow import FeatureFlow
-from minilm.optim.matrices import MatrixLayout, find_matrices
 from minilm.optim.optimizer import find_no_decay_parameters
+from minilm.optim.weight_matrices import MatrixLayout, find_matrices
+from minilm.optim.weight_usage import WeightUsageTracer
 
 # A size of each kind that is not the same as another one.
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -170,7 +170,7 @@ class Toy(nn.Module):
 def trace(use: Any, *shape: int) -> tuple[bool | None, int, Sizes, str]:
     """Whether the weight is transposed, its groups, the sizes of its parts, and the problem."""
     toy = Toy(*shape)
-    with torch.no_grad(), FeatureFlow([toy.weight]) as flow:
+    with torch.no_grad(), WeightUsageTracer([toy.weight]) as flow:
         output = use(torch.randn(2, 5, 6), toy.weight)
     flow.finish(output)
     usage = flow.usages[toy.weight]

@@ -1,6 +1,7 @@
 """Tokenised shards: the documents, windows and steps of the text; resumed after any piece; and damage is found."""
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -144,8 +145,11 @@ class _KilledProcess:
         return os._exit, (1,)
 
 
-def test_a_killed_process_ends_the_command() -> None:
+def test_a_killed_process_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
+    # A forked process dies as well as a spawned one, which would import the libraries first.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: fork)
     with pytest.raises(ValueError, match="tokens: a process was killed"):
         tokenize_source._run_processes(cast(Any, _KilledProcess()), 2)
     assert dict(os.environ) == before

@@ -123,7 +123,8 @@ def test_a_loss_of_all_examples_together_is_not_kept() -> None:
 
 def test_a_long_document_has_several_examples(tmp_path: Path) -> None:
     config = in_folder(tmp_path, max_steps=1)
-    train(replace(config, objective=CausalLM(), model=Model(type="gpt2", config={}), batch=Batch(max_length=8)))
+    model = Model(type="gpt2", config={"n_embd": 16, "n_layer": 1, "n_head": 2})
+    train(replace(config, objective=CausalLM(), model=model, batch=Batch(max_length=8)))
     document = load_file(tmp_path / "out" / "ledger" / "examples.safetensors")["document"]
     assert {*document.tolist()} == {*range(11)}
     assert len(document) > 11

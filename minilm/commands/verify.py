@@ -261,7 +261,7 @@ def _compare(folder: Path, window: StepWindow, place: Path, problem: str | None)
         ours, theirs = ([files[part] for part in find_parts(files, file)] for files in hashes)
         if ours != theirs:
             differences.append(
-                text if len(ours) == len(theirs) else f"{file} is in {len(theirs)} parts, not {len(ours)}"
+                text if len(ours) == len(theirs) else f"{file} has {len(theirs)} part(s), not {len(ours)}"
             )
     if (before.scaler, before.optimizer) != (now.scaler, now.optimizer):
         differences.append("the loss scaling or the settings of the optimizer differ")

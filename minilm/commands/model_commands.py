@@ -36,6 +36,7 @@ def _add_text_command(
 
 
 def add_fill_mask(commands: Any) -> None:
+    """Add `minilm fill-mask` and its arguments."""
     command = _add_text_command(commands, "fill-mask", run_fill_mask, "the likeliest words for a mask", "masked LM")
     command.description = 'Show the likeliest tokens for each mask of each text: minilm fill-mask DIR "A [MASK] barks."'
     command.add_argument(
@@ -79,6 +80,7 @@ def _print_fills(options: argparse.Namespace, masks: Any, text: str, number: int
 
 
 def add_generate(commands: Any) -> None:
+    """Add `minilm generate` and its arguments."""
     command = _add_text_command(commands, "generate", run_generate, "continue a text", "causal LM")
     command.description = 'Continue each text with a causal LM: minilm generate DIR "Once upon a time" --top-p 0.95'
     command.add_argument(
@@ -148,6 +150,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def add_classify(commands: Any) -> None:
+    """Add `minilm classify` and its arguments."""
     command = _add_text_command(
         commands, "classify", run_classify, "the class of a text or a pair", "sequence classifier"
     )
@@ -220,6 +223,7 @@ def _print_labels(
 
 
 def add_embed(commands: Any) -> None:
+    """Add `minilm embed` and its arguments."""
     command = _add_text_command(
         commands, "embed", run_embed, "how near texts are, or their embeddings", "sentence embedding model"
     )
@@ -255,6 +259,7 @@ def run_embed(options: argparse.Namespace) -> None:
 
 
 def add_answer(commands: Any) -> None:
+    """Add `minilm answer` and its arguments."""
     command = _add_text_command(
         commands, "answer", run_answer, "the answer to a question in a text", "model for question answering"
     )
@@ -305,6 +310,7 @@ def run_answer(options: argparse.Namespace) -> None:
 
 
 def add_tag(commands: Any) -> None:
+    """Add `minilm tag` and its arguments."""
     command = _add_text_command(
         commands, "tag", run_tag, "the tagged spans of a text, such as its names", "token classifier"
     )

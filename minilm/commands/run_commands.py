@@ -25,6 +25,7 @@ _TEXT_CHARACTERS = 80
 
 
 def add_evaluate(commands: Any) -> None:
+    """Add `minilm evaluate` and its arguments."""
     command = add_command(commands, "evaluate", run_evaluate, "loss, perplexity, accuracy, … on data of your own")
     command.description = (
         "Evaluate a model as training does: minilm evaluate DIR --data.source FILE. Without --data.source, repeat the "
@@ -53,6 +54,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def add_compare(commands: Any) -> None:
+    """Add `minilm compare` and its arguments."""
     command = add_command(commands, "compare", run_compare, "whether one of two models is better, and by how much")
     command.description = (
         "Print the difference of two models on the same evaluation examples, B minus A, with half of its 95% interval "
@@ -83,6 +85,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def add_ledger(commands: Any) -> None:
+    """Add `minilm ledger` and its arguments."""
     command = add_command(commands, "ledger", run_ledger, "the evaluation examples with the highest losses")
     command.description = (
         "List the evaluation examples of a run with the highest losses in its last evaluation: minilm ledger out/a. "
@@ -169,6 +172,7 @@ def _print_train_examples(options: argparse.Namespace) -> None:
 
 
 def add_export(commands: Any) -> None:
+    """Add `minilm export` and its arguments."""
     command = add_command(commands, "export", run_export, "write the model alone, as safetensors or ONNX")
     command.description = (
         "Write the model of a run or of a checkpoint, with its tokenizer and nothing else, to a new folder: "
@@ -194,6 +198,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def add_report(commands: Any) -> None:
+    """Add `minilm report` and its arguments."""
     command = add_command(commands, "report", run_report, "curves, settings and results of runs as one page")
     command.description = (
         "Write one HTML page about one or several runs, for a browser without network: minilm report out/a out/b"
@@ -229,6 +234,7 @@ def run_report(options: argparse.Namespace) -> None:
 
 
 def add_merge(commands: Any) -> None:
+    """Add `minilm merge` and its arguments."""
     command = add_command(commands, "merge", run_merge, "average the weights of several models")
     command.description = (
         "Write a model whose weights are the mean of those of several checkpoints or runs of the same model: minilm "

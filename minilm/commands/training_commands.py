@@ -29,6 +29,7 @@ from minilm.utils.signals import interrupt_on_signals
 
 
 def add_doctor(commands: Any) -> None:
+    """Add `minilm doctor` and its arguments."""
     command = add_command(commands, "doctor", run_doctor, "check this machine, and say what to fix")
     command.description = (
         "Check hardware, precision, memory, threads, versions, caches, and whether two processes can connect. Print a "
@@ -55,6 +56,7 @@ def run_doctor(options: argparse.Namespace) -> None:
 
 
 def add_tokenize(commands: Any) -> None:
+    """Add `minilm tokenize` and its arguments."""
     command = add_command(commands, "tokenize", run_tokenize, "write the tokens of text, to train on them later")
     command.description = (
         "Write the tokens of text to a folder: minilm tokenize TEXT.parquet --tokenizer gpt2 --output DIR. The recipe "
@@ -145,6 +147,7 @@ def run_tokenize(options: argparse.Namespace) -> None:
 
 
 def add_train(commands: Any) -> None:
+    """Add `minilm train` and its arguments."""
     train = add_command(commands, "train", list_recipes, "list the recipes, and show how to start one")
     train.description = "List the recipes. A recipe starts the training: accelerate launch recipes/NAME.py"
 
@@ -169,6 +172,7 @@ def list_recipes(options: argparse.Namespace) -> None:
 
 
 def add_suite(commands: Any) -> None:
+    """Add `minilm suite` and its arguments."""
     command = add_command(commands, "suite", run_suite, "fine-tune a model on GLUE or SuperGLUE, and print the table")
     command.description = (
         "Fine-tune a model on each task with each learning rate and seed, side by side, and print a table: minilm "
@@ -257,6 +261,7 @@ def run_suite(options: argparse.Namespace) -> None:
 
 
 def add_branch(commands: Any) -> None:
+    """Add `minilm branch` and its arguments."""
     command = add_command(commands, "branch", run_branch, "continue a checkpoint of a run as another run")
     command.description = (
         "Start a new run from a checkpoint of another one, with its settings and the flags that follow: minilm branch "
@@ -304,6 +309,7 @@ def run_branch(options: argparse.Namespace) -> None:
 
 
 def add_replay(commands: Any) -> None:
+    """Add `minilm replay` and its arguments."""
     command = add_command(commands, "replay", run_replay, "what some training documents contributed to a run")
     command.description = (
         "Run again without the loss of some training documents, and compare the evaluation with the run's: minilm "
@@ -337,6 +343,7 @@ def run_replay(options: argparse.Namespace) -> None:
 
 
 def add_verify(commands: Any) -> None:
+    """Add `minilm verify` and its arguments."""
     command = add_command(commands, "verify", run_verify, "make steps of a run again, and compare every bit")
     command.description = (
         "Make the steps of a run between two of its checkpoints again, in a temporary folder, and compare the weights, "

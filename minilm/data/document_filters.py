@@ -35,9 +35,9 @@ class Filters:
     """Which documents to remove."""
 
     min_characters: int = 0
-    """Remove documents with fewer characters."""
+    """Remove documents with fewer characters than this."""
     max_characters: int | None = None
-    """Remove documents with more characters. None: there is no limit."""
+    """Remove documents with more characters than this. None means no limit."""
     deduplicate: Literal["exact", "near"] | None = None
     """Remove copies of documents before them. exact: documents with the same text, by a hash of 64 bits. near: also
     near-copies (`minilm.data.near_duplicates`), which needs datasketch."""

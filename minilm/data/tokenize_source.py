@@ -39,7 +39,7 @@ PIECE_TOKENS = 16_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeJob:
-    """What to tokenise, and where to. It can be pickled."""
+    """The texts to tokenise, and the folder for their tokens. It can be sent to another process."""
 
     shards: Sequence[Shard]
     tokenizer: PreTrainedTokenizerBase

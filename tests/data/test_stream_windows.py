@@ -309,8 +309,10 @@ def test_a_process_that_finds_another_stream_encodes_nothing(windows: StreamWind
 
 def test_no_process_is_started_for_a_small_window(windows: StreamWindows, monkeypatch: pytest.MonkeyPatch) -> None:
     windows.start_of(1)
-    monkeypatch.setattr("subprocess.Popen", lambda *args, **settings: pytest.fail("a process was started"))
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **settings: started.append(args))
     encode_ahead(windows, 1)
+    assert started == []
 
 
 def test_an_encoder_stops_when_the_run_is_gone_and_the_next_process_encodes(windows: StreamWindows) -> None:

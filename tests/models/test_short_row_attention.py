@@ -89,7 +89,7 @@ def errors() -> dict[str, str]:
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[2],
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilm.data.near_duplicates import BandHasher, choose_bands, find_near_copies
-from minilm.data.shard_pieces import PieceJob, lock_file
+from minilm.data.shard_pieces import PieceJob
 from minilm.data.shards import Shard, TextBatch
 from minilm.utils.atomic_files import remove_path, write_atomically
+from minilm.utils.file_lock import lock_file
 from minilm.utils.validation import check
 
 # The verdicts, and the words for the documents that have them.

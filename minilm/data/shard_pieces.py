@@ -4,19 +4,17 @@ Any number of processes may write into one folder, also from several hosts that 
 that no other has locked, and continues it after the last piece that is complete.
 """
 
-import fcntl
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from minilm.data.shards import START, Shard, TextBatch
 from minilm.utils.atomic_files import remove_path, replace_folder
+from minilm.utils.file_lock import lock_file
 
 log = logging.getLogger("minilm")
 
@@ -56,9 +54,11 @@ class PieceJob:
     def run(self, *, wait: bool = False) -> None:
         """Write each shard that no process has finished or locked. wait: also wait for those that are locked."""
         for number, shard in enumerate(self.shards):
-            with lock_file(self.folder / f".file-{number:05}.lock", wait=wait) as locked:
-                pieces = self.read(number) if locked else []
-                if locked and not (pieces and pieces[-1]["next"] is None):
+            with lock_file(self.folder / f".file-{number:05}.lock", wait=wait) as lock:
+                if lock is None:
+                    continue
+                pieces = self.read(number)
+                if not pieces or pieces[-1]["next"] is not None:
                     for leftover in self.folder.glob(f".{self.kind}-{number:05}-*"):
                         remove_path(leftover)
                     self._write(number, shard, pieces)
@@ -93,18 +93,3 @@ class PieceJob:
             facts = {"name": name, **builder.write(folder), "next": following}
             (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         return facts
-
-
-@contextmanager
-def lock_file(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock in the block, and yield True. Without `wait`, yield False if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        locked = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)

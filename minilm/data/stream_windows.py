@@ -11,14 +11,12 @@ processes that share a cache, one holds the lock of the stream and encodes. The 
 window themselves if it was killed.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +38,7 @@ from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import describe_backend
 from minilm.utils.atomic_files import remove_path, write_atomically
 from minilm.utils.cache import explain_cache_errors, find_entry, get_cache_folder, open_entry
+from minilm.utils.file_lock import lock_file
 
 log = logging.getLogger("minilm")
 
@@ -226,19 +225,10 @@ class StreamWindows:
         may encode the same window, of which the first one stays.
         """
         path = get_cache_folder() / f"windows-{self.key}.lock"
-        with explain_cache_errors(path.parent):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            locked: int | None = descriptor
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                locked = None
-            except OSError:
-                pass
-            yield locked
-        finally:
-            os.close(descriptor)
+        with ExitStack() as stack:
+            with explain_cache_errors(path.parent):
+                descriptor = stack.enter_context(lock_file(path, wait=wait))
+            yield descriptor
 
     # The index: a line for the start of each window, with a hash of this and all earlier lines.
 

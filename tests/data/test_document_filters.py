@@ -18,10 +18,11 @@ from minilm.config import Data
 from minilm.data import document_filters
 from minilm.data.document_filters import KEPT, FilterJob, Filters, format_removed
 from minilm.data.held_out import hash_texts
-from minilm.data.shard_pieces import PieceJob, lock_file
+from minilm.data.shard_pieces import PieceJob
 from minilm.data.shards import START, open_shards
 from minilm.data.token_shards import MANIFEST, TokenFolder
 from minilm.data.tokenize_source import tokenize
+from minilm.utils.file_lock import lock_file
 
 # Short lines of few letters, so that many of them are the same.
 LINES = st.text("ab é", min_size=1, max_size=5).filter(lambda text: bool(text.strip()))

@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 import minilm.runs.session
 from minilm.commands.main import main
 from minilm.data.tokenizer_training import train_tokenizer
+from minilm.utils.signals import STOP_SIGNALS
 from tests.jobs import forget_other_tests
 from tests.scorecard import Scorecard
 
@@ -85,6 +87,19 @@ def _own_log() -> Iterator[None]:
     before = logger.handlers, logger.propagate, logger.level
     yield
     logger.handlers, logger.propagate, logger.level = before
+
+
+SIGNAL_HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """Restore the handlers of signals. A command leaves SIGTERM ignored, and processes of later tests inherit that."""
+    for number, handler in SIGNAL_HANDLERS.items():
+        signal.signal(number, handler)
+    yield
+    for number, handler in SIGNAL_HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

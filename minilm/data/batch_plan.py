@@ -8,6 +8,7 @@ padding there is, but it does not change the update.
 import heapq
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ class Plan:
     row_tokens: if set, examples are first joined to rows of at most this many tokens, and a step takes whole rows.
     sizes: int64[E], the places that each example takes in a micro-batch. Default: its tokens.
     squares: int64[E], the work of attention on each example. Default: its tokens squared.
+    readers: bool[P, E], which of the P processes can read which example. Default: all.
     first_epoch: the epoch of the first step.
     first_units: the examples or rows of this epoch, if it has begun before. Default: all of them.
 
@@ -73,6 +75,7 @@ class Plan:
         row_tokens: int | None = None,
         sizes: Ids | None = None,
         squares: Ids | None = None,
+        readers: NDArray[np.bool_] | None = None,
         first_epoch: int = 0,
         first_units: Ids | None = None,
     ) -> None:
@@ -84,6 +87,7 @@ class Plan:
         self.lengths = lengths
         self.sizes = lengths if sizes is None else sizes
         self.squares = squares
+        self.readers = readers
         self.examples = examples
         self.micro_tokens = micro_tokens
         self.processes = processes
@@ -107,9 +111,7 @@ class Plan:
         epoch, _ = self._locate(index)
         ids = self.examples_of(index)
         lengths = self.lengths[ids]
-        micro_batches = cut_into_micro_batches(
-            ids, self.sizes[ids], self.micro_tokens, self.processes, padded=self.padded, multiple=self.multiple
-        )
+        micro_batches = self._cut(ids)
         return Step(
             epoch=epoch,
             micro_batches=micro_batches,
@@ -172,6 +174,17 @@ class Plan:
     def _take(self, order: Ids, place: int) -> Ids:
         return order[place * self.examples : (place + 1) * self.examples]
 
+    def _cut(self, ids: Ids) -> list[list[Ids]]:
+        """Return the examples of a step as micro-batches `[process][i]`, which the process can read."""
+        cut = partial(cut_into_micro_batches, padded=self.padded, multiple=self.multiple)
+        if self.readers is None or self.readers[:, ids].all():
+            return cut(ids, self.sizes[ids], self.micro_tokens, self.processes)
+        shares = [ids[share] for share in _assign_to_readers(self.sizes[ids], self.readers[:, ids])]
+        own = [cut(share, self.sizes[share], self.micro_tokens)[0] for share in shares]
+        # All processes make the same number of forward passes, since they exchange sums and weights in them.
+        count = max(map(len, own))
+        return [[*parts, *[ids[:0]] * (count - len(parts))] for parts in own]
+
     def _padded_tokens(self, ids: Ids) -> int:
         """Return the number of tokens of a micro-batch, with padding. An empty one has a single padding token."""
         if not self.padded:
@@ -208,6 +221,22 @@ def fill_rows(lengths: Ids, row_tokens: int, seed: int) -> list[Ids]:
         stops.append(max(stop, stops[-1] + 1))
         begin = int(ends[stops[-1] - 1])
     return np.split(order, stops[1:-1])
+
+
+def _assign_to_readers(lengths: Ids, readers: NDArray[np.bool_]) -> list[Ids]:
+    """Return the places in `lengths` of each process's examples, so that each example has a process that can read it.
+
+    Each example goes to the process with the fewest tokens so far. The examples that the fewest processes can read come
+    first, and the longest of them.
+
+    readers: bool[P, E], which process can read which example.
+    """
+    assert readers.any(0).all()
+    loads_P, process_E = np.zeros(len(readers)), np.zeros(len(lengths), np.int64)
+    for at in np.lexsort((-lengths, readers.sum(0))).tolist():
+        process_E[at] = np.where(readers[:, at], loads_P, np.inf).argmin()
+        loads_P[process_E[at]] += lengths[at]
+    return [np.flatnonzero(process_E == process) for process in range(len(readers))]
 
 
 def cut_into_micro_batches(

@@ -112,6 +112,52 @@ def test_the_examples_of_a_step_do_not_depend_on_processes_or_micro_tokens(
 
 
 @thorough
+@given(sizes, st.integers(4, 20), st.integers(2, 4), st.integers(1, 200), st.booleans(), st.data())
+def test_an_example_goes_to_a_process_that_can_read_it_and_no_step_has_other_examples(
+    lengths: Ids, examples: int, processes: int, micro_tokens: int, padded: bool, data: st.DataObject
+) -> None:
+    holders = st.sets(st.integers(0, processes - 1), min_size=1)
+    readers = np.zeros((processes, len(lengths)), np.bool_)
+    for at, ranks in enumerate(data.draw(st.lists(holders, min_size=len(lengths), max_size=len(lengths)))):
+        readers[[*ranks], at] = True
+
+    def plan(processes: int, readers: NDArray[np.bool_] | None) -> Plan:
+        return Plan(
+            lengths,
+            examples=examples,
+            micro_tokens=micro_tokens,
+            processes=processes,
+            padded=padded,
+            multiple=8,
+            readers=readers,
+        )
+
+    one, apart, equal = plan(1, None), plan(processes, readers), plan(processes, np.ones_like(readers))
+    for index in range(2 * one.steps_per_epoch):
+        step = apart.step(index)
+        assert np.array_equal(step.examples, one.step(index).examples)
+        assert step.tokens == one.step(index).tokens
+        assert len(step.micro_batches) == processes
+        assert len({len(parts) for parts in step.micro_batches}) == 1
+        for rank, parts in enumerate(step.micro_batches):
+            assert readers[rank, np.concatenate(parts)].all()
+            sizes = [_padded(lengths, [[part]], 8) if padded else lengths[part].sum() for part in parts]
+            assert all(len(part) <= 1 or size <= micro_tokens for part, size in zip(parts, sizes, strict=True))
+        assert _same(equal.step(index), plan(processes, None).step(index))
+
+
+def test_processes_that_can_read_the_same_examples_share_them() -> None:
+    lengths = SKEWED[:4000]
+    first = np.arange(len(lengths)) % 2 == 0
+    readers = np.stack([first, first, ~first, ~first])
+    plan = Plan(lengths, examples=400, micro_tokens=2048, processes=4, readers=readers)
+    for index in range(plan.steps_per_epoch):
+        loads = [sum(int(lengths[part].sum()) for part in parts) for parts in plan.step(index).micro_batches]
+        assert abs(loads[0] - loads[1]) < 20
+        assert abs(loads[2] - loads[3]) < 20
+
+
+@thorough
 @given(sizes, st.integers(1, 300), st.integers(1, 4), st.sampled_from([1, 8]))
 @example(np.array([100, *[30] * 6]), 60, 1, 1)  # one that is too long must not make room for others
 def test_padded_micro_batches_fit_and_each_process_gets_the_same_number(

@@ -7,6 +7,7 @@ decide how it is cut into examples. If they change, nothing is encoded again.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from minilm.data.document_texts import Documents, count_documents, fingerprint_d
 from minilm.data.labels import Labels
 from minilm.data.special_ids import find_prefix_and_suffix
 from minilm.data.special_token_counter import read_special_tokens
+from minilm.data.stream_pieces import PieceRuns, PresentIds
 from minilm.data.text_encoder import TextEncoder, surround
 from minilm.data.tokenizer_state import serialize_backend
 from minilm.utils.cache import open_entry
@@ -39,7 +41,7 @@ class Examples:
     E is the number of examples, I the number of ids of all documents.
     """
 
-    ids: NDArray[np.integer] | ArrayFile
+    ids: NDArray[np.integer] | ArrayFile | PresentIds
     """Integers [I], in the order of the documents."""
     start: NDArray[np.int64]
     """int64[E], where each example begins in `ids`."""
@@ -71,6 +73,8 @@ class Examples:
     examples join documents."""
     document_bounds: NDArray[np.int64] | None = None
     """int64[D + 1], where each document begins in `ids`, and the end of the last one. None if it is not known."""
+    pieces: PieceRuns | None = None
+    """The pieces of a stream from which the ids come. None for examples that each process can read."""
     special_tokens: dict[int, tuple[int, str]] = field(default_factory=dict)
     """The special tokens inside texts: for each id, the number of the first text with it, from 1, and how it begins."""
 
@@ -178,6 +182,8 @@ class PreparedData:
     stream: "StreamWindows | None" = None
     """The training documents, if they are read while the run trains. `train` then holds the first of them, which stand
     for all of them before the first step."""
+    holders_PxN: NDArray[np.bool_] | None = None
+    """bool[P, N], which of the P processes has which of the N pieces of `stream`. None if each has all pieces."""
 
     @property
     def without_stream(self) -> "PreparedData":
@@ -295,10 +301,16 @@ def open_examples(
     text_bytes: bool = False,
     fingerprint: str,
     special_tokens: dict[int, tuple[int, str]] | None = None,
+    breaks: Sequence[int] = (),
 ) -> Examples:
-    """Return the examples of a corpus in `folder`, which may be none. The other arguments are those of `Examples`."""
+    """Return the examples of a corpus in `folder`, which may be none.
+
+    breaks: the ids, in ascending order, at which the layout "blocks" begins a new block.
+
+    The other arguments are those of `Examples`.
+    """
     offsets = np.load(folder / "offsets.npy")
-    start, stop = _cut_into_examples(offsets, form.room, form.layout, form.overflow)
+    start, stop = _cut_into_examples(offsets, form.room, form.layout, form.overflow, breaks)
     return Examples(
         ids=ArrayFile(folder / "ids.npy"),
         start=start,
@@ -315,15 +327,17 @@ def open_examples(
 
 
 def _cut_into_examples(
-    offsets: NDArray[np.int64], room: int, layout: str, overflow: str
+    offsets: NDArray[np.int64], room: int, layout: str, overflow: str, breaks: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where each example begins and ends. An example has between 1 and `room` ids.
 
     offsets: int64[D + 1] for D documents; document i is `ids[offsets[i]:offsets[i + 1]]`.
     """
     if layout == "blocks":
-        start = np.arange(0, offsets[-1], room)
-        stop = np.minimum(start + room, offsets[-1])
+        bounds = [0, *breaks, int(offsets[-1])]
+        start = np.concatenate([np.arange(first, last, room) for first, last in pairwise(bounds)])
+        ends = np.array(bounds[1:])
+        stop = np.minimum(start + room, ends[np.searchsorted(ends, start, side="right")])
     elif overflow == "truncate":
         start, stop = offsets[:-1], np.minimum(offsets[1:], offsets[:-1] + room)
     else:

@@ -17,6 +17,7 @@ from minilm.data.columns import Column
 from minilm.data.held_out import hash_texts
 from minilm.data.rows import PLACE, read_batches
 from minilm.data.sources import build_columns, open_table, quiet_datasets
+from minilm.data.stream_pieces import Piece
 from minilm.data.tables import DatasetTable, FileTable, Place, RowBatch
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import TokenFolder, is_tokenized
@@ -32,6 +33,10 @@ class DocumentBatch(Protocol):
     @property
     def places(self) -> Sequence[Place]:
         """Where each document begins."""
+
+    @property
+    def piece(self) -> int:
+        """The number of the documents' piece in `Shard.pieces`."""
 
     def hashes(self) -> NDArray[np.uint64]:
         """Return the hash of each text (`minilm.data.held_out.hash_texts`)."""
@@ -50,6 +55,10 @@ class Shard(Protocol):
     def stamp(self) -> Any:
         """Tells whether the documents have changed since the shard was opened. JSON types."""
 
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """The pieces of the shard, in their order."""
+
     def read(self, start: Place) -> Iterator[DocumentBatch]:
         """Yield the documents from a place on, in batches that are not empty."""
 
@@ -60,6 +69,7 @@ class TextBatch:
 
     places: Sequence[Place]
     texts: Sequence[str]
+    piece = 0
 
     def hashes(self) -> NDArray[np.uint64]:
         return hash_texts(self.texts)
@@ -82,6 +92,7 @@ class TextShard:
     column: Column
     stamp: tuple[int, int] | None
     """The size and the time of change of the file when the run began; None for a saved dataset."""
+    pieces = (Piece("", present=True),)
 
     def read(self, start: Place) -> Iterator[TextBatch]:
         self._check_unchanged()

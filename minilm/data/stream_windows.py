@@ -5,10 +5,12 @@ ends before. Each pass over the stream takes its shards in another order, which 
 pure function of the stream, the seed and its number. Where each window begins is known once the one before it has been
 encoded; the cache keeps an index of these places, so that a resumed run opens its window at once.
 
-The files of a window are an entry of the cache, in the form of a corpus (`minilm.data.corpus`). A window is encoded by
-the process that needs it first, or ahead of time by a process of its own (`minilm.data.window_encoder`). Of all
-processes that share a cache, one holds the lock of the stream and encodes. The others wait for it, and encode the
-window themselves if it was killed.
+The files of a window are an entry of the cache, in the form of a corpus (`minilm.data.corpus`). If this host lacks
+pieces (`minilm.data.stream_pieces`), zeros take the place of their ids, and no process of the host reads them.
+
+A window is encoded by the process that needs it first, or ahead of time by a process of its own
+(`minilm.data.window_encoder`). Of all processes that share a cache, one holds the lock of the stream and encodes. The
+others wait for it, and encode the window themselves if it was killed.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Data
-from minilm.data.array_file import create_array_file
+from minilm.data.array_file import ArrayFile, create_array_file
 from minilm.data.batch_plan import Plan
 from minilm.data.corpus import ExampleForm, Examples, open_examples
 from minilm.data.held_out import is_held_out
 from minilm.data.shards import START, DocumentBatch, Pool
 from minilm.data.special_token_counter import read_special_tokens
+from minilm.data.stream_pieces import Piece, PieceRuns, PresentIds
 from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import describe_backend
@@ -43,7 +47,7 @@ from minilm.utils.file_lock import lock_file
 log = logging.getLogger("minilm")
 
 # The version of the windows in the cache. Increase it when a change to the code changes a window of the same stream.
-_VERSION = 2
+_VERSION = 3
 # The windows that stay in the cache: the one before the current one, since loader workers may still read it, the
 # current one, and the next one.
 _KEPT_WINDOWS = 3
@@ -125,9 +129,34 @@ class StreamWindows:
         text = json.dumps(content).encode("utf-8", "surrogatepass")
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """All pieces, in the order of the sources."""
+        return [piece for pool in self.pools for shard in pool.shards for piece in shard.pieces]
+
+    @property
+    def first_pieces(self) -> list[int]:
+        """The number in `pieces` of the first piece of each pool."""
+        return [pool[0] for pool in self._pieces_of_shards]
+
+    @cached_property
+    def _pieces_of_shards(self) -> list[list[int]]:
+        """For each shard of each pool, the number in `pieces` of its first piece."""
+        counts = [[len(shard.pieces) for shard in pool.shards] for pool in self.pools]
+        firsts = iter(np.cumsum([0, *chain.from_iterable(counts)]).tolist())
+        return [[next(firsts) for _ in pool] for pool in counts]
+
+    @cached_property
+    def _own_key(self) -> str:
+        """The key of the files in the cache. It differs from `key` if this host lacks pieces."""
+        absent = [number for number, piece in enumerate(self.pieces) if not piece.present]
+        if not absent:
+            return self.key
+        return hashlib.blake2b(json.dumps([self.key, absent]).encode(), digest_size=12).hexdigest()
+
     def sample(self) -> Examples:
         """Return the first examples of the stream in the order of its sources. Checks take them for all examples."""
-        name = f"sample-{self.key}-{_SAMPLE_TOKENS}"
+        name = f"sample-{self._own_key}-{_SAMPLE_TOKENS}"
         folder = open_entry(name, lambda folder: self._write(folder, None, _SAMPLE_TOKENS, _never))
         return self._open_examples(folder, f"{self.key}-sample", warn=True)
 
@@ -189,7 +218,7 @@ class StreamWindows:
         return self._entry(number).exists()
 
     def _entry(self, number: int) -> Path:
-        return get_cache_folder() / f"window-{self.key}-{number}"
+        return get_cache_folder() / f"window-{self._own_key}-{number}"
 
     def _open_entry(self, start: WindowStart) -> Path:
         """Return the folder of a window in the cache, whose end the index then knows."""
@@ -210,11 +239,11 @@ class StreamWindows:
         return folder
 
     def _remove_before(self, number: int) -> None:
-        for path in get_cache_folder().glob(f"window-{self.key}-*"):
+        for path in get_cache_folder().glob(f"window-{self._own_key}-*"):
             if int(path.name.rpartition("-")[2]) < number:
                 remove_path(path)
         # A killed process leaves a folder that it has not finished. None is being written while the lock is held.
-        for path in get_cache_folder().glob(f".window-{self.key}-*"):
+        for path in get_cache_folder().glob(f".window-{self._own_key}-*"):
             remove_path(path)
 
     @contextmanager
@@ -224,7 +253,7 @@ class StreamWindows:
         Without `wait`, yield None if another process holds the lock. On a file system without locks, several processes
         may encode the same window, of which the first one stays.
         """
-        path = get_cache_folder() / f"windows-{self.key}.lock"
+        path = get_cache_folder() / f"windows-{self._own_key}.lock"
         with ExitStack() as stack:
             with explain_cache_errors(path.parent):
                 descriptor = stack.enter_context(lock_file(path, wait=wait))
@@ -234,7 +263,7 @@ class StreamWindows:
 
     @property
     def _index(self) -> Path:
-        return get_cache_folder() / f"windows-{self.key}.jsonl"
+        return get_cache_folder() / f"windows-{self._own_key}.jsonl"
 
     def _read_index(self) -> list[WindowStart]:
         """Return the starts in the index, up to the first line that is damaged."""
@@ -267,10 +296,22 @@ class StreamWindows:
 
     def _open_examples(self, folder: Path, fingerprint: str, *, warn: bool) -> Examples:
         special = read_special_tokens(folder, self.tokenizer, "training documents") if warn else None
-        return open_examples(folder, self.form, words=self.words, fingerprint=fingerprint, special_tokens=special)
+        stop_K, piece_K = np.load(folder / "pieces.npy")
+        runs = PieceRuns(pieces=self.pieces, stop_K=stop_K, piece_K=piece_K)
+        # Each pool has blocks of its own, so that a host can have all documents of a block if it has the pool.
+        pool_K = np.searchsorted(self.first_pieces, piece_K, side="right")
+        breaks = stop_K[np.flatnonzero(np.diff(pool_K))]
+        examples = open_examples(
+            folder, self.form, words=self.words, fingerprint=fingerprint, special_tokens=special, breaks=breaks.tolist()
+        )
+        assert isinstance(examples.ids, ArrayFile)
+        ids = examples.ids if self._own_key == self.key else PresentIds(examples.ids, runs)
+        return replace(examples, ids=ids, pieces=runs)
 
     def _write(self, folder: Path, start: WindowStart | None, tokens: int, cancelled: Callable[[], bool]) -> None:
-        """Encode the documents from `start` on, and write the files of a corpus, and `end.json`.
+        """Encode the documents from `start` on, and write the files of a corpus, `end.json`, and `pieces.npy`.
+
+        `pieces.npy` (int64[2, K]) has the stops and the pieces of `minilm.data.stream_pieces.PieceRuns`.
 
         start: None for the first documents in the order of the sources.
 
@@ -278,7 +319,7 @@ class StreamWindows:
         that holds the whole stream is the corpus of the stream.
         """
         encoder = TextEncoder(self.tokenizer, *self.form.around, words=self.words, name="training documents")
-        parts, ends = list[tuple[tuple[int, int, int], EncodedTexts]](), list[PoolPlace]()
+        parts, ends = list[tuple[tuple[int, int, int], int, EncodedTexts]](), list[PoolPlace]()
         first = start or WindowStart(number=0, step=0, pools=(PoolPlace(),) * len(self.pools))
         for number, (pool, place) in enumerate(zip(self.pools, first.pools, strict=True)):
             enough = max(1, round(pool.share * tokens))
@@ -292,7 +333,9 @@ class StreamWindows:
                     count = 1 + int(np.searchsorted(np.cumsum(encoded.sizes), enough - taken))
                     if count < len(batch.places):
                         encoded, following = encoded.first(count), PoolPlace(0, at, batch.places[count])
-                    parts.append(((number, place.passes, int(order[at])), encoded))
+                    shard = int(order[at])
+                    piece = self._pieces_of_shards[number][shard] + batch.piece
+                    parts.append(((number, place.passes, shard), piece, encoded))
                     taken += int(encoded.sizes.sum())
                     if taken >= enough:
                         break
@@ -309,7 +352,13 @@ class StreamWindows:
                     break
             ends.append(place)
         parts.sort(key=lambda part: part[0])
-        _write_arrays(folder, [encoded for _, encoded in parts], encoder)
+        _write_arrays(folder, [encoded for _, _, encoded in parts], encoder)
+        sizes = [(len(encoded.ids), piece) for _, piece, encoded in parts if len(encoded.ids)]
+        # One element for each batch of documents.
+        size_B, piece_B = np.array(sizes, np.int64).reshape(-1, 2).T
+        # The last batch of each run.
+        last = np.flatnonzero(np.diff(piece_B, append=-1))
+        np.save(folder / "pieces.npy", np.stack([np.cumsum(size_B), piece_B])[:, last])
         number, step = (first.number + 1, first.step + self._count_steps(folder)) if start else (0, 0)
         end = WindowStart(number=number, step=step, pools=tuple(ends))
         (folder / "end.json").write_text(json.dumps(end.to_json()), encoding="utf-8")

@@ -13,6 +13,9 @@ The folder holds
   copy, 2 for a near-copy, 3 if it is too short, and 4 if it is too long.
 
 A source file is a shard, as it is when a stream reads its text. So a run makes the same steps as from the text.
+
+A host may lack `ids.npy` and `begins.npy` of some pieces, if another host of the run has them. It then reads documents
+of the right lengths, whose ids are zeros (`minilm.data.stream_pieces`).
 """
 
 import hashlib
@@ -31,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.data.array_file import ArrayFile
 from minilm.data.held_out import hash_texts, is_held_out
+from minilm.data.stream_pieces import Piece
 from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.tokenizer_state import serialize_backend
@@ -41,6 +45,8 @@ FORMAT = "minilm tokens 1"
 """The value of `format` in the manifest."""
 TOKENIZER = "tokenizer"
 """The subfolder of the tokenizer."""
+# The large files of a piece, which a host may lack.
+_TOKEN_FILES = ("ids.npy", "begins.npy")
 # The number of documents that are read at a time.
 _BATCH_DOCUMENTS = 2000
 
@@ -78,8 +84,10 @@ class TokenFolder:
     @property
     def shards(self) -> "list[TokenShard]":
         """A shard for each source file, in their order."""
-        files = self.manifest["files"]
-        return [TokenShard(self.folder, tuple(piece["name"] for piece in file), file) for file in files]
+        return [
+            TokenShard(self.folder, file, tuple(_find_piece(self.folder, facts) for facts in file))
+            for file in self.manifest["files"]
+        ]
 
     def check_run(self, tokenizer: PreTrainedTokenizerBase, *, words: bool) -> None:
         """Raise ValueError if a run with this tokenizer cannot read the tokens. words: whether it asks for words."""
@@ -112,6 +120,13 @@ class TokenFolder:
                             yield text
 
 
+def _find_piece(folder: Path, facts: dict[str, Any]) -> Piece:
+    """Return a piece of a folder, of which the manifest says `facts`."""
+    paths = [folder / facts["name"] / name for name in _TOKEN_FILES if name in facts["sha256"]]
+    absent = [path for path in paths if not path.exists()]
+    return Piece(str((absent or paths)[0]), not absent)
+
+
 def describe_backend(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of what decides the ids of a text without special tokens around it."""
     state = json.dumps([serialize_backend(tokenizer), tokenizer.split_special_tokens])
@@ -135,6 +150,7 @@ class TokenBatch:
     """Documents as ids (a `minilm.data.shards.DocumentBatch`)."""
 
     places: Sequence[Place]
+    piece: int
     hashes_D: NDArray[np.uint64]
     encoded: EncodedTexts
     """The ids without special tokens around the documents."""
@@ -150,7 +166,8 @@ class TokenBatch:
             ids=self.encoded.ids[chosen_I],
             is_word_start=None if starts is None else starts[chosen_I],
         )
-        return TokenBatch([self.places[i] for i in np.flatnonzero(chosen).tolist()], self.hashes_D[chosen], encoded)
+        places = [self.places[i] for i in np.flatnonzero(chosen).tolist()]
+        return TokenBatch(places, self.piece, self.hashes_D[chosen], encoded)
 
     def encode(self, encoder: TextEncoder) -> EncodedTexts:
         before, after, sizes = encoder.before, encoder.after, self.encoded.sizes
@@ -178,30 +195,30 @@ class TokenShard:
     """The tokens of a source file (a `minilm.data.shards.Shard`). A place is the number of a document."""
 
     folder: Path
-    names: tuple[str, ...]
-    """The folders of the pieces, in their order."""
-    pieces: Sequence[dict[str, Any]]
-    """What the manifest says of each piece."""
+    facts: Sequence[dict[str, Any]]
+    """What the manifest says of each piece, in their order."""
+    pieces: Sequence[Piece]
+    """The pieces, as they were when the folder was opened."""
 
     @property
-    def stamp(self) -> list[dict[str, str]]:
-        """The SHA-256 of each file of each piece."""
-        return [piece["sha256"] for piece in self.pieces]
+    def stamp(self) -> list[Any]:
+        """The SHA-256 of each file of each piece, and whether this host has its tokens."""
+        return [[facts["sha256"], piece.present] for facts, piece in zip(self.facts, self.pieces, strict=True)]
 
     def read(self, start: Place) -> Iterator[TokenBatch]:
-        firsts = np.cumsum([0, *(piece["documents"] for piece in self.pieces)]).tolist()
-        for number in range(max(0, bisect_right(firsts, start[0]) - 1), len(self.pieces)):
+        firsts = np.cumsum([0, *(facts["documents"] for facts in self.facts)]).tolist()
+        for number in range(max(0, bisect_right(firsts, start[0]) - 1), len(self.facts)):
             yield from self._read_piece(number, firsts[number], max(0, start[0] - firsts[number]))
 
     def _read_piece(self, number: int, first: int, skipped: int) -> Iterator[TokenBatch]:
         """Yield the documents of a piece without the first `skipped`. first: the number of its first document."""
-        name, sha256 = self.names[number], self.pieces[number]["sha256"]
+        name, sha256, present = self.facts[number]["name"], self.facts[number]["sha256"], self.pieces[number].present
         for file, digest in sha256.items():
-            if file != "held_out.jsonl":
+            if file != "held_out.jsonl" and (present or file not in _TOKEN_FILES):
                 check_piece_file(self.folder, name, file, digest)
-        folder = self.folder / name
-        ids = ArrayFile(folder / "ids.npy")
-        starts = ArrayFile(folder / "begins.npy") if "begins.npy" in sha256 else None
+        folder, words = self.folder / name, "begins.npy" in sha256
+        ids = ArrayFile(folder / "ids.npy") if present else _Zeros(np.dtype(np.uint16))
+        starts = (ArrayFile(folder / "begins.npy") if present else _Zeros(np.dtype(bool))) if words else None
         offsets, hashes = np.load(folder / "offsets.npy", mmap_mode="r"), np.load(folder / "hashes.npy", mmap_mode="r")
         for at in range(skipped, len(hashes), _BATCH_DOCUMENTS):
             bounds = np.array(offsets[at : at + _BATCH_DOCUMENTS + 1])
@@ -210,4 +227,14 @@ class TokenShard:
                 sizes=np.diff(bounds), ids=ids[part], is_word_start=None if starts is None else starts[part]
             )
             places = [(first + document, 0) for document in range(at, at + len(bounds) - 1)]
-            yield TokenBatch(places, np.array(hashes[at : at + _BATCH_DOCUMENTS]), encoded)
+            yield TokenBatch(places, number, np.array(hashes[at : at + _BATCH_DOCUMENTS]), encoded)
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """Stands for the tokens of a piece that this host lacks."""
+
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        return np.zeros(part.stop - part.start, self.dtype)

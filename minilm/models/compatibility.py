@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.data.corpus import Examples, PreparedData
 from minilm.data.special_ids import SPECIAL_ROLES, count_embedding_rows, encode_placeholder
+from minilm.data.stream_pieces import split_present
 from minilm.models.embeddings import find_embedding
 from minilm.models.head import Head
 from minilm.models.model_inputs import add_choice_axis
@@ -118,11 +119,14 @@ def check_window(
 ) -> None:
     """Raise ValueError if a text of a stream's window contains one of the ids that the model misreads inside a text.
 
+    Each host checks the texts that it has.
+
     name: the class of the model. number: that of the window, from 0.
     """
-    for id in misread_ids:
-        holds_E = np.concatenate([*_count_id(examples, id)]) > 0
-        _check_count(tokenizer, name, f"texts of window {number + 1:,} of the stream", examples, id, holds_E)
+    for readable in split_present(examples):
+        for id in misread_ids:
+            holds_E = np.concatenate([*_count_id(readable, id)]) > 0
+            _check_count(tokenizer, name, f"texts of window {number + 1:,} of the stream", readable, id, holds_E)
 
 
 def _check_count(

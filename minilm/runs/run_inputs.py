@@ -38,6 +38,7 @@ def collect_inputs(
     own_functions: for each argument of `train` that is a function and decides a step, whether the user gave one.
     """
     network = head.model
+    holders = prepared.holders_PxN
     teacher = None if head.teacher is None else dict(head.teacher.head.named_parameters())
     inputs = {
         "training examples": prepared.train.identity(),
@@ -55,6 +56,9 @@ def collect_inputs(
         "versions": library_versions(),
         "machine": {
             "processes": processes,
+            "pieces of the source by process": "all"
+            if holders is None
+            else hashlib.sha256(holders.tobytes()).hexdigest()[:12],
             **describe(network.device),
             "attention": network.config._attn_implementation,
         },

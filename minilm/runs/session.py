@@ -32,6 +32,7 @@ from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.data.micro_batch import Collator
 from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan, TokenRows
 from minilm.data.stream_batches import StreamCollator, StreamPlan, StreamRows, WindowReader
+from minilm.data.stream_pieces import find_readers
 from minilm.data.stream_windows import StreamWindows
 from minilm.distributed.hardware import advise_threads, usable_processors
 from minilm.distributed.launch import (
@@ -43,6 +44,7 @@ from minilm.distributed.launch import (
     restore_on_error,
     start,
 )
+from minilm.distributed.piece_exchange import exchange_pieces
 from minilm.distributed.precision import Precision, device_peak
 from minilm.models.compatibility import check_compatibility, check_window
 from minilm.models.head import Head
@@ -155,6 +157,7 @@ def begin(
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
         prepared = local_main_process_first(accelerator, lambda: prepare_run(config, memory))
         _check_hosts(prepared)
+        prepared = exchange_pieces(prepared)
         session = Session(
             config=_limit_tokens(config, prepared),
             accelerator=accelerator,
@@ -177,9 +180,9 @@ def begin(
 
 def _check_hosts(prepared: PreparedData) -> None:
     """Raise ValueError if this process reads another stream than the main process, as on a host with other files."""
-    if prepared.stream is None:
+    if prepared.train.pieces is None:
         return
-    own = prepared.stream.key
+    own = prepared.train.fingerprint
     main = broadcast_from_main(lambda: own)
     with on_all_ranks():
         if own != main:
@@ -257,13 +260,18 @@ def plan_steps(config: Config, prepared: PreparedData, *, processes: int, padded
 def _plan_stream(
     run: Session,
     windows: StreamWindows,
-    make_plan: Callable[[Examples, int], Plan],
+    make_plan: Callable[..., Plan],
     check: Callable[[int, Examples], None],
 ) -> StreamPlan:
     """Return the plan of the steps of a stream. Its phases change no setting of a plan."""
-    steps = run.config.run.max_steps
+    steps, holders_PxN = run.config.run.max_steps, run.prepared.holders_PxN
     assert steps is not None
-    return StreamPlan(make_plan(run.prepared.train, 0), WindowReader(windows, make_plan, check, steps), steps)
+
+    def plan_window(examples: Examples, number: int) -> Plan:
+        readers = None if holders_PxN is None else find_readers(examples, holders_PxN)
+        return make_plan(examples, number, readers=readers)
+
+    return StreamPlan(make_plan(run.prepared.train, 0), WindowReader(windows, plan_window, check, steps), steps)
 
 
 def _make_plan(
@@ -271,12 +279,13 @@ def _make_plan(
     examples: Examples,
     first_epoch: int,
     first_units: NDArray[np.int64] | None = None,
+    readers: NDArray[np.bool_] | None = None,
     *,
     processes: int,
     padded: bool,
     multiple: int,
 ) -> Plan:
-    """Return the plan of examples, from an epoch on, of which `first_units` are left."""
+    """Return the plan of examples, from an epoch on, of which `first_units` are left. readers: as in `Plan`."""
     batch = config.batch
     return Plan(
         examples.lengths,
@@ -292,6 +301,7 @@ def _make_plan(
         row_tokens=batch.max_length if batch.layout == "packed" else None,
         first_epoch=first_epoch,
         first_units=first_units,
+        readers=readers,
     )
 
 

@@ -165,6 +165,10 @@ def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[st
     queue = list(words)
     while queue:
         word = queue.pop(0)
+        check(
+            word.split("=")[0] != "--model.config",
+            "--model.config needs the name of a field, and each field is a flag: type --model.config.FIELD VALUE",
+        )
         name, *values = word.removeprefix(start).split("=", 1)
         field = name.replace("-", "_")
         if not word.startswith(start) or field in default.model.config:

@@ -251,6 +251,13 @@ def test_from_run_refuses_a_file_that_is_not_a_run_json_and_names_it(tmp_path: P
         parse_flags(Config(), arguments=["--from-run", str(file)])
 
 
+@pytest.mark.parametrize("words", [["--model.config", "hidden_size", "64"], ["--model.config=hidden_size"]])
+def test_a_field_of_the_model_without_its_name_in_the_flag_is_refused(words: list[str]) -> None:
+    for default in (Config(), RECIPE):
+        with pytest.raises(ValueError, match=r"type --model\.config\.FIELD VALUE\Z"):
+            parse_flags(default, arguments=words)
+
+
 def test_from_run_without_a_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--from-run needs the path"):
         parse_flags(Config(), arguments=["--from-run"])

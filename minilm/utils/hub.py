@@ -78,15 +78,15 @@ def use_cache_if_offline(name: str, kind: str) -> bool:
 
 
 def _refuse_unfinished_run(folder: Path) -> None:
-    """Raise ValueError for the output folder of a run that has not saved its model yet."""
+    """Raise ValueError for the output folder of a run that has saved no model yet: it goes on, or was stopped."""
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if "run.json" in files and files.isdisjoint({"config.json", "all_results.json"}):
         checkpoints = [path.name for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
         last = max(checkpoints, key=lambda name: (len(name), name), default=None)
         raise ValueError(
-            f"the run has not ended, so that its model is not there yet: give {folder / last}"
+            f"the run has only checkpoints yet: give {folder / last}"
             if last
-            else "the run has not ended and has no checkpoint, so that there is no model yet"
+            else "the run has saved no model and no checkpoint yet"
         )
 
 

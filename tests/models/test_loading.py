@@ -142,14 +142,14 @@ def pickle(folder: Path) -> None:
     remove(folder)
 
 
-def test_the_folder_of_a_run_that_has_not_ended_names_its_last_checkpoint(saved, tmp_path):
+def test_the_folder_of_an_unfinished_run_is_refused_and_its_last_checkpoint_named(saved, tmp_path):
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"cannot be loaded: the run has not ended and has no checkpoint[^\n]*\Z"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: the run has saved no model and no checkpoint yet\Z"):
         load_configuration(str(tmp_path))
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/config.json").write_text((saved / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"the run has not ended[^\n]* give [^\n]*checkpoint-10\Z"):
+    with pytest.raises(ValueError, match=r"the run has only checkpoints yet: give [^\n]*checkpoint-10\Z"):
         load_configuration(str(tmp_path))
     assert load_configuration(str(tmp_path / "checkpoint-10")).model_type == load_configuration(str(saved)).model_type
 

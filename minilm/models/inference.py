@@ -77,9 +77,6 @@ def load_pretrained(
 
     Raises ValueError if `name` does not hold such a model.
     """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"no {kind} can be loaded from {str(name)!r}: there is no config.json (did its run finish?)")
     with explain_loading_errors(str(name), f"no {kind} can be loaded from {str(name)!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = auto.from_pretrained(

@@ -3,8 +3,9 @@
     python benchmarks/communication.py
     python benchmarks/communication.py --measure
 
-The first command prints the table of that page. `--measure` also times an all-reduce (gloo) between two CPU processes
-of this machine, and compares the model's prediction with what benchmarks/scaling.py measures with two processes.
+The first command prints the two tables of that page: the predictions, and the model beside what NVIDIA published for
+its trainers of BERT-large and BART-large. `--measure` also times an all-reduce (gloo) between two CPU processes of this
+machine, and compares the model's prediction with what benchmarks/scaling.py measures with two processes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 RATE = 0.4 * 989e12  # FLOP/s: assumed, 40% of an H200's bf16 peak
 NVLINK = 400e9  # bytes/s: assumed bus bandwidth of an all-reduce inside a host
@@ -29,9 +31,44 @@ MODELS = {
 }
 
 
-def all_reduce(parameters: float, processes: int, bandwidth: float) -> float:
-    """Return the seconds of a ring all-reduce of float32 gradients. bandwidth: of the slowest link, bytes/s."""
-    return 2 * (processes - 1) / processes * 4 * parameters / bandwidth
+@dataclass(frozen=True)
+class Cluster:
+    """What NVIDIA published for a trainer in its DeepLearningExamples. A step is one micro-batch."""
+
+    job: str
+    place: str
+    parameters: float
+    gradient_bytes: int
+    """Bytes per parameter in the all-reduce."""
+    examples: int
+    """Examples of a GPU in a step."""
+    alone: tuple[int, float]
+    """The number of GPUs of the smallest measurement, one GPU or one host, and its examples per second."""
+    bandwidth: float
+    """Bytes per second of the slowest link, by the datasheet: NVLink, or all network cards of a host."""
+    speedups: dict[int, float]
+    """By the number of GPUs: how many times as fast as the smallest measurement."""
+
+
+V100, A100 = "DGX-1 (V100), 400 Gb/s", "DGX A100, 1,600 Gb/s"
+# PyTorch/LanguageModeling/BERT/README.md (fp16, March 2020) and PyTorch/LanguageModeling/BART/README.md (bf16, December
+# 2022) of github.com/NVIDIA/DeepLearningExamples, "Training performance results".
+PUBLISHED = (
+    Cluster("BART-large, 128 tokens", "A100, NVLink", 406e6, 4, 200, (1, 326.53), 300e9, {8: 7.88}),
+    Cluster("BART-large, 512 tokens", "A100, NVLink", 406e6, 4, 32, (1, 69.31), 300e9, {8: 7.93}),
+    Cluster("BART-large, 128 tokens", A100, 406e6, 4, 200, (8, 2572.86), 200e9, {160: 20.39, 320: 37.71}),
+    Cluster("BART-large, 512 tokens", A100, 406e6, 4, 32, (8, 549.67), 200e9, {160: 19.14, 320: 36.29}),
+    Cluster("BERT-large, 128 tokens", V100, 336e6, 2, 16, (8, 874.24), 50e9, {32: 3.53, 128: 13.89}),
+    Cluster("BERT-large, 512 tokens", V100, 336e6, 2, 4, (8, 195.93), 50e9, {32: 3.57, 128: 14.02}),
+)
+
+
+def all_reduce(parameters: float, processes: int, bandwidth: float, size: int = 4) -> float:
+    """Return the seconds of a ring all-reduce of gradients.
+
+    bandwidth: of the slowest link, bytes/s. size: bytes per parameter, 4 for float32.
+    """
+    return 2 * (processes - 1) / processes * size * parameters / bandwidth
 
 
 def step_time(compute: float, communication: float, micro_batches: int = 1) -> float:
@@ -65,6 +102,21 @@ def table() -> list[str]:
         lines.append(
             f"{name}, 2 hosts, 25 Gb/s, larger steps: of ideal (times the speed of one host): {', '.join(words)}"
         )
+    return lines
+
+
+def compare_with_published() -> list[str]:
+    """Return the published speed-ups beside those of the model, as lines of Markdown."""
+    lines = ["| | slowest link | GPUs | published | model | model without overlap |", "|---|---|---:|---:|---:|---:|"]
+    for cluster in PUBLISHED:
+        fewest, speed = cluster.alone
+        compute = fewest * cluster.examples / speed
+        for gpus, published in cluster.speedups.items():
+            seconds = all_reduce(cluster.parameters, gpus, cluster.bandwidth, cluster.gradient_bytes)
+            more = gpus / fewest
+            overlapped, added = (more * compute / step for step in (step_time(compute, seconds), compute + seconds))
+            cells = [cluster.job, cluster.place, str(gpus), *(f"{x:.2f}" for x in (published, overlapped, added))]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -119,7 +171,7 @@ def main() -> None:
     if parser.parse_args().measure:
         measure()
     else:
-        print("\n".join(table()))
+        print("\n".join([*table(), "", *compare_with_published()]))
 
 
 if __name__ == "__main__":

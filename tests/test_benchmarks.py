@@ -615,9 +615,11 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_communication() -> None:
     page = (ROOT / "docs" / "network_costs.md").read_text()
-    assert [line for line in communication.table() if line not in page.splitlines()] == []
+    lines = [*communication.table(), *communication.compare_with_published()]
+    assert [line for line in lines if line not in page.splitlines()] == []
     assert communication.all_reduce(100e6, 2, 400e6) == 1.0
     assert communication.all_reduce(100e6, 4, 400e6) == 1.5
+    assert communication.all_reduce(100e6, 4, 400e6, size=2) == 0.75
     assert communication.step_time(3.0, 2.0) == 3.0  # hidden by the backward
     assert communication.step_time(3.0, 3.0) == pytest.approx(4.0)
     assert communication.step_time(3.0, 2.0, 2) == pytest.approx(4.0)  # by the last of two alone

@@ -201,7 +201,14 @@ def train(
         recorder, facts = start_recorder(run, head, plan, total, progress)
         ledger = start_train_ledger(run.folder, config, accelerator, prepared, plan, progress.step)
         saver = CheckpointSaver(
-            run.folder, network, optim, prepared.tokenizer, config, inputs, main=accelerator.is_main_process
+            run.folder,
+            network,
+            optim,
+            prepared.tokenizer,
+            config,
+            inputs,
+            main=accelerator.is_main_process,
+            stream=prepared.stream,
         )
 
         # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.

@@ -62,7 +62,7 @@ class Data:
     loss is the mean over the other targets. minilm replay sets it. Default: none."""
     streaming: bool = False
     """Encode the documents while they are read, and store only their tokens. A hash of its text then decides whether a
-    document is held out. From a single hub dataset, minilm reads only as much as run.max_steps needs."""
+    document is held out."""
     max_tokens: int | None = None
     """Tokens to train on, in place of epochs or in addition to run.max_steps. minilm sets run.max_steps by the mean of
     a step, in a stream of several windows by that of the first million tokens."""

@@ -1,11 +1,12 @@
 """Shards: the parts of sources that a stream reads in a random order, and from any place on.
 
-A shard is a file, or a whole saved dataset. A place in it says where a document begins (`minilm.data.tables.Place`).
+A shard is a file, also one of a dataset on the hub, or a whole saved dataset. A place in it says where a document
+begins (`minilm.data.tables.Place`).
 """
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,10 +89,11 @@ class TextShard:
 
     table: FileTable | DatasetTable
     number: int
-    """The number of the file in the table; 0 for a saved dataset."""
+    """The number of the file in the table, or that of the part of a dataset."""
     column: Column
-    stamp: tuple[int, int] | None
-    """The size and the time of change of the file when the run began; None for a saved dataset."""
+    stamp: tuple[int, int] | str | None
+    """The size and the time of change of the file when the run began. For a dataset on the hub its commit, and None for
+    a saved dataset."""
     pieces = (Piece("", present=True),)
 
     def read(self, start: Place) -> Iterator[TextBatch]:
@@ -153,12 +155,13 @@ class Pool:
     """The share of each window's tokens that comes from the pool."""
 
 
-def open_pools(data: Data, *, weighted: bool) -> tuple[Pool, ...] | None:
+def open_pools(data: Data, revisions: Mapping[str, str], *, weighted: bool) -> tuple[Pool, ...] | None:
     """Return the pools of the training documents, or None for documents that can only be read in their order.
 
+    revisions: the commit of each source that is a dataset on the hub.
     weighted: whether each source is a pool with the share that `data.weights` gives it. Otherwise there is one pool.
     """
-    shards = [open_shards(data, source) for source in data.sources]
+    shards = [open_shards(data, source, revisions.get(source)) for source in data.sources]
     if not all(shards):
         return None
     if not weighted:
@@ -167,16 +170,21 @@ def open_pools(data: Data, *, weighted: bool) -> tuple[Pool, ...] | None:
     return tuple(Pool(part, weight / total) for part, weight in zip(shards, data.weights, strict=True))
 
 
-def open_shards(data: Data, source: str) -> Sequence[Shard]:
-    """Return the shards of `data.split` of a source; empty for a hub dataset and for a part of files."""
+def open_shards(data: Data, source: str, revision: str | None = None) -> Sequence[Shard]:
+    """Return the shards of `data.split` of a source; empty for a part of files or of a dataset on the hub.
+
+    revision: the commit of a dataset on the hub.
+    """
     if is_tokenized(source):
         return TokenFolder.open(source).shards
     files = find_local_files(source)
-    if (not is_local_path(source) and not files) or (files and data.split != "train"):
+    is_remote = not files and not is_local_path(source)
+    if "[" in data.split and (files or is_remote):
         return ()
-    table, _ = open_table(data, source, data.split)
+    with quiet_datasets():
+        table, _ = open_table(data, source, data.split, streaming=is_remote, revision=revision)
     (column,) = build_columns(data)[:1]
     if isinstance(table, FileTable):
         return [TextShard(table, number, column, _stamp(file)) for number, file in enumerate(table.files)]
     assert isinstance(table, DatasetTable)
-    return [TextShard(table, 0, column, None)]
+    return [TextShard(table, number, column, revision) for number in range(table.part_count)]

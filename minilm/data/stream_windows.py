@@ -3,7 +3,7 @@
 A window holds consecutive documents of the stream, at least `StreamWindows.tokens` tokens of them unless the stream
 ends before. Each pass over the stream takes its shards in another order, which depends only on the seed. A window is a
 pure function of the stream, the seed and its number. Where each window begins is known once the one before it has been
-encoded; the cache keeps an index of these places, so that a resumed run opens its window at once.
+encoded. An index keeps these places (`minilm.data.window_index`), so that a resumed run opens its window at once.
 
 The files of a window are an entry of the cache, in the form of a corpus (`minilm.data.corpus`). If this host lacks
 pieces (`minilm.data.stream_pieces`), zeros take the place of their ids, and no process of the host reads them.
@@ -17,13 +17,12 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +36,10 @@ from minilm.data.held_out import is_held_out
 from minilm.data.shards import START, DocumentBatch, Pool
 from minilm.data.special_token_counter import read_special_tokens
 from minilm.data.stream_pieces import Piece, PieceRuns, PresentIds
-from minilm.data.tables import Place
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import describe_backend
-from minilm.utils.atomic_files import remove_path, write_atomically
+from minilm.data.window_index import PoolPlace, WindowIndex, WindowStart
+from minilm.utils.atomic_files import remove_path
 from minilm.utils.cache import explain_cache_errors, find_entry, get_cache_folder, open_entry
 from minilm.utils.file_lock import lock_file
 
@@ -57,37 +56,6 @@ _SAMPLE_TOKENS = 2**20
 _SHARD_ORDER = 2**33
 
 
-@dataclass(frozen=True)
-class PoolPlace:
-    """A place in a pool."""
-
-    passes: int = 0
-    """The number of passes over all shards before."""
-    shard: int = 0
-    """The position of the shard in the order of this pass."""
-    place: Place = START
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowStart:
-    """Where a window begins."""
-
-    number: int
-    """The number of the window, from 0."""
-    step: int
-    """The step of the run that is the window's first."""
-    pools: tuple[PoolPlace, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        places = [[pool.passes, pool.shard, *pool.place] for pool in self.pools]
-        return {"number": self.number, "step": self.step, "pools": places}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "WindowStart":
-        pools = [PoolPlace(passes, shard, (row, byte)) for passes, shard, row, byte in fields["pools"]]
-        return cls(number=fields["number"], step=fields["step"], pools=tuple(pools))
-
-
 class EncodingCancelledError(Exception):
     """The run for which a window was encoded ahead of time is gone."""
 
@@ -98,6 +66,8 @@ class StreamWindows:
 
     data: Data
     """Names the documents, which are the training documents of `minilm.data.streaming.stream_documents`."""
+    revisions: Mapping[str, str]
+    """The commit of each source that is a dataset on the hub."""
     pools: tuple[Pool, ...]
     """The documents, as `minilm.data.shards.open_pools` returns them."""
     identity: str
@@ -169,7 +139,7 @@ class StreamWindows:
     def start_of(self, number: int) -> WindowStart:
         """Return where a window begins. This encodes the windows before it that the index does not know."""
         while number >= len(self._starts):
-            self._starts[:] = self._read_index()
+            self._starts[:] = self._read_starts()
             if number >= len(self._starts):
                 self._open_entry(self._starts[-1])
         return self._starts[number]
@@ -208,7 +178,7 @@ class StreamWindows:
 
         cancelled: called after each batch of documents. EncodingCancelledError is raised when it returns True.
         """
-        starts = self._read_index()
+        starts = self._read_starts()
         # The run makes a lost index anew when it needs the window.
         if number < len(starts):
             self._open_locked(starts[number], cancelled)
@@ -223,19 +193,19 @@ class StreamWindows:
     def _open_entry(self, start: WindowStart) -> Path:
         """Return the folder of a window in the cache, whose end the index then knows."""
         folder = find_entry(self._entry(start.number).name)
-        if folder is not None and len(self._read_index()) > start.number + 1:
+        if folder is not None and len(self._read_starts()) > start.number + 1:
             return folder
         with self._lock():
             return self._open_locked(start, _never)
 
     def _open_locked(self, start: WindowStart, cancelled: Callable[[], bool]) -> Path:
         self._remove_before(start.number + 1 - _KEPT_WINDOWS)
-        if self._entry(start.number).exists() and len(self._read_index()) <= start.number + 1:
-            log.warning(f"the cache is damaged and is built anew: {self._index} does not know where a window ends")
+        if self._entry(start.number).exists() and len(self._read_starts()) <= start.number + 1:
+            log.warning(f"the cache is damaged and is built anew: {self.index.path} does not know where a window ends")
         folder = open_entry(
             self._entry(start.number).name, lambda folder: self._write(folder, start, self.tokens, cancelled)
         )
-        self._extend_index(WindowStart.from_json(json.loads((folder / "end.json").read_text("utf-8"))))
+        self._add_start(WindowStart.from_json(json.loads((folder / "end.json").read_text("utf-8"))))
         return folder
 
     def _remove_before(self, number: int) -> None:
@@ -259,38 +229,20 @@ class StreamWindows:
                 descriptor = stack.enter_context(lock_file(path, wait=wait))
             yield descriptor
 
-    # The index: a line for the start of each window, with a hash of this and all earlier lines.
-
     @property
-    def _index(self) -> Path:
-        return get_cache_folder() / f"windows-{self._own_key}.jsonl"
+    def index(self) -> WindowIndex:
+        """The index, which all hosts have alike."""
+        return WindowIndex(self.key)
 
-    def _read_index(self) -> list[WindowStart]:
-        """Return the starts in the index, up to the first line that is damaged."""
-        starts, digest = [WindowStart(number=0, step=0, pools=(PoolPlace(),) * len(self.pools))], self.key
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            for line in self._index.read_text("utf-8").splitlines():
-                fields = json.loads(line)
-                given, start = fields.pop("hash"), WindowStart.from_json(fields)
-                digest = _chain(digest, start)
-                if given != digest or start.number != len(starts):
-                    break
-                starts.append(start)
-        return starts
+    def _read_starts(self) -> list[WindowStart]:
+        """Return the starts of the windows that the index knows."""
+        return [WindowStart(number=0, step=0, pools=(PoolPlace(),) * len(self.pools)), *self.index.read()]
 
-    def _extend_index(self, end: WindowStart) -> None:
+    def _add_start(self, end: WindowStart) -> None:
         """Add the start of the window after the last one in the index. The stream's lock is held."""
-        starts = self._read_index()
-        if end.number != len(starts):
-            return
-        digest, lines = self.key, list[str]()
-        for start in [*starts[1:], end]:
-            digest = _chain(digest, start)
-            lines.append(json.dumps({**start.to_json(), "hash": digest}) + "\n")
-        if self._index.is_dir():
-            remove_path(self._index)
-        with explain_cache_errors(self._index.parent):
-            write_atomically(self._index, "".join(lines))
+        starts = self._read_starts()
+        if end.number == len(starts):
+            self.index.write([*starts[1:], end])
 
     # The files of a window.
 
@@ -391,11 +343,6 @@ class StreamWindows:
 
 def _never() -> bool:
     return False
-
-
-def _chain(digest: str, start: WindowStart) -> str:
-    """Return the hash of a line of the index. `digest` is that of the line before."""
-    return hashlib.blake2b((digest + json.dumps(start.to_json())).encode(), digest_size=12).hexdigest()
 
 
 def _with_following(

@@ -3,8 +3,8 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minilm.config import Data
@@ -35,22 +35,14 @@ class TextStream:
     texts: Callable[[], Iterator[str]]
     identity: str
     """Differs between streams with different texts. It holds fingerprints of files or a revision, and the settings."""
-    remote: bool
-    """True if the texts come from the hub. Each pass then downloads them."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """The commit of each source that is a dataset on the hub. Each pass downloads its texts."""
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
         """Yield the texts in batches, as a `datasets.Dataset` with the column `text` does."""
         texts = self.texts()
         while batch := [*itertools.islice(texts, batch_size)]:
             yield {"text": batch}
-
-    def take(self, count: int) -> "TextStream":
-        """Return a stream of the first `count` texts."""
-        return TextStream(
-            texts=lambda: itertools.islice(self.texts(), count),
-            identity=f"{self.identity} first {count}",
-            remote=self.remote,
-        )
 
     def take_characters(self, count: int) -> "TextStream":
         """Return a stream of the first texts, up to the one with which they have `count` characters."""
@@ -63,7 +55,7 @@ class TextStream:
                 if left <= 0:
                     return
 
-        return TextStream(texts=texts, identity=f"{self.identity} first {count} characters", remote=self.remote)
+        return replace(self, texts=texts, identity=f"{self.identity} first {count} characters")
 
 
 def stream_documents(data: Data) -> tuple[TextStream, dict[str, TextStream]]:
@@ -91,7 +83,7 @@ class _StreamReader:
         if is_tokenized(source):
             folder = TokenFolder.open(source)
             identity = f"{documents.identity} hash {fraction}"
-            held_out = TextStream(texts=lambda: folder.iterate_held_out(fraction), identity=identity, remote=False)
+            held_out = TextStream(texts=lambda: folder.iterate_held_out(fraction), identity=identity)
             return replace(documents, identity=identity), held_out
         empty = f"{source}: data.eval_fraction={fraction} holds out no document; raise it or give data.eval_source"
         return _hold_out(documents, fraction, inside=False), _hold_out(documents, fraction, if_empty=empty)
@@ -129,7 +121,9 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
             if empty:
                 raise no_documents_error(source, split, build_columns(data)[:1])
 
-    return TextStream(texts=texts, identity=json.dumps([origin, settings]), remote=not files)
+    return TextStream(
+        texts=texts, identity=json.dumps([origin, settings]), revisions={} if commit is None else {source: commit}
+    )
 
 
 def _stream_tokens(source: str, split: str) -> TextStream:
@@ -142,7 +136,7 @@ def _stream_tokens(source: str, split: str) -> TextStream:
             f"data source {source}: tokenised shards have no texts, which this run needs: give the text itself"
         )
 
-    return TextStream(texts=texts, identity=TokenFolder.open(source).identity, remote=False)
+    return TextStream(texts=texts, identity=TokenFolder.open(source).identity)
 
 
 def _hold_out(stream: TextStream, fraction: float, *, inside: bool = True, if_empty: str = "") -> TextStream:
@@ -161,7 +155,7 @@ def _hold_out(stream: TextStream, fraction: float, *, inside: bool = True, if_em
         if empty and if_empty:
             raise ValueError(if_empty)
 
-    return TextStream(texts=texts, identity=f"{stream.identity} {inside} hash {fraction}", remote=stream.remote)
+    return replace(stream, texts=texts, identity=f"{stream.identity} {inside} hash {fraction}")
 
 
 def _take_share(stream: TextStream, share: float, if_empty: str) -> TextStream:
@@ -176,7 +170,7 @@ def _take_share(stream: TextStream, share: float, if_empty: str) -> TextStream:
         if empty and if_empty:
             raise ValueError(if_empty)
 
-    return TextStream(texts=texts, identity=f"{stream.identity} True {share}", remote=stream.remote)
+    return replace(stream, texts=texts, identity=f"{stream.identity} True {share}")
 
 
 def join_streams(streams: list[TextStream]) -> TextStream:
@@ -184,5 +178,5 @@ def join_streams(streams: list[TextStream]) -> TextStream:
     return TextStream(
         texts=lambda: itertools.chain.from_iterable(stream.texts() for stream in streams),
         identity=" then ".join(stream.identity for stream in streams),
-        remote=any(stream.remote for stream in streams),
+        revisions={source: commit for stream in streams for source, commit in stream.revisions.items()},
     )

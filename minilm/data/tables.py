@@ -13,6 +13,7 @@ from minilm.data import columnar_files, conll_files, delimited_files, json_files
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.text_decoding import LinePlaces, detect_encoding
+from minilm.utils.hub import describe_loading_error
 from minilm.utils.local_files import get_file_kind, get_full_ending
 
 # A batch ends when it has this many characters or `columnar_files.BATCH_ROWS` rows. A single row can be longer.
@@ -192,16 +193,31 @@ class DatasetTable:
     def __init__(self, rows: Dataset | IterableDataset, source: str, identity: Any) -> None:
         self.rows, self.source, self.identity = rows, source, identity
 
+    @property
+    def part_count(self) -> int:
+        """The number of parts that can be read on their own: the files of a streamed dataset, 1 for a mapped one."""
+        return 1 if isinstance(self.rows, Dataset) else self.rows.num_shards
+
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
-        read = self._read_mapped if isinstance(self.rows, Dataset) else self._read_stream
-        return group_into_batches(read(columns), partial(self.locate, 0))
+        where = partial(self.locate, 0)
+        if isinstance(self.rows, Dataset):
+            return group_into_batches(self._read_mapped(columns), where)
+        return group_into_batches(self._read_stream(self.rows, columns, where), where)
 
     def locate(self, file: int, place: int) -> str:
         return f"{self.source}, row {place}"
 
     def iter_rest(self, number: int, columns: Sequence[Column], place: Place) -> tuple[Iterator[RowBatch], RowPlaces]:
-        """Return the rows of a mapped dataset from a place on. `number` is 0."""
-        return group_into_batches(self._read_mapped(columns, place[0]), partial(self.locate, 0)), RowPlaces()
+        """Return the rows of part `number` from a place on. A streamed part is read from its beginning."""
+        if isinstance(self.rows, Dataset):
+            return group_into_batches(self._read_mapped(columns, place[0]), partial(self.locate, 0)), RowPlaces()
+        where = partial(self._locate_in_part, number)
+        part = self.rows.shard(self.part_count, number)
+        return group_into_batches(self._read_stream(part, columns, where, place[0]), where), RowPlaces()
+
+    def _locate_in_part(self, number: int, place: int) -> str:
+        part = f", part {number + 1} of {self.part_count}" if self.part_count > 1 else ""
+        return f"{self.source}{part}, row {place}"
 
     def _read_mapped(self, columns: Sequence[Column], start: int = 0) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
@@ -210,20 +226,22 @@ class DatasetTable:
         parts = (batch for table in rows.iter(batch_size=columnar_files.BATCH_ROWS) for batch in table.to_batches())
         return columnar_files.read_cells(parts, columns, outer, partial(self.locate, 0), start)
 
-    def _read_stream(self, columns: Sequence[Column]) -> NumberedRows:
-        numbers = itertools.count()
-        for batch in self.rows.iter(batch_size=columnar_files.BATCH_ROWS):
-            outer = [self._find_outer_column(column, batch) for column in columns]
-            for cells in zip(*(batch[name] for name in outer), strict=True):
-                row = next(numbers)
-                named = zip(columns, outer, cells, strict=True)
-                yield row, [column.get_cell({name: cell}, f"{self.source}, row {row}") for column, name, cell in named]
+    def _read_stream(
+        self, rows: IterableDataset, columns: Sequence[Column], where: Callable[[int], str], start: int = 0
+    ) -> NumberedRows:
+        for table in self._iter_tables(rows.skip(start) if start else rows):
+            # The schemas of two tables can differ, since a stream has no schema of its own.
+            outer = columnar_files.find_outer_columns(columns, table.schema, self.source)
+            yield from columnar_files.read_cells(table.to_batches(), columns, outer, where, start)
+            start += len(table)
 
-    def _find_outer_column(self, column: Column, batch: dict[str, Any]) -> str:
-        for name in column.outer_names():
-            if name in batch:
-                return name
-        raise column.missing_error(self.source, list(batch))
+    def _iter_tables(self, rows: IterableDataset) -> Iterator[Any]:
+        """Yield the rows as Arrow tables. Raise ValueError in one line if they cannot be read, as without a network."""
+        try:
+            yield from rows.with_format("arrow").iter(batch_size=columnar_files.BATCH_ROWS)
+        except Exception as error:
+            # The libraries raise errors of many types.
+            raise ValueError(f"data source {self.source}: {describe_loading_error(error, 'dataset')}") from error
 
     def read_column_names(self, columns: Sequence[Column]) -> list[str]:
         return list(self.rows.column_names or ())

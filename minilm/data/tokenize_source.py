@@ -101,9 +101,9 @@ def tokenize(
         "piece_tokens": piece_tokens,
         "filters": filters.describe() if filters.verdicts else None,
     }
-    shards = [shard for source in data.sources for shard in open_shards(data, source)]
+    shards = [shard for source in data.sources for shard in open_shards(data, source, stream.revisions.get(source))]
     if not shards:
-        raise ValueError(f"data source {data.sources[0]}: minilm tokenize reads local files and saved datasets alone")
+        raise ValueError(f"data source {data.sources[0]}: minilm tokenize reads whole splits, not {data.split}")
     _claim_folder(folder, settings, tokenizer)
     job = TokenizeJob(
         shards=shards,

@@ -31,7 +31,7 @@ log = logging.getLogger("minilm")
 _NICENESS = 10
 # A process takes seconds to start. In that time, the run encodes a window of fewer tokens itself.
 _LEAST_TOKENS = 2**20
-_SETTINGS = ("identity", "words", "tokens", "seed", "held_out", "examples", "row_tokens")
+_SETTINGS = ("revisions", "identity", "words", "tokens", "seed", "held_out", "examples", "row_tokens")
 # The encoders that this process has started.
 _encoders = list["subprocess.Popen[bytes]"]()
 
@@ -94,7 +94,7 @@ def describe_windows(windows: StreamWindows) -> dict[str, Any]:
 def open_windows(description: dict[str, Any]) -> StreamWindows:
     """Return the stream that `describe_windows` described. Raise ValueError if it is no longer the same."""
     data = from_dict({"data": description["data"]}).data
-    pools = open_pools(data, weighted=bool(data.weights))
+    pools = open_pools(data, description["revisions"], weighted=bool(data.weights))
     assert pools is not None
     form = description["form"]
     form = {**form, **{name: np.array(form[name], np.int64) for name in ("prefix", "suffix")}}

@@ -1,6 +1,5 @@
 """The parts that masked and causal LM share: from documents to examples, the head, and the evaluation."""
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +28,6 @@ from minilm.models.sparse_head import SparseHead
 from minilm.objectives.evaluation import LanguageModelEvaluator
 from minilm.objectives.metrics import compute_unigram_nats
 from minilm.objectives.objective import Objective
-
-log = logging.getLogger("minilm")
 
 # A tokenizer is trained on this many characters of a stream for each token of a window. A stream that fits into one
 # window hardly ever has more.
@@ -75,22 +72,16 @@ class LanguageModelObjective(Objective):
             config = _use_tokens(config, folders[0])
         train, held_out = _load_documents(config, memory)
         if isinstance(train, TextStream) and isinstance(held_out, TextStream) and train is not held_out:
-            pools = open_pools(config.data, weighted=False)
+            pools = open_pools(config.data, train.revisions, weighted=False)
             if pools is not None:
                 return self._prepare_stream(config, train, held_out, pools)
-        train_count, eval_count = _count_needed_examples(config, train)
-        tokenizer = load_tokenizer(
-            config.tokens, config.model.name, _take_first(train, train_count), causal=self.causal
-        )
-        # In the layout "documents", `count` documents give at least `count` examples. The other layouts join documents,
-        # and encoding must show how many of them make up an example. There `encode` stops after enough tokens.
-        joins_documents = config.batch.layout != "documents"
+        tokenizer = load_tokenizer(config.tokens, config.model.name, train, causal=self.causal)
 
         def encode_examples(
-            documents: Documents, count: int | None, name: str, *, words: bool = False, text_bytes: bool = False
+            documents: Documents, name: str, *, words: bool = False, text_bytes: bool = False
         ) -> Examples:
             return encode(
-                documents if joins_documents else _take_first(documents, count),
+                documents,
                 tokenizer,
                 max_length=config.batch.max_length,
                 layout=config.batch.layout,
@@ -99,19 +90,18 @@ class LanguageModelObjective(Objective):
                 words=words,
                 text_bytes=text_bytes,
                 name=name,
-                enough_ids=count * config.batch.max_length if joins_documents and count else None,
             )
 
         words = self.needs_word_starts
         if train is held_out:
-            examples = encode_examples(train, None, "documents", words=words, text_bytes=True)
+            examples = encode_examples(train, "documents", words=words, text_bytes=True)
             return PreparedData(
                 tokenizer=tokenizer, train=examples, eval=examples, eval_documents=fingerprint_documents(train)
             )
         return PreparedData(
             tokenizer=tokenizer,
-            train=encode_examples(train, train_count, "training documents", words=words),
-            eval=encode_examples(held_out, eval_count, "evaluation documents", text_bytes=True),
+            train=encode_examples(train, "training documents", words=words),
+            eval=encode_examples(held_out, "evaluation documents", text_bytes=True),
             eval_documents=fingerprint_documents(held_out),
         )
 
@@ -122,7 +112,7 @@ class LanguageModelObjective(Objective):
     def _prepare_stream(
         self, config: Config, train: TextStream, held_out: TextStream, pools: Sequence[Pool]
     ) -> PreparedData:
-        """Return the data of a stream of local documents: all of them if they fill one window, else in windows.
+        """Return the data of a stream: all documents if they fill one window, else in windows.
 
         pools: the training documents without weights.
         """
@@ -149,6 +139,7 @@ class LanguageModelObjective(Objective):
         windows = StreamWindows(
             data=data,
             pools=tuple(pools),
+            revisions=train.revisions,
             identity=train.identity,
             tokenizer=tokenizer,
             form=ExampleForm.of(tokenizer, **shape),
@@ -168,7 +159,7 @@ class LanguageModelObjective(Objective):
         else:
             _check_stream_settings(config)
             if data.weights:
-                weighted = open_pools(data, weighted=True)
+                weighted = open_pools(data, train.revisions, weighted=True)
                 assert weighted is not None
                 windows = replace(windows, pools=weighted, _starts=[])
             examples = windows.sample()
@@ -256,36 +247,3 @@ def _load_documents(config: Config, memory: MemoryDocuments | None) -> tuple[Doc
         return train, concatenate_datasets([*parts.values()])
     stream, streams = stream_documents(config.data)
     return stream, join_streams([*streams.values()])
-
-
-def _count_needed_examples(config: Config, train: Documents) -> tuple[int | None, int | None]:
-    """Return how many training and evaluation examples a run needs from a stream of the hub.
-
-    None stands for all examples. A run needs all of them if the stream reads local files, if `max_steps` is not set, or
-    if there are several sources. The share of each source in a run depends on its size, which is known only when it has
-    been read.
-    """
-    if not isinstance(train, TextStream) or not train.remote or config.run.max_steps is None:
-        return None, None
-    if any(period.config.batch != config.batch or period.config.data != config.data for period in list_periods(config)):
-        raise ValueError(
-            "run.phases: a run reads only as much of a stream of the hub as the same settings need in all steps; leave "
-            "data.streaming out"
-        )
-    if len(config.data.sources) > 1:
-        log.warning(
-            "data.source names several sources, so each one is read to its end, however few documents run.max_steps "
-            "needs; --data.split train[:5000] reads fewer of each"
-        )
-        return None, None
-    train_count = config.run.max_steps * config.batch.examples
-    if config.data.eval_source or config.data.eval_split:
-        return train_count, None
-    # The number of documents that are held out while `train_count` others are read.
-    share = config.data.eval_fraction
-    return train_count, math.ceil(train_count * share / (1 - share))
-
-
-def _take_first(documents: Documents, count: int | None) -> Documents:
-    """Return the first `count` documents of a stream; all of them if `count` is None or they are not a stream."""
-    return documents.take(count) if isinstance(documents, TextStream) and count else documents

@@ -72,6 +72,8 @@ class Checkpoint:
     """The state of the loss scaling of fp16; empty in other precisions."""
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The result of `describe_optimizer`; empty in checkpoints of minilm 0.1, which did not store it."""
+    windows: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The result of `minilm.data.window_index.WindowIndex.export`; empty without a stream of several windows."""
 
 
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
@@ -118,11 +120,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{name!r} is not a regular file in it",
             )
             check(hash_file(path) == facts, f"{name} is damaged: its size or hash is not the one in {MANIFEST}")
-        # Checkpoints of minilm 0.1 do not hold these two, and their only inputs are the training examples.
-        state = {"scaler": {}, "optimizer": {}} | _read_json(folder / STATE)
+        # Checkpoints of minilm 0.1 do not hold these three, and their only inputs are the training examples.
+        state = {"scaler": {}, "optimizer": {}, "windows": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
-        whole = state.keys() == {"progress", "config", "inputs", "scaler", "optimizer"}
+        whole = state.keys() == {field.name for field in dataclasses.fields(Checkpoint)} - {"folder"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
         check(whole, f"{STATE} does not hold the parts of a checkpoint's state")
         return Checkpoint(**state | {"folder": folder, "progress": _parse_progress(state["progress"])})

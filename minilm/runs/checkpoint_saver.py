@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.config import Config
 from minilm.config.serialization import to_dict
+from minilm.data.stream_windows import StreamWindows
 from minilm.distributed.launch import lost_peer_as_error
 from minilm.runs.checkpoint import Progress, find_complete_checkpoints, find_leftovers, remove_old_checkpoints
 from minilm.runs.checkpoint_files import Share, WrittenFiles, complete_checkpoint, write_share
@@ -43,7 +44,7 @@ class CheckpointSaver:
     and writes one part.
 
     main: whether this is the main process of the job. inputs: the result of
-    `minilm.runs.run_inputs.collect_inputs`.
+    `minilm.runs.run_inputs.collect_inputs`. stream: the stream that the run reads, if any.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class CheckpointSaver:
         inputs: dict[str, Any],
         *,
         main: bool,
+        stream: StreamWindows | None = None,
     ) -> None:
         self.folder, self.network, self.optimizer, self.tokenizer = folder, network, optimizer, tokenizer
-        self.config, self.inputs, self.main = config, inputs, main
+        self.config, self.inputs, self.main, self.stream = config, inputs, main, stream
         self.enabled = config.run.save_every > 0
         self._writers: list[int] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -92,6 +94,7 @@ class CheckpointSaver:
             "inputs": self.inputs,
             "scaler": {} if scaler is None else scaler.state_dict(),
             "optimizer": describe_optimizer(self.optimizer),
+            "windows": {} if self.stream is None else self.stream.index.export(),
         }
         self._thread = threading.Thread(target=self._write, args=(progress.step, state, share), name="checkpoint")
         self._thread.start()

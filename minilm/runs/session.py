@@ -34,6 +34,7 @@ from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, R
 from minilm.data.stream_batches import StreamCollator, StreamPlan, StreamRows, WindowReader
 from minilm.data.stream_pieces import find_readers
 from minilm.data.stream_windows import StreamWindows
+from minilm.data.window_index import restore_index
 from minilm.distributed.hardware import advise_threads, usable_processors
 from minilm.distributed.launch import (
     broadcast_from_main,
@@ -155,6 +156,7 @@ def begin(
             if main:
                 check_best_checkpoint(checkpoint, config.run)
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
+        restore_index({} if checkpoint is None else checkpoint.windows)
         prepared = local_main_process_first(accelerator, lambda: prepare_run(config, memory))
         _check_hosts(prepared)
         prepared = exchange_pieces(prepared)

@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,6 +32,7 @@ from minilm.data.shards import TextShard, open_pools
 from minilm.data.stream_windows import EncodingCancelledError, StreamWindows
 from minilm.data.streaming import stream_documents
 from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
+from minilm.data.window_index import restore_index
 from minilm.utils.cache import CacheError, get_cache_folder
 
 # Three files of different sizes, with blank lines and letters of several bytes.
@@ -70,14 +74,16 @@ def _write(folder: Path, ending: str) -> tuple[str, ...]:
 def _open(data: Data, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> StreamWindows:
     """Return windows of which no earlier test has put one into the cache."""
     data = replace(data, streaming=True, eval_fraction=0.2)
-    pools = open_pools(data, weighted=bool(data.weights))
+    stream, _ = stream_documents(data)
+    pools = open_pools(data, stream.revisions, weighted=bool(data.weights))
     assert pools is not None
     form = ExampleForm.of(tokenizer, max_length=24, layout="documents", overflow="split", causal=False)
     defaults: dict[str, Any] = {"form": form, "words": True, "tokens": 300, "seed": next(_seeds), "held_out": 0.2}
     return StreamWindows(
         data=data,
         pools=pools,
-        identity=stream_documents(data)[0].identity,
+        revisions=stream.revisions,
+        identity=stream.identity,
         tokenizer=tokenizer,
         examples=4,
         row_tokens=None,
@@ -155,11 +161,19 @@ def test_more_documents_than_a_window_are_not_one_window(windows: StreamWindows)
     assert not windows.is_one_window
 
 
-@pytest.mark.parametrize("ending", [*FORMATS, "saved"])
+@pytest.mark.parametrize("ending", [*FORMATS, "saved", "hub"])
 def test_the_windows_do_not_depend_on_the_format(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, ending: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if ending == "saved":
+    sources: tuple[Any, Any]
+    if ending == "hub":
+        rows = datasets.load_dataset(
+            "parquet", data_files=[*_write(tmp_path / "a", "parquet")], split="train", streaming=True
+        )
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
+        monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+        sources = "some/rows", _write(tmp_path / "txt", "txt")
+    elif ending == "saved":
         # A saved dataset is one shard.
         Dataset.from_dict({"text": FILES[2]}).save_to_disk(tmp_path / "saved")
         sources = str(tmp_path / "saved"), _write(tmp_path / "txt", "txt")[2]
@@ -194,10 +208,67 @@ def test_a_window_is_read_from_its_beginning_without_the_windows_before(
     assert starts[5].place[1] > 0
 
 
+def test_a_machine_with_an_empty_cache_opens_a_window_by_the_index_of_a_checkpoint(
+    windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, start = _texts(windows, 5), windows.start_of(5)
+    exported = json.loads(json.dumps(windows.index.export()))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
+    restore_index(exported)
+    write, written = StreamWindows._write, list[Any]()
+
+    def watch(self: StreamWindows, folder: Path, start: Any, *rest: Any) -> None:
+        written.append(start.number)
+        write(self, folder, start, *rest)
+
+    monkeypatch.setattr(StreamWindows, "_write", watch)
+    resumed = replace(windows, _starts=[])
+    assert not resumed.is_one_window
+    assert resumed.find(start.step) == start
+    assert _texts(resumed, 5) == right
+    assert written == [5]
+
+
+@pytest.mark.parametrize("change", ["another stream", "changed", "cut", "not an index", "no key", "a path"])
+def test_an_index_that_does_not_fit_is_not_believed(
+    windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    right = [windows.start_of(number) for number in range(6)]
+    exported = windows.index.export()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
+    if change == "another stream":
+        exported["key"] = exported["key"][::-1]
+    elif change == "changed":
+        exported["lines"][1] = exported["lines"][1].replace('"step": ', '"step": 1')
+    elif change == "cut":
+        exported["lines"] = ["", *exported["lines"]]
+    elif change == "not an index":
+        exported["lines"] = [5, "[]", '"a"', None]
+    elif change == "no key":
+        del exported["key"]
+    else:
+        exported["key"] = "../../stolen"
+    restore_index(exported)
+    assert not [*tmp_path.rglob("*stolen*")]
+    again = replace(windows, _starts=[])
+    assert [again.start_of(number) for number in range(6)] == right
+
+
+def test_an_index_that_knows_fewer_windows_does_not_replace_one_that_knows_more(windows: StreamWindows) -> None:
+    windows.start_of(2)
+    short = windows.index.export()
+    windows.start_of(5)
+    long = windows.index.export()
+    restore_index(short)
+    assert windows.index.export() == long != short
+    restore_index({})
+    assert windows.index.export() == long
+
+
 @pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
 def test_an_index_that_is_lost_or_damaged_is_made_again(windows: StreamWindows, damage: str) -> None:
     right = [windows.start_of(number) for number in range(6)]
-    index = windows._index
+    index = windows.index.path
     lines = index.read_text().splitlines(keepends=True)
     if damage == "lost":
         index.unlink()
@@ -327,7 +398,7 @@ def test_an_encoder_stops_when_the_run_is_gone_and_the_next_process_encodes(wind
 
 def test_an_encoder_that_finds_no_index_encodes_no_earlier_window(windows: StreamWindows) -> None:
     windows.open(1)
-    windows._index.unlink()
+    windows.index.path.unlink()
     for number in (0, 1):
         shutil.rmtree(windows._entry(number))
     with windows.locked_to_encode(2):

@@ -59,11 +59,12 @@ def folder(tmp_path: Path, source: tuple[str, str], saved: str) -> Path:
 
 
 def _windows(data: Data, tokenizer: PreTrainedTokenizerBase, *, causal: bool) -> StreamWindows:
-    pools = open_pools(data, weighted=False)
+    pools = open_pools(data, {}, weighted=False)
     assert pools is not None
     return StreamWindows(
         data=data,
         pools=pools,
+        revisions={},
         identity=stream_documents(data)[0].identity,
         tokenizer=tokenizer,
         form=ExampleForm.of(tokenizer, max_length=24, layout="documents", overflow="split", causal=causal),

@@ -1,0 +1,170 @@
+"""A run that reads a dataset of a hub window by window, over HTTP. The hub is a server on this machine."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from minilm import Config, Data
+from tests.jobs import CONFIG, WORDS, end_of, finish, in_folder, start, without_dropout
+from tests.launch import ROOT
+
+NAME = "me/texts"
+COMMITS = ("a" * 40, "b" * 40)
+STEPS = 24
+
+
+class Hub:
+    """A dataset of Parquet files on a hub. `commit` is the newest, and `left` the number of reads that succeed."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files, self.url = files, ""
+        self.commit, self.left = COMMITS[0], 10**9
+        self.read = list[tuple[str, str]]()
+        """The commit and the file of each read."""
+
+    def facts(self, path: str) -> dict[str, Any]:
+        return {"type": "file", "path": path, "size": len(self.files[path]), "oid": path}
+
+    def describe(self, path: str) -> Any:
+        """Return what the hub's interface answers; None for what it does not have."""
+        api = f"/api/datasets/{NAME}"
+        if path == api or re.fullmatch(f"{api}/revision/[^/]+", path):
+            commit = self.commit if path == api else path.rpartition("/")[2]
+            siblings = [{"rfilename": name} for name in self.files]
+            return {"id": NAME, "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": []}
+        if tree := re.fullmatch(f"{api}/tree/[^/]+/?(.*)", path):
+            return [self.facts(name) for name in self.files if name.startswith(tree[1])]
+        if re.fullmatch(f"{api}/paths-info/[^/]+", path):
+            return [self.facts(name) for name in self.files]
+        return None
+
+    def content(self, path: str) -> bytes | None:
+        """Return the bytes of a file; None if there is no such file, or if the hub no longer answers."""
+        found = re.fullmatch(f"/datasets/{NAME}/resolve/([^/]+)/(.*)", path)
+        if not found or found[2] not in self.files:
+            return None
+        self.read.append((found[1], found[2]))
+        self.left -= 1
+        return self.files[found[2]] if self.left >= 0 else None
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub, at which processes look that this one starts. Its files are also in `tmp_path`/files."""
+    hub, words = Hub({}), WORDS.split()
+    (tmp_path / "files").mkdir()
+    for number in range(3):
+        texts = [
+            " ".join(words[i * j * (number + 1) % len(words)] for j in range(1, 3 + i * 7 % 15)) for i in range(90)
+        ]
+        file = io.BytesIO()
+        Dataset.from_dict({"text": texts}).to_parquet(file, batch_size=16)
+        hub.files[f"train-{number}.parquet"] = file.getvalue()
+        (tmp_path / "files" / f"{number}.parquet").write_bytes(file.getvalue())
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path, status = self.path.partition("?")[0], 200
+            answer = hub.describe(path)
+            content = json.dumps(answer).encode() if answer is not None else hub.content(path)
+            if content is None:
+                status, content = 404, b"{}"
+            size = len(content)
+            if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+                status, content = 206, content[int(part[1]) : int(part[2]) + 1]
+            self.send_response(status)
+            if status == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            if status == 206:
+                self.send_header("Content-Range", f"bytes {part[1]}-{part[2]}/{size}")  # type: ignore[index]
+            self.send_header("ETag", '"etag"')
+            self.send_header("X-Repo-Commit", hub.commit)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_POST = do_HEAD = do_GET
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def _config(source: str, folder: Path) -> Config:
+    data = Data(source=source, streaming=True, eval_fraction=0.1, window_tokens=500)
+    return in_folder(without_dropout(replace(CONFIG, data=data)), folder, max_steps=STEPS, save_every=8)
+
+
+def _finish(config: Config, place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Run in a process of its own with an empty cache. Return the exit status and the last line of the errors."""
+    place.mkdir(exist_ok=True)
+    monkeypatch.setenv("HF_HOME", str(place / "cache"))
+    job = start("python", config, place, processes=1)
+    status = job.status()
+    return status, job.stderr.read_text().strip().rpartition("\n")[2]
+
+
+def test_a_run_on_a_hub_makes_the_steps_of_a_run_on_its_files_and_resumes_after_a_cut(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / name for name in ("local", "hub", "cut")]
+    local, remote, cut = (
+        _config(source, folder / "out")
+        for source, folder in zip((str(tmp_path / "files"), NAME, NAME), folders, strict=True)
+    )
+    folders[0].mkdir()
+    finish(local, folders[0])
+    assert _finish(remote, folders[1], monkeypatch)[0] == 0
+    right = end_of(folders[1] / "out")
+    assert right == end_of(folders[0] / "out")
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
+    # The hub ends its answers when the run has read three quarters of what it needs.
+    hub.left = len(hub.read) * 3 // 4
+    status, error = _finish(cut, folders[2], monkeypatch)
+    assert status == 2
+    assert error.startswith(f"error: data source {NAME}: ")
+    assert [*(folders[2] / "out").glob("checkpoint-*")]
+    hub.left = 10**9
+    # Another machine goes on, whose cache is empty.
+    resumed = replace(cut, run=replace(cut.run, resume="latest"))
+    assert _finish(resumed, tmp_path / "elsewhere", monkeypatch)[0] == 0
+    assert end_of(folders[2] / "out") == right
+
+
+def test_a_dataset_of_a_hub_is_tokenised_like_its_files(
+    hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "minilm.commands.main", "tokenize"]
+    for name, source in (("remote", NAME), ("local", str(tmp_path / "files"))):
+        words = [source, "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / name)]
+        subprocess.run([*command, *words, "--processes", "2"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    pieces = sorted((tmp_path / "local").glob("tokens-*/*.npy"))
+    assert len(pieces) >= 9
+    for piece in pieces:
+        other = tmp_path / "remote" / piece.relative_to(tmp_path / "local")
+        assert other.read_bytes() == piece.read_bytes(), piece

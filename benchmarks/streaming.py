@@ -1,6 +1,7 @@
 """Measure a run that trains while it reads: the time to its first step, its speed, its memory and disk, and a resume.
 
     python benchmarks/streaming.py --gigabytes 0.2 2 10
+    python benchmarks/streaming.py --gigabytes 0.2 --resume-at 0.1 0.5 0.9
 
 The text is Python's documentation many times over, in files of at most 500 MB. Each line is a paragraph, in a new
 random order each time. A run trains the model of recipes/mlm_pydocs.py on it for `--seconds` after its first step, in a
@@ -13,12 +14,16 @@ process of its own and with an empty cache. It then continues from its checkpoin
 checkpoint. The speed is that of the median step. "RAM" is the largest sum of the memory of the run's processes, and
 "disk" the largest size of its cache, both looked at once a second. All files go to the folder for temporary files
 (TMPDIR), which needs three times the size of the text.
+
+`--resume-at` also measures resumes after these shares of the text, each on a machine with an empty cache. For that it
+encodes all windows first, and then sets the step of the run's checkpoint.
 """
 
 import argparse
 import json
 import os
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,10 +81,9 @@ def train_tokenizer(folder: Path) -> None:
     train_tokenizer(documents, "bpe", 2048).save_pretrained(folder / "tokenizer")
 
 
-def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str, float]:
-    """Train for some seconds after the first step, or from the run's checkpoint on, and return the figures."""
+def configure(folder: Path, kind: str) -> Any:
+    """Return the configuration of a run, which resumes if there is one."""
     from minilm.config import Data, Run, Tokens
-    from minilm.train import train
 
     config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"))["CONFIG"]
     output = folder / f"out-{kind}"
@@ -88,7 +92,14 @@ def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str,
     )
     resume = "latest" if output.exists() else None
     run = Run(output_dir=str(output), max_steps=STEPS, eval_every=STEPS, save_every=STEPS, resume=resume, ledger=False)
-    config = replace(config, data=data, tokens=Tokens(name=str(folder / "tokenizer")), run=run)
+    return replace(config, data=data, tokens=Tokens(name=str(folder / "tokenizer")), run=run)
+
+
+def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str, float]:
+    """Train for some seconds after the first step, or from the run's checkpoint on, and return the figures."""
+    from minilm.train import train
+
+    config = configure(folder, kind)
     times: list[float] = []
 
     def after_step(step: int, figures: dict[str, Any], model: Any) -> bool:
@@ -103,24 +114,53 @@ def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str,
     return {"first": times[0] - launched, "speed": speed, "tokens": len(times) * step_tokens}
 
 
+def index(folder: Path, kind: str) -> dict[str, Any]:
+    """Encode the windows of a pass over the text. Return the number of its steps, and the index of its windows."""
+    from minilm.objectives.factory import prepare_run
+
+    stream, number = prepare_run(configure(folder, kind)).stream, 0
+    if stream is None:
+        sys.exit("--resume-at needs more text than a window: raise --gigabytes")
+    while stream.start_of(number).pools[0].passes == 0:
+        number += 1
+    return {"steps": stream.start_of(number).step, "windows": stream.index.export()}
+
+
+def set_step(checkpoint: Path, step: int, windows: dict[str, Any]) -> None:
+    """Set the step and the index of a checkpoint, and its name."""
+    from minilm.runs.checkpoint import MANIFEST, STATE
+    from minilm.utils.atomic_files import hash_file
+
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in (STATE, MANIFEST))
+    state["progress"]["step"], state["windows"] = step, windows
+    (checkpoint / STATE).write_text(json.dumps(state))
+    manifest[STATE] = hash_file(checkpoint / STATE)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    checkpoint.rename(checkpoint.with_name(f"checkpoint-{step}"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The figures of a process and its largest use of memory and disk, in bytes."""
 
-    figures: dict[str, float]
+    figures: dict[str, Any]
     memory: int
     disk: int
 
 
-def launch(folder: Path, kind: str, seconds: float) -> Outcome:
-    """Run `train` in a process with a cache of its own, and watch it."""
+def launch(folder: Path, kind: str, seconds: float, *words: str) -> Outcome:
+    """Run `train`, or `index` with the word --index, in a process with a cache of its own, and watch it."""
     cache = folder / f"cache-{kind}"
-    words = ["--worker", kind, "--folder", str(folder), "--seconds", str(seconds), "--launched", str(time.time())]
+    arguments = ["--worker", kind, "--folder", str(folder), "--seconds", str(seconds), "--launched", str(time.time())]
     environment = {**os.environ, "HF_HOME": str(cache)}
     memory = disk = 0
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, *words], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, __file__, *arguments, *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
         while process.poll() is None:
             memory, disk = max(memory, measure_memory(process.pid)), max(disk, measure_folder(cache))
@@ -151,8 +191,23 @@ def measure_folder(folder: Path) -> int:
     return total
 
 
-def measure(size: float, kinds: list[str], seconds: float) -> None:
-    """Print the table for a text of `size` GB."""
+def measure_resumes(folder: Path, kind: str, shares: list[float]) -> None:
+    """Print how long it takes to resume after these shares of the text, each with an empty cache."""
+    from minilm.runs.checkpoint import find_complete_checkpoints
+
+    found = launch(folder, kind, 0.0, "--index").figures
+    for share in shares:
+        *others, checkpoint = find_complete_checkpoints(folder / f"out-{kind}")
+        for other in others:
+            shutil.rmtree(other)
+        set_step(checkpoint, int(share * found["steps"]), found["windows"])
+        shutil.rmtree(folder / f"cache-{kind}")
+        seconds = launch(folder, kind, 0.0).figures["first"]
+        print(f"{kind:<8} resumed after {share:.0%} of {found['steps']:,} steps in {seconds:.1f} s", flush=True)
+
+
+def measure(size: float, kinds: list[str], seconds: float, shares: list[float]) -> None:
+    """Print the table for a text of `size` GB. shares: of the text, after which to resume."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder, int(size * 1e9))
@@ -175,6 +230,8 @@ def measure(size: float, kinds: list[str], seconds: float) -> None:
                 f"{speed / base:14.2f} {first.memory / 1e9:7.2f} GB {first.disk / 1e9:6.2f} GB",
                 flush=True,
             )
+        for kind in kinds if shares else ():
+            measure_resumes(folder, kind, shares)
 
 
 def main() -> None:
@@ -183,16 +240,22 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.2], help="sizes of the text (default: 0.2)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=[*KINDS[1:]], help="default: all")
     parser.add_argument("--seconds", type=float, default=60, help="of each run after its first step (default: 60)")
+    parser.add_argument(
+        "--resume-at", type=float, nargs="+", default=[], metavar="SHARE", help="measure resumes after these shares too"
+    )
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--index", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        figures = train(options.folder, options.worker, options.seconds, options.launched)
-        print(json.dumps(figures))
+        if options.index:
+            print(json.dumps(index(options.folder, options.worker)))
+        else:
+            print(json.dumps(train(options.folder, options.worker, options.seconds, options.launched)))
         return
     for size in options.gigabytes:
-        measure(size, options.kinds, options.seconds)
+        measure(size, options.kinds, options.seconds, options.resume_at)
 
 
 if __name__ == "__main__":

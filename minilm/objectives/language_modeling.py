@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -76,32 +77,24 @@ class LanguageModelObjective(Objective):
             if pools is not None:
                 return self._prepare_stream(config, train, held_out, pools)
         tokenizer = load_tokenizer(config.tokens, config.model.name, train, causal=self.causal)
-
-        def encode_examples(
-            documents: Documents, name: str, *, words: bool = False, text_bytes: bool = False
-        ) -> Examples:
-            return encode(
-                documents,
-                tokenizer,
-                max_length=config.batch.max_length,
-                layout=config.batch.layout,
-                overflow=config.tokens.overflow,
-                causal=self.causal,
-                words=words,
-                text_bytes=text_bytes,
-                name=name,
-            )
-
+        encode_examples = partial(
+            encode,
+            tokenizer=tokenizer,
+            max_length=config.batch.max_length,
+            layout=config.batch.layout,
+            overflow=config.tokens.overflow,
+            causal=self.causal,
+        )
         words = self.needs_word_starts
         if train is held_out:
-            examples = encode_examples(train, "documents", words=words, text_bytes=True)
+            examples = encode_examples(train, words=words, text_bytes=True, name="documents")
             return PreparedData(
                 tokenizer=tokenizer, train=examples, eval=examples, eval_documents=fingerprint_documents(train)
             )
         return PreparedData(
             tokenizer=tokenizer,
-            train=encode_examples(train, "training documents", words=words),
-            eval=encode_examples(held_out, "evaluation documents", text_bytes=True),
+            train=encode_examples(train, words=words, name="training documents"),
+            eval=encode_examples(held_out, text_bytes=True, name="evaluation documents"),
             eval_documents=fingerprint_documents(held_out),
         )
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from minilm.data.columns import Column, DictWithRepeatedKeys, check_keys
@@ -28,17 +28,12 @@ def read_json(
     Raise ValueError that names the line: for text that is not JSON, for a value that is not an object, for a key of
     `columns`, or inside a column of JSON values, that occurs twice with different values, and for a missing column.
     """
-    parser = _Parser(columns)
+    parser = JsonParser(columns)
     for line, row in _read_rows(path, parser, places):
         where = f"{path}, line {line}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {_KINDS.get(type(row), 'a number')} where an object with the text is expected")
-        cells = [column.get_cell(row, where) for column in columns]
-        if parser.has_repeated_keys:
-            for column, cell in zip(columns, cells, strict=True):
-                if column.kind == "json":
-                    check_keys(cell, where)
-        yield line, cells
+        yield line, parser.get_cells(columns, row, where)
 
 
 def read_json_keys(path: str) -> list[str]:
@@ -52,10 +47,10 @@ def read_values(path: str, columns: Sequence[Column]) -> Iterator[tuple[int, Any
 
     An object in which a key of `columns` occurs twice with different values is a `DictWithRepeatedKeys`.
     """
-    return _read_rows(path, _Parser(columns))
+    return _read_rows(path, JsonParser(columns))
 
 
-class _Parser:
+class JsonParser:
     """A parser of JSON that marks each object in which a key of `columns` occurs twice with different values.
 
     If one of the columns holds JSON values, every key counts as one of `columns`.
@@ -93,6 +88,28 @@ class _Parser:
         except ValueError:
             return self.long_numbers.raw_decode(text, start)
         return self.marking.raw_decode(text, start) if self._may_repeat(text, start, end) else (value, end)
+
+    def parse_text(self, text: str, where: str) -> Any:
+        """Parse a text that holds one value. Raise ValueError that begins with `where` if it does not."""
+        try:
+            return self.parse_line(text)
+        except RecursionError as error:
+            raise _too_deep_error(where) from error
+        except json.JSONDecodeError as error:
+            raise _not_json_error(where, error.msg) from error
+
+    def get_cells(self, columns: Sequence[Column], row: Mapping[str, Any], where: str) -> list[Any]:
+        """Return the cells of `columns` in a row whose values this parser has made.
+
+        Raise ValueError that begins with `where` for a missing column, and for a key that occurs twice with different
+        values.
+        """
+        cells = [column.get_cell(row, where) for column in columns]
+        if self.has_repeated_keys:
+            for column, cell in zip(columns, cells, strict=True):
+                if column.kind == "json":
+                    check_keys(cell, where)
+        return cells
 
     def _may_repeat(self, text: str, start: int, end: int) -> bool:
         """Return whether a key of `columns` may stand twice in an object of this part of the text."""
@@ -136,14 +153,14 @@ def _list_possible_keys(name: str) -> Iterator[str]:
 def has_value_per_line(path: str) -> bool:
     """Return whether the rows of a file are read line by line."""
     with open_text(path) as file:
-        parser = _Parser(())
+        parser = JsonParser(())
         if _Window(path, file, parser).skip_spaces() == "[":
             return False
         file.seek(0)
         return _has_value_per_line(file, parser)
 
 
-def _read_rows(path: str, parser: _Parser, places: LinePlaces | None = None) -> Iterator[tuple[int, Any]]:
+def _read_rows(path: str, parser: JsonParser, places: LinePlaces | None = None) -> Iterator[tuple[int, Any]]:
     """Yield the line at which each row begins, and its value."""
     with open_text(path) as file:
         if places is not None:
@@ -164,7 +181,7 @@ def _read_rows(path: str, parser: _Parser, places: LinePlaces | None = None) -> 
             yield window.line, window.read_value()
 
 
-def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
+def _has_value_per_line(file: TextIO, parser: JsonParser) -> bool:
     """Return whether each line is one value, judged by the first line. An object can also extend over several lines.
 
     If the first line is not JSON but the next line begins an object, the first line is taken for a damaged value.
@@ -177,17 +194,17 @@ def _has_value_per_line(file: TextIO, parser: _Parser) -> bool:
     return True
 
 
-def _read_lines(path: str, lines: Iterable[tuple[int, str]], parser: _Parser) -> Iterator[tuple[int, Any]]:
+def _read_lines(path: str, lines: Iterable[tuple[int, str]], parser: JsonParser) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each line, except blank lines."""
     for number, line in lines:
         try:
             yield number, parser.parse_line(line)
         except RecursionError as error:
-            raise _too_deep_error(path, number) from error
+            raise _too_deep_error(f"{path}, line {number}") from error
         except json.JSONDecodeError as error:
             check_byte_order_mark(path, number, line)
             if line.strip(" \t\r\n"):
-                raise _not_json_error(path, number, error.msg) from error
+                raise _not_json_error(f"{path}, line {number}", error.msg) from error
 
 
 def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
@@ -203,17 +220,17 @@ def _read_array(window: "_Window") -> Iterator[tuple[int, Any]]:
             window.skip_spaces()
         elif character != "]":
             why = "a comma is missing before this row" if character else "the array is not closed"
-            raise _not_json_error(window.path, window.line, why)
+            raise _not_json_error(f"{window.path}, line {window.line}", why)
     window.move(window.place + 1)
     if window.skip_spaces():
         check_byte_order_mark(window.path, window.line, window.text[window.place :])
-        raise _not_json_error(window.path, window.line, "text follows the end of the array")
+        raise _not_json_error(f"{window.path}, line {window.line}", "text follows the end of the array")
 
 
 class _Window:
     """A part of a file's text that grows until it holds the value to read. `place` is the position in that part."""
 
-    def __init__(self, path: str, file: TextIO, parser: _Parser) -> None:
+    def __init__(self, path: str, file: TextIO, parser: JsonParser) -> None:
         self.path, self.file, self.parser = path, file, parser
         self.text, self.place, self.line = "", 0, 1
 
@@ -239,14 +256,14 @@ class _Window:
             try:
                 value, end = self.parser.parse_at(self.text, self.place)
             except RecursionError as error:
-                raise _too_deep_error(self.path, self.line) from error
+                raise _too_deep_error(f"{self.path}, line {self.line}") from error
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self.text) - _UNFINISHED or error.msg.startswith("Unterminated")
                 if cut and self._fill():
                     continue
                 line = self.line + self.text.count("\n", self.place, error.pos)
                 check_byte_order_mark(self.path, line, self.text[error.pos :])
-                raise _not_json_error(self.path, line, error.msg) from error
+                raise _not_json_error(f"{self.path}, line {line}", error.msg) from error
             if end > len(self.text) - _UNFINISHED and self._fill():
                 # A number may continue after the window.
                 continue
@@ -261,9 +278,9 @@ class _Window:
         return bool(more)
 
 
-def _not_json_error(path: str, line: int, why: str) -> ValueError:
-    return ValueError(f"{path}, line {line}: not JSON, or cut off ({why})")
+def _not_json_error(where: str, why: str) -> ValueError:
+    return ValueError(f"{where}: not JSON, or cut off ({why})")
 
 
-def _too_deep_error(path: str, line: int) -> ValueError:
-    return ValueError(f"{path}, line {line}: the lists and objects are nested too deeply; flatten the row")
+def _too_deep_error(where: str) -> ValueError:
+    return ValueError(f"{where}: the lists and objects are nested too deeply; flatten the row")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from minilm.config import Config, Data
 from minilm.config.serialization import from_dict, read_run_config, to_dict
 from minilm.data.documents import load_documents
+from tests.file_writers import write_mds, write_tar_of_texts
 
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 # What files of text are made of, so that more than the first byte is read of many of them.
@@ -48,10 +49,14 @@ def parquet() -> bytes:
     return file.getvalue()
 
 
+TEXTS = [f"document {i}" for i in range(40)]
+SHARD, TAR = write_mds([{"text": text} for text in TEXTS], {"text": "str"}), write_tar_of_texts(TEXTS)
+
+
 @st.composite
-def damaged_parquet(draw: st.DrawFn) -> bytes:
-    """A file of Parquet with some bytes changed, or cut off."""
-    content = bytearray(parquet())
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """A file with some bytes changed, or cut off."""
+    content = bytearray(whole)
     for place in draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
         content[place] = draw(st.integers(0, 255))
     return bytes(content[: draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))])
@@ -79,7 +84,7 @@ def check_file(name: str, content: bytes) -> None:
 
 
 @pytest.mark.scorecard(30)
-@pytest.mark.parametrize("ending", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt.gz"])
+@pytest.mark.parametrize("ending", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt.gz", ".mds", ".tar"])
 @given(content=CONTENT)
 @example(content=b"null\n")  # at the beginning, it crashes pyarrow
 @example(content=b'[null, {"text": "a"}]')
@@ -89,10 +94,24 @@ def test_a_file_of_any_bytes_is_read_or_refused_by_its_name(ending: str, content
 
 
 @pytest.mark.scorecard(30)
-@given(content=damaged_parquet())
+@given(content=damaged(parquet()))
 @settings(QUICK, max_examples=30)
 def test_a_damaged_file_of_parquet_is_read_or_refused_by_its_name(content: bytes) -> None:
     check_file("documents.parquet", content)
+
+
+@pytest.mark.scorecard(30)
+@given(content=damaged(SHARD))
+@settings(QUICK, max_examples=30)
+def test_a_damaged_shard_of_mds_is_read_or_refused_by_its_name(content: bytes) -> None:
+    check_file("documents.mds", content)
+
+
+@pytest.mark.scorecard(30)
+@given(content=damaged(TAR))
+@settings(QUICK, max_examples=30)
+def test_a_damaged_tar_is_read_or_refused_by_its_name(content: bytes) -> None:
+    check_file("documents.tar", content)
 
 
 @given(field=st.sampled_from(FIELDS), value=JSON)

@@ -9,7 +9,16 @@ from typing import Any, Protocol, TypeAlias
 from datasets import Dataset, IterableDataset
 
 from minilm.config import Data
-from minilm.data import columnar_files, conll_files, delimited_files, json_files, squad_files, text_files
+from minilm.data import (
+    columnar_files,
+    conll_files,
+    delimited_files,
+    json_files,
+    mds_files,
+    squad_files,
+    text_files,
+    webdataset_files,
+)
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.text_decoding import LinePlaces, detect_encoding
@@ -19,6 +28,8 @@ from minilm.utils.local_files import get_file_kind, get_full_ending
 # A batch ends when it has this many characters or `columnar_files.BATCH_ROWS` rows. A single row can be longer.
 _BATCH_CHARACTERS = 2**20
 _COLUMNAR = ("parquet", "arrow")
+# The kinds of files whose places are the numbers of rows.
+_NUMBERED = (*_COLUMNAR, "mds", "tar")
 
 # The encoding of more text than this is not found out before it is read in a stream.
 _DETECTED_BYTES = 2**30
@@ -93,6 +104,8 @@ class FileTable:
             self.fingerprints = [fingerprint_file(file) for file in files]
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        if self.kind == "mds":
+            mds_files.check_shards(files)
         # Names and times of files are left out, because a copy of a file has the same rows.
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
@@ -108,13 +121,15 @@ class FileTable:
         """Return the rows of file `number` from the line of a place on, and what tells the places of their lines.
 
         Only in text, and in JSON with an object per line, does reading begin at `place`. In columnar files it begins
-        with the group of rows that holds it. Other files are read from their beginning, and the rows before `place` in
-        its line are returned too.
+        with the group of rows that holds it, and in shards of MDS with the row itself. Other files are read from their
+        beginning, and the rows before `place` in its line are returned too.
         """
         file, (first, byte) = self.files[number], place
         places = LinePlaces(max(1, first), byte)
         if self.kind in _COLUMNAR:
             rows, is_by_line = columnar_files.read_columnar(file, columns, first), False
+        elif self.kind == "mds":
+            rows, is_by_line = mds_files.read_mds(file, columns, first), False
         elif self.kind == "text":
             check_is_text(columns, file)
             texts = text_files.read_text(file, self._stream_encoding, self.data.document, places)
@@ -133,7 +148,7 @@ class FileTable:
 
     def locate(self, file: int, place: int) -> str:
         name = self.files[file]
-        word = "row" if self.kind in _COLUMNAR else "question" if name in self._squad_files else "line"
+        word = "row" if self.kind in _NUMBERED else "question" if name in self._squad_files else "line"
         return f"{name}, {word} {place}"
 
     def _read_rows(self, file: str, columns: Sequence[Column]) -> NumberedRows:
@@ -147,6 +162,10 @@ class FileTable:
             return columnar_files.read_columnar(file, columns)
         if self.kind == "conll":
             return conll_files.read_conll(file, columns, self._encoding)
+        if self.kind == "mds":
+            return mds_files.read_mds(file, columns)
+        if self.kind == "tar":
+            return webdataset_files.read_tar(file, columns)
         check_is_text(columns, file)
         texts = text_files.read_text(file, self._encoding, self.data.document)
         return ((line, cells * len(columns)) for line, cells in texts)
@@ -169,6 +188,10 @@ class FileTable:
             return json_files.read_json_keys(file)
         if self.kind == "conll":
             return conll_files.read_conll_column_names(file, self._encoding)
+        if self.kind == "mds":
+            return mds_files.read_mds_column_names(file)
+        if self.kind == "tar":
+            return webdataset_files.read_tar_column_names(file)
         return columnar_files.read_columnar_field_names(file) if self.kind in _COLUMNAR else ["text"]
 
     def read_class_names(self, column: Column) -> tuple[str, ...]:

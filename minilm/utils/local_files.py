@@ -27,12 +27,26 @@ FILE_KINDS = {
     ".bio": "conll",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".mds": "mds",
+    ".tar": "tar",
 }
+
+# The endings of compressed shards of MDS, beside .gz.
+_SHARD_COMPRESSION = re.compile(r"(?<=\.mds)\.(br|bz2|snappy|zstd)$")
+# The file beside the shards of MDS that lists them.
+SHARD_INDEX = "index.json"
 
 
 def get_ending(path: str) -> str:
-    """Return the ending of a file name in lower case, without `.gz`: `.csv` for `data.CSV.gz`."""
-    return Path(path.removesuffix(".gz")).suffix.lower()
+    """Return the ending of a file name in lower case, without that of its compression.
+
+    It is `.csv` for `data.CSV.gz`, and `.mds` for `shard.00000.mds.zstd`.
+    """
+    return Path(_remove_compression(path)).suffix.lower()
+
+
+def _remove_compression(path: str) -> str:
+    return _SHARD_COMPRESSION.sub("", path.removesuffix(".gz"))
 
 
 def get_file_kind(path: str) -> str:
@@ -41,8 +55,8 @@ def get_file_kind(path: str) -> str:
 
 
 def get_full_ending(path: str) -> str:
-    """Return the ending of a file name in lower case, with `.gz` if it has that: `.csv.gz` for `data.CSV.gz`."""
-    return get_ending(path) + (".gz" if path.endswith(".gz") else "")
+    """Return the ending of a file name in lower case, with that of its compression: `.csv.gz` for `data.CSV.gz`."""
+    return get_ending(path) + path[len(_remove_compression(path)) :]
 
 
 def is_local_path(name: str) -> bool:
@@ -84,7 +98,7 @@ def find_local_files(source: str) -> list[str]:
         names = [path] if os.path.exists(path) else matches
     if is_saved_dataset(path):
         return []
-    files = [name for name in names if get_ending(name) in FILE_KINDS]
+    files = _drop_beside_shards([name for name in names if get_ending(name) in FILE_KINDS])
     endings = sorted({get_ending(name) for name in files})
     if len({*map(get_file_kind, files)}) > 1:
         raise ValueError(
@@ -101,6 +115,18 @@ def find_local_files(source: str) -> list[str]:
     if not files and not _HUB_ID.fullmatch(source):
         raise _no_source_error(source)
     return files
+
+
+def _drop_beside_shards(files: list[str]) -> list[str]:
+    """Return the files without those that hold no rows of their own, if some are shards of MDS.
+
+    These are the index of the shards, and the compressed form of a shard that is there without compression too.
+    """
+    shards = {name for name in files if get_ending(name) == ".mds"}
+    if not shards:
+        return files
+    copies = {name for name in shards if _remove_compression(name) in shards - {name}}
+    return [name for name in files if name not in copies and os.path.basename(name) != SHARD_INDEX]
 
 
 def _no_source_error(source: str) -> ValueError:

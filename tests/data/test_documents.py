@@ -18,6 +18,7 @@ from minilm.config import Data
 from minilm.data.documents import load_documents
 from minilm.data.sources import fingerprint_sources
 from minilm.data.text_decoding import detect_encoding
+from tests.file_writers import write_mds, write_tar_of_texts
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(20)]
 TEXTS_SORTED = sorted(TEXTS)
@@ -84,6 +85,8 @@ SOURCES = {
     "a.tsv": _table("\t"),
     "a.tsv.gz": gzip.compress(_table("\t")),
     "a.parquet": _parquet(ROWS),
+    "a.mds": write_mds(ROWS, {"text": "str", "number": "int"}),
+    "a.tar": write_tar_of_texts(TEXTS),
     "odd [1] name*.txt": LINES,
 }
 

@@ -1,6 +1,7 @@
 """Windows: each holds the documents that its number says, whatever the format, the process and the order of calls."""
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -34,6 +35,7 @@ from minilm.data.streaming import stream_documents
 from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
 from minilm.data.window_index import restore_index
 from minilm.utils.cache import CacheError, get_cache_folder
+from tests.file_writers import write_mds, write_tar_of_texts
 
 # Three files of different sizes, with blank lines and letters of several bytes.
 FILES = [
@@ -59,6 +61,10 @@ FORMATS = {
     "parquet": _parquet,
     "json": lambda texts: json.dumps([{"text": text} for text in texts], indent=1).encode(),
     "line.json": lambda texts: json.dumps([{"text": text} for text in ("", *texts)]).encode(),
+    "mds": lambda texts: write_mds([{"text": text} for text in texts], {"text": "str"}),
+    "mds.gz": lambda texts: gzip.compress(write_mds([{"text": text} for text in texts], {"text": "str"})),
+    "tar": write_tar_of_texts,
+    "tar.gz": lambda texts: gzip.compress(write_tar_of_texts(["", *texts])),
     "csv": lambda texts: ("n,text\n" + "".join(f'1,"{text}"\n' for text in texts)).encode(),
 }
 

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import tarfile
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from minilm.data.sources import build_columns, fingerprint_sources, load_rows, s
 from minilm.data.streaming import stream_documents
 from minilm.objectives.factory import prepare_data
 from minilm.train import train
+from tests.file_writers import write_index, write_mds, write_tar, write_tar_of_texts
 
 pytestmark = pytest.mark.scorecard(31)
 
@@ -606,17 +609,277 @@ TEXT = {
         {"a.txt": "a\nb\n\n\n \nc\r\nd\n"}, texts("a\nb", "c\nd"), options={"document": "paragraph"}
     ),
 }
-SITUATIONS = {
-    f"{kind}: {name}": situation
-    for kind, table in (("delimited", DELIMITED), ("JSON", JSON), ("columns", COLUMNAR), ("text", TEXT))
-    for name, situation in table.items()
+
+
+class Marker:
+    """An object whose pickle ends the process when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+STR = {"text": "str"}
+SHARD = write_mds(texts("a", "b", "c"), STR)
+OTHER = write_mds(texts("d"), STR)
+TWO_SHARDS = {"in/shard.00000.mds": SHARD, "in/shard.00001.mds": OTHER}
+INDEX = write_index({"shard.00000.mds": SHARD, "shard.00001.mds": OTHER})
+
+
+def packed(codec: str, content: bytes) -> bytes:
+    """Return bytes compressed by pyarrow."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, codec) as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+def changed(content: bytes, place: int) -> bytes:
+    """Return bytes of which one is another."""
+    return content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
+
+
+ZSTD = packed("zstd", SHARD)
+ZSTD_INDEX = write_index({"shard.00000.mds": SHARD}, **{"shard.00000.mds.zstd": ZSTD})
+MDS = {
+    "a folder": Situation({**TWO_SHARDS, "in/index.json": INDEX}, texts("a", "b", "c", "d"), source="in"),
+    "a glob": Situation({**TWO_SHARDS, "in/index.json": INDEX}, texts("d"), source="in/*1.mds"),
+    "folders below a folder, with an index of them all": Situation(
+        {
+            "in/a/s.mds": OTHER,
+            "in/a/index.json": write_index({"s.mds": OTHER}),
+            "in/b/s.mds": SHARD,
+            "in/b/index.json": write_index({"s.mds": SHARD}),
+            "in/index.json": write_index({"a/s.mds": OTHER, "b/s.mds": SHARD}),
+        },
+        texts("d", "a", "b", "c"),
+        source="in",
+    ),
+    "no index": Situation({"a.mds": SHARD}, texts("a", "b", "c")),
+    "no rows, beside a shard with rows": Situation(
+        {"in/a.mds": write_mds([], STR), "in/b.mds": OTHER}, texts("d"), source="in"
+    ),
+    **{
+        f"compressed with {codec}": Situation({f"shard.00000.mds.{ending}": packed(codec, SHARD)}, texts("a", "b", "c"))
+        for ending, codec in (("zstd", "zstd"), ("gz", "gzip"), ("bz2", "bz2"), ("br", "brotli"))
+    },
+    "compressed, with an index": Situation(
+        {"in/shard.00000.mds.zstd": ZSTD, "in/index.json": ZSTD_INDEX}, texts("a", "b", "c"), source="in"
+    ),
+    "with and without compression": Situation(
+        {"in/shard.00000.mds.zstd": ZSTD, "in/shard.00000.mds": SHARD, "in/index.json": ZSTD_INDEX},
+        texts("a", "b", "c"),
+        source="in",
+    ),
+    "compressed with snappy": Situation(
+        {"shard.00000.mds.snappy": SHARD}, says=r"00000.mds.snappy: minilm does not unpack .snappy; write the .* zstd"
+    ),
+    "compressed and cut off": Situation(
+        {"shard.00000.mds.zstd": ZSTD[:-9]}, says="00000.mds.zstd: cannot be unpacked; copy the shard again"
+    ),
+    "a shard that is missing": Situation(
+        {"in/shard.00000.mds": SHARD, "in/index.json": INDEX},
+        says="in/index.json: the shard shard.00001.mds is not in the folder; copy it there",
+        source="in",
+    ),
+    "a shard of another size": Situation(
+        {**TWO_SHARDS, "in/shard.00001.mds": SHARD, "in/index.json": INDEX},
+        says=rf"in/shard.00001.mds: {len(SHARD)} bytes where index.json says {len(OTHER)}; copy the shard again",
+        source="in",
+    ),
+    "a shard that the index does not list": Situation(
+        {**TWO_SHARDS, "in/shard.00002.mds": SHARD, "in/index.json": INDEX},
+        says="in/shard.00002.mds: index.json does not list the shard; remove it",
+        source="in",
+    ),
+    "an index that is cut off": Situation(
+        {**TWO_SHARDS, "in/index.json": INDEX[:50]}, says="in/index.json: not an index of MDS shards", source="in"
+    ),
+    "columns of all types, of which one is a pickle": Situation(
+        {
+            "a.mds": write_mds(
+                [{"text": "naïve", "label": 2**40, "x": 1.5, "p": pickle.dumps(Marker()), "a": b""}] * 2,
+                {"text": "str", "label": "int", "x": "float32", "p": "pkl", "a": "bytes"},
+            )
+        },
+        labelled(*[("naïve", 2**40)] * 2),
+        options=LABEL,
+    ),
+    "decimals for labels": Situation(
+        {"a.mds": write_mds([{"text": "a", "label": 0.5}], {"text": "str", "label": "float32"})},
+        labelled(("a", 0.5)),
+        options=LABEL,
+    ),
+    "names for labels": Situation(
+        {"a.mds": write_mds([{"text": "a", "label": "01"}], {"text": "str", "label": "str"})},
+        labelled(("a", "01")),
+        options=LABEL,
+    ),
+    "pickles for labels": Situation(
+        {"a.mds": write_mds([{"text": "a", "label": pickle.dumps(Marker())}], {"text": "str", "label": "pkl"})},
+        says="a.mds: column 'label' has the encoding pkl, which minilm does not read; write it as str, json",
+        options=LABEL,
+    ),
+    "a path": Situation(
+        {"a.mds": write_mds([{"a": {"b": ["x", "y"]}}, {"a": {"b": ["z"]}}], {"a": "json"})},
+        texts("x y", "z"),
+        options={"column": "a.b"},
+    ),
+    "a path into what is not JSON": Situation(
+        {"a.mds": write_mds([{"a": {"b": "x"}}, {"a": b'{"b": '}], {"a": "json"})},
+        says="a.mds, row 1: not JSON, or cut off",
+        options={"column": "a.b"},
+    ),
+    "a key that stands twice": Situation(
+        {"a.mds": write_mds([{"a": b'{"b": "x", "b": "y"}'}], {"a": "json"})},
+        says="a.mds, row 0: the key 'b' stands twice in one object",
+        options={"column": "a.b"},
+    ),
+    "another column": Situation(
+        {"a.mds": SHARD}, says="a.mds: no column 'txt': did you mean 'text'", options={"column": "txt"}
+    ),
+    "bytes for texts": Situation(
+        {"a.mds": write_mds([{"text": b"a"}], {"text": "bytes"})},
+        says="a.mds: column 'text' holds the encoding bytes where text is expected",
+    ),
+    "a text that is not UTF-8": Situation(
+        {"a.mds": write_mds([{"text": "a"}, {"text": b"na\xefve"}], STR)},
+        says="a.mds, row 1: the text is not UTF-8; write the file again",
+    ),
+    "cut off": Situation({"a.mds": SHARD[:-1]}, says="a.mds: not a shard of MDS, or cut off; copy it again"),
+    "too long": Situation({"a.mds": SHARD + b"x"}, says="a.mds: not a shard of MDS, or cut off"),
+    "another version": Situation(
+        {"a.mds": write_mds(texts("a"), STR, version=3)}, says="a.mds: version 3 of MDS, where minilm reads version 2"
+    ),
+    "another format": Situation({"a.mds": write_mds(texts("a"), STR, format="x")}, says="a.mds: not a shard of MDS"),
+    "a damaged place": Situation(
+        {"a.mds": changed(SHARD, 9)}, says="a.mds, row 0: the shard is damaged; copy it again"
+    ),
+    "a damaged size": Situation({"a.mds": changed(SHARD, len(SHARD) - 5)}, says="a.mds, row 2: the shard is damaged"),
 }
+TXT = {"column": "txt"}
+ROWS = (("x/1.txt", "one\n"), ("x/1.json", '{"a": "eins"}'), ("x/2.json", '{"a": "zwei"}'), ("x/2.txt", "two"))
+TAR_FILE = write_tar(ROWS)
+# The headers of this format take 512 bytes, and so does each content.
+PLAIN_TAR = write_tar(ROWS, tarfile.USTAR_FORMAT)
+
+
+def with_link() -> bytes:
+    """Return a tar of a folder and a symbolic link."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, kind in (("folder", tarfile.DIRTYPE), ("folder/1.txt", tarfile.SYMTYPE)):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "/etc/passwd"
+            tar.addfile(header)
+    return file.getvalue()
+
+
+TAR = {
+    "rows": Situation({"a.tar": TAR_FILE}, texts("one\n", "two"), options=TXT),
+    "a path": Situation({"a.tar": TAR_FILE}, texts("eins", "zwei"), options={"column": "json.a"}),
+    "several tars": Situation(
+        {"in/a.tar": TAR_FILE, "in/b.tar.gz": gzip.compress(TAR_FILE)},
+        texts(*["one\n", "two"] * 2),
+        options=TXT,
+        source="in",
+    ),
+    **{
+        f"long names of the format {kind}": Situation(
+            {"a.tar": write_tar([(f"{name * 200}.txt", name) for name in "äb"], kind)}, texts("ä", "b"), options=TXT
+        )
+        for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    },
+    "the same name in two folders": Situation(
+        {"a.tar": write_tar([("a.b/1.txt", "a"), ("./c/1.txt", "b"), ("/d/1.txt", "c")])},
+        texts("a", "b", "c"),
+        options=TXT,
+    ),
+    "hidden files": Situation(
+        {"a.tar": write_tar([("./1.txt", "a"), ("./._1.txt", b"\xff"), (".git/2.txt", "no"), ("../3.txt", "b")])},
+        texts("a", "b"),
+        options=TXT,
+    ),
+    "several dots": Situation(
+        {"a.tar": write_tar([("1.en.txt", "a"), ("1.de.txt", "b")])}, texts("b"), options={"column": "de.txt"}
+    ),
+    "files that are not text and not read": Situation(
+        {"a.tar": write_tar([("1.png", b"\xff\0"), ("1.txt", "a"), ("1.json", b"{")])}, texts("a"), options=TXT
+    ),
+    "JSON with an ending before": Situation(
+        {"a.tar": write_tar([("1.text", "a"), ("1.label.json", "3")])},
+        labelled(("a", 3)),
+        options={"label_column": "label.json"},
+    ),
+    "a byte-order mark": Situation({"a.tar": write_tar([("1.txt", "\ufeffa\ufeff")])}, texts("a\ufeff"), options=TXT),
+    "another column": Situation(
+        {"a.tar": TAR_FILE}, says=r"a.tar, row 0 \('x/1'\): no column 'text'.* are: json, txt. Pass"
+    ),
+    "a row without the column": Situation(
+        {"a.tar": write_tar([*ROWS, ("x/3.json", "{}")])},
+        says=r"a.tar, row 2 \('x/3'\): no column 'txt'. There are: json. Pass --data.column",
+        options=TXT,
+    ),
+    "a path that is missing": Situation(
+        {"a.tar": write_tar([*ROWS, ("x/3.json", "{}")])},
+        says=r"row 2 \('x/3'\): no column 'json.a'",
+        options={"column": "json.a"},
+    ),
+    "a path into what is not JSON": Situation(
+        {"a.tar": write_tar([*ROWS, ("x/3.json", '{"a": ')])},
+        says="a.tar, row 2, file 'x/3.json': not JSON, or cut off",
+        options={"column": "json.a"},
+    ),
+    "a text that is not UTF-8": Situation(
+        {"a.tar": write_tar([*ROWS, ("x/3.txt", b"na\xefve")])},
+        says="a.tar, row 2, file 'x/3.txt': not UTF-8; convert the file",
+        options=TXT,
+    ),
+    "a file twice": Situation(
+        {"a.tar": write_tar([*ROWS, ROWS[3]])},
+        says="a.tar, row 1, file 'x/2.txt': the tar holds this file twice",
+        options=TXT,
+    ),
+    "a name without an ending": Situation(
+        {"a.tar": write_tar([*ROWS, ("LICENSE", "")])},
+        says="a.tar, row 2, file 'LICENSE': the name has no ending, which would be its column",
+        options=TXT,
+    ),
+    "a link": Situation(
+        {"a.tar": with_link()}, says="a.tar, file 'folder/1.txt': a link or a device; put the", options=TXT
+    ),
+    "not a tar": Situation({"a.tar": "text\n" * 300}, says="a.tar: not a tar, or damaged or cut off; copy it again"),
+    "cut off in a file": Situation(
+        {"a.tar": PLAIN_TAR[: 512 * 7 + 2]},
+        says="a.tar, at or after file 'x/2.txt': the tar is damaged or",
+        options=TXT,
+    ),
+    "cut off in a file that is not read": Situation(
+        {"a.tar": PLAIN_TAR[: 512 * 5 + 2]}, says="a.tar, at or after file 'x/2.json': the tar is", options=TXT
+    ),
+    "cut off in a header": Situation(
+        {"a.tar": PLAIN_TAR[: 512 * 6 + 9]}, says="a.tar, at or after file 'x/2.json': the tar is", options=TXT
+    ),
+    "cut off between files": Situation(
+        {"a.tar": PLAIN_TAR[: 512 * 6]}, says="a.tar, at or after file 'x/2.json': the tar is", options=TXT
+    ),
+    "a damaged header": Situation(
+        {"a.tar": changed(PLAIN_TAR, 512 * 4 + 1)}, says="a.tar, at or after file 'x/1.json': the tar is", options=TXT
+    ),
+    "tars that were joined": Situation(
+        {"a.tar": PLAIN_TAR * 2}, says="a.tar: data follows the end of the tar, as if tars were joined", options=TXT
+    ),
+    "gzip that is cut off": Situation(
+        {"a.tar.gz": gzip.compress(TAR_FILE)[:-5]}, says="a.tar.gz, at or after file 'x/2.txt': the tar is", options=TXT
+    ),
+}
+TABLES = {"delimited": DELIMITED, "JSON": JSON, "columns": COLUMNAR, "text": TEXT, "MDS": MDS, "tar": TAR}
+SITUATIONS = {f"{kind}: {name}": situation for kind, table in TABLES.items() for name, situation in table.items()}
 
 
 def put(folder: Path, situation: Situation) -> Data:
     """Write the files of a situation, and return the settings that read them."""
     for name, content in situation.files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     source = situation.source or next(iter(situation.files))
     return Data(source=str(folder / source), **situation.options)
@@ -915,7 +1178,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         list(batches)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.mds", "a.mds.zstd", "a.tar"])
 def test_reading_holds_a_part_of_a_file_in_memory(tmp_path: Path, name: str) -> None:
     text = "x" * 999
     rows = {
@@ -925,7 +1188,14 @@ def test_reading_holds_a_part_of_a_file_in_memory(tmp_path: Path, name: str) -> 
         "a.json": "[" + ",".join([f'{{"text": "{text}"}}'] * 16_000) + "]",
         "a.txt": f"{text}\n" * 16_000,
     }
-    (tmp_path / name).write_text(rows.pop(name))
+    if name in rows:
+        (tmp_path / name).write_text(rows.pop(name))
+    elif name == "a.tar":
+        (tmp_path / name).write_bytes(write_tar_of_texts([text] * 16_000))
+    else:
+        shard = write_mds(texts(text) * 16_000, STR)
+        (tmp_path / name).write_bytes(packed("zstd", shard) if name.endswith("zstd") else shard)
+        del shard
     rows.clear()
     tracemalloc.start()
     count = sum(map(len, stream_rows(Data(source=str(tmp_path / name)), str(tmp_path / name), "train")))

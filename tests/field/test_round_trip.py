@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import re
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from pyarrow import parquet
 
 from minilm.config import Data
 from minilm.data.sources import build_columns, load_rows, stream_rows
+from tests.file_writers import write_mds, write_tar
 
 pytestmark = pytest.mark.scorecard(32)
 
@@ -44,7 +46,7 @@ PIECES = (
 )
 NAMES = ("text", "sentence 1", "#1 String", "a.b", "naïve", 'say "x"', "x,y", "a;b", "1", "label.text", "text.1")
 LABELS: tuple[tuple[Any, ...], ...] = (("01", "1", "001"), ("yes", "no", "NA"), (3, 0, -2), ("1", "x"), ("1.0", "01"))
-FORMS = ("csv", "plain tsv", "quoted tsv", "jsonl", "json", "txt", "parquet", "arrow")
+FORMS = ("csv", "plain tsv", "quoted tsv", "jsonl", "json", "txt", "parquet", "arrow", "mds", "tar")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def make(draw: random.Random, long: bool = False) -> Written:
         if count < len(labels):
             rows += [[*rows[0][:-1], label] for label in labels]
     place = draw.randrange(len(columns) - (labels is not None))
-    if form not in ("jsonl", "json", "parquet", "arrow"):
+    if form not in ("jsonl", "json", "parquet", "arrow", "mds", "tar"):
         rows = [[str(cell) for cell in row] for row in rows]
         # minilm refuses a byte-order mark at the beginning of a line.
         rows = [[cell.lstrip("\ufeff") for cell in row] for row in rows]
@@ -197,6 +199,25 @@ def _write_arrow(draw: random.Random, columns: Any, rows: Any, place: int, optio
     return rows, file.getvalue(), ".arrow"
 
 
+def _write_mds(draw: random.Random, columns: Any, rows: Any, place: int, options: Any) -> Any:
+    encodings = {name: "int" if isinstance(cell, int) else "str" for name, cell in zip(columns, rows[0], strict=True)}
+    return rows, write_mds([dict(zip(columns, row, strict=True)) for row in rows], encodings), ".mds"
+
+
+def _write_tar(draw: random.Random, columns: Any, rows: Any, place: int, options: Any) -> Any:
+    """Write the texts as they are, and the labels as JSON."""
+    if columns[-1] == "label":
+        options["label_column"] = "label.json"
+    files = []
+    for number, row in enumerate(rows):
+        cells = [*zip(columns, row, strict=True)]
+        draw.shuffle(cells)
+        for name, cell in cells:
+            ending, content = ("label.json", json.dumps(cell).encode()) if name == "label" else (name, None)
+            files.append((f"part/{number}.{ending}", _encoded(draw, cell) if content is None else content))
+    return rows, write_tar(files, draw.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))), ".tar"
+
+
 WRITERS: dict[str, Callable[..., Any]] = {
     "csv": _write_csv,
     "plain tsv": _write_plain_tsv,
@@ -206,6 +227,8 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "txt": _write_text,
     "parquet": _write_parquet,
     "arrow": _write_arrow,
+    "mds": _write_mds,
+    "tar": _write_tar,
 }
 
 

@@ -123,7 +123,7 @@ def index(folder: Path, kind: str) -> dict[str, Any]:
         sys.exit("--resume-at needs more text than a window: raise --gigabytes")
     while stream.start_of(number).pools[0].passes == 0:
         number += 1
-    return {"steps": stream.start_of(number).step, "windows": stream.index.export()}
+    return {"steps": stream.start_of(number).step, "windows": stream.export_index()}
 
 
 def set_step(checkpoint: Path, step: int, windows: dict[str, Any]) -> None:

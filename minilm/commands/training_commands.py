@@ -62,7 +62,10 @@ def add_tokenize(commands: Any) -> None:
         "Write the tokens of text to a folder: minilm tokenize TEXT.parquet --tokenizer gpt2 --output DIR. The recipe "
         "then takes --data.source DIR. The same command again continues where it stopped."
     )
-    command.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, glob or saved dataset")
+    command.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="file, folder, glob, saved dataset or hub dataset id"
+    )
+    command.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
     command.add_argument("--tokenizer", required=True, metavar="MODEL", help="hub id or folder of a tokenizer")
     command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder for the tokens")
     command.add_argument("--column", default="text", metavar="NAME", help="column of the text (default: text)")
@@ -130,6 +133,7 @@ def run_tokenize(options: argparse.Namespace) -> None:
     show_log()
     data = Data(
         source=tuple(options.sources),
+        config=options.config,
         column=options.column,
         document=options.document,
         eval_fraction=options.eval_fraction,

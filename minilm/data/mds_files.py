@@ -66,7 +66,7 @@ def _read_index(path: str) -> list[dict[str, int]]:
             shards = json.load(file)["shards"]
         forms = [[form for form in (shard["raw_data"], shard.get("zip_data")) if form] for shard in shards]
         return [{str(form["basename"]): int(form["bytes"]) for form in of_shard} for of_shard in forms]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not an index of MDS shards, or cut off; copy it again") from error
 
 
@@ -177,7 +177,7 @@ def _read_header(path: str, file: IO[bytes]) -> _Shard:
             for encoding, size in zip(encodings, sizes, strict=True)
             if encoding in _NUMBERS
         )
-    except (struct.error, ValueError, LookupError, TypeError, RecursionError):
+    except (struct.error, ArithmeticError, ValueError, LookupError, TypeError, RecursionError):
         right = False
     if not right:
         raise ValueError(f"{path}: not a shard of MDS, or cut off; copy it again")

@@ -89,11 +89,10 @@ class TextShard:
 
     table: FileTable | DatasetTable
     number: int
-    """The number of the file in the table, or that of the part of a dataset."""
+    """The number of the file in the table, or of the part of a dataset."""
     column: Column
-    stamp: tuple[int, int] | str | None
-    """The size and the time of change of the file when the run began. For a dataset on the hub its commit, and None for
-    a saved dataset."""
+    stamp: tuple[int, int] | None
+    """The size and the time of change of the file when the run began; None for a dataset."""
     pieces = (Piece("", present=True),)
 
     def read(self, start: Place) -> Iterator[TextBatch]:
@@ -187,4 +186,4 @@ def open_shards(data: Data, source: str, revision: str | None = None) -> Sequenc
     if isinstance(table, FileTable):
         return [TextShard(table, number, column, _stamp(file)) for number, file in enumerate(table.files)]
     assert isinstance(table, DatasetTable)
-    return [TextShard(table, number, column, revision) for number in range(table.part_count)]
+    return [TextShard(table, number, column, None) for number in range(table.part_count)]

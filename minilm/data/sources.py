@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -38,6 +40,8 @@ from minilm.utils.local_files import (
 from minilm.utils.validation import suggest_name
 
 log = logging.getLogger("minilm")
+
+_pinned: ContextVar[Mapping[str, str]] = ContextVar("pinned revisions", default=MappingProxyType({}))
 
 # The settings that name a column which not every objective reads, and what the column holds.
 _OPTIONAL_COLUMNS = {"pair_column": "second text", "negative_column": "negatives", "score_column": "scores"}
@@ -180,6 +184,11 @@ def open_table(
         assert sliced is not None
         rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
         start, stop = int(sliced[2] or 0), sliced[3]
+        if start and not stop:
+            raise ValueError(
+                f"data source {source}: a stream of the hub cannot read {split} to its end before the first step: give "
+                f"an end, as in {sliced[1]}[{start}:{start + 50000}], or the whole split"
+            )
         rows = rows.skip(start) if start else rows
         return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
     cached = use_cache_if_offline(source, "dataset")
@@ -237,8 +246,20 @@ def list_files(source: str) -> list[str]:
     return sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)
 
 
+@contextmanager
+def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
+    """In the block, let `fetch_revision` return these commits, by source, in place of the newest ones."""
+    before = _pinned.set(revisions)
+    try:
+        yield
+    finally:
+        _pinned.reset(before)
+
+
 def fetch_revision(source: str) -> str:
-    """Return the commit of a dataset on the hub. Raise ValueError if the hub does not answer."""
+    """Return the newest commit of a dataset on the hub. Raise ValueError if the hub does not answer."""
+    if source in _pinned.get():
+        return _pinned.get()[source]
     try:
         return str(HfApi().dataset_info(source, timeout=10).sha)
     except Exception as error:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ from minilm.utils.file_lock import lock_file
 log = logging.getLogger("minilm")
 
 # The version of the windows in the cache. Increase it when a change to the code changes a window of the same stream.
-_VERSION = 3
+_VERSION = 4
 # The windows that stay in the cache: the one before the current one, since loader workers may still read it, the
 # current one, and the next one.
 _KEPT_WINDOWS = 3
@@ -94,8 +95,8 @@ class StreamWindows:
         """A hash of everything that decides the windows."""
         form = [self.form.around, self.form.room, self.form.layout, self.form.overflow]
         settings = [self.tokens, self.seed, self.held_out, self.examples, self.row_tokens, self.words]
-        shares = [pool.share for pool in self.pools]
-        content = [_VERSION, self.identity, describe_backend(self.tokenizer), form, settings, shares]
+        pools = [[pool.share, len(pool.shards)] for pool in self.pools]
+        content = [_VERSION, self.identity, describe_backend(self.tokenizer), form, settings, pools]
         text = json.dumps(content).encode("utf-8", "surrogatepass")
         return hashlib.blake2b(text, digest_size=12).hexdigest()
 
@@ -139,9 +140,14 @@ class StreamWindows:
     def start_of(self, number: int) -> WindowStart:
         """Return where a window begins. This encodes the windows before it that the index does not know."""
         while number >= len(self._starts):
-            self._starts[:] = self._read_starts()
-            if number >= len(self._starts):
-                self._open_entry(self._starts[-1])
+            found = self._read_starts()
+            if len(found) > len(self._starts):
+                self._starts[:] = found
+                continue
+            if len(found) < len(self._starts):
+                # The cache was emptied during the run.
+                self.index.write(self._starts[1:])
+            self._open_entry(self._starts[-1])
         return self._starts[number]
 
     def find(self, step: int) -> WindowStart:
@@ -233,6 +239,11 @@ class StreamWindows:
     def index(self) -> WindowIndex:
         """The index, which all hosts have alike."""
         return WindowIndex(self.key)
+
+    def export_index(self) -> dict[str, Any]:
+        """Return all that this process or the cache knows of the windows, for `restore_index`, and the revisions."""
+        starts = max(self._starts[1:], self.index.read(), key=len)
+        return {**self.index.export(starts), "revisions": dict(self.revisions)}
 
     def _read_starts(self) -> list[WindowStart]:
         """Return the starts of the windows that the index knows."""

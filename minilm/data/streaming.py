@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import datasets
+
 from minilm.config import Data
 from minilm.data.fingerprints import fingerprint_file
 from minilm.data.glue import apply_glue_task
@@ -109,7 +111,8 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
     commit = None if files else fetch_revision(source)
     # Names and times of files are left out, because a copy of a file has the same texts.
     fingerprints = [[get_full_ending(name), fingerprint_file(name)] for name in files]
-    origin: list[Any] = fingerprints or [source, commit, data.config]
+    # The library decides how a dataset on the hub is divided into files and groups of rows.
+    origin: list[Any] = fingerprints or [source, commit, data.config, datasets.__version__]
     settings = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
 
     def texts() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeAlias
@@ -33,6 +34,9 @@ _NUMBERED = (*_COLUMNAR, "mds", "tar")
 
 # The encoding of more text than this is not found out before it is read in a stream.
 _DETECTED_BYTES = 2**30
+
+# More rows than a row group of Parquet has.
+_GROUP_ROWS = 2**32
 
 Place: TypeAlias = tuple[int, int]
 """Where a row begins in a file: its line or its number, and its first byte if reading can begin at a line. Otherwise
@@ -120,9 +124,9 @@ class FileTable:
     ) -> tuple[Iterator[RowBatch], LinePlaces | RowPlaces]:
         """Return the rows of file `number` from the line of a place on, and what tells the places of their lines.
 
-        Only in text, and in JSON with an object per line, does reading begin at `place`. In columnar files it begins
-        with the group of rows that holds it, and in shards of MDS with the row itself. Other files are read from their
-        beginning, and the rows before `place` in its line are returned too.
+        Reading begins at `place` in text, in JSON with an object per line, and in shards of MDS. In columnar files it
+        begins with the group of rows that holds it. Other files are read from their beginning, and the rows before
+        `place` in its line are returned too.
         """
         file, (first, byte) = self.files[number], place
         places = LinePlaces(max(1, first), byte)
@@ -231,16 +235,21 @@ class DatasetTable:
         return f"{self.source}, row {place}"
 
     def iter_rest(self, number: int, columns: Sequence[Column], place: Place) -> tuple[Iterator[RowBatch], RowPlaces]:
-        """Return the rows of part `number` from a place on. A streamed part is read from its beginning."""
+        """Return the rows of part `number` from a place on.
+
+        In a streamed dataset, reading begins with the row group of Parquet that holds the place, and in files of other
+        kinds at their beginning. The number of a row is then that of its group times `_GROUP_ROWS`, plus its place in
+        the group.
+        """
         if isinstance(self.rows, Dataset):
             return group_into_batches(self._read_mapped(columns, place[0]), partial(self.locate, 0)), RowPlaces()
         where = partial(self._locate_in_part, number)
-        part = self.rows.shard(self.part_count, number)
-        return group_into_batches(self._read_stream(part, columns, where, place[0]), where), RowPlaces()
+        return group_into_batches(self._read_part(number, columns, where, place[0]), where), RowPlaces()
 
     def _locate_in_part(self, number: int, place: int) -> str:
-        part = f", part {number + 1} of {self.part_count}" if self.part_count > 1 else ""
-        return f"{self.source}{part}, row {place}"
+        group, row = divmod(place, _GROUP_ROWS)
+        part = f", file {number + 1} of {self.part_count}" if self.part_count > 1 else ""
+        return f"{self.source}{part}{f', row group {group}' if group else ''}, row {row}"
 
     def _read_mapped(self, columns: Sequence[Column], start: int = 0) -> NumberedRows:
         outer = columnar_files.find_outer_columns(columns, self.rows.features.arrow_schema, self.source)
@@ -249,21 +258,47 @@ class DatasetTable:
         parts = (batch for table in rows.iter(batch_size=columnar_files.BATCH_ROWS) for batch in table.to_batches())
         return columnar_files.read_cells(parts, columns, outer, partial(self.locate, 0), start)
 
+    def _read_part(
+        self, number: int, columns: Sequence[Column], where: Callable[[int], str], start: int
+    ) -> NumberedRows:
+        first, skipped = divmod(start, _GROUP_ROWS)
+        with self._explain_errors():
+            part = self.rows.shard(self.part_count, number).reshard()
+            groups = part.num_shards
+        for group in range(first, groups):
+            rows = part.shard(groups, group)
+            if group == first and skipped:
+                rows = rows.skip(skipped)
+            yield from self._read_stream(rows, columns, where, max(start, group * _GROUP_ROWS))
+
     def _read_stream(
         self, rows: IterableDataset, columns: Sequence[Column], where: Callable[[int], str], start: int = 0
     ) -> NumberedRows:
-        for table in self._iter_tables(rows.skip(start) if start else rows):
-            # The schemas of two tables can differ, since a stream has no schema of its own.
-            outer = columnar_files.find_outer_columns(columns, table.schema, self.source)
-            yield from columnar_files.read_cells(table.to_batches(), columns, outer, where, start)
-            start += len(table)
+        """Yield the rows, whose numbers begin at `start`."""
+        numbers = itertools.count(start)
+        with self._explain_errors():
+            for batch in rows.iter(batch_size=columnar_files.BATCH_ROWS):
+                outer = [self._find_outer_column(column, batch) for column in columns]
+                for cells in zip(*(batch[name] for name in outer), strict=True):
+                    row = next(numbers)
+                    named = zip(columns, outer, cells, strict=True)
+                    yield row, [column.get_cell({name: cell}, where(row)) for column, name, cell in named]
 
-    def _iter_tables(self, rows: IterableDataset) -> Iterator[Any]:
-        """Yield the rows as Arrow tables. Raise ValueError in one line if they cannot be read, as without a network."""
+    def _find_outer_column(self, column: Column, batch: dict[str, Any]) -> str:
+        for name in column.outer_names():
+            if name in batch:
+                return name
+        raise column.missing_error(self.source, list(batch))
+
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        """Turn an error of the libraries in the block into a ValueError in one line, as without a network."""
         try:
-            yield from rows.with_format("arrow").iter(batch_size=columnar_files.BATCH_ROWS)
+            yield
         except Exception as error:
-            # The libraries raise errors of many types.
+            # The libraries raise errors of many types. Those of minilm name the source already.
+            if isinstance(error, ValueError) and str(error).startswith(self.source):
+                raise
             raise ValueError(f"data source {self.source}: {describe_loading_error(error, 'dataset')}") from error
 
     def read_column_names(self, columns: Sequence[Column]) -> list[str]:

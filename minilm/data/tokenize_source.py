@@ -101,9 +101,14 @@ def tokenize(
         "piece_tokens": piece_tokens,
         "filters": filters.describe() if filters.verdicts else None,
     }
-    shards = [shard for source in data.sources for shard in open_shards(data, source, stream.revisions.get(source))]
-    if not shards:
-        raise ValueError(f"data source {data.sources[0]}: minilm tokenize reads whole splits, not {data.split}")
+    shards = list[Shard]()
+    for source in data.sources:
+        found = open_shards(data, source, stream.revisions.get(source))
+        if not found:
+            raise ValueError(
+                f"data source {source}: minilm tokenize reads whole splits; leave the part of data.split out"
+            )
+        shards += found
     _claim_folder(folder, settings, tokenizer)
     job = TokenizeJob(
         shards=shards,

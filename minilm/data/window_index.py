@@ -74,9 +74,9 @@ class WindowIndex:
         with explain_cache_errors(self.path.parent):
             write_atomically(self.path, "".join(f"{line}\n" for line in self._format(starts)))
 
-    def export(self) -> dict[str, Any]:
-        """Return the index as JSON types, for `restore_index`."""
-        return {"key": self.key, "lines": self._format(self.read())}
+    def export(self, starts: Iterable[WindowStart]) -> dict[str, Any]:
+        """Return an index of these starts as JSON types, for `restore_index`."""
+        return {"key": self.key, "lines": self._format(starts)}
 
     def _format(self, starts: Iterable[WindowStart]) -> list[str]:
         digest, lines = self.key, list[str]()

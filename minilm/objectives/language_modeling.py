@@ -15,6 +15,7 @@ from minilm.config.phases import list_periods
 from minilm.data.corpus import ExampleForm, Examples, PreparedData, encode
 from minilm.data.document_texts import Documents, fingerprint_documents, iterate_batches
 from minilm.data.documents import load_documents
+from minilm.data.glue import apply_glue_task
 from minilm.data.memory import MemoryDocuments
 from minilm.data.micro_batch import LanguageCollator
 from minilm.data.shards import Pool, open_pools
@@ -68,6 +69,7 @@ class LanguageModelObjective(Objective):
     def prepare(self, config: Config, memory: MemoryDocuments | None = None) -> PreparedData:
         if config.data.pair_column is not None:
             raise ValueError("data.pair_column: a language model reads one text; leave it out")
+        config = replace(config, data=apply_glue_task(config.data))
         folders = [TokenFolder.open(source) for source in config.data.sources if is_tokenized(source)]
         if folders:
             config = _use_tokens(config, folders[0])

@@ -73,7 +73,7 @@ class Checkpoint:
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The result of `describe_optimizer`; empty in checkpoints of minilm 0.1, which did not store it."""
     windows: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The result of `minilm.data.window_index.WindowIndex.export`; empty without a stream of several windows."""
+    """The result of `minilm.data.stream_windows.StreamWindows.export_index`; empty without windows."""
 
 
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:

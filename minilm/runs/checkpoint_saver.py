@@ -94,7 +94,7 @@ class CheckpointSaver:
             "inputs": self.inputs,
             "scaler": {} if scaler is None else scaler.state_dict(),
             "optimizer": describe_optimizer(self.optimizer),
-            "windows": {} if self.stream is None else self.stream.index.export(),
+            "windows": {} if self.stream is None else self.stream.export_index(),
         }
         self._thread = threading.Thread(target=self._write, args=(progress.step, state, share), name="checkpoint")
         self._thread.start()

@@ -31,6 +31,7 @@ from minilm.data.excluded_documents import ExcludingCollator
 from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.data.micro_batch import Collator
 from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan, TokenRows
+from minilm.data.sources import pin_revisions
 from minilm.data.stream_batches import StreamCollator, StreamPlan, StreamRows, WindowReader
 from minilm.data.stream_pieces import find_readers
 from minilm.data.stream_windows import StreamWindows
@@ -65,6 +66,7 @@ from minilm.runs.run_history import RunHistory
 from minilm.runs.trackers import start_trackers
 from minilm.runs.train_result import TrainResult
 from minilm.runs.verify_head import verify_head
+from minilm.utils.cache import explain_cache_errors
 from minilm.utils.folder_lock import unlock_at_end
 from minilm.utils.log import show_log_by_default
 from minilm.utils.number_ranges import parse_ranges
@@ -156,8 +158,7 @@ def begin(
             if main:
                 check_best_checkpoint(checkpoint, config.run)
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
-        restore_index({} if checkpoint is None else checkpoint.windows)
-        prepared = local_main_process_first(accelerator, lambda: prepare_run(config, memory))
+        prepared = local_main_process_first(accelerator, lambda: _prepare(config, memory, checkpoint))
         _check_hosts(prepared)
         prepared = exchange_pieces(prepared)
         session = Session(
@@ -178,6 +179,16 @@ def begin(
         # The other processes have left, so that none waits for the upload.
         if main and session.uploads and config.run.push_to_hub is not None:
             upload_run(config.run.push_to_hub, folder, session.uploads)
+
+
+def _prepare(config: Config, memory: MemoryDocuments | None, checkpoint: Checkpoint | None) -> PreparedData:
+    """Return the data of a run, which reads a stream as the run of the checkpoint did."""
+    windows = {} if checkpoint is None else checkpoint.windows
+    with explain_cache_errors():
+        restore_index(windows)
+    revisions = windows.get("revisions")
+    with pin_revisions(revisions if isinstance(revisions, dict) else {}):
+        return prepare_run(config, memory)
 
 
 def _check_hosts(prepared: PreparedData) -> None:

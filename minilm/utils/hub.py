@@ -126,9 +126,11 @@ def describe_loading_error(error: BaseException, kind: str = "model") -> str:
             "there is no model.safetensors. minilm does not read pickled weights (pytorch_model.bin), because they can "
             "run code. If you trust the weights, convert them with save_pretrained of transformers"
         )
+    if caused_by(UnicodeDecodeError) and kind == "dataset":
+        return f"one of its files is not UTF-8 ({message})"
     if caused_by(json.JSONDecodeError, UnicodeDecodeError):
         return f"one of its files is not valid JSON, so copy or download it again ({message})"
-    return message if len(message) < 200 else message.split(". ")[0][:400]
+    return (message if len(message) < 200 else message.split(". ")[0][:400]) or type(error).__name__
 
 
 def _denied_file(error: BaseException) -> str | None:

@@ -145,13 +145,15 @@ def test_a_run_on_a_hub_makes_the_steps_of_a_run_on_its_files_and_resumes_after_
     hub.left = len(hub.read) * 3 // 4
     status, error = _finish(cut, folders[2], monkeypatch)
     assert status == 2
-    assert error.startswith(f"error: data source {NAME}: ")
+    assert re.fullmatch(f"error: data source {NAME}: .+", error)
     assert [*(folders[2] / "out").glob("checkpoint-*")]
     hub.left = 10**9
-    # Another machine goes on, whose cache is empty.
+    # Another machine goes on, whose cache is empty. The dataset has a new commit.
+    hub.commit = COMMITS[1]
     resumed = replace(cut, run=replace(cut.run, resume="latest"))
     assert _finish(resumed, tmp_path / "elsewhere", monkeypatch)[0] == 0
     assert end_of(folders[2] / "out") == right
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
 
 
 def test_a_dataset_of_a_hub_is_tokenised_like_its_files(

@@ -111,7 +111,7 @@ def test_a_folder_of_mds_is_tokenised_and_streamed_by_shards(tmp_path: Path, tok
     found = []
     for folder in ("txt", "mds", "tar"):
         data = Data(source=str(tmp_path / folder), streaming=True)
-        (pool,) = open_pools(data, weighted=False) or ()
+        (pool,) = open_pools(data, {}, weighted=False) or ()
         assert len(pool.shards) == 2
         output = tmp_path / f"tokens of {folder}"
         tokenize(data, str(tmp_path / "tokenizer"), output)

@@ -218,7 +218,7 @@ def test_a_machine_with_an_empty_cache_opens_a_window_by_the_index_of_a_checkpoi
     windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, start = _texts(windows, 5), windows.start_of(5)
-    exported = json.loads(json.dumps(windows.index.export()))
+    exported = json.loads(json.dumps(windows.export_index()))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
     restore_index(exported)
     write, written = StreamWindows._write, list[Any]()
@@ -240,7 +240,7 @@ def test_an_index_that_does_not_fit_is_not_believed(
     windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     right = [windows.start_of(number) for number in range(6)]
-    exported = windows.index.export()
+    exported = windows.export_index()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
     if change == "another stream":
         exported["key"] = exported["key"][::-1]
@@ -262,13 +262,13 @@ def test_an_index_that_does_not_fit_is_not_believed(
 
 def test_an_index_that_knows_fewer_windows_does_not_replace_one_that_knows_more(windows: StreamWindows) -> None:
     windows.start_of(2)
-    short = windows.index.export()
+    short = windows.export_index()
     windows.start_of(5)
-    long = windows.index.export()
+    long = windows.export_index()
     restore_index(short)
-    assert windows.index.export() == long != short
+    assert windows.export_index() == long != short
     restore_index({})
-    assert windows.index.export() == long
+    assert windows.export_index() == long
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "changed"])

@@ -220,7 +220,7 @@ def test_a_hub_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
-    with pytest.raises(ValueError, match=r"^data source some/rows: [^\n]*\Z"):
+    with pytest.raises(ValueError, match=r"^data source some/rows: [^\n]+\Z"):
         _texts(stream_documents(Data(source="some/rows", streaming=True, eval_fraction=0.1))[0])
 
 

@@ -260,6 +260,31 @@ def test_an_index_that_does_not_fit_is_not_believed(
     assert [again.start_of(number) for number in range(6)] == right
 
 
+def test_an_index_that_is_lost_during_a_run_is_written_again_and_no_window_is_encoded_twice(
+    windows: StreamWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [windows.start_of(number) for number in range(5)]
+    exported = windows.export_index()
+    windows.index.path.unlink()
+    assert windows.export_index() == exported
+    write, written = StreamWindows._write, list[Any]()
+
+    def watch(self: StreamWindows, folder: Path, start: Any, *rest: Any) -> None:
+        written.append(start.number)
+        write(self, folder, start, *rest)
+
+    monkeypatch.setattr(StreamWindows, "_write", watch)
+    windows.start_of(6)
+    assert min(written, default=5) >= 4
+    assert [replace(windows, _starts=[]).start_of(number) for number in range(5)] == known
+
+
+def test_the_windows_depend_on_the_number_of_shards(windows: StreamWindows) -> None:
+    (pool,) = windows.pools
+    other = replace(windows, pools=(replace(pool, shards=pool.shards[:-1]),), _starts=[])
+    assert other.key != windows.key
+
+
 def test_an_index_that_knows_fewer_windows_does_not_replace_one_that_knows_more(windows: StreamWindows) -> None:
     windows.start_of(2)
     short = windows.export_index()

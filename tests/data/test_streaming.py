@@ -21,6 +21,7 @@ from minilm.config import Batch, Config, Data, Run, Tokens
 from minilm.data.corpus import encode
 from minilm.data.documents import load_documents
 from minilm.data.held_out import hash_texts, is_held_out
+from minilm.data.shards import START, TextShard, open_shards
 from minilm.data.streaming import TextStream, stream_documents
 from minilm.objectives.masked_lm import MaskedLMObjective
 
@@ -205,6 +206,49 @@ def test_several_small_hub_streams_are_read_to_the_end(monkeypatch: pytest.Monke
     ]
     assert [len(prepared.train), len(prepared.eval)] == [300 - held[0] + (300 - held[1]) // 2, sum(held)]
     assert prepared.stream is None
+
+
+def test_a_task_of_glue_is_streamed_with_its_own_column_and_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, **options: Any) -> IterableDataset:
+        texts = [f"{options['split']} text {number} of the task" for number in range(100)]
+        return Dataset.from_dict({"sentence": texts, "label": [0] * 100}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    config = Config(
+        data=Data(source="nyu-mll/glue", config="sst2", streaming=True), tokens=Tokens(vocab_size=300), batch=Batch()
+    )
+    prepared = MaskedLMObjective(config.objective).prepare(config)
+    # No training document is held out, since the task has a split to evaluate on.
+    assert [len(prepared.train), len(prepared.eval)] == [100, 100]
+    assert "validation" in prepared.tokenizer.decode(prepared.eval[0])
+
+
+def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [_write(tmp_path, "a.csv", _csv(2500, "7")), _write(tmp_path, "b.csv", _csv(2500, "seven"))]
+    rows = datasets.load_dataset("csv", data_files=files, split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
+    shards = open_shards(Data(source="some/rows", streaming=True), "some/rows", "abc")
+    assert len(shards) == 2
+    texts = [f"row {number}" for number in range(2500)]
+    for shard in shards:
+        assert isinstance(shard, TextShard)
+        assert [text for batch in shard.read(START) for text in batch.texts] == texts
+        place = [place for batch in shard.read(START) for place in batch.places][1234]
+        assert [text for batch in shard.read(place) for text in batch.texts] == texts[1234:]
+
+
+def _csv(rows: int, number: str) -> bytes:
+    return "".join(["text,number\n", *(f"row {row},{number if row > 1200 else ''}\n" for row in range(rows))]).encode()
+
+
+def test_a_part_of_the_hub_without_an_end_is_refused(hub: list[int]) -> None:
+    data = Data(source="some/rows", split="train[1000:]", streaming=True, eval_fraction=0.1)
+    with pytest.raises(ValueError, match=r"^data source some/rows: .*give an end, as in train\[1000:51000\]"):
+        _texts(stream_documents(data)[0])
+    assert _texts(stream_documents(replace(data, split="train[1000:1010]"))[0])
 
 
 @pytest.mark.parametrize("part", ["opening", "reading"])

@@ -11,9 +11,9 @@ process of its own and with an empty cache. It then continues from its checkpoin
 - text, parquet: the text with `data.streaming`. tokens: the shards that `minilm tokenize` makes of it beforehand.
 
 "first step" is the time from the launch of the process to the end of its first step, and "resumed" the same after the
-checkpoint. The speed is that of the median step. "RAM" is the largest sum of the memory of the run's processes, and
-"disk" the largest size of its cache, both looked at once a second. All files go to the folder for temporary files
-(TMPDIR), which needs three times the size of the text.
+checkpoint. The speed is that of the steps after the first, in which the next window is encoded. "RAM" is the largest
+sum of the memory of the run's processes, and "disk" the largest size of its cache, both looked at once a second. All
+files go to the folder for temporary files (TMPDIR), which needs three times the size of the text.
 
 `--resume-at` also measures resumes after these shares of the text, each on a machine with an empty cache. For that it
 encodes all windows first, and then sets the step of the run's checkpoint.
@@ -24,7 +24,6 @@ import json
 import os
 import runpy
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -110,7 +109,7 @@ def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str,
     train(config, after_step=after_step)
     step_tokens = config.batch.examples * config.batch.max_length
     gaps = np.diff(times)
-    speed = step_tokens / statistics.median(gaps) if len(gaps) else 0.0
+    speed = step_tokens * len(gaps) / sum(gaps) if len(gaps) else 0.0
     return {"first": times[0] - launched, "speed": speed, "tokens": len(times) * step_tokens}
 
 

@@ -27,8 +27,9 @@ from minilm.data.tokenizer import store_tokenizer
 
 log = logging.getLogger("minilm")
 
-# The training process comes first.
-_NICENESS = 10
+# The training process comes first: a step waits for each of its threads, so that it loses much more than the share of a
+# processor that one of them lacks.
+_NICENESS = 19
 # A process takes seconds to start. In that time, the run encodes a window of fewer tokens itself.
 _LEAST_TOKENS = 2**20
 _SETTINGS = ("revisions", "identity", "words", "tokens", "seed", "held_out", "examples", "row_tokens")

@@ -1,6 +1,7 @@
 """Shards of MDS and tars: the bytes of the library that writes them, and reading from a row on."""
 
 import hashlib
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,21 @@ def test_a_file_is_read_from_a_row_on(tmp_path: Path, name: str, start: int) -> 
     places, texts = _read_rest(tmp_path / name, start)
     assert places == [(row, 0) for row in range(start, 2500)]
     assert texts == TEXTS[start:]
+
+
+@pytest.mark.parametrize("size", ["1e999", "null", '"a"', "[]", "-1"])
+def test_sizes_that_are_no_sizes_are_refused_in_one_line(tmp_path: Path, size: str) -> None:
+    path, index = tmp_path / "a.mds", tmp_path / "index.json"
+    path.write_bytes(SHARD)
+    index.write_text(re.sub(r'"bytes": \d+', f'"bytes": {size}', write_index({"a.mds": SHARD})))
+    with pytest.raises(ValueError, match=r"^[^\n]*(index\.json|a\.mds)[^\n]*copy [^\n]*again\Z"):
+        FileTable([str(path)], Data(source=str(path)))
+    index.unlink()
+    shard = write_mds([{"text": "a"}], {"text": "str"}, column_sizes=["SIZE"])
+    path.write_bytes(shard.replace(b'"SIZE"', size.encode().ljust(6)))
+    if size not in ("null", "[]"):
+        with pytest.raises(ValueError, match=r"^[^\n]*a\.mds: not a shard of MDS, or cut off; copy it again\Z"):
+            _read_rest(path, 0)
 
 
 def test_rows_of_a_shard_before_the_first_are_not_read(tmp_path: Path) -> None:

@@ -227,12 +227,12 @@ def test_a_task_of_glue_is_streamed_with_its_own_column_and_evaluation(monkeypat
 def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [_write(tmp_path, "a.csv", _csv(2500, "7")), _write(tmp_path, "b.csv", _csv(2500, "seven"))]
+    files = [_write(tmp_path, "a.csv", _csv(25_000, "7")), _write(tmp_path, "b.csv", _csv(25_000, "seven"))]
     rows = datasets.load_dataset("csv", data_files=files, split="train", streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
     shards = open_shards(Data(source="some/rows", streaming=True), "some/rows", "abc")
     assert len(shards) == 2
-    texts = [f"row {number}" for number in range(2500)]
+    texts = [f"row {number}" for number in range(25_000)]
     for shard in shards:
         assert isinstance(shard, TextShard)
         assert [text for batch in shard.read(START) for text in batch.texts] == texts
@@ -241,7 +241,7 @@ def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_r
 
 
 def _csv(rows: int, number: str) -> bytes:
-    return "".join(["text,number\n", *(f"row {row},{number if row > 1200 else ''}\n" for row in range(rows))]).encode()
+    return "".join(["text,number\n", *(f"row {row},{number if row > 12_000 else ''}\n" for row in range(rows))]).encode()
 
 
 def test_a_part_of_the_hub_without_an_end_is_refused(hub: list[int]) -> None:

@@ -147,15 +147,18 @@ class Outcome:
     disk: int
 
 
-def launch(folder: Path, kind: str, seconds: float, *words: str) -> Outcome:
-    """Run `train`, or `index` with the word --index, in a process with a cache of its own, and watch it."""
+def launch(folder: Path, kind: str, seconds: float, *words: str, processes: int = 1) -> Outcome:
+    """Run `train`, or `index` with the word --index, in processes with a cache of their own, and watch them."""
     cache = folder / f"cache-{kind}"
     arguments = ["--worker", kind, "--folder", str(folder), "--seconds", str(seconds), "--launched", str(time.time())]
-    environment = {**os.environ, "HF_HOME": str(cache)}
+    environment, launcher = {**os.environ, "HF_HOME": str(cache)}, list[str]()
+    if processes > 1:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     memory = disk = 0
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, *arguments, *words],
+            [sys.executable, *launcher, __file__, *arguments, *words],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -205,7 +208,7 @@ def measure_resumes(folder: Path, kind: str, shares: list[float]) -> None:
         print(f"{kind:<8} resumed after {share:.0%} of {found['steps']:,} steps in {seconds:.1f} s", flush=True)
 
 
-def measure(size: float, kinds: list[str], seconds: float, shares: list[float]) -> None:
+def measure(size: float, kinds: list[str], seconds: float, shares: list[float], processes: int) -> None:
     """Print the table for a text of `size` GB. shares: of the text, after which to resume."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -220,8 +223,7 @@ def measure(size: float, kinds: list[str], seconds: float, shares: list[float]) 
         )
         base = 0.0
         for kind in ["memory", *kinds]:
-            first = launch(folder, kind, seconds)
-            again = launch(folder, kind, 0.0)
+            first, again = (launch(folder, kind, length, processes=processes) for length in (seconds, 0.0))
             speed = first.figures["speed"]
             base = base or speed
             print(
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--resume-at", type=float, nargs="+", default=[], metavar="SHARE", help="measure resumes after these shares too"
     )
+    parser.add_argument("--processes", type=int, default=1, help="processes of each run (default: 1)")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--index", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -250,11 +253,13 @@ def main() -> None:
     if options.worker:
         if options.index:
             print(json.dumps(index(options.folder, options.worker)))
-        else:
-            print(json.dumps(train(options.folder, options.worker, options.seconds, options.launched)))
+            return
+        figures = train(options.folder, options.worker, options.seconds, options.launched)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(figures))
         return
     for size in options.gigabytes:
-        measure(size, options.kinds, options.seconds, options.resume_at)
+        measure(size, options.kinds, options.seconds, options.resume_at, options.processes)
 
 
 if __name__ == "__main__":

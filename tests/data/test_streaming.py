@@ -241,7 +241,9 @@ def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_r
 
 
 def _csv(rows: int, number: str) -> bytes:
-    return "".join(["text,number\n", *(f"row {row},{number if row > 12_000 else ''}\n" for row in range(rows))]).encode()
+    return "".join(
+        ["text,number\n", *(f"row {row},{number if row > 12_000 else ''}\n" for row in range(rows))]
+    ).encode()
 
 
 def test_a_part_of_the_hub_without_an_end_is_refused(hub: list[int]) -> None:

@@ -156,6 +156,7 @@ def train(
     # Begin: join the other processes, choose the output folder, refuse a resume that cannot work, prepare the data.
     with begin(config, name, memory=memory) as run:
         accelerator = run.accelerator
+        main = accelerator.is_main_process
         prepared = run.prepared
 
         # Build: the model, the plan of the steps and the optimizer. A resumed run builds these as a new run does.
@@ -195,20 +196,13 @@ def train(
                 first_use=partial(find_first_use, plan, prepared),
             )
             best = BestEvaluation(config.run, evaluator.names, progress)
-            if accelerator.is_main_process:
+            if main:
                 keeps = config.optim.ema is not None
                 claim_output_dir(run.folder, config.run, network, total, run.checkpoint, averages=keeps)
         recorder, facts = start_recorder(run, head, plan, total, progress)
         ledger = start_train_ledger(run.folder, config, accelerator, prepared, plan, progress.step)
         saver = CheckpointSaver(
-            run.folder,
-            network,
-            optim,
-            prepared.tokenizer,
-            config,
-            inputs,
-            main=accelerator.is_main_process,
-            stream=prepared.stream,
+            run.folder, network, optim, prepared.tokenizer, config, inputs, main=main, stream=prepared.stream
         )
 
         # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.
@@ -288,12 +282,12 @@ def train(
             if figures is None:
                 figures = evaluator(accelerator, model).figures()
             results = recorder.record_results(figures | energy())
-            weights = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
+            weights = gather_full_state(network.state_dict(keep_vars=True), keep=main)
             averages = None
             if config.optim.ema is not None:
                 with averaged_weights(model, optim):
-                    averages = gather_full_state(network.state_dict(keep_vars=True), keep=accelerator.is_main_process)
-            if accelerator.is_main_process:
+                    averages = gather_full_state(network.state_dict(keep_vars=True), keep=main)
+            if main:
                 conclude(run, facts, results, network, weights, averages)
         run.history.end(early)
         model, optim = accelerator.free_memory(model, optim)

@@ -52,7 +52,7 @@ class Hub:
         return None
 
     def content(self, path: str) -> bytes | None:
-        """Return the bytes of a file; None if there is no such file, or if the hub no longer answers."""
+        """Return the bytes of a file, or None for another path. The hub has no file left after `left` reads."""
         found = re.fullmatch(f"/datasets/{NAME}/resolve/([^/]+)/(.*)", path)
         if not found or found[2] not in self.files:
             return None
@@ -63,7 +63,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The hub, at which processes look that this one starts. Its files are also in `tmp_path`/files."""
+    """Start a hub, and let new processes use it. Its files are also in `tmp_path`/files."""
     hub, words = Hub({}), WORDS.split()
     (tmp_path / "files").mkdir()
     for number in range(3):

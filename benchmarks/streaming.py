@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py --gigabytes 0.2 2 10
     python benchmarks/streaming.py --gigabytes 0.2 --resume-at 0.1 0.5 0.9
+    python benchmarks/streaming.py --window-tokens 1_000_000 --seconds 300 --processes 1 2
 
 The text is Python's documentation many times over, in files of at most 500 MB. Each line is a paragraph, in a new
 random order each time. A run trains the model of recipes/mlm_pydocs.py on it for `--seconds` after its first step, in a
@@ -11,9 +12,10 @@ process of its own and with an empty cache. It then continues from its checkpoin
 - text, parquet: the text with `data.streaming`. tokens: the shards that `minilm tokenize` makes of it beforehand.
 
 "first step" is the time from the launch of the process to the end of its first step, and "resumed" the same after the
-checkpoint. The speed is that of the steps after the first, in which the next window is encoded. "RAM" is the largest
-sum of the memory of the run's processes, and "disk" the largest size of its cache, both looked at once a second. All
-files go to the folder for temporary files (TMPDIR), which needs three times the size of the text.
+checkpoint. The speed is that of the steps after the first. In the first of them the next window is encoded, so the mean
+speed needs `--seconds` of at least a whole window ("windows" says how many were trained on): make windows smaller.
+"RAM" is the largest sum of the memory of the run's processes, and "disk" the largest size of its cache, both looked at
+once a second. All files go to the folder for temporary files (TMPDIR), which needs three times the size of the text.
 
 `--resume-at` also measures resumes after these shares of the text, each on a machine with an empty cache. For that it
 encodes all windows first, and then sets the step of the run's checkpoint.
@@ -80,25 +82,28 @@ def train_tokenizer(folder: Path) -> None:
     train_tokenizer(documents, "bpe", 2048).save_pretrained(folder / "tokenizer")
 
 
-def configure(folder: Path, kind: str) -> Any:
+def configure(folder: Path, kind: str, window_tokens: int) -> Any:
     """Return the configuration of a run, which resumes if there is one."""
     from minilm.config import Data, Run, Tokens
 
     config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mlm_pydocs.py"))["CONFIG"]
     output = folder / f"out-{kind}"
     data = Data(
-        source=str(folder / kind), eval_source=str(folder / "held_out.txt"), streaming=kind in ("text", "parquet")
+        source=str(folder / kind),
+        eval_source=str(folder / "held_out.txt"),
+        streaming=kind in ("text", "parquet"),
+        window_tokens=window_tokens,
     )
     resume = "latest" if output.exists() else None
     run = Run(output_dir=str(output), max_steps=STEPS, eval_every=STEPS, save_every=STEPS, resume=resume, ledger=False)
     return replace(config, data=data, tokens=Tokens(name=str(folder / "tokenizer")), run=run)
 
 
-def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str, float]:
+def train(folder: Path, kind: str, window_tokens: int, seconds: float, launched: float) -> dict[str, float]:
     """Train for some seconds after the first step, or from the run's checkpoint on, and return the figures."""
     from minilm.train import train
 
-    config = configure(folder, kind)
+    config = configure(folder, kind, window_tokens)
     times: list[float] = []
 
     def after_step(step: int, figures: dict[str, Any], model: Any) -> bool:
@@ -110,14 +115,14 @@ def train(folder: Path, kind: str, seconds: float, launched: float) -> dict[str,
     step_tokens = config.batch.examples * config.batch.max_length
     gaps = np.diff(times)
     speed = step_tokens * len(gaps) / sum(gaps) if len(gaps) else 0.0
-    return {"first": times[0] - launched, "speed": speed, "tokens": len(times) * step_tokens}
+    return {"first": times[0] - launched, "speed": speed, "windows": len(times) * step_tokens / window_tokens}
 
 
-def index(folder: Path, kind: str) -> dict[str, Any]:
+def index(folder: Path, kind: str, window_tokens: int) -> dict[str, Any]:
     """Encode the windows of a pass over the text. Return the number of its steps, and the index of its windows."""
     from minilm.objectives.factory import prepare_run
 
-    stream, number = prepare_run(configure(folder, kind)).stream, 0
+    stream, number = prepare_run(configure(folder, kind, window_tokens)).stream, 0
     if stream is None:
         sys.exit("--resume-at needs more text than a window: raise --gigabytes")
     while stream.start_of(number).pools[0].passes == 0:
@@ -147,10 +152,11 @@ class Outcome:
     disk: int
 
 
-def launch(folder: Path, kind: str, seconds: float, *words: str, processes: int = 1) -> Outcome:
+def launch(folder: Path, kind: str, seconds: float, *words: str, window_tokens: int, processes: int = 1) -> Outcome:
     """Run `train`, or `index` with the word --index, in processes with a cache of their own, and watch them."""
     cache = folder / f"cache-{kind}"
     arguments = ["--worker", kind, "--folder", str(folder), "--seconds", str(seconds), "--launched", str(time.time())]
+    arguments += ["--window-tokens", str(window_tokens)]
     environment, launcher = {**os.environ, "HF_HOME": str(cache)}, list[str]()
     if processes > 1:
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -193,46 +199,61 @@ def measure_folder(folder: Path) -> int:
     return total
 
 
-def measure_resumes(folder: Path, kind: str, shares: list[float]) -> None:
+def measure_resumes(folder: Path, kind: str, shares: list[float], window_tokens: int) -> None:
     """Print how long it takes to resume after these shares of the text, each with an empty cache."""
     from minilm.runs.checkpoint import find_complete_checkpoints
 
-    found = launch(folder, kind, 0.0, "--index").figures
+    found = launch(folder, kind, 0.0, "--index", window_tokens=window_tokens).figures
     for share in shares:
         *others, checkpoint = find_complete_checkpoints(folder / f"out-{kind}")
         for other in others:
             shutil.rmtree(other)
         set_step(checkpoint, int(share * found["steps"]), found["windows"])
         shutil.rmtree(folder / f"cache-{kind}")
-        seconds = launch(folder, kind, 0.0).figures["first"]
+        seconds = launch(folder, kind, 0.0, window_tokens=window_tokens).figures["first"]
         print(f"{kind:<8} resumed after {share:.0%} of {found['steps']:,} steps in {seconds:.1f} s", flush=True)
 
 
-def measure(size: float, kinds: list[str], seconds: float, shares: list[float], processes: int) -> None:
-    """Print the table for a text of `size` GB. shares: of the text, after which to resume."""
+def measure(folder: Path, options: argparse.Namespace, processes: int) -> None:
+    """Print the table of the runs with this number of processes."""
+    print(
+        f"\n{processes} process{'es' if processes > 1 else ''}\n"
+        f"{'':<8}  first step   resumed      tokens/s    of memory's  windows      RAM      disk",
+        flush=True,
+    )
+    base = 0.0
+    for kind in ["memory", *options.kinds]:
+        for made in (folder / f"out-{kind}", folder / f"cache-{kind}"):
+            shutil.rmtree(made, ignore_errors=True)
+        first, again = (
+            launch(folder, kind, length, window_tokens=options.window_tokens, processes=processes)
+            for length in (options.seconds, 0.0)
+        )
+        speed = first.figures["speed"]
+        base = base or speed
+        print(
+            f"{kind:<8} {first.figures['first']:9.1f} s {again.figures['first']:7.1f} s {speed:13,.0f} "
+            f"{speed / base:14.2f} {first.figures['windows']:8.2f} "
+            f"{first.memory / 1e9:5.2f} GB {first.disk / 1e9:6.2f} GB",
+            flush=True,
+        )
+
+
+def measure_size(size: float, options: argparse.Namespace) -> None:
+    """Make a text of `size` GB and print its tables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder, int(size * 1e9))
         train_tokenizer(folder)
-        if "tokens" in kinds:
+        if "tokens" in options.kinds:
             words = ["tokenize", str(folder / "text"), "--output", str(folder / "tokens")]
             words += ["--tokenizer", str(folder / "tokenizer"), "--processes", str(os.cpu_count())]
             subprocess.run([sys.executable, "-m", "minilm.commands.main", *words], check=True, capture_output=True)
-        print(
-            f"\n{size:g} GB\n{'':<8}  first step   resumed      tokens/s    of memory's      RAM      disk", flush=True
-        )
-        base = 0.0
-        for kind in ["memory", *kinds]:
-            first, again = (launch(folder, kind, length, processes=processes) for length in (seconds, 0.0))
-            speed = first.figures["speed"]
-            base = base or speed
-            print(
-                f"{kind:<8} {first.figures['first']:9.1f} s {again.figures['first']:7.1f} s {speed:13,.0f} "
-                f"{speed / base:14.2f} {first.memory / 1e9:7.2f} GB {first.disk / 1e9:6.2f} GB",
-                flush=True,
-            )
-        for kind in kinds if shares else ():
-            measure_resumes(folder, kind, shares)
+        print(f"\n{size:g} GB", flush=True)
+        for processes in options.processes:
+            measure(folder, options, processes)
+        for kind in options.kinds if options.resume_at else ():
+            measure_resumes(folder, kind, options.resume_at, options.window_tokens)
 
 
 def main() -> None:
@@ -244,7 +265,10 @@ def main() -> None:
     parser.add_argument(
         "--resume-at", type=float, nargs="+", default=[], metavar="SHARE", help="measure resumes after these shares too"
     )
-    parser.add_argument("--processes", type=int, default=1, help="processes of each run (default: 1)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="processes of each run (default: 1)")
+    parser.add_argument(
+        "--window-tokens", type=int, default=16_000_000, help="data.window_tokens of each run (default: 16,000,000)"
+    )
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--index", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -252,14 +276,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         if options.index:
-            print(json.dumps(index(options.folder, options.worker)))
+            print(json.dumps(index(options.folder, options.worker, options.window_tokens)))
             return
-        figures = train(options.folder, options.worker, options.seconds, options.launched)
+        figures = train(options.folder, options.worker, options.window_tokens, options.seconds, options.launched)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(figures))
         return
     for size in options.gigabytes:
-        measure(size, options.kinds, options.seconds, options.resume_at, options.processes)
+        measure_size(size, options)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def open_shards(data: Data, source: str, revision: str | None = None) -> Sequenc
     if "[" in data.split and (files or is_remote):
         return ()
     with quiet_datasets():
-        table, _ = open_table(data, source, data.split, streaming=is_remote, revision=revision)
+        table, _ = open_table(data, source, data.split, streaming=True, revision=revision)
     (column,) = build_columns(data)[:1]
     if isinstance(table, FileTable):
         return [TextShard(table, number, column, _stamp(file)) for number, file in enumerate(table.files)]

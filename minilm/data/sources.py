@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from minilm.config import Data
 from minilm.data.columnar_files import describe_damage
 from minilm.data.columns import Column
-from minilm.data.fingerprints import fingerprint_file
+from minilm.data.fingerprints import fingerprint_files
 from minilm.data.memory import MemoryDocuments
 from minilm.data.rows import BlankPolicy, RowTable, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
@@ -179,7 +179,7 @@ def open_table(
         raise ValueError(f"{source}: a stream cannot read the part {split}; give row numbers, as in train[:5000]")
     if files := find_local_files(source):
         _check_files(source, split, files)
-        return FileTable(files, data), split
+        return FileTable(files, data, streaming=streaming), split
     if streaming and not is_local_path(source):
         assert sliced is not None
         rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
@@ -196,7 +196,7 @@ def open_table(
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
     # The fingerprint of a saved dataset does not change when its files do.
-    saved = [fingerprint_file(file) for file in list_files(source)]
+    saved = fingerprint_files(list_files(source))
     return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
 
 
@@ -232,7 +232,8 @@ def fingerprint_sources(data: Data) -> dict[str, Any]:
         # If the hub does not answer, the dataset comes from the cache, and its revision is not recorded.
         with suppress(ValueError, OSError):
             if files := list_files(source):
-                facts[source] = [{"file": name, **fingerprint_file(name)} for name in files]
+                pairs = zip(files, fingerprint_files(files), strict=True)
+                facts[source] = [{"file": name, **fingerprint} for name, fingerprint in pairs]
             else:
                 facts[source] = {"revision": fetch_revision(source)}
     return facts

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from minilm.config import Data
-from minilm.data.fingerprints import fingerprint_file
+from minilm.data.fingerprints import fingerprint_files
 from minilm.data.glue import apply_glue_task
 from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.sources import (
@@ -110,9 +110,9 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
     files = list_files(source)
     commit = None if files else fetch_revision(source)
     # Names and times of files are left out, because a copy of a file has the same texts.
-    fingerprints = [[get_full_ending(name), fingerprint_file(name)] for name in files]
+    fingerprints = zip(map(get_full_ending, files), fingerprint_files(files), strict=True)
     # The library decides how a dataset on the hub is divided into files and groups of rows.
-    origin: list[Any] = fingerprints or [source, commit, data.config, datasets.__version__]
+    origin: list[Any] = [*fingerprints] or [source, commit, data.config, datasets.__version__]
     settings = {"column": data.column, "document": data.document, "delimiter": data.delimiter, "split": split}
 
     def texts() -> Iterator[str]:

@@ -21,7 +21,7 @@ from minilm.data import (
     webdataset_files,
 )
 from minilm.data.columns import Column
-from minilm.data.fingerprints import fingerprint_file
+from minilm.data.fingerprints import choose_sampling, fingerprint_file, fingerprint_files
 from minilm.data.text_decoding import LinePlaces, detect_encoding
 from minilm.utils.hub import describe_loading_error
 from minilm.utils.local_files import get_file_kind, get_full_ending
@@ -32,7 +32,7 @@ _COLUMNAR = ("parquet", "arrow")
 # The kinds of files whose places are the numbers of rows.
 _NUMBERED = (*_COLUMNAR, "mds", "tar")
 
-# The encoding of more text than this is not found out before it is read in a stream.
+# The encoding of more text than this is not found out before it is streamed.
 _DETECTED_BYTES = 2**30
 
 # More rows than a row group of Parquet has.
@@ -99,13 +99,14 @@ class RowPlaces:
 class FileTable:
     """The rows of files of one kind, one file after the other."""
 
-    def __init__(self, files: Sequence[str], data: Data) -> None:
-        self.files, self.data = tuple(files), data
+    def __init__(self, files: Sequence[str], data: Data, *, streaming: bool = False) -> None:
+        self.files, self.data, self.streaming = tuple(files), data, streaming
         self.kind = get_file_kind(files[0])
         self.typed = self.kind != "delimited"
         self.delimiter = "\t" if data.delimiter == "tab" else data.delimiter
         try:
-            self.fingerprints = [fingerprint_file(file) for file in files]
+            self._sampling = choose_sampling(files)
+            self.fingerprints = fingerprint_files(files)
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
         if self.kind == "mds":
@@ -116,7 +117,7 @@ class FileTable:
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         for number, (file, fingerprint) in enumerate(zip(self.files, self.fingerprints, strict=True)):
             yield from group_into_batches(self._read_rows(file, columns), partial(self.locate, number), number)
-            if fingerprint_file(file) != fingerprint:
+            if fingerprint_file(file, self._sampling) != fingerprint:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
 
     def iter_rest(
@@ -136,19 +137,13 @@ class FileTable:
             rows, is_by_line = mds_files.read_mds(file, columns, first), False
         elif self.kind == "text":
             check_is_text(columns, file)
-            texts = text_files.read_text(file, self._stream_encoding, self.data.document, places)
+            texts = text_files.read_text(file, self._encoding, self.data.document, places)
             rows, is_by_line = ((line, cells * len(columns)) for line, cells in texts), True
         elif self.kind == "json" and file not in self._squad_files and json_files.has_value_per_line(file):
             rows, is_by_line = json_files.read_json(file, columns, places), True
         else:
             rows, is_by_line = itertools.dropwhile(lambda row: row[0] < first, self._read_rows(file, columns)), False
         return group_into_batches(rows, partial(self.locate, number), number), places if is_by_line else RowPlaces()
-
-    @cached_property
-    def _stream_encoding(self) -> str:
-        """The encoding of text that is read while a run trains. Only small files can be read twice to find it out."""
-        size = sum(fingerprint["bytes"] for fingerprint in self.fingerprints)
-        return self._encoding if size <= _DETECTED_BYTES else "utf-8"
 
     def locate(self, file: int, place: int) -> str:
         name = self.files[file]
@@ -180,7 +175,9 @@ class FileTable:
 
     @cached_property
     def _encoding(self) -> str:
-        return detect_encoding(self.files)
+        """The encoding of the text. A long stream is UTF-8, because finding the encoding out reads all of it."""
+        size = sum(fingerprint["bytes"] for fingerprint in self.fingerprints)
+        return "utf-8" if self.streaming and size > _DETECTED_BYTES else detect_encoding(self.files)
 
     def read_column_names(self, columns: Sequence[Column]) -> list[str]:
         file = self.files[0]

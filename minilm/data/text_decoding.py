@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import IO, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 log = logging.getLogger("minilm")
 
@@ -30,19 +30,47 @@ def open_bytes(path: str) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
 
 
+class _NulError(ValueError):
+    """A file of text holds a NUL."""
+
+
+class _NulCheck(io.RawIOBase):
+    """Reads the bytes of another file, and raises _NulError at a NUL."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = cast(io.BufferedIOBase, file)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        if b"\0" in bytes(buffer[:count]):
+            raise _NulError("it holds a NUL character, which is not text")
+        return count
+
+
 @contextmanager
 def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterator[TextIO]:
     """Open a file as text, without its byte-order mark. A line ends only at `newline`, and includes it.
 
-    If the block fails to read or decode the file, raise ValueError that names the line.
+    If the block fails to read or decode the file, or reads a NUL, raise ValueError that names the line.
     """
     try:
         with open_bytes(path) as file:
             _refuse_utf_16(path, file)
-            yield io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+            checked = io.BufferedReader(_NulCheck(file), _BLOCK)
+            yield io.TextIOWrapper(checked, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
+    except (UnicodeDecodeError, _NulError, OSError, EOFError, zlib.error) as error:
         line = _find_undecodable_line(path, encoding)
-        raise ValueError(f"{path}, line {line}: not UTF-8; convert the file" if line else f"{path}: {error}") from error
+        problem = str(error) if isinstance(error, _NulError) else "not UTF-8"
+        raise ValueError(f"{path}, line {line}: {problem}; convert the file" if line else f"{path}: {error}") from error
 
 
 def find_line_end(path: str) -> str:

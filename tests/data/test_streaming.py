@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +286,34 @@ def test_a_source_that_cannot_be_streamed_is_refused_in_one_line(tmp_path: Path,
     data = Data(source=_write(tmp_path, "a.txt", content), streaming=True, **options)
     with pytest.raises(ValueError, match=rf"^[^\n]*a\.txt[^\n]*{message}[^\n]*\Z"):
         _texts(stream_documents(data)[0])
+
+
+LONG: dict[str, tuple[str, str, bytes, str]] = {
+    "NUL": ("a.txt", "text", b"ok\nno\0\n", "line 2: it holds a NUL"),
+    "NUL in a row": ("a.csv", "text", b"text,n\nok,1\nno\0,2\n", "line 3: it holds a NUL"),
+    "Windows-1252": ("a.txt", "text", b"ok\ncaf\xe9\n", "line 2: not UTF-8; convert the file"),
+    "Windows-1252 in a row": ("a.csv", "text", b"text,n\nok,1\ncaf\xe9,2\n", "line 3: not UTF-8; convert the file"),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_long_stream_is_not_read_before_its_first_document_and_its_bad_line_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("minilm.data.tables._DETECTED_BYTES", 0)
+    monkeypatch.setattr("minilm.data.tables.detect_encoding", lambda files: pytest.fail("all files were read"))
+    name, column, content, message = LONG[case]
+    data = Data(
+        source=_write(tmp_path, name, content),
+        column=column,
+        streaming=True,
+        eval_source=_write(tmp_path, "b.txt", b"b\n"),
+    )
+    with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(name)}, {message}[^\n]*\Z"):
+        _texts(stream_documents(data)[0])
+    ((shard,),) = [open_shards(data, data.source)]
+    with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(name)}, {message}[^\n]*\Z"):
+        [*shard.read(START)]
 
 
 @pytest.mark.parametrize(

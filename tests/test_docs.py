@@ -2,7 +2,8 @@
 
 A block of `python` whose first line is `# NAME.py` is written to that file, any other is run. The lines of a block of
 `bash` are run: recipes and `minilm` in a fork of this process, which saves the seconds of importing torch, all else by
-bash. Each line of the `text` after a block that ran is one of its output, but for numbers and for what `…` stands for.
+bash. A `sed -i` must change its file. Each line of the `text` after a block that ran is one of its output, but for
+numbers and for what `…` stands for.
 A block after `<!-- not run: REASON -->` is not run, and its output is taken on trust.
 """
 
@@ -95,10 +96,14 @@ def command(line: str, place: Path) -> str:
         return forked(lambda: run_file(words[1:]), place)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A pattern that no longer occurs in the file makes sed do nothing, without an error.
+    edited = place / words[-1] if words[:2] == ["sed", "-i"] else None
+    before = edited.read_bytes() if edited is not None else b""
     done = subprocess.run(
         ["bash", "-c", line], cwd=place, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert edited is None or edited.read_bytes() != before, f"{line} changes nothing in {edited}"
     return done.stdout + done.stderr
 
 

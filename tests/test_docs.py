@@ -184,11 +184,12 @@ def test_the_loop_in_the_readme(tmp_path: Path) -> None:
     names: dict[str, Any] = {
         "examples": parts.prepared.train,
         "seed": 0,
-        "optim": parts.config.optim,
         "total": 3,
         "workers": 0,
     }
-    names |= {name: getattr(parts, name) for name in ("accelerator", "model", "optimizer", "plan", "collator")}
+    names |= {
+        name: getattr(parts, name) for name in ("config", "accelerator", "model", "optimizer", "plan", "collator")
+    }
     try:
         exec("from minilm.optim.schedule import learning_rate\nfrom minilm.train import *\n" + loop, names)
     finally:

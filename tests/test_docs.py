@@ -29,6 +29,7 @@ import minilm
 from minilm import Batch, Config, Data, Model, Run, Tokens
 from minilm.commands.main import main
 from minilm.config.objective_class import find_builtin_classes
+from minilm.runs import resume, step_changes
 from tests.jobs import fork
 from tests.launch import ROOT
 
@@ -165,6 +166,15 @@ def test_flags_and_recipes_that_are_named_exist() -> None:
         assert [path for path in paths if path != "recipes/X.py" and not (ROOT / path).exists()] == [], page.name
         links = re.findall(r"\]\((?!http)([^)#]+)", text)
         assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+
+
+def test_the_page_on_resuming_has_each_setting_that_may_change() -> None:
+    page = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*--.*$", page, re.MULTILINE)
+    listed = {flag.replace("-", "_") for row in rows for flag in re.findall(r"--([a-z]+\.[a-z-]+)", row)}
+    # The page describes the sources, the folder of the run and the schedules in words.
+    in_words = {*resume._UNREPORTED, *resume._SOURCES, "objective.defined_in"}
+    assert listed == {*resume._MAY_CHANGE, *step_changes._LENGTH} - in_words
 
 
 def test_the_loop_in_the_readme(tmp_path: Path) -> None:

@@ -164,8 +164,16 @@ def test_flags_and_recipes_that_are_named_exist() -> None:
         assert flags - known - own == set(), page.name
         paths = re.findall(r"(?<![\w/])(?:recipes|benchmarks|tests|minilm)/[\w/]+\.\w+", text)
         assert [path for path in paths if path != "recipes/X.py" and not (ROOT / path).exists()] == [], page.name
-        links = re.findall(r"\]\((?!http)([^)#]+)", text)
-        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+        links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text)
+        assert [link for link, _ in links if not (page.parent / link).exists()] == [], page.name
+        anchors = [(page.parent / link if link else page, anchor) for link, anchor in links if anchor]
+        assert [anchor for target, anchor in anchors if anchor not in headings(target)] == [], page.name
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of the page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_the_page_on_resuming_has_each_setting_that_may_change() -> None:

@@ -136,7 +136,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     block, turns = rows[0]["steps_of_a_turn"], len(rows[0]["eval_loss"])
     marks = [-(-turns * (part + 1) // PARTS) for part in range(PARTS)]
     names = [rows[0]["job"], *(f"loss after {mark * block:,} steps" for mark in marks), "bits per byte"]
-    names += ["of the unigram model's", "speed", f"loss {rows[0]['goal']:.3f} after"]
+    names += ["bits per byte / unigram's", "speed", f"loss {rows[0]['goal']:.3f} after"]
     lines = [names]
     for row in rows:
         figures, steps = row["figures"], row["steps_to_goal"]

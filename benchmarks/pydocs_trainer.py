@@ -88,7 +88,7 @@ def main() -> None:
     model, seconds = train_with_trainer(config, tokenizer, prepared.train, precision, steps)
     theirs = evaluate(config, model, prepared)
     print(f"{describe(torch.device('cpu'))['device']}, {torch.get_num_threads()} threads")
-    print("            seconds   steps  loss   bits per byte  of the unigram model's")
+    print("            seconds   steps  loss   bits per byte  / unigram's")
     for name, figures, time_taken, count in (
         ("minilm", ours, ours["train_seconds"], ours["steps"]),
         ("HF Trainer", theirs, seconds, steps),

@@ -149,7 +149,9 @@ def train(
         program wait for the device when they are read, `lr`, and those of an evaluation after this step.
 
     Raises ValueError, before the first step where that is possible, with a message that says what to change;
-    TrainingStopped where the run ends early; ConnectionError where another process is gone.
+    TrainingStopped where a signal or gradients that are not finite end the run, and where the run to resume is finished
+    already; ConnectionError where another process is gone. A run that `after_step` or `run.patience` ends returns its
+    result.
     """
     config, memory = apply_arguments(config, objective, documents, eval_documents)
     rate_of_step = learning_rate or partial(scheduled_rate, config.optim)

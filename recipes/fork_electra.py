@@ -97,8 +97,7 @@ def train(config: Config, name: str) -> TrainResult:
     with begin(config, name, checkpoints=False) as run:
         accelerator = run.accelerator
         prepared = run.prepared
-        optim = config.optim
-        max_grad_norm = optim.max_grad_norm
+        max_grad_norm = config.optim.max_grad_norm
         seed = config.run.seed
         with on_all_ranks():
             electra = Electra(config, prepared.tokenizer).to(accelerator.device)
@@ -108,7 +107,7 @@ def train(config: Config, name: str) -> TrainResult:
         collator = run.objective.collator(
             prepared.tokenizer, prepared.train, seed=seed, padded=plan.padded, multiple=plan.multiple
         )
-        model, optimizer = accelerator.prepare(electra, build_optimizer(electra, optim, run.precision.name))
+        model, optimizer = accelerator.prepare(electra, build_optimizer(electra, config.optim, run.precision.name))
         model.train()
         with closing(recorder):
             steps = load_steps(plan, prepared.train, collator, accelerator, range(total), config.batch.workers)
@@ -117,7 +116,7 @@ def train(config: Config, name: str) -> TrainResult:
                 targets = float(sum(batch.target_count for batch in micro_batches))
                 all_targets = accelerator.reduce(torch.full((), targets, device=accelerator.device))
                 electra.targets_per_token = all_targets / global_batch.tokens
-                lr = learning_rate(optim, step, total)
+                lr = learning_rate(config.optim, step, total)
                 result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 generator_flops = generator_cost.step(global_batch, collator.rate(step / total))
                 discriminator_flops = discriminator_cost.step(global_batch, 1.0)

@@ -105,8 +105,7 @@ def train(config: Config, name: str) -> TrainResult:
     with begin(config, name, checkpoints=False) as run:
         accelerator = run.accelerator
         prepared = run.prepared
-        optim = config.optim
-        max_grad_norm = optim.max_grad_norm
+        max_grad_norm = config.optim.max_grad_norm
 
         def load(model: Model) -> PreTrainedModel:
             return load_model(model, prepared.tokenizer, max_length=config.batch.max_length, seed=config.run.seed)
@@ -117,7 +116,7 @@ def train(config: Config, name: str) -> TrainResult:
         freeze_unused(distiller)
         cost = count_flops(distiller.student, config.batch.max_length)
         plan, total, recorder = start_recording(run, distiller)
-        model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, optim, run.precision.name))
+        model, optimizer = accelerator.prepare(distiller, build_optimizer(distiller, config.optim, run.precision.name))
         model.train()
         with closing(recorder):
             steps = load_steps(
@@ -125,7 +124,7 @@ def train(config: Config, name: str) -> TrainResult:
             )
             for step, (global_batch, micro_batches) in enumerate(steps):
                 seed_dropout(config.run.seed, step, accelerator.process_index)
-                lr = learning_rate(optim, step, total)
+                lr = learning_rate(config.optim, step, total)
                 result = train_step(accelerator, model, optimizer, micro_batches, lr=lr, max_grad_norm=max_grad_norm)
                 recorder.record_step(
                     epoch=(step + 1) / plan.steps_per_epoch,

@@ -1,4 +1,4 @@
-"""`python -m tests.flags_page` writes docs/flags.md from the docstrings in minilm/config."""
+"""`python -m tests.flags_page` writes docs/flags.md: the flags of minilm/config, and those of other programs."""
 
 import dataclasses
 import inspect
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from minilm.config import Config, ObjectiveSettings, Phase
 from minilm.config.field_help import read_field_help
+from minilm.config.foreign_flags import FOREIGN_FLAGS
 from minilm.config.objective_class import find_builtin_classes
 from tests.launch import ROOT
 
@@ -25,7 +26,32 @@ those of `minilm.Config`. `python -m tests.flags_page` writes this page from the
 | `--debug` | Show tracebacks in place of one-line errors. |
 
 `--data.source` sets the other `--data` flags of a recipe back to their defaults, except `--data.document` and
-`--data.eval-fraction`.
+`--data.eval-fraction`. The [last section](#flags-of-other-programs) lists the flags of Trainer, litgpt, torchtitan and
+nanoGPT with those of minilm.
+"""
+FOREIGN_HEADER = """## Flags of other programs
+
+These are flags of transformers' `TrainingArguments` and example scripts, litgpt, torchtitan and nanoGPT. If you type
+one of them, the error message has the text on the right. A flag of minilm without its group, such as `--seed`, is
+answered too.
+
+| flag | in minilm |
+|---|---|
+"""
+# The arguments of transformers' Trainer in Python. A test checks that the names of minilm exist.
+TRAINER_ARGUMENTS = {
+    "train_dataset": "`documents` of `minilm.train.train`",
+    "eval_dataset": "`eval_documents` of `minilm.train.train`",
+    "optimizers": "`optimizer` and `learning_rate` of `minilm.train.train`",
+    "callbacks": "`after_step` of `minilm.train.train`",
+    "compute_metrics": "`metrics` of `minilm.Objective`",
+    "compute_loss_func": "`loss` of `minilm.Objective`",
+    "data_collator": "`collator` of `minilm.Objective`",
+}
+TRAINER_HEADER = """In Python, these arguments of `Trainer` have counterparts ([fork.md](fork.md)):
+
+| argument | in minilm |
+|---|---|
 """
 
 
@@ -82,6 +108,16 @@ def build_section(group: str, kind: type) -> str:
     return "\n".join(lines) + "\n"
 
 
+def build_foreign_section() -> str:
+    """Return the flags of other programs as a table. Flags with the same answer share a row."""
+    rows: dict[str, list[str]] = {}
+    for name, answer in FOREIGN_FLAGS.items():
+        rows.setdefault(answer, []).append(f"`--{name}`")
+    lines = [f"| {', '.join(names)} | {escape(answer)} |\n" for answer, names in rows.items()]
+    arguments = [f"| `{name}` | {answer} |\n" for name, answer in TRAINER_ARGUMENTS.items()]
+    return "".join([FOREIGN_HEADER, *lines, "\n", TRAINER_HEADER, *arguments])
+
+
 def build_page() -> str:
     """Return the whole page."""
     parts = [HEADER]
@@ -90,6 +126,7 @@ def build_page() -> str:
             parts += [build_section(f"{group} of {name}", choice) for name, choice in find_builtin_classes().items()]
         else:
             parts.append(build_section(group, kind))
+    parts.append(build_foreign_section())
     return "\n".join(parts)
 
 

@@ -597,7 +597,7 @@ def summary(results: Sequence[Result]) -> dict[str, int | None]:
         "types in transformers": len(results),
         "built at a tiny size": sum(result.built for result in results),
         "refused before training, as they come": sum(result.refused for result in results),
-        "loss and gradients those of each row read alone by the plain model": sum(result.equal for result in results),
+        "same loss and gradients as the plain model on single rows": sum(result.equal for result in results),
         "the same with special ids in and around the texts": sum(
             result.equal and bool(result.special) and {*result.special.values()} <= {"equal", "refused"}
             for result in results

@@ -2,7 +2,8 @@
 
 A block of `python` whose first line is `# NAME.py` is written to that file, any other is run. The lines of a block of
 `bash` are run: recipes and `minilm` in a fork of this process, which saves the seconds of importing torch, all else by
-bash. Each line of the `text` after a block that ran is one of its output, but for numbers and for what `…` stands for.
+bash. A `sed -i` must change its file. Each line of the `text` after a block that ran is one of its output, but for
+numbers and for what `…` stands for.
 A block after `<!-- not run: REASON -->` is not run, and its output is taken on trust.
 """
 
@@ -28,6 +29,7 @@ import minilm
 from minilm import Batch, Config, Data, Model, Run, Tokens
 from minilm.commands.main import main
 from minilm.config.objective_class import find_builtin_classes
+from minilm.runs import resume, step_changes
 from tests.jobs import fork
 from tests.launch import ROOT
 
@@ -95,10 +97,14 @@ def command(line: str, place: Path) -> str:
         return forked(lambda: run_file(words[1:]), place)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A pattern that no longer occurs in the file makes sed do nothing, without an error.
+    edited = place / words[-1] if words[:2] == ["sed", "-i"] else None
+    before = edited.read_bytes() if edited is not None else b""
     done = subprocess.run(
         ["bash", "-c", line], cwd=place, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert edited is None or edited.read_bytes() != before, f"{line} changes nothing in {edited}"
     return done.stdout + done.stderr
 
 
@@ -158,8 +164,25 @@ def test_flags_and_recipes_that_are_named_exist() -> None:
         assert flags - known - own == set(), page.name
         paths = re.findall(r"(?<![\w/])(?:recipes|benchmarks|tests|minilm)/[\w/]+\.\w+", text)
         assert [path for path in paths if path != "recipes/X.py" and not (ROOT / path).exists()] == [], page.name
-        links = re.findall(r"\]\((?!http)([^)#]+)", text)
-        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+        links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text)
+        assert [link for link, _ in links if not (page.parent / link).exists()] == [], page.name
+        anchors = [(page.parent / link if link else page, anchor) for link, anchor in links if anchor]
+        assert [anchor for target, anchor in anchors if anchor not in headings(target)] == [], page.name
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of the page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_the_page_on_resuming_has_each_setting_that_may_change() -> None:
+    page = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*--.*$", page, re.MULTILINE)
+    listed = {flag.replace("-", "_") for row in rows for flag in re.findall(r"--([a-z]+\.[a-z-]+)", row)}
+    # The page describes the sources, the folder of the run and the schedules in words.
+    in_words = {*resume._UNREPORTED, *resume._SOURCES, "objective.defined_in"}
+    assert listed == {*resume._MAY_CHANGE, *step_changes._LENGTH} - in_words
 
 
 def test_the_loop_in_the_readme(tmp_path: Path) -> None:
@@ -179,11 +202,12 @@ def test_the_loop_in_the_readme(tmp_path: Path) -> None:
     names: dict[str, Any] = {
         "examples": parts.prepared.train,
         "seed": 0,
-        "optim": parts.config.optim,
         "total": 3,
         "workers": 0,
     }
-    names |= {name: getattr(parts, name) for name in ("accelerator", "model", "optimizer", "plan", "collator")}
+    names |= {
+        name: getattr(parts, name) for name in ("config", "accelerator", "model", "optimizer", "plan", "collator")
+    }
     try:
         exec("from minilm.optim.schedule import learning_rate\nfrom minilm.train import *\n" + loop, names)
     finally:

@@ -207,7 +207,9 @@ def add_report(commands: Any) -> None:
         "folders", metavar="OUT", nargs="+", help="output folder of a run, finished or not, or a folder of such folders"
     )
     command.add_argument("--output", default="report.html", metavar="FILE", help="file to write (default: report.html)")
-    command.add_argument("--png", action="store_true", help="also write the curves as a picture (needs matplotlib)")
+    command.add_argument(
+        "--png", action="store_true", help="also write the curves as a picture (needs matplotlib; not with --live)"
+    )
     command.add_argument(
         "--live",
         action="store_true",
@@ -219,6 +221,8 @@ def run_report(options: argparse.Namespace) -> None:
     """Write the report about one or several runs, with --live until they have ended."""
     from minilm.commands.report import write_live_report, write_report
 
+    if options.live and options.png:
+        raise ValueError("--live and --png exclude each other: write the picture when the runs have ended")
     if options.live:
         with interrupt_on_signals():
             for number, (path, runs) in enumerate(write_live_report(options.folders, options.output)):

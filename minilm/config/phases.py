@@ -25,7 +25,7 @@ class Phase:
     mask_rate: float | None = None
     """objective.rate from there on, for masked LM. It stays constant, so that objective.final_rate has no effect."""
     weights: tuple[float, ...] = ()
-    """data.weights from there on: how often an epoch sees the training documents of each source."""
+    """data.weights from there on. They cannot change in a stream of several windows."""
 
     def __post_init__(self) -> None:
         check(

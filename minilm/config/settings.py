@@ -22,12 +22,13 @@ class Data:
     """Where the documents come from."""
 
     source: str | tuple[str, ...] = "pydocs"
-    """Where the documents are: pydocs (Python's documentation), a file, folder or glob (.txt .jsonl .csv .tsv .conll
-    .parquet .arrow .mds .tar, or .gz of these), a folder written by save_to_disk or minilm tokenize, or a hub dataset
-    id. Several are read one after the other."""
+    """Where the documents are: pydocs (Python's documentation), a file, folder or glob (.txt .json .jsonl .csv .tsv
+    .conll .iob .bio .parquet .arrow .mds .tar, or .gz of these), a folder written by save_to_disk or minilm tokenize,
+    or a hub dataset id. Several are read one after the other."""
     weights: tuple[float, ...] = ()
     """How often an epoch sees the training documents of each source: 2 means twice, 0.5 means a random half of them.
-    Default: 1 for each source."""
+    Default: 1 for each source. In tokenised shards, and in a stream of several windows, the weights are the shares of
+    the sources in the tokens of a window."""
     config: str | None = None
     """Configuration of a hub dataset, such as wikitext-2-raw-v1."""
     split: str = "train"
@@ -64,8 +65,8 @@ class Data:
     """Encode the documents while they are read, and store only their tokens. A hash of its text then decides whether a
     document is held out."""
     max_tokens: int | None = None
-    """Tokens to train on, in place of epochs or in addition to run.max_steps. minilm sets run.max_steps by the mean of
-    a step, in a stream of several windows by that of the first million tokens."""
+    """Tokens to train on, in place of epochs or in addition to run.max_steps. minilm divides it by the mean tokens of a
+    step to get run.max_steps. In a stream of several windows, the first million tokens give that mean."""
     window_tokens: int = 16_000_000
     """With streaming, the tokens of a window. A run trains on one window while it encodes the next. More text than a
     window needs run.max_steps or max_tokens, and the order is then random within a window and over files."""
@@ -221,7 +222,7 @@ class Optim:
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
     """Shape of the decay of wsd. 1-sqrt falls fast at first."""
     final_lr: float = 0.0
-    """Rate at which a decay ends one step after the last, as a share of lr. inverse-sqrt never falls below it."""
+    """Final rate as a share of lr. The last step is one step short of it. inverse-sqrt never falls below it."""
     weight_decay: float = 0.01
     """Decoupled weight decay of weight matrices and embeddings. Vectors, biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -311,7 +312,8 @@ class Run:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the matrix products; weights stay fp32. auto measures which is fast on this hardware."""
     compile: bool = False
-    """Fuse layers and loss with torch.compile, on a GPU: faster steps after about 20 seconds. Needs a C compiler."""
+    """Fuse layers and loss with torch.compile, on a GPU. The first steps take longer, since they compile. Needs a C
+    compiler."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over processes. bf16 halves the traffic and rounds the sums."""
     deterministic: bool = False

@@ -386,6 +386,7 @@ def test_what_is_wrong_with_the_command_is_one_line(run, tmp_path):
         ([good, "--output", str(tmp_path / "mine.html")], "is not a report: choose another name"),
         ([good, "--output", str(tmp_path / "no" / "a.html")], "cannot be written"),
         ([good, "--live", "--output", str(tmp_path / "no" / "a.html")], "cannot be written"),
+        ([good, "--live", "--png"], "--live and --png exclude each other"),
     ):
         status, output, error = run("report", *words)
         assert (status, output, len(error)) == (2, [], 1)

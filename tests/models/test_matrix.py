@@ -119,7 +119,7 @@ def test_the_table_counts_the_shortcuts_that_a_head_can_use() -> None:
     assert cells[""] == ["masked LM", "token classification"]
     assert cells["types in transformers"] == ["3", "1"]
     assert cells["built at a tiny size"] == ["2", "1"]
-    assert cells["loss and gradients those of each row read alone by the plain model"] == ["2", "0"]
+    assert cells["same loss and gradients as the plain model on single rows"] == ["2", "0"]
     assert cells["the same with special ids in and around the texts"] == ["1", "0"]
     assert cells["head at the targets alone"] == cells["packed, without padding"] == ["2", "1"]
     assert cells["loss in parts, without all logits in memory"] == ["2", "–"]

@@ -109,7 +109,7 @@ def _stream_split(data: Data, source: str, split: str) -> TextStream:
         return _stream_tokens(source, split)
     files = list_files(source)
     commit = None if files else fetch_revision(source)
-    # Names and times of files are left out, because a copy of a file has the same texts.
+    # Names of files are left out, because a copy of a file has the same texts.
     fingerprints = zip(map(get_full_ending, files), fingerprint_files(files), strict=True)
     # The library decides how a dataset on the hub is divided into files and groups of rows.
     origin: list[Any] = [*fingerprints] or [source, commit, data.config, datasets.__version__]

@@ -111,7 +111,7 @@ class FileTable:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
         if self.kind == "mds":
             mds_files.check_shards(files)
-        # Names and times of files are left out, because a copy of a file has the same rows.
+        # Names of files are left out, because a copy of a file has the same rows.
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:

@@ -23,8 +23,8 @@ class Data:
 
     source: str | tuple[str, ...] = "pydocs"
     """Where the documents are: pydocs (Python's documentation), a file, folder or glob (.txt .json .jsonl .csv .tsv
-    .conll .iob .bio .parquet .arrow .mds .tar, or .gz of these), a folder written by save_to_disk or minilm tokenize,
-    or a hub dataset id. Several are read one after the other."""
+    .conll .iob .bio .parquet .arrow .mds .tar, or .gz of these), a folder of save_to_disk or minilm tokenize, or a hub
+    dataset id. Several are read in turn."""
     weights: tuple[float, ...] = ()
     """How often an epoch sees the training documents of each source: 2 means twice, 0.5 means a random half of them.
     Default: 1 for each source. In tokenised shards, and in a stream of several windows, the weights are the shares of

@@ -20,6 +20,7 @@ from minilm.config import Data
 from minilm.data.columnar_files import describe_damage
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file
+from minilm.data.hub_datasets import load_from_hub
 from minilm.data.memory import MemoryDocuments
 from minilm.data.rows import BlankPolicy, RowTable, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
@@ -182,7 +183,7 @@ def open_table(
         return FileTable(files, data), split
     if streaming and not is_local_path(source):
         assert sliced is not None
-        rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
+        rows = _load(source, name=data.config, split=sliced[1], revision=revision, streaming=True)
         start, stop = int(sliced[2] or 0), sliced[3]
         if start and not stop:
             raise ValueError(
@@ -192,7 +193,7 @@ def open_table(
         rows = rows.skip(start) if start else rows
         return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
     cached = use_cache_if_offline(source, "dataset")
-    rows = _load(source, os.path.expanduser(source), name=data.config, split=split)
+    rows = _load(source, name=data.config, split=split)
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
     # The fingerprint of a saved dataset does not change when its files do.
@@ -287,13 +288,13 @@ def _describe_bad_split(split: str) -> str:
     return f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
 
 
-def _load(source: str, path: str, **options: Any) -> Any:
+def _load(source: str, *, name: str | None, split: str, revision: str | None = None, streaming: bool = False) -> Any:
     """Load a saved dataset or a dataset on the hub with the datasets library. Raise ValueError in one line."""
-    split = str(options["split"])
+    path = os.path.expanduser(source)
     try:
         if os.path.isdir(path):
             return _load_saved(path, split)
-        return datasets.load_dataset(path, **options)
+        return load_from_hub(path, name=name, split=split, revision=revision, streaming=streaming)
     except Exception as error:
         # The library raises errors of many types.
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)

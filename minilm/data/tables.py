@@ -265,6 +265,11 @@ class DatasetTable:
         with self._explain_errors():
             part = self.rows.shard(self.part_count, number).reshard()
             groups = part.num_shards
+        if 0 < groups <= first:
+            raise ValueError(
+                f"{where(start)}: the file has only {groups} groups of rows, so it is not the one that was read before; "
+                "start again"
+            )
         for group in range(first, groups):
             rows = part.shard(groups, group)
             if group == first and skipped:

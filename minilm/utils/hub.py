@@ -111,8 +111,8 @@ def describe_loading_error(error: BaseException, kind: str = "model") -> str:
         return f"there is no such file or folder here and no such {kind} on the hub; if it is private, {LOGIN_HINT}"
     if caused_by(ConnectionError, LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
-            return "it is neither here nor in the cache, and HF_HUB_OFFLINE forbids the hub: unset it, or give a folder"
-        return "it is neither here nor in the cache, and the hub cannot be reached: check the network, or give a folder"
+            return "HF_HUB_OFFLINE forbids the hub, and no copy in the cache can be used: unset it, or give a folder"
+        return "the hub cannot be reached, and no copy in the cache can be used: check the network, or give a folder"
     if "trust_remote_code" in message:
         return "it comes with its own code, which minilm never runs: choose a model that transformers itself has"
     if "should have a `model_type` key" in message.lower():

@@ -156,6 +156,29 @@ def test_a_run_on_a_hub_makes_the_steps_of_a_run_on_its_files_and_resumes_after_
     assert {commit for commit, _ in hub.read} == {COMMITS[0]}
 
 
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_a_stream_never_reads_a_copy_of_the_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert _python(f"import datasets; datasets.load_dataset({NAME!r}, split='train')").returncode == 0
+    # The copy has no groups of rows, so that a place in the third group of a file is not in it.
+    read = f"""
+from minilm import Data
+from minilm.data.shards import open_shards
+shards = open_shards(Data(source={NAME!r}, streaming=True), {NAME!r}, {COMMITS[0]!r})
+print(sum(len(batch.texts) for shard in shards for batch in shard.read((2 * 2**32, 0))))
+"""
+    assert _python(read).stdout.strip() == str(3 * (90 - 32))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = _python(read)
+    assert result.stdout == ""
+    assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in result.stderr
+
+
 def test_a_dataset_of_a_hub_is_tokenised_like_its_files(
     hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

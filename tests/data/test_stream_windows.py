@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
-from huggingface_hub import HfApi
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -35,6 +33,7 @@ from minilm.data.streaming import stream_documents
 from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
 from minilm.data.window_index import restore_index
 from minilm.utils.cache import CacheError, get_cache_folder
+from tests.fake_hub import replace_hub
 from tests.file_writers import write_mds, write_tar_of_texts
 
 # Three files of different sizes, with blank lines and letters of several bytes.
@@ -176,8 +175,7 @@ def test_the_windows_do_not_depend_on_the_format(
         rows = datasets.load_dataset(
             "parquet", data_files=[*_write(tmp_path / "a", "parquet")], split="train", streaming=True
         )
-        monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
-        monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+        replace_hub(monkeypatch, lambda path, **options: rows)
         sources = "some/rows", _write(tmp_path / "txt", "txt")
     elif ending == "saved":
         # A saved dataset is one shard.

@@ -7,14 +7,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Batch, Config, Data, Run, Tokens
@@ -24,6 +22,7 @@ from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.shards import START, TextShard, open_shards
 from minilm.data.streaming import TextStream, stream_documents
 from minilm.objectives.masked_lm import MaskedLMObjective
+from tests.fake_hub import COMMIT, replace_hub
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(25)]
 LINES = "\n".join([*TEXTS[:9], " ", *TEXTS[9:]]).encode()
@@ -163,8 +162,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
         return IterableDataset.from_generator(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     return read
 
 
@@ -190,8 +188,7 @@ def test_several_small_hub_streams_are_read_to_the_end(monkeypatch: pytest.Monke
         rows = Dataset.from_dict({"text": [f"{path} {number}" for number in range(300)]})
         return rows.to_iterable_dataset(num_shards=3)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     config = Config(
         data=Data(source=("some/a", "some/b"), weights=(1, 0.5), streaming=True, eval_fraction=0.1),
         tokens=Tokens(kind="characters"),
@@ -213,8 +210,7 @@ def test_a_task_of_glue_is_streamed_with_its_own_column_and_evaluation(monkeypat
         texts = [f"{options['split']} text {number} of the task" for number in range(100)]
         return Dataset.from_dict({"sentence": texts, "label": [0] * 100}).to_iterable_dataset()
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     config = Config(
         data=Data(source="nyu-mll/glue", config="sst2", streaming=True), tokens=Tokens(vocab_size=300), batch=Batch()
     )
@@ -229,7 +225,7 @@ def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_r
 ) -> None:
     files = [_write(tmp_path, "a.csv", _csv(25_000, "7")), _write(tmp_path, "b.csv", _csv(25_000, "seven"))]
     rows = datasets.load_dataset("csv", data_files=files, split="train", streaming=True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
+    replace_hub(monkeypatch, lambda path, **options: rows)
     shards = open_shards(Data(source="some/rows", streaming=True), "some/rows", "abc")
     assert len(shards) == 2
     texts = [f"row {number}" for number in range(25_000)]
@@ -238,6 +234,17 @@ def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_r
         assert [text for batch in shard.read(START) for text in batch.texts] == texts
         place = [place for batch in shard.read(START) for place in batch.places][1234]
         assert [text for batch in shard.read(place) for text in batch.texts] == texts[1234:]
+
+
+def test_a_place_in_a_group_of_rows_that_a_file_no_longer_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _write(tmp_path, "a.parquet", _parquet())
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+    replace_hub(monkeypatch, lambda path, **options: rows)
+    (shard,) = open_shards(Data(source="some/rows", streaming=True), "some/rows", COMMIT)
+    with pytest.raises(ValueError, match=r"^some/rows, row group 99, row 0: the file has only \d+ groups of rows"):
+        next(iter(shard.read((99 * 2**32, 0))))
 
 
 def _csv(rows: int, number: str) -> bytes:
@@ -264,8 +271,7 @@ def test_a_hub_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, 
             raise ConnectionError("the connection was\nreset")
         return IterableDataset.from_generator(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     with pytest.raises(ValueError, match=r"^data source some/rows: [^\n]+\Z"):
         _texts(stream_documents(Data(source="some/rows", streaming=True, eval_fraction=0.1))[0])
 

@@ -80,7 +80,7 @@ def read_class_names(path: str, column: Column) -> tuple[str, ...]:
 
 def find_class_names(features: Features, column: Column) -> tuple[str, ...]:
     """Return the names of the classes in a column of ClassLabels or of lists of them; empty for other columns."""
-    outer = next((name for name in column.outer_names() if name in features), None)
+    outer = column.find_outer(features)
     if outer is None:
         return ()
     feature, rest = features[outer], column.name[len(outer) + 1 :].split(".")
@@ -100,7 +100,7 @@ def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> l
     """
     outer = []
     for column in columns:
-        name = next((name for name in column.outer_names() if name in schema.names), None)
+        name = column.find_outer(schema.names)
         if name is None:
             raise column.missing_error(source, schema.names)
         if schema.names.count(name) > 1:

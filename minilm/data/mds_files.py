@@ -115,7 +115,7 @@ class _Shard:
         """
         wanted = []
         for column in columns:
-            name = next((name for name in column.outer_names() if name in self.names), None)
+            name = column.find_outer(self.names)
             if name is None:
                 raise column.missing_error(path, self.names)
             at = self.names.index(name)

@@ -290,10 +290,10 @@ class DatasetTable:
                     yield row, [column.get_cell({name: cell}, where(row)) for column, name, cell in named]
 
     def _find_outer_column(self, column: Column, batch: dict[str, Any]) -> str:
-        for name in column.outer_names():
-            if name in batch:
-                return name
-        raise column.missing_error(self.source, list(batch))
+        name = column.find_outer(batch)
+        if name is None:
+            raise column.missing_error(self.source, list(batch))
+        return name
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:

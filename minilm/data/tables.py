@@ -109,7 +109,7 @@ class FileTable:
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
         if self.kind == "mds":
-            mds_files.check_shards(files)
+            mds_files.check_shards(files, [source for source in (*data.sources, data.eval_source) if source])
         # Names and times of files are left out, because a copy of a file has the same rows.
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 

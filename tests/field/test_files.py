@@ -654,6 +654,34 @@ MDS = {
         texts("d", "a", "b", "c"),
         source="in",
     ),
+    "a folder that an index above it lists is missing": Situation(
+        {"in/a/s.mds": OTHER, "in/index.json": write_index({"a/s.mds": OTHER, "b/s.mds": SHARD})},
+        says="in/index.json: the shard b/s.mds is not in the folder; copy it there",
+        source="in",
+    ),
+    "a shard of another size than an index two folders above it says": Situation(
+        {"in/a/b/s.mds": OTHER, "in/index.json": write_index({"a/b/s.mds": SHARD})},
+        says=rf"in/a/b/s.mds: {len(OTHER)} bytes where index.json says {len(SHARD)}; copy the shard again",
+        source="in",
+    ),
+    "a folder whose shards the index above it does not list": Situation(
+        {"in/s.mds": OTHER, "in/a/s.mds": SHARD, "in/index.json": write_index({"s.mds": OTHER})},
+        says="in/a/s.mds: index.json does not list the shard; remove it",
+        source="in",
+    ),
+    "a folder with an index of its own, which the one above it does not list": Situation(
+        {
+            "in/s.mds": OTHER,
+            "in/index.json": write_index({"s.mds": OTHER}),
+            "in/z/s.mds": SHARD,
+            "in/z/index.json": write_index({"s.mds": SHARD}),
+        },
+        texts("d", "a", "b", "c"),
+        source="in",
+    ),
+    "an index above the source": Situation(
+        {"in/a/s.mds": OTHER, "in/index.json": write_index({"b/s.mds": SHARD})}, texts("d"), source="in/a"
+    ),
     "no index": Situation({"a.mds": SHARD}, texts("a", "b", "c")),
     "no rows, beside a shard with rows": Situation(
         {"in/a.mds": write_mds([], STR), "in/b.mds": OTHER}, texts("d"), source="in"

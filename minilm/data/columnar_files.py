@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pyarrow import parquet
 
 from minilm.data.columns import Column
 from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind
+from minilm.utils.unpacking import unpack
 
 # Number of rows that are converted to Python objects at a time.
 BATCH_ROWS = 1000
@@ -225,10 +224,7 @@ def _open(path: str) -> Iterator[_Parquet | _Arrow]:
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
             yield kind(file)
         return
-    with tempfile.TemporaryFile() as unpacked:
-        with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, unpacked)
-        unpacked.seek(0)
+    with gzip.open(path) as packed, unpack(packed, path) as unpacked:
         yield kind(pyarrow.PythonFile(unpacked, "r"))
 
 

@@ -9,11 +9,9 @@ import io
 import itertools
 import json
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +22,7 @@ import pyarrow
 from minilm.data.columns import Column
 from minilm.data.json_files import JsonParser
 from minilm.utils.local_files import SHARD_INDEX
+from minilm.utils.unpacking import unpack
 
 # Number of rows whose places are read at a time.
 _BLOCK_ROWS = 1000
@@ -225,10 +224,10 @@ def _open_shard(path: str) -> Iterator[IO[bytes]]:
         return
     if ending not in _CODECS:
         raise ValueError(f"{path}: minilm does not unpack {ending}; write the shards with zstd, or without compression")
-    with tempfile.TemporaryFile() as unpacked:
+    with ExitStack() as stack:
         try:
             with pyarrow.CompressedInputStream(pyarrow.OSFile(path), _CODECS[ending]) as packed:
-                shutil.copyfileobj(packed, unpacked)
+                unpacked = stack.enter_context(unpack(packed, path))
         except (OSError, pyarrow.ArrowException) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"{path}: cannot be unpacked; copy the shard again ({why})") from error

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from minilm.data.sources import build_columns, fingerprint_sources, load_rows, s
 from minilm.data.streaming import stream_documents
 from minilm.objectives.factory import prepare_data
 from minilm.train import train
+from minilm.utils.cache import CacheError
 from tests.file_writers import write_index, write_mds, write_tar, write_tar_of_texts
 
 pytestmark = pytest.mark.scorecard(31)
@@ -1204,6 +1206,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     path.write_text("b\n" * 3000)
     with pytest.raises(ValueError, match=r"a\.txt: the file changed while it was read; start again"):
         list(batches)
+
+
+@pytest.mark.parametrize("name", ["a.mds.zstd", "a.mds.gz", "a.parquet.gz"])
+def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = as_parquet(pyarrow.table({"text": ["a", "b", "c"]}))
+    content = {"a.mds.zstd": ZSTD, "a.mds.gz": packed("gzip", SHARD), "a.parquet.gz": packed("gzip", table)}[name]
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
+    says = rf"^the disk is full while \S+/{name} is unpacked in \S+: free some space there, or set TMPDIR [^\n]+\Z"
+    with pytest.raises(CacheError, match=says):
+        [*stream_rows(Data(source=str(tmp_path / name)), str(tmp_path / name), "train")]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.mds", "a.mds.zstd", "a.tar"])

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, LargeList, List
 from pyarrow import parquet
 
 from minilm.data.columns import Column
-from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind
+from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind, is_gzip
 from minilm.utils.unpacking import unpack
 
 # Number of rows that are converted to Python objects at a time.
@@ -220,7 +220,7 @@ def _skip_rows(batches: Iterable[Any], count: int) -> Iterator[Any]:
 def _open(path: str) -> Iterator[_Parquet | _Arrow]:
     """Open a file. If its name ends in .gz, unpack it into a temporary file first."""
     kind = _Parquet if get_file_kind(path) == "parquet" else _Arrow
-    if not path.endswith(".gz"):
+    if not is_gzip(path):
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
             yield kind(file)
         return

@@ -217,7 +217,7 @@ def _decode(content: bytes, encoding: str, parser: JsonParser, where: str) -> An
 @contextmanager
 def _open_shard(path: str) -> Iterator[IO[bytes]]:
     """Open a shard. If it is compressed, unpack it into a temporary file first."""
-    ending = Path(path).suffix
+    ending = Path(path).suffix.lower()
     if ending == ".mds":
         with open(path, "rb") as file:
             yield file

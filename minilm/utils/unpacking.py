@@ -25,6 +25,6 @@ def unpack(packed: Any, path: str) -> Iterator[IO[bytes]]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CacheError(
-            f"the disk is full while {path} is unpacked in {tempfile.gettempdir()}: free some space there, or set TMPDIR "
-            "to a folder on another disk"
+            f"the disk is full while {path} is unpacked in {tempfile.gettempdir()}: free some space there, or set "
+            "TMPDIR to a folder on another disk"
         ) from error

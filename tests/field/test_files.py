@@ -579,6 +579,9 @@ COLUMNAR = {
         source="in",
     ),
     "gzip": Situation({"a.parquet.gz": gzip.compress(as_parquet(COLUMNS))}, texts("a", "b", "c")),
+    "gzip with a name in capitals": Situation(
+        {"A.PARQUET.GZ": gzip.compress(as_parquet(COLUMNS))}, texts("a", "b", "c")
+    ),
 }
 TEXT = {
     "a byte-order mark in a line, and two at the beginning": Situation(
@@ -603,6 +606,7 @@ TEXT = {
     "UTF-16": Situation(
         {"a.txt": "a\nb\n".encode("utf-16-be").join([b"\xfe\xff", b""])}, says="a.txt, line 1: the file is UTF-16"
     ),
+    "gzip with a name in capitals": Situation({"A.TXT.GZ": gzip.compress(b"a\nb\n")}, texts("a", "b")),
     "CR LF": Situation({"a.txt": "a\r\nb\r\n"}, texts("a", "b")),
     "CR alone": Situation({"a.txt": "a\rb\r"}, texts("a", "b")),
     "a CR inside a line": Situation({"a.txt": "a\rb\nc\n"}, texts("a\rb", "c")),
@@ -692,6 +696,12 @@ MDS = {
         f"compressed with {codec}": Situation({f"shard.00000.mds.{ending}": packed(codec, SHARD)}, texts("a", "b", "c"))
         for ending, codec in (("zstd", "zstd"), ("gz", "gzip"), ("bz2", "bz2"), ("br", "brotli"))
     },
+    "a name in capitals": Situation({"A.MDS": SHARD}, texts("a", "b", "c")),
+    "names in capitals, some compressed": Situation(
+        {"in/a.mds": OTHER, "in/b.MDS.ZSTD": ZSTD, "in/c.mds.GZ": packed("gzip", OTHER)},
+        texts("d", "a", "b", "c", "d"),
+        source="in",
+    ),
     "compressed, with an index": Situation(
         {"in/shard.00000.mds.zstd": ZSTD, "in/index.json": ZSTD_INDEX}, texts("a", "b", "c"), source="in"
     ),
@@ -1213,7 +1223,7 @@ def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, name: str, m
     table = as_parquet(pyarrow.table({"text": ["a", "b", "c"]}))
     content = {"a.mds.zstd": ZSTD, "a.mds.gz": packed("gzip", SHARD), "a.parquet.gz": packed("gzip", table)}[name]
     (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "w+b"))
     says = rf"^the disk is full while \S+/{name} is unpacked in \S+: free some space there, or set TMPDIR [^\n]+\Z"
     with pytest.raises(CacheError, match=says):
         [*stream_rows(Data(source=str(tmp_path / name)), str(tmp_path / name), "train")]

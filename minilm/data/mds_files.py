@@ -64,12 +64,12 @@ def check_shards(files: Sequence[str], sources: Sequence[str]) -> None:
 
 def _find_indices(folders: Collection[Path], sources: Collection[Path]) -> list[Path]:
     """Return the indices in these folders, and in the folders above each, up to the source that holds it."""
-    found = set[Path]()
+    indices = set[Path]()
     for folder in folders:
         above = [folder, *folder.parents]
         count = max((above.index(source) + 1 for source in sources if source in above), default=1)
-        found.update(parent / SHARD_INDEX for parent in above[:count])
-    return sorted(index for index in found if index.exists())
+        indices.update(parent / SHARD_INDEX for parent in above[:count])
+    return sorted(index for index in indices if index.exists())
 
 
 def _read_index(path: str) -> list[dict[str, int]]:
@@ -167,8 +167,8 @@ class _Shard:
         count = self.sizes.count(0)
         if len(content) < 4 * count:
             return None
-        stated = iter(struct.unpack_from(f"<{count}I", content))
-        ends = [*itertools.accumulate((size or next(stated) for size in self.sizes), initial=4 * count)]
+        cell_sizes = iter(struct.unpack_from(f"<{count}I", content))
+        ends = [*itertools.accumulate((size or next(cell_sizes) for size in self.sizes), initial=4 * count)]
         return [content[a:b] for a, b in itertools.pairwise(ends)] if ends[-1] == len(content) else None
 
 

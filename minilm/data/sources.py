@@ -203,7 +203,7 @@ def open_table(
         rows = rows.skip(start) if start else rows
         return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
     cached = use_cache_if_offline(source, "dataset")
-    rows = _load(source, columns, name=data.config, split=split)
+    rows = _load(source, columns, name=data.config, split=split, revision=_pinned.get().get(source))
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
     # The fingerprint of a saved dataset does not change when its files do.
@@ -259,7 +259,7 @@ def list_files(source: str) -> list[str]:
 
 @contextmanager
 def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
-    """In the block, let `fetch_revision` return these commits, by source, in place of the newest ones."""
+    """In the block, read these commits of datasets on the hub, by source, in place of the newest ones."""
     before = _pinned.set(revisions)
     try:
         yield
@@ -267,8 +267,23 @@ def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
         _pinned.reset(before)
 
 
+def fetch_revisions(data: Data) -> dict[str, str]:
+    """Return the commit of each source that is a dataset on the hub, as `fetch_revision` does.
+
+    A source about which the hub does not answer is left out. Only the cache may have it, in which copies have no commit
+    that could be chosen.
+    """
+    revisions = dict[str, str]()
+    for source in dict.fromkeys((*data.sources, data.eval_source)):
+        # Reading a source that does not exist raises an error that says more.
+        with suppress(ValueError, OSError):
+            if source is not None and _is_on_hub(source):
+                revisions[source] = fetch_revision(source)
+    return revisions
+
+
 def fetch_revision(source: str) -> str:
-    """Return the newest commit of a dataset on the hub. Raise ValueError if the hub does not answer."""
+    """Return the pinned commit of a dataset on the hub, or else its newest. Raise ValueError if the hub is silent."""
     if source in _pinned.get():
         return _pinned.get()[source]
     try:

@@ -241,9 +241,9 @@ class StreamWindows:
         return WindowIndex(self.key)
 
     def export_index(self) -> dict[str, Any]:
-        """Return all that this process or the cache knows of the windows, for `restore_index`, and the revisions."""
+        """Return all that this process or the cache knows of the windows, for `restore_index`."""
         starts = max(self._starts[1:], self.index.read(), key=len)
-        return {**self.index.export(starts), "revisions": dict(self.revisions)}
+        return self.index.export(starts)
 
     def _read_starts(self) -> list[WindowStart]:
         """Return the starts of the windows that the index knows."""

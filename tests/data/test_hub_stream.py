@@ -206,6 +206,22 @@ def test_all_processes_read_the_commit_that_run_json_records(
     assert recorded == {NAME: {"revision": COMMITS[0]}}
 
 
+def test_a_commit_that_the_hub_no_longer_has_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(NAME, tmp_path / "out")
+    assert _finish(config, tmp_path / "first", monkeypatch)[0] == 0
+    hub.commit = COMMITS[1]
+    hub.gone.add(COMMITS[0])
+    resumed = replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-8")))
+    status, error = _finish(resumed, tmp_path / "elsewhere", monkeypatch)
+    assert status == 2
+    assert error == (
+        f"error: data source {NAME}: the hub no longer has the commit {COMMITS[0]} with which this began: start again "
+        "without run.resume, or with another output folder"
+    )
+
+
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -330,6 +330,22 @@ def test_a_resume_warns_if_auto_chooses_another_precision(precisions, says, toke
     assert all(re.search(says, message) for message in caplog.messages)
 
 
+def test_a_refusal_of_other_examples_names_the_libraries_that_made_them(tokenizer, tmp_path):
+    saver = saver_in(tmp_path, tokenizer)
+    saver.inputs = {**INPUTS, "versions": {"torch": "2.13.0", "datasets": "5.1.0"}}
+    save(saver, 1)
+    checkpoint = find_checkpoint("latest", tmp_path)
+    for part, says in (
+        ("training examples", "datasets was 5.1.0, is 5.2.0; "),
+        ("tokenizer", "the tokenizer has chan"),
+    ):
+        now = {**INPUTS, part: {"examples": 4}, "versions": {"torch": "2.14.0", "datasets": "5.2.0"}}
+        with pytest.raises(ValueError, match=says) as refusal:
+            resume(checkpoint, saver.config, now, 9, saver.network, saver.optimizer, precision="fp32")
+        assert "torch" not in str(refusal.value)
+        assert ("datasets" in str(refusal.value)) == (part == "training examples")
+
+
 def test_the_commits_of_datasets_on_the_hub_are_kept(tokenizer, tmp_path):
     saver = saver_in(tmp_path, tokenizer)
     saver.revisions = {"me/texts": "abc"}

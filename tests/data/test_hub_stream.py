@@ -272,3 +272,23 @@ def test_a_dataset_of_a_hub_is_tokenised_like_its_files(hub: Hub, tmp_path: Path
     for piece in pieces:
         other = tmp_path / "remote" / piece.relative_to(tmp_path / "local")
         assert other.read_bytes() == piece.read_bytes(), piece
+
+
+def test_a_dataset_of_a_hub_is_tokenised_to_the_end_at_the_commit_with_which_it_began(
+    hub: Hub, tmp_path: Path, tokenize: Any
+) -> None:
+    assert tokenize(NAME, "whole").returncode == 0
+    hub.left = len(hub.read) * 3 // 4
+    assert tokenize(NAME, "remote").returncode != 0
+    assert (tmp_path / "remote" / "settings.json").exists()
+    hub.left, hub.commit = 10**9, COMMITS[1]
+    upgrade = "import datasets\ndatasets.__version__ = '99.0'"
+    refused = tokenize(NAME, "remote", first=upgrade)
+    assert refused.returncode != 0
+    assert re.search(r"begun with other values of documents, datasets \(\S+, now 99\.0\): choose", refused.stderr)
+    result = tokenize(NAME, "remote")
+    assert result.returncode == 0, result.stderr
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
+    for piece in sorted((tmp_path / "whole").glob("tokens-*/*.npy")):
+        other = tmp_path / "remote" / piece.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == piece.read_bytes(), piece

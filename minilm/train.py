@@ -204,7 +204,15 @@ def train(
         recorder, facts = start_recorder(run, head, plan, total, progress)
         ledger = start_train_ledger(run.folder, config, accelerator, prepared, plan, progress.step)
         saver = CheckpointSaver(
-            run.folder, network, optim, prepared.tokenizer, config, inputs, main=main, stream=prepared.stream
+            run.folder,
+            network,
+            optim,
+            prepared.tokenizer,
+            config,
+            inputs,
+            main=main,
+            stream=prepared.stream,
+            revisions=run.revisions,
         )
 
         # Loop: one update for each step. A resumed run that had already run out of patience makes no more steps.

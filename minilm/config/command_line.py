@@ -167,7 +167,7 @@ def _take_fields(default: Config, words: Sequence[str]) -> tuple[Config, list[st
         word = queue.pop(0)
         check(
             word.split("=")[0] != "--model.config",
-            "--model.config is no flag by itself, since each field has its own: type --model.config.FIELD VALUE",
+            "--model.config is not a flag by itself, since each field has its own: type --model.config.FIELD VALUE",
         )
         name, *values = word.removeprefix(start).split("=", 1)
         field = name.replace("-", "_")

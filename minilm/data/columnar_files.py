@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from datasets import ClassLabel, Features, LargeList, List
 from pyarrow import parquet
 
 from minilm.data.columns import Column
-from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind
+from minilm.utils.local_files import PERMISSION_DENIED, get_file_kind, is_gzip
+from minilm.utils.unpacking import unpack
 
 # Number of rows that are converted to Python objects at a time.
 BATCH_ROWS = 1000
@@ -80,7 +79,7 @@ def read_class_names(path: str, column: Column) -> tuple[str, ...]:
 
 def find_class_names(features: Features, column: Column) -> tuple[str, ...]:
     """Return the names of the classes in a column of ClassLabels or of lists of them; empty for other columns."""
-    outer = next((name for name in column.outer_names() if name in features), None)
+    outer = column.find_outer(features)
     if outer is None:
         return ()
     feature, rest = features[outer], column.name[len(outer) + 1 :].split(".")
@@ -100,7 +99,7 @@ def find_outer_columns(columns: Sequence[Column], schema: Any, source: str) -> l
     """
     outer = []
     for column in columns:
-        name = next((name for name in column.outer_names() if name in schema.names), None)
+        name = column.find_outer(schema.names)
         if name is None:
             raise column.missing_error(source, schema.names)
         if schema.names.count(name) > 1:
@@ -221,14 +220,11 @@ def _skip_rows(batches: Iterable[Any], count: int) -> Iterator[Any]:
 def _open(path: str) -> Iterator[_Parquet | _Arrow]:
     """Open a file. If its name ends in .gz, unpack it into a temporary file first."""
     kind = _Parquet if get_file_kind(path) == "parquet" else _Arrow
-    if not path.endswith(".gz"):
+    if not is_gzip(path):
         with pyarrow.memory_map(path) if kind is _Arrow else open(path, "rb") as file:
             yield kind(file)
         return
-    with tempfile.TemporaryFile() as unpacked:
-        with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, unpacked)
-        unpacked.seek(0)
+    with gzip.open(path) as packed, unpack(packed, path) as unpacked:
         yield kind(pyarrow.PythonFile(unpacked, "r"))
 
 

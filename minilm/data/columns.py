@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +51,10 @@ class Column:
         """Return the columns that can hold this one, in order of preference: for `a.b`, these are `a.b` and `a`."""
         parts = self.name.split(".")
         return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+    def find_outer(self, names: Collection[str]) -> str | None:
+        """Return the name, of these, of the column that is or contains this one, or None if there is none."""
+        return next((name for name in self.outer_names() if name in names), None)
 
     def get_cell(self, row: Mapping[str, Any], where: str) -> Any:
         """Return the cell of this column in a row.

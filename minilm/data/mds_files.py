@@ -9,11 +9,9 @@ import io
 import itertools
 import json
 import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +22,7 @@ import pyarrow
 from minilm.data.columns import Column
 from minilm.data.json_files import JsonParser
 from minilm.utils.local_files import SHARD_INDEX
+from minilm.utils.unpacking import unpack
 
 # Number of rows whose places are read at a time.
 _BLOCK_ROWS = 1000
@@ -38,25 +37,39 @@ _NUMBERS = {"int": "<i8"} | {
 }
 
 
-def check_shards(files: Sequence[str]) -> None:
-    """Raise ValueError unless each shard is as `index.json` beside it says, and all shards of that index are there."""
-    for folder in sorted({os.path.dirname(file) for file in files}):
-        index = os.path.join(folder, SHARD_INDEX)
-        if not os.path.exists(index):
-            continue
-        shards = _read_index(index)
-        for sizes in shards:
-            if not any(os.path.exists(os.path.join(folder, name)) for name in sizes):
+def check_shards(files: Sequence[str], sources: Sequence[str]) -> None:
+    """Raise ValueError unless each shard is as an `index.json` says, and all shards of that index are there.
+
+    sources: the data sources, of which folders matter. The index of a shard is in its folder or in one above it, up to
+    the folder that is the source. A shard without any index is not checked.
+    """
+    paths = [Path(file) for file in files]
+    indices = _find_indices({path.parent for path in paths}, [Path(os.path.expanduser(source)) for source in sources])
+    right_sizes: dict[Path, set[int]] = {}
+    for index in indices:
+        for sizes in _read_index(str(index)):
+            if not any((index.parent / name).exists() for name in sizes):
                 raise ValueError(f"{index}: the shard {min(sizes)} is not in the folder; copy it there")
-        listed = {name: size for sizes in shards for name, size in sizes.items()}
-        for file in files:
-            if os.path.dirname(file) != folder:
-                continue
-            size, right = os.path.getsize(file), listed.get(os.path.basename(file))
-            if right is None:
-                raise ValueError(f"{file}: {SHARD_INDEX} does not list the shard; remove it, or write the index again")
-            if size != right:
-                raise ValueError(f"{file}: {size} bytes where {SHARD_INDEX} says {right}; copy the shard again")
+            for name, size in sizes.items():
+                right_sizes.setdefault(index.parent / name, set()).add(size)
+    for path in paths:
+        if path not in right_sizes and any(index.parent in path.parents for index in indices):
+            raise ValueError(f"{path}: {SHARD_INDEX} does not list the shard; remove it, or write the index again")
+        for size in right_sizes.get(path, ()):
+            if path.stat().st_size != size:
+                raise ValueError(
+                    f"{path}: {path.stat().st_size} bytes where {SHARD_INDEX} says {size}; copy the shard again"
+                )
+
+
+def _find_indices(folders: Collection[Path], sources: Collection[Path]) -> list[Path]:
+    """Return the indices in these folders, and in the folders above each, up to the source that holds it."""
+    indices = set[Path]()
+    for folder in folders:
+        above = [folder, *folder.parents]
+        count = max((above.index(source) + 1 for source in sources if source in above), default=1)
+        indices.update(parent / SHARD_INDEX for parent in above[:count])
+    return sorted(index for index in indices if index.exists())
 
 
 def _read_index(path: str) -> list[dict[str, int]]:
@@ -115,7 +128,7 @@ class _Shard:
         """
         wanted = []
         for column in columns:
-            name = next((name for name in column.outer_names() if name in self.names), None)
+            name = column.find_outer(self.names)
             if name is None:
                 raise column.missing_error(path, self.names)
             at = self.names.index(name)
@@ -154,8 +167,8 @@ class _Shard:
         count = self.sizes.count(0)
         if len(content) < 4 * count:
             return None
-        stated = iter(struct.unpack_from(f"<{count}I", content))
-        ends = [*itertools.accumulate((size or next(stated) for size in self.sizes), initial=4 * count)]
+        cell_sizes = iter(struct.unpack_from(f"<{count}I", content))
+        ends = [*itertools.accumulate((size or next(cell_sizes) for size in self.sizes), initial=4 * count)]
         return [content[a:b] for a, b in itertools.pairwise(ends)] if ends[-1] == len(content) else None
 
 
@@ -204,17 +217,17 @@ def _decode(content: bytes, encoding: str, parser: JsonParser, where: str) -> An
 @contextmanager
 def _open_shard(path: str) -> Iterator[IO[bytes]]:
     """Open a shard. If it is compressed, unpack it into a temporary file first."""
-    ending = Path(path).suffix
+    ending = Path(path).suffix.lower()
     if ending == ".mds":
         with open(path, "rb") as file:
             yield file
         return
     if ending not in _CODECS:
         raise ValueError(f"{path}: minilm does not unpack {ending}; write the shards with zstd, or without compression")
-    with tempfile.TemporaryFile() as unpacked:
+    with ExitStack() as stack:
         try:
             with pyarrow.CompressedInputStream(pyarrow.OSFile(path), _CODECS[ending]) as packed:
-                shutil.copyfileobj(packed, unpacked)
+                unpacked = stack.enter_context(unpack(packed, path))
         except (OSError, pyarrow.ArrowException) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"{path}: cannot be unpacked; copy the shard again ({why})") from error

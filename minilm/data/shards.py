@@ -180,9 +180,9 @@ def open_shards(data: Data, source: str, revision: str | None = None) -> Sequenc
     is_remote = not files and not is_local_path(source)
     if "[" in data.split and (files or is_remote):
         return ()
-    with quiet_datasets():
-        table, _ = open_table(data, source, data.split, streaming=True, revision=revision)
     (column,) = build_columns(data)[:1]
+    with quiet_datasets():
+        table, _ = open_table(data, source, data.split, [column], streaming=True, revision=revision)
     if isinstance(table, FileTable):
         return [TextShard(table, number, column, _stamp(file)) for number, file in enumerate(table.files)]
     assert isinstance(table, DatasetTable)

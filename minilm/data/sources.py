@@ -20,6 +20,7 @@ from minilm.config import Data
 from minilm.data.columnar_files import describe_damage
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_files
+from minilm.data.hub_datasets import load_from_hub
 from minilm.data.memory import MemoryDocuments
 from minilm.data.rows import BlankPolicy, RowTable, cache_rows, read_batches
 from minilm.data.tables import DatasetTable, FileTable, Table
@@ -154,7 +155,7 @@ def load_rows(
         assert memory is not None
         table, part = memory.open_table(source, columns), "train"
     else:
-        table, part = open_table(data, source, split)
+        table, part = open_table(data, source, split, columns)
     _warn_about_second_text(table, columns)
     return cache_rows(table, columns, source=source, split=part, blank=blank)
 
@@ -164,15 +165,25 @@ def stream_rows(data: Data, source: str, split: str, revision: str | None = None
 
     `split` may be a part such as `train[:5000]`, but not a part by percent.
     """
-    table, part = open_table(data, source, split, streaming=True, revision=revision)
-    for batch in read_batches(table, build_columns(data)[:1], split=part):
+    columns = build_columns(data)[:1]
+    table, part = open_table(data, source, split, columns, streaming=True, revision=revision)
+    for batch in read_batches(table, columns, split=part):
         yield batch["text"]
 
 
 def open_table(
-    data: Data, source: str, split: str, *, streaming: bool = False, revision: str | None = None
+    data: Data,
+    source: str,
+    split: str,
+    columns: Sequence[Column],
+    *,
+    streaming: bool = False,
+    revision: str | None = None,
 ) -> tuple[Table, str]:
-    """Return a table of a source's rows, and the part of the table to read, such as `train` or `train[:5000]`."""
+    """Return a table of a source's rows, and the part of the table to read, such as `train` or `train[:5000]`.
+
+    columns: the columns that will be read.
+    """
     # The name of a split, and the row numbers of a part such as `train[5:100]`.
     sliced = re.fullmatch(r"([^\[]+)(?:\[(\d*):(\d*)\])?", split)
     if streaming and sliced is None:
@@ -182,7 +193,7 @@ def open_table(
         return FileTable(files, data, streaming=streaming), split
     if streaming and not is_local_path(source):
         assert sliced is not None
-        rows = _load(source, source, name=data.config, split=sliced[1], revision=revision, streaming=True)
+        rows = _load(source, columns, name=data.config, split=sliced[1], revision=revision, streaming=True)
         start, stop = int(sliced[2] or 0), sliced[3]
         if start and not stop:
             raise ValueError(
@@ -192,7 +203,7 @@ def open_table(
         rows = rows.skip(start) if start else rows
         return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
     cached = use_cache_if_offline(source, "dataset")
-    rows = _load(source, os.path.expanduser(source), name=data.config, split=split)
+    rows = _load(source, columns, name=data.config, split=split, revision=_pinned.get().get(source))
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
     # The fingerprint of a saved dataset does not change when its files do.
@@ -249,7 +260,7 @@ def list_files(source: str) -> list[str]:
 
 @contextmanager
 def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
-    """In the block, let `fetch_revision` return these commits, by source, in place of the newest ones."""
+    """In the block, read these commits of datasets on the hub, by source, in place of the newest ones."""
     before = _pinned.set(revisions)
     try:
         yield
@@ -257,8 +268,23 @@ def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
         _pinned.reset(before)
 
 
+def fetch_revisions(data: Data) -> dict[str, str]:
+    """Return the commit of each source that is a dataset on the hub, as `fetch_revision` does.
+
+    A source about which the hub does not answer is left out. Only the cache may have it, in which copies have no commit
+    that could be chosen.
+    """
+    revisions = dict[str, str]()
+    for source in dict.fromkeys((*data.sources, data.eval_source)):
+        # Reading a source that does not exist raises an error that says more.
+        with suppress(ValueError, OSError):
+            if source is not None and _is_on_hub(source):
+                revisions[source] = fetch_revision(source)
+    return revisions
+
+
 def fetch_revision(source: str) -> str:
-    """Return the newest commit of a dataset on the hub. Raise ValueError if the hub does not answer."""
+    """Return the pinned commit of a dataset on the hub, or else its newest. Raise ValueError if the hub is silent."""
     if source in _pinned.get():
         return _pinned.get()[source]
     try:
@@ -288,13 +314,21 @@ def _describe_bad_split(split: str) -> str:
     return f"the split {split!r} is not written like train, train[:5000] or train[10%:90%]"
 
 
-def _load(source: str, path: str, **options: Any) -> Any:
+def _load(
+    source: str,
+    columns: Sequence[Column],
+    *,
+    name: str | None,
+    split: str,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Any:
     """Load a saved dataset or a dataset on the hub with the datasets library. Raise ValueError in one line."""
-    split = str(options["split"])
+    path = os.path.expanduser(source)
     try:
         if os.path.isdir(path):
             return _load_saved(path, split)
-        return datasets.load_dataset(path, **options)
+        return load_from_hub(path, columns, name=name, split=split, revision=revision, streaming=streaming)
     except Exception as error:
         # The library raises errors of many types.
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)

@@ -140,11 +140,11 @@ class StreamWindows:
     def start_of(self, number: int) -> WindowStart:
         """Return where a window begins. This encodes the windows before it that the index does not know."""
         while number >= len(self._starts):
-            found = self._read_starts()
-            if len(found) > len(self._starts):
-                self._starts[:] = found
+            starts = self._read_starts()
+            if len(starts) > len(self._starts):
+                self._starts[:] = starts
                 continue
-            if len(found) < len(self._starts):
+            if len(starts) < len(self._starts):
                 # The cache was emptied during the run.
                 self.index.write(self._starts[1:])
             self._open_entry(self._starts[-1])
@@ -241,9 +241,9 @@ class StreamWindows:
         return WindowIndex(self.key)
 
     def export_index(self) -> dict[str, Any]:
-        """Return all that this process or the cache knows of the windows, for `restore_index`, and the revisions."""
+        """Return all that this process or the cache knows of the windows, for `restore_index`."""
         starts = max(self._starts[1:], self.index.read(), key=len)
-        return {**self.index.export(starts), "revisions": dict(self.revisions)}
+        return self.index.export(starts)
 
     def _read_starts(self) -> list[WindowStart]:
         """Return the starts of the windows that the index knows."""

@@ -1,7 +1,7 @@
 """Tables: the rows of files and of datasets, in batches. Each row comes with its line or number for error messages."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -110,7 +110,7 @@ class FileTable:
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
         if self.kind == "mds":
-            mds_files.check_shards(files)
+            mds_files.check_shards(files, [source for source in (*data.sources, data.eval_source) if source])
         # Names of files are left out, because a copy of a file has the same rows.
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
 
@@ -262,6 +262,8 @@ class DatasetTable:
         with self._explain_errors():
             part = self.rows.shard(self.part_count, number).reshard()
             groups = part.num_shards
+        if first and first >= groups:
+            raise ValueError(f"{where(start)}: the file has fewer groups of rows than before; start again")
         for group in range(first, groups):
             rows = part.shard(groups, group)
             if group == first and skipped:
@@ -274,18 +276,25 @@ class DatasetTable:
         """Yield the rows, whose numbers begin at `start`."""
         numbers = itertools.count(start)
         with self._explain_errors():
+            # Without this, the library decodes all columns, such as images. A stream may not know its columns.
+            if rows.column_names is not None:
+                rows = rows.select_columns(list(dict.fromkeys(self._find_outer_columns(columns, rows.column_names))))
             for batch in rows.iter(batch_size=columnar_files.BATCH_ROWS):
-                outer = [self._find_outer_column(column, batch) for column in columns]
+                outer = self._find_outer_columns(columns, batch)
                 for cells in zip(*(batch[name] for name in outer), strict=True):
                     row = next(numbers)
                     named = zip(columns, outer, cells, strict=True)
                     yield row, [column.get_cell({name: cell}, where(row)) for column, name, cell in named]
 
-    def _find_outer_column(self, column: Column, batch: dict[str, Any]) -> str:
-        for name in column.outer_names():
-            if name in batch:
-                return name
-        raise column.missing_error(self.source, list(batch))
+    def _find_outer_columns(self, columns: Sequence[Column], names: Collection[str]) -> list[str]:
+        """Return for each column the name, of these, of the column that is or contains it."""
+        outer = list[str]()
+        for column in columns:
+            name = column.find_outer(names)
+            if name is None:
+                raise column.missing_error(self.source, list(names))
+            outer.append(name)
+        return outer
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO, Any, TextIO, cast
 
+from minilm.utils.local_files import is_gzip
+
 log = logging.getLogger("minilm")
 
 # Number of bytes or characters that are decoded at a time.
@@ -27,7 +29,7 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 def open_bytes(path: str) -> IO[bytes]:
     """Open a file for reading, and unpack it if its name ends in .gz."""
-    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
+    return cast(IO[bytes], gzip.open(path)) if is_gzip(path) else open(path, "rb")
 
 
 class _NulError(ValueError):

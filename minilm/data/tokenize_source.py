@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from minilm.data.document_filters import KEPT, FilterJob, Filters, format_remove
 from minilm.data.held_out import is_held_out
 from minilm.data.shard_pieces import PieceJob
 from minilm.data.shards import Shard, TextBatch, open_shards
+from minilm.data.sources import pin_revisions
 from minilm.data.streaming import stream_documents
 from minilm.data.text_encoder import EncodedTexts, TextEncoder
 from minilm.data.token_shards import FORMAT, MANIFEST, TOKENIZER, describe_backend, is_tokenized
@@ -83,15 +85,16 @@ def tokenize(
 
     filters: which documents to leave out. The log and the manifest have their numbers.
 
-    If the folder has a part of them, only the others are encoded. The texts of `data.eval_fraction` of the documents
-    are written too, for evaluations.
+    If the folder has a part of them, only the others are encoded, from the same commit of a dataset on the hub. The
+    texts of `data.eval_fraction` of the documents are written too, for evaluations.
 
     Raises ValueError for sources that cannot be read, and for a folder that holds something else.
     """
     filters = filters or Filters()
     if any(map(is_tokenized, data.sources)):
         raise ValueError("minilm tokenize reads text, and a source is tokenised already: train on that folder")
-    stream, _ = stream_documents(replace(data, streaming=True))
+    with pin_revisions(_read_settings(folder).get("revisions", {})):
+        stream, _ = stream_documents(replace(data, streaming=True))
     tokenizer = load_tokenizer(Tokens(name=tokenizer_name), None, stream)
     settings = {
         "tokenizer": describe_backend(tokenizer),
@@ -101,14 +104,16 @@ def tokenize(
         "piece_tokens": piece_tokens,
         "filters": filters.describe() if filters.verdicts else None,
     }
+    if stream.revisions:
+        settings |= {"revisions": stream.revisions, "datasets": datasets.__version__}
     shards = list[Shard]()
     for source in data.sources:
-        found = open_shards(data, source, stream.revisions.get(source))
-        if not found:
+        shards_of_source = open_shards(data, source, stream.revisions.get(source))
+        if not shards_of_source:
             raise ValueError(
                 f"data source {source}: minilm tokenize reads whole splits; leave the part of data.split out"
             )
-        shards += found
+        shards += shards_of_source
     _claim_folder(folder, settings, tokenizer)
     job = TokenizeJob(
         shards=shards,
@@ -152,13 +157,27 @@ def _claim_folder(folder: Path, settings: dict[str, Any], tokenizer: PreTrainedT
             tokenizer.save_pretrained(temporary)
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError if the folder was begun with other settings."""
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings with which a folder was begun; empty if it was not. Raise ValueError if they are damaged."""
     path = folder / _SETTINGS
+    if not path.exists():
+        return {}
     try:
-        different = [name for name, value in settings.items() if json.loads(path.read_bytes()).get(name) != value]
+        settings = json.loads(path.read_bytes())
+        if not isinstance(settings.get("revisions", {}), dict):
+            raise ValueError
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read; remove the folder and start again") from error
+    result: dict[str, Any] = settings
+    return result
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the folder was begun with other settings."""
+    begun = _read_settings(folder)
+    different = [name for name, value in settings.items() if begun.get(name) != value]
+    if "datasets" in different and "datasets" in begun:
+        different[different.index("datasets")] = f"datasets ({begun['datasets']}, now {settings['datasets']})"
     if different:
         raise ValueError(
             f"{folder}: it was begun with other values of {', '.join(different)}: choose another folder, or remove it"

@@ -118,9 +118,9 @@ def _list_stamps(windows: StreamWindows) -> Any:
 def encode_from_input() -> None:
     """Encode the window that the standard input names. The process has inherited the stream's lock."""
     os.nice(_NICENESS)
-    given = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     with suppress(EncodingCancelledError, ValueError):
-        open_windows(given["windows"]).encode_locked(given["number"], lambda: os.getppid() != given["run"])
+        open_windows(request["windows"]).encode_locked(request["number"], lambda: os.getppid() != request["run"])
 
 
 if __name__ == "__main__":

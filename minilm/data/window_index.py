@@ -90,9 +90,9 @@ class WindowIndex:
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             for line in lines:
                 fields = json.loads(line)
-                given, start = fields.pop("hash"), WindowStart.from_json(fields)
+                stored_digest, start = fields.pop("hash"), WindowStart.from_json(fields)
                 digest = _chain(digest, start)
-                if given != digest or start.number != len(starts) + 1:
+                if stored_digest != digest or start.number != len(starts) + 1:
                     break
                 starts.append(start)
         return starts

@@ -12,7 +12,7 @@ Compare = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 
 class Teacher:
-    """A head that another head learns from. It is no part of that head: its weights are neither trained nor saved.
+    """A head that another head learns from. It is not a part of that head: its weights are neither trained nor saved.
 
     weight: the share of the comparison with the teacher in the loss; the rest is the usual loss.
     """

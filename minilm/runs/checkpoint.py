@@ -74,6 +74,8 @@ class Checkpoint:
     """The result of `describe_optimizer`; empty in checkpoints of minilm 0.1, which did not store it."""
     windows: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The result of `minilm.data.stream_windows.StreamWindows.export_index`; empty without windows."""
+    revisions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The commit that the run reads of each source that is a dataset on the hub."""
 
 
 def find_checkpoint(resume: str, folder: Path) -> Checkpoint:
@@ -120,12 +122,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{name!r} is not a regular file in it",
             )
             check(hash_file(path) == facts, f"{name} is damaged: its size or hash is not the one in {MANIFEST}")
-        # Checkpoints of minilm 0.1 do not hold these three, and their only inputs are the training examples.
-        state = {"scaler": {}, "optimizer": {}, "windows": {}} | _read_json(folder / STATE)
+        # Checkpoints of minilm 0.1 do not hold these four, and their only inputs are the training examples.
+        state = {"scaler": {}, "optimizer": {}, "windows": {}, "revisions": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
         whole = state.keys() == {field.name for field in dataclasses.fields(Checkpoint)} - {"folder"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
+        whole = whole and all(isinstance(commit, str) for commit in state["revisions"].values())
         check(whole, f"{STATE} does not hold the parts of a checkpoint's state")
         return Checkpoint(**state | {"folder": folder, "progress": _parse_progress(state["progress"])})
     except (OSError, ValueError) as error:

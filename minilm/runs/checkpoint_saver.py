@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class CheckpointSaver:
     and writes one part.
 
     main: whether this is the main process of the job. inputs: the result of
-    `minilm.runs.run_inputs.collect_inputs`. stream: the stream that the run reads, if any.
+    `minilm.runs.run_inputs.collect_inputs`. stream: the stream that the run reads, if any. revisions: the commit of
+    each source that is a dataset on the hub.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class CheckpointSaver:
         *,
         main: bool,
         stream: StreamWindows | None = None,
+        revisions: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.network, self.optimizer, self.tokenizer = folder, network, optimizer, tokenizer
         self.config, self.inputs, self.main, self.stream = config, inputs, main, stream
+        self.revisions = dict(revisions or {})
         self.enabled = config.run.save_every > 0
         self._writers: list[int] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -95,6 +99,7 @@ class CheckpointSaver:
             "scaler": {} if scaler is None else scaler.state_dict(),
             "optimizer": describe_optimizer(self.optimizer),
             "windows": {} if self.stream is None else self.stream.export_index(),
+            "revisions": self.revisions,
         }
         self._thread = threading.Thread(target=self._write, args=(progress.step, state, share), name="checkpoint")
         self._thread.start()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ _WEIGHTS = "weights before training"
 _TEACHER = "teacher"
 _PERIODS = "training examples of the phases"
 _FUNCTIONS = "functions of the user"
+# The libraries that decide which examples a run makes of its data.
+_MAKERS_OF_EXAMPLES = ("minilm", "datasets", "tokenizers", "transformers")
 
 
 def collect_inputs(
@@ -104,6 +106,9 @@ def compare_inputs(before: dict[str, Any], now: dict[str, Any], *, origin: bool,
     for part in ("training examples", "evaluation examples"):
         if part in before and before[part] != now[part]:
             changes.append(f"the {part} were {json.dumps(before[part])}, are now {json.dumps(now[part])}")
+    if changes:
+        # Another version of these libraries may make other examples of the same data.
+        changes += _compare_facts(before, now, "versions", _MAKERS_OF_EXAMPLES)
     if before.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
         changes.append("the tokenizer has changed: its vocabulary, its rules or its special tokens are different")
     same_library = _library(before) == _library(now)
@@ -138,9 +143,15 @@ def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> list[st
     """Return a line for each difference in the libraries and the machine, which may change the last bits of a step."""
     changes = []
     for part in ("versions", "machine"):
-        old, new = _part(before, part, {}), now[part]
-        changes += [f"{name} was {old[name]}, is {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
+        changes += _compare_facts(before, now, part, now[part])
     return changes
+
+
+def _compare_facts(before: dict[str, Any], now: dict[str, Any], part: str, names: Iterable[str]) -> list[str]:
+    """Return a line for each of these facts in a part of the inputs that has changed."""
+    old, new = _part(before, part, {}), now[part]
+    different = [name for name in names if name in new and old.get(name, new[name]) != new[name]]
+    return [f"{name} was {old[name]}, is {new[name]}" for name in different]
 
 
 def _library(inputs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ itself.
 import logging
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -31,7 +31,7 @@ from minilm.data.excluded_documents import ExcludingCollator
 from minilm.data.memory import DocumentList, MemoryDocuments
 from minilm.data.micro_batch import Collator
 from minilm.data.phased_batches import CollatorPart, JoinedExamples, PlanPart, RunCollator, RunPlan, TokenRows
-from minilm.data.sources import pin_revisions
+from minilm.data.sources import fetch_revisions, pin_revisions
 from minilm.data.stream_batches import StreamCollator, StreamPlan, StreamRows, WindowReader
 from minilm.data.stream_pieces import find_readers
 from minilm.data.stream_windows import StreamWindows
@@ -89,6 +89,8 @@ class Session:
     """The checkpoint to resume from."""
     prepared: PreparedData
     """The tokenizer and the examples."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """The commit that the run reads of each source that is a dataset on the hub."""
     load: ProcessorLoad = field(default_factory=ProcessorLoad)
     """The load by other programs since the data are prepared."""
     uploads: list[str] = field(default_factory=list)
@@ -158,8 +160,11 @@ def begin(
             if main:
                 check_best_checkpoint(checkpoint, config.run)
         log.info(f"reading {'the documents' if memory is not None else ', '.join(config.data.sources)} …")
-        prepared = local_main_process_first(accelerator, lambda: _prepare(config, memory, checkpoint))
-        _check_hosts(prepared)
+        # All processes read the commits that the main process finds, or those that the run of the checkpoint read.
+        revisions = broadcast_from_main(lambda: _find_revisions(config, checkpoint))
+        with pin_revisions(revisions):
+            prepared = local_main_process_first(accelerator, lambda: _prepare(config, memory, checkpoint))
+        _check_hosts(config, prepared)
         prepared = exchange_pieces(prepared)
         session = Session(
             config=_limit_tokens(config, prepared),
@@ -168,6 +173,7 @@ def begin(
             folder=folder,
             checkpoint=checkpoint,
             prepared=prepared,
+            revisions=revisions,
         )
         try:
             yield session
@@ -181,27 +187,31 @@ def begin(
             upload_run(config.run.push_to_hub, folder, session.uploads)
 
 
+def _find_revisions(config: Config, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Return the commit to read of each source that is a dataset on the hub."""
+    with pin_revisions({} if checkpoint is None else checkpoint.revisions):
+        return fetch_revisions(config.data)
+
+
 def _prepare(config: Config, memory: MemoryDocuments | None, checkpoint: Checkpoint | None) -> PreparedData:
-    """Return the data of a run, which reads a stream as the run of the checkpoint did."""
-    windows = {} if checkpoint is None else checkpoint.windows
-    with explain_cache_errors():
-        restore_index(windows)
-    revisions = windows.get("revisions")
-    with pin_revisions(revisions if isinstance(revisions, dict) else {}):
-        return prepare_run(config, memory)
+    """Return the data of a run, which finds the windows of a stream where the run of the checkpoint found them."""
+    if checkpoint is not None:
+        with explain_cache_errors():
+            restore_index(checkpoint.windows)
+    return prepare_run(config, memory)
 
 
-def _check_hosts(prepared: PreparedData) -> None:
-    """Raise ValueError if this process reads another stream than the main process, as on a host with other files."""
-    if prepared.train.pieces is None:
+def _check_hosts(config: Config, prepared: PreparedData) -> None:
+    """Raise ValueError if this process reads other streams than the main process, as on a host with other files."""
+    if prepared.train.pieces is None and not config.data.streaming:
         return
-    own = prepared.train.fingerprint
+    own = [prepared.train.fingerprint, prepared.eval.fingerprint]
     main = broadcast_from_main(lambda: own)
     with on_all_ranks():
         if own != main:
             raise ValueError(
                 f"host {socket.gethostname()}: its documents or its tokenizer are not those of the main process: give "
-                "each host the same files, and keep the times of change of files above 1 GiB (cp --preserve=timestamps)"
+                "each host the same files, with their times of change if they have over 1 GB (cp --preserve=timestamps)"
             )
 
 
@@ -374,7 +384,8 @@ def start_recorder(
     facts = collect_run_facts(accelerator, head, plan, run.prepared, total, run.precision, peak)
     if main:
         settings = to_dict(config)
-        write_run_json(run.folder, settings, config.data, facts)
+        with pin_revisions(run.revisions):
+            write_run_json(run.folder, settings, config.data, facts)
         run.history.start(run.folder, progress.step, settings)
         log_run_facts(run.folder, config, facts)
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError
 
@@ -107,12 +109,19 @@ def describe_loading_error(error: BaseException, kind: str = "model") -> str:
         return f"{file}: {PERMISSION_DENIED}"
     if caused_by(GatedRepoError) or "is a gated dataset" in message:
         return f"it is gated: accept its terms on its page on the hub, then {LOGIN_HINT}"
+    if caused_by(RevisionNotFoundError):
+        commit = re.search(r"\b[0-9a-f]{40}\b", message)
+        which = f"the commit {commit[0]}" if commit else "the commit"
+        return (
+            f"the hub no longer has {which} with which this began: start again without run.resume, or with another "
+            "output folder"
+        )
     if caused_by(RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError):
         return f"there is no such file or folder here and no such {kind} on the hub; if it is private, {LOGIN_HINT}"
     if caused_by(ConnectionError, LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
-            return "it is neither here nor in the cache, and HF_HUB_OFFLINE forbids the hub: unset it, or give a folder"
-        return "it is neither here nor in the cache, and the hub cannot be reached: check the network, or give a folder"
+            return "HF_HUB_OFFLINE forbids the hub, and no copy in the cache can be used: unset it, or give a folder"
+        return "the hub cannot be reached, and no copy in the cache can be used: check the network, or give a folder"
     if "trust_remote_code" in message:
         return "it comes with its own code, which minilm never runs: choose a model that transformers itself has"
     if "should have a `model_type` key" in message.lower():

@@ -31,8 +31,8 @@ FILE_KINDS = {
     ".tar": "tar",
 }
 
-# The endings of compressed shards of MDS, beside .gz.
-_SHARD_COMPRESSION = re.compile(r"(?<=\.mds)\.(br|bz2|snappy|zstd)$")
+# The endings of compressed files: .gz, and others of shards of MDS.
+_COMPRESSION = re.compile(r"(\.gz|(?<=\.mds)\.(br|bz2|snappy|zstd))\Z", re.IGNORECASE)
 # The file beside the shards of MDS that lists them.
 SHARD_INDEX = "index.json"
 
@@ -46,7 +46,12 @@ def get_ending(path: str) -> str:
 
 
 def _remove_compression(path: str) -> str:
-    return _SHARD_COMPRESSION.sub("", path.removesuffix(".gz"))
+    return _COMPRESSION.sub("", path)
+
+
+def is_gzip(path: str) -> bool:
+    """Return whether the name of a file says that gzip has compressed it."""
+    return path.lower().endswith(".gz")
 
 
 def get_file_kind(path: str) -> str:
@@ -56,7 +61,7 @@ def get_file_kind(path: str) -> str:
 
 def get_full_ending(path: str) -> str:
     """Return the ending of a file name in lower case, with that of its compression: `.csv.gz` for `data.CSV.gz`."""
-    return get_ending(path) + path[len(_remove_compression(path)) :]
+    return get_ending(path) + path[len(_remove_compression(path)) :].lower()
 
 
 def is_local_path(name: str) -> bool:

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from minilm.config import Data
 from minilm.data.documents import load_documents
 from minilm.data.glue import apply_glue_task
+from tests.fake_hub import replace_hub
 
 LABELS: dict[str, list[Any]] = {
     "integers": [3, 0, 7],
@@ -162,11 +162,11 @@ def _glue_part(task: str, split: str) -> Dataset:
 
 @pytest.mark.parametrize(("source", "task"), [("glue", "cola"), *(("nyu-mll/glue", task) for task in GLUE)])
 def test_a_task_of_glue_needs_only_its_name(task: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, *, name: str, split: str) -> Dataset:
+    def load_dataset(path: str, *, name: str, split: str, **options: Any) -> Dataset:
         assert (path, name) == (source, task)
         return _glue_part(name, split)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    replace_hub(monkeypatch, load_dataset)
     train, held_out = load_documents(Data(source=source, config=task), seed=0, labels=True)
     roles = ("text", "pair")[: len(GLUE[task])]
     assert train.column_names == [*roles, "label"]

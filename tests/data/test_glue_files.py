@@ -13,6 +13,7 @@ from minilm.config import Data
 from minilm.data.documents import load_documents
 from minilm.data.glue import HUB_IDS, TASKS, apply_glue_task, find_task_files
 from minilm.data.glue_files import store_task
+from tests.fake_hub import replace_hub
 from tests.glue_layout import LAYOUTS, TEXTS, write_task
 
 
@@ -146,8 +147,8 @@ def test_an_unknown_question_of_copa_is_refused_with_its_line(tmp_path: Path) ->
         read_stored("copa", tmp_path, place=tmp_path)
 
 
-def _load_from_hub(path: str, *, name: str, split: str) -> Dataset:
-    """Stand in for `datasets.load_dataset` with a row of SuperGLUE as the hub has it."""
+def _load_from_hub(path: str, *, name: str, split: str, **options: Any) -> Dataset:
+    """Stand in for a load from the hub with a row of SuperGLUE as the hub has it."""
     assert path == HUB_IDS["SuperGLUE"]
     assert split in ("train", "validation")
     names = {"copa": ["choice1", "choice2"], "wic": ["False", "True"], "boolq": ["False", "True"]}[name]
@@ -169,7 +170,7 @@ def test_a_task_of_the_hub_whose_texts_are_put_together_has_the_rows_of_its_file
 
 
 def test_a_task_of_superglue_on_the_hub_needs_only_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", _load_from_hub)
+    replace_hub(monkeypatch, _load_from_hub)
     train, held_out = load_documents(Data(source="aps/super_glue", config="boolq"), seed=0, labels=True)
     assert train[0] == {"text": "is it", "pair": 'A "b".', "label": 1}
     assert len(held_out[""]) == 2

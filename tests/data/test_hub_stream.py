@@ -1,5 +1,6 @@
 """A run that reads a dataset of a hub window by window, over HTTP. The hub is a server on this machine."""
 
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from datasets import Dataset
@@ -21,17 +23,21 @@ from minilm import Config, Data
 from tests.jobs import CONFIG, WORDS, end_of, finish, in_folder, start, without_dropout
 from tests.launch import ROOT
 
-NAME = "me/texts"
+NAME, OTHER = "me/texts", "me/others"
 COMMITS = ("a" * 40, "b" * 40)
 STEPS = 24
 
 
 class Hub:
-    """A dataset of Parquet files on a hub. `commit` is the newest, and `left` the number of reads that succeed."""
+    """Datasets of the same Parquet files on a hub, whose names begin with `me/`.
+
+    `commit` is the newest of each, and `left` the number of reads that succeed. If it is `busy`, each process that asks
+    for the newest commit sees another. The commits in `gone` were removed.
+    """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.url = files, ""
-        self.commit, self.left = COMMITS[0], 10**9
+        self.commit, self.left, self.busy, self.gone = COMMITS[0], 10**9, False, set[str]()
         self.read = list[tuple[str, str]]()
         """The commit and the file of each read."""
 
@@ -40,11 +46,14 @@ class Hub:
 
     def describe(self, path: str) -> Any:
         """Return what the hub's interface answers; None for what it does not have."""
-        api = f"/api/datasets/{NAME}"
-        if path == api or re.fullmatch(f"{api}/revision/[^/]+", path):
-            commit = self.commit if path == api else path.rpartition("/")[2]
+        api = "/api/datasets/me/[^/]+"
+        if asked := re.fullmatch(f"{api}(?:/revision/([^/]+))?", path):
+            commit = asked[1] or self.commit
+            if self.busy and not asked[1]:
+                self.commit = f"{int(self.commit, 16) + 1:040x}"
             siblings = [{"rfilename": name} for name in self.files]
-            return {"id": NAME, "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": []}
+            name = "/".join(path.split("/")[3:5])
+            return {"id": name, "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": []}
         if tree := re.fullmatch(f"{api}/tree/[^/]+/?(.*)", path):
             return [self.facts(name) for name in self.files if name.startswith(tree[1])]
         if re.fullmatch(f"{api}/paths-info/[^/]+", path):
@@ -53,7 +62,7 @@ class Hub:
 
     def content(self, path: str) -> bytes | None:
         """Return the bytes of a file, or None for another path. The hub has no file left after `left` reads."""
-        found = re.fullmatch(f"/datasets/{NAME}/resolve/([^/]+)/(.*)", path)
+        found = re.fullmatch("/datasets/me/[^/]+/resolve/([^/]+)/(.*)", path)
         if not found or found[2] not in self.files:
             return None
         self.read.append((found[1], found[2]))
@@ -79,20 +88,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path, status = self.path.partition("?")[0], 200
-            answer = hub.describe(path)
-            content = json.dumps(answer).encode() if answer is not None else hub.content(path)
+            is_gone = any(commit in path for commit in hub.gone)
+            answer = None if is_gone else hub.describe(path)
+            content = json.dumps(answer).encode() if answer is not None else None if is_gone else hub.content(path)
             if content is None:
                 status, content = 404, b"{}"
-            size = len(content)
+            size, etag = len(content), hashlib.sha1(content).hexdigest()
             if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
                 status, content = 206, content[int(part[1]) : int(part[2]) + 1]
             self.send_response(status)
             if status == 404:
-                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("X-Error-Code", "RevisionNotFound" if is_gone else "EntryNotFound")
             if status == 206:
                 self.send_header("Content-Range", f"bytes {part[1]}-{part[2]}/{size}")  # type: ignore[index]
-            self.send_header("ETag", '"etag"')
-            self.send_header("X-Repo-Commit", hub.commit)
+            self.send_header("ETag", f'"{etag}"')
+            asked = re.search("/resolve/([^/]+)/", path)
+            self.send_header("X-Repo-Commit", asked[1] if asked and asked[1] != "main" else hub.commit)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
@@ -156,17 +167,128 @@ def test_a_run_on_a_hub_makes_the_steps_of_a_run_on_its_files_and_resumes_after_
     assert {commit for commit, _ in hub.read} == {COMMITS[0]}
 
 
-def test_a_dataset_of_a_hub_is_tokenised_like_its_files(
-    hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+# Ways to read a hub without several windows.
+WHOLE = {
+    "one window": {"streaming": True, "window_tokens": 10**6},
+    "a part": {"streaming": True, "split": "train[:200]"},
+    "weights": {"streaming": True, "weights": (1,), "window_tokens": 10**6},
+    "mapped": {},
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_run_without_windows_resumes_on_the_commits_with_which_it_began(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
+    config = _config(NAME, tmp_path / "out")
+    config = replace(config, data=Data(source=NAME, eval_source=OTHER, **WHOLE[case]))
+    assert _finish(config, tmp_path / "first", monkeypatch)[0] == 0
+    right = end_of(tmp_path / "out")
+    hub.commit = COMMITS[1]
+    resumed = replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-8")))
+    assert _finish(resumed, tmp_path / "elsewhere", monkeypatch) == (0, ANY)
+    assert end_of(tmp_path / "out") == right
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
+
+
+@pytest.mark.parametrize("case", [*WHOLE, "windows"])
+def test_all_processes_read_the_commit_that_run_json_records(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    hub.busy = True
+    config = _config(NAME, tmp_path / "out")
+    config = replace(config, data=replace(config.data, **WHOLE[case]) if case != "windows" else config.data)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    job = start("torchrun", config, tmp_path, processes=2)
+    assert job.status() == 0, job.stderr.read_text()
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["sources"]
+    assert recorded == {NAME: {"revision": COMMITS[0]}}
+
+
+def test_a_commit_that_the_hub_no_longer_has_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(NAME, tmp_path / "out")
+    assert _finish(config, tmp_path / "first", monkeypatch)[0] == 0
+    hub.commit = COMMITS[1]
+    hub.gone.add(COMMITS[0])
+    resumed = replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-8")))
+    status, error = _finish(resumed, tmp_path / "elsewhere", monkeypatch)
+    assert status == 2
+    assert error == (
+        f"error: data source {NAME}: the hub no longer has the commit {COMMITS[0]} with which this began: start again "
+        "without run.resume, or with another output folder"
+    )
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_a_stream_never_reads_a_copy_of_the_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert _python(f"import datasets; datasets.load_dataset({NAME!r}, split='train')").returncode == 0
+    # The copy has no groups of rows, so that a place in the third group of a file is not in it.
+    read = f"""
+from minilm import Data
+from minilm.data.shards import open_shards
+shards = open_shards(Data(source={NAME!r}, streaming=True), {NAME!r}, {COMMITS[0]!r})
+print(sum(len(batch.texts) for shard in shards for batch in shard.read((2 * 2**32, 0))))
+"""
+    assert _python(read).stdout.strip() == str(3 * (90 - 32))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = _python(read)
+    assert result.stdout == ""
+    assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in result.stderr
+
+
+@pytest.fixture
+def tokenize(hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that tokenises a source into a folder, after it has executed some code."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    command = [sys.executable, "-m", "minilm.commands.main", "tokenize"]
+
+    def run(source: str, folder: str, *words: str, first: str = "") -> subprocess.CompletedProcess[str]:
+        command = ["tokenize", source, "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / folder)]
+        # The processes that the command starts import the file too.
+        start = "if __name__ == '__main__':\n    from minilm.commands.main import main\n    main()\n"
+        script = tmp_path / "command.py"
+        script.write_text(f"import sys\nsys.argv[1:] = {[*command, *words]!r}\n{first}\n{start}")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_a_dataset_of_a_hub_is_tokenised_like_its_files(hub: Hub, tmp_path: Path, tokenize: Any) -> None:
     for name, source in (("remote", NAME), ("local", str(tmp_path / "files"))):
-        words = [source, "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / name)]
-        subprocess.run([*command, *words, "--processes", "2"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        result = tokenize(source, name, "--processes", "2")
+        assert result.returncode == 0, result.stderr
     pieces = sorted((tmp_path / "local").glob("tokens-*/*.npy"))
     assert len(pieces) >= 9
     for piece in pieces:
         other = tmp_path / "remote" / piece.relative_to(tmp_path / "local")
+        assert other.read_bytes() == piece.read_bytes(), piece
+
+
+def test_a_dataset_of_a_hub_is_tokenised_to_the_end_at_the_commit_with_which_it_began(
+    hub: Hub, tmp_path: Path, tokenize: Any
+) -> None:
+    assert tokenize(NAME, "whole").returncode == 0
+    hub.left = len(hub.read) * 3 // 4
+    assert tokenize(NAME, "remote").returncode != 0
+    assert (tmp_path / "remote" / "settings.json").exists()
+    hub.left, hub.commit = 10**9, COMMITS[1]
+    upgrade = "import datasets\ndatasets.__version__ = '99.0'"
+    refused = tokenize(NAME, "remote", first=upgrade)
+    assert refused.returncode != 0
+    assert re.search(r"begun with other values of documents, datasets \(\S+, now 99\.0\): choose", refused.stderr)
+    result = tokenize(NAME, "remote")
+    assert result.returncode == 0, result.stderr
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
+    for piece in sorted((tmp_path / "whole").glob("tokens-*/*.npy")):
+        other = tmp_path / "remote" / piece.relative_to(tmp_path / "whole")
         assert other.read_bytes() == piece.read_bytes(), piece

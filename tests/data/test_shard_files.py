@@ -54,7 +54,7 @@ def test_a_file_is_read_from_a_row_on(tmp_path: Path, name: str, start: int) -> 
 
 
 @pytest.mark.parametrize("size", ["1e999", "null", '"a"', "[]", "-1"])
-def test_sizes_that_are_no_sizes_are_refused_in_one_line(tmp_path: Path, size: str) -> None:
+def test_numbers_that_cannot_be_sizes_are_refused_in_one_line(tmp_path: Path, size: str) -> None:
     path, index = tmp_path / "a.mds", tmp_path / "index.json"
     path.write_bytes(SHARD)
     index.write_text(re.sub(r'"bytes": \d+', f'"bytes": {size}', write_index({"a.mds": SHARD})))

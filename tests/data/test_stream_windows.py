@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
-from huggingface_hub import HfApi
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,8 +31,9 @@ from minilm.data.shards import TextShard, open_pools
 from minilm.data.stream_windows import EncodingCancelledError, StreamWindows
 from minilm.data.streaming import stream_documents
 from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
-from minilm.data.window_index import restore_index
+from minilm.data.window_index import WindowIndex, restore_index
 from minilm.utils.cache import CacheError, get_cache_folder
+from tests.fake_hub import replace_hub
 from tests.file_writers import write_mds, write_tar_of_texts
 
 # Three files of different sizes, with blank lines and letters of several bytes.
@@ -176,8 +175,7 @@ def test_the_windows_do_not_depend_on_the_format(
         rows = datasets.load_dataset(
             "parquet", data_files=[*_write(tmp_path / "a", "parquet")], split="train", streaming=True
         )
-        monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
-        monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+        replace_hub(monkeypatch, lambda path, **options: rows)
         sources = "some/rows", _write(tmp_path / "txt", "txt")
     elif ending == "saved":
         # A saved dataset is one shard.
@@ -235,7 +233,7 @@ def test_a_machine_with_an_empty_cache_opens_a_window_by_the_index_of_a_checkpoi
     assert written == [5]
 
 
-@pytest.mark.parametrize("change", ["another stream", "changed", "cut", "not an index", "no key", "a path"])
+@pytest.mark.parametrize("change", ["another stream", "changed", "cut", "not an index"])
 def test_an_index_that_does_not_fit_is_not_believed(
     windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -248,16 +246,25 @@ def test_an_index_that_does_not_fit_is_not_believed(
         exported["lines"][1] = exported["lines"][1].replace('"step": ', '"step": 1')
     elif change == "cut":
         exported["lines"] = ["", *exported["lines"]]
-    elif change == "not an index":
-        exported["lines"] = [5, "[]", '"a"', None]
-    elif change == "no key":
-        del exported["key"]
     else:
-        exported["key"] = "../../stolen"
+        exported["lines"] = [5, "[]", '"a"', None]
     restore_index(exported)
-    assert not [*tmp_path.rglob("*stolen*")]
+    assert not WindowIndex(windows.key[::-1]).path.exists()
     again = replace(windows, _starts=[])
     assert [again.start_of(number) for number in range(6)] == right
+
+
+@pytest.mark.parametrize("key", ["../../stolen", "", "a key"])
+def test_an_index_whose_key_is_not_a_hash_is_not_written(
+    windows: StreamWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    starts = [windows.start_of(number) for number in range(1, 6)]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
+    # The hashes of the lines fit the key, and the folder is there in which its index would be.
+    (get_cache_folder() / "windows-..").mkdir()
+    before = [*(tmp_path / "new").rglob("*")]
+    restore_index(WindowIndex(key).export(starts))
+    assert [*(tmp_path / "new").rglob("*")] == before
 
 
 def test_an_index_that_is_lost_during_a_run_is_written_again_and_no_window_is_encoded_twice(

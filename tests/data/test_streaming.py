@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
-from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from minilm.config import Batch, Config, Data, Run, Tokens
@@ -25,6 +25,7 @@ from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.shards import START, TextShard, open_shards
 from minilm.data.streaming import TextStream, stream_documents
 from minilm.objectives.masked_lm import MaskedLMObjective
+from tests.fake_hub import COMMIT, replace_hub
 
 TEXTS = [f"Document {number}, naïve and “quoted”." for number in range(25)]
 LINES = "\n".join([*TEXTS[:9], " ", *TEXTS[9:]]).encode()
@@ -164,8 +165,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
         return IterableDataset.from_generator(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     return read
 
 
@@ -191,8 +191,7 @@ def test_several_small_hub_streams_are_read_to_the_end(monkeypatch: pytest.Monke
         rows = Dataset.from_dict({"text": [f"{path} {number}" for number in range(300)]})
         return rows.to_iterable_dataset(num_shards=3)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     config = Config(
         data=Data(source=("some/a", "some/b"), weights=(1, 0.5), streaming=True, eval_fraction=0.1),
         tokens=Tokens(kind="characters"),
@@ -214,8 +213,7 @@ def test_a_task_of_glue_is_streamed_with_its_own_column_and_evaluation(monkeypat
         texts = [f"{options['split']} text {number} of the task" for number in range(100)]
         return Dataset.from_dict({"sentence": texts, "label": [0] * 100}).to_iterable_dataset()
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     config = Config(
         data=Data(source="nyu-mll/glue", config="sst2", streaming=True), tokens=Tokens(vocab_size=300), batch=Batch()
     )
@@ -230,7 +228,7 @@ def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_r
 ) -> None:
     files = [_write(tmp_path, "a.csv", _csv(25_000, "7")), _write(tmp_path, "b.csv", _csv(25_000, "seven"))]
     rows = datasets.load_dataset("csv", data_files=files, split="train", streaming=True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
+    replace_hub(monkeypatch, lambda path, **options: rows)
     shards = open_shards(Data(source="some/rows", streaming=True), "some/rows", "abc")
     assert len(shards) == 2
     texts = [f"row {number}" for number in range(25_000)]
@@ -239,6 +237,35 @@ def test_files_of_the_hub_whose_other_columns_differ_in_type_are_read_from_any_r
         assert [text for batch in shard.read(START) for text in batch.texts] == texts
         place = [place for batch in shard.read(START) for place in batch.places][1234]
         assert [text for batch in shard.read(place) for text in batch.texts] == texts[1234:]
+
+
+def test_a_column_of_the_hub_that_is_not_read_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features({"image": Image(), "text": Value("string"), "a": {"text": Value("string")}})
+    images = [{"bytes": b"no image", "path": None}] * len(TEXTS)
+    table = {"image": images, "text": TEXTS, "a": [{"text": text} for text in TEXTS]}
+    file = str(tmp_path / "a.parquet")
+    # The datasets library itself would need Pillow to write the column.
+    parquet.write_table(pyarrow.Table.from_pydict(table, schema=features.arrow_schema), file)
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+    replace_hub(monkeypatch, lambda path, **options: rows)
+    for column in ("text", "a.text"):
+        data = Data(source="some/rows", column=column, streaming=True, eval_split="train")
+        assert _texts(stream_documents(data)[0]) == TEXTS
+        (shard,) = open_shards(data, "some/rows", COMMIT)
+        assert [text for batch in shard.read((9, 0)) for text in batch.texts] == TEXTS[9:]
+
+
+def test_a_place_in_a_group_of_rows_that_a_file_no_longer_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _write(tmp_path, "a.parquet", _parquet())
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+    replace_hub(monkeypatch, lambda path, **options: rows)
+    (shard,) = open_shards(Data(source="some/rows", streaming=True), "some/rows", COMMIT)
+    with pytest.raises(
+        ValueError, match=r"^some/rows, row group 99, row 0: the file has fewer groups of rows than before"
+    ):
+        next(iter(shard.read((99 * 2**32, 0))))
 
 
 def _csv(rows: int, number: str) -> bytes:
@@ -265,8 +292,7 @@ def test_a_hub_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, 
             raise ConnectionError("the connection was\nreset")
         return IterableDataset.from_generator(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: SimpleNamespace(sha="abc"))
+    replace_hub(monkeypatch, load_dataset)
     with pytest.raises(ValueError, match=r"^data source some/rows: [^\n]+\Z"):
         _texts(stream_documents(Data(source="some/rows", streaming=True, eval_fraction=0.1))[0])
 

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from minilm.data.sources import build_columns, fingerprint_sources, load_rows, s
 from minilm.data.streaming import stream_documents
 from minilm.objectives.factory import prepare_data
 from minilm.train import train
+from minilm.utils.cache import CacheError
 from tests.file_writers import write_index, write_mds, write_tar, write_tar_of_texts
 
 pytestmark = pytest.mark.scorecard(31)
@@ -578,6 +580,9 @@ COLUMNAR = {
         source="in",
     ),
     "gzip": Situation({"a.parquet.gz": gzip.compress(as_parquet(COLUMNS))}, texts("a", "b", "c")),
+    "gzip with a name in capitals": Situation(
+        {"A.PARQUET.GZ": gzip.compress(as_parquet(COLUMNS))}, texts("a", "b", "c")
+    ),
 }
 TEXT = {
     "a byte-order mark in a line, and two at the beginning": Situation(
@@ -602,6 +607,7 @@ TEXT = {
     "UTF-16": Situation(
         {"a.txt": "a\nb\n".encode("utf-16-be").join([b"\xfe\xff", b""])}, says="a.txt, line 1: the file is UTF-16"
     ),
+    "gzip with a name in capitals": Situation({"A.TXT.GZ": gzip.compress(b"a\nb\n")}, texts("a", "b")),
     "CR LF": Situation({"a.txt": "a\r\nb\r\n"}, texts("a", "b")),
     "CR alone": Situation({"a.txt": "a\rb\r"}, texts("a", "b")),
     "a CR inside a line": Situation({"a.txt": "a\rb\nc\n"}, texts("a\rb", "c")),
@@ -655,6 +661,34 @@ MDS = {
         texts("d", "a", "b", "c"),
         source="in",
     ),
+    "a folder that an index above it lists is missing": Situation(
+        {"in/a/s.mds": OTHER, "in/index.json": write_index({"a/s.mds": OTHER, "b/s.mds": SHARD})},
+        says="in/index.json: the shard b/s.mds is not in the folder; copy it there",
+        source="in",
+    ),
+    "a shard of another size than an index two folders above it says": Situation(
+        {"in/a/b/s.mds": OTHER, "in/index.json": write_index({"a/b/s.mds": SHARD})},
+        says=rf"in/a/b/s.mds: {len(OTHER)} bytes where index.json says {len(SHARD)}; copy the shard again",
+        source="in",
+    ),
+    "a folder whose shards the index above it does not list": Situation(
+        {"in/s.mds": OTHER, "in/a/s.mds": SHARD, "in/index.json": write_index({"s.mds": OTHER})},
+        says="in/a/s.mds: index.json does not list the shard; remove it",
+        source="in",
+    ),
+    "a folder with an index of its own, which the one above it does not list": Situation(
+        {
+            "in/s.mds": OTHER,
+            "in/index.json": write_index({"s.mds": OTHER}),
+            "in/z/s.mds": SHARD,
+            "in/z/index.json": write_index({"s.mds": SHARD}),
+        },
+        texts("d", "a", "b", "c"),
+        source="in",
+    ),
+    "an index above the source": Situation(
+        {"in/a/s.mds": OTHER, "in/index.json": write_index({"b/s.mds": SHARD})}, texts("d"), source="in/a"
+    ),
     "no index": Situation({"a.mds": SHARD}, texts("a", "b", "c")),
     "no rows, beside a shard with rows": Situation(
         {"in/a.mds": write_mds([], STR), "in/b.mds": OTHER}, texts("d"), source="in"
@@ -663,6 +697,12 @@ MDS = {
         f"compressed with {codec}": Situation({f"shard.00000.mds.{ending}": packed(codec, SHARD)}, texts("a", "b", "c"))
         for ending, codec in (("zstd", "zstd"), ("gz", "gzip"), ("bz2", "bz2"), ("br", "brotli"))
     },
+    "a name in capitals": Situation({"A.MDS": SHARD}, texts("a", "b", "c")),
+    "names in capitals, some compressed": Situation(
+        {"in/a.mds": OTHER, "in/b.MDS.ZSTD": ZSTD, "in/c.mds.GZ": packed("gzip", OTHER)},
+        texts("d", "a", "b", "c", "d"),
+        source="in",
+    ),
     "compressed, with an index": Situation(
         {"in/shard.00000.mds.zstd": ZSTD, "in/index.json": ZSTD_INDEX}, texts("a", "b", "c"), source="in"
     ),
@@ -1208,6 +1248,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     path.write_text("b\n" * 3000)
     with pytest.raises(ValueError, match=r"a\.txt: the file changed while it was read; start again"):
         list(batches)
+
+
+@pytest.mark.parametrize("name", ["a.mds.zstd", "a.mds.gz", "a.parquet.gz"])
+def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = as_parquet(pyarrow.table({"text": ["a", "b", "c"]}))
+    content = {"a.mds.zstd": ZSTD, "a.mds.gz": packed("gzip", SHARD), "a.parquet.gz": packed("gzip", table)}[name]
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "w+b"))
+    says = rf"^the disk is full while \S+/{name} is unpacked in \S+: free some space there, or set TMPDIR [^\n]+\Z"
+    with pytest.raises(CacheError, match=says):
+        [*stream_rows(Data(source=str(tmp_path / name)), str(tmp_path / name), "train")]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.mds", "a.mds.zstd", "a.tar"])

@@ -252,8 +252,9 @@ def test_a_manifest_name_that_leaves_the_folder_is_refused_although_the_file_is_
         lambda state: state.pop("progress"),
         lambda state: state.update(progress=3),
         lambda state: state["progress"].update(step="7"),
+        lambda state: state["revisions"].update({"me/texts": 7}),
     ],
-    ids=["unknown progress", "unknown group", "no progress", "no group", "text"],
+    ids=["unknown progress", "unknown group", "no progress", "no group", "text", "number"],
 )
 def test_a_training_state_with_other_fields_is_refused(change: Callable[[dict[str, Any]], Any], folder):
     path = folder / "checkpoint-2" / STATE
@@ -327,6 +328,29 @@ def test_a_resume_warns_if_auto_chooses_another_precision(precisions, says, toke
                 go_on()
     assert len(caplog.messages) == (says is not None and now == before)
     assert all(re.search(says, message) for message in caplog.messages)
+
+
+def test_a_refusal_of_other_examples_names_the_libraries_that_made_them(tokenizer, tmp_path):
+    saver = saver_in(tmp_path, tokenizer)
+    saver.inputs = {**INPUTS, "versions": {"torch": "2.13.0", "datasets": "5.1.0"}}
+    save(saver, 1)
+    checkpoint = find_checkpoint("latest", tmp_path)
+    for part, says in (
+        ("training examples", "datasets was 5.1.0, is 5.2.0; "),
+        ("tokenizer", "the tokenizer has chan"),
+    ):
+        now = {**INPUTS, part: {"examples": 4}, "versions": {"torch": "2.14.0", "datasets": "5.2.0"}}
+        with pytest.raises(ValueError, match=says) as refusal:
+            resume(checkpoint, saver.config, now, 9, saver.network, saver.optimizer, precision="fp32")
+        assert "torch" not in str(refusal.value)
+        assert ("datasets" in str(refusal.value)) == (part == "training examples")
+
+
+def test_the_commits_of_datasets_on_the_hub_are_kept(tokenizer, tmp_path):
+    saver = saver_in(tmp_path, tokenizer)
+    saver.revisions = {"me/texts": "abc"}
+    save(saver, 1)
+    assert read_checkpoint(tmp_path / "checkpoint-1").revisions == {"me/texts": "abc"}
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"precision": 3}'])

@@ -1,0 +1,90 @@
+"""Datasets on the hub, loaded with the datasets library so that each cell keeps its type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow
+from datasets.packaged_modules.json.json import Json
+from datasets.utils.json import get_json_field_paths_from_feature
+
+from minilm.data.columns import Column
+from minilm.utils.cache import get_cache_folder
+
+
+def load_from_hub(
+    path: str, columns: Sequence[Column], *, name: str | None, split: str, revision: str | None, streaming: bool
+) -> Any:
+    """Return the rows of a split, a `Dataset`, or an `IterableDataset` if `streaming`.
+
+    columns: the columns to read. name: the configuration. revision: a commit; None for the newest.
+
+    If the hub fails, the library takes the newest copy in its cache, whatever its commit. Its log is the only sign. A
+    stream never reads such a copy, whose files and groups of rows are others than those of the hub. Raise the errors
+    of the library, which are of many types.
+    """
+    # A cache of its own, in which no dataset is ever stored, leaves the library no copy to fall back on.
+    cache = str(get_cache_folder() / "streams") if streaming else None
+    builder = datasets.load_dataset_builder(path, name=name, revision=revision, cache_dir=cache)
+    if isinstance(builder, Json):
+        builder._cast_table = _ExactCast(builder, tuple(columns), streaming)
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+@dataclass(frozen=True)
+class _ExactCast:
+    """Stands in for `_cast_table` of the library's JSON builder, which gives a chunk of a file the dataset's types.
+
+    The dataset's card or the first chunk decides the types. Where a type is text, the builder makes text of numbers,
+    dates and objects. If a column of a chunk has cells of several types, the builder makes JSON text of all of them, so
+    that the text `a` becomes `"a"`. This class raises ValueError for both in the columns that are read.
+    """
+
+    builder: Json
+    columns: tuple[Column, ...]
+    streaming: bool
+
+    def __call__(self, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]] = ()) -> pyarrow.Table:
+        for column in self.columns:
+            if self._rewrites(column, table, json_field_paths):
+                raise ValueError(
+                    f"column {column.name!r} holds values that are not text, of which the datasets library would make "
+                    "text; write them as text"
+                )
+        options = {"json_field_paths": json_field_paths} if json_field_paths else {}
+        return type(self.builder)._cast_table(self.builder, table, **options)
+
+    def _rewrites(self, column: Column, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]]) -> bool:
+        """Return whether the builder makes text of cells of a column that are not text."""
+        name, features = column.find_outer(table.column_names), self.builder.info.features
+        # Without a type from the first chunk, each chunk of a dataset on disk keeps its own.
+        if name is None or (features is None and not self.streaming):
+            return False
+        # The library reads the values at these paths back from their JSON text.
+        parsed = [] if features is None else get_json_field_paths_from_feature(features)
+        keys = [name, *column.name.removeprefix(name).split(".")[1:]]
+        for path in json_field_paths:
+            # 0 stands for the items of a list.
+            outer = [key for key in path if key != 0]
+            if outer == keys[: len(outer)] and path not in parsed:
+                return True
+        if features is None or name not in features:
+            return False
+        return _becomes_text(table.schema.field(name).type, features.arrow_schema.field(name).type)
+
+
+def _becomes_text(before: Any, after: Any) -> bool:
+    """Return whether a cast from one type of Arrow to another makes text of what is not text."""
+    types = pyarrow.types
+    if types.is_string(after) or types.is_large_string(after):
+        return not (types.is_string(before) or types.is_large_string(before) or types.is_null(before))
+    if types.is_list(after) and types.is_list(before):
+        return _becomes_text(before.value_type, after.value_type)
+    if types.is_struct(after) and types.is_struct(before):
+        names = {field.name for field in before}
+        return any(field.name in names and _becomes_text(before.field(field.name).type, field.type) for field in after)
+    return False

@@ -1,0 +1,113 @@
+"""Datasets on the hub: each cell is read as it was written, or an error says what to change."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import load_dataset_builder
+
+from minilm.config import Data
+from minilm.data.columns import Column
+from minilm.data.documents import load_documents, load_row_tables
+from minilm.data.hub_datasets import load_from_hub
+from minilm.data.streaming import stream_documents
+
+TEXTS = ["hello", 'a "quoted" text', "5", "[1]"]
+MIXED = r"^data source some/rows: column 'text' holds values that are not text, of which [^\n]+; write them as text\Z"
+
+
+def _put_on_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> Data:
+    """Let the library find files of JSON on the hub, and return the settings that read them."""
+    paths = [str(folder / f"train-{number}.json") for number in range(len(files))]
+    for path, content in zip(paths, files, strict=True):
+        Path(path).write_text(content)
+
+    def open_builder(path: str, *, name: Any, revision: Any, cache_dir: Any) -> Any:
+        return load_dataset_builder("json", data_files=paths, cache_dir=str(folder / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
+    monkeypatch.setattr("minilm.data.sources.fetch_revision", lambda source: "abc")
+    monkeypatch.setattr("minilm.data.streaming.fetch_revision", lambda source: "abc")
+    monkeypatch.setattr("minilm.data.sources.use_cache_if_offline", lambda source, kind: False)
+    return Data(source="some/rows", eval_split="train")
+
+
+def _lines(cells: Sequence[Any], **others: Any) -> str:
+    return "".join(json.dumps({"text": cell, **others}) + "\n" for cell in cells)
+
+
+def _read(data: Data, *, streaming: bool) -> list[str]:
+    if streaming:
+        return [*stream_documents(replace(data, streaming=True))[0].texts()]
+    return list(load_documents(data, 0)[0]["text"])
+
+
+BAD = {
+    "a number among texts": ["hello", 5],
+    "numbers": [5, 7],
+    "objects": [{"a": 1}, {"a": 2}],
+    "an object among texts": ["hello", {"a": 1}],
+    "a list among texts": ["hello", ["a"]],
+    "dates": ["2020-01-02", "2020-01-03"],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("case", BAD)
+def test_cells_that_become_text_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, streaming: bool
+) -> None:
+    data = _put_on_hub(tmp_path, monkeypatch, _lines(TEXTS), _lines(BAD[case]))
+    with pytest.raises(ValueError, match=MIXED):
+        _read(data, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_texts_of_json_are_read_as_they_are_and_other_columns_may_hold_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    others = [_lines(TEXTS, other=other) for other in ("a", 5, {"b": 1}, None)]
+    data = _put_on_hub(tmp_path, monkeypatch, *others, _lines(["x"]), _lines(["y"], other="b") + _lines(["z"], other=5))
+    assert _read(data, streaming=streaming) == [*TEXTS * 4, "x", "y", "z"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_cells_inside_objects_that_become_text_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    files = ['{"a": {"text": "hello"}}\n', '{"a": {"text": "hello"}}\n{"a": {"text": 5}}\n', '{"a": {"text": 5}}\n']
+    for bad in files[1:]:
+        folder = tmp_path / str(len(bad))
+        folder.mkdir()
+        data = _put_on_hub(folder, monkeypatch, files[0], bad)
+        data = replace(data, column="a.text")
+        with pytest.raises(ValueError, match=r"^data source some/rows: column 'a.text' holds values that are not text"):
+            _read(data, streaming=streaming)
+
+
+def test_chats_whose_messages_have_different_keys_are_read_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        [{"role": "user", "content": '"5"'}, {"role": "assistant", "content": "{}"}],
+        [{"role": "user", "content": "5"}, {"role": "assistant", "content": "", "calls": [{"arguments": {"a": 1}}]}],
+        [{"role": "user", "content": "5"}, {"role": "assistant", "content": "", "calls": [{"arguments": {"b": "x"}}]}],
+    ]
+    content = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    data = _put_on_hub(tmp_path, monkeypatch, content, content)
+    columns = [Column(role="messages", name="messages", kind="json")]
+    found = load_row_tables(data, 0, columns)[0].dataset["messages"]
+    assert [json.loads(cell) for cell in found] == rows * 2
+
+
+def test_the_reader_of_json_can_be_sent_to_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_on_hub(tmp_path, monkeypatch, _lines(TEXTS), _lines(BAD["a number among texts"]))
+    text = Column(role="text", name="text")
+    rows = load_from_hub("some/rows", [text], name=None, split="train", revision=None, streaming=True)
+    with pytest.raises(ValueError, match="column 'text' holds values that are not text"):
+        [*pickle.loads(pickle.dumps(rows))]

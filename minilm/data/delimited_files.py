@@ -206,7 +206,7 @@ def _read_quoted_rows(dialect: _Dialect, file: TextIO) -> Iterator[tuple[int, li
     """Yield the line at which each row begins, and its fields, of a file with quoting."""
     skipped = _skip_separator(file)
     # The csv module would end a row at a carriage return inside a line. A NUL replaces the carriage return until the
-    # row is read. The text itself holds no NUL, because `detect_encoding` refuses it.
+    # row is read. The text itself holds no NUL, because `open_text` refuses it.
     hidden, begins = False, True
 
     def hide(lines: Iterable[str]) -> Iterator[str]:

@@ -54,7 +54,7 @@ class _NulCheck(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = self._file.readinto(buffer)
         if b"\0" in bytes(buffer[:count]):
-            raise _NulError("it holds a NUL character, which is not text")
+            raise _NulError
         return count
 
 
@@ -70,8 +70,7 @@ def open_text(path: str, encoding: str = "utf-8", newline: str = "\n") -> Iterat
             checked = io.BufferedReader(_NulCheck(file), _BLOCK)
             yield io.TextIOWrapper(checked, "utf-8-sig" if encoding == "utf-8" else encoding, newline=newline)
     except (UnicodeDecodeError, _NulError, OSError, EOFError, zlib.error) as error:
-        line = _find_undecodable_line(path, encoding)
-        problem = str(error) if isinstance(error, _NulError) else "not UTF-8"
+        line, problem = _find_undecodable_line(path, encoding)
         raise ValueError(f"{path}, line {line}: {problem}; convert the file" if line else f"{path}: {error}") from error
 
 
@@ -129,9 +128,9 @@ def detect_encoding(files: Sequence[str]) -> str:
     Files are Windows-1252 if none of them is UTF-8 and none holds a multi-byte character of UTF-8. Raise ValueError
     that names the file and the line if a file has neither encoding, or if the files have different encodings.
     """
-    others = {name: line for name in files if (line := _find_undecodable_line(name, "utf-8"))}
+    others = {name: line for name in files if (line := _find_undecodable_line(name, "utf-8")[0])}
     for name, line in others.items():
-        if len(others) < len(files) or _find_undecodable_line(name, "cp1252"):
+        if len(others) < len(files) or _find_undecodable_line(name, "cp1252")[0]:
             raise ValueError(
                 f"{name}, line {line}: not UTF-8, or it holds a NUL character, which is not text; convert the file"
             )
@@ -150,25 +149,28 @@ def _refuse_utf_16(path: str, file: IO[bytes]) -> None:
     file.seek(0)
 
 
-def _find_undecodable_line(name: str, encoding: str) -> int:
-    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL; 0 if there is none."""
+def _find_undecodable_line(name: str, encoding: str) -> tuple[int, str]:
+    """Return the number of the first line, from 1, that cannot be decoded or holds a NUL, and what is wrong with it.
+
+    If there is none, return 0 and "".
+    """
     number = 0
     try:
         with open_bytes(name) as file:
             _refuse_utf_16(name, file)
             if _is_text(file, encoding):
-                return 0
+                return 0, ""
             file.seek(0)
             for line in file:
                 number += 1
                 if "\0" in line.decode(encoding):
-                    return number
+                    return number, "it holds a NUL character, which is not text"
     except UnicodeDecodeError:
-        return number
+        return number, "not UTF-8"
     except (OSError, EOFError, zlib.error) as error:
         advice = "change its permissions" if isinstance(error, PermissionError) else "copy the file again"
         raise ValueError(f"{name}, after line {number}: cannot be read; {advice} ({error})") from error
-    return 0
+    return 0, ""
 
 
 def _find_multibyte_line(name: str) -> int:

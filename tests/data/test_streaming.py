@@ -317,6 +317,7 @@ def test_a_source_that_cannot_be_streamed_is_refused_in_one_line(tmp_path: Path,
 LONG: dict[str, tuple[str, str, bytes, str]] = {
     "NUL": ("a.txt", "text", b"ok\nno\0\n", "line 2: it holds a NUL"),
     "NUL in a row": ("a.csv", "text", b"text,n\nok,1\nno\0,2\n", "line 3: it holds a NUL"),
+    "two problems": ("a.jsonl", "text", b'{"text": "caf\xe9"}\n\n\0\n', "line 1: not UTF-8; convert the file"),
     "Windows-1252": ("a.txt", "text", b"ok\ncaf\xe9\n", "line 2: not UTF-8; convert the file"),
     "Windows-1252 in a row": ("a.csv", "text", b"text,n\nok,1\ncaf\xe9,2\n", "line 3: not UTF-8; convert the file"),
 }

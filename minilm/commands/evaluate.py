@@ -133,8 +133,11 @@ def _warn_of_changes(run: Path, data: Data) -> None:
     recorded = json.loads(run.read_text(encoding="utf-8")).get("sources", {})
     current = fingerprint_sources(Data(source=data.eval_source or data.source))
     for source in recorded.keys() & current.keys():
-        before = _by_file(source, recorded[source])
-        now = _by_file(source, current[source])
+        before, now = (_by_file(source, facts[source]) for facts in (recorded, current))
+        # The hash is another one if the source has grown beyond the size up to which files are hashed as a whole.
+        for file in before.keys() & now.keys():
+            if before[file].keys() != now[file].keys():
+                before[file], now[file] = ({"bytes": facts[file].get("bytes")} for facts in (before, now))
         # Files that were only renamed do not change a figure.
         if [*before.values()] == [*now.values()]:
             continue

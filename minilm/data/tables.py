@@ -21,7 +21,7 @@ from minilm.data import (
     webdataset_files,
 )
 from minilm.data.columns import Column
-from minilm.data.fingerprints import choose_sampling, fingerprint_file, fingerprint_files
+from minilm.data.fingerprints import fingerprint_file, fingerprint_files, is_hashed_whole
 from minilm.data.text_decoding import LinePlaces, detect_encoding
 from minilm.utils.hub import describe_loading_error
 from minilm.utils.local_files import get_file_kind, get_full_ending
@@ -105,7 +105,7 @@ class FileTable:
         self.typed = self.kind != "delimited"
         self.delimiter = "\t" if data.delimiter == "tab" else data.delimiter
         try:
-            self._sampling = choose_sampling(files)
+            self._is_hashed_whole = is_hashed_whole(files)
             self.fingerprints = fingerprint_files(files)
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -117,7 +117,7 @@ class FileTable:
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         for number, (file, fingerprint) in enumerate(zip(self.files, self.fingerprints, strict=True)):
             yield from group_into_batches(self._read_rows(file, columns), partial(self.locate, number), number)
-            if fingerprint_file(file, self._sampling) != fingerprint:
+            if fingerprint_file(file, self._is_hashed_whole) != fingerprint:
                 raise ValueError(f"{file}: the file changed while it was read; start again")
 
     def iter_rest(

@@ -294,6 +294,15 @@ def test_what_changed_since_the_run_is_named_by_file(
     assert [line for line in told if "since the run" in line] == ([line] if message else [])
 
 
+def test_files_that_are_no_longer_hashed_as_a_whole_have_not_changed(
+    evaluated: Path, no_accelerator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minilm.data.fingerprints._HASHED_BYTES", 1)
+    with warnings_of_minilm() as told:
+        evaluate(evaluated / "out")
+    assert [line for line in told if "since the run" in line] == []
+
+
 def test_a_run_that_did_not_tell_its_files_is_evaluated_without_a_word(
     evaluated: Path, tmp_path: Path, no_accelerator: None
 ) -> None:

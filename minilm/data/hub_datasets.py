@@ -1,7 +1,11 @@
 """Datasets on the hub, loaded with the datasets library so that each cell keeps its type."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,6 +15,9 @@ from datasets.utils.json import get_json_field_paths_from_feature
 
 from minilm.data.columns import Column
 from minilm.utils.cache import get_cache_folder
+
+# Part of the name of a cache. Another rule for what `_ExactCast` refuses needs another number.
+_JSON_RULES = 1
 
 
 def load_from_hub(
@@ -24,15 +31,32 @@ def load_from_hub(
     stream never reads such a copy, whose files and groups of rows are others than those of the hub. Raise the errors
     of the library, which are of many types.
     """
-    # A cache of its own, in which no dataset is ever stored, leaves the library no copy to fall back on.
-    cache = str(get_cache_folder() / "streams") if streaming else None
-    builder = datasets.load_dataset_builder(path, name=name, revision=revision, cache_dir=cache)
-    if isinstance(builder, Json):
-        builder._cast_table = _ExactCast(builder, tuple(columns), streaming)
+
+    def open_builder(cache: Path | None) -> Any:
+        folder = None if cache is None else str(cache)
+        builder = datasets.load_dataset_builder(path, name=name, revision=revision, cache_dir=folder)
+        if isinstance(builder, Json):
+            builder._cast_table = _ExactCast(builder, tuple(columns), streaming)
+        return builder
+
     if streaming:
-        return builder.as_streaming_dataset(split=split)
+        # A cache of its own, in which no dataset is ever stored, leaves the library no copy to fall back on.
+        return open_builder(get_cache_folder() / "streams").as_streaming_dataset(split=split)
+    builder = None
+    # If this fails, the other cache may have a copy. If it has none, opening it raises the same error.
+    with suppress(Exception):
+        builder = open_builder(None)
+    # The library's cache may have a copy of files of JSON whose cells nobody compared with the types.
+    if builder is None or builder.info.builder_name == "json":
+        builder = open_builder(_get_json_cache(columns))
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
+
+
+def _get_json_cache(columns: Sequence[Column]) -> Path:
+    """Return the cache of datasets whose files are JSON, and in which `_ExactCast` compared these columns."""
+    names = json.dumps([_JSON_RULES, *sorted(column.name for column in columns)])
+    return get_cache_folder() / f"json-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def _put_on_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> D
         Path(path).write_text(content)
 
     def open_builder(path: str, *, name: Any, revision: Any, cache_dir: Any) -> Any:
-        return load_dataset_builder("json", data_files=paths, cache_dir=str(folder / "cache"))
+        return load_dataset_builder("json", data_files=paths, cache_dir=cache_dir or str(folder / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
     monkeypatch.setattr("minilm.data.sources.fetch_revision", lambda source: "abc")
@@ -88,6 +88,21 @@ def test_cells_inside_objects_that_become_text_are_refused(
         data = replace(data, column="a.text")
         with pytest.raises(ValueError, match=r"^data source some/rows: column 'a.text' holds values that are not text"):
             _read(data, streaming=streaming)
+
+
+@pytest.mark.parametrize("prepared_by", ["minilm", "the library"])
+def test_a_copy_in_which_the_column_was_not_compared_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared_by: str
+) -> None:
+    data = _put_on_hub(tmp_path, monkeypatch, _lines(["hello"], other="x"), _lines([5], other="y"))
+    if prepared_by == "minilm":
+        assert _read(replace(data, column="other"), streaming=False) == ["x", "y"]
+    else:
+        builder = datasets.load_dataset_builder("some/rows", name=None, revision=None, cache_dir=None)
+        builder.download_and_prepare()
+        assert list(builder.as_dataset(split="train")["text"]) == ["hello", "5"]
+    with pytest.raises(ValueError, match=MIXED):
+        _read(data, streaming=False)
 
 
 def test_chats_whose_messages_have_different_keys_are_read_as_they_are(

@@ -245,6 +245,28 @@ print(sum(len(batch.texts) for shard in shards for batch in shard.read((2 * 2**3
     assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in result.stderr
 
 
+def test_without_the_hub_only_a_checked_copy_of_json_is_read(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = {"0.jsonl": b'{"text": "hello"}\n', "1.jsonl": b'{"text": 5}\n'}
+    good = {"0.jsonl": b'{"text": "hello"}\n', "1.jsonl": b'{"text": "5"}\n'}
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    read = f"""
+from minilm import Data
+from minilm.data.documents import load_documents
+print(*load_documents(Data(source={NAME!r}, eval_split="train"), 0)[0]["text"])
+"""
+    assert _python(f"import datasets; datasets.load_dataset({NAME!r}, split='train')").returncode == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in _python(read).stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert "holds values that are not text" in _python(read).stderr
+    hub.files, hub.commit = good, COMMITS[1]
+    assert _python(read).stdout == "hello 5\n"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert _python(read).stdout == "hello 5\n"
+
+
 @pytest.fixture
 def tokenize(hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that tokenises a source into a folder, after it has executed some code."""

@@ -19,6 +19,7 @@ def replace_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> No
             return lambda split: load(path, name=name, split=split, revision=revision, streaming=streaming)
 
         return SimpleNamespace(
+            hash=revision,
             info=SimpleNamespace(builder_name="parquet"),
             as_streaming_dataset=rows(True),
             as_dataset=rows(False),

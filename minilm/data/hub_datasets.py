@@ -27,9 +27,10 @@ def load_from_hub(
 
     columns: the columns to read. name: the configuration. revision: a commit; None for the newest.
 
-    If the hub fails, the library takes the newest copy in its cache, whatever its commit. Its log is the only sign. A
-    stream never reads such a copy, whose files and groups of rows are others than those of the hub. Raise the errors
-    of the library, which are of many types.
+    If the hub fails, the library takes the newest copy in its cache, whatever its commit. Without a `revision`, its log
+    is the only sign. A stream never reads such a copy, whose files and groups of rows are others than those of the hub.
+    Raise ValueError for a copy of another commit than `revision`, and the errors of the library, which are of many
+    types.
     """
 
     def open_builder(cache: Path | None) -> Any:
@@ -49,6 +50,11 @@ def load_from_hub(
     # The library's cache may have a copy of files of JSON whose cells nobody compared with the types.
     if builder is None or builder.info.builder_name == "json":
         builder = open_builder(_get_json_cache(columns))
+    if revision is not None and builder.hash != revision:
+        raise ValueError(
+            f"the hub did not give the commit {revision} of this run, and the newest copy in the cache is of "
+            f"{builder.hash}; try again later"
+        )
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 

@@ -32,12 +32,14 @@ class Hub:
     """Datasets of the same Parquet files on a hub, whose names begin with `me/`.
 
     `commit` is the newest of each, and `left` the number of reads that succeed. If it is `busy`, each process that asks
-    for the newest commit sees another. The commits in `gone` were removed.
+    for the newest commit sees another. The commits in `gone` were removed. Files whose names begin with `refused` may
+    not be read.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.url = files, ""
         self.commit, self.left, self.busy, self.gone = COMMITS[0], 10**9, False, set[str]()
+        self.refused = "nothing"
         self.read = list[tuple[str, str]]()
         """The commit and the file of each read."""
 
@@ -92,7 +94,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             answer = None if is_gone else hub.describe(path)
             content = json.dumps(answer).encode() if answer is not None else None if is_gone else hub.content(path)
             if content is None:
-                status, content = 404, b"{}"
+                status = 403 if path.rpartition("/")[2].startswith(hub.refused) else 404
+                content = b"{}"
             size, etag = len(content), hashlib.sha1(content).hexdigest()
             if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
                 status, content = 206, content[int(part[1]) : int(part[2]) + 1]
@@ -243,6 +246,30 @@ print(sum(len(batch.texts) for shard in shards for batch in shard.read((2 * 2**3
     result = _python(read)
     assert result.stdout == ""
     assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in result.stderr
+
+
+def test_another_commit_than_that_of_the_run_is_never_read(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit = COMMITS[1]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert _python(f"import datasets; datasets.load_dataset({NAME!r}, split='train')").returncode == 0
+    read = f"""
+from minilm import Data
+from minilm.data.documents import load_documents
+from minilm.data.sources import pin_revisions
+with pin_revisions({{{NAME!r}: {COMMITS[0]!r}}}):
+    print(len(load_documents(Data(source={NAME!r}, eval_split="train"), 0)[0]))
+"""
+    hub.refused = "README"
+    result = _python(read)
+    assert result.stdout == ""
+    assert result.stderr.strip().rpartition("\n")[2] == (
+        f"ValueError: data source {NAME}: the hub did not give the commit {COMMITS[0]} of this run, and the newest "
+        f"copy in the cache is of {COMMITS[1]}; try again later"
+    )
+    hub.refused = "nothing"
+    assert _python(read).stdout == "270\n"
 
 
 def test_without_the_hub_only_a_checked_copy_of_json_is_read(

@@ -260,8 +260,11 @@ def list_files(source: str) -> list[str]:
 
 @contextmanager
 def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
-    """In the block, read these commits of datasets on the hub, by source, in place of the newest ones."""
-    before = _pinned.set(revisions)
+    """In the block, read these commits of datasets on the hub, by source, in place of the newest ones.
+
+    A block inside another one keeps the commits of the other sources.
+    """
+    before = _pinned.set({**_pinned.get(), **revisions})
     try:
         yield
     finally:

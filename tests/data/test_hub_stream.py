@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from minilm import Config, Data
+from minilm.commands.replay import read_documents
+from minilm.objectives.factory import build_objective
+from minilm.utils.number_ranges import format_ranges
 from tests.jobs import CONFIG, WORDS, end_of, finish, in_folder, start, without_dropout
 from tests.launch import ROOT
 
@@ -33,18 +37,21 @@ class Hub:
 
     `commit` is the newest of each, and `left` the number of reads that succeed. If it is `busy`, each process that asks
     for the newest commit sees another. The commits in `gone` were removed. Files whose names begin with `refused` may
-    not be read.
+    not be read. The commits in `others` have other files.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.url = files, ""
         self.commit, self.left, self.busy, self.gone = COMMITS[0], 10**9, False, set[str]()
-        self.refused = "nothing"
+        self.refused, self.others = "nothing", dict[str, dict[str, bytes]]()
         self.read = list[tuple[str, str]]()
         """The commit and the file of each read."""
 
-    def facts(self, path: str) -> dict[str, Any]:
-        return {"type": "file", "path": path, "size": len(self.files[path]), "oid": path}
+    def files_of(self, commit: str) -> dict[str, bytes]:
+        return self.others.get(commit, self.files)
+
+    def facts(self, path: str, content: bytes) -> dict[str, Any]:
+        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def describe(self, path: str) -> Any:
         """Return what the hub's interface answers; None for what it does not have."""
@@ -53,23 +60,24 @@ class Hub:
             commit = asked[1] or self.commit
             if self.busy and not asked[1]:
                 self.commit = f"{int(self.commit, 16) + 1:040x}"
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [{"rfilename": name} for name in self.files_of(commit)]
             name = "/".join(path.split("/")[3:5])
             return {"id": name, "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": []}
-        if tree := re.fullmatch(f"{api}/tree/[^/]+/?(.*)", path):
-            return [self.facts(name) for name in self.files if name.startswith(tree[1])]
-        if re.fullmatch(f"{api}/paths-info/[^/]+", path):
-            return [self.facts(name) for name in self.files]
+        if tree := re.fullmatch(f"{api}/tree/([^/]+)/?(.*)", path):
+            files = self.files_of(tree[1]).items()
+            return [self.facts(name, content) for name, content in files if name.startswith(tree[2])]
+        if asked := re.fullmatch(f"{api}/paths-info/([^/]+)", path):
+            return [self.facts(name, content) for name, content in self.files_of(asked[1]).items()]
         return None
 
     def content(self, path: str) -> bytes | None:
         """Return the bytes of a file, or None for another path. The hub has no file left after `left` reads."""
         found = re.fullmatch("/datasets/me/[^/]+/resolve/([^/]+)/(.*)", path)
-        if not found or found[2] not in self.files:
+        if not found or found[2] not in self.files_of(found[1]):
             return None
         self.read.append((found[1], found[2]))
         self.left -= 1
-        return self.files[found[2]] if self.left >= 0 else None
+        return self.files_of(found[1])[found[2]] if self.left >= 0 else None
 
 
 @pytest.fixture
@@ -223,6 +231,39 @@ def test_a_commit_that_the_hub_no_longer_has_is_named(
         f"error: data source {NAME}: the hub no longer has the commit {COMMITS[0]} with which this began: start again "
         "without run.resume, or with another output folder"
     )
+
+
+@pytest.mark.parametrize("start", ["a checkpoint", "the beginning"])
+def test_a_replay_reads_the_commit_of_its_run(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    config = _config(NAME, tmp_path / "out")
+    config = replace(config, data=Data(source=NAME, eval_fraction=0.1), run=replace(config.run, max_steps=10))
+    assert _finish(config, tmp_path / "first", monkeypatch)[0] == 0
+    local = replace(config, data=replace(config.data, source=str(tmp_path / "files")))
+    texts = [*build_objective(local.objective).training_texts(local)]
+    (tmp_path / "texts").write_text("\n".join(text for text in texts if texts.count(text) == 1))
+    if start == "the beginning":
+        for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    else:
+        # Its first step is the ninth.
+        (tmp_path / "texts").write_text(texts[107])
+    numbers = read_documents(local, str(tmp_path / "texts"))
+    # The newest commit has another text before all others.
+    hub.others[COMMITS[0]], hub.commit = {**hub.files}, COMMITS[1]
+    file = io.BytesIO()
+    Dataset.from_dict({"text": ["a new text"]}).to_parquet(file)
+    hub.files["train--1.parquet"] = file.getvalue()
+    command = ["replay", str(tmp_path / "out"), "--without", str(tmp_path / "texts")]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    result = _python(f"import sys\nfrom minilm.commands.main import main\nsys.argv[1:] = {command}\nmain()")
+    assert result.returncode == 0, result.stderr
+    assert f"the replay begins after step {8 if start == 'a checkpoint' else 0}\n" in result.stderr
+    facts = json.loads((tmp_path / "out-without" / "run.json").read_text())
+    assert facts["config"]["data"]["exclude_loss"] == format_ranges(numbers)
+    assert facts["sources"] == {NAME: {"revision": COMMITS[0]}}
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:

@@ -37,12 +37,14 @@ class Hub:
 
     `commit` is the newest of each, and `left` the number of reads that succeed. If it is `busy`, each process that asks
     for the newest commit sees another. The commits in `gone` were removed. Files whose names begin with `refused` may
-    not be read. The commits in `others` have other files.
+    not be read. The commits in `others` have other files. It does
+    not answer the first `unanswered` questions for the newest commit.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.url = files, ""
         self.commit, self.left, self.busy, self.gone = COMMITS[0], 10**9, False, set[str]()
+        self.unanswered = 0
         self.refused, self.others = "nothing", dict[str, dict[str, bytes]]()
         self.read = list[tuple[str, str]]()
         """The commit and the file of each read."""
@@ -57,6 +59,9 @@ class Hub:
         """Return what the hub's interface answers; None for what it does not have."""
         api = "/api/datasets/me/[^/]+"
         if asked := re.fullmatch(f"{api}(?:/revision/([^/]+))?", path):
+            if not asked[1] and self.unanswered:
+                self.unanswered -= 1
+                return None
             commit = asked[1] or self.commit
             if self.busy and not asked[1]:
                 self.commit = f"{int(self.commit, 16) + 1:040x}"
@@ -215,6 +220,17 @@ def test_all_processes_read_the_commit_that_run_json_records(
     assert {commit for commit, _ in hub.read} == {COMMITS[0]}
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())["sources"]
     assert recorded == {NAME: {"revision": COMMITS[0]}}
+
+
+def test_a_stream_does_not_begin_without_a_commit_for_all_processes(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.unanswered = 1
+    config = _config(NAME, tmp_path / "out")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    job = start("torchrun", config, tmp_path, processes=2)
+    assert job.status() != 0, json.loads((tmp_path / "out/checkpoint-8/training.json").read_text())["revisions"]
+    assert f"error: data source {NAME}: " in job.stderr.read_text()
 
 
 def test_a_commit_that_the_hub_no_longer_has_is_named(

@@ -398,3 +398,19 @@ def test_a_dataset_of_a_hub_is_tokenised_to_the_end_at_the_commit_with_which_it_
     for piece in sorted((tmp_path / "whole").glob("tokens-*/*.npy")):
         other = tmp_path / "remote" / piece.relative_to(tmp_path / "whole")
         assert other.read_bytes() == piece.read_bytes(), piece
+
+
+def test_a_folder_that_was_begun_without_a_record_of_the_commit_is_continued(
+    hub: Hub, tmp_path: Path, tokenize: Any
+) -> None:
+    hub.left = 12
+    assert tokenize(NAME, "remote").returncode != 0
+    hub.left = 10**9
+    path = tmp_path / "remote" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["revisions"], settings["datasets"]
+    path.write_text(json.dumps(settings))
+    result = tokenize(NAME, "remote")
+    assert result.returncode == 0, result.stderr
+    hub.commit = COMMITS[1]
+    assert "it was begun with other values of documents: choose" in tokenize(NAME, "remote").stderr

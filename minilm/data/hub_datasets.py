@@ -18,6 +18,12 @@ from minilm.utils.cache import get_cache_folder
 
 # Part of the name of a cache. Another rule for what `_ExactCast` refuses needs another number.
 _JSON_RULES = 1
+_NOT_TEXT = "values that are not text, of which the datasets library would make text; write them as text"
+# JSON has no type for dates, so that they are texts in the files.
+_DATES = (
+    "texts that look like dates, which the datasets library would rewrite; download the files and give them as the "
+    "source"
+)
 
 
 def load_from_hub(
@@ -80,20 +86,20 @@ class _ExactCast:
 
     def __call__(self, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]] = ()) -> pyarrow.Table:
         for column in self.columns:
-            if self._rewrites(column, table, json_field_paths):
-                raise ValueError(
-                    f"column {column.name!r} holds values that are not text, of which the datasets library would make "
-                    "text; write them as text"
-                )
+            problem = self._find_problem(column, table, json_field_paths)
+            if problem is not None:
+                raise ValueError(f"column {column.name!r} holds {problem}")
         options = {"json_field_paths": json_field_paths} if json_field_paths else {}
         return type(self.builder)._cast_table(self.builder, table, **options)
 
-    def _rewrites(self, column: Column, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]]) -> bool:
-        """Return whether the builder makes text of cells of a column that are not text."""
+    def _find_problem(
+        self, column: Column, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]]
+    ) -> str | None:
+        """Return which cells of a column the builder would rewrite, and what to do; None if it rewrites none."""
         name, features = column.find_outer(table.column_names), self.builder.info.features
         # Without a type from the first chunk, each chunk of a dataset on disk keeps its own.
         if name is None or (features is None and not self.streaming):
-            return False
+            return None
         # The library reads the values at these paths back from their JSON text.
         parsed = [] if features is None else get_json_field_paths_from_feature(features)
         keys = [name, *column.name.removeprefix(name).split(".")[1:]]
@@ -101,20 +107,23 @@ class _ExactCast:
             # 0 stands for the items of a list.
             outer = [key for key in path if key != 0]
             if outer == keys[: len(outer)] and path not in parsed:
-                return True
+                return _NOT_TEXT
         if features is None or name not in features:
-            return False
-        return _becomes_text(table.schema.field(name).type, features.arrow_schema.field(name).type)
+            return None
+        return _compare_types(table.schema.field(name).type, features.arrow_schema.field(name).type)
 
 
-def _becomes_text(before: Any, after: Any) -> bool:
-    """Return whether a cast from one type of Arrow to another makes text of what is not text."""
+def _compare_types(before: Any, after: Any) -> str | None:
+    """Return which cells a cast from one type of Arrow to another makes text of, and what to do; None if of none."""
     types = pyarrow.types
     if types.is_string(after) or types.is_large_string(after):
-        return not (types.is_string(before) or types.is_large_string(before) or types.is_null(before))
+        if types.is_string(before) or types.is_large_string(before) or types.is_null(before):
+            return None
+        return _DATES if types.is_temporal(before) else _NOT_TEXT
     if types.is_list(after) and types.is_list(before):
-        return _becomes_text(before.value_type, after.value_type)
+        return _compare_types(before.value_type, after.value_type)
     if types.is_struct(after) and types.is_struct(before):
-        names = {field.name for field in before}
-        return any(field.name in names and _becomes_text(before.field(field.name).type, field.type) for field in after)
-    return False
+        common = {field.name for field in before} & {field.name for field in after}
+        problems = [_compare_types(before.field(name).type, after.field(name).type) for name in sorted(common)]
+        return next(filter(None, problems), None)
+    return None

@@ -19,7 +19,11 @@ def replace_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> No
             return lambda split: load(path, name=name, split=split, revision=revision, streaming=streaming)
 
         return SimpleNamespace(
-            as_streaming_dataset=rows(True), as_dataset=rows(False), download_and_prepare=lambda: None
+            hash=revision,
+            info=SimpleNamespace(builder_name="parquet"),
+            as_streaming_dataset=rows(True),
+            as_dataset=rows(False),
+            download_and_prepare=lambda: None,
         )
 
     monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)

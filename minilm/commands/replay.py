@@ -14,11 +14,12 @@ from minilm.config.command_line import parse_flags
 from minilm.config.serialization import flatten_settings, read_run_config, to_dict
 from minilm.data.corpus import PreparedData
 from minilm.data.excluded_documents import find_first_use
+from minilm.data.sources import pin_revisions
 from minilm.data.text_decoding import open_text, strip_line_end
 from minilm.objectives.factory import build_objective, prepare_run
 from minilm.runs.checkpoint import find_complete_checkpoints
 from minilm.runs.resume import read_precision
-from minilm.runs.run_facts import RESULTS
+from minilm.runs.run_facts import RESULTS, read_revisions
 from minilm.runs.session import plan_steps
 from minilm.train import train
 from minilm.utils.launch_variables import is_main_process, read_rank_and_size
@@ -51,17 +52,21 @@ def replay_run(folder: Path, documents: str, arguments: Sequence[str]) -> tuple[
 
     documents: their numbers, or a file of numbers or of exact texts, one a line. arguments: flags of a run.
     """
-    replay = plan_replay(folder, documents, arguments)
-    log.info(f"step {replay.first_step:,} is the first that reads them; the replay begins after step {replay.start:,}")
-    output = train(replay.config).folder
+    if not (folder / RESULTS).is_file():
+        raise ValueError(f"{folder} is not the folder of a finished run, with which a replay could be compared")
+    # The numbers of the documents, and the steps that read them, are those of the commits that the run read.
+    with pin_revisions(read_revisions(folder)):
+        replay = plan_replay(folder, documents, arguments)
+        log.info(
+            f"step {replay.first_step:,} is the first that reads them; the replay begins after step {replay.start:,}"
+        )
+        output = train(replay.config).folder
     differences = compare_models(folder, output) if is_main_process(os.environ) else []
     return differences, replay.still_seen
 
 
 def plan_replay(folder: Path, documents: str, arguments: Sequence[str]) -> Replay:
-    """Return the replay of a run. Raise ValueError if there is none."""
-    if not (folder / RESULTS).is_file():
-        raise ValueError(f"{folder} is not the folder of a finished run, with which a replay could be compared")
+    """Return the replay of a finished run. Raise ValueError if there is none."""
     config = read_run_config(str(folder / "run.json"))
     config = replace(config, run=replace(config.run, precision=read_precision(folder) or config.run.precision))
     _check_processes(folder)

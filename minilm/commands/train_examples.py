@@ -13,7 +13,9 @@ from minilm.commands.hard_examples import HIGHEST_SHARE
 from minilm.config.serialization import read_run_config
 from minilm.data.corpus import PreparedData
 from minilm.data.phased_batches import JoinedExamples
+from minilm.data.sources import pin_revisions
 from minilm.objectives.factory import prepare_run
+from minilm.runs.run_facts import read_revisions
 from minilm.runs.train_ledger import find_train_losses, identify_train_examples, read_train_losses
 
 # Near-duplicates are sought among this share of the examples, those with the lowest last losses.
@@ -67,7 +69,8 @@ def read_losses(run: str | Path) -> TrainLosses:
     files = [read_train_losses(path) for path in find_train_losses(folder)]
     if not files:
         raise ValueError(f"{folder} has no training losses in its ledger: train with --run.train-ledger")
-    prepared = prepare_run(read_run_config(str(folder / "run.json")))
+    with pin_revisions(read_revisions(folder)):
+        prepared = prepare_run(read_run_config(str(folder / "run.json")))
     if {identity for _, identity in files} != {identify_train_examples(prepared)}:
         raise ValueError(f"{folder}: its training examples have changed since the run, so that they cannot be shown")
     return TrainLosses(mean_PxE=np.stack([mean_E for mean_E, _ in files]), prepared=prepared)

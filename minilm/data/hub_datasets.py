@@ -1,7 +1,11 @@
 """Datasets on the hub, loaded with the datasets library so that each cell keeps its type."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,6 +16,15 @@ from datasets.utils.json import get_json_field_paths_from_feature
 from minilm.data.columns import Column
 from minilm.utils.cache import get_cache_folder
 
+# Part of the name of a cache. Another rule for what `_ExactCast` refuses needs another number.
+_JSON_RULES = 1
+_NOT_TEXT = "values that are not text, of which the datasets library would make text; write them as text"
+# JSON has no type for dates, so that they are texts in the files.
+_DATES = (
+    "texts that look like dates, which the datasets library would rewrite; download the files and give them as the "
+    "source"
+)
+
 
 def load_from_hub(
     path: str, columns: Sequence[Column], *, name: str | None, split: str, revision: str | None, streaming: bool
@@ -20,19 +33,42 @@ def load_from_hub(
 
     columns: the columns to read. name: the configuration. revision: a commit; None for the newest.
 
-    If the hub fails, the library takes the newest copy in its cache, whatever its commit. Its log is the only sign. A
-    stream never reads such a copy, whose files and groups of rows are others than those of the hub. Raise the errors
-    of the library, which are of many types.
+    If the hub fails, the library takes the newest copy in its cache, whatever its commit. Without a `revision`, its log
+    is the only sign. A stream never reads such a copy, whose files and groups of rows are others than those of the hub.
+    Raise ValueError for a copy of another commit than `revision`, and the errors of the library, which are of many
+    types.
     """
-    # A cache of its own, in which no dataset is ever stored, leaves the library no copy to fall back on.
-    cache = str(get_cache_folder() / "streams") if streaming else None
-    builder = datasets.load_dataset_builder(path, name=name, revision=revision, cache_dir=cache)
-    if isinstance(builder, Json):
-        builder._cast_table = _ExactCast(builder, tuple(columns), streaming)
+
+    def open_builder(cache: Path | None) -> Any:
+        folder = None if cache is None else str(cache)
+        builder = datasets.load_dataset_builder(path, name=name, revision=revision, cache_dir=folder)
+        if isinstance(builder, Json):
+            builder._cast_table = _ExactCast(builder, tuple(columns), streaming)
+        return builder
+
     if streaming:
-        return builder.as_streaming_dataset(split=split)
+        # A cache of its own, in which no dataset is ever stored, leaves the library no copy to fall back on.
+        return open_builder(get_cache_folder() / "streams").as_streaming_dataset(split=split)
+    builder = None
+    # If this fails, the other cache may have a copy. If it has none, opening it raises the same error.
+    with suppress(Exception):
+        builder = open_builder(None)
+    # The library's cache may have a copy of files of JSON whose cells nobody compared with the types.
+    if builder is None or builder.info.builder_name == "json":
+        builder = open_builder(_get_json_cache(columns))
+    if revision is not None and builder.hash != revision:
+        raise ValueError(
+            f"the hub did not give the commit {revision} of this run, and the newest copy in the cache is of "
+            f"{builder.hash}; try again later"
+        )
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
+
+
+def _get_json_cache(columns: Sequence[Column]) -> Path:
+    """Return the cache of datasets whose files are JSON, and in which `_ExactCast` compared these columns."""
+    names = json.dumps([_JSON_RULES, *sorted(column.name for column in columns)])
+    return get_cache_folder() / f"json-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -50,20 +86,20 @@ class _ExactCast:
 
     def __call__(self, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]] = ()) -> pyarrow.Table:
         for column in self.columns:
-            if self._rewrites(column, table, json_field_paths):
-                raise ValueError(
-                    f"column {column.name!r} holds values that are not text, of which the datasets library would make "
-                    "text; write them as text"
-                )
+            problem = self._find_problem(column, table, json_field_paths)
+            if problem is not None:
+                raise ValueError(f"column {column.name!r} holds {problem}")
         options = {"json_field_paths": json_field_paths} if json_field_paths else {}
         return type(self.builder)._cast_table(self.builder, table, **options)
 
-    def _rewrites(self, column: Column, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]]) -> bool:
-        """Return whether the builder makes text of cells of a column that are not text."""
+    def _find_problem(
+        self, column: Column, table: pyarrow.Table, json_field_paths: Sequence[Sequence[Any]]
+    ) -> str | None:
+        """Return which cells of a column the builder would rewrite, and what to do; None if it rewrites none."""
         name, features = column.find_outer(table.column_names), self.builder.info.features
         # Without a type from the first chunk, each chunk of a dataset on disk keeps its own.
         if name is None or (features is None and not self.streaming):
-            return False
+            return None
         # The library reads the values at these paths back from their JSON text.
         parsed = [] if features is None else get_json_field_paths_from_feature(features)
         keys = [name, *column.name.removeprefix(name).split(".")[1:]]
@@ -71,20 +107,23 @@ class _ExactCast:
             # 0 stands for the items of a list.
             outer = [key for key in path if key != 0]
             if outer == keys[: len(outer)] and path not in parsed:
-                return True
+                return _NOT_TEXT
         if features is None or name not in features:
-            return False
-        return _becomes_text(table.schema.field(name).type, features.arrow_schema.field(name).type)
+            return None
+        return _compare_types(table.schema.field(name).type, features.arrow_schema.field(name).type)
 
 
-def _becomes_text(before: Any, after: Any) -> bool:
-    """Return whether a cast from one type of Arrow to another makes text of what is not text."""
+def _compare_types(before: Any, after: Any) -> str | None:
+    """Return which cells a cast from one type of Arrow to another makes text of, and what to do; None if of none."""
     types = pyarrow.types
     if types.is_string(after) or types.is_large_string(after):
-        return not (types.is_string(before) or types.is_large_string(before) or types.is_null(before))
+        if types.is_string(before) or types.is_large_string(before) or types.is_null(before):
+            return None
+        return _DATES if types.is_temporal(before) else _NOT_TEXT
     if types.is_list(after) and types.is_list(before):
-        return _becomes_text(before.value_type, after.value_type)
+        return _compare_types(before.value_type, after.value_type)
     if types.is_struct(after) and types.is_struct(before):
-        names = {field.name for field in before}
-        return any(field.name in names and _becomes_text(before.field(field.name).type, field.type) for field in after)
-    return False
+        common = {field.name for field in before} & {field.name for field in after}
+        problems = [_compare_types(before.field(name).type, after.field(name).type) for name in sorted(common)]
+        return next(filter(None, problems), None)
+    return None

@@ -260,8 +260,11 @@ def list_files(source: str) -> list[str]:
 
 @contextmanager
 def pin_revisions(revisions: Mapping[str, str]) -> Iterator[None]:
-    """In the block, read these commits of datasets on the hub, by source, in place of the newest ones."""
-    before = _pinned.set(revisions)
+    """In the block, read these commits of datasets on the hub, by source, in place of the newest ones.
+
+    A block inside another one keeps the commits of the other sources.
+    """
+    before = _pinned.set({**_pinned.get(), **revisions})
     try:
         yield
     finally:
@@ -272,12 +275,12 @@ def fetch_revisions(data: Data) -> dict[str, str]:
     """Return the commit of each source that is a dataset on the hub, as `fetch_revision` does.
 
     A source about which the hub does not answer is left out. Only the cache may have it, in which copies have no commit
-    that could be chosen.
+    that could be chosen. A stream reads no copy, so that ValueError is raised for it.
     """
     revisions = dict[str, str]()
     for source in dict.fromkeys((*data.sources, data.eval_source)):
         # Reading a source that does not exist raises an error that says more.
-        with suppress(ValueError, OSError):
+        with suppress(OSError) if data.streaming else suppress(ValueError, OSError):
             if source is not None and _is_on_hub(source):
                 revisions[source] = fetch_revision(source)
     return revisions

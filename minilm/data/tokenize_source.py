@@ -175,8 +175,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError if the folder was begun with other settings."""
     begun = _read_settings(folder)
-    different = [name for name, value in settings.items() if begun.get(name) != value]
-    if "datasets" in different and "datasets" in begun:
+    # Earlier versions did not record these two, which also decide `documents`.
+    optional = {"revisions", "datasets"} - begun.keys()
+    different = [name for name, value in settings.items() if name not in optional and begun.get(name) != value]
+    if "datasets" in different:
         different[different.index("datasets")] = f"datasets ({begun['datasets']}, now {settings['datasets']})"
     if different:
         raise ValueError(

@@ -126,6 +126,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state = {"scaler": {}, "optimizer": {}, "windows": {}, "revisions": {}} | _read_json(folder / STATE)
         if "data" in state and "inputs" not in state:
             state["inputs"] = {"training examples": state.pop("data")}
+        # Earlier versions stored the commits with the windows.
+        if not state["revisions"] and isinstance(state["windows"], dict):
+            state["revisions"] = state["windows"].get("revisions", {})
         whole = state.keys() == {field.name for field in dataclasses.fields(Checkpoint)} - {"folder"}
         whole = whole and all(isinstance(part, dict) for part in state.values())
         whole = whole and all(isinstance(commit, str) for commit in state["revisions"].values())

@@ -88,6 +88,20 @@ def write_run_json(folder: Path, settings: dict[str, Any], data: Data, facts: di
     write_atomically(folder / "run.json", json.dumps(content, indent=2) + "\n")
 
 
+def read_revisions(folder: Path) -> dict[str, str]:
+    """Return the commit that a run read of each source on the hub, as `run.json` records it.
+
+    Raise ValueError if the file cannot be read.
+    """
+    path = folder / "run.json"
+    try:
+        sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {})
+        # A source of files has a list.
+        return {source: content["revision"] for source, content in sources.items() if isinstance(content, dict)}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable run.json ({error})") from error
+
+
 def log_run_facts(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Log the facts of the run. Warn where the run is too short for its schedule."""
     for part in ("train", "eval"):

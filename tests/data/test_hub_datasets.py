@@ -28,7 +28,7 @@ def _put_on_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> D
         Path(path).write_text(content)
 
     def open_builder(path: str, *, name: Any, revision: Any, cache_dir: Any) -> Any:
-        return load_dataset_builder("json", data_files=paths, cache_dir=str(folder / "cache"))
+        return load_dataset_builder("json", data_files=paths, cache_dir=cache_dir or str(folder / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
     monkeypatch.setattr("minilm.data.sources.fetch_revision", lambda source: "abc")
@@ -53,8 +53,11 @@ BAD = {
     "objects": [{"a": 1}, {"a": 2}],
     "an object among texts": ["hello", {"a": 1}],
     "a list among texts": ["hello", ["a"]],
-    "dates": ["2020-01-02", "2020-01-03"],
 }
+DATES = (
+    r"^data source some/rows: column 'text' holds texts that look like dates, which the datasets library would "
+    r"rewrite; download the files and give them as the source\Z"
+)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
@@ -65,6 +68,17 @@ def test_cells_that_become_text_are_refused(
     data = _put_on_hub(tmp_path, monkeypatch, _lines(TEXTS), _lines(BAD[case]))
     with pytest.raises(ValueError, match=MIXED):
         _read(data, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_dates_that_would_be_rewritten_are_refused_and_files_of_them_are_read_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    data = _put_on_hub(tmp_path, monkeypatch, _lines(TEXTS), _lines(["2020-01-02", "2020-01-03"]))
+    with pytest.raises(ValueError, match=DATES):
+        _read(data, streaming=streaming)
+    files = replace(data, source=str(tmp_path / "train-*.json"))
+    assert _read(files, streaming=streaming) == [*TEXTS, "2020-01-02", "2020-01-03"]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
@@ -88,6 +102,21 @@ def test_cells_inside_objects_that_become_text_are_refused(
         data = replace(data, column="a.text")
         with pytest.raises(ValueError, match=r"^data source some/rows: column 'a.text' holds values that are not text"):
             _read(data, streaming=streaming)
+
+
+@pytest.mark.parametrize("prepared_by", ["minilm", "the library"])
+def test_a_copy_in_which_the_column_was_not_compared_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared_by: str
+) -> None:
+    data = _put_on_hub(tmp_path, monkeypatch, _lines(["hello"], other="x"), _lines([5], other="y"))
+    if prepared_by == "minilm":
+        assert _read(replace(data, column="other"), streaming=False) == ["x", "y"]
+    else:
+        builder = datasets.load_dataset_builder("some/rows", name=None, revision=None, cache_dir=None)
+        builder.download_and_prepare()
+        assert list(builder.as_dataset(split="train")["text"]) == ["hello", "5"]
+    with pytest.raises(ValueError, match=MIXED):
+        _read(data, streaming=False)
 
 
 def test_chats_whose_messages_have_different_keys_are_read_as_they_are(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from minilm import Config, Data
+from minilm.commands.replay import read_documents
+from minilm.objectives.factory import build_objective
+from minilm.utils.number_ranges import format_ranges
 from tests.jobs import CONFIG, WORDS, end_of, finish, in_folder, start, without_dropout
 from tests.launch import ROOT
 
@@ -32,42 +36,53 @@ class Hub:
     """Datasets of the same Parquet files on a hub, whose names begin with `me/`.
 
     `commit` is the newest of each, and `left` the number of reads that succeed. If it is `busy`, each process that asks
-    for the newest commit sees another. The commits in `gone` were removed.
+    for the newest commit sees another. The commits in `gone` were removed. Files whose names begin with `refused` may
+    not be read. The commits in `others` have other files. It does
+    not answer the first `unanswered` questions for the newest commit.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.url = files, ""
         self.commit, self.left, self.busy, self.gone = COMMITS[0], 10**9, False, set[str]()
+        self.unanswered = 0
+        self.refused, self.others = "nothing", dict[str, dict[str, bytes]]()
         self.read = list[tuple[str, str]]()
         """The commit and the file of each read."""
 
-    def facts(self, path: str) -> dict[str, Any]:
-        return {"type": "file", "path": path, "size": len(self.files[path]), "oid": path}
+    def files_of(self, commit: str) -> dict[str, bytes]:
+        return self.others.get(commit, self.files)
+
+    def facts(self, path: str, content: bytes) -> dict[str, Any]:
+        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def describe(self, path: str) -> Any:
         """Return what the hub's interface answers; None for what it does not have."""
         api = "/api/datasets/me/[^/]+"
         if asked := re.fullmatch(f"{api}(?:/revision/([^/]+))?", path):
+            if not asked[1] and self.unanswered:
+                self.unanswered -= 1
+                return None
             commit = asked[1] or self.commit
             if self.busy and not asked[1]:
                 self.commit = f"{int(self.commit, 16) + 1:040x}"
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [{"rfilename": name} for name in self.files_of(commit)]
             name = "/".join(path.split("/")[3:5])
             return {"id": name, "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": []}
-        if tree := re.fullmatch(f"{api}/tree/[^/]+/?(.*)", path):
-            return [self.facts(name) for name in self.files if name.startswith(tree[1])]
-        if re.fullmatch(f"{api}/paths-info/[^/]+", path):
-            return [self.facts(name) for name in self.files]
+        if tree := re.fullmatch(f"{api}/tree/([^/]+)/?(.*)", path):
+            files = self.files_of(tree[1]).items()
+            return [self.facts(name, content) for name, content in files if name.startswith(tree[2])]
+        if asked := re.fullmatch(f"{api}/paths-info/([^/]+)", path):
+            return [self.facts(name, content) for name, content in self.files_of(asked[1]).items()]
         return None
 
     def content(self, path: str) -> bytes | None:
         """Return the bytes of a file, or None for another path. The hub has no file left after `left` reads."""
         found = re.fullmatch("/datasets/me/[^/]+/resolve/([^/]+)/(.*)", path)
-        if not found or found[2] not in self.files:
+        if not found or found[2] not in self.files_of(found[1]):
             return None
         self.read.append((found[1], found[2]))
         self.left -= 1
-        return self.files[found[2]] if self.left >= 0 else None
+        return self.files_of(found[1])[found[2]] if self.left >= 0 else None
 
 
 @pytest.fixture
@@ -92,7 +107,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             answer = None if is_gone else hub.describe(path)
             content = json.dumps(answer).encode() if answer is not None else None if is_gone else hub.content(path)
             if content is None:
-                status, content = 404, b"{}"
+                status = 403 if path.rpartition("/")[2].startswith(hub.refused) else 404
+                content = b"{}"
             size, etag = len(content), hashlib.sha1(content).hexdigest()
             if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
                 status, content = 206, content[int(part[1]) : int(part[2]) + 1]
@@ -206,6 +222,17 @@ def test_all_processes_read_the_commit_that_run_json_records(
     assert recorded == {NAME: {"revision": COMMITS[0]}}
 
 
+def test_a_stream_does_not_begin_without_a_commit_for_all_processes(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.unanswered = 1
+    config = _config(NAME, tmp_path / "out")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    job = start("torchrun", config, tmp_path, processes=2)
+    assert job.status() != 0, json.loads((tmp_path / "out/checkpoint-8/training.json").read_text())["revisions"]
+    assert f"error: data source {NAME}: " in job.stderr.read_text()
+
+
 def test_a_commit_that_the_hub_no_longer_has_is_named(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +247,39 @@ def test_a_commit_that_the_hub_no_longer_has_is_named(
         f"error: data source {NAME}: the hub no longer has the commit {COMMITS[0]} with which this began: start again "
         "without run.resume, or with another output folder"
     )
+
+
+@pytest.mark.parametrize("start", ["a checkpoint", "the beginning"])
+def test_a_replay_reads_the_commit_of_its_run(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    config = _config(NAME, tmp_path / "out")
+    config = replace(config, data=Data(source=NAME, eval_fraction=0.1), run=replace(config.run, max_steps=10))
+    assert _finish(config, tmp_path / "first", monkeypatch)[0] == 0
+    local = replace(config, data=replace(config.data, source=str(tmp_path / "files")))
+    texts = [*build_objective(local.objective).training_texts(local)]
+    (tmp_path / "texts").write_text("\n".join(text for text in texts if texts.count(text) == 1))
+    if start == "the beginning":
+        for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    else:
+        # Its first step is the ninth.
+        (tmp_path / "texts").write_text(texts[107])
+    numbers = read_documents(local, str(tmp_path / "texts"))
+    # The newest commit has another text before all others.
+    hub.others[COMMITS[0]], hub.commit = {**hub.files}, COMMITS[1]
+    file = io.BytesIO()
+    Dataset.from_dict({"text": ["a new text"]}).to_parquet(file)
+    hub.files["train--1.parquet"] = file.getvalue()
+    command = ["replay", str(tmp_path / "out"), "--without", str(tmp_path / "texts")]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    result = _python(f"import sys\nfrom minilm.commands.main import main\nsys.argv[1:] = {command}\nmain()")
+    assert result.returncode == 0, result.stderr
+    assert f"the replay begins after step {8 if start == 'a checkpoint' else 0}\n" in result.stderr
+    facts = json.loads((tmp_path / "out-without" / "run.json").read_text())
+    assert facts["config"]["data"]["exclude_loss"] == format_ranges(numbers)
+    assert facts["sources"] == {NAME: {"revision": COMMITS[0]}}
+    assert {commit for commit, _ in hub.read} == {COMMITS[0]}
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
@@ -243,6 +303,52 @@ print(sum(len(batch.texts) for shard in shards for batch in shard.read((2 * 2**3
     result = _python(read)
     assert result.stdout == ""
     assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in result.stderr
+
+
+def test_another_commit_than_that_of_the_run_is_never_read(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit = COMMITS[1]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert _python(f"import datasets; datasets.load_dataset({NAME!r}, split='train')").returncode == 0
+    read = f"""
+from minilm import Data
+from minilm.data.documents import load_documents
+from minilm.data.sources import pin_revisions
+with pin_revisions({{{NAME!r}: {COMMITS[0]!r}}}):
+    print(len(load_documents(Data(source={NAME!r}, eval_split="train"), 0)[0]))
+"""
+    hub.refused = "README"
+    result = _python(read)
+    assert result.stdout == ""
+    assert result.stderr.strip().rpartition("\n")[2] == (
+        f"ValueError: data source {NAME}: the hub did not give the commit {COMMITS[0]} of this run, and the newest "
+        f"copy in the cache is of {COMMITS[1]}; try again later"
+    )
+    hub.refused = "nothing"
+    assert _python(read).stdout == "270\n"
+
+
+def test_without_the_hub_only_a_checked_copy_of_json_is_read(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = {"0.jsonl": b'{"text": "hello"}\n', "1.jsonl": b'{"text": 5}\n'}
+    good = {"0.jsonl": b'{"text": "hello"}\n', "1.jsonl": b'{"text": "5"}\n'}
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    read = f"""
+from minilm import Data
+from minilm.data.documents import load_documents
+print(*load_documents(Data(source={NAME!r}, eval_split="train"), 0)[0]["text"])
+"""
+    assert _python(f"import datasets; datasets.load_dataset({NAME!r}, split='train')").returncode == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert f"ValueError: data source {NAME}: HF_HUB_OFFLINE forbids the hub" in _python(read).stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert "holds values that are not text" in _python(read).stderr
+    hub.files, hub.commit = good, COMMITS[1]
+    assert _python(read).stdout == "hello 5\n"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert _python(read).stdout == "hello 5\n"
 
 
 @pytest.fixture
@@ -292,3 +398,19 @@ def test_a_dataset_of_a_hub_is_tokenised_to_the_end_at_the_commit_with_which_it_
     for piece in sorted((tmp_path / "whole").glob("tokens-*/*.npy")):
         other = tmp_path / "remote" / piece.relative_to(tmp_path / "whole")
         assert other.read_bytes() == piece.read_bytes(), piece
+
+
+def test_a_folder_that_was_begun_without_a_record_of_the_commit_is_continued(
+    hub: Hub, tmp_path: Path, tokenize: Any
+) -> None:
+    hub.left = 12
+    assert tokenize(NAME, "remote").returncode != 0
+    hub.left = 10**9
+    path = tmp_path / "remote" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["revisions"], settings["datasets"]
+    path.write_text(json.dumps(settings))
+    result = tokenize(NAME, "remote")
+    assert result.returncode == 0, result.stderr
+    hub.commit = COMMITS[1]
+    assert "it was begun with other values of documents: choose" in tokenize(NAME, "remote").stderr

@@ -353,6 +353,16 @@ def test_the_commits_of_datasets_on_the_hub_are_kept(tokenizer, tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint-1").revisions == {"me/texts": "abc"}
 
 
+def test_a_checkpoint_may_hold_the_commits_with_its_windows(folder):
+    path = folder / "checkpoint-2" / STATE
+    state = json.loads(path.read_text())
+    del state["revisions"]
+    state["windows"] = {"key": "0", "lines": [], "revisions": {"me/texts": "abc"}}
+    path.write_text(json.dumps(state))
+    rewrite_manifest(path.parent)
+    assert read_checkpoint(path.parent).revisions == {"me/texts": "abc"}
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"precision": 3}'])
 def test_a_resume_without_a_record_of_the_precision_is_silent(content, tokenizer, tmp_path, caplog):
     saver = saver_in(tmp_path, tokenizer)

@@ -12,8 +12,9 @@ process of its own and with an empty cache. It then continues from its checkpoin
 - text, parquet: the text with `data.streaming`. tokens: the shards that `minilm tokenize` makes of it beforehand.
 
 "first step" is the time from the launch of the process to the end of its first step, and "resumed" the same after the
-checkpoint. The speed is that of the steps after the first. In the first of them the next window is encoded, so the mean
-speed needs `--seconds` of at least a whole window ("windows" says how many were trained on): make windows smaller.
+checkpoint. The speed is the mean over the steps after the first. Another process encodes the next window during the
+first of these steps, which slows them. So give `--seconds` that last a whole window or more: "windows" is the number of
+windows that a run trained on, and `--window-tokens` makes them smaller.
 "RAM" is the largest sum of the memory of the run's processes, and "disk" the largest size of its cache, both looked at
 once a second. All files go to the folder for temporary files (TMPDIR), which needs three times the size of the text.
 

@@ -58,12 +58,12 @@ class Hub:
     def describe(self, path: str) -> Any:
         """Return what the hub's interface answers; None for what it does not have."""
         api = "/api/datasets/me/[^/]+"
-        if asked := re.fullmatch(f"{api}(?:/revision/([^/]+))?", path):
-            if not asked[1] and self.unanswered:
+        if match := re.fullmatch(f"{api}(?:/revision/([^/]+))?", path):
+            if not match[1] and self.unanswered:
                 self.unanswered -= 1
                 return None
-            commit = asked[1] or self.commit
-            if self.busy and not asked[1]:
+            commit = match[1] or self.commit
+            if self.busy and not match[1]:
                 self.commit = f"{int(self.commit, 16) + 1:040x}"
             siblings = [{"rfilename": name} for name in self.files_of(commit)]
             name = "/".join(path.split("/")[3:5])
@@ -71,8 +71,8 @@ class Hub:
         if tree := re.fullmatch(f"{api}/tree/([^/]+)/?(.*)", path):
             files = self.files_of(tree[1]).items()
             return [self.facts(name, content) for name, content in files if name.startswith(tree[2])]
-        if asked := re.fullmatch(f"{api}/paths-info/([^/]+)", path):
-            return [self.facts(name, content) for name, content in self.files_of(asked[1]).items()]
+        if match := re.fullmatch(f"{api}/paths-info/([^/]+)", path):
+            return [self.facts(name, content) for name, content in self.files_of(match[1]).items()]
         return None
 
     def content(self, path: str) -> bytes | None:
@@ -118,8 +118,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             if status == 206:
                 self.send_header("Content-Range", f"bytes {part[1]}-{part[2]}/{size}")  # type: ignore[index]
             self.send_header("ETag", f'"{etag}"')
-            asked = re.search("/resolve/([^/]+)/", path)
-            self.send_header("X-Repo-Commit", asked[1] if asked and asked[1] != "main" else hub.commit)
+            match = re.search("/resolve/([^/]+)/", path)
+            self.send_header("X-Repo-Commit", match[1] if match and match[1] != "main" else hub.commit)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":

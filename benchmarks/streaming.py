@@ -15,14 +15,16 @@ process of its own and with an empty cache. It then continues from its checkpoin
 checkpoint. The speed is the mean over the steps after the first. Another process encodes the next window during the
 first of these steps, which slows them. So give `--seconds` that last a whole window or more: "windows" is the number of
 windows that a run trained on, and `--window-tokens` makes them smaller.
-"RAM" is the largest sum of the memory of the run's processes, and "disk" the largest size of its cache, both looked at
-once a second. All files go to the folder for temporary files (TMPDIR), which needs three times the size of the text.
+"RAM" is the largest memory of the run's processes together, where a page that several of them share (libraries, files)
+counts once. "disk" is the largest size of its cache. Both are looked at once a second.
+All files go to the folder for temporary files (TMPDIR), which needs three times the size of the text.
 
 `--resume-at` also measures resumes after these shares of the text, each on a machine with an empty cache. For that it
 encodes all windows first, and then sets the step of the run's checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import runpy
@@ -181,12 +183,14 @@ def launch(folder: Path, kind: str, seconds: float, *words: str, window_tokens: 
 
 
 def measure_memory(pid: int) -> int:
-    """Return the resident memory of a process and those that it started, in bytes."""
-    try:
+    """Return the memory that a process and those that it started take, in bytes. Pages that they share count once."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
         main = psutil.Process(pid)
-        return sum(process.memory_info().rss for process in [main, *main.children(recursive=True)])
-    except psutil.NoSuchProcess:
-        return 0
+        for process in [main, *main.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+                total += process.memory_full_info().pss
+    return total
 
 
 def measure_folder(folder: Path) -> int:

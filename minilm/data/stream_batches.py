@@ -18,7 +18,7 @@ from minilm.data.corpus import Examples
 from minilm.data.micro_batch import Collator, MicroBatch
 from minilm.data.phased_batches import PlanPart, RunPlan
 from minilm.data.stream_windows import StreamWindows
-from minilm.data.window_encoder import encode_ahead, has_encoder
+from minilm.data.window_encoder import encode_ahead, end_starved_encoders, has_encoder
 from minilm.utils.launch_variables import is_local_main_process
 
 log = logging.getLogger("minilm")
@@ -58,21 +58,24 @@ class WindowReader:
 
     def at_step(self, step: int) -> tuple[int, _OpenWindow]:
         """Return the number of the window that holds a step, and the window."""
-        self._name_host_that_waits(step)
+        self._wait_for_encoder(step)
         number = self._windows.find(step).number
         return number, self.window(number)
 
-    def _name_host_that_waits(self, step: int) -> None:
-        """Log that all hosts wait for this one, if it has not yet encoded the window of a step in time."""
-        if not self._open or not has_encoder(self._windows) or not is_local_main_process(os.environ):
+    def _wait_for_encoder(self, step: int) -> None:
+        """Wait for its encoder if the window of a step is not encoded yet, and log that all hosts wait for this one."""
+        if not self._open or not has_encoder(self._windows):
             return
         following = max(self._open) + 1
-        if step >= self._windows.start_of(following).step and not self._windows.is_encoded(following):
+        if step < self._windows.start_of(following).step or self._windows.is_encoded(following):
+            return
+        if is_local_main_process(os.environ):
             # An error, since processes other than the main one show only these.
             log.error(
                 f"host {socket.gethostname()}: training waits for window {following + 1} of the stream, which this "
                 "host has not encoded yet"
             )
+        end_starved_encoders(self._windows, following)
 
     def passes_before(self, step: int) -> int:
         """Return the number of complete passes over the stream before the window of the step before."""

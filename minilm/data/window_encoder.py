@@ -7,6 +7,7 @@ and raises the error itself.
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import psutil
 from transformers import AutoTokenizer
 
 from minilm.config import Config
@@ -27,9 +29,8 @@ from minilm.data.tokenizer import store_tokenizer
 
 log = logging.getLogger("minilm")
 
-# The training process comes first: a step waits for each of its threads, so that it loses much more than the share of a
-# processor that one of them lacks.
-_NICENESS = 19
+# An encoder that gets a smaller share of a processor than this, over so many seconds, does not finish in useful time.
+_LEAST_SHARE, _WATCH_SECONDS = 0.1, 5.0
 # A process takes seconds to start. In that time, the run encodes a window of fewer tokens itself.
 _LEAST_TOKENS = 2**20
 _SETTINGS = ("revisions", "identity", "words", "tokens", "seed", "held_out", "examples", "row_tokens")
@@ -74,9 +75,47 @@ def _start_encoder(description: dict[str, Any], number: int, lock: int) -> "subp
                 "TOKENIZERS_PARALLELISM": "true",
             },
             pass_fds=[lock],
-            # A signal to the run's group must not reach it. It ends when this process is gone.
-            start_new_session=True,
+            # A signal to the run's group must not reach it. It ends when this process is gone. Linux compares the
+            # priorities of processes of one session only, so it stays in that of the run.
+            process_group=0,
         )
+
+
+def end_starved_encoders(windows: StreamWindows, number: int) -> None:
+    """Wait for the encoders of this process if a window is needed now, and end those that hardly run.
+
+    Other programs then take all processors. The caller encodes the window itself, with its own priority.
+    """
+    for encoder in _encoders:
+        while not windows.is_encoded(number) and encoder.poll() is None:
+            before = _processor_seconds(encoder.pid)
+            try:
+                encoder.wait(_WATCH_SECONDS)
+            except subprocess.TimeoutExpired:
+                if _processor_seconds(encoder.pid) - before < _LEAST_SHARE * _WATCH_SECONDS:
+                    log.warning(f"other programs take all processors: the run itself encodes window {number + 1}")
+                    encoder.kill()
+                    encoder.wait()
+
+
+def _processor_seconds(process: int) -> float:
+    """Return the processor time that a process has used, which may have ended."""
+    with suppress(psutil.NoSuchProcess):
+        times = psutil.Process(process).cpu_times()
+        return float(times.user + times.system)
+    return math.inf
+
+
+def _run_when_idle() -> None:
+    """Let this process run only where the training, and all else, leaves a processor idle.
+
+    A step waits for each of its threads, so that it loses much more than the share of a processor that one of them
+    lacks.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(19)
 
 
 def describe_windows(windows: StreamWindows) -> dict[str, Any]:
@@ -117,7 +156,7 @@ def _list_stamps(windows: StreamWindows) -> Any:
 
 def encode_from_input() -> None:
     """Encode the window that the standard input names. The process has inherited the stream's lock."""
-    os.nice(_NICENESS)
+    _run_when_idle()
     request = json.load(sys.stdin)
     with suppress(EncodingCancelledError, ValueError):
         open_windows(request["windows"]).encode_locked(request["number"], lambda: os.getppid() != request["run"])

@@ -5,8 +5,10 @@ import gzip
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +27,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import minilm.data.stream_windows
 import minilm.data.window_encoder
 from minilm.config import Data
+from minilm.data.batch_plan import Plan
 from minilm.data.corpus import ExampleForm, encode
 from minilm.data.held_out import hash_texts, is_held_out
 from minilm.data.shards import TextShard, open_pools
+from minilm.data.stream_batches import WindowReader
 from minilm.data.stream_windows import EncodingCancelledError, StreamWindows
 from minilm.data.streaming import stream_documents
-from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, open_windows
+from minilm.data.window_encoder import _encoders, describe_windows, encode_ahead, end_starved_encoders, open_windows
 from minilm.data.window_index import WindowIndex, restore_index
 from minilm.utils.cache import CacheError, get_cache_folder
 from tests.fake_hub import replace_hub
@@ -400,6 +404,54 @@ def test_the_run_does_not_wait_for_a_process_that_encodes_ahead(
         pool.submit(encode_ahead, windows, 1).result(timeout=10)
     assert _encoders[-1].poll() is None
     _encoders[-1].kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has processes that run where a processor is idle")
+def test_an_encoder_leaves_the_processors_to_the_run_and_gets_none_of_its_signals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux may compare the priorities of processes of one session only (`sched_autogroup_enabled`)."""
+    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    code = "import os; from minilm.data import window_encoder; window_encoder._run_when_idle()\n"
+    code += (
+        "print(os.sched_getscheduler(0), os.nice(0), os.getsid(0), os.getpgid(0), file=open(os.environ['TOLD'], 'w'))"
+    )
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(code)}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    encoder = minilm.data.window_encoder._start_encoder({}, 1, 0)
+    assert encoder.wait(60) == 0
+    told = (tmp_path / "told").read_text().split()
+    assert [int(number) for number in told] == [os.SCHED_IDLE, 19, os.getsid(0), encoder.pid]
+
+
+@pytest.mark.usefixtures("_small_windows_ahead")
+def test_a_run_encodes_a_window_itself_if_its_encoder_hardly_runs(
+    windows: StreamWindows, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(minilm.data.window_encoder, "_WATCH_SECONDS", 0.2)
+    reader = WindowReader(
+        windows,
+        lambda examples, number: Plan(examples.lengths, examples=8, micro_tokens=40),
+        lambda number, examples: None,
+        steps=10**6,
+    )
+    reader.at_step(0)
+    encoder = _encoders[-1]
+    encoder.send_signal(signal.SIGSTOP)
+    assert reader.at_step(windows.start_of(1).step)[0] == 1
+    assert encoder.returncode == -signal.SIGKILL
+    assert caplog.messages[-1] == "other programs take all processors: the run itself encodes window 2"
+    _encoders[-1].kill()  # that of the window after
+
+
+def test_a_run_waits_for_an_encoder_that_is_slow(windows: StreamWindows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm.data.window_encoder, "_WATCH_SECONDS", 0.2)
+    slow = subprocess.Popen([sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass"])
+    monkeypatch.setattr(minilm.data.window_encoder, "_encoders", [slow])
+    end_starved_encoders(windows, 1)
+    assert slow.returncode == 0
 
 
 @pytest.mark.parametrize("change", ["a file", "a setting"])

@@ -2,22 +2,30 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow
+from datasets import DatasetInfo
+from datasets.builder import Key
+from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.utils.json import get_json_field_paths_from_feature
 
 from minilm.data.columns import Column
 from minilm.utils.cache import get_cache_folder
 
-# Part of the name of a cache. Another rule for what `_ExactCast` refuses needs another number.
-_JSON_RULES = 1
+# Part of the name of a cache. Another rule for how the files of `_REWRITTEN` are read needs another number.
+_RULES = 2
+# The kinds of files whose cells the datasets library may change.
+_REWRITTEN = ("json", "csv")
+# What a cell of CSV without a value holds, if its column has another type than text.
+_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "nan", "NaN", "NULL", "null", "None")
 _NOT_TEXT = "values that are not text, of which the datasets library would make text; write them as text"
 # JSON has no type for dates, so that they are texts in the files.
 _DATES = (
@@ -44,6 +52,8 @@ def load_from_hub(
         builder = datasets.load_dataset_builder(path, name=name, revision=revision, cache_dir=folder)
         if isinstance(builder, Json):
             builder._cast_table = _ExactCast(builder, tuple(columns), streaming)
+        if isinstance(builder, Csv):
+            builder._generate_tables = _ExactRead(builder)
         return builder
 
     if streaming:
@@ -53,9 +63,9 @@ def load_from_hub(
     # If this fails, the other cache may have a copy. If it has none, opening it raises the same error.
     with suppress(Exception):
         builder = open_builder(None)
-    # The library's cache may have a copy of files of JSON whose cells nobody compared with the types.
-    if builder is None or builder.info.builder_name == "json":
-        builder = open_builder(_get_json_cache(columns))
+    # The library's cache may have a copy in which cells were changed.
+    if builder is None or builder.info.builder_name in _REWRITTEN:
+        builder = open_builder(_get_exact_cache(columns))
     if revision is not None and builder.hash != revision:
         raise ValueError(
             f"the hub did not give the commit {revision} of this run, and the newest copy in the cache is of "
@@ -65,10 +75,45 @@ def load_from_hub(
     return builder.as_dataset(split=split)
 
 
-def _get_json_cache(columns: Sequence[Column]) -> Path:
-    """Return the cache of datasets whose files are JSON, and in which `_ExactCast` compared these columns."""
-    names = json.dumps([_JSON_RULES, *sorted(column.name for column in columns)])
-    return get_cache_folder() / f"json-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+def is_text(info: DatasetInfo, name: str) -> bool:
+    """Return whether a column of a CSV dataset holds the text of its files: its types may say otherwise."""
+    feature = (info.features or {}).get(name)
+    return feature is None or getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def _get_exact_cache(columns: Sequence[Column]) -> Path:
+    """Return the cache of datasets of the kinds `_REWRITTEN` in which the cells of these columns were not changed."""
+    names = json.dumps([_RULES, *sorted(column.name for column in columns)])
+    return get_cache_folder() / f"exact-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class _ExactRead:
+    """Stands in for `_generate_tables` of the library's CSV builder, which lets pandas guess the types of cells.
+
+    That made 1 of `01`, and left out `NA`. Here a cell is its text, unless the dataset's card says the type of its
+    column. ValueError is raised for rows that have more cells than the header, which would be read shifted by one.
+    """
+
+    builder: Csv
+
+    def __call__(
+        self, base_files: Sequence[str], files_iterables: Sequence[Sequence[str]]
+    ) -> Iterator[tuple[Key, pyarrow.Table]]:
+        info = self.builder.info
+        typed = [name for name in info.features or () if not is_text(info, name)]
+        settings = {
+            **self.builder.config.pd_read_csv_kwargs,
+            "dtype": {name: object for name in info.features if name not in typed} if typed else object,
+            "keep_default_na": False,
+            "na_values": dict.fromkeys(typed, _MISSING),
+        }
+        for shard, files in enumerate(files_iterables):
+            for file in files:
+                for number, frame in enumerate(pandas.read_csv(file, iterator=True, **settings)):
+                    if not isinstance(frame.index, pandas.RangeIndex):
+                        raise ValueError("a row has more cells than the header")
+                    yield Key(shard, number), self.builder._cast_table(pyarrow.Table.from_pandas(frame))
 
 
 @dataclass(frozen=True)

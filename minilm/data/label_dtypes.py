@@ -51,7 +51,8 @@ class _ScanKey:
 def _scan_column(key: _ScanKey) -> ColumnScan:
     table, column = key.table, key.column
     # If a text lists labels, it is not a number, even if it looks like one.
-    infer_dtype = _infer_dtype_of_value if table.typed or column.lists_labels else _infer_dtype_of_text
+    typed = table.is_typed(column)
+    infer_dtype = _infer_dtype_of_value if typed or column.lists_labels else _infer_dtype_of_text
     rows, dtype, first, missing = 0, "", "", ""
     for batch in table.iter_batches([column]):
         rows += len(batch.places)
@@ -63,7 +64,7 @@ def _scan_column(key: _ScanKey) -> ColumnScan:
                 continue
             where = batch.where(place)
             holds = f"{where}: column {column.name!r} holds {cell!r:.40}"
-            if not table.typed and _MISSING.fullmatch(cell.strip().lower()):
+            if not typed and _MISSING.fullmatch(cell.strip().lower()):
                 missing = missing or holds
                 continue
             if not cell_dtype:
@@ -72,7 +73,7 @@ def _scan_column(key: _ScanKey) -> ColumnScan:
                     f"{holds} where a label is expected: a number (a whole one from -2**63 to 2**63 - 1), a name, or a "
                     "list of numbers or of names"
                 )
-            common = _find_common_dtype(dtype, cell_dtype, typed=table.typed) if dtype else cell_dtype
+            common = _find_common_dtype(dtype, cell_dtype, typed=typed) if dtype else cell_dtype
             if not common:
                 raise ValueError(
                     f"{holds}, {_describe_dtype(cell_dtype)}, but {first} holds {_describe_dtype(dtype)}; "

@@ -93,11 +93,13 @@ def _check_documents(documents: Any, name: str) -> None:
 class _ListTable:
     """The rows of a list (a `minilm.data.tables.Table`). A text is the column `text` of its row."""
 
-    typed = True
     identity: Any = None
 
     def __init__(self, documents: Sequence[str] | Sequence[Mapping[str, Any]], name: str) -> None:
         self.documents, self.name = documents, name
+
+    def is_typed(self, column: Column) -> bool:
+        return True
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         return group_into_batches(self._read(columns), partial(self.locate, 0))

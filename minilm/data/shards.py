@@ -118,10 +118,11 @@ class TextShard:
 class _Rest:
     """The rows of a shard from a place on (a `minilm.data.tables.Table` that can be read once)."""
 
-    typed = True
-
     def __init__(self, table: FileTable | DatasetTable, rows: Iterator[RowBatch]) -> None:
         self._table, self._rows, self.identity = table, rows, table.identity
+
+    def is_typed(self, column: Column) -> bool:
+        return self._table.is_typed(column)
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         return self._rows

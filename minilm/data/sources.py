@@ -201,14 +201,17 @@ def open_table(
                 f"an end, as in {sliced[1]}[{start}:{start + 50000}], or the whole split"
             )
         rows = rows.skip(start) if start else rows
-        return DatasetTable(rows.take(max(0, int(stop) - start)) if stop else rows, source, revision), "train"
+        rows = rows.take(max(0, int(stop) - start)) if stop else rows
+        return DatasetTable(rows, source, revision, is_delimited=rows.info.builder_name == "csv"), "train"
     cached = use_cache_if_offline(source, "dataset")
     rows = _load(source, columns, name=data.config, split=split, revision=_pinned.get().get(source))
     if cached:
         log.warning(f"the hub does not answer: {source} comes from the cache")
     # The fingerprint of a saved dataset does not change when its files do.
     saved = fingerprint_files(list_files(source))
-    return DatasetTable(rows, source, [saved, split] if saved else rows._fingerprint), "train"
+    if saved:
+        return DatasetTable(rows, source, [saved, split]), "train"
+    return DatasetTable(rows, source, rows._fingerprint, is_delimited=rows.info.builder_name == "csv"), "train"
 
 
 def no_documents_error(source: str, split: str, columns: Sequence[Column]) -> ValueError:

@@ -22,6 +22,7 @@ from minilm.data import (
 )
 from minilm.data.columns import Column
 from minilm.data.fingerprints import fingerprint_file, fingerprint_files, is_hashed_whole
+from minilm.data.hub_datasets import is_text
 from minilm.data.text_decoding import LinePlaces, detect_encoding
 from minilm.utils.hub import describe_loading_error
 from minilm.utils.local_files import get_file_kind, get_full_ending
@@ -65,8 +66,9 @@ class Table(Protocol):
 
     identity: Any
     """A value of JSON types. It differs between tables with different content."""
-    typed: bool
-    """True if cells have types such as numbers and lists; False if every cell is text."""
+
+    def is_typed(self, column: Column) -> bool:
+        """Return whether the cells of a column have types such as numbers and lists. Otherwise every cell is text."""
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         """Yield the cells of these columns, in batches of rows."""
@@ -102,7 +104,6 @@ class FileTable:
     def __init__(self, files: Sequence[str], data: Data, *, streaming: bool = False) -> None:
         self.files, self.data, self.streaming = tuple(files), data, streaming
         self.kind = get_file_kind(files[0])
-        self.typed = self.kind != "delimited"
         self.delimiter = "\t" if data.delimiter == "tab" else data.delimiter
         try:
             self._is_hashed_whole = is_hashed_whole(files)
@@ -113,6 +114,9 @@ class FileTable:
             mds_files.check_shards(files, [source for source in (*data.sources, data.eval_source) if source])
         # Names of files are left out, because a copy of a file has the same rows.
         self.identity = [[*map(get_full_ending, files)], self.fingerprints, data.document, self.delimiter]
+
+    def is_typed(self, column: Column) -> bool:
+        return self.kind != "delimited"
 
     def iter_batches(self, columns: Sequence[Column]) -> Iterator[RowBatch]:
         for number, (file, fingerprint) in enumerate(zip(self.files, self.fingerprints, strict=True)):
@@ -210,12 +214,18 @@ class FileTable:
 
 
 class DatasetTable:
-    """The rows of a dataset of the datasets library, memory-mapped or streamed."""
+    """The rows of a dataset of the datasets library, memory-mapped or streamed.
 
-    typed = True
+    is_delimited: whether the dataset consists of delimited files, whose cells are text (`is_typed`).
+    """
 
-    def __init__(self, rows: Dataset | IterableDataset, source: str, identity: Any) -> None:
-        self.rows, self.source, self.identity = rows, source, identity
+    def __init__(
+        self, rows: Dataset | IterableDataset, source: str, identity: Any, *, is_delimited: bool = False
+    ) -> None:
+        self.rows, self.source, self.identity, self.is_delimited = rows, source, identity, is_delimited
+
+    def is_typed(self, column: Column) -> bool:
+        return not (self.is_delimited and is_text(self.rows.info, column.name))
 
     @property
     def part_count(self) -> int:

@@ -145,13 +145,24 @@ def _config(source: str, folder: Path) -> Config:
     return in_folder(without_dropout(replace(CONFIG, data=data)), folder, max_steps=STEPS, save_every=8)
 
 
-def _finish(config: Config, place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """Run in a process of its own with an empty cache. Return the exit status and the last line of the errors."""
+# The libraries read these settings when they are imported, which was before the fork.
+READ_ENVIRONMENT = """
+import importlib
+import datasets.config
+import huggingface_hub
+importlib.reload(huggingface_hub.constants)
+importlib.reload(datasets.config)
+huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+huggingface_hub.close_session()
+"""
+
+
+def _finish(config: Config, place: Path, monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> tuple[int, str]:
+    """Run in processes of its own with an empty cache. Return the exit status and the errors."""
     place.mkdir(exist_ok=True)
     monkeypatch.setenv("HF_HOME", str(place / "cache"))
-    job = start("python", config, place, processes=1)
-    status = job.status()
-    return status, job.stderr.read_text().strip().rpartition("\n")[2]
+    job = start("fork", config, place, processes=processes, planted=READ_ENVIRONMENT)
+    return job.status(), job.stderr.read_text().strip()
 
 
 def test_a_run_on_a_hub_makes_the_steps_of_a_run_on_its_files_and_resumes_after_a_cut(
@@ -172,7 +183,7 @@ def test_a_run_on_a_hub_makes_the_steps_of_a_run_on_its_files_and_resumes_after_
     hub.left = len(hub.read) * 3 // 4
     status, error = _finish(cut, folders[2], monkeypatch)
     assert status == 2
-    assert re.fullmatch(f"error: data source {NAME}: .+", error)
+    assert re.fullmatch(f"error: data source {NAME}: .+", error.rpartition("\n")[2])
     assert [*(folders[2] / "out").glob("checkpoint-*")]
     hub.left = 10**9
     # Another machine goes on, whose cache is empty. The dataset has a new commit.
@@ -215,8 +226,8 @@ def test_all_processes_read_the_commit_that_run_json_records(
     config = _config(NAME, tmp_path / "out")
     config = replace(config, data=replace(config.data, **WHOLE[case]) if case != "windows" else config.data)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    job = start("torchrun", config, tmp_path, processes=2)
-    assert job.status() == 0, job.stderr.read_text()
+    status, errors = _finish(config, tmp_path, monkeypatch, processes=2)
+    assert status == 0, errors
     assert {commit for commit, _ in hub.read} == {COMMITS[0]}
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())["sources"]
     assert recorded == {NAME: {"revision": COMMITS[0]}}
@@ -228,9 +239,9 @@ def test_a_stream_does_not_begin_without_a_commit_for_all_processes(
     hub.unanswered = 1
     config = _config(NAME, tmp_path / "out")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    job = start("torchrun", config, tmp_path, processes=2)
-    assert job.status() != 0, json.loads((tmp_path / "out/checkpoint-8/training.json").read_text())["revisions"]
-    assert f"error: data source {NAME}: " in job.stderr.read_text()
+    status, errors = _finish(config, tmp_path, monkeypatch, processes=2)
+    assert status != 0, json.loads((tmp_path / "out/checkpoint-8/training.json").read_text())["revisions"]
+    assert f"error: data source {NAME}: " in errors
 
 
 def test_a_commit_that_the_hub_no_longer_has_is_named(
@@ -243,7 +254,7 @@ def test_a_commit_that_the_hub_no_longer_has_is_named(
     resumed = replace(config, run=replace(config.run, resume=str(tmp_path / "out" / "checkpoint-8")))
     status, error = _finish(resumed, tmp_path / "elsewhere", monkeypatch)
     assert status == 2
-    assert error == (
+    assert error.rpartition("\n")[2] == (
         f"error: data source {NAME}: the hub no longer has the commit {COMMITS[0]} with which this began: start again "
         "without run.resume, or with another output folder"
     )

@@ -1,6 +1,7 @@
 """Compiled layers give the results of the plain ones for batches of any size. Evaluation compiles nothing."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -18,6 +19,12 @@ from minilm.models.sparse_head import SparseHead
 from minilm.models.temporary_changes import evaluation_mode
 from minilm.objectives.masking import MaskedLMCollator
 from tests.reference import build
+
+
+@pytest.fixture(autouse=True)
+def _without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the traced operations one by one. The flag refuses a CPU, and a compiler for it takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from minilm.data.tokenizer import store_tokenizer
 log = logging.getLogger("minilm")
 
 # An encoder that gets a smaller share of a processor than this, over so many seconds, does not finish in useful time.
-_LEAST_SHARE, _WATCH_SECONDS = 0.1, 5.0
+_LEAST_SHARE, _WATCH_SECONDS = 0.1, 2.0
 # A process takes seconds to start. In that time, the run encodes a window of fewer tokens itself.
 _LEAST_TOKENS = 2**20
 _SETTINGS = ("revisions", "identity", "words", "tokens", "seed", "held_out", "examples", "row_tokens")

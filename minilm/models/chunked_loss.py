@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Number of logits in memory at a time, which is 512 MiB of float32 on a GPU and 32 MiB on a CPU. A CPU gains more from
-# its caches than from few calls.
-_LOGITS, _LOGITS_ON_CPU = 2**27, 2**23
+# Number of logits in memory at a time on a GPU, which is 512 MiB of float32.
+_LOGITS = 2**27
+# Size of the logits in memory at a time on a CPU. Each part of the targets takes a pass over the weight's gradient, and
+# with fewer logits these passes would last as long as the products.
+_BYTES_ON_CPU = 2**27
+# A CPU computes the cross entropy of this many logits at a time (2 MiB of float32), so that they stay in its caches.
+_BLOCK_ON_CPU = 2**19
 # On GPUs the vocabulary is padded to a multiple of this. Products of other sizes take several times as long.
 _VOCABULARY_MULTIPLE = 64
 
@@ -127,18 +131,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             vocabulary, hidden, weight = len(weight_VxH), hidden_NxH.to(kind), _pad_vocabulary(weight_VxH.to(kind))
             bias = None if bias_V is None else _pad_vocabulary(bias_V.to(kind))
-            rows = max(1, (_LOGITS_ON_CPU if device == "cpu" else _LOGITS) // vocabulary)
-            nats = []
+            on_cpu, trained = device == "cpu", any(ctx.needs_input_grad)
+            rows = max(1, (_BYTES_ON_CPU // hidden.element_size() if on_cpu else _LOGITS) // vocabulary)
+            block_rows = max(1, _BLOCK_ON_CPU // vocabulary) if on_cpu else rows
+            nats: list[Tensor] = []
             for at in range(0, len(target_N), rows):
                 part, target = hidden[at : at + rows], target_N[at : at + rows]
                 logits = F.linear(part, weight, bias)
-                of_part, error = cross_entropy(
-                    logits[: len(target)], vocabulary, target, smoothing, z_loss, any(ctx.needs_input_grad)
+                blocks = zip(
+                    torch.split(logits[: len(target)], block_rows), torch.split(target, block_rows), strict=True
                 )
-                del logits
-                nats.append(of_part)
-                if error is not None:
-                    _add_gradients(gradients, part, weight, error, at)
+                for block, of_block in blocks:
+                    block_nats, error = cross_entropy(block, vocabulary, of_block, smoothing, z_loss, trained)
+                    if error is not None:
+                        if gradients[2] is not None:
+                            _add(gradients[2], error[:, :vocabulary].sum(0, dtype=torch.float32), bool(nats))
+                        if error.shape == logits.shape and error.dtype == logits.dtype:
+                            logits = error
+                        else:  # the gradient takes the place of the logits
+                            block[:, : error.shape[1]] = error
+                    nats.append(block_nats)
+                if trained:
+                    logits[len(target) :] = 0
+                    _add_gradients(gradients, part, weight, logits, at)
         if gradients[0] is not None:
             gradients[0][len(target_N) :] = 0
         ctx.gradients = gradients
@@ -155,31 +170,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_gradients(gradients: list[Tensor | None], hidden: Tensor, weight: Tensor, error: Tensor, at: int) -> None:
-    """Add the gradients of one part of the targets, which begins at target `at`.
+    """Add the gradients of the hidden states and the weight from one part of the targets, which begins at target `at`.
 
     error: the gradient of the sum with respect to the logits of this part.
     """
-    of_hidden, of_weight, of_bias = gradients
-    if of_bias is not None:
-        _add(of_bias, error[:, : len(of_bias)].sum(0, dtype=torch.float32), at)
-    error = _fill_up(error, len(hidden), len(weight), hidden.dtype)
+    of_hidden, of_weight, _ = gradients
     if of_hidden is not None:
         of_hidden[at : at + len(hidden)] = error @ weight
     if of_weight is not None and of_weight.dtype == hidden.dtype and len(of_weight) == len(weight):
         of_weight.addmm_(error.T, hidden, beta=min(at, 1))
     elif of_weight is not None:
-        _add(of_weight, (error.T @ hidden)[: len(of_weight)], at)
-
-
-def _fill_up(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return `x` in this dtype and size, filled up with zeros, in one pass over memory."""
-    if x.shape == (rows, columns):
-        return x.to(dtype)
-    result = x.new_empty(rows, columns, dtype=dtype)
-    result[: len(x), : x.shape[1]] = x
-    result[len(x) :] = 0
-    result[: len(x), x.shape[1] :] = 0
-    return result
+        _add(of_weight, (error.T @ hidden)[: len(of_weight)], at > 0)
 
 
 def _pad_vocabulary(x_VxH: Tensor) -> Tensor:
@@ -193,9 +194,9 @@ def _allocate_gradient(x: Tensor, targets: int) -> Tensor:
     return torch.empty_like(x) if targets else torch.zeros_like(x)
 
 
-def _add(total: Tensor, part: Tensor, at: int) -> None:
-    """Add `part` to `total`, or overwrite `total` if this is the first part."""
-    if at:
+def _add(total: Tensor, part: Tensor, begun: bool) -> None:
+    """Add `part` to `total`, or overwrite `total` if it has not begun."""
+    if begun:
         total += part
     else:
         total.copy_(part)

@@ -31,13 +31,14 @@ def gradients(loss: Any, values: list[Any]) -> list[Tensor | None]:
     return list(torch.autograd.grad(3.5 * loss(*values).sum(), wanted))
 
 
-@pytest.mark.parametrize("at_a_time", [1, 7, 23, 100])
+@pytest.mark.parametrize(("at_a_time", "block"), [(1, 1), (7, 3), (7, 100), (23, 5), (100, 8), (100, 100)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_losses_and_gradients_are_those_of_the_logits(
-    at_a_time: int, bias: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    at_a_time: int, block: int, bias: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", at_a_time * V)
+    monkeypatch.setattr(losses, "_BYTES_ON_CPU", at_a_time * V * kind.itemsize)
+    monkeypatch.setattr(losses, "_BLOCK_ON_CPU", block * V)
     values, tolerance = inputs(bias=bias), 1e-6 if kind == torch.float32 else 2e-2
     with torch.autocast("cpu", dtype=kind, enabled=kind != torch.float32):
         torch.testing.assert_close(linear_cross_entropy(*values), plain(*values), rtol=tolerance, atol=tolerance)
@@ -52,7 +53,8 @@ def test_losses_and_gradients_are_those_of_the_logits(
 def test_smoothed_losses_and_gradients_are_torchs(
     smoothing: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", at_a_time * V)
+    monkeypatch.setattr(losses, "_BYTES_ON_CPU", at_a_time * V * 4)
+    monkeypatch.setattr(losses, "_BLOCK_ON_CPU", 3 * V)
     values = inputs()
 
     def ours(*values: Any) -> Tensor:
@@ -72,7 +74,8 @@ def test_smoothed_losses_and_gradients_are_torchs(
 def test_the_z_loss_is_the_square_of_the_denominators_logarithm(
     softmax: losses.CrossEntropy, smoothing: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", at_a_time * V)
+    monkeypatch.setattr(losses, "_BYTES_ON_CPU", at_a_time * V * 4)
+    monkeypatch.setattr(losses, "_BLOCK_ON_CPU", 3 * V)
     values = inputs()
 
     def ours(*values: Any) -> Tensor:
@@ -124,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_logits_are_never_all_in_memory(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_ON_CPU", 4 * V)
+    monkeypatch.setattr(losses, "_BYTES_ON_CPU", 4 * V * 4)
     values = inputs()
     with torch.set_grad_enabled(training), Largest() as largest:
         loss = linear_cross_entropy(*values).sum()

@@ -100,6 +100,17 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_one(frozen: tuple
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [3, 100])
+def test_rows_without_a_target_change_no_gradient(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_BLOCK_ON_CPU", block * V)
+    hidden, *others = inputs()
+    more = torch.cat([hidden, torch.ones(4, H)]).detach().requires_grad_()
+    ours, expected = gradients(linear_cross_entropy, [more, *others]), gradients(plain, [hidden, *others])
+    assert ours[0][N:].eq(0).all()
+    for one, other in zip([ours[0][:N], *ours[1:]], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_no_target_at_all_has_a_gradient_of_zeros() -> None:
     values = inputs(targets=0)
     assert linear_cross_entropy(*values).shape == (0,)
